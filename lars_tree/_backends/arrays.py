@@ -1,0 +1,131 @@
+"""Backends that compute with whole arrays, through a namespace that follows the array API standard.
+
+Serves what has no memory that a CPU kernel could walk: traced and sharded JAX arrays, lazy Dask
+arrays, arrays on accelerators. The formula is `_rule.step`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any
+
+from lars_tree import _rule
+from lars_tree._backends.base import Array, Backend
+from lars_tree._rule import Rule
+
+
+class NamespaceOps:
+    """`_rule.Ops` in terms of an array namespace."""
+
+    def __init__(self, xp: Any) -> None:
+        self.xp = xp
+
+    def norm(self, x: Array, layer_axis: int | None) -> Array:
+        squares = self.xp.real(x) ** 2 + self.xp.imag(x) ** 2 if self.is_complex(x) else x * x
+        total = self.sum(squares, _other_axes(x, layer_axis))
+        positive = total > 0
+        root = self.xp.sqrt(self.xp.where(positive, total, self.one(total)))
+        # The derivative of the root at 0 is infinite; that of this expression is 0.
+        return self.xp.where(positive, root, total)
+
+    def largest(self, x: Array, layer_axis: int | None) -> Array:
+        return self.max(self.xp.abs(self.constant(x)), _other_axes(x, layer_axis))
+
+    def power_of_two(self, x: Array) -> Array:
+        x = self.constant(x)
+        usable = (x > 0) & self.xp.isfinite(x)
+        x = self.xp.where(usable, x, self.one(x))
+        return self.round_to_power_of_two(x)
+
+    def round_to_power_of_two(self, x: Array) -> Array:
+        mantissa, _ = self.xp.frexp(x)
+        return x / (2 * mantissa)
+
+    def where(self, condition: Array, a: Any, b: Any) -> Array:
+        like = a if hasattr(a, "dtype") else b
+        return self.xp.where(condition, self.like(a, like), self.like(b, like))
+
+    def maximum(self, a: Any, b: Any) -> Array:
+        like = a if hasattr(a, "dtype") else b
+        a, b = self.like(a, like), self.like(b, like)
+        return self.xp.where(a > b, a, b)
+
+    def like(self, number: Any, x: Array) -> Array:
+        """A number as a 0-d array that does not change the dtype of x; an array as it is."""
+        return number if hasattr(number, "dtype") else self.one(x) * number
+
+    def one(self, x: Array) -> Array:
+        return self.xp.ones((), dtype=x.dtype)
+
+    def is_complex(self, x: Array) -> bool:
+        return bool(self.xp.isdtype(x.dtype, "complex floating"))
+
+    def constant(self, x: Array) -> Array:
+        """x, cut off from differentiation."""
+        return x
+
+    def sum(self, x: Array, axes: tuple[int, ...]) -> Array:
+        """The sum over these axes, kept with length 1; no axes means no sum."""
+        return self.xp.sum(x, axis=axes, keepdims=True) if axes else x
+
+    def max(self, x: Array, axes: tuple[int, ...]) -> Array:
+        """The maximum over these axes, kept with length 1."""
+        return self.xp.max(x, axis=axes, keepdims=True) if axes else x
+
+
+def _other_axes(x: Array, layer_axis: int | None) -> tuple[int, ...]:
+    layer_axis = None if layer_axis is None else layer_axis % x.ndim
+    return tuple(axis for axis in range(x.ndim) if axis != layer_axis)
+
+
+class ArraysBackend(Backend):
+    """A library whose update is made of `_rule.step`, leaf by leaf."""
+
+    @abstractmethod
+    def ops(self, x: Array) -> NamespaceOps:
+        """The operations on arrays like x."""
+
+    @abstractmethod
+    def widen(self, x: Any, w: Array) -> Array:
+        """x (an array, or a number where the rule has one) in the type to compute with for w."""
+
+    @abstractmethod
+    def narrow(self, x: Array, w: Array) -> Array:
+        """x in the dtype of w."""
+
+    def step(self, w: Array, dcdw: Array, rule: Rule) -> Array:
+        """The weights after one step, in the dtype of w."""
+        if 0 in w.shape:
+            return self.copy(w, rule.stop_gradients)
+        lr = rule.lr if isinstance(rule.lr, float) else self.widen(rule.lr, w)
+        numbers = {
+            name: value if isinstance(value, float) else self.widen(value, w)
+            for name, value in rule._asdict().items()
+            if name in ("decay_lambda", "trust_coefficient", "eps", "grad_scale")
+        }
+        dcdw = self.ops(w).xp.broadcast_to(self.widen(dcdw, w), w.shape)
+        new = _rule.step(
+            self.ops(w), self.widen(w, w), dcdw, rule._replace(lr=lr, **numbers)
+        )
+        return self.narrow(new, w)
+
+    def update(
+        self, ws: list[Array], dcdws: list[Array], outs: Sequence[Array | None], rules: list[Rule]
+    ) -> list[Array]:
+        news = [self.step(*leaf) for leaf in zip(ws, dcdws, rules, strict=True)]
+        for new, out in zip(news, outs, strict=True):
+            if out is not None:
+                self.write(out, new)
+        return [new if out is None else out for new, out in zip(news, outs, strict=True)]
+
+    def all_finite(self, xs: list[Array]) -> Any:
+        flags = [self.ops(x).xp.all(self.ops(x).xp.isfinite(x)) for x in xs]
+        return reduce(lambda a, b: a & b, flags)
+
+    def choose(self, flag: Any, a: Array, b: Array) -> Array:
+        return self.ops(a).xp.where(flag, a, b)
+
+    def write(self, out: Array, x: Array) -> None:
+        out[...] = x

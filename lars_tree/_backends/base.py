@@ -1,0 +1,109 @@
+"""What an array library has to offer, and what is the same for most of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from enum import Enum
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lars_tree._rule import Rule
+
+Array = Any
+
+
+class Kind(Enum):
+    """Kinds of element types, as far as the rule cares."""
+
+    REAL = "real"
+    COMPLEX = "complex"
+    INTEGER = "integer"
+    OTHER = "other"
+
+
+class Values(Enum):
+    """Whether the elements of an array can be looked at."""
+
+    HERE = "in CPU memory"
+    FAR = "on an accelerator: looking means waiting"
+    LATER = "not computed yet: a tracer or a lazy array"
+
+
+class Facts(NamedTuple):
+    """What the checks need to know of an array."""
+
+    shape: tuple[int, ...]
+    kind: Kind
+    dtype: str
+    device: Hashable
+
+
+class Backend(ABC):
+    """One array library. Checks come first: what reaches `update` has passed them all."""
+
+    name: str
+
+    @abstractmethod
+    def facts(self, x: Array) -> Facts:
+        """Shape, dtype and device of an array that has no fault."""
+
+    @abstractmethod
+    def values(self, x: Array) -> Values:
+        """Where the elements are."""
+
+    @abstractmethod
+    def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
+        """The elements of an array whose values are here or far; a view where that is possible."""
+
+    @abstractmethod
+    def full(self, number: complex, like: Array) -> Array:
+        """A 0-d array of a number, on the device of `like` and as precise as it needs."""
+
+    @abstractmethod
+    def copy(self, x: Array, stop_gradients: bool) -> Array:
+        """A copy that shares no memory."""
+
+    @abstractmethod
+    def update(
+        self, ws: list[Array], dcdws: list[Array], outs: Sequence[Array | None], rules: list[Rule]
+    ) -> list[Array]:
+        """The weights after one step, written into `outs` where these are not None."""
+
+    @abstractmethod
+    def all_finite(self, xs: list[Array]) -> Any:
+        """A truth value, or a 0-d array of one where values are not here."""
+
+    @abstractmethod
+    def choose(self, flag: Any, a: Array, b: Array) -> Array:
+        """a where the flag (of `all_finite`) holds, else b."""
+
+    @abstractmethod
+    def write(self, out: Array, x: Array) -> None:
+        """Copy the elements of x, of the same shape and dtype, into `out`."""
+
+    def fault(self, x: Array) -> str | None:
+        """Why x cannot be computed with; None if it can."""
+        return None
+
+    def out_fault(self, x: Array, stop_gradients: bool) -> str | None:
+        """Why nothing can be written to x; None if it can."""
+        return None
+
+    def memory(self, x: Array) -> np.ndarray[Any, Any] | None:
+        """An array at the same addresses, for arithmetic with addresses alone; None if unknown."""
+        return None
+
+    def records(self, x: Array) -> bool:
+        """Whether the history of x is being recorded for differentiation."""
+        return False
+
+
+def kind_of_numpy(dtype: np.dtype[Any]) -> Kind:
+    """The kind of a numpy dtype, the extension type bfloat16 included."""
+    if dtype.kind == "f" or dtype.name == "bfloat16":
+        return Kind.REAL if dtype.itemsize > 1 else Kind.OTHER
+    if dtype.kind == "c":
+        return Kind.COMPLEX
+    return Kind.INTEGER if dtype.kind in "iu" else Kind.OTHER

@@ -1,0 +1,73 @@
+"""Dask arrays: the update stays lazy, chunked like the weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import dask.array as da
+import numpy as np
+
+from lars_tree._backends.arrays import ArraysBackend, NamespaceOps
+from lars_tree._backends.base import Backend, Facts, Values, kind_of_numpy
+
+Array = Any
+
+
+class DaskOps(NamespaceOps):
+    """dask.array as an array namespace, where it is not yet one."""
+
+    def is_complex(self, x: Array) -> bool:
+        return bool(x.dtype.kind == "c")
+
+
+_OPS = DaskOps(da)
+
+
+class DaskBackend(ArraysBackend):
+    """Lazy arrays, whose elements are not looked at."""
+
+    name = "dask"
+
+    def facts(self, x: Array) -> Facts:
+        return Facts(x.shape, kind_of_numpy(x.dtype), str(x.dtype), None)
+
+    def values(self, x: Array) -> Values:
+        return Values.LATER
+
+    def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
+        return np.asarray(x)
+
+    def full(self, number: complex, like: Array) -> Array:
+        is_complex = isinstance(number, complex) or like.dtype.kind == "c"
+        return da.asarray(np.asarray(number, np.complex128 if is_complex else np.float64))
+
+    def copy(self, x: Array, stop_gradients: bool) -> Array:
+        return x
+
+    def fault(self, x: Array) -> str | None:
+        if any(math.isnan(length) for length in x.shape):
+            return "a dask array of unknown shape: call its compute_chunk_sizes() first"
+        return None
+
+    def out_fault(self, x: Array, stop_gradients: bool) -> str | None:
+        return "a dask array, which is immutable: leave out `out` and use the returned value"
+
+    def ops(self, x: Array) -> DaskOps:
+        return _OPS
+
+    def widen(self, x: Any, w: Array) -> Array:
+        x = da.asarray(x)
+        double = np.complex128 if x.dtype.kind == "c" else np.float64
+        return x.astype(np.result_type(double, x.dtype))
+
+    def narrow(self, x: Array, w: Array) -> Array:
+        return x.astype(w.dtype)
+
+
+_BACKEND = DaskBackend()
+
+
+def backend_of(x: Any) -> Backend:
+    """The one backend of this module."""
+    return _BACKEND

@@ -1,0 +1,122 @@
+"""JAX: concrete arrays in CPU memory through `cpu.py`, all others by array operations.
+
+Traced arrays (jit, grad, vmap, scan), sharded ones and those on accelerators keep to `jax.numpy`, so
+that transformations compose and shardings propagate. On the CPU these compute in double as well,
+whether or not jax_enable_x64 is set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lars_tree._backends import cpu
+from lars_tree._backends.arrays import ArraysBackend, NamespaceOps
+from lars_tree._backends.base import Backend, Facts, Kind, Values, kind_of_numpy
+from lars_tree._backends.numpy import raw
+from lars_tree._rule import Rule
+
+Array = Any
+
+
+class JaxOps(NamespaceOps):
+    """jax.numpy, where a constant is what `stop_gradient` makes."""
+
+    def constant(self, x: Array) -> Array:
+        return jax.lax.stop_gradient(x)
+
+
+_OPS = JaxOps(jnp)
+
+
+class JaxBackend(ArraysBackend):
+    """jax.Array, concrete or traced."""
+
+    name = "jax"
+
+    def facts(self, x: Array) -> Facts:
+        kind = kind_of_numpy(x.dtype) if isinstance(x.dtype, np.dtype) else Kind.OTHER
+        return Facts(x.shape, kind, str(x.dtype), _device(x))
+
+    def values(self, x: Array) -> Values:
+        if _is_traced(x):
+            return Values.LATER
+        platforms = {device.platform for device in x.devices()}
+        return Values.HERE if platforms == {"cpu"} and x.is_fully_addressable else Values.FAR
+
+    def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
+        return np.asarray(x)
+
+    def full(self, number: complex, like: Array) -> Array:
+        return jnp.asarray(number, dtype=None if isinstance(number, complex) else like.dtype)
+
+    def copy(self, x: Array, stop_gradients: bool) -> Array:
+        return jax.lax.stop_gradient(x) if stop_gradients else x
+
+    def fault(self, x: Array) -> str | None:
+        if not _is_traced(x) and x.is_deleted():
+            return "an array that was deleted or donated"
+        return None
+
+    def out_fault(self, x: Array, stop_gradients: bool) -> str | None:
+        return "a jax array, which is immutable: leave out `out` and use the returned value"
+
+    def records(self, x: Array) -> bool:
+        return _is_traced(x)
+
+    def ops(self, x: Array) -> JaxOps:
+        return _OPS
+
+    def widen(self, x: Any, w: Array) -> Array:
+        x = jnp.asarray(x)
+        double = jax.default_backend() == "cpu" or w.dtype in (np.float64, np.complex128)
+        real, complex_ = (
+            (jnp.float64, jnp.complex128) if double else (jnp.float32, jnp.complex64)
+        )
+        return x.astype(complex_ if jnp.iscomplexobj(x) else real)
+
+    def narrow(self, x: Array, w: Array) -> Array:
+        return x.astype(w.dtype)
+
+    def update(
+        self, ws: list[Array], dcdws: list[Array], outs: Sequence[Array | None], rules: list[Rule]
+    ) -> list[Array]:
+        with jax.enable_x64(True):
+            return [_update(*leaf) for leaf in zip(ws, dcdws, rules, strict=True)]
+
+
+def _update(w: Array, dcdw: Array, rule: Rule) -> Array:
+    if all(_in_cpu_memory(x) for x in (w, dcdw)) and not any(isinstance(x, jax.Array) for x in rule):
+        new = np.empty(w.shape, w.dtype)
+        cpu.update(raw(np.asarray(w)), raw(np.asarray(dcdw)), raw(new), rule)
+        return jax.device_put(new, w.sharding if w.committed else None)
+    new = _BACKEND.step(w, dcdw, rule)
+    return jax.lax.stop_gradient(new) if rule.stop_gradients else new
+
+
+def _in_cpu_memory(x: Array) -> bool:
+    if _is_traced(x):
+        return False
+    devices = x.devices()
+    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
+
+
+def _is_traced(x: Array) -> bool:
+    return isinstance(x, jax.core.Tracer)
+
+
+def _device(x: Array) -> frozenset[Any] | None:
+    """The devices that x is bound to; None where JAX may still move it."""
+    return frozenset(x.devices()) if not _is_traced(x) and x.committed else None
+
+
+_BACKEND = JaxBackend()
+
+
+def backend_of(x: Any) -> Backend:
+    """The one backend of this module."""
+    return _BACKEND

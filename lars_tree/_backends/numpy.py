@@ -1,0 +1,86 @@
+"""numpy: ndarray with its subclasses, memory maps, and numpy's scalars."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lars_tree._backends import cpu
+from lars_tree._backends.base import Backend, Facts, Values, kind_of_numpy
+from lars_tree._rule import Rule
+
+Array = np.ndarray[Any, Any]
+
+
+class NumpyBackend(Backend):
+    """CPU memory as it is."""
+
+    name = "numpy"
+
+    def facts(self, x: Array) -> Facts:
+        return Facts(x.shape, kind_of_numpy(x.dtype), str(x.dtype), "cpu")
+
+    def values(self, x: Array) -> Values:
+        return Values.HERE
+
+    def to_numpy(self, x: Array) -> Array:
+        return np.asarray(x)
+
+    def full(self, number: complex, like: Array) -> Array:
+        is_complex = isinstance(number, complex) or like.dtype.kind == "c"
+        return np.asarray(number, dtype=np.complex128 if is_complex else np.float64)
+
+    def copy(self, x: Array, stop_gradients: bool) -> Array:
+        return x.copy() if not isinstance(x, np.memmap) else np.array(x)
+
+    def fault(self, x: Array) -> str | None:
+        if isinstance(x, np.ma.MaskedArray):
+            return "a masked array: the rule knows no missing elements; fill them first"
+        return None
+
+    def out_fault(self, x: Array, stop_gradients: bool) -> str | None:
+        if isinstance(x, np.generic):
+            return "a numpy scalar, which is immutable: use the returned value"
+        return None if x.flags.writeable else "read-only"
+
+    def memory(self, x: Array) -> Array | None:
+        return np.asarray(x) if isinstance(x, np.ndarray) else None
+
+    def update(
+        self, ws: list[Array], dcdws: list[Array], outs: Sequence[Array | None], rules: list[Rule]
+    ) -> list[Array]:
+        news = [_empty_like(w) if out is None else out for w, out in zip(ws, outs, strict=True)]
+        for w, dcdw, new, rule in zip(ws, dcdws, news, rules, strict=True):
+            cpu.update(raw(w), raw(dcdw), raw(new), rule)
+        scalars = (isinstance(w, np.generic) for w in ws)
+        return [new[()] if scalar else new for new, scalar in zip(news, scalars, strict=True)]
+
+    def all_finite(self, xs: list[Array]) -> bool:
+        return all(bool(np.isfinite(x).all()) for x in xs)
+
+    def choose(self, flag: Any, a: Array, b: Array) -> Array:
+        return a if flag else b
+
+    def write(self, out: Array, x: Array) -> None:
+        out[...] = x
+
+
+def _empty_like(w: Array) -> Array:
+    """New memory for the result; that of a memory map is no map, as numpy's own operations do."""
+    return np.empty_like(w, subok=not isinstance(w, np.memmap))
+
+
+def raw(x: Array) -> Array:
+    """A view for `cpu.update`: no subclass, and bfloat16 as the bits it is."""
+    plain = np.asarray(x)
+    return plain.view(np.uint16) if plain.dtype.name == "bfloat16" else plain
+
+
+_BACKEND = NumpyBackend()
+
+
+def backend_of(x: Any) -> Backend:
+    """The one backend of this module."""
+    return _BACKEND

@@ -1,0 +1,84 @@
+"""Any library that follows the array API standard (CuPy first), through array-api-compat."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from lars_tree._backends.arrays import ArraysBackend, NamespaceOps
+from lars_tree._backends.base import Backend, Facts, Kind, Values
+
+Array = Any
+
+_KINDS = {
+    "real floating": Kind.REAL,
+    "complex floating": Kind.COMPLEX,
+    "integral": Kind.INTEGER,
+}
+
+
+class StandardOps(NamespaceOps):
+    """What the standard offers; it has no frexp."""
+
+    def round_to_power_of_two(self, x: Array) -> Array:
+        if hasattr(self.xp, "frexp"):
+            return super().round_to_power_of_two(x)
+        return self.xp.pow(self.one(x) * 2, self.xp.floor(self.xp.log2(x)))
+
+    def one(self, x: Array) -> Array:
+        return self.xp.ones((), dtype=x.dtype, device=array_api_compat.device(x))
+
+
+class StandardBackend(ArraysBackend):
+    """The arrays of one namespace."""
+
+    def __init__(self, xp: Any) -> None:
+        self.xp = xp
+        self.name = xp.__name__.removeprefix("array_api_compat.")
+
+    def facts(self, x: Array) -> Facts:
+        kinds = (kind for name, kind in _KINDS.items() if self.xp.isdtype(x.dtype, name))
+        device = array_api_compat.device(x)
+        return Facts(tuple(x.shape), next(kinds, Kind.OTHER), str(x.dtype), device)
+
+    def values(self, x: Array) -> Values:
+        if array_api_compat.is_lazy_array(x):
+            return Values.LATER
+        return Values.HERE if "cpu" in str(array_api_compat.device(x)).lower() else Values.FAR
+
+    def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
+        return np.from_dlpack(array_api_compat.to_device(x, "cpu"))
+
+    def full(self, number: complex, like: Array) -> Array:
+        dtype = None if isinstance(number, complex) else like.dtype
+        return self.xp.asarray(number, dtype=dtype, device=array_api_compat.device(like))
+
+    def copy(self, x: Array, stop_gradients: bool) -> Array:
+        return self.xp.asarray(x, copy=True)
+
+    def out_fault(self, x: Array, stop_gradients: bool) -> str | None:
+        return None if array_api_compat.is_writeable_array(x) else "immutable or read-only"
+
+    def ops(self, x: Array) -> StandardOps:
+        return StandardOps(self.xp)
+
+    def widen(self, x: Any, w: Array) -> Array:
+        xp = self.xp
+        if not array_api_compat.is_array_api_obj(x) or isinstance(x, np.ndarray):
+            x = xp.asarray(x, device=array_api_compat.device(w))
+        is_complex = xp.isdtype(x.dtype, "complex floating")
+        return xp.astype(x, xp.complex128 if is_complex else xp.float64)
+
+    def narrow(self, x: Array, w: Array) -> Array:
+        return self.xp.astype(x, w.dtype)
+
+
+_BACKENDS: dict[str, StandardBackend] = {}
+
+
+def backend_of(x: Any) -> Backend:
+    """The backend for the namespace of x."""
+    xp = array_api_compat.array_namespace(x)
+    return _BACKENDS.setdefault(xp.__name__, StandardBackend(xp))

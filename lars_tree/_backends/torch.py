@@ -1,0 +1,334 @@
+"""torch: CPU memory through `cpu.py`, accelerators by multi-tensor operations, autograd by arrays.
+
+Three ways, one formula. Plain tensors in CPU memory whose history is not asked for are stepped in
+place of their numpy views. Tensors on an accelerator are stepped many at a time, as `Tensors`, by
+`torch._foreach_*` operations, without waiting for the device. All else (history, torch.func,
+subclasses of Tensor, rates with a shape) goes leaf by leaf.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lars_tree import _rule
+from lars_tree._backends import cpu
+from lars_tree._backends.arrays import ArraysBackend, NamespaceOps
+from lars_tree._backends.base import Backend, Facts, Kind, Values
+from lars_tree._memory import is_mapped_read_only
+from lars_tree._rule import Rule
+
+_REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_COMPLEX = (torch.complex64, torch.complex128)
+
+
+class TorchOps(NamespaceOps):
+    """torch as an array namespace, where it is not yet one."""
+
+    def is_complex(self, x: Tensor) -> bool:
+        return x.is_complex()
+
+    def constant(self, x: Tensor) -> Tensor:
+        return x.detach()
+
+    def one(self, x: Tensor) -> Tensor:
+        return torch.ones((), dtype=x.dtype, device=x.device)
+
+    def max(self, x: Tensor, axes: tuple[int, ...]) -> Tensor:
+        return torch.amax(x, dim=axes, keepdim=True) if axes else x
+
+
+class Tensors:
+    """Many tensors that take part in arithmetic as one; a vector has a number for each."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = list(tensors)
+
+    def __rmul__(self, numbers: Any) -> Tensors:
+        return Tensors(torch._foreach_mul(self.tensors, _each(numbers)))
+
+    def __truediv__(self, numbers: Any) -> Tensors:
+        return Tensors(torch._foreach_div(self.tensors, _each(numbers)))
+
+    def __add__(self, other: Tensors) -> Tensors:
+        return Tensors(torch._foreach_add(self.tensors, other.tensors))
+
+    def __sub__(self, other: Tensors) -> Tensors:
+        return Tensors(torch._foreach_sub(self.tensors, other.tensors))
+
+
+def _each(numbers: Any) -> Any:
+    return list(numbers.unbind()) if isinstance(numbers, Tensor) and numbers.ndim else numbers
+
+
+class TensorsOps(TorchOps):
+    """`_rule.Ops` over `Tensors`: norms are vectors."""
+
+    def norm(self, x: Any, layer_axis: int | None) -> Tensor:
+        return torch.stack(torch._foreach_norm(x.tensors))
+
+    def largest(self, x: Any, layer_axis: int | None) -> Tensor:
+        return torch.stack(torch._foreach_norm(x.tensors, ord=float("inf")))
+
+
+_OPS, _TENSORS_OPS = TorchOps(torch), TensorsOps(torch)
+
+
+class TorchBackend(ArraysBackend):
+    """torch tensors and parameters on any device."""
+
+    name = "torch"
+
+    def facts(self, x: Tensor) -> Facts:
+        kind = Kind.OTHER
+        if x.dtype in _REAL:
+            kind = Kind.REAL
+        elif x.dtype in _COMPLEX:
+            kind = Kind.COMPLEX
+        elif not (x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool):
+            kind = Kind.INTEGER
+        return Facts(tuple(x.shape), kind, str(x.dtype), x.device)
+
+    def values(self, x: Tensor) -> Values:
+        if not _is_plain(x) and _is_wrapped(x):
+            return Values.LATER
+        return Values.HERE if x.device.type == "cpu" else Values.FAR
+
+    def to_numpy(self, x: Tensor) -> np.ndarray[Any, Any]:
+        x = x.detach().resolve_conj().resolve_neg().cpu()
+        return (x.double() if x.dtype == torch.bfloat16 else x).numpy()
+
+    def full(self, number: complex, like: Tensor) -> Tensor:
+        is_complex = isinstance(number, complex) or like.is_complex()
+        dtype = torch.complex128 if is_complex else torch.float64
+        return torch.tensor(number, dtype=dtype, device=like.device)
+
+    def copy(self, x: Tensor, stop_gradients: bool) -> Tensor:
+        if not stop_gradients:
+            return x.clone()
+        return _leaf_like(x.detach().clone(), x)
+
+    def fault(self, x: Tensor) -> str | None:
+        if torch.nn.parameter.is_lazy(x):
+            return "a parameter without data: run the model once to initialise it"
+        if x.layout != torch.strided or x.is_nested:
+            return f"a sparse or nested tensor ({x.layout}): make it dense first"
+        if x.device.type == "meta":
+            return "a tensor on the meta device, which holds no data"
+        if _is_plain(x) and x.untyped_storage().nbytes() < _bytes_needed(x):
+            return "a tensor whose storage was freed"
+        return None
+
+    def out_fault(self, x: Tensor, stop_gradients: bool) -> str | None:
+        if not stop_gradients and x.requires_grad:
+            return "a tensor that requires a gradient: with stop_gradients=False, leave out `out`"
+        if x.is_conj() or x.is_neg():
+            return "a lazily conjugated or negated view: resolve it first"
+        if _is_plain(x) and x.device.type == "cpu" and not x.untyped_storage().resizable():
+            # Not torch's own memory. torch does not keep the flag of a read-only numpy array, but
+            # a write into pages mapped for reading alone ends the process.
+            if is_mapped_read_only(x.data_ptr(), _bytes_needed(x)):
+                return "read-only: it shares memory that is mapped for reading alone"
+        return None
+
+    def memory(self, x: Tensor) -> np.ndarray[Any, Any] | None:
+        return np.asarray(_Address(x)) if _is_plain(x) else None
+
+    def records(self, x: Tensor) -> bool:
+        return (torch.is_grad_enabled() and x.requires_grad) or _has_tangent(x)
+
+    def ops(self, x: Tensor) -> TorchOps:
+        return _OPS
+
+    def widen(self, x: Any, w: Tensor) -> Tensor:
+        double = w.device.type == "cpu" or w.dtype in (torch.float64, torch.complex128)
+        dtype = torch.float64 if double else torch.float32
+        if isinstance(x, Tensor) and x.is_complex():
+            dtype = torch.complex128 if double else torch.complex64
+        return torch.as_tensor(x).to(device=w.device, dtype=dtype)
+
+    def narrow(self, x: Tensor, w: Tensor) -> Tensor:
+        return x.to(w.dtype)
+
+    def update(
+        self,
+        ws: list[Tensor],
+        dcdws: list[Tensor],
+        outs: Sequence[Tensor | None],
+        rules: list[Rule],
+    ) -> list[Tensor]:
+        news: list[Any] = list(outs)
+        groups: defaultdict[Any, list[int]] = defaultdict(list)
+        for i, (w, dcdw, rule) in enumerate(zip(ws, dcdws, rules, strict=True)):
+            history = not rule.stop_gradients and self._has_history(w, dcdw, rule)
+            if history or not (_is_plain(w) and _is_plain(dcdw) and _is_plain(outs[i])):
+                news[i] = self._arrays(w, dcdw, outs[i], rule)
+                continue
+            if news[i] is None:
+                news[i] = torch.empty_like(w, requires_grad=False)
+            if w.device.type == "cpu" and all(map(_is_concrete, rule)):
+                cpu.update(_view(w), _view(dcdw), _view(news[i]), rule)
+            elif _has_shape(rule.lr):
+                self._arrays(w, dcdw, news[i], rule)
+            else:
+                wide = torch.promote_types(self.widen(w, w).dtype, dcdw.dtype)
+                groups[w.device, wide, rule.adapt, rule.trust_clip].append(i)
+        for (_, wide, *_), members in groups.items():
+            _update_many(wide, *([x[i] for i in members] for x in (ws, dcdws, news, rules)))
+        return [
+            _returned(w, out, new, rule)
+            for w, out, new, rule in zip(ws, outs, news, rules, strict=True)
+        ]
+
+    def _has_history(self, w: Tensor, dcdw: Tensor, rule: Rule) -> bool:
+        return any(isinstance(x, Tensor) and self.records(x) for x in (w, dcdw, *rule))
+
+    def _arrays(self, w: Tensor, dcdw: Tensor, out: Tensor | None, rule: Rule) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not rule.stop_gradients):
+            new = self.step(w, dcdw, rule)
+            if rule.stop_gradients:
+                new = new.detach()
+        if out is None:
+            return new
+        self.write(out, new)
+        return out
+
+    def all_finite(self, xs: list[Tensor]) -> Any:
+        flags = [torch.isfinite(x.detach()).all() for x in xs]
+        return torch.stack(flags).all() if len({x.device for x in xs}) == 1 else all(flags)
+
+    def choose(self, flag: Any, a: Tensor, b: Tensor) -> Tensor:
+        if isinstance(flag, bool):
+            return a if flag else b
+        chosen = torch.where(flag, a.detach(), b.detach())
+        return _leaf_like(chosen, a) if a.is_leaf else torch.where(flag, a, b)
+
+    def write(self, out: Tensor, x: Tensor) -> None:
+        with torch.no_grad():
+            out.copy_(x.detach())
+
+
+def _update_many(
+    wide: torch.dtype,
+    ws: list[Tensor],
+    dcdws: list[Tensor],
+    news: list[Tensor],
+    rules: list[Rule],
+) -> None:
+    """One step for all leaves of a device, without waiting for it; layers of a stack count each."""
+    with torch.no_grad():
+        layers = []
+        for w, dcdw, new, rule in zip(ws, dcdws, news, rules, strict=True):
+            leaf = [w.detach(), dcdw.detach().expand(w.shape), new.detach()]
+            if rule.layer_axis is None:
+                layers.append((*leaf, rule))
+            else:
+                unbound = (x.unbind(rule.layer_axis) for x in leaf)
+                layers.extend((*layer, rule) for layer in zip(*unbound, strict=True))
+        layers = [layer for layer in layers if layer[0].numel()]
+        if not layers:
+            return
+        w_wide = Tensors([w.to(wide) for w, _, _, _ in layers])
+        dcdw_wide = Tensors([dcdw.to(wide) for _, dcdw, _, _ in layers])
+        rule = _one_rule([rule for *_, rule in layers], w_wide.tensors[0])
+        stepped = _rule.step(_TENSORS_OPS, w_wide, dcdw_wide, rule)
+        torch._foreach_copy_([new for _, _, new, _ in layers], stepped.tensors)
+
+
+def _one_rule(rules: list[Rule], like: Tensor) -> Rule:
+    """One rule for many leaves: numbers that differ among them become vectors."""
+    dtype = like.real.dtype if like.is_complex() else like.dtype
+
+    def merged(name: str) -> Any:
+        values = [getattr(rule, name) for rule in rules]
+        if all(type(value) is float for value in values):
+            if len(set(values)) == 1:
+                return values[0]
+            return torch.tensor(values, dtype=dtype, device=like.device)
+        numbers = (torch.as_tensor(value, dtype=dtype, device=like.device) for value in values)
+        return torch.stack([number.detach() for number in numbers])
+
+    names = ("lr", "decay_lambda", "trust_coefficient", "eps", "grad_scale")
+    return rules[0]._replace(layer_axis=None, **{name: merged(name) for name in names})
+
+
+def _returned(w: Tensor, out: Tensor | None, new: Tensor, rule: Rule) -> Tensor:
+    if out is not None:
+        if not out.is_inference():
+            torch.autograd.graph.increment_version(out)  # so that autograd sees a stale tensor
+        return out
+    if not rule.stop_gradients or _is_wrapped(new):
+        return new
+    return _leaf_like(new, w)
+
+
+def _leaf_like(new: Tensor, w: Tensor) -> Tensor:
+    """A leaf that requires a gradient exactly where w does, and is a parameter where w is."""
+    if isinstance(w, torch.nn.Parameter):
+        return torch.nn.Parameter(new, requires_grad=w.requires_grad)
+    return new.requires_grad_() if w.requires_grad else new
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether x has memory of its own that may be read behind torch's back."""
+    if x is None or type(x) in (Tensor, torch.nn.Parameter):
+        return not (torch.compiler.is_compiling() or (x is not None and _is_wrapped(x)))
+    return False
+
+
+def _is_wrapped(x: Tensor) -> bool:
+    """Whether x stands for the argument of a torch.func transform."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
+
+
+def _has_tangent(x: Tensor) -> bool:
+    in_forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return in_forward_mode and torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+
+
+def _is_concrete(option: Any) -> bool:
+    return not isinstance(option, Tensor)
+
+
+def _has_shape(option: Any) -> bool:
+    return getattr(option, "ndim", 0) > 0
+
+
+def _bytes_needed(x: Tensor) -> int:
+    if x.numel() == 0:
+        return 0
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return int(x.storage_offset() + last + 1) * x.element_size()
+
+
+def _view(x: Tensor) -> np.ndarray[Any, Any]:
+    """A numpy view for `cpu.update`: bfloat16 as the bits it is."""
+    x = x.detach().resolve_conj().resolve_neg()
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+class _Address:
+    """The memory of a tensor, on whatever device, as numpy describes it. Never to be read."""
+
+    def __init__(self, x: Tensor) -> None:
+        size = x.element_size()
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": tuple(x.shape),
+            "strides": tuple(stride * size for stride in x.stride()),
+            "typestr": f"|V{size}",
+            "data": (x.data_ptr(), True),
+        }
+
+
+_BACKEND = TorchBackend()
+
+
+def backend_of(x: Any) -> Backend:
+    """The one backend of this module."""
+    return _BACKEND

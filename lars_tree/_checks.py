@@ -1,0 +1,242 @@
+"""Everything that can be wrong with the arrays of an update, found before the first byte is written.
+
+One function a question; each looks at one leaf and reports what it finds with its path. Structure is
+checked in `_tree.py`, the values of options in `_options.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lars_tree import _backends, _memory, errors
+from lars_tree._backends.base import Backend, Facts, Kind, Values
+from lars_tree._rule import Rule
+
+_FLOATING = (Kind.REAL, Kind.COMPLEX)
+
+
+class Leaf(NamedTuple):
+    """One array of the weights with all that its step takes.
+
+    `dcdw` is None where the weights stay as they are, `out` where the result is a new array.
+    """
+
+    index: int
+    w: Any
+    dcdw: Any
+    out: Any
+    rule: Rule
+    backend: Backend
+
+
+class Fault(NamedTuple):
+    """One thing wrong at one leaf."""
+
+    kind: type[errors.LarsTreeError]
+    argument: str
+    headline: str
+    text: str
+
+
+def check(leaves: list[Leaf], paths: Callable[[], list[errors.Path]]) -> None:
+    """Raise what is wrong with the arrays of these leaves: one kind of error, all its paths.
+
+    Raises:
+        LarsTreeError: of the kind found first.
+    """
+    found = [(leaf, fault) for leaf in leaves for fault in _faults(leaf)]
+    if not found:
+        found = list(_shared_memory(leaves, paths))
+    if found:
+        first = found[0][1]
+        same = [(paths()[leaf.index], fault.text) for leaf, fault in found if fault[:3] == first[:3]]
+        raise errors.error(*first[:3], same)
+
+
+def _faults(leaf: Leaf) -> Iterator[Fault]:
+    """The first fault of a leaf."""
+    step = (_weights, _gradient, _rates, _layer_axis, _looking)
+    for question in (*(step if leaf.dcdw is not None else ()), _out):
+        fault = next(question(leaf), None)
+        if fault is not None:
+            yield fault
+            return
+
+
+def _weights(leaf: Leaf) -> Iterator[Fault]:
+    yield from _unusable("w", leaf.backend, leaf.w)
+
+
+def _unusable(argument: str, backend: Backend, x: Any) -> Iterator[Fault]:
+    fault = backend.fault(x)
+    if fault:
+        headline = f"{argument} holds an array that cannot be computed with"
+        yield Fault(errors.LeafError, argument, headline, f"expected dense data, got {fault}")
+        return
+    facts = backend.facts(x)
+    if facts.kind not in _FLOATING:
+        headline = f"{argument} is not floating point"
+        text = f"expected float16, bfloat16, float32, float64 or complex, got {facts.dtype}"
+        yield Fault(errors.DtypeError, argument, headline, text)
+
+
+def _gradient(leaf: Leaf) -> Iterator[Fault]:
+    yield from _belongs("dcdw", leaf, leaf.dcdw)
+    yield from _unusable("dcdw", leaf.backend, leaf.dcdw)
+    ours, theirs = leaf.backend.facts(leaf.w), leaf.backend.facts(leaf.dcdw)
+    if theirs.kind is not ours.kind:
+        headline = "dcdw and w mix real and complex numbers"
+        text = f"expected {ours.kind.value} as in w ({ours.dtype}), got {theirs.dtype}"
+        yield Fault(errors.DtypeError, "dcdw", headline, text)
+    yield from _broadcasts("dcdw", ours, theirs)
+
+
+def _belongs(argument: str, leaf: Leaf, x: Any) -> Iterator[Fault]:
+    """Whether x is of the library of the weights, and on their device."""
+    backend = _backends.find(x)
+    headline = f"{argument} and w are arrays of different libraries or devices"
+    if backend is None:
+        headline = f"{argument} holds something that is no array"
+        text = f"expected an array, got {errors.describe(x)}"
+        yield Fault(errors.LeafError, argument, headline, text)
+    elif backend is not leaf.backend:
+        text = f"expected a {leaf.backend.name} array as in w, got one of {backend.name}"
+        yield Fault(errors.BackendError, argument, headline, text)
+    elif not leaf.backend.fault(x):
+        ours, theirs = leaf.backend.facts(leaf.w).device, leaf.backend.facts(x).device
+        if None not in (ours, theirs) and ours != theirs:
+            text = f"expected an array on {_device(ours)} as in w, got one on {_device(theirs)}"
+            yield Fault(errors.BackendError, argument, headline, text)
+
+
+def _device(device: Any) -> str:
+    return ", ".join(sorted(map(str, device))) if isinstance(device, frozenset) else str(device)
+
+
+def _broadcasts(argument: str, ours: Facts, theirs: Facts) -> Iterator[Fault]:
+    try:
+        fits = np.broadcast_shapes(ours.shape, theirs.shape) == ours.shape
+    except ValueError:
+        fits = False
+    if not fits:
+        headline = f"{argument} does not broadcast to w"
+        text = f"expected a shape that broadcasts to {ours.shape}, got {theirs.shape}"
+        yield Fault(errors.ShapeError, argument, headline, text)
+
+
+def _rates(leaf: Leaf) -> Iterator[Fault]:
+    """Options that are still arrays: rates with a shape, tracers, numbers on an accelerator."""
+    for name, value in leaf.rule._asdict().items():
+        backend = _backends.find(value)
+        if backend is None:
+            continue
+        if not isinstance(value, np.ndarray):  # one in CPU memory serves every library
+            yield from _belongs(name, leaf, value)
+        yield from _broadcasts(name, leaf.backend.facts(leaf.w), backend.facts(value))
+
+
+def _layer_axis(leaf: Leaf) -> Iterator[Fault]:
+    axis, ndim = leaf.rule.layer_axis, len(leaf.backend.facts(leaf.w).shape)
+    if axis is not None and not -ndim <= axis < ndim:
+        headline = "layer_axis is no axis of the weights"
+        text = f"expected an axis of an array of {ndim} dimensions, got {axis}"
+        yield Fault(errors.OptionError, "layer_axis", headline, text)
+
+
+def _looking(leaf: Leaf) -> Iterator[Fault]:
+    """Whether nonfinite="raise" can look at the values."""
+    later = Values.LATER in (leaf.backend.values(leaf.w), leaf.backend.values(leaf.dcdw))
+    if leaf.rule.nonfinite == "raise" and later:
+        headline = "nonfinite cannot raise: the values are not known yet"
+        text = "expected 'propagate' or 'skip' for a traced or lazy array, got 'raise'"
+        yield Fault(errors.OptionError, "nonfinite", headline, text)
+
+
+def _out(leaf: Leaf) -> Iterator[Fault]:
+    if leaf.out is None or leaf.out is leaf.w and leaf.dcdw is None:
+        return
+    yield from _belongs("out", leaf, leaf.out)
+    backend, out = leaf.backend, leaf.out
+    fault = backend.fault(out) or backend.out_fault(out, leaf.rule.stop_gradients)
+    if fault:
+        yield Fault(errors.OutError, "out", "out cannot be written to", f"it is {fault}")
+        return
+    ours, theirs = backend.facts(leaf.w), backend.facts(out)
+    if ours.shape != theirs.shape:
+        text = f"expected shape {ours.shape} as in w, got {theirs.shape}"
+        yield Fault(errors.OutError, "out", "out has another shape than w", text)
+    if ours.dtype != theirs.dtype:
+        text = f"expected {ours.dtype} as in w, got {theirs.dtype}"
+        yield Fault(errors.OutError, "out", "out has another dtype than w", text)
+    memory = backend.memory(out)
+    if memory is not None and _memory.overlaps_itself(memory):
+        text = "expected memory of its own for every element, got a view that overlaps itself"
+        yield Fault(errors.OutError, "out", "out overlaps itself", text)
+
+
+def _shared_memory(
+    leaves: list[Leaf], paths: Callable[[], list[errors.Path]]
+) -> Iterator[tuple[Leaf, Fault]]:
+    """Leaves of `out` that share memory, as tied weights do."""
+    for group in _by_device([leaf for leaf in leaves if leaf.out is not None]):
+        memories = [leaf.backend.memory(leaf.out) for leaf in group]
+        known = [(leaf, x) for leaf, x in zip(group, memories, strict=True) if x is not None]
+        for i, j in _memory.overlapping([x for _, x in known]):
+            text = f"shares memory with {errors.path_string(paths()[known[i][0].index])}"
+            headline = "two leaves of out share memory (tied weights)"
+            yield known[j][0], Fault(errors.OutError, "out", headline, text)
+
+
+def _by_device(leaves: list[Leaf]) -> list[list[Leaf]]:
+    """The leaves grouped by the address space that they live in: all CPU memory is one."""
+    groups: dict[str, list[Leaf]] = {}
+    for leaf in leaves:
+        device = str(leaf.backend.facts(leaf.w).device)
+        groups.setdefault(device, []).append(leaf)
+    return list(groups.values())
+
+
+def detach_inputs(leaves: list[Leaf]) -> list[Leaf]:
+    """The leaves with copies of those inputs that `out` would overwrite before they are read.
+
+    An input may be the very same memory as the `out` of its own leaf: it is read first.
+    """
+    new = {leaf.index: leaf for leaf in leaves}
+    for group in _by_device([leaf for leaf in leaves if leaf.out is not None]):
+        for leaf, role in _overwritten(group):
+            new[leaf.index] = _COPIES[role](new[leaf.index])
+    return [new[leaf.index] for leaf in leaves]
+
+
+def _overwritten(group: list[Leaf]) -> Iterator[tuple[Leaf, str]]:
+    targets = [(leaf, leaf.backend.memory(leaf.out)) for leaf in group]
+    outs = [(leaf, memory) for leaf, memory in targets if memory is not None]
+    # An array may serve many leaves: it is one input with many readers.
+    readers: dict[int, list[tuple[Leaf, str]]] = {}
+    inputs: dict[int, np.ndarray[Any, Any]] = {}
+    for leaf in group:
+        for role, x in (("w", leaf.w), ("dcdw", leaf.dcdw), ("lr", leaf.rule.lr)):
+            if x is None or x is leaf.out or isinstance(x, float):
+                continue
+            memory = x if role == "lr" else leaf.backend.memory(x)
+            if isinstance(memory, np.ndarray):
+                readers.setdefault(id(x), []).append((leaf, role))
+                inputs[id(x)] = memory
+    memories = [memory for _, memory in outs]
+    for i, j in _memory.overlapping(memories, list(inputs.values())):
+        writer, target = outs[i]
+        key = list(inputs)[j]
+        for reader, role in readers[key]:
+            own = reader is writer and role != "lr" and _memory.same(target, inputs[key])
+            if not own:
+                yield reader, role
+
+
+_COPIES: dict[str, Callable[[Leaf], Leaf]] = {
+    "w": lambda leaf: leaf._replace(w=leaf.backend.copy(leaf.w, stop_gradients=True)),
+    "dcdw": lambda leaf: leaf._replace(dcdw=leaf.backend.copy(leaf.dcdw, stop_gradients=True)),
+    "lr": lambda leaf: leaf._replace(rule=leaf.rule._replace(lr=leaf.rule.lr.copy())),
+}

@@ -1,0 +1,136 @@
+"""Where arrays lie in memory, and writes that nothing may interrupt.
+
+Works on addresses alone: the arrays given here are numpy arrays that may stand for memory of any
+device, and are never read.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib.array_utils import byte_bounds
+
+Array = np.ndarray[Any, Any]
+
+# How hard to try to prove that two interleaved views share no element, before assuming they do.
+_MAX_WORK = 10_000
+
+
+def overlaps_itself(x: Array) -> bool:
+    """Whether two elements may share memory, as in the result of a broadcast."""
+    extent = x.itemsize
+    for stride, length in sorted((abs(s), n) for s, n in zip(x.strides, x.shape, strict=True)):
+        if length > 1 and stride < extent:
+            return True
+        extent += stride * (length - 1)
+    return False
+
+
+def same(a: Array, b: Array) -> bool:
+    """Whether a and b are the very same elements in the same places."""
+    return _layout(a) == _layout(b)
+
+
+def _layout(x: Array) -> tuple[int, tuple[int, ...], tuple[int, ...], int]:
+    return x.__array_interface__["data"][0], x.shape, x.strides, x.itemsize
+
+
+def overlapping(
+    written: list[Array], read: list[Array] | None = None
+) -> Iterator[tuple[int, int]]:
+    """Pairs of indices of arrays that share an element.
+
+    Both among `written`, the first index the smaller one; or, where `read` is given, the first
+    among `written` and the second among `read`.
+    """
+    lists = [written] if read is None else [written, read]
+    bounds = sorted(
+        (*byte_bounds(x), side, i) for side, xs in enumerate(lists) for i, x in enumerate(xs) if x.size
+    )
+    # For each side the (end, index) of those arrays seen that may reach into the next ones.
+    reaching: list[list[tuple[int, int]]] = [[] for _ in lists]
+    for start, end, side, i in bounds:
+        for k, ends in enumerate(reaching):
+            reaching[k] = [(stop, j) for stop, j in ends if stop > start]
+        other = 0 if read is None else 1 - side
+        for _, j in reaching[other]:
+            if _share(lists[side][i], lists[other][j]):
+                yield (i, j) if (side < other or (side == other and i < j)) else (j, i)
+        reaching[side].append((end, i))
+
+
+def _share(a: Array, b: Array) -> bool:
+    try:
+        return np.shares_memory(a, b, max_work=_MAX_WORK)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def is_mapped_read_only(address: int, size: int) -> bool:
+    """Whether part of this memory is mapped for reading alone, where the system tells (Linux)."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return False
+    for line in maps.read_text().splitlines():
+        span, permissions = line.split()[:2]
+        start, end = (int(word, 16) for word in span.split("-"))
+        if start < address + size and address < end and "w" not in permissions:
+            return True
+    return False
+
+
+_write_lock = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _write_lock
+    _write_lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    # A fork may come while another thread writes: that thread is not in the child to let go.
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold off signal handlers and the in-place updates of other threads.
+
+    A signal that comes meanwhile is handled at the end: Ctrl-C acts before an update or after it.
+    """
+    with _write_lock:
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python runs signal handlers in the main thread alone
+            return
+        pending: list[tuple[int, Any]] = []
+        handlers: dict[int, Callable[[int, Any], Any]] = {}
+        try:
+            for number in signal.valid_signals():
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    handlers[number] = handler
+                    signal.signal(number, lambda number, frame: pending.append((number, frame)))
+            yield
+        finally:
+            _restore(handlers)
+            for number, frame in pending:
+                handlers[number](number, frame)
+
+
+def _restore(handlers: dict[int, Callable[[int, Any], Any]]) -> None:
+    interrupt: BaseException | None = None
+    for number, handler in handlers.items():
+        try:
+            signal.signal(number, handler)
+        except BaseException as error:  # from a handler that is back and already at work
+            signal.signal(number, handler)
+            interrupt = interrupt or error
+    if interrupt is not None:
+        raise interrupt

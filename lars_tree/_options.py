@@ -1,0 +1,186 @@
+"""The options of the rule: checked, and resolved to one `Rule` for each leaf.
+
+Every option is one value or a prefix of the weights' nest. Values are checked where the user wrote
+them; whether they suit the arrays of a leaf is the business of `_checks.py`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from decimal import Decimal
+from numbers import Real
+from typing import Any, TypedDict
+
+import numpy as np
+
+from lars_tree import _backends, _tree, errors
+from lars_tree._backends.base import Kind, Values
+from lars_tree._rule import Rule
+from lars_tree.array import unwrap
+
+
+class Options(TypedDict, total=False):
+    """The keywords of `lars_update` that come after the published ones; see there."""
+
+    trust_coefficient: Any
+    eps: Any
+    adapt: Any
+    trust_clip: Any
+    grad_scale: Any
+    nonfinite: Any
+    layer_axis: Any
+
+
+class _Unfit(Exception):
+    """A value that an option cannot take; the message says what was expected."""
+
+
+def resolve(tree: Any, options: dict[str, Any]) -> list[Rule]:
+    """The rule for each leaf of `tree`, in the order of its leaves.
+
+    Raises:
+        StructureError: an option is a nest that is no prefix of `tree`.
+        OptionError: a value is not one that the option can take.
+    """
+    keep_history = any(value is not True for value in _tree.leaves(options["stop_gradients"]))
+    shared: dict[str, Any] = {}
+    columns: dict[str, list[Any]] = {}
+    for name, given in options.items():
+        if _tree.is_leaf(given):
+            shared[name] = _checked(name, [((), given)], keep_history)[0]
+        else:
+            values = _checked(name, list(_tree.walk(given)), keep_history)
+            columns[name] = _tree.broadcast(name, tree, _tree.rebuild(given, values))
+    count = len(_tree.leaves(tree))
+    if not columns:
+        return [Rule(**shared)] * count
+    _refuse_gaps(tree, columns)
+    rows = zip(*columns.values(), strict=True)
+    return [Rule(**shared, **dict(zip(columns, row, strict=True))) for row in rows]
+
+
+def _checked(
+    name: str, values: list[tuple[errors.Path, Any]], keep_history: bool
+) -> list[Any]:
+    checked, faults = [], []
+    for path, value in values:
+        if value is None and path:
+            checked.append(None)  # None stands where the weights have nothing
+            continue
+        try:
+            checked.append(_CHECKS[name](unwrap(value), keep_history))
+        except _Unfit as unfit:
+            faults.append((path, f"expected {unfit}, got {_shown(value)}"))
+    if faults:
+        raise _unfit_error(name, faults)
+    return checked
+
+
+def _refuse_gaps(tree: Any, columns: dict[str, list[Any]]) -> None:
+    """None as the value for real weights is an error; only layer_axis has a meaning for it."""
+    for name, column in columns.items():
+        if name == "layer_axis" or None not in (value for value in column if value is None):
+            continue
+        leaves = zip(_tree.walk(tree), column, strict=True)
+        faults = [
+            (path, "expected a value, got None")
+            for (path, leaf), value in leaves
+            if value is None and leaf is not None
+        ]
+        if faults:
+            raise _unfit_error(name, faults)
+
+
+def _unfit_error(name: str, faults: list[errors.Line]) -> errors.LarsTreeError:
+    return errors.error(
+        errors.OptionError, name, f"{name} has a value that the rule is not defined for", faults
+    )
+
+
+def _shown(value: Any) -> str:
+    """The value itself if it is short, otherwise what it is."""
+    text = repr(value)
+    return text if len(text) <= 60 and "\n" not in text else errors.describe(value)
+
+
+def _number(value: Any, keep_history: bool) -> Any:
+    number = _rate(value, keep_history)
+    if getattr(number, "shape", ()) != ():
+        raise _Unfit("a number")
+    return number
+
+
+def _positive(value: Any, keep_history: bool) -> Any:
+    number = _number(value, keep_history)
+    if isinstance(number, float) and number == 0:
+        raise _Unfit("a finite number > 0")
+    return number
+
+
+def _rate(value: Any, keep_history: bool) -> Any:
+    """A float, a numpy array, or an array whose values may not be looked at."""
+    wanted = "a finite number >= 0"
+    if isinstance(value, (Real, Decimal)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = np.inf
+        if not 0 <= number < np.inf:
+            raise _Unfit(wanted)
+        return abs(number)  # no negative zero
+    backend = _backends.find(value)
+    if backend is None or backend.fault(value):
+        raise _Unfit(wanted)
+    facts = backend.facts(value)
+    if facts.kind not in (Kind.REAL, Kind.INTEGER):
+        raise _Unfit(wanted)
+    if backend.values(value) is not Values.HERE or (keep_history and backend.records(value)):
+        return value
+    numbers = np.asarray(backend.to_numpy(value))
+    wide = np.result_type(numbers.dtype, np.float64) if numbers.dtype.kind == "f" else np.float64
+    numbers = numbers.astype(wide, copy=False)
+    if not (np.isfinite(numbers) & (numbers >= 0)).all():
+        raise _Unfit(wanted + " in every element")
+    return float(numbers) if numbers.shape == () else numbers
+
+
+def _flag(value: Any, keep_history: bool) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise _Unfit("True or False")
+    return bool(value)
+
+
+_NONFINITE = ("propagate", "raise", "skip")
+
+
+def _nonfinite(value: Any, keep_history: bool) -> str:
+    if not isinstance(value, str) or value not in _NONFINITE:
+        hint = errors.did_you_mean(value, _NONFINITE)
+        raise _Unfit("'propagate', 'raise' or 'skip'" + hint)
+    return value
+
+
+def _axis(value: Any, keep_history: bool) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, (bool, np.bool_)):
+        raise _Unfit("an axis or None")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise _Unfit("an axis or None") from None
+
+
+_CHECKS: dict[str, Callable[[Any, bool], Any]] = {
+    "lr": _rate,
+    "decay_lambda": _number,
+    "trust_coefficient": _number,
+    "eps": _number,
+    "grad_scale": _positive,
+    "adapt": _flag,
+    "trust_clip": _flag,
+    "nonfinite": _nonfinite,
+    "layer_axis": _axis,
+    "stop_gradients": _flag,
+}

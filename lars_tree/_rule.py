@@ -1,0 +1,117 @@
+"""The LARS formula for one array: its only statement in Python.
+
+    ratio = trust_coefficient * |w| / (|g| + decay_lambda * |w| + eps),   g = dcdw / grad_scale
+    w_new = w - lr * ratio * (g + decay_lambda * w)
+
+The step is linear in dcdw and w, with two coefficients that depend on norms alone. So it is made of
+`coefficients`, which works with any kind of number (decimal.Decimal in `_backends/cpu.py`, arrays
+elsewhere), and `apply`. `step` joins them for libraries that compute with whole arrays.
+
+Knows nothing of nests (`_tree.py`) or of grouping (`update.py`). `tests/reference.py` states the rule
+again, independently, in mpmath; `tests/test_numbers.py` holds this one to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+Number = Any
+
+
+class Rule(NamedTuple):
+    """The options of the rule for one leaf; the defaults are those of `lars_update`."""
+
+    lr: Any
+    decay_lambda: Any = 0.0
+    trust_coefficient: Any = 1.0
+    eps: Any = 0.0
+    grad_scale: Any = 1.0
+    adapt: bool = True
+    trust_clip: bool = False
+    nonfinite: str = "propagate"
+    layer_axis: int | None = None
+    stop_gradients: bool = True
+
+
+def coefficients(
+    w_norm: Number, dcdw_norm: Number, rule: Rule, where: Callable[..., Any], one: Number = 1
+) -> tuple[Number, Number]:
+    """What to multiply dcdw and w by, so that their sum is the step."""
+    rate = rule.lr * trust_ratio(w_norm, dcdw_norm, rule, where, one)
+    return rate / rule.grad_scale, rate * rule.decay_lambda
+
+
+def trust_ratio(
+    w_norm: Number, dcdw_norm: Number, rule: Rule, where: Callable[..., Any], one: Number = 1
+) -> Number:
+    """How far a layer may go, in units of its gradient; norms may be None where adapt is False.
+
+    `one` is a ratio of 1 in the units of the norms, for callers that scale them.
+    """
+    if not rule.adapt:
+        return one
+    denominator = dcdw_norm / rule.grad_scale + rule.decay_lambda * w_norm + rule.eps
+    # A layer initialised to zeros must train, and one without a gradient has nowhere to go: ratio 1.
+    # Dividing by 1 there keeps NaN out of the derivative of the branch that is not taken.
+    undefined = (w_norm == 0) | (denominator == 0)
+    ratio = rule.trust_coefficient * w_norm / where(undefined, 1, denominator)
+    if rule.trust_clip:  # LARC: the local rate lr * ratio never exceeds lr
+        ratio = where(ratio > one, one, ratio)
+    return where(undefined, one, ratio)
+
+
+def apply(
+    w: Any, dcdw: Any, on_dcdw: Number, on_w: Number | None, rates: Any | None = None
+) -> Any:
+    """The weights after the step; None for no decay, so that 0 * inf does not make NaN of it.
+
+    `rates` are for callers whose coefficients cannot be arrays: they leave lr out of the rule.
+    """
+    step = on_dcdw * dcdw if on_w is None else on_dcdw * dcdw + on_w * w
+    return w - (step if rates is None else rates * step)
+
+
+class Ops(Protocol):
+    """What `step` asks of an array library."""
+
+    def norm(self, x: Any, layer_axis: int | None) -> Any:
+        """2-norm over all axes but layer_axis, these kept with length 1; derivative 0 at 0."""
+
+    def largest(self, x: Any, layer_axis: int | None) -> Any:
+        """Largest magnitude over the same axes, a constant to differentiation."""
+
+    def power_of_two(self, x: Any) -> Any:
+        """A power of two within a factor of two of x > 0, else 1; a constant too."""
+
+    def where(self, condition: Any, a: Any, b: Any) -> Any:
+        """Elementwise choice; a and b may be numbers."""
+
+    def maximum(self, a: Any, b: Any) -> Any:
+        """The larger of two arrays or of an array and a number."""
+
+
+def step(ops: Ops, w: Any, dcdw: Any, rule: Rule) -> Any:
+    """The weights after a step, in the precision of w and dcdw, over the whole range of exponents.
+
+    The rule is homogeneous: scale w, or scale dcdw, decay_lambda and eps together, and the part of
+    the step that is along dcdw scales like w, the part along w not at all. So the norms are taken of arrays whose largest magnitude is about 1, where no
+    square can overflow or vanish. Scaling by powers of two changes no bit.
+    """
+    decays = not (isinstance(rule.decay_lambda, float) and rule.decay_lambda == 0)
+    if not rule.adapt:
+        on_dcdw, on_w = coefficients(None, None, rule, ops.where)
+        return apply(w, dcdw, on_dcdw, on_w if decays else None)
+    w_scale = ops.power_of_two(ops.largest(w, rule.layer_axis))
+    dcdw_scale = ops.power_of_two(ops.largest(dcdw, rule.layer_axis))
+    scale = ops.maximum(dcdw_scale / rule.grad_scale, rule.decay_lambda * w_scale)
+    scale = ops.power_of_two(ops.maximum(scale, rule.eps))
+    dcdw = dcdw / dcdw_scale
+    scaled = rule._replace(
+        decay_lambda=rule.decay_lambda * w_scale / scale,
+        eps=rule.eps / scale,
+        grad_scale=rule.grad_scale * (scale / dcdw_scale),
+    )
+    norms = ops.norm(w / w_scale, rule.layer_axis), ops.norm(dcdw, rule.layer_axis)
+    on_dcdw, on_w = coefficients(*norms, scaled, ops.where, one=scale / w_scale)
+    return apply(w, dcdw, w_scale * on_dcdw, on_w if decays else None)

@@ -1,0 +1,241 @@
+"""Nests of values: walk, match by key, broadcast a prefix, rebuild. Knows no arrays.
+
+Dicts (Container is one), lists and tuples are walked by short recursions of our own; every other
+nest (namedtuple, attrs, further mappings and sequences) goes through dm-tree, one node at a time.
+A leaf is whatever is not a nest; None is a leaf that holds nothing.
+
+Matching runs twice only when it fails: a fast pass that stops at the first difference, then a slow
+one that lists them all.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MappingView, Sequence
+from typing import Any
+
+from lars_tree import errors
+from lars_tree.errors import Line, Path
+
+Tree = Any
+Leaf = Any
+
+_LEAF, _DICT, _SEQUENCE, _FOREIGN = range(4)
+_KINDS: dict[type, int] = {list: _SEQUENCE, tuple: _SEQUENCE, dict: _DICT}
+
+# How to make a dict of exactly this type from its items; other dict types are copied and refilled.
+MAKERS: dict[type, Callable[[Iterable[tuple[Hashable, Any]]], Any]] = {dict: dict}
+
+
+class _Mismatch(Exception):
+    """The fast pass found a difference."""
+
+
+def _kind(node: Tree) -> int:
+    cls = type(node)
+    kind = _KINDS.get(cls)
+    if kind is None:
+        kind = _classify(node)
+        _KINDS[cls] = kind
+    return kind
+
+
+def _classify(node: Tree) -> int:
+    cls = type(node)
+    if issubclass(cls, dict):
+        return _DICT
+    if hasattr(cls, "__attrs_attrs__") or issubclass(cls, (Mapping, MappingView, Sequence)):
+        import tree  # dm-tree: only nests that are neither dict nor list nor tuple need it
+
+        return _FOREIGN if tree.is_nested(node) else _LEAF
+    return _LEAF
+
+
+def is_leaf(node: Tree) -> bool:
+    """Whether the node is no nest."""
+    return _kind(node) == _LEAF
+
+
+def children(node: Tree) -> Iterable[tuple[Hashable, Tree]]:
+    """The (key, child) pairs of a node: keys of a mapping, indices, names of fields."""
+    kind = _kind(node)
+    if kind == _DICT:  # through the type: a key named "items" may hide the method
+        return type(node).items(node)  # type: ignore[no-any-return]
+    if kind == _SEQUENCE:
+        return enumerate(node)
+    found: list[tuple[Hashable, Tree]] = []
+    if kind == _FOREIGN:
+        import tree
+
+        def visit(path: Path, child: Tree) -> Any:
+            if not path:
+                return None  # go on into the node itself
+            found.append((path[0], child))
+            return child if child is not None else tree.MAP_TO_NONE  # but no deeper
+
+        tree.traverse_with_path(visit, node)
+    return found
+
+
+def replace_children(node: Tree, values: Iterable[Tree]) -> Tree:
+    """A node of the same type and keys with other children, given in the order of `children`."""
+    kind = _kind(node)
+    if kind == _SEQUENCE:
+        return type(node)(values)
+    if kind == _DICT:
+        maker = MAKERS.get(type(node))
+        if maker is not None:
+            return maker(zip(node, values, strict=True))
+        new = copy.copy(node)
+        for key, value in zip(node, values, strict=True):
+            dict.__setitem__(new, key, value)
+        return new
+    import tree
+
+    remaining = iter(values)
+
+    def visit(path: Path, _: Tree) -> Any:
+        if not path:
+            return None
+        value = next(remaining)
+        return value if value is not None else tree.MAP_TO_NONE
+
+    return tree.traverse_with_path(visit, node)
+
+
+def leaves(tree: Tree) -> list[Leaf]:
+    """The leaves, in the order in which the nest holds them."""
+    found: list[Leaf] = []
+    _collect(tree, found)
+    return found
+
+
+def _collect(node: Tree, found: list[Leaf]) -> None:
+    kind = _kind(node)
+    if kind == _LEAF:
+        found.append(node)
+    elif kind == _DICT:
+        for child in type(node).values(node):
+            _collect(child, found)
+    else:
+        for _, child in children(node):
+            _collect(child, found)
+
+
+def walk(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Leaf]]:
+    """(path, leaf) pairs, in the same order as `leaves`."""
+    if is_leaf(tree):
+        yield path, tree
+    else:
+        for key, child in children(tree):
+            yield from walk(child, (*path, key))
+
+
+def rebuild(tree: Tree, new_leaves: Iterable[Leaf]) -> Tree:
+    """A nest like `tree` with other leaves, given in the order of `leaves`."""
+    remaining = iter(new_leaves)
+
+    def fill(node: Tree) -> Tree:
+        if _kind(node) == _LEAF:
+            return next(remaining)
+        return replace_children(node, [fill(child) for _, child in children(node)])
+
+    return fill(tree)
+
+
+def broadcast(argument: str, tree: Tree, prefix: Tree, *, exact: bool = False) -> list[Leaf]:
+    """For each leaf of `tree` the value that `prefix` gives it.
+
+    `prefix` has the nodes of `tree` down to leaves that may come early, unless `exact`: these hold
+    for all that lies below them. Keys are matched by name; a list matches a tuple of its length.
+
+    Raises:
+        StructureError: naming `argument` and every path where the two differ.
+    """
+    found: list[Leaf] = []
+    try:
+        _broadcast(tree, prefix, found, exact)
+    except _Mismatch:
+        raise errors.error(
+            errors.StructureError,
+            argument,
+            f"{argument} does not match w",
+            differences(tree, prefix, exact),
+        ) from None
+    return found
+
+
+def _broadcast(node: Tree, prefix: Tree, found: list[Leaf], exact: bool) -> None:
+    kind, prefix_kind = _kind(node), _kind(prefix)
+    if prefix_kind == _LEAF:
+        if kind == _LEAF:
+            found.append(prefix)
+        elif exact:
+            raise _Mismatch
+        else:
+            found.extend([prefix] * len(leaves(node)))
+    elif kind == _LEAF:
+        raise _Mismatch
+    elif kind == prefix_kind == _DICT:
+        # dict's own methods, here and below: those of a Container read 'a/b' as a path.
+        if len(node) != len(prefix):
+            raise _Mismatch
+        for key, child in type(node).items(node):
+            if not dict.__contains__(prefix, key):
+                raise _Mismatch
+            _broadcast(child, dict.__getitem__(prefix, key), found, exact)
+    else:
+        pairs, others = list(children(node)), dict(children(prefix))
+        if len(pairs) != len(others):
+            raise _Mismatch
+        for key, child in pairs:
+            if key not in others:
+                raise _Mismatch
+            _broadcast(child, others[key], found, exact)
+
+
+def differences(tree: Tree, prefix: Tree, exact: bool = False, path: Path = ()) -> Iterator[Line]:
+    """Every place where `prefix` is no prefix of `tree`, with what was expected there."""
+    if is_leaf(prefix):
+        if exact and not is_leaf(tree):
+            yield path, f"expected {errors.describe(tree)}, got {errors.describe(prefix)}"
+        return
+    if is_leaf(tree):
+        yield path, f"expected {errors.describe(tree)}, got {errors.describe(prefix)}"
+        return
+    mine, theirs = dict(children(tree)), dict(children(prefix))
+    if mine.keys() != theirs.keys():
+        if _SEQUENCE in (_kind(tree), _kind(prefix)):
+            yield path, f"expected {errors.describe(tree)}, got {errors.describe(prefix)}"
+            return
+        yield path, errors.key_differences(list(mine), list(theirs))
+    for key in mine:
+        if key in theirs:
+            yield from differences(mine[key], theirs[key], exact, (*path, key))
+
+
+def cycle(tree: Tree) -> tuple[Path, Path] | None:
+    """The path of a node that holds itself, and the path at which it does; None without one.
+
+    Iterative, so that it can explain a RecursionError.
+    """
+    stack: list[tuple[Path, Iterator[tuple[Hashable, Tree]]]] = [((), iter([("", tree)]))]
+    open_nodes: list[tuple[int, Path]] = []
+    while stack:
+        path, pending = stack[-1]
+        step = next(pending, None)
+        if step is None:
+            stack.pop()
+            if open_nodes:
+                open_nodes.pop()
+            continue
+        key, child = step
+        child_path = (*path, key) if len(stack) > 1 else ()
+        if is_leaf(child):
+            continue
+        for identity, earlier in open_nodes:
+            if identity == id(child):
+                return earlier, child_path
+        open_nodes.append((id(child), child_path))
+        stack.append((child_path, iter(list(children(child)))))
+    return None

@@ -1,0 +1,181 @@
+"""Array: a thin wrapper around one native array, for those who like methods.
+
+Nothing is computed here: operators go to the native array, `lars_update` to the function.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from lars_tree._operators import Arithmetic
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from lars_tree._options import Options
+
+
+class Array(Arithmetic):
+    """A native array (numpy, torch, JAX, Dask, CuPy, ...) with the methods of this package.
+
+    >>> w = Array(np.array([3.0, 4.0]))
+    >>> w.lars_update(np.array([0.0, 10.0]), 0.1)    # ratio 5 / 10: a step of 0.05 * [0, 10]
+    Array([3. , 3.5])
+    >>> 2 * w > 7
+    Array([False,  True])
+
+    Args:
+        data: The native array, which is not copied; an Array gives its own.
+    """
+
+    __slots__ = ("_data",)
+
+    def __init__(self, data: Any) -> None:
+        self._data = unwrap(data)
+
+    @property
+    def data(self) -> Any:
+        """The native array."""
+        return self._data
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The lengths of the axes."""
+        return tuple(self._data.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """The type of the elements, as the library has it."""
+        return self._data.dtype
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return prod(self.shape)
+
+    @property
+    def device(self) -> Any:
+        """Where the elements live, as the library says it."""
+        return getattr(self._data, "device", "cpu")
+
+    def lars_update(
+        self, dcdw: Any, lr: Any, /, *, decay_lambda: Any = 0, stop_gradients: Any = True,
+        out: Any = None, **options: Unpack[Options],
+    ) -> Any:
+        """Take one LARS step on this array: `lars_tree.lars_update` with self as `w`.
+
+        >>> Array(np.array([3.0, 4.0])).lars_update(np.array([0.4, 0.3]), 0.1, decay_lambda=0.1)
+        Array([2.65, 3.65])
+
+        Args:
+            dcdw: The gradient, of a shape that broadcasts to that of the weights.
+            lr: The rate.
+            decay_lambda: Weight decay.
+            stop_gradients: False to differentiate through the step.
+            out: The array to write to; may be self.
+            **options: The further options of `lars_tree.lars_update`.
+
+        Returns:
+            A new Array, or `out`.
+
+        Raises:
+            LarsTreeError: as `lars_tree.lars_update` does.
+        """
+        from lars_tree.update import lars_update  # which needs this module to unwrap
+
+        return lars_update(
+            self, dcdw, lr, decay_lambda=decay_lambda, stop_gradients=stop_gradients, out=out,
+            **options,
+        )
+
+    def _operate(self, operation: Callable[..., Any], *operands: Any) -> Any:
+        if any(isinstance(operand, dict) for operand in operands):
+            return NotImplemented  # a Container takes the array for each of its leaves
+        return Array(operation(*map(unwrap, operands)))
+
+    def __lt__(self, other: Any) -> Any:
+        return self._operate(operator.lt, self, other)
+
+    def __le__(self, other: Any) -> Any:
+        return self._operate(operator.le, self, other)
+
+    def __eq__(self, other: Any) -> Any:
+        return self._operate(operator.eq, self, other)
+
+    def __ne__(self, other: Any) -> Any:
+        return self._operate(operator.ne, self, other)
+
+    def __ge__(self, other: Any) -> Any:
+        return self._operate(operator.ge, self, other)
+
+    def __gt__(self, other: Any) -> Any:
+        return self._operate(operator.gt, self, other)
+
+    __hash__ = None  # type: ignore[assignment]  # comparisons are elementwise
+
+    def __getitem__(self, key: Any) -> Array:
+        return Array(self._data[unwrap(key)])
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._data[unwrap(key)] = unwrap(value)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __iter__(self) -> Iterator[Array]:
+        return map(Array, self._data)
+
+    def __bool__(self) -> bool:
+        return bool(self._data)
+
+    def __int__(self) -> int:
+        return int(self._data)
+
+    def __float__(self) -> float:
+        return float(self._data)
+
+    def __complex__(self) -> complex:
+        return complex(self._data)
+
+    def __index__(self) -> int:
+        return operator.index(self._data)
+
+    def __repr__(self) -> str:
+        text = repr(self._data)
+        inside = text[text.find("(") + 1 : -1] if text.endswith(")") else text
+        # Continuation lines are indented for the native name, which is not ours in length.
+        shift = len("Array") - text.find("(")
+        lines = inside.split("\n")
+        rest = [" " * shift + line if shift > 0 else line[-shift:] for line in lines[1:]]
+        return "Array(" + "\n".join([lines[0], *rest]) + ")"
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        import numpy as np
+
+        return np.array(self._data, dtype=dtype, copy=copy)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._data.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self._data.__dlpack_device__()
+
+    def __array_namespace__(self, *, api_version: str | None = None) -> Any:
+        """The namespace of the native array, for its own arrays: pass `.data` to its functions."""
+        return self._data.__array_namespace__(api_version=api_version)
+
+    def __copy__(self) -> Array:
+        return Array(self._data)
+
+
+def unwrap(x: Any) -> Any:
+    """The native array of an Array; anything else as it is."""
+    return x._data if type(x) is Array else x

@@ -1,0 +1,133 @@
+"""The exceptions of the package and the wording of every message.
+
+One dialect: a headline that names the argument, then one line for each path, which says what was
+expected and what was found. Knows no arrays beyond their `shape`, and no libraries.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+Path = tuple[Hashable, ...]
+
+MOST_LINES = 10
+
+
+class LarsTreeError(Exception):
+    """Base of every error of the package.
+
+    Attributes:
+        argument: The name of the argument at fault, such as "dcdw".
+        paths: The paths of the leaves at fault: tuples of keys, () for a bare array.
+    """
+
+    argument: str = ""
+    paths: tuple[Path, ...] = ()
+
+
+class StructureError(LarsTreeError, ValueError):
+    """An argument's nest does not match that of the weights; lists every differing path."""
+
+
+class LeafError(LarsTreeError, TypeError):
+    """A leaf is something else than an array that can be computed with."""
+
+
+class ShapeError(LarsTreeError, ValueError):
+    """An array does not broadcast to the shape of its weights."""
+
+
+class DtypeError(LarsTreeError, TypeError):
+    """Weights or gradients are not floating point, or complex meets real."""
+
+
+class BackendError(LarsTreeError, TypeError):
+    """Arrays that meet at a leaf belong to different libraries or live on different devices."""
+
+
+class OptionError(LarsTreeError, ValueError):
+    """A rate or an option has a value that the rule is not defined for."""
+
+
+class OutError(LarsTreeError, ValueError):
+    """The result cannot be written to `out`."""
+
+
+class NonFiniteError(LarsTreeError, ArithmeticError):
+    """A step would hold NaN or infinity, and nonfinite="raise" was asked for."""
+
+
+Line = tuple[Path, str]
+
+
+def error(
+    kind: type[LarsTreeError], argument: str, headline: str, lines: Iterable[Line]
+) -> LarsTreeError:
+    """An exception of the given kind, its message made of a headline and a line for each path."""
+    lines = list(lines)
+    shown = [f"\n  {path_string(path) or argument}: {text}" for path, text in lines[:MOST_LINES]]
+    rest = len(lines) - len(shown)
+    if rest:
+        shown.append(f"\n  and {rest} more")
+    exception = kind(headline + "".join(shown))
+    exception.argument = argument
+    exception.paths = tuple(path for path, _ in lines)
+    return exception
+
+
+def path_string(path: Path) -> str:
+    """The path as a user would write it: keys joined by '/', odd ones quoted."""
+    return "/".join(_segment(key) for key in path)
+
+
+def _segment(key: Hashable) -> str:
+    if isinstance(key, str):
+        return key if key and "/" not in key and key.isprintable() else repr(key)
+    return str(key) if isinstance(key, int) else reprlib.repr(key)
+
+
+def did_you_mean(key: object, known: Iterable[object]) -> str:
+    """' (did you mean ...?)' where a known key is a near miss of `key`, otherwise ''."""
+    import difflib  # only errors need it
+
+    names = [name for name in known if isinstance(name, str)]
+    close = difflib.get_close_matches(key, names, n=1) if isinstance(key, str) else []
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def key_differences(expected: Sequence[object], found: Sequence[object]) -> str:
+    """What is missing and what is unexpected among the keys of one node."""
+    missing = [key for key in expected if key not in found]
+    surplus = [key for key in found if key not in expected]
+    parts = []
+    if missing:
+        parts.append("missing " + _enumerate(map(repr, missing)))
+    if surplus:
+        hints = [repr(key) + did_you_mean(key, missing) for key in surplus]
+        parts.append("unexpected " + _enumerate(hints))
+    return "; ".join(parts)
+
+
+def describe(node: Any) -> str:
+    """What a leaf or a node is, in words: 'an array of shape (3, 4)'."""
+    if node is None:
+        return "None"
+    name = type(node).__name__
+    article = "an" if name[0].lower() in "aeiou" else "a"
+    if isinstance(node, Mapping):
+        keys = _enumerate(map(repr, node))
+        return f"{article} {name} with keys {keys}" if keys else f"an empty {name}"
+    if isinstance(node, (list, tuple)):
+        return f"{article} {name} of {len(node)} items"
+    shape = getattr(node, "shape", None)
+    if isinstance(shape, tuple):
+        return f"an array of shape {tuple(shape)}"
+    return f"{article} {name}"
+
+
+def _enumerate(words: Iterable[str], most: int = 5) -> str:
+    words = list(words)
+    rest = len(words) - most
+    return ", ".join(words[:most]) + (f" and {rest} more" if rest > 0 else "")
