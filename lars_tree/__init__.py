@@ -1,4 +1,44 @@
-"""Update a whole nest of weights in one call, by Layer-wise Adaptive Rate Scaling (LARS)."""
+"""Update a whole nest of weights in one call, by Layer-wise Adaptive Rate Scaling (LARS).
+
+import lars_tree as lt
+
+w = lt.Container(encoder={"kernel": k, "bias": b}, head=h)     # numpy, torch, jax, ...
+w = w.lars_update(grads, 0.1, decay_lambda=1e-4)                # a new Container
+w.lars_update(grads, 0.1, out=w)                                # in place
+"""
 
 from lars_tree.array import Array
+from lars_tree.container import Container
+from lars_tree.errors import (
+    BackendError,
+    DtypeError,
+    LarsTreeError,
+    LeafError,
+    NonFiniteError,
+    OptionError,
+    OutError,
+    PathAttributeError,
+    PathKeyError,
+    ShapeError,
+    StructureError,
+)
 from lars_tree.update import lars_update
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Array",
+    "BackendError",
+    "Container",
+    "DtypeError",
+    "LarsTreeError",
+    "LeafError",
+    "NonFiniteError",
+    "OptionError",
+    "OutError",
+    "PathAttributeError",
+    "PathKeyError",
+    "ShapeError",
+    "StructureError",
+    "lars_update",
+]

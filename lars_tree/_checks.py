@@ -1,7 +1,7 @@
-"""Everything that can be wrong with the arrays of an update, found before the first byte is written.
+"""All that can be wrong with the arrays of an update, found before the first byte is written.
 
-One function a question; each looks at one leaf and reports what it finds with its path. Structure is
-checked in `_tree.py`, the values of options in `_options.py`.
+One function a question; each looks at one leaf and reports what it finds. Structure is checked in
+`_tree.py`, the values of options in `_options.py`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ _FLOATING = (Kind.REAL, Kind.COMPLEX)
 class Leaf(NamedTuple):
     """One array of the weights with all that its step takes.
 
-    `dcdw` is None where the weights stay as they are, `out` where the result is a new array.
+    `place` counts the leaves of the nest, `dcdw` is None where the weights stay as they are,
+    `out` where the result is a new array.
     """
 
-    index: int
+    place: int
     w: Any
     dcdw: Any
     out: Any
@@ -52,7 +53,9 @@ def check(leaves: list[Leaf], paths: Callable[[], list[errors.Path]]) -> None:
         found = list(_shared_memory(leaves, paths))
     if found:
         first = found[0][1]
-        same = [(paths()[leaf.index], fault.text) for leaf, fault in found if fault[:3] == first[:3]]
+        same = [
+            (paths()[leaf.place], fault.text) for leaf, fault in found if fault[:3] == first[:3]
+        ]
         raise errors.error(*first[:3], same)
 
 
@@ -156,7 +159,7 @@ def _looking(leaf: Leaf) -> Iterator[Fault]:
 
 
 def _out(leaf: Leaf) -> Iterator[Fault]:
-    if leaf.out is None or leaf.out is leaf.w and leaf.dcdw is None:
+    if leaf.out is None or (leaf.out is leaf.w and leaf.dcdw is None):
         return
     yield from _belongs("out", leaf, leaf.out)
     backend, out = leaf.backend, leaf.out
@@ -185,7 +188,7 @@ def _shared_memory(
         memories = [leaf.backend.memory(leaf.out) for leaf in group]
         known = [(leaf, x) for leaf, x in zip(group, memories, strict=True) if x is not None]
         for i, j in _memory.overlapping([x for _, x in known]):
-            text = f"shares memory with {errors.path_string(paths()[known[i][0].index])}"
+            text = f"shares memory with {errors.path_string(paths()[known[i][0].place])}"
             headline = "two leaves of out share memory (tied weights)"
             yield known[j][0], Fault(errors.OutError, "out", headline, text)
 
@@ -204,11 +207,11 @@ def detach_inputs(leaves: list[Leaf]) -> list[Leaf]:
 
     An input may be the very same memory as the `out` of its own leaf: it is read first.
     """
-    new = {leaf.index: leaf for leaf in leaves}
+    new = {leaf.place: leaf for leaf in leaves}
     for group in _by_device([leaf for leaf in leaves if leaf.out is not None]):
         for leaf, role in _overwritten(group):
-            new[leaf.index] = _COPIES[role](new[leaf.index])
-    return [new[leaf.index] for leaf in leaves]
+            new[leaf.place] = _COPIES[role](new[leaf.place])
+    return [new[leaf.place] for leaf in leaves]
 
 
 def _overwritten(group: list[Leaf]) -> Iterator[tuple[Leaf, str]]:

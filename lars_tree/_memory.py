@@ -20,7 +20,7 @@ from numpy.lib.array_utils import byte_bounds
 Array = np.ndarray[Any, Any]
 
 # How hard to try to prove that two interleaved views share no element, before assuming they do.
-_MAX_WORK = 10_000
+_MAX_WORK: Any = 10_000
 
 
 def overlaps_itself(x: Array) -> bool:
@@ -42,9 +42,7 @@ def _layout(x: Array) -> tuple[int, tuple[int, ...], tuple[int, ...], int]:
     return x.__array_interface__["data"][0], x.shape, x.strides, x.itemsize
 
 
-def overlapping(
-    written: list[Array], read: list[Array] | None = None
-) -> Iterator[tuple[int, int]]:
+def overlapping(written: list[Array], read: list[Array] | None = None) -> Iterator[tuple[int, int]]:
     """Pairs of indices of arrays that share an element.
 
     Both among `written`, the first index the smaller one; or, where `read` is given, the first
@@ -52,7 +50,10 @@ def overlapping(
     """
     lists = [written] if read is None else [written, read]
     bounds = sorted(
-        (*byte_bounds(x), side, i) for side, xs in enumerate(lists) for i, x in enumerate(xs) if x.size
+        (*byte_bounds(x), side, i)
+        for side, xs in enumerate(lists)
+        for i, x in enumerate(xs)
+        if x.size
     )
     # For each side the (end, index) of those arrays seen that may reach into the next ones.
     reaching: list[list[tuple[int, int]]] = [[] for _ in lists]
@@ -112,7 +113,7 @@ def uninterrupted() -> Iterator[None]:
         pending: list[tuple[int, Any]] = []
         handlers: dict[int, Callable[[int, Any], Any]] = {}
         try:
-            for number in signal.valid_signals():
+            for number in map(int, signal.valid_signals()):
                 handler = signal.getsignal(number)
                 if callable(handler):
                     handlers[number] = handler

@@ -1,4 +1,4 @@
-"""The arithmetic operators, in both orders, in terms of one method. Array and Container have them."""
+"""The arithmetic operators of Array and Container, in both orders, in terms of one method."""
 
 from __future__ import annotations
 

@@ -60,10 +60,9 @@ def resolve(tree: Any, options: dict[str, Any]) -> list[Rule]:
     return [Rule(**shared, **dict(zip(columns, row, strict=True))) for row in rows]
 
 
-def _checked(
-    name: str, values: list[tuple[errors.Path, Any]], keep_history: bool
-) -> list[Any]:
-    checked, faults = [], []
+def _checked(name: str, values: list[tuple[errors.Path, Any]], keep_history: bool) -> list[Any]:
+    checked: list[Any] = []
+    faults: list[errors.Line] = []
     for path, value in values:
         if value is None and path:
             checked.append(None)  # None stands where the weights have nothing

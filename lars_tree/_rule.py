@@ -7,8 +7,8 @@ The step is linear in dcdw and w, with two coefficients that depend on norms alo
 `coefficients`, which works with any kind of number (decimal.Decimal in `_backends/cpu.py`, arrays
 elsewhere), and `apply`. `step` joins them for libraries that compute with whole arrays.
 
-Knows nothing of nests (`_tree.py`) or of grouping (`update.py`). `tests/reference.py` states the rule
-again, independently, in mpmath; `tests/test_numbers.py` holds this one to it.
+Knows nothing of nests (`_tree.py`) or of grouping (`update.py`). `tests/reference.py` states the
+rule again, independently, in mpmath; `tests/test_numbers.py` holds this one to it.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def trust_ratio(
     if not rule.adapt:
         return one
     denominator = dcdw_norm / rule.grad_scale + rule.decay_lambda * w_norm + rule.eps
-    # A layer initialised to zeros must train, and one without a gradient has nowhere to go: ratio 1.
-    # Dividing by 1 there keeps NaN out of the derivative of the branch that is not taken.
+    # A layer initialised to zeros must train, and one without a gradient has nowhere to go: both
+    # have ratio 1. Dividing by 1 there keeps NaN out of the derivative of the other branch.
     undefined = (w_norm == 0) | (denominator == 0)
     ratio = rule.trust_coefficient * w_norm / where(undefined, 1, denominator)
     if rule.trust_clip:  # LARC: the local rate lr * ratio never exceeds lr
@@ -61,15 +61,16 @@ def trust_ratio(
     return where(undefined, one, ratio)
 
 
-def apply(
-    w: Any, dcdw: Any, on_dcdw: Number, on_w: Number | None, rates: Any | None = None
-) -> Any:
+def apply(w: Any, dcdw: Any, on_dcdw: Number, on_w: Number | None, rates: Any | None = None) -> Any:
     """The weights after the step; None for no decay, so that 0 * inf does not make NaN of it.
 
     `rates` are for callers whose coefficients cannot be arrays: they leave lr out of the rule.
     """
     step = on_dcdw * dcdw if on_w is None else on_dcdw * dcdw + on_w * w
     return w - (step if rates is None else rates * step)
+
+
+NUMBERS = ("lr", "decay_lambda", "trust_coefficient", "eps", "grad_scale")
 
 
 class Ops(Protocol):
@@ -94,9 +95,10 @@ class Ops(Protocol):
 def step(ops: Ops, w: Any, dcdw: Any, rule: Rule) -> Any:
     """The weights after a step, in the precision of w and dcdw, over the whole range of exponents.
 
-    The rule is homogeneous: scale w, or scale dcdw, decay_lambda and eps together, and the part of
-    the step that is along dcdw scales like w, the part along w not at all. So the norms are taken of arrays whose largest magnitude is about 1, where no
-    square can overflow or vanish. Scaling by powers of two changes no bit.
+    The rule is homogeneous. Scale w, or scale dcdw, decay_lambda and eps together, and the part of
+    the step along dcdw scales like w, the part along w not at all. So norms are taken of arrays
+    whose largest magnitude is about 1, where no square can overflow or vanish, and scaling by
+    powers of two changes no bit.
     """
     decays = not (isinstance(rule.decay_lambda, float) and rule.decay_lambda == 0)
     if not rule.adapt:

@@ -143,14 +143,35 @@ def rebuild(tree: Tree, new_leaves: Iterable[Leaf]) -> Tree:
     return fill(tree)
 
 
-def broadcast(argument: str, tree: Tree, prefix: Tree, *, exact: bool = False) -> list[Leaf]:
+NOTHING = object()
+
+
+def pick(tree: Tree, kept: Iterator[bool]) -> Tree:
+    """The nest of those leaves for which `kept`, in their order, is true; NOTHING without any.
+
+    Nodes that this empties go too. A list or tuple keeps its length, with None in the gaps.
+    """
+    if is_leaf(tree):
+        return tree if next(kept) else NOTHING
+    pairs = [(key, pick(child, kept)) for key, child in children(tree)]
+    some = [(key, child) for key, child in pairs if child is not NOTHING]
+    if not some:
+        return NOTHING
+    if type(tree) in MAKERS:
+        return MAKERS[type(tree)](some)
+    return replace_children(tree, (None if child is NOTHING else child for _, child in pairs))
+
+
+def broadcast(
+    argument: str, tree: Tree, prefix: Tree, *, exact: bool = False, to: str = "w"
+) -> list[Leaf]:
     """For each leaf of `tree` the value that `prefix` gives it.
 
     `prefix` has the nodes of `tree` down to leaves that may come early, unless `exact`: these hold
     for all that lies below them. Keys are matched by name; a list matches a tuple of its length.
 
     Raises:
-        StructureError: naming `argument` and every path where the two differ.
+        StructureError: naming `argument`, what it goes `to`, and every path where they differ.
     """
     found: list[Leaf] = []
     try:
@@ -159,7 +180,7 @@ def broadcast(argument: str, tree: Tree, prefix: Tree, *, exact: bool = False) -
         raise errors.error(
             errors.StructureError,
             argument,
-            f"{argument} does not match w",
+            f"{argument} does not match {to}",
             differences(tree, prefix, exact),
         ) from None
     return found
@@ -174,24 +195,18 @@ def _broadcast(node: Tree, prefix: Tree, found: list[Leaf], exact: bool) -> None
             raise _Mismatch
         else:
             found.extend([prefix] * len(leaves(node)))
-    elif kind == _LEAF:
+        return
+    if kind == _LEAF:
         raise _Mismatch
-    elif kind == prefix_kind == _DICT:
-        # dict's own methods, here and below: those of a Container read 'a/b' as a path.
-        if len(node) != len(prefix):
+    # dict's own methods, where it is one: those of a Container read 'a/b' as a path.
+    others = prefix if prefix_kind == _DICT else dict(children(prefix))
+    pairs = list(children(node))
+    if len(pairs) != len(others):
+        raise _Mismatch
+    for key, child in pairs:
+        if not dict.__contains__(others, key):
             raise _Mismatch
-        for key, child in type(node).items(node):
-            if not dict.__contains__(prefix, key):
-                raise _Mismatch
-            _broadcast(child, dict.__getitem__(prefix, key), found, exact)
-    else:
-        pairs, others = list(children(node)), dict(children(prefix))
-        if len(pairs) != len(others):
-            raise _Mismatch
-        for key, child in pairs:
-            if key not in others:
-                raise _Mismatch
-            _broadcast(child, others[key], found, exact)
+        _broadcast(child, dict.__getitem__(others, key), found, exact)
 
 
 def differences(tree: Tree, prefix: Tree, exact: bool = False, path: Path = ()) -> Iterator[Line]:
@@ -209,9 +224,9 @@ def differences(tree: Tree, prefix: Tree, exact: bool = False, path: Path = ()) 
             yield path, f"expected {errors.describe(tree)}, got {errors.describe(prefix)}"
             return
         yield path, errors.key_differences(list(mine), list(theirs))
-    for key in mine:
+    for key, child in mine.items():
         if key in theirs:
-            yield from differences(mine[key], theirs[key], exact, (*path, key))
+            yield from differences(child, theirs[key], exact, (*path, key))
 
 
 def cycle(tree: Tree) -> tuple[Path, Path] | None:

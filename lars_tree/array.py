@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from lars_tree import _pytrees
 from lars_tree._operators import Arithmetic
 
 if TYPE_CHECKING:
@@ -67,8 +68,15 @@ class Array(Arithmetic):
         return getattr(self._data, "device", "cpu")
 
     def lars_update(
-        self, dcdw: Any, lr: Any, /, *, decay_lambda: Any = 0, stop_gradients: Any = True,
-        out: Any = None, **options: Unpack[Options],
+        self,
+        dcdw: Any,
+        lr: Any,
+        /,
+        *,
+        decay_lambda: Any = 0,
+        stop_gradients: Any = True,
+        out: Any = None,
+        **options: Unpack[Options],
     ) -> Any:
         """Take one LARS step on this array: `lars_tree.lars_update` with self as `w`.
 
@@ -92,7 +100,12 @@ class Array(Arithmetic):
         from lars_tree.update import lars_update  # which needs this module to unwrap
 
         return lars_update(
-            self, dcdw, lr, decay_lambda=decay_lambda, stop_gradients=stop_gradients, out=out,
+            self,
+            dcdw,
+            lr,
+            decay_lambda=decay_lambda,
+            stop_gradients=stop_gradients,
+            out=out,
             **options,
         )
 
@@ -179,3 +192,6 @@ class Array(Arithmetic):
 def unwrap(x: Any) -> Any:
     """The native array of an Array; anything else as it is."""
     return x._data if type(x) is Array else x
+
+
+_pytrees.register_wrapper(Array, "_data")

@@ -59,6 +59,17 @@ class NonFiniteError(LarsTreeError, ArithmeticError):
     """A step would hold NaN or infinity, and nonfinite="raise" was asked for."""
 
 
+class PathKeyError(LarsTreeError, KeyError):
+    """A Container has nothing at a path, or nothing can be put there."""
+
+    def __str__(self) -> str:  # a KeyError shows the repr of its message
+        return str(self.args[0])
+
+
+class PathAttributeError(LarsTreeError, AttributeError):
+    """A Container has no such key to read as an attribute, or it cannot be set as one."""
+
+
 Line = tuple[Path, str]
 
 
@@ -103,10 +114,10 @@ def key_differences(expected: Sequence[object], found: Sequence[object]) -> str:
     surplus = [key for key in found if key not in expected]
     parts = []
     if missing:
-        parts.append("missing " + _enumerate(map(repr, missing)))
+        parts.append("missing " + enumerated(map(repr, missing)))
     if surplus:
         hints = [repr(key) + did_you_mean(key, missing) for key in surplus]
-        parts.append("unexpected " + _enumerate(hints))
+        parts.append("unexpected " + enumerated(hints))
     return "; ".join(parts)
 
 
@@ -117,7 +128,7 @@ def describe(node: Any) -> str:
     name = type(node).__name__
     article = "an" if name[0].lower() in "aeiou" else "a"
     if isinstance(node, Mapping):
-        keys = _enumerate(map(repr, node))
+        keys = enumerated(map(repr, node))
         return f"{article} {name} with keys {keys}" if keys else f"an empty {name}"
     if isinstance(node, (list, tuple)):
         return f"{article} {name} of {len(node)} items"
@@ -127,7 +138,8 @@ def describe(node: Any) -> str:
     return f"{article} {name}"
 
 
-def _enumerate(words: Iterable[str], most: int = 5) -> str:
+def enumerated(words: Iterable[str], most: int = 5) -> str:
+    """The words with commas, at most five of them and then a count."""
     words = list(words)
     rest = len(words) - most
     return ", ".join(words[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -63,13 +63,13 @@ def lars_update(
     depend on the nest, on threads, or on whether numpy, torch or JAX owns the memory.
 
     Args:
-        w: Weights: floating-point or complex arrays of any shape in any nest (Container, dict, list,
-            tuple, namedtuple, attrs), or one array; None is a leaf without weights. Never modified,
-            unless `out` is w.
-        dcdw: Gradient of the cost, in units of cost per weight: arrays that broadcast to those of w,
-            of the same library and device. None leaves the weights below it as they are.
-        lr: Rate, a pure number >= 0: where ratio is not 1, the units of cost and weights cancel. May
-            be an array that broadcasts to the weights.
+        w: Weights: floating-point or complex arrays of any shape in any nest (Container, dict,
+            list, tuple, namedtuple, attrs), or one array; None is a leaf without weights. Never
+            modified, unless `out` is w.
+        dcdw: Gradient of the cost, in units of cost per weight: arrays that broadcast to those of
+            w, of the same library and device. None leaves the weights below it as they are.
+        lr: Rate, a pure number >= 0: where ratio is not 1, the units of cost and weights cancel.
+            May be an array that broadcasts to the weights.
         decay_lambda: Weight decay >= 0, in cost per weight squared.
         stop_gradients: True: the result has no history, and requires a gradient where w did. False:
             the step is differentiable in w, dcdw, lr and decay_lambda.
@@ -92,7 +92,7 @@ def lars_update(
         DtypeError: Weights or gradients are not floating point, or complex meets real.
         ShapeError: An array does not broadcast to its weights.
         BackendError: Arrays that meet at a leaf are of different libraries or devices.
-        OptionError: A value that the rule is not defined for: negative, NaN, infinite, of no number.
+        OptionError: A value that the rule is not defined for: negative, NaN, infinite, no number.
         OutError: `out` cannot be written to: read-only, immutable, of another shape or dtype,
             overlapping itself, or with two leaves that share memory.
         NonFiniteError: nonfinite="raise", and a new weight would be NaN or infinite.
@@ -138,7 +138,7 @@ def _update(w: Any, dcdw: Any, out: Any, options: dict[str, Any]) -> Any:
         return out
     new = list(old)
     for leaf, result in zip(leaves, results, strict=True):
-        new[leaf.index] = Array(result) if type(old[leaf.index]) is Array else result
+        new[leaf.place] = Array(result) if type(old[leaf.place]) is Array else result
     return _tree.rebuild(w, new)
 
 
@@ -147,38 +147,35 @@ def _arrays(
     dcdws: list[Any],
     outs: list[Any],
     rules: list[Rule],
-    in_place: bool,
+    writes: bool,
     paths: Paths,
 ) -> list[Leaf]:
-    """The leaves that hold arrays, out of their wrappers; the others stay as they are."""
-    leaves, strangers = [], []
-    for index, (x, dcdw, out) in enumerate(zip(old, dcdws, outs, strict=True)):
+    """The leaves that hold arrays, out of their wrappers; others must stay as they are."""
+    leaves: list[Leaf] = []
+    strangers: dict[str, list[errors.Line]] = {"w": [], "out": []}
+    for place, row in enumerate(zip(old, dcdws, outs, strict=True)):
+        x, dcdw, out = map(unwrap, row)
         if x is None:
             continue
-        x, dcdw, out = unwrap(x), unwrap(dcdw), unwrap(out)
         backend = _backends.find(x)
-        if backend is None or (in_place and out is None):
-            if dcdw is not None or out is not (x if in_place else None):
-                strangers.append((index, backend, x))
-            continue
-        if isinstance(dcdw, (int, float, complex)) and not isinstance(dcdw, bool):
-            dcdw = backend.full(dcdw, x)
-        leaves.append(Leaf(index, x, dcdw, out, rules[index], backend))
-    if strangers:
-        argument = "w" if strangers[0][1] is None else "out"
-        lines = [
-            (paths()[index], f"expected an array, got {errors.describe(x if argument == 'w' else None)}")
-            for index, backend, x in strangers
-            if (backend is None) == (argument == "w")
-        ]
-        headline = f"{argument} holds something that is no array"
-        raise errors.error(errors.LeafError, argument, headline, lines)
+        if backend is None:
+            if dcdw is not None or (writes and out is not x):
+                text = f"expected an array, got {errors.describe(x)}"
+                strangers["w"].append((paths()[place], text))
+        elif writes and out is None:
+            strangers["out"].append((paths()[place], "expected an array, got None"))
+        else:
+            if isinstance(dcdw, (int, float, complex)) and not isinstance(dcdw, bool):
+                dcdw = backend.full(dcdw, x)
+            leaves.append(Leaf(place, x, dcdw, out, rules[place], backend))
+    for argument, lines in strangers.items():
+        if lines:
+            headline = f"{argument} holds something that is no array"
+            raise errors.error(errors.LeafError, argument, headline, lines)
     return leaves
 
 
-def _refuse_surplus(
-    w: Any, other: Any, old: list[Any], values: list[Any], argument: str
-) -> None:
+def _refuse_surplus(w: Any, other: Any, old: list[Any], values: list[Any], argument: str) -> None:
     """Refuse arrays that stand just where the weights have None: nothing is dropped silently."""
     if not any(x is None and value is not None for x, value in zip(old, values, strict=True)):
         return
@@ -206,15 +203,15 @@ def _run(leaves: list[Leaf], paths: Paths) -> list[Any]:
             outs,
             [leaf.rule for leaf in steps],
         )
-        results |= {leaf.index: new for leaf, new in zip(steps, news, strict=True)}
+        results |= {leaf.place: new for leaf, new in zip(steps, news, strict=True)}
     if guarded:
         results = _guard(leaves, results, paths)
     for leaf in leaves:
         if leaf.dcdw is None:
-            results[leaf.index] = _kept(leaf)
+            results[leaf.place] = _kept(leaf)
         elif guarded and leaf.out is not None:
-            leaf.backend.write(leaf.out, results[leaf.index])
-    return [results[leaf.index] for leaf in leaves]
+            leaf.backend.write(leaf.out, results[leaf.place])
+    return [results[leaf.place] for leaf in leaves]
 
 
 def _by_backend(leaves: list[Leaf]) -> dict[Backend, list[Leaf]]:
@@ -237,10 +234,10 @@ def _guard(leaves: list[Leaf], results: dict[int, Any], paths: Paths) -> dict[in
     """The results, or what `nonfinite` asks for where they would hold NaN or infinity."""
     steps = [leaf for leaf in leaves if leaf.dcdw is not None]
     bad = [
-        paths()[leaf.index]
+        paths()[leaf.place]
         for leaf in steps
         if leaf.rule.nonfinite == "raise"
-        and not bool(leaf.backend.all_finite([results[leaf.index]]))
+        and not bool(leaf.backend.all_finite([results[leaf.place]]))
     ]
     if bad:
         headline = "the new weights would not be finite"
@@ -248,7 +245,7 @@ def _guard(leaves: list[Leaf], results: dict[int, Any], paths: Paths) -> dict[in
         raise errors.error(errors.NonFiniteError, "dcdw", headline, lines)
     watched = _by_backend([leaf for leaf in steps if leaf.rule.nonfinite == "skip"])
     flags = [
-        backend.all_finite([results[leaf.index] for leaf in group])
+        backend.all_finite([results[leaf.place] for leaf in group])
         for backend, group in watched.items()
     ]
     if not flags:
@@ -258,8 +255,8 @@ def _guard(leaves: list[Leaf], results: dict[int, Any], paths: Paths) -> dict[in
     else:
         flag = all(bool(flag) for flag in flags)
     return {
-        leaf.index: leaf.backend.choose(
-            flag, results[leaf.index], leaf.backend.copy(leaf.w, leaf.rule.stop_gradients)
+        leaf.place: leaf.backend.choose(
+            flag, results[leaf.place], leaf.backend.copy(leaf.w, leaf.rule.stop_gradients)
         )
         for leaf in steps
     }

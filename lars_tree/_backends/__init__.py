@@ -1,8 +1,8 @@
 """Array libraries: one module each, and the table that finds it by the type of a leaf.
 
 Nothing is imported that the user has not imported: the table is looked up in `sys.modules` only.
-To add a library: a module with a `backend_of`, a row here, a row in `tests/conftest.py`. A library that
-follows the array API standard needs neither.
+To add a library: a module with a `backend_of`, a row here, a row in `tests/conftest.py`. One that
+follows the array API standard needs neither module nor row here.
 """
 
 from __future__ import annotations

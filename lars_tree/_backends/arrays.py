@@ -89,26 +89,23 @@ class ArraysBackend(Backend):
 
     @abstractmethod
     def widen(self, x: Any, w: Array) -> Array:
-        """x (an array, or a number where the rule has one) in the type to compute with for w."""
+        """X (an array, or a number where the rule has one) in the type to compute with for w."""
 
     @abstractmethod
     def narrow(self, x: Array, w: Array) -> Array:
-        """x in the dtype of w."""
+        """X in the dtype of w."""
 
     def step(self, w: Array, dcdw: Array, rule: Rule) -> Array:
         """The weights after one step, in the dtype of w."""
         if 0 in w.shape:
             return self.copy(w, rule.stop_gradients)
-        lr = rule.lr if isinstance(rule.lr, float) else self.widen(rule.lr, w)
-        numbers = {
+        values = {name: getattr(rule, name) for name in _rule.NUMBERS}
+        numbers: dict[str, Any] = {
             name: value if isinstance(value, float) else self.widen(value, w)
-            for name, value in rule._asdict().items()
-            if name in ("decay_lambda", "trust_coefficient", "eps", "grad_scale")
+            for name, value in values.items()
         }
         dcdw = self.ops(w).xp.broadcast_to(self.widen(dcdw, w), w.shape)
-        new = _rule.step(
-            self.ops(w), self.widen(w, w), dcdw, rule._replace(lr=lr, **numbers)
-        )
+        new = _rule.step(self.ops(w), self.widen(w, w), dcdw, rule._replace(**numbers))
         return self.narrow(new, w)
 
     def update(

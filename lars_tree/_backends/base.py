@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from enum import Enum
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +37,7 @@ class Facts(NamedTuple):
 
     shape: tuple[int, ...]
     kind: Kind
-    dtype: str
+    dtype: Any
     device: Hashable
 
 
@@ -77,7 +78,7 @@ class Backend(ABC):
 
     @abstractmethod
     def choose(self, flag: Any, a: Array, b: Array) -> Array:
-        """a where the flag (of `all_finite`) holds, else b."""
+        """A where the flag (of `all_finite`) holds, else b."""
 
     @abstractmethod
     def write(self, out: Array, x: Array) -> None:
@@ -100,10 +101,17 @@ class Backend(ABC):
         return False
 
 
+@cache
 def kind_of_numpy(dtype: np.dtype[Any]) -> Kind:
     """The kind of a numpy dtype, the extension type bfloat16 included."""
-    if dtype.kind == "f" or dtype.name == "bfloat16":
+    if dtype.kind == "f" or is_bfloat16(dtype):
         return Kind.REAL if dtype.itemsize > 1 else Kind.OTHER
     if dtype.kind == "c":
         return Kind.COMPLEX
     return Kind.INTEGER if dtype.kind in "iu" else Kind.OTHER
+
+
+@cache
+def is_bfloat16(dtype: np.dtype[Any]) -> bool:
+    """Whether this is the type of ml_dtypes, which numpy can hold but not compute with."""
+    return dtype.name == "bfloat16"

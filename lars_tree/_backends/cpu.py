@@ -81,15 +81,15 @@ def _update_layer(arrays: list[Array], rule: Rule) -> None:
 
 
 def _coefficients(w: Any, dcdw: Any, wide: Wide, rule: Rule) -> tuple[Decimal, Decimal]:
-    norms = (_norm(w, wide), _norm(dcdw, wide)) if rule.adapt else (None, None)
-    return _rule.coefficients(*norms, _exact(rule), _choose)
+    w_norm = _norm(w, wide) if rule.adapt else None
+    dcdw_norm = _norm(dcdw, wide) if rule.adapt else None
+    return _rule.coefficients(w_norm, dcdw_norm, _exact(rule), _choose)
 
 
 @functools.lru_cache(maxsize=256)
 def _exact(rule: Rule) -> Rule:
     """The rule with its numbers as Decimal, to the last digit."""
-    fields = rule._asdict()
-    numbers = {name: Decimal(value) for name, value in fields.items() if type(value) is float}
+    numbers: dict[str, Any] = {name: Decimal(getattr(rule, name)) for name in _rule.NUMBERS}
     return rule._replace(**numbers)
 
 

@@ -30,7 +30,7 @@ class DaskBackend(ArraysBackend):
     name = "dask"
 
     def facts(self, x: Array) -> Facts:
-        return Facts(x.shape, kind_of_numpy(x.dtype), str(x.dtype), None)
+        return Facts(x.shape, kind_of_numpy(x.dtype), x.dtype, None)
 
     def values(self, x: Array) -> Values:
         return Values.LATER

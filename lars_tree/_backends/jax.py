@@ -1,7 +1,7 @@
 """JAX: concrete arrays in CPU memory through `cpu.py`, all others by array operations.
 
-Traced arrays (jit, grad, vmap, scan), sharded ones and those on accelerators keep to `jax.numpy`, so
-that transformations compose and shardings propagate. On the CPU these compute in double as well,
+Traced arrays (jit, grad, vmap, scan), sharded ones and those on accelerators keep to `jax.numpy`,
+so that transformations compose and shardings propagate. On the CPU these compute in double as well,
 whether or not jax_enable_x64 is set.
 """
 
@@ -40,7 +40,7 @@ class JaxBackend(ArraysBackend):
 
     def facts(self, x: Array) -> Facts:
         kind = kind_of_numpy(x.dtype) if isinstance(x.dtype, np.dtype) else Kind.OTHER
-        return Facts(x.shape, kind, str(x.dtype), _device(x))
+        return Facts(x.shape, kind, x.dtype, _device(x))
 
     def values(self, x: Array) -> Values:
         if _is_traced(x):
@@ -74,9 +74,7 @@ class JaxBackend(ArraysBackend):
     def widen(self, x: Any, w: Array) -> Array:
         x = jnp.asarray(x)
         double = jax.default_backend() == "cpu" or w.dtype in (np.float64, np.complex128)
-        real, complex_ = (
-            (jnp.float64, jnp.complex128) if double else (jnp.float32, jnp.complex64)
-        )
+        real, complex_ = (jnp.float64, jnp.complex128) if double else (jnp.float32, jnp.complex64)
         return x.astype(complex_ if jnp.iscomplexobj(x) else real)
 
     def narrow(self, x: Array, w: Array) -> Array:
@@ -90,7 +88,9 @@ class JaxBackend(ArraysBackend):
 
 
 def _update(w: Array, dcdw: Array, rule: Rule) -> Array:
-    if all(_in_cpu_memory(x) for x in (w, dcdw)) and not any(isinstance(x, jax.Array) for x in rule):
+    if all(_in_cpu_memory(x) for x in (w, dcdw)) and not any(
+        isinstance(x, jax.Array) for x in rule
+    ):
         new = np.empty(w.shape, w.dtype)
         cpu.update(raw(np.asarray(w)), raw(np.asarray(dcdw)), raw(new), rule)
         return jax.device_put(new, w.sharding if w.committed else None)

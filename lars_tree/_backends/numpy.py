@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lars_tree._backends import cpu
-from lars_tree._backends.base import Backend, Facts, Values, kind_of_numpy
+from lars_tree._backends.base import Backend, Facts, Values, is_bfloat16, kind_of_numpy
 from lars_tree._rule import Rule
 
 Array = np.ndarray[Any, Any]
@@ -20,7 +20,7 @@ class NumpyBackend(Backend):
     name = "numpy"
 
     def facts(self, x: Array) -> Facts:
-        return Facts(x.shape, kind_of_numpy(x.dtype), str(x.dtype), "cpu")
+        return Facts(x.shape, kind_of_numpy(x.dtype), x.dtype, "cpu")
 
     def values(self, x: Array) -> Values:
         return Values.HERE
@@ -75,7 +75,7 @@ def _empty_like(w: Array) -> Array:
 def raw(x: Array) -> Array:
     """A view for `cpu.update`: no subclass, and bfloat16 as the bits it is."""
     plain = np.asarray(x)
-    return plain.view(np.uint16) if plain.dtype.name == "bfloat16" else plain
+    return plain.view(np.uint16) if is_bfloat16(plain.dtype) else plain
 
 
 _BACKEND = NumpyBackend()

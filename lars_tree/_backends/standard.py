@@ -41,7 +41,7 @@ class StandardBackend(ArraysBackend):
     def facts(self, x: Array) -> Facts:
         kinds = (kind for name, kind in _KINDS.items() if self.xp.isdtype(x.dtype, name))
         device = array_api_compat.device(x)
-        return Facts(tuple(x.shape), next(kinds, Kind.OTHER), str(x.dtype), device)
+        return Facts(tuple(x.shape), next(kinds, Kind.OTHER), x.dtype, device)
 
     def values(self, x: Array) -> Values:
         if array_api_compat.is_lazy_array(x):

@@ -31,7 +31,7 @@ class TorchOps(NamespaceOps):
     """torch as an array namespace, where it is not yet one."""
 
     def is_complex(self, x: Tensor) -> bool:
-        return x.is_complex()
+        return bool(x.is_complex())
 
     def constant(self, x: Tensor) -> Tensor:
         return x.detach()
@@ -92,7 +92,7 @@ class TorchBackend(ArraysBackend):
             kind = Kind.COMPLEX
         elif not (x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool):
             kind = Kind.INTEGER
-        return Facts(tuple(x.shape), kind, str(x.dtype), x.device)
+        return Facts(tuple(x.shape), kind, x.dtype, x.device)
 
     def values(self, x: Tensor) -> Values:
         if not _is_plain(x) and _is_wrapped(x):
@@ -101,7 +101,7 @@ class TorchBackend(ArraysBackend):
 
     def to_numpy(self, x: Tensor) -> np.ndarray[Any, Any]:
         x = x.detach().resolve_conj().resolve_neg().cpu()
-        return (x.double() if x.dtype == torch.bfloat16 else x).numpy()
+        return np.asarray((x.double() if x.dtype == torch.bfloat16 else x).numpy())
 
     def full(self, number: complex, like: Tensor) -> Tensor:
         is_complex = isinstance(number, complex) or like.is_complex()
@@ -129,11 +129,11 @@ class TorchBackend(ArraysBackend):
             return "a tensor that requires a gradient: with stop_gradients=False, leave out `out`"
         if x.is_conj() or x.is_neg():
             return "a lazily conjugated or negated view: resolve it first"
-        if _is_plain(x) and x.device.type == "cpu" and not x.untyped_storage().resizable():
-            # Not torch's own memory. torch does not keep the flag of a read-only numpy array, but
-            # a write into pages mapped for reading alone ends the process.
-            if is_mapped_read_only(x.data_ptr(), _bytes_needed(x)):
-                return "read-only: it shares memory that is mapped for reading alone"
+        # Memory that is not torch's own. torch does not keep the flag of a read-only numpy array,
+        # but a write into pages that are mapped for reading alone ends the process.
+        foreign = _is_plain(x) and x.device.type == "cpu" and not x.untyped_storage().resizable()
+        if foreign and is_mapped_read_only(x.untyped_storage().data_ptr(), _bytes_needed(x)):
+            return "read-only: it shares memory that is mapped for reading alone"
         return None
 
     def memory(self, x: Tensor) -> np.ndarray[Any, Any] | None:
@@ -253,8 +253,7 @@ def _one_rule(rules: list[Rule], like: Tensor) -> Rule:
         numbers = (torch.as_tensor(value, dtype=dtype, device=like.device) for value in values)
         return torch.stack([number.detach() for number in numbers])
 
-    names = ("lr", "decay_lambda", "trust_coefficient", "eps", "grad_scale")
-    return rules[0]._replace(layer_axis=None, **{name: merged(name) for name in names})
+    return rules[0]._replace(layer_axis=None, **{name: merged(name) for name in _rule.NUMBERS})
 
 
 def _returned(w: Tensor, out: Tensor | None, new: Tensor, rule: Rule) -> Tensor:
@@ -303,13 +302,13 @@ def _bytes_needed(x: Tensor) -> int:
     if x.numel() == 0:
         return 0
     last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
-    return int(x.storage_offset() + last + 1) * x.element_size()
+    return int((x.storage_offset() + last + 1) * x.element_size())
 
 
 def _view(x: Tensor) -> np.ndarray[Any, Any]:
     """A numpy view for `cpu.update`: bfloat16 as the bits it is."""
     x = x.detach().resolve_conj().resolve_neg()
-    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+    return np.asarray((x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy())
 
 
 class _Address:
