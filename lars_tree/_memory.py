@@ -25,6 +25,8 @@ _MAX_WORK: Any = 10_000
 
 def overlaps_itself(x: Array) -> bool:
     """Whether two elements may share memory, as in the result of a broadcast."""
+    if not x.size:
+        return False
     extent = x.itemsize
     for stride, length in sorted((abs(s), n) for s, n in zip(x.strides, x.shape, strict=True)):
         if length > 1 and stride < extent:

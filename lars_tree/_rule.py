@@ -88,6 +88,9 @@ class Ops(Protocol):
     def where(self, condition: Any, a: Any, b: Any) -> Any:
         """Elementwise choice; a and b may be numbers."""
 
+    def like(self, number: Any, x: Any) -> Any:
+        """A number as an array of the type of x, an array as it is."""
+
     def maximum(self, a: Any, b: Any) -> Any:
         """The larger of two arrays or of an array and a number."""
 
@@ -111,9 +114,12 @@ def step(ops: Ops, w: Any, dcdw: Any, rule: Rule) -> Any:
     dcdw = dcdw / dcdw_scale
     scaled = rule._replace(
         decay_lambda=rule.decay_lambda * w_scale / scale,
-        eps=rule.eps / scale,
+        eps=ops.like(rule.eps, scale) / scale,
         grad_scale=rule.grad_scale * (scale / dcdw_scale),
     )
     norms = ops.norm(w / w_scale, rule.layer_axis), ops.norm(dcdw, rule.layer_axis)
-    on_dcdw, on_w = coefficients(*norms, scaled, ops.where, one=scale / w_scale)
-    return apply(w, dcdw, w_scale * on_dcdw, on_w if decays else None)
+    # A scaled ratio is nowhere near 2**100, so where this bound holds nothing is clipped anyway.
+    one = scale / ops.maximum(w_scale, scale * 2.0**-100)
+    on_dcdw, on_w = coefficients(*norms, scaled, ops.where, one)
+    # w_scale comes last: a subnormal number times anything has few digits left.
+    return apply(w, on_dcdw * dcdw, w_scale, on_w if decays else None)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from functools import reduce
 from typing import Any
 
+import numpy as np
+
 from lars_tree import _rule
 from lars_tree._backends.base import Array, Backend
 from lars_tree._rule import Rule
@@ -105,7 +107,8 @@ class ArraysBackend(Backend):
             for name, value in values.items()
         }
         dcdw = self.ops(w).xp.broadcast_to(self.widen(dcdw, w), w.shape)
-        new = _rule.step(self.ops(w), self.widen(w, w), dcdw, rule._replace(**numbers))
+        with np.errstate(all="ignore"):  # for libraries that are made of numpy
+            new = _rule.step(self.ops(w), self.widen(w, w), dcdw, rule._replace(**numbers))
         return self.narrow(new, w)
 
     def update(

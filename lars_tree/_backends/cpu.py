@@ -72,12 +72,15 @@ def _update_layer(arrays: list[Array], rule: Rule) -> None:
     decay = _rounded(on_w, wide) if rule.decay_lambda else None
     for piece in _pieces(w):
         x, g = _read(w, piece, wide), _read(dcdw, piece, wide)
-        if exponent:
-            g = np.ldexp(g, exponent)
         lr = [_read(r, piece, wide) for r in rates]
         if lr and x.size > lr[0].size:  # complex: a real and an imaginary part for each rate
             lr = [np.repeat(lr[0], 2)]
-        _write(out, piece, _rule.apply(x, g, factor, decay, *lr))
+        new = _rule.apply(x, np.ldexp(g, exponent) if exponent else g, factor, decay, *lr)
+        if _reaches_the_limit(arrays[2].dtype, wide) and not np.isfinite(new).all():
+            # A step as long as the largest number may overflow although the new weight does not.
+            quarter = _rule.apply(x / 4, np.ldexp(g, exponent - 2), factor, decay, *lr)
+            new = np.where(np.isfinite(new), new, 4 * quarter)
+        _write(out, piece, new)
 
 
 def _coefficients(w: Any, dcdw: Any, wide: Wide, rule: Rule) -> tuple[Decimal, Decimal]:
@@ -194,3 +197,8 @@ def _write(flat: Any, piece: slice, values: Array) -> None:
 
 def _is_long(dtype: np.dtype[Any]) -> bool:
     return dtype.itemsize > (16 if dtype.kind == "c" else 8)
+
+
+def _reaches_the_limit(dtype: np.dtype[Any], wide: Wide) -> bool:
+    """Whether the largest number of the dtype is the largest to compute with."""
+    return dtype.kind in "fc" and dtype.itemsize >= np.dtype(wide).itemsize

@@ -1,0 +1,85 @@
+"""What the tests share: hypothesis profiles, and the array libraries that are there.
+
+A library that is not installed skips its tests by name; with CI=true it fails them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+import lars_tree
+
+CI = os.environ.get("CI") == "true"
+
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("default", max_examples=60, **_COMMON)
+settings.register_profile("ci", max_examples=200, derandomize=True, **_COMMON)
+settings.register_profile("long", max_examples=10_000, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if CI else "default"))
+
+
+class Library(NamedTuple):
+    """An array library as the tests see it."""
+
+    name: str
+    module: str
+    mutable: bool  # whether its arrays can be written to
+    exact: bool  # whether it computes by the CPU kernel, to the same bits as numpy
+
+
+# To add a backend: one row.
+LIBRARIES = [
+    Library("numpy", "numpy", mutable=True, exact=True),
+    Library("torch", "torch", mutable=True, exact=True),
+    Library("jax", "jax", mutable=False, exact=True),
+    Library("dask", "dask.array", mutable=False, exact=False),
+    Library("strict", "array_api_strict", mutable=True, exact=False),
+]
+
+
+def need(module: str) -> Any:
+    """The module; where it is missing the test is skipped, or fails on CI."""
+    if CI:
+        return importlib.import_module(module)
+    return pytest.importorskip(module, reason=f"{module} is not installed")
+
+
+def to_library(name: str, x: Any) -> Any:
+    """A numpy array as one of the library's."""
+    x = np.asarray(x)
+    if name == "numpy":
+        return x.copy()
+    if name == "torch":
+        return need("torch").tensor(x.copy())
+    if name == "jax":
+        with need("jax").enable_x64(True):
+            return need("jax.numpy").asarray(x)
+    if name == "dask":
+        return need("dask.array").from_array(x.copy(), chunks=2)
+    return need("array_api_strict").asarray(x, copy=True)
+
+
+def to_numpy(x: Any) -> np.ndarray:
+    """The elements of an array of any library."""
+    if isinstance(x, lars_tree.Array):
+        x = x.data
+    if hasattr(x, "detach"):
+        return x.detach().cpu().numpy()
+    if hasattr(x, "compute"):
+        return np.asarray(x.compute())
+    if type(x).__module__.startswith("array_api_strict"):
+        return np.from_dlpack(x)
+    return np.asarray(x)
+
+
+@pytest.fixture(params=LIBRARIES, ids=lambda library: library.name)
+def library(request: pytest.FixtureRequest) -> Library:
+    """Each array library that is installed."""
+    need(request.param.module)
+    return request.param

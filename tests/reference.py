@@ -1,0 +1,91 @@
+"""The LARS rule again, slow and exact: mpmath, one element at a time.
+
+Imports nothing of the package and nothing that it computes with. Also measures how far a result is
+from it, in units in the last place (ulp) of the larger of |w| and |u| at each element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mpmath import mp, mpc, mpf
+
+mp.prec = 400
+
+# Name: bits of the significand, smallest exponent of a normal number, largest exponent.
+FORMATS = {
+    "float16": (11, -14, 15),
+    "bfloat16": (8, -126, 127),
+    "float32": (24, -126, 127),
+    "float64": (53, -1022, 1023),
+}
+
+
+class Step(NamedTuple):
+    """The exact step u and the exact new weights w - u, elementwise."""
+
+    u: list
+    w_new: list
+    ratio: mpf
+
+
+def norm(values: Sequence) -> mpf:
+    return mp.sqrt(mp.fsum(abs(v) ** 2 for v in values))
+
+
+def lars(
+    w: Sequence,
+    dcdw: Sequence,
+    lr: float | Sequence[float],
+    *,
+    decay_lambda: float = 0.0,
+    trust_coefficient: float = 1.0,
+    eps: float = 0.0,
+    adapt: bool = True,
+    trust_clip: bool = False,
+    grad_scale: float = 1.0,
+) -> Step:
+    """One step of one layer, given as a flat sequence of floats or complex numbers."""
+    w = [_exact(x) for x in w]
+    g = [_exact(x) / mpf(grad_scale) for x in dcdw]
+    beta = mpf(decay_lambda)
+    below = norm(g) + beta * norm(w) + mpf(eps)
+    if not adapt or norm(w) == 0 or below == 0:
+        ratio = mpf(1)
+    else:
+        ratio = mpf(trust_coefficient) * norm(w) / below
+        if trust_clip:
+            ratio = min(ratio, mpf(1))
+    rates = [mpf(lr)] * len(w) if isinstance(lr, float) else [mpf(float(x)) for x in lr]
+    u = [rate * ratio * (gi + beta * wi) for rate, gi, wi in zip(rates, g, w, strict=True)]
+    return Step(u, [wi - ui for wi, ui in zip(w, u, strict=True)], ratio)
+
+
+def _exact(x: complex) -> mpf | mpc:
+    return mpc(x.real, x.imag) if isinstance(x, complex) else mpf(x)
+
+
+def ulp(x: mpf, name: str) -> mpf:
+    """The distance of neighbours of the format at |x|."""
+    bits, smallest, _ = FORMATS[name]
+    exponent = smallest if x == 0 else max(int(mp.floor(mp.log(abs(x), 2))), smallest)
+    return mpf(2) ** (exponent - bits + 1)
+
+
+def clipped(x: mpf, name: str) -> mpf:
+    """x, but no farther out than where the format's infinity would lie, were it a number."""
+    end = mpf(2) ** (FORMATS[name][2] + 1)
+    return max(-end, min(end, x))
+
+
+def worst_error(actual: Sequence[float], w: Sequence[float], step: Step, name: str) -> float:
+    """The largest error in ulps of max(|w|, |u|); infinite for NaN."""
+    worst = mpf(0)
+    for new, wi, ui, exact in zip(actual, w, step.u, step.w_new, strict=True):
+        if new != new:
+            return float("inf")
+        size = max(abs(mpf(wi)), min(abs(ui), mpf(2) ** FORMATS[name][2]))
+        error = abs(clipped(_exact(new), name) - clipped(exact, name)) / ulp(size, name)
+        worst = max(worst, error)
+    return float(worst)

@@ -1,0 +1,248 @@
+"""Array: everything it does, the native array does; nothing is copied and nothing nests."""
+
+from __future__ import annotations
+
+import copy
+import operator
+import pickle
+
+import numpy as np
+import pytest
+from conftest import LIBRARIES, need, to_library, to_numpy
+
+from lars_tree import Array, Container, LarsTreeError, lars_update
+
+A = np.array([[3.0, 4.0, 0.5], [-1.0, 2.0, 8.0]], np.float32)
+B = np.array([[0.5, -2.0, 1.0], [4.0, 0.25, -1.0]], np.float32)
+
+ARITHMETIC = [
+    operator.add,
+    operator.sub,
+    operator.mul,
+    operator.truediv,
+    operator.floordiv,
+    operator.mod,
+]
+COMPARISONS = [operator.lt, operator.le, operator.eq, operator.ne, operator.ge, operator.gt]
+# Raises on what it does not know, where Python wants NotImplemented: no turn for the other side.
+REFUSES = {"strict"}
+PICKLED = [library.name for library in LIBRARIES if library.name in {"numpy", "torch", "jax"}]
+
+
+def assert_native(actual, expected):
+    """An Array around what the library itself has given."""
+    assert type(actual) is Array
+    assert type(actual.data) is type(expected)
+    assert actual.dtype == expected.dtype
+    np.testing.assert_array_equal(to_numpy(actual), to_numpy(expected))
+
+
+def test_it_holds_the_very_array(library):
+    x = to_library(library.name, A)
+    assert Array(x).data is x
+
+
+def test_it_never_nests():
+    assert Array(Array(A)).data is A
+
+
+def test_its_facts_are_those_of_the_array(library):
+    x = to_library(library.name, A)
+    array = Array(x)
+    assert (array.shape, array.ndim, array.size) == ((2, 3), 2, 6)
+    assert array.dtype == x.dtype
+
+
+def test_it_is_where_its_array_is(library):
+    x = to_library(library.name, A)
+    assert Array(x).device == getattr(x, "device", "cpu")
+
+
+@pytest.mark.parametrize("operation", ARITHMETIC + COMPARISONS, ids=lambda op: op.__name__)
+def test_operators_are_those_of_the_array(library, operation):
+    a, b = to_library(library.name, A), to_library(library.name, B)
+    assert_native(operation(Array(a), Array(b)), operation(a, b))
+    assert_native(operation(Array(a), b), operation(a, b))
+    if library.name not in REFUSES:
+        assert_native(operation(a, Array(b)), operation(a, b))
+    assert_native(operation(Array(a), 2.0), operation(a, 2.0))
+    assert_native(operation(2.0, Array(a)), operation(2.0, a))
+
+
+def test_powers_and_products_are_those_of_the_array(library):
+    a, b = to_library(library.name, np.abs(A)), to_library(library.name, B[0])
+    assert_native(Array(a) ** 3.0, a**3.0)
+    assert_native(2.0 ** Array(a), 2.0**a)
+    assert_native(Array(a) @ Array(b), a @ b)
+    if library.name not in REFUSES:
+        assert_native(a @ Array(b), a @ b)
+
+
+@pytest.mark.parametrize("operation", [operator.neg, operator.pos, operator.abs])
+def test_signs_are_those_of_the_array(library, operation):
+    a = to_library(library.name, A)
+    assert_native(operation(Array(a)), operation(a))
+
+
+def test_a_numpy_scalar_on_the_left_leaves_the_operator_to_us():
+    assert_native(np.float64(2.0) * Array(A), 2.0 * A)
+
+
+def test_inplace_operators_make_a_new_array():
+    x = A.copy()
+    array = Array(x)
+    array += 1.0
+    assert_native(array, A + 1.0)
+    assert (x == A).all()
+
+
+def test_it_is_indexed_as_the_array_is(library):
+    a = to_library(library.name, A)
+    assert_native(Array(a)[1, :], a[1, :])
+    assert_native(Array(a)[:, 0:2], a[:, 0:2])
+
+
+def test_an_array_may_be_the_index():
+    assert_native(Array(A)[Array(A > 1.0)], A[A > 1.0])
+
+
+def test_writing_to_it_writes_to_its_array():
+    x = A.copy()
+    Array(x)[0] = Array(B)[0]
+    assert (x == [B[0], A[1]]).all()
+
+
+def test_an_immutable_array_says_so_itself():
+    with pytest.raises(TypeError, match="immutable"):
+        Array(to_library("jax", A))[0] = 1.0
+
+
+def test_iterating_gives_arrays():
+    assert len(Array(A)) == 2
+    assert [row.data.tolist() for row in Array(A)] == A.tolist()
+    assert all(type(row) is Array for row in Array(A))
+
+
+def test_one_element_is_a_number(library):
+    x = Array(to_library(library.name, np.array(3.0)))
+    assert (float(x), int(x), complex(x), bool(x)) == (3.0, 3, 3 + 0j, True)
+    assert ["a", "b", "c"][Array(to_library(library.name, np.array(2)))] == "c"
+
+
+def test_the_truth_of_many_elements_is_refused_as_by_the_array():
+    with pytest.raises(ValueError, match="ambiguous"):
+        bool(Array(A))
+
+
+def test_it_has_no_hash():
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(Array(A))
+
+
+def test_numpy_reads_it(library):
+    actual = np.asarray(Array(to_library(library.name, A)))
+    assert type(actual) is np.ndarray
+    assert (actual == A).all()
+
+
+def test_numpy_shares_its_memory_unless_told_otherwise():
+    array = Array(A)
+    assert np.shares_memory(np.asarray(array), A)
+    assert not np.shares_memory(np.array(array, copy=True), A)
+    assert np.asarray(array, dtype=np.float64).dtype == np.float64
+    with pytest.raises(ValueError, match="copy"):
+        np.asarray(array, dtype=np.float64, copy=False)
+
+
+def test_a_ufunc_refuses_it_rather_than_guess():
+    with pytest.raises(TypeError, match="__array_ufunc__"):
+        np.sqrt(Array(A))
+
+
+def test_dlpack_hands_its_memory_on():
+    x = A.copy()
+    assert np.shares_memory(np.from_dlpack(Array(x)), x)
+    torch = need("torch")
+    assert torch.from_dlpack(Array(x)).data_ptr() == x.ctypes.data
+
+
+def test_its_namespace_is_that_of_the_array():
+    strict = need("array_api_strict")
+    assert Array(A).__array_namespace__() is np
+    assert Array(strict.asarray(A)).__array_namespace__() is strict
+
+
+@pytest.mark.parametrize("name", PICKLED)
+def test_copies_and_pickles_are_arrays(name):
+    x = to_library(name, A)
+    assert copy.copy(Array(x)).data is x
+    for twin in (copy.deepcopy(Array(x)), pickle.loads(pickle.dumps(Array(x)))):
+        assert_native(twin, x)
+
+
+def test_a_deep_copy_shares_no_memory():
+    array = Array(A.copy())
+    twin = copy.deepcopy(array)
+    twin[0] = 0.0
+    assert (array.data == A).all()
+
+
+def test_it_shows_its_elements_under_its_own_name():
+    assert repr(Array(np.array([1.0, 2.5]))) == "Array([1. , 2.5])"
+    assert repr(Array(np.float64(2.0))) == "Array(2.0)"
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "jax"])
+def test_lines_of_a_repr_are_aligned(name):
+    first, second = repr(Array(to_library(name, A))).split("\n")
+    assert first.startswith("Array([[")
+    assert second.index("[") == first.index("[[") + 1
+
+
+def test_lars_update_is_the_function(library):
+    w, g = to_library(library.name, A), to_library(library.name, B)
+    expected = lars_update(w, g, 0.1, decay_lambda=0.5)
+    assert_native(Array(w).lars_update(g, 0.1, decay_lambda=0.5), expected)
+    assert_native(Array(w).lars_update(Array(g), 0.1, decay_lambda=0.5), expected)
+    assert_native(lars_update(Array(w), g, 0.1, decay_lambda=0.5), expected)
+    np.testing.assert_array_equal(to_numpy(w), A)
+
+
+def test_lars_update_writes_to_itself():
+    w = Array(A.copy())
+    expected = lars_update(A, B, 0.1)
+    assert w.lars_update(B, 0.1, out=w) is w
+    assert (w.data == expected).all()
+
+
+def test_lars_update_takes_an_array_as_its_rate():
+    rate = np.array([[0.1], [0.0]], np.float32)
+    expected = lars_update(A, B, rate)
+    assert (Array(A).lars_update(Array(B), Array(rate)).data == expected).all()
+    assert (expected[1] == A[1]).all()
+    assert (expected[0] != A[0]).all()
+
+
+def test_lars_update_names_what_does_not_fit():
+    with pytest.raises(LarsTreeError, match="dcdw"):
+        Array(A).lars_update(np.ones(5), 0.1)
+
+
+def test_a_container_takes_it_for_each_leaf():
+    w = Container(a=A, b={"c": 2 * A})
+    assert (Array(B) - w == Container(a=B - A, b={"c": B - 2 * A})) is True
+    assert (w - Array(B) == Container(a=A - B, b={"c": 2 * A - B})) is True
+
+
+def test_a_plain_dict_is_no_operand():
+    with pytest.raises(TypeError, match="unsupported operand"):
+        Array(A) + {"a": A}
+    assert (Array(A) == {"a": A}) is False
+
+
+def test_as_a_leaf_it_keeps_its_type():
+    w = Container(a=Array(A), b=[Array(B)])
+    new = w.lars_update(Container(a=B, b=[A]), 0.1)
+    assert [type(x) for x in new.leaves()] == [Array, Array]
+    assert (w.num_leaves(), w.num_parameters(), w.num_bytes()) == (2, 12, 48)
+    assert "float32 (2, 3)" in repr(w)

@@ -1,0 +1,333 @@
+"""Laws that hold for all weights: nests, prefixes, libraries and options."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict, namedtuple
+
+import attrs
+import numpy as np
+import pytest
+from conftest import LIBRARIES, need, to_library, to_numpy
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from lars_tree import Array, Container, lars_update
+
+Point = namedtuple("Point", "x y")
+
+
+@attrs.define
+class Pair:
+    one: object
+    two: object
+
+
+KEYS = st.text("abc", min_size=1, max_size=2)
+DTYPES = st.sampled_from(["float16", "float32", "float64", ">f4", "complex64"])
+
+
+def arrays(dtype, shapes=hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)):
+    width = {"float16": 16, "float32": 32, ">f4": 32, "float64": 64, "complex64": 64}[dtype]
+    numbers = {"allow_nan": False, "allow_infinity": False, "width": width}
+    kind = st.complex_numbers if dtype == "complex64" else st.floats
+    bound = {"max_magnitude": 1e9} if dtype == "complex64" else {}
+    return hnp.arrays(dtype, shapes, elements=kind(**numbers, **bound))
+
+
+@st.composite
+def leaves(draw):
+    """Weights with a gradient of the same or of a broadcasting shape."""
+    dtype = draw(DTYPES)
+    w = draw(arrays(dtype))
+    shape = draw(st.sampled_from([w.shape, w.shape[1:], ()]))
+    g = draw(arrays(dtype, st.just(shape)))
+    if w.ndim > 1 and draw(st.booleans()):
+        w = np.asfortranarray(w)
+    if w.ndim and draw(st.booleans()):
+        w = w[::-1]
+    return w, g
+
+
+def _zip(pairs, make):
+    return tuple(make(side) for side in zip(*pairs, strict=True)) if pairs else (make(()), make(()))
+
+
+def _nest(children):
+    """Nests of every kind, as pairs (w, dcdw) of the same structure."""
+    several = st.lists(children, max_size=3)
+    keyed = st.dictionaries(KEYS, children, max_size=3)
+
+    def of_dict(cls):
+        return keyed.map(lambda d: _zip(list(d.values()), lambda v: cls(zip(d, v, strict=True))))
+
+    return st.one_of(
+        of_dict(Container),
+        of_dict(dict),
+        of_dict(OrderedDict),
+        of_dict(lambda items: defaultdict(list, items)),
+        several.map(lambda pairs: _zip(pairs, list)),
+        several.map(lambda pairs: _zip(pairs, tuple)),
+        st.tuples(children, children).map(lambda pairs: _zip(pairs, lambda v: Point(*v))),
+        st.tuples(children, children).map(lambda pairs: _zip(pairs, lambda v: Pair(*v))),
+    )
+
+
+LEAVES = st.one_of(leaves(), st.just((None, None)))
+NESTS = st.recursive(LEAVES, _nest, max_leaves=6)
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "decay_lambda": st.sampled_from([0.0, 1e-4, 0.1]),
+        "trust_coefficient": st.sampled_from([1e-3, 1.0]),
+        "eps": st.sampled_from([0.0, 1e-8]),
+        "adapt": st.booleans(),
+        "trust_clip": st.booleans(),
+        "grad_scale": st.sampled_from([1.0, 1024.0]),
+    },
+)
+
+
+def walk(tree, path=()):
+    """(path, leaf) pairs, written for the tests alone."""
+    if isinstance(tree, dict):
+        items = tree.items()
+    elif isinstance(tree, Point):
+        items = tree._asdict().items()
+    elif isinstance(tree, Pair):
+        items = attrs.asdict(tree, recurse=False).items()
+    elif isinstance(tree, (list, tuple)):
+        items = enumerate(tree)
+    else:
+        return [(path, tree)]
+    return [found for key, child in items for found in walk(child, (*path, key))]
+
+
+def types(tree):
+    """The nest's types and keys, in order."""
+    if isinstance(tree, dict):
+        return type(tree), [(key, types(child)) for key, child in tree.items()]
+    if isinstance(tree, Pair):
+        return Pair, [types(tree.one), types(tree.two)]
+    if isinstance(tree, (list, tuple)):
+        return type(tree), [types(child) for child in tree]
+    return type(tree)
+
+
+def assert_identical(actual, expected):
+    assert types(actual) == types(expected)
+    pairs = zip(walk(actual), walk(expected), strict=True)
+    for (path, x), (_, y) in pairs:
+        assert identical(x, y), path
+
+
+def identical(x, y):
+    if x is None or y is None:
+        return x is y
+    x, y = to_numpy(x), to_numpy(y)
+    same = (x.dtype, x.shape) == (y.dtype, y.shape)
+    # Bits, but for the payload of NaN.
+    return same and np.array_equal(x, y, equal_nan=True) and bool(
+        np.array_equal(np.signbit(x.real), np.signbit(y.real))
+    )
+
+
+@given(NESTS, OPTIONS)
+def test_a_nest_is_updated_like_its_leaves_one_by_one(pair, options):
+    w, g = pair
+    new = lars_update(w, g, 0.1, **options)
+    assert types(new) == types(w)
+    for (_, x), (_, y), (path, actual) in zip(walk(w), walk(g), walk(new), strict=True):
+        expected = None if x is None else lars_update(x, y, 0.1, **options)
+        assert identical(actual, expected), path
+        assert x is None or (actual.dtype, actual.shape) == (x.dtype, x.shape)
+
+
+@given(NESTS, OPTIONS)
+def test_in_place_is_out_of_place(pair, options):
+    w, g = pair
+    before = [None if x is None else x.tobytes() for _, x in walk(g)]
+    expected = lars_update(w, g, 0.1, **options)
+    old = [(None if x is None else x.ctypes.data) for _, x in walk(w)]
+    result = lars_update(w, g, 0.1, out=w, **options)
+    assert result is w
+    assert_identical(w, expected)
+    assert [(None if x is None else x.ctypes.data) for _, x in walk(w)] == old
+    assert [None if x is None else x.tobytes() for _, x in walk(g)] == before
+
+
+@given(NESTS)
+def test_inputs_are_never_modified(pair):
+    before = [[None if x is None else x.tobytes() for _, x in walk(side)] for side in pair]
+    new = lars_update(*pair, 0.1, decay_lambda=0.1)
+    after = [[None if x is None else x.tobytes() for _, x in walk(side)] for side in pair]
+    assert after == before
+    olds = [x for _, x in walk(pair[0]) if x is not None]
+    news = [x for _, x in walk(new) if x is not None]
+    assert not any(np.shares_memory(x, y) for x, y in zip(olds, news, strict=True))
+
+
+@given(
+    w=arrays("float32", st.just((3, 2))),
+    g=hnp.arrays(np.float32, (3, 2), elements=st.floats(-1024, 1024, width=16)),
+    power=st.integers(-20, 20),
+)
+def test_rescaling_the_loss_changes_no_bit(w, g, power):
+    """g -> c g cancels in ratio * g; for c a power of two, to the last bit."""
+    assume(w.any())  # zero weights have ratio 1, whatever the scale
+    expected = lars_update(w, g, 0.1)
+    assert_identical(lars_update(w, g * np.float32(2.0**power), 0.1), expected)
+    if g.any():
+        assert_identical(lars_update(w, g, 0.1, grad_scale=2.0**power), expected)
+
+
+@given(pair=NESTS, lr=st.sampled_from([0.0, 0.1, 0.5]), tc=st.sampled_from([1e-3, 1.0]))
+def test_a_layer_goes_at_most_its_rate_times_its_norm(pair, lr, tc):
+    w, g = pair
+    new = lars_update(w, g, lr, trust_coefficient=tc, decay_lambda=0.01)
+    for (_, x), (_, y) in zip(walk(w), walk(new), strict=True):
+        if x is None or not x.size or not np.abs(x).max() or x.dtype.itemsize < 4:
+            continue
+        x, y = (z.astype(complex if z.dtype.kind == "c" else float) for z in (x, y))
+        scale = np.abs(x).max()
+        rounding = 1e-6 * np.sqrt(x.size) + np.finfo(np.float32).tiny / scale
+        length = np.linalg.norm(((x - y) / scale).ravel())
+        assert length <= lr * tc * np.linalg.norm((x / scale).ravel()) + rounding
+
+
+TREE = {"encoder": {"kernel": (2, 3), "bias": (3,)}, "head": [(4,), (2, 2)]}
+
+
+def build(make):
+    """A Container of arrays with the shapes of TREE."""
+    return Container(
+        encoder={key: make(shape) for key, shape in TREE["encoder"].items()},
+        head=[make(shape) for shape in TREE["head"]],
+    )
+
+
+def rng_tree(seed):
+    rng = np.random.default_rng(seed)
+    return build(lambda shape: rng.normal(size=shape).astype(np.float32))
+
+
+PREFIXED = {
+    "lr": (0.1, 0.7),
+    "decay_lambda": (0.0, 0.2),
+    "trust_coefficient": (1.0, 0.01),
+    "eps": (0.0, 0.5),
+    "adapt": (True, False),
+    "trust_clip": (False, True),
+    "grad_scale": (1.0, 8.0),
+    "layer_axis": (0, -1),
+    "nonfinite": ("raise", "skip"),
+    "stop_gradients": (True, False),
+}
+
+
+@pytest.mark.parametrize("name", PREFIXED)
+def test_a_prefix_is_the_same_value_spelt_out_at_each_leaf(name):
+    first, second = PREFIXED[name]
+    w, g = rng_tree(1), rng_tree(2) * 0.1
+    prefix = {"head": second, "encoder": first}  # another key order on purpose
+    spelt = Container(head=[second, second], encoder={"bias": first, "kernel": first})
+
+    def update(w, g, value):
+        options = {"decay_lambda": 0.1, name: value}
+        lr = options.pop("lr", 0.1)
+        return lars_update(w, g, lr, **options)
+
+    expected = update(w, g, spelt)
+    assert_identical(update(w, g, prefix), expected)
+    alone = {"encoder": update(w.encoder, g.encoder, first), "head": update(w.head, g.head, second)}
+    assert_identical(Container(alone), expected)
+    if name not in ("nonfinite", "stop_gradients"):  # the two values do make a difference
+        assert expected != update(w, g, first)
+
+
+def test_a_gradient_serves_a_whole_subtree():
+    w = Container(a={"x": np.ones(3), "y": np.full((2, 3), 2.0)}, b=np.ones(2))
+    row = np.array([1.0, 2.0, 3.0])
+    expected = lars_update(w, {"a": {"x": row, "y": np.stack([row, row])}, "b": np.ones(2)}, 0.1)
+    assert_identical(lars_update(w, {"a": row, "b": 1.0}, 0.1), expected)
+    assert_identical(lars_update(w, {"a": row, "b": np.float64(1)}, 0.1), expected)
+
+
+@given(st.permutations(["encoder", "head"]), st.permutations(["kernel", "bias"]))
+def test_key_order_does_not_matter(outer, inner):
+    w, g = rng_tree(1), rng_tree(2)
+    shuffled = {"encoder": {key: g.encoder[key] for key in inner}, "head": g.head}
+    shuffled = {key: shuffled[key] for key in outer}
+    assert_identical(lars_update(w, shuffled, 0.1), lars_update(w, g, 0.1))
+
+
+def test_none_as_a_gradient_leaves_the_weights_as_they_are_decay_included():
+    w = {"a": np.ones(2), "b": np.ones(2), "step": np.arange(3), "name": "resnet"}
+    g = {"a": np.ones(2), "b": None, "step": None, "name": None}
+    new = lars_update(w, g, 0.1, decay_lambda=0.5)
+    assert new["a"].tolist() == [0.9, 0.9]
+    assert new["b"].tolist() == [1, 1]
+    assert new["b"] is not w["b"]
+    assert new["step"].tolist() == [0, 1, 2]
+    assert new["name"] == "resnet"
+    assert lars_update(w, g, 0.1, decay_lambda=0.5, out=w)["a"].tolist() == [0.9, 0.9]
+    assert lars_update({"a": np.ones(2)}, None, 0.1)["a"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_stacked_layers_are_updated_like_layers_one_by_one(library, axis, decay):
+    rng = np.random.default_rng(0)
+    w, g = rng.normal(size=(2, 3, 4, 5)).astype(np.float32)[:, :, :, :3], None
+    w = np.moveaxis(w, 0, 1)
+    g = rng.normal(size=w.shape).astype(np.float32)
+    options = {"decay_lambda": decay, "trust_clip": True}
+    layers = [
+        lars_update(np.take(w, i, axis), np.take(g, i, axis), 0.1, **options)
+        for i in range(w.shape[axis])
+    ]
+    stacks = (to_library(library.name, x) for x in (w, g))
+    new = to_numpy(lars_update(*stacks, 0.1, layer_axis=axis, **options))
+    # Slices of a stack lie in memory as they lie, which may change the last bit.
+    np.testing.assert_allclose(new, np.stack(layers, axis), rtol=2e-7)
+
+
+def test_layers_of_one_number_each():
+    w, g = np.array([1.0, 2.0, 0.0]), np.array([0.5, -4.0, 3.0])
+    assert lars_update(w, g, 0.1, layer_axis=0).tolist() == [0.9, 2.2, -0.30000000000000004]
+
+
+@given(leaves(), OPTIONS)
+def test_all_libraries_agree(pair, options):
+    w, g = pair
+    assume(w.dtype.isnative)
+    expected = lars_update(w, g, 0.1, **options)
+    for library in LIBRARIES:
+        if library.exact and w.flags.c_contiguous:
+            need(library.module)
+            ours = [to_library(library.name, x) for x in (w, g)]
+            assert identical(lars_update(*ours, 0.1, **options), expected), library.name
+
+
+def test_the_memory_order_is_kept_and_alignment_changes_no_bit():
+    rng = np.random.default_rng(0)
+    w, g = (rng.normal(size=(40, 500)) for _ in range(2))
+    expected = lars_update(w, g, 0.1)
+    raw = np.zeros(w.nbytes + 1, np.uint8)
+    crooked = raw[1:].view(np.float64).reshape(w.shape)
+    crooked[...] = w
+    assert not crooked.flags.aligned
+    assert_identical(lars_update(crooked, g, 0.1), expected)
+    fortran = lars_update(np.asfortranarray(w), np.asfortranarray(g), 0.1)
+    assert fortran.flags.f_contiguous
+    np.testing.assert_allclose(fortran, expected, rtol=0, atol=2 * np.spacing(np.abs(w).max()))
+
+
+def test_an_array_in_gives_an_array_out():
+    w = Container(a=Array(np.ones(2)), b=np.ones(2))
+    new = w.lars_update({"a": np.ones(2), "b": Array(np.ones(2))}, Array(np.array(0.1)))
+    assert type(new.a) is Array
+    assert type(new.b) is np.ndarray
+    assert new.a.data.tolist() == new.b.tolist() == [0.9, 0.9]
+    assert w.lars_update(1.0, 0.1, out=w) is w
+    assert w.a.data.tolist() == [0.9, 0.9]

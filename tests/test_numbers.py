@@ -1,0 +1,234 @@
+"""How exact the numbers are: against `reference.py`, over the whole range of each format.
+
+Bounds in ulps of max(|w|, |u|) at each element: 1 for float16, bfloat16 and float32, 4 for float64.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import reference
+from conftest import need, to_numpy
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lars_tree import lars_update
+
+# A result halfway between two neighbours may round either way: hence the last bit of slack.
+BOUNDS = {"float16": 1 + 1e-6, "bfloat16": 1 + 1e-6, "float32": 1 + 1e-6, "float64": 4}
+DECAYS = [0.0, 1e-4, 0.1, 3.0]
+
+
+def dtype_of(name):
+    return need("ml_dtypes").bfloat16 if name == "bfloat16" else np.dtype(name)
+
+
+def random_array(rng, name, exponent, size):
+    """Numbers with about this exponent; those out of range become subnormal, zero or the largest."""
+    bits, smallest, largest = reference.FORMATS[name]
+    exponents = exponent + rng.integers(-2, 3, size)
+    mantissas = rng.uniform(1, 2, size) * rng.choice([-1, 1], size)
+    limit = np.ldexp(2.0 - 2.0 ** (1 - bits), largest)
+    values = np.ldexp(mantissas, np.clip(exponents, smallest - bits, largest))
+    return np.clip(values, -limit, limit).astype(dtype_of(name))
+
+
+def error(w, g, lr, name, update=lars_update, **options):
+    new = to_numpy(update(w, g, lr, **options))
+    assert new.dtype == dtype_of(name)
+    flat = [x.astype(np.float64).ravel(order="K").tolist() for x in (new, w, g)]
+    step = reference.lars(flat[1], flat[2], lr, **options)
+    return reference.worst_error(flat[0], flat[1], step, name)
+
+
+def exponents(name, count):
+    bits, smallest, largest = reference.FORMATS[name]
+    return [int(e) for e in np.linspace(smallest - bits + 1, largest, count)]
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("name", reference.FORMATS)
+def test_the_error_is_bounded_over_the_whole_range_of_exponents(name, decay):
+    rng = np.random.default_rng(1)
+    worst = {}
+    for w_exponent, g_exponent in itertools.product(exponents(name, 14), repeat=2):
+        w = random_array(rng, name, w_exponent, 7)
+        g = random_array(rng, name, g_exponent, 7)
+        lr = float(rng.choice([1e-3, 0.1, 1.0]))
+        worst[w_exponent, g_exponent] = error(w, g, lr, name, decay_lambda=decay)
+    assert {at: e for at, e in worst.items() if e > BOUNDS[name]} == {}
+
+
+@pytest.mark.parametrize("name", reference.FORMATS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"trust_coefficient": 1e-3},
+        {"eps": 1e-8},
+        {"eps": 1e-300, "decay_lambda": 1e-200},
+        {"adapt": False, "decay_lambda": 0.01},
+        {"trust_clip": True},
+        {"grad_scale": 65536.0, "decay_lambda": 1e-4, "eps": 1e-6},
+        {"trust_clip": True, "grad_scale": 1e-3, "trust_coefficient": 10.0},
+    ],
+    ids=str,
+)
+def test_the_error_is_bounded_for_every_option(name, options):
+    rng = np.random.default_rng(2)
+    for w_exponent, g_exponent in itertools.product(exponents(name, 7), repeat=2):
+        w = random_array(rng, name, w_exponent, 5)
+        g = random_array(rng, name, g_exponent, 5)
+        assert error(w, g, 0.1, name, **options) <= BOUNDS[name]
+
+
+@pytest.mark.parametrize("name", reference.FORMATS)
+def test_elements_of_all_sizes_in_one_array(name):
+    rng = np.random.default_rng(3)
+    every = exponents(name, 9)
+    for _ in range(40):
+        w, g = (
+            np.concatenate([random_array(rng, name, e, 1) for e in rng.permutation(every)])
+            for _ in range(2)
+        )
+        assert error(w, g, 0.1, name) <= BOUNDS[name]
+        assert error(w, g, 0.1, name, decay_lambda=0.01) <= BOUNDS[name]
+
+
+@pytest.mark.parametrize("name", reference.FORMATS)
+@pytest.mark.parametrize("size", [1, 63, 128, 129, 1000, 16_384, 16_385, 50_001])
+def test_long_sums_lose_nothing(name, size):
+    """A constant array is the worst case: the rounding errors of its squares all have one sign."""
+    rng = np.random.default_rng(size)
+    for values in (np.full(size, 1.7), rng.uniform(1, 2, size)):
+        w, g = values.astype(dtype_of(name)), (values[::-1] * 0.3).astype(dtype_of(name))
+        flat = w[:3].astype(float).tolist(), g[:3].astype(float).tolist()
+        new = lars_update(w, g, 1.0)[:3].astype(float).tolist()
+        norms = [reference.norm(x.astype(float).tolist()) for x in (w, g)]
+        u = [norms[0] / norms[1] * x for x in flat[1]]
+        step = reference.Step(u, [x - y for x, y in zip(flat[0], u, strict=True)], None)
+        assert reference.worst_error(new, flat[0], step, name) <= BOUNDS[name]
+
+
+finite = {
+    name: st.floats(width=width, allow_nan=False, allow_infinity=False)
+    for name, width in (("float16", 16), ("float32", 32), ("float64", 64))
+}
+rates = st.sampled_from([0.0, 1e-5, 0.1, 0.5, 1.0])
+
+
+@pytest.mark.parametrize("name", finite)
+@given(data=st.data(), lr=rates, decay=st.sampled_from(DECAYS))
+def test_the_error_is_bounded_for_any_numbers(name, data, lr, decay):
+    size = data.draw(st.integers(1, 6))
+    w, g = (
+        np.array(data.draw(st.lists(finite[name], min_size=size, max_size=size)), name)
+        for _ in range(2)
+    )
+    assert error(w, g, lr, name, decay_lambda=decay) <= BOUNDS[name]
+
+
+@given(size=st.integers(1, 5), data=st.data(), decay=st.sampled_from(DECAYS))
+def test_a_rate_for_each_element(size, data, decay):
+    numbers = st.lists(finite["float32"], min_size=size, max_size=size)
+    w, g = (np.array(data.draw(numbers), np.float32) for _ in range(2))
+    lr = np.array(data.draw(st.lists(rates, min_size=size, max_size=size)))
+    new = lars_update(w, g, lr, decay_lambda=decay)
+    step = reference.lars(w.tolist(), g.tolist(), lr, decay_lambda=decay)
+    assert reference.worst_error(new.tolist(), w.tolist(), step, "float32") <= BOUNDS["float32"]
+
+
+@pytest.mark.parametrize("name", ["complex64", "complex128"])
+def test_complex_numbers_are_pairs_of_real_ones(name):
+    rng = np.random.default_rng(4)
+    real = "float32" if name == "complex64" else "float64"
+    w, g = ((rng.normal(size=6) + 1j * rng.normal(size=6)).astype(name) for _ in range(2))
+    expected = lars_update(w.view(real), g.view(real), 0.1, decay_lambda=0.01)
+    assert lars_update(w, g, 0.1, decay_lambda=0.01).view(real).tolist() == expected.tolist()
+    step = reference.lars(w.tolist(), g.tolist(), 0.1, decay_lambda=0.01)
+    new = lars_update(w, g, 0.1, decay_lambda=0.01).tolist()
+    assert max(abs(a - complex(b)) for a, b in zip(new, step.w_new, strict=True)) < 1e-6
+
+
+def test_long_double_keeps_its_digits_and_its_range():
+    two = np.longdouble(2)
+    w = np.array([3, 4], np.longdouble) * two**1100  # beyond double where long double is longer
+    g = np.array([4, 3], np.longdouble) * two**-1100
+    if not np.isfinite(w).all():
+        pytest.skip("long double is double here")
+    new = lars_update(w, g, 0.5)
+    assert new.dtype == np.longdouble
+    assert (new / two**1100).tolist() == [1.0, 2.5]
+    third = np.array([1, 2, 2], np.longdouble) / 3  # norm 1, up to the last digit of long double
+    fresh = lars_update(third, third, 0.25)
+    assert np.max(np.abs(fresh - third * 3 / 4)) <= 4 * np.finfo(np.longdouble).eps
+
+
+@pytest.mark.parametrize(("name", "bits"), [("bfloat16", 8), ("float16", 11)])
+def test_the_result_is_rounded_once(name, bits):
+    """1 + 2**-bits - tiny lies below the midpoint of two neighbours: double rounding would go up."""
+    w = np.array([1.0], dtype_of(name))
+    g = np.array([1.0], dtype_of(name))
+    lr = -(2.0**-bits - 2.0**-45)
+    new = lars_update(w, -g, -lr)  # 1 + 2**-bits - 2**-45
+    assert new.astype(float).tolist() == [1.0]
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in cast:RuntimeWarning")
+def test_bfloat16_is_rounded_to_nearest_even_like_the_reference():
+    from lars_tree._backends import bfloat16
+
+    bfloat = need("ml_dtypes").bfloat16
+    every = np.arange(2**16, dtype=np.uint16)
+    values = bfloat16.decode(every)
+    finite = values[np.isfinite(values)]
+    assert np.array_equal(values, every.view(bfloat).astype(np.float64), equal_nan=True)
+    assert np.array_equal(bfloat16.encode(finite), every[np.isfinite(values)])
+    ordered = np.unique(finite)
+    middle = (ordered[1:] + ordered[:-1]) / 2
+    for nudge, expected in ((-1, ordered[:-1]), (1, ordered[1:])):
+        nudged = np.nextafter(middle, nudge * np.inf)
+        assert np.array_equal(bfloat16.decode(bfloat16.encode(nudged)), expected)
+    assert (bfloat16.encode(middle) % 2 == 0).all()
+    extremes = bfloat16.decode(bfloat16.encode(np.array([np.inf, -np.inf, np.nan, 1e39, -1e300])))
+    assert np.array_equal(extremes, [np.inf, -np.inf, np.nan, np.inf, -np.inf], equal_nan=True)
+
+
+@pytest.mark.parametrize("decay", [0.0, 1e-4, 0.1])
+@pytest.mark.parametrize("name", reference.FORMATS)
+def test_jit_keeps_the_bounds_where_xla_keeps_the_numbers(name, decay):
+    """XLA flushes subnormal numbers to zero on the CPU, so these stay out."""
+    jax = need("jax")
+    rng = np.random.default_rng(5)
+    bits, smallest, largest = reference.FORMATS[name]
+    with jax.enable_x64(True):
+        update = jax.jit(lambda w, g, lr: lars_update(w, g, lr, decay_lambda=decay))
+        grid = [int(e) for e in np.linspace(smallest + bits + 3, largest - 4, 6)]
+        for w_exponent, g_exponent in itertools.product(grid, repeat=2):
+            w, g = (random_array(rng, name, e, 5) for e in (w_exponent, g_exponent))
+            new = to_numpy(update(w, g, 0.1))
+            flat = [x.astype(float).tolist() for x in (new, w, g)]
+            step = reference.lars(flat[1], flat[2], 0.1, decay_lambda=decay)
+            assert reference.worst_error(flat[0], flat[1], step, name) <= BOUNDS[name]
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("library_name", ["torch", "dask", "strict"])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_array_operations_keep_the_bounds(library_name, name, decay):
+    """The way that autograd, Dask and other libraries take: `_rule.step`."""
+    from conftest import to_library
+
+    rng = np.random.default_rng(6)
+    for w_exponent, g_exponent in itertools.product(exponents(name, 6), repeat=2):
+        w, g = (random_array(rng, name, e, 5) for e in (w_exponent, g_exponent))
+        ours = [to_library(library_name, x) for x in (w, g)]
+        options = {"decay_lambda": decay}
+        if library_name == "torch":
+            ours[0].requires_grad_()
+            options["stop_gradients"] = False
+        new = to_numpy(lars_update(*ours, 0.1, **options))
+        step = reference.lars(w.tolist(), g.tolist(), 0.1, decay_lambda=decay)
+        assert reference.worst_error(new.tolist(), w.tolist(), step, name) <= BOUNDS[name]

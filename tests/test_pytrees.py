@@ -1,0 +1,365 @@
+"""Container and Array as nodes of JAX, torch, optree and dm-tree, whichever is imported first."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tree as dm_tree
+from conftest import need
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lars_tree import Array, Container, _pytrees
+
+ROOT = Path(_pytrees.__file__).parents[1]
+KEYS = st.text("ab/.", max_size=2) | st.integers(0, 2) | st.sampled_from([1.5, None, (1, "a")])
+CONTAINERS = st.recursive(
+    st.integers(0, 9),
+    lambda child: st.dictionaries(KEYS, child, max_size=3) | st.lists(child, max_size=2),
+    max_leaves=8,
+).map(lambda nest: Container(root=nest))
+
+# Each gives the leaves, the structure, and a map over one tree.
+LIBRARIES = {
+    "jax": ("jax.tree_util", "tree_leaves", "tree_structure", "tree_map"),
+    "torch": ("torch.utils._pytree", "tree_leaves", "tree_structure", "tree_map"),
+    "optree": ("optree", "tree_leaves", "tree_structure", "tree_map"),
+}
+
+
+@pytest.fixture(params=LIBRARIES)
+def pytree(request):
+    """(leaves, structure, map) of each library that is installed."""
+    module, *names = LIBRARIES[request.param]
+    need(request.param)
+    return [getattr(importlib.import_module(module), name) for name in names]
+
+
+def reverse(node):
+    """The same with all keys in the opposite order."""
+    if isinstance(node, dict):
+        return Container({key: reverse(node[key,]) for key in reversed(node)})
+    return [reverse(child) for child in node] if isinstance(node, list) else node
+
+
+def python(code):
+    """Run code in a fresh interpreter."""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# In a fresh interpreter, in either order
+
+CHECK = """
+w = lt.Container(b=1.0, a={"y": 2.0, "x": [3.0]})
+doubled = tree_map(lambda x: x * 2, w)
+assert doubled.to_dict() == {"b": 2.0, "a": {"y": 4.0, "x": [6.0]}}, doubled.to_dict()
+assert type(doubled) is type(doubled.a) is lt.Container
+assert doubled.paths() == w.paths()
+assert type(tree_map(lambda x: x, lt.Array(np.ones(1)))) is lt.Array
+"""
+
+
+@pytest.mark.parametrize("ours_first", [True, False], ids=["ours first", "theirs first"])
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_it_is_a_node_in_either_import_order(name, ours_first):
+    need(name)
+    module, *_, tree_map = LIBRARIES[name]
+    ours, theirs = "import numpy as np, lars_tree as lt", f"import {name}"
+    imports = [ours, theirs] if ours_first else [theirs, ours]
+    python("\n".join([*imports, f"from {module} import {tree_map} as tree_map", CHECK]))
+
+
+SAVE = """
+import io
+file = io.BytesIO()
+torch.save(lt.Container(b=torch.ones(2), a={"c": lt.Array(torch.ones(1))}), file)
+file.seek(0)
+loaded = torch.load(file, weights_only=True)
+assert type(loaded) is type(loaded.a) is lt.Container
+assert type(loaded.a.c) is lt.Array
+assert loaded.paths() == [("b",), ("a", "c")]
+"""
+
+
+@pytest.mark.parametrize(
+    "imports", ["import lars_tree as lt, torch", "import torch, lars_tree as lt"]
+)
+def test_torch_loads_it_in_either_import_order(imports):
+    need("torch")
+    python(imports + SAVE)
+
+
+def test_a_probe_before_the_import_does_not_lose_the_hook():
+    need("torch")
+    probe = "import importlib.util\nassert importlib.util.find_spec('torch') is not None\n"
+    imports = "import numpy as np, lars_tree as lt\n"
+    python(imports + probe * 2 + "from torch.utils._pytree import tree_map" + CHECK)
+
+
+def test_several_libraries_live_side_by_side():
+    for name in LIBRARIES:
+        need(name)
+    code = "import numpy as np, optree, lars_tree as lt, jax, torch\n"
+    for module, *_, tree_map in LIBRARIES.values():
+        code += f"from {module} import {tree_map} as tree_map{CHECK}"
+    python(code)
+
+
+def test_a_library_that_fails_to_import_breaks_nothing(tmp_path):
+    """The error is the library's own, every time, and Containers go on working."""
+    (tmp_path / "torch.py").write_text("raise RuntimeError('no driver')")
+    python(f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import lars_tree as lt
+for _ in range(2):
+    try:
+        import torch
+    except RuntimeError as error:
+        assert str(error) == "no driver"
+    else:
+        raise AssertionError("torch was imported")
+    assert "torch" not in sys.modules
+assert lt.Container(a=1).map(lambda x: x + 1).to_dict() == {{"a": 2}}
+""")
+
+
+# The hook itself, on modules made for it
+
+
+@pytest.fixture
+def made_up(tmp_path, monkeypatch):
+    """A function that writes a module, whose name it gives."""
+    monkeypatch.syspath_prepend(tmp_path)
+    names = []
+
+    def make(source):
+        name = f"made_up_{tmp_path.name}_{len(names)}"
+        names.append(name)
+        (tmp_path / f"{name}.py").write_text(source)
+        importlib.invalidate_caches()
+        return name
+
+    yield make
+    for name in names:
+        sys.modules.pop(name, None)
+        _pytrees._FINDER.hooks.pop(name, None)
+
+
+def test_a_hook_is_called_once_and_after_the_import(made_up):
+    name = made_up("early = 1\nlate = 2")
+    seen = []
+    _pytrees.when_imported(name, lambda module: seen.append(("first", module.late)))
+    _pytrees.when_imported(name, lambda module: seen.append(("second", module.late)))
+    assert seen == []
+    module = importlib.import_module(name)
+    importlib.reload(module)
+    assert seen == [("first", 2), ("second", 2)]
+
+
+def test_a_hook_is_called_at_once_where_the_module_is_there(made_up):
+    name = made_up("")
+    module = importlib.import_module(name)
+    seen = []
+    _pytrees.when_imported(name, seen.append)
+    assert seen == [module]
+
+
+def test_a_hook_outlives_a_failed_import(made_up, monkeypatch):
+    name = made_up("import os\nif 'LARS_TREE_BROKEN' in os.environ: raise OSError('broken')")
+    seen = []
+    _pytrees.when_imported(name, seen.append)
+    monkeypatch.setenv("LARS_TREE_BROKEN", "1")
+    with pytest.raises(OSError, match="broken"):
+        importlib.import_module(name)
+    assert seen == []
+    monkeypatch.delenv("LARS_TREE_BROKEN")
+    assert seen == [importlib.import_module(name)]
+
+
+def test_a_hooked_module_keeps_its_own_loader(made_up):
+    name = made_up("")
+    plain = importlib.import_module(made_up(""))
+    _pytrees.when_imported(name, lambda module: None)
+    module = importlib.import_module(name)
+    assert type(module.__loader__) is type(plain.__loader__)
+    assert type(module.__spec__.loader) is type(plain.__spec__.loader)
+
+
+def test_a_library_that_is_not_there_is_not_found():
+    name = "made_up_and_never_written"
+    _pytrees.when_imported(name, lambda module: None)
+    try:
+        assert importlib.util.find_spec(name) is None
+        with pytest.raises(ModuleNotFoundError, match=name):
+            importlib.import_module(name)
+    finally:
+        del _pytrees._FINDER.hooks[name]
+
+
+# Laws
+
+
+@given(w=CONTAINERS)
+def test_a_map_keeps_nodes_and_key_order(pytree, w):
+    *_, tree_map = pytree
+    mapped = tree_map(lambda x: x + 1, w)
+    assert mapped == w.map(lambda x: x + 1)
+    assert mapped.paths() == w.paths()
+    dm_tree.assert_same_structure(mapped.unflatten([0] * len(w.leaves())), mapped.map(lambda x: 0))
+    assert isinstance(mapped, Container)
+
+
+@given(w=CONTAINERS)
+def test_key_order_makes_no_other_structure(pytree, w):
+    leaves, structure, _ = pytree
+    assert structure(reverse(w)) == structure(w)
+    assert hash(structure(reverse(w))) == hash(structure(w))
+    assert leaves(reverse(w)) == leaves(w)
+
+
+@given(w=CONTAINERS, other=CONTAINERS)
+def test_other_keys_make_another_structure(pytree, w, other):
+    _, structure, _ = pytree
+    same = set(w.map(lambda x: 0).diff(other.map(lambda x: 0))) == set()
+    assert (structure(w) == structure(other)) == same
+
+
+@given(CONTAINERS)
+def test_dm_tree_takes_it_as_it_is(w):
+    w = Container({str(i): child for i, child in enumerate(w.leaves())}, b={"z": 1, "a": 2})
+    mapped = dm_tree.map_structure(lambda x: x + 1, w)
+    assert type(mapped) is type(mapped.b) is Container
+    assert mapped == w.map(lambda x: x + 1)
+    assert mapped.paths() == w.paths()
+
+
+def test_a_subclass_keeps_its_type(pytree):
+    class Weights(Container):
+        pass
+
+    *_, tree_map = pytree
+    mapped = tree_map(lambda x: x + 1, Weights(a=1, b={"c": 2}))
+    assert (type(mapped), type(mapped.b), mapped.b.c) == (Weights, Weights, 3)
+
+
+def test_an_array_is_a_node_around_its_array(pytree):
+    leaves, _, tree_map = pytree
+    array = Array(np.ones(2))
+    assert leaves(array)[0] is array.data
+    mapped = tree_map(lambda x: x * 2, Container(a=array))
+    assert type(mapped.a) is Array
+    assert (mapped.a.data == 2).all()
+
+
+W = Container(b=1.0, a={"y": 2.0, "x": [3.0]})
+
+
+def test_jax_names_leaves_by_their_keys():
+    tree_util = need("jax").tree_util
+    paths = [tree_util.keystr(path) for path, _ in tree_util.tree_flatten_with_path(W)[0]]
+    assert paths == ["['a']['x'][0]", "['a']['y']", "['b']"]
+
+
+def test_torch_names_leaves_by_their_keys():
+    need("torch")
+    pytree = importlib.import_module("torch.utils._pytree")
+    paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(W)[0]]
+    assert paths == ["['a']['x'][0]", "['a']['y']", "['b']"]
+
+
+def test_optree_names_leaves_by_their_keys():
+    optree = need("optree")
+    assert optree.tree_paths(W) == [("a", "x", 0), ("a", "y"), ("b",)]
+    assert [accessor(W) for accessor in optree.tree_accessors(W)] == [3.0, 2.0, 1.0]
+
+
+def test_a_structure_of_torch_can_be_written_down():
+    need("torch")
+    pytree = importlib.import_module("torch.utils._pytree")
+    spec = pytree.tree_structure(W)
+    read = pytree.treespec_loads(pytree.treespec_dumps(spec))
+    assert read == spec
+    assert pytree.tree_unflatten([1, 2, 3], read).paths() == W.paths()
+
+
+# What the libraries do with it
+
+
+def test_jit_does_not_retrace_for_another_key_order():
+    jax = need("jax")
+    traced = []
+
+    @jax.jit
+    def doubled(w):
+        traced.append(list(w))
+        return w.map(lambda x: x * 2)
+
+    assert doubled(W).allclose({"b": 2.0, "a": {"y": 4.0, "x": [6.0]}})
+    assert doubled(reverse(W)).allclose({"b": 2.0, "a": {"y": 4.0, "x": [6.0]}})
+    assert traced == [["b", "a"]]
+    doubled(Container(b=1.0))
+    assert traced == [["b", "a"], ["b"]]
+
+
+def test_jax_differentiates_and_maps_over_it():
+    jax = need("jax")
+    w = Container(a=jax.numpy.arange(3.0), b={"c": jax.numpy.ones(3)})
+    slope = jax.grad(lambda w: (w.a**2).sum() + 3 * w.b.c.sum())(w)
+    assert slope == Container(a=[0, 2, 4], b={"c": [3, 3, 3]}).map(np.float32, with_path=False) or (
+        slope.a.tolist(),
+        slope.b.c.tolist(),
+    ) == ([0, 2, 4], [3, 3, 3])
+    assert jax.vmap(lambda w: w + 1)(w).a.tolist() == [1, 2, 3]
+
+
+def test_torch_differentiates_it():
+    torch = need("torch")
+    w = Container(a=torch.arange(3.0), b={"c": torch.ones(3)})
+    slope = torch.func.grad(lambda w: (w.a**2).sum() + 3 * w.b.c.sum())(w)
+    assert type(slope) is Container
+    assert (slope.a.tolist(), slope.b.c.tolist()) == ([0, 2, 4], [3, 3, 3])
+
+
+def test_a_state_dict_goes_in_and_out():
+    torch = need("torch")
+    layer = torch.nn.Linear(2, 3)
+    w = Container.from_flat({f"head.{k}": x for k, x in layer.state_dict().items()}, sep=".")
+    assert list(w.to_flat(".")) == ["head.weight", "head.bias"]
+    other = torch.nn.Linear(2, 3)
+    other.load_state_dict(w.head)
+    assert (other.weight == layer.weight).all()
+
+
+@given(st.lists(st.text("ab/", max_size=2), unique=True, max_size=4))
+def test_torch_load_gives_back_what_was_saved(keys):
+    torch = need("torch")
+    w = Container({key: {"t": torch.tensor([i]), "n": [i, None]} for i, key in enumerate(keys)})
+    file = io.BytesIO()
+    torch.save(w, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert loaded == w
+    assert type(loaded) is Container
+    assert loaded.paths() == w.paths()
+    assert all(type(child) is Container for child in loaded.values())
+
+
+def test_tied_weights_stay_tied_in_a_file():
+    torch = need("torch")
+    x = torch.ones(2)
+    file = io.BytesIO()
+    torch.save(Container(a=x, b={"c": x}), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    loaded.a[0] = 5.0
+    assert loaded.b.c[0] == 5.0

@@ -1,0 +1,298 @@
+"""The walk over nests, held to dm-tree; and what it says where two nests do not match."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+import tree as dm_tree
+from conftest import need
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lars_tree import Container, StructureError, _tree, lars_update
+
+Point = collections.namedtuple("Point", "x y")
+
+
+@pytest.fixture(scope="module")
+def layer():
+    return need("attrs").make_class("Layer", ["kernel", "bias"])
+
+
+def _parents(child):
+    some = st.lists(child, max_size=3)
+    named = st.dictionaries(st.text("abc", max_size=2), child, max_size=3)
+    return st.one_of(
+        some,
+        some.map(tuple),
+        st.builds(Point, child, child),
+        named,
+        named.map(collections.OrderedDict),
+        named.map(lambda d: collections.defaultdict(list, d)),
+        named.map(MappingProxyType),
+        named.map(Container),
+    )
+
+
+LEAVES = st.integers(0, 9) | st.none() | st.text(max_size=2)
+NESTS = st.recursive(LEAVES, _parents, max_leaves=12)
+DICTS = st.recursive(
+    st.just(0), lambda child: st.dictionaries(st.sampled_from("abc"), child, max_size=2)
+)
+
+
+def assert_same(actual, expected):
+    """Equal leaves at equal places, in nodes of the same types and in the same order."""
+    dm_tree.assert_same_structure(actual, expected)
+    assert dm_tree.flatten_with_path(actual) == dm_tree.flatten_with_path(expected)
+    assert list(_tree.walk(actual)) == list(_tree.walk(expected))
+
+
+# Walk and rebuild
+
+
+@given(NESTS)
+def test_the_walk_finds_the_leaves_of_dm_tree(nest):
+    expected = dm_tree.flatten_with_path(nest)
+    actual = list(_tree.walk(nest))
+    assert len(actual) == len(expected)
+    assert dict(actual) == dict(expected)
+
+
+@given(NESTS)
+def test_leaves_come_in_the_order_of_the_walk(nest):
+    assert _tree.leaves(nest) == [leaf for _, leaf in _tree.walk(nest)]
+
+
+@given(NESTS)
+def test_rebuild_maps_as_dm_tree_does(nest):
+    expected = dm_tree.map_structure(lambda x: f"{x}!", nest)
+    actual = _tree.rebuild(nest, [f"{x}!" for x in _tree.leaves(nest)])
+    assert_same(actual, expected)
+
+
+@given(NESTS)
+def test_rebuild_from_its_own_leaves_is_the_nest(nest):
+    assert_same(_tree.rebuild(nest, _tree.leaves(nest)), nest)
+
+
+@given(NESTS)
+def test_every_node_is_a_leaf_or_has_children(nest):
+    assert _tree.is_leaf(nest) == (not dm_tree.is_nested(nest))
+    if not _tree.is_leaf(nest):
+        children = [child for _, child in _tree.children(nest)]
+        assert_same(_tree.replace_children(nest, children), nest)
+
+
+@given(st.data())
+def test_attrs_are_nodes_as_in_dm_tree(layer, data):
+    nest = {"l": layer(data.draw(NESTS), layer(data.draw(NESTS), [None]))}
+    assert dict(_tree.walk(nest)) == dict(dm_tree.flatten_with_path(nest))
+    expected = dm_tree.map_structure(lambda x: f"{x}!", nest)
+    assert_same(_tree.rebuild(nest, [f"{x}!" for x in _tree.leaves(nest)]), expected)
+
+
+def test_keys_keep_their_own_order():
+    nest = {"b": 1, "a": collections.OrderedDict(z=2, y=3)}
+    assert list(_tree.walk(nest)) == [(("b",), 1), (("a", "z"), 2), (("a", "y"), 3)]
+    assert list(_tree.rebuild(nest, [1, 2, 3])["a"]) == ["z", "y"]
+
+
+def test_keys_may_be_of_several_types():
+    nest = {1: "a", "1": "b", None: "c", (1, 2): {2.5: "d"}}
+    assert [path for path, _ in _tree.walk(nest)] == [(1,), ("1",), (None,), ((1, 2), 2.5)]
+    assert _tree.rebuild(nest, _tree.leaves(nest)) == nest
+
+
+def test_none_is_a_leaf_and_an_empty_node_has_none():
+    nest = {"a": None, "b": {}, "c": [], "d": ((), Point(None, [{}]))}
+    assert list(_tree.walk(nest)) == [(("a",), None), (("d", 1, "x"), None)]
+    assert_same(_tree.rebuild(nest, [None, None]), nest)
+
+
+def test_a_defaultdict_keeps_its_factory():
+    rebuilt = _tree.rebuild(collections.defaultdict(list, a=1), [2])
+    assert rebuilt["a"] == 2
+    assert rebuilt["missing"] == []
+
+
+def test_a_dict_subclass_keeps_its_type_without_its_constructor_being_called():
+    class Named(dict):
+        def __init__(self, name):
+            self.name = name
+
+    nest = Named("encoder")
+    nest["a"] = 1
+    rebuilt = _tree.rebuild(nest, [2])
+    assert (type(rebuilt), rebuilt.name, rebuilt["a"]) == (Named, "encoder", 2)
+    assert nest["a"] == 1
+
+
+@pytest.mark.parametrize("leaf", ["text", b"bytes", 3, None, {1, 2}, np.ones(2)], ids=repr)
+def test_what_is_no_nest_is_a_leaf(leaf):
+    assert _tree.is_leaf(leaf)
+    assert list(_tree.walk(leaf)) == [((), leaf)]
+
+
+def test_a_key_that_is_named_like_a_method_hides_nothing():
+    nest = Container({"items": 1, "keys": {"values": 2}})
+    assert _tree.leaves(nest) == [1, 2]
+    assert _tree.broadcast("lr", nest, {"items": 3, "keys": 4}) == [3, 4]
+
+
+# Match and broadcast
+
+
+@given(NESTS, st.data())
+def test_a_prefix_broadcasts_as_dm_tree_does(nest, data):
+    """Cut the nest at random nodes; each cut has a number, which all leaves below it get."""
+    numbers = itertools.count(1)
+
+    def cut(node):
+        return next(numbers) if not dm_tree.is_nested(node) or data.draw(st.booleans()) else None
+
+    prefix = dm_tree.traverse(cut, nest)
+    expected = dm_tree.map_structure_up_to(
+        prefix, lambda value, part: dm_tree.map_structure(lambda _: value, part), prefix, nest
+    )
+    actual = _tree.rebuild(nest, _tree.broadcast("lr", nest, prefix))
+    assert_same(actual, expected)
+
+
+@given(DICTS, DICTS)
+def test_an_exact_match_is_one_to_dm_tree_too(a, b):
+    try:
+        dm_tree.assert_same_structure(a, b, check_types=False)
+    except ValueError:
+        with pytest.raises(StructureError):
+            _tree.broadcast("dcdw", a, b, exact=True)
+    else:
+        assert _tree.broadcast("dcdw", a, b, exact=True) == _tree.leaves(b)
+
+
+@given(DICTS, DICTS)
+def test_differences_are_listed_exactly_where_broadcasting_fails(a, b):
+    lines = list(_tree.differences(a, b))
+    if lines:
+        with pytest.raises(StructureError) as caught:
+            _tree.broadcast("lr", a, b)
+        assert caught.value.paths == tuple(path for path, _ in lines)
+    else:
+        assert len(_tree.broadcast("lr", a, b)) == len(_tree.leaves(a))
+
+
+def test_keys_match_by_name_and_not_by_order():
+    assert _tree.broadcast("dcdw", {"a": 1, "b": 2}, {"b": 20, "a": 10}, exact=True) == [10, 20]
+    assert _tree.broadcast("dcdw", Point(1, 2), {"y": 20, "x": 10}, exact=True) == [10, 20]
+
+
+def test_a_list_matches_a_tuple_of_its_length():
+    assert _tree.broadcast("dcdw", [1, [2, 3]], (4, (5, 6)), exact=True) == [4, 5, 6]
+
+
+def test_a_key_with_a_slash_is_no_path():
+    with pytest.raises(StructureError, match="missing 'a/b'; unexpected 'a'"):
+        _tree.broadcast("dcdw", Container({"a/b": 1}), Container(a={"b": 2}))
+
+
+@pytest.mark.parametrize(
+    ("w", "other", "line"),
+    [
+        (
+            {"bias": 1},
+            {"bais": 1},
+            "dcdw: missing 'bias'; unexpected 'bais' (did you mean 'bias'",
+        ),
+        ({"a": {"b": 1}}, {"a": {}}, "a: missing 'b'"),
+        ({"a": {"b": 1}}, {"a": {"b": 1, "c": 2}}, "a: unexpected 'c'"),
+        ({"a": [1, 2]}, {"a": [1, 2, 3]}, "a: expected a list of 2 items, got a list of 3 items"),
+        ({"a": 1}, {"a": {"u": 1, "v": 2}}, "a: expected an int, got a dict with keys 'u', 'v'"),
+        ({"a": 1}, {"a": {}}, "a: expected an int, got an empty dict"),
+        ({"a": {"b": {}}}, {"a": {"b": 1}}, "a/b: expected an empty dict, got an int"),
+        ({"a": [{"b": 1}]}, {"a": [None]}, "a/0: expected a dict with keys 'b', got None"),
+        (Point(1, {"k": 1}), Point(1, {}), "y: missing 'k'"),
+        ({"a/b": {"": 1}}, {"a/b": {"": [1]}}, "'a/b'/'': expected an int, got a list of"),
+        (
+            {"w": np.ones((3, 4))},
+            {"w": Container(u=1)},
+            "w: expected an array of shape (3, 4), got",
+        ),
+    ],
+)
+def test_a_mismatch_says_where_and_what(w, other, line):
+    with pytest.raises(StructureError) as caught:
+        _tree.broadcast("dcdw", w, other, exact=True)
+    assert str(caught.value).startswith(f"dcdw does not match w\n  {line}")
+    assert caught.value.argument == "dcdw"
+
+
+def test_a_mismatch_lists_every_place():
+    w = {"a": {"bias": 1, "kernel": 2}, "h": 3, "same": 4}
+    other = {"a": {"bias": 1, "kernel": [2]}, "h": {"u": 3}, "same": 4}
+    with pytest.raises(StructureError) as caught:
+        _tree.broadcast("dcdw", w, other)
+    assert caught.value.paths == (("a", "kernel"), ("h",))
+
+
+def test_a_long_list_of_mismatches_ends_in_a_count():
+    w, other = {str(i): 1 for i in range(30)}, {str(i): [] for i in range(30)}
+    with pytest.raises(StructureError) as caught:
+        _tree.broadcast("dcdw", w, other)
+    lines = str(caught.value).splitlines()
+    assert lines[-1] == "  and 20 more"
+    assert len(lines) == 12
+    assert len(caught.value.paths) == 30
+
+
+# Cycles and depth
+
+
+def _cyclic(make):
+    node = {"x": 1}
+    node["me"] = make(node)
+    return {"root": node}
+
+
+@pytest.mark.parametrize(
+    ("make", "path"),
+    [(lambda n: n, ()), (lambda n: [n], (0,)), (lambda n: Point(0, {"z": n}), ("y", "z"))],
+    ids=["itself", "in a list", "in a namedtuple"],
+)
+def test_a_cycle_is_found_where_it_closes(make, path):
+    assert _tree.cycle(_cyclic(make)) == (("root",), ("root", "me", *path))
+
+
+def test_a_node_at_two_places_is_no_cycle():
+    shared = {"x": 1}
+    assert _tree.cycle({"a": shared, "b": [shared, shared]}) is None
+
+
+def test_a_nest_of_any_depth_is_searched_for_cycles():
+    nest = {}
+    for _ in range(3000):
+        nest = {"deeper": nest}
+    assert _tree.cycle(nest) is None
+
+
+def test_an_update_of_a_cyclic_nest_names_the_place():
+    with pytest.raises(StructureError, match="root/me/0"):
+        lars_update(_cyclic(lambda n: [n]), 1.0, 0.1)
+
+
+# Pick
+
+
+@given(DICTS, st.data())
+def test_pick_keeps_what_is_to_be_kept(nest, data):
+    kept = [data.draw(st.booleans()) for _ in _tree.leaves(nest)]
+    picked = _tree.pick(nest, iter(kept))
+    expected = [pair for pair, keep in zip(_tree.walk(nest), kept, strict=True) if keep]
+    assert ([] if picked is _tree.NOTHING else list(_tree.walk(picked))) == expected
+
+
+def test_a_sequence_keeps_its_length_when_picked_from():
+    assert _tree.pick({"a": [1, 2], "b": (3,)}, iter([False, True, False])) == {"a": [None, 2]}
