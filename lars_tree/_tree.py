@@ -234,23 +234,23 @@ def cycle(tree: Tree) -> tuple[Path, Path] | None:
 
     Iterative, so that it can explain a RecursionError.
     """
-    stack: list[tuple[Path, Iterator[tuple[Hashable, Tree]]]] = [((), iter([("", tree)]))]
-    open_nodes: list[tuple[int, Path]] = []
-    while stack:
-        path, pending = stack[-1]
-        step = next(pending, None)
+    keys: list[Hashable] = []
+    depths = {id(tree): 0}  # of the nodes on the way down
+    nodes, pending = [tree], [iter(list(children(tree)))]
+    while pending:
+        step = next(pending[-1], None)
         if step is None:
-            stack.pop()
-            if open_nodes:
-                open_nodes.pop()
+            pending.pop()
+            del depths[id(nodes.pop())]
+            if keys:
+                keys.pop()
             continue
         key, child = step
-        child_path = (*path, key) if len(stack) > 1 else ()
-        if is_leaf(child):
-            continue
-        for identity, earlier in open_nodes:
-            if identity == id(child):
-                return earlier, child_path
-        open_nodes.append((id(child), child_path))
-        stack.append((child_path, iter(list(children(child)))))
+        if id(child) in depths:
+            return tuple(keys[: depths[id(child)]]), (*keys, key)
+        if not is_leaf(child):
+            keys.append(key)
+            depths[id(child)] = len(keys)
+            nodes.append(child)
+            pending.append(iter(list(children(child))))
     return None

@@ -7,9 +7,10 @@ gradients to numerical derivatives, and the trust ratios shown to the steps that
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -121,7 +122,7 @@ def train(
     seed: int,
     epochs: int,
     batch: int,
-    advance: Callable[[], Any] = lambda: None,
+    track: Callable[[range], Iterable[int]] = iter,
 ) -> Trained:
     """Train from the weights, and on the batches, that the seed gives.
 
@@ -133,7 +134,7 @@ def train(
         seed: Of the first weights and of the order of the images.
         epochs: Passes over all images.
         batch: Images a step.
-        advance: Called after each epoch.
+        track: Is given the epochs to go through, as a progress bar wants.
     """
     rng = np.random.default_rng(seed)
     w = initial_weights(rng)
@@ -142,7 +143,7 @@ def train(
     decay = DECAY * kernels  # biases are neither adapted nor decayed, as is usual
     layers: list[Layer] = []
     count = len(digits.labels)
-    for epoch in range(epochs):
+    for epoch in track(range(epochs)):
         order = rng.permutation(count)
         for start in range(0, count, batch):
             picked = order[start : start + batch]
@@ -150,7 +151,6 @@ def train(
             layers = _layers(w, g, adapt, decay)  # now, as the step overwrites w
             lr = rate * (1 - (epoch + start / count) / epochs)
             w.lars_update(g, lr, adapt=adapt, decay_lambda=decay, out=w)
-        advance()
     return Trained(rate, accuracy(w, digits), accuracy(w, held_out), layers)
 
 
@@ -176,7 +176,6 @@ def run(*, seed: int, epochs: int, batch: int, rate: float) -> None:
     count = len(digits.labels)
     batch = min(batch, count)
     recipe = {"seed": seed, "epochs": epochs, "batch": batch}
-    plan = [(True, rate), *((False, each) for each in sorted({rate, *SGD_RATES}))]
     columns = "{task.description}", BarColumn(), TimeElapsedColumn()
     with (
         Progress(*columns, console=Console(stderr=True)) as progress,
@@ -185,23 +184,20 @@ def run(*, seed: int, epochs: int, batch: int, rate: float) -> None:
         # Too high a rate ends in infinity and NaN. The accuracy says so; warnings add nothing.
         np.errstate(all="ignore"),
     ):
-        names = [f"{'LARS' if lars else 'SGD'}, rate {each:g}" for lars, each in plan]
-        bars = [progress.add_task(name, total=epochs) for name in names]
-        lars, *sgd = (
-            train(digits, held_out, lars=lars, rate=each, advance=advance, **recipe)
-            for (lars, each), advance in zip(
-                plan, (partial(progress.advance, bar) for bar in bars), strict=True
-            )
-        )
-    parameters = initial_weights(np.random.default_rng(seed)).num_parameters()
-    console = Console(highlight=False)
-    console.print(
+
+        def trained(name: str, rate: float) -> Trained:
+            track = partial(progress.track, description=f"{name}, rate {rate:g}")
+            return train(digits, held_out, lars=name == "LARS", rate=rate, track=track, **recipe)
+
+        lars = trained("LARS", rate)
+        sgd = [trained("SGD", each) for each in sorted({rate, *SGD_RATES})]
+    weights = sum(math.prod(layer.shape) for layer in lars.layers)
+    intro = (
         f"Handwritten digits: {count} images to train on, {len(held_out.labels)} held out.\n"
-        f"{parameters} weights in one Container, {epochs} epochs in batches of {batch}, seed {seed}.",
-        _accuracies(lars, sgd),
-        _last_step(lars.layers),
-        sep="\n\n",
+        f"{weights} weights in one Container. Seed {seed}, epochs {epochs}, batch {batch}."
     )
+    tables = _accuracies(lars, sgd), "", _last_step(lars.layers)
+    Console(highlight=False).print(intro, "", *tables, sep="\n")
 
 
 def _accuracies(lars: Trained, sgd: list[Trained]) -> Table:

@@ -240,7 +240,7 @@ def _guard(leaves: list[Leaf], results: dict[int, Any], paths: Paths) -> dict[in
         and not bool(leaf.backend.all_finite([results[leaf.place]]))
     ]
     if bad:
-        headline = "the new weights would not be finite"
+        headline = "dcdw would make weights that are not finite"
         lines = [(path, "expected finite numbers, got NaN or infinity") for path in bad]
         raise errors.error(errors.NonFiniteError, "dcdw", headline, lines)
     watched = _by_backend([leaf for leaf in steps if leaf.rule.nonfinite == "skip"])

@@ -15,6 +15,9 @@ from hypothesis import HealthCheck, settings
 
 import lars_tree
 
+# Four devices on the CPU, for sharded arrays: JAX reads this when it is first imported.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+
 CI = os.environ.get("CI") == "true"
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}

@@ -1,4 +1,4 @@
-"""Array: everything it does, the native array does; nothing is copied and nothing nests."""
+"""Array: everything it does, the native array does. And Containers as far as they are of arrays."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import pickle
 import numpy as np
 import pytest
 from conftest import LIBRARIES, need, to_library, to_numpy
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lars_tree import Array, Container, LarsTreeError, lars_update
+from lars_tree import Array, Container, LarsTreeError, StructureError, lars_update
 
 A = np.array([[3.0, 4.0, 0.5], [-1.0, 2.0, 8.0]], np.float32)
 B = np.array([[0.5, -2.0, 1.0], [4.0, 0.25, -1.0]], np.float32)
@@ -27,6 +29,13 @@ COMPARISONS = [operator.lt, operator.le, operator.eq, operator.ne, operator.ge, 
 # Raises on what it does not know, where Python wants NotImplemented: no turn for the other side.
 REFUSES = {"strict"}
 PICKLED = [library.name for library in LIBRARIES if library.name in {"numpy", "torch", "jax"}]
+
+
+NAMES = st.text("ab", max_size=2)
+NUMBERS = st.recursive(
+    st.floats(1, 9), lambda c: st.dictionaries(NAMES, c, min_size=1, max_size=3), max_leaves=6
+).map(lambda nest: Container(root=nest))
+OPERATORS = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow"]
 
 
 def assert_native(actual, expected):
@@ -85,7 +94,7 @@ def test_signs_are_those_of_the_array(library, operation):
 
 
 def test_a_numpy_scalar_on_the_left_leaves_the_operator_to_us():
-    assert_native(np.float64(2.0) * Array(A), 2.0 * A)
+    assert_native(np.float64(2.0) * Array(A), np.float64(2.0) * A)
 
 
 def test_inplace_operators_make_a_new_array():
@@ -246,3 +255,86 @@ def test_as_a_leaf_it_keeps_its_type():
     assert [type(x) for x in new.leaves()] == [Array, Array]
     assert (w.num_leaves(), w.num_parameters(), w.num_bytes()) == (2, 12, 48)
     assert "float32 (2, 3)" in repr(w)
+
+
+# Containers of arrays: compared, shown, computed with
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: np.array([np.ones(2), 1], dtype=object),
+        lambda: np.ones(2, dtype=[("a", int)]),
+        lambda: np.array(["a"]),
+        lambda: np.array([1], "M8[s]"),
+        lambda: need("scipy.sparse").csr_matrix(np.eye(2)),
+        lambda: need("torch").ones(2).to(need("torch").float8_e4m3fn),
+        lambda: need("torch").ones(2, 2).to_sparse(),
+        lambda: need("torch").ones(2, device="meta"),
+        lambda: need("jax").random.key(0),
+        lambda: need("dask.array").ones(2),
+    ],
+    ids=["object", "struct", "str", "date", "scipy", "float8", "sparse", "meta", "key", "dask"],
+)
+def test_nothing_raises_on_odd_arrays(make):
+    """An array that cannot be compared is equal to itself at least, and is still shown."""
+    x, twin = make(), make()
+    assert Container(a=x) == Container(a=x)
+    assert (Container(a=x) == Container(a=twin)) in {True, False}
+    assert Container(a=x) != Container(a=np.zeros(3))
+    assert set(Container(a=x).diff({"a": np.zeros(3)})) == {"a"}
+    assert repr(Container(a=x)).startswith("Container: 1 leaf, ")
+    assert "<b>a</b>" in Container(a=x)._repr_html_()
+
+
+def test_equality_and_closeness_look_at_elements(library):
+    x = np.array([1.0, 2.0], np.float32)
+    w, same = (Container(a=[to_library(library.name, x)]) for _ in range(2))
+    nearly = Container(a=[to_library(library.name, x + np.float32(1e-4))])
+    if library.name == "dask":  # not computed to be looked at
+        same = w
+    assert w == same
+    assert w.allclose(same)
+    assert w != nearly
+    assert not w.allclose(nearly)
+    assert (
+        w.allclose(nearly, atol=1e-3) == w.allclose(nearly, rtol=1e-3) == (library.name != "dask")
+    )
+
+
+def test_nan_is_not_equal_to_itself_and_keys_have_no_order():
+    assert Container(a=np.array([np.nan])) != Container(a=np.array([np.nan]))
+    assert Container(a=1, b=2) == Container(b=2, a=1)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@given(w=NUMBERS, number=st.floats(1, 3))
+def test_operators_work_on_each_leaf_from_both_sides(name, w, number):
+    f = getattr(operator, name)
+    array = np.array([1.0, number])
+    for x in (number, np.float64(number), array, Array(array)):
+        assert f(w, x).allclose(w.map(lambda leaf, x=x: f(leaf, x)))
+        assert f(x, w).allclose(w.map(lambda leaf, x=x: f(x, leaf)))
+    other = w.map(lambda x: x + number)
+    for x in (other, other.to_dict()):
+        assert f(w, x) == w.map(f, other)
+        assert f(x, w) == other.map(f, w)
+
+
+def test_a_prefix_may_stand_on_either_side():
+    w, prefix = Container(a={"b": 6, "c": 8}, d=9), Container(a=2, d=3)
+    assert w - prefix == {"a": {"b": 4, "c": 6}, "d": 6}
+    assert prefix - w == prefix.to_dict() - w == {"a": {"b": -4, "c": -6}, "d": -6}
+    assert (w * {"a": {"b": 1, "c": 0}, "d": None}).to_dict() == {"a": {"b": 6, "c": 0}, "d": None}
+
+
+def test_signs_and_matrix_products():
+    x = np.array([[1.0, -2.0]])
+    w = Container(a=x)
+    assert (-w == {"a": -x}) is (+w == {"a": x}) is (abs(w) == {"a": abs(x)}) is True
+    assert (w @ {"a": x.T}).a == (x @ w.map(np.transpose)).a == 5
+
+
+def test_operands_that_do_not_match_are_refused():
+    with pytest.raises(StructureError, match="a: missing 'b'; unexpected 'c'"):
+        Container(a={"b": 1}) + Container(a={"c": 1})

@@ -127,8 +127,10 @@ def identical(x, y):
     x, y = to_numpy(x), to_numpy(y)
     same = (x.dtype, x.shape) == (y.dtype, y.shape)
     # Bits, but for the payload of NaN.
-    return same and np.array_equal(x, y, equal_nan=True) and bool(
-        np.array_equal(np.signbit(x.real), np.signbit(y.real))
+    return (
+        same
+        and np.array_equal(x, y, equal_nan=True)
+        and bool(np.array_equal(np.signbit(x.real), np.signbit(y.real)))
     )
 
 

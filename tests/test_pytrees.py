@@ -34,7 +34,7 @@ LIBRARIES = {
 }
 
 
-@pytest.fixture(params=LIBRARIES)
+@pytest.fixture(params=LIBRARIES, scope="module")
 def pytree(request):
     """(leaves, structure, map) of each library that is installed."""
     module, *names = LIBRARIES[request.param]
@@ -68,16 +68,6 @@ assert type(tree_map(lambda x: x, lt.Array(np.ones(1)))) is lt.Array
 """
 
 
-@pytest.mark.parametrize("ours_first", [True, False], ids=["ours first", "theirs first"])
-@pytest.mark.parametrize("name", LIBRARIES)
-def test_it_is_a_node_in_either_import_order(name, ours_first):
-    need(name)
-    module, *_, tree_map = LIBRARIES[name]
-    ours, theirs = "import numpy as np, lars_tree as lt", f"import {name}"
-    imports = [ours, theirs] if ours_first else [theirs, ours]
-    python("\n".join([*imports, f"from {module} import {tree_map} as tree_map", CHECK]))
-
-
 SAVE = """
 import io
 file = io.BytesIO()
@@ -90,12 +80,15 @@ assert loaded.paths() == [("b",), ("a", "c")]
 """
 
 
-@pytest.mark.parametrize(
-    "imports", ["import lars_tree as lt, torch", "import torch, lars_tree as lt"]
-)
-def test_torch_loads_it_in_either_import_order(imports):
-    need("torch")
-    python(imports + SAVE)
+@pytest.mark.parametrize("ours_first", [True, False], ids=["ours first", "theirs first"])
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_it_is_a_node_in_either_import_order(name, ours_first):
+    need(name)
+    module, *_, tree_map = LIBRARIES[name]
+    ours, theirs = "import numpy as np, lars_tree as lt", f"import {name}"
+    imports = [ours, theirs] if ours_first else [theirs, ours]
+    check = CHECK + SAVE if name == "torch" else CHECK
+    python("\n".join([*imports, f"from {module} import {tree_map} as tree_map", check]))
 
 
 def test_a_probe_before_the_import_does_not_lose_the_hook():
@@ -215,8 +208,7 @@ def test_a_map_keeps_nodes_and_key_order(pytree, w):
     mapped = tree_map(lambda x: x + 1, w)
     assert mapped == w.map(lambda x: x + 1)
     assert mapped.paths() == w.paths()
-    dm_tree.assert_same_structure(mapped.unflatten([0] * len(w.leaves())), mapped.map(lambda x: 0))
-    assert isinstance(mapped, Container)
+    assert type(mapped) is Container
 
 
 @given(w=CONTAINERS)
@@ -230,16 +222,15 @@ def test_key_order_makes_no_other_structure(pytree, w):
 @given(w=CONTAINERS, other=CONTAINERS)
 def test_other_keys_make_another_structure(pytree, w, other):
     _, structure, _ = pytree
-    same = set(w.map(lambda x: 0).diff(other.map(lambda x: 0))) == set()
+    same = w.map(lambda x: 0) == other.map(lambda x: 0)
     assert (structure(w) == structure(other)) == same
 
 
-@given(CONTAINERS)
-def test_dm_tree_takes_it_as_it_is(w):
-    w = Container({str(i): child for i, child in enumerate(w.leaves())}, b={"z": 1, "a": 2})
-    mapped = dm_tree.map_structure(lambda x: x + 1, w)
-    assert type(mapped) is type(mapped.b) is Container
-    assert mapped == w.map(lambda x: x + 1)
+def test_dm_tree_takes_it_as_it_is():
+    w = Container(b=1, a={"z": 2, "y": [3, None]})
+    mapped = dm_tree.map_structure(lambda x: x and x + 1, w)
+    assert type(mapped) is type(mapped.a) is Container
+    assert mapped.to_dict() == {"b": 2, "a": {"z": 3, "y": [4, None]}}
     assert mapped.paths() == w.paths()
 
 
@@ -315,10 +306,8 @@ def test_jax_differentiates_and_maps_over_it():
     jax = need("jax")
     w = Container(a=jax.numpy.arange(3.0), b={"c": jax.numpy.ones(3)})
     slope = jax.grad(lambda w: (w.a**2).sum() + 3 * w.b.c.sum())(w)
-    assert slope == Container(a=[0, 2, 4], b={"c": [3, 3, 3]}).map(np.float32, with_path=False) or (
-        slope.a.tolist(),
-        slope.b.c.tolist(),
-    ) == ([0, 2, 4], [3, 3, 3])
+    assert type(slope) is Container
+    assert (slope.a.tolist(), slope.b.c.tolist()) == ([0, 2, 4], [3, 3, 3])
     assert jax.vmap(lambda w: w + 1)(w).a.tolist() == [1, 2, 3]
 
 

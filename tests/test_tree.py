@@ -166,8 +166,8 @@ def test_a_prefix_broadcasts_as_dm_tree_does(nest, data):
 @given(DICTS, DICTS)
 def test_an_exact_match_is_one_to_dm_tree_too(a, b):
     try:
-        dm_tree.assert_same_structure(a, b, check_types=False)
-    except ValueError:
+        dm_tree.assert_same_structure(a, b)
+    except (TypeError, ValueError):
         with pytest.raises(StructureError):
             _tree.broadcast("dcdw", a, b, exact=True)
     else:
@@ -296,3 +296,32 @@ def test_pick_keeps_what_is_to_be_kept(nest, data):
 
 def test_a_sequence_keeps_its_length_when_picked_from():
     assert _tree.pick({"a": [1, 2], "b": (3,)}, iter([False, True, False])) == {"a": [None, 2]}
+
+
+# Two nests side by side
+
+
+@pytest.mark.parametrize(("a", "b"), [([1], (1,)), ({}, []), ({0: 1}, [1])])
+def test_diff_tells_nodes_apart_as_equality_does(a, b):
+    a, b = Container(x=a), Container(x=b)
+    assert (a.diff(b) == {}) == (a == b)
+
+
+def test_diff_says_what_differs():
+    a = Container(s={"x": np.zeros(2), "y": 1}, t=np.ones(2), u=3, v={"z": 1}, n=None)
+    b = Container(s={"x": np.array([0, 0.5]), "w": 1}, t=np.ones(3), u=3, v=2, n=0)
+    assert a.diff(b) == {
+        "s/x": "float64 (2,): elements differ by up to 0.5",
+        "s/y": "only here",
+        "s/w": "only there",
+        "t": "float64 (2,) here, float64 (3,) there",
+        "v": "a Container with keys 'z' here, 2 there",
+        "n": "None here, 0 there",
+    }
+
+
+def test_what_holds_itself_is_shown_all_the_same():
+    w = Container(a=1)
+    dict.__setitem__(w, "self", w)
+    assert "holds itself" in repr(w)
+    assert "holds itself" in w._repr_html_()

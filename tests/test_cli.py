@@ -1,0 +1,158 @@
+"""The lars-tree command, and the training that its demo shows."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import need
+
+from lars_tree import Container, __version__, demo
+from lars_tree.cli import main
+
+
+@pytest.fixture
+def libraries(monkeypatch):
+    """What the demo needs, and no terminal to suit."""
+    need("rich")
+    need("sklearn")
+    for name in ("COLUMNS", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def cost(w, digits):
+    """The mean cross-entropy, stated apart from the gradient."""
+    logits = demo.forward(w, digits.images)[-1]
+    chosen = logits[np.arange(len(logits)), digits.labels]
+    return np.mean(np.log(np.exp(logits).sum(axis=1)) - chosen)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_demo_reads_95_of_100_digits_that_it_never_saw(seed, libraries, capsys):
+    assert main(["demo", "--seed", str(seed)]) == 0
+    out = capsys.readouterr().out
+    rows = dict(re.findall(r"│ (LARS|SGD, \w+ rate) .* ([01]\.\d{4}) │", out))
+    lars, same, best = map(float, rows.values())
+    assert 0.95 <= lars <= 1
+    assert same < best  # of a grid that holds the other
+
+
+def test_the_demo_prints_the_same_for_the_same_seed_only(libraries, capsys):
+    def printed(seed):
+        main(["demo", "--epochs", "1", "--seed", seed])
+        return capsys.readouterr().out
+
+    assert printed("3") == printed("3") != printed("4")
+
+
+def test_the_demo_lists_each_layer_once_in_80_plain_columns(libraries, capsys):
+    main(["demo", "--epochs", "1"])
+    out, err = capsys.readouterr()
+    paths = [f"{layer}/{name}" for layer in demo.SIZES for name in ("kernel", "bias")]
+    assert re.findall(r"\w+/\w+", out) == paths
+    assert "\x1b" not in out + err
+    assert max(map(len, (out + err).splitlines())) <= 80
+
+
+def test_the_demo_survives_a_rate_at_which_all_is_nan_and_a_batch_above_all(libraries, capsys):
+    assert main(["demo", "--epochs", "2", "--rate", "1e300", "--batch", "9999"]) == 0
+    assert "batch 1437" in capsys.readouterr().out
+
+
+def test_the_demo_runs_where_the_terminal_knows_only_ascii(libraries):
+    command = [sys.executable, "-m", "lars_tree.cli", "demo", "--epochs", "1"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert b"held out" in done.stdout
+
+
+def test_gradients_are_those_of_numerical_derivatives():
+    rng = np.random.default_rng(0)
+    w = demo.initial_weights(rng)
+    digits = demo.Digits(rng.random((7, 64)), rng.integers(10, size=7))
+    g = demo.gradients(w, digits)
+    for path in w.paths():
+        along = w.map(np.zeros_like)
+        along[path] = rng.standard_normal(w[path].shape)
+        h = 1e-6
+        expected = (cost(w + h * along, digits) - cost(w - h * along, digits)) / (2 * h)
+        assert np.sum(g[path] * along[path]) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("lars", [True, False])
+def test_trust_ratios_are_those_of_the_last_step(lars, monkeypatch):
+    steps = []
+
+    def spy(w, g, lr, *, decay_lambda, out, **options):
+        assert out is w
+        old = w.map(np.copy)
+        original(w, g, lr, decay_lambda=decay_lambda, out=out, **options)
+        steps.append((lr, old, w.map(np.copy), g + decay_lambda * old))
+        return w
+
+    original = Container.lars_update
+    monkeypatch.setattr(Container, "lars_update", spy)
+    rng = np.random.default_rng(0)
+    digits = demo.Digits(rng.random((20, 64)), rng.integers(10, size=20))
+    trained = demo.train(digits, digits, lars=lars, rate=0.1, seed=0, epochs=2, batch=8)
+    assert len(steps) == 2 * 3
+    lr, old, new, direction = steps[-1]
+    assert {layer.path for layer in trained.layers if layer.ratio != 1} == (
+        {f"{name}/kernel" for name in demo.SIZES} if lars else set()
+    )
+    for path, _, w_norm, _, ratio in trained.layers:
+        np.testing.assert_allclose(old[path] - new[path], lr * ratio * direction[path], rtol=1e-9)
+        assert w_norm == np.linalg.norm(old[path])
+
+
+@pytest.mark.parametrize(("w_norm", "g_norm"), [(0, 1), (0, 0)])
+def test_the_trust_ratio_of_zero_weights_is_1(w_norm, g_norm):
+    assert demo.trust_ratio(w_norm, g_norm, 1e-4) == 1
+
+
+@pytest.mark.parametrize("name", ["rich", "sklearn"])
+def test_a_missing_library_is_one_line_that_says_how_to_get_it(
+    name, libraries, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, name, None)
+    assert main(["demo"]) == 2
+    expected = f"lars-tree demo: {name} is not installed: pip install 'lars-tree[demo]'\n"
+    assert capsys.readouterr() == ("", expected)
+
+
+def test_the_command_imports_no_library_before_it_needs_it():
+    code = "import sys, lars_tree.cli, lars_tree.demo; print({'rich', 'sklearn'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+BAD = {
+    "--seed": ["-1", "x", str(2**32)],
+    "--epochs": ["0", "nan"],
+    "--batch": ["-1", "1.5"],
+    "--rate": ["0", "nan", "inf", "x"],
+    "--what": ["1"],
+}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["dmeo"], *(["demo", name, value] for name in BAD for value in BAD[name])],
+    ids=" ".join,
+)
+def test_bad_arguments_exit_with_2_and_a_reason(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"lars-tree {__version__}\n"

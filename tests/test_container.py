@@ -1,0 +1,401 @@
+"""Container: the table of section 4 of the design, line by line."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import pickle
+from html.parser import HTMLParser
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from lars_tree import Container, PathAttributeError, PathKeyError, StructureError
+
+NAMES = st.text(st.characters(codec="utf-8", exclude_characters="/"), max_size=3)
+LEAVES = st.integers(-9, 9) | st.none() | st.lists(st.floats(-9, 9), max_size=2).map(np.array)
+NESTED = st.recursive(LEAVES, lambda c: st.dictionaries(NAMES, c, max_size=3), max_leaves=8)
+DICTS = st.dictionaries(NAMES, NESTED, max_size=3)
+WEIGHTS = DICTS.map(Container)
+
+
+@pytest.fixture
+def w():
+    return Container(encoder={"kernel": np.ones((3, 4)), "bias": np.zeros(4)}, head=np.ones(4))
+
+
+# Make
+
+
+def test_mappings_inside_become_containers_and_sequences_stay():
+    point = collections.namedtuple("Point", "x y")
+    w = Container({"a": {"b": MappingProxyType({"c": 1})}}, p=point({"d": 2}, [({"e": 3},)]))
+    assert type(w.a) is type(w.a.b) is type(w.p.x) is type(w["p/y/0/0"]) is Container
+    assert (type(w.p), type(w.p.y), type(w.p.y[0])) == (point, list, tuple)
+
+
+def test_it_is_made_as_a_dict_is():
+    expected = {"a": 1, "b": 2}
+    assert dict(Container(expected)) == dict(Container([("a", 1)], b=2)) == expected
+    assert dict(Container(a=1) | {"b": 2}) == dict({"a": 1} | Container(b=2)) == expected
+    assert isinstance(Container(), dict)
+
+
+def test_the_mapping_it_is_made_of_is_not_touched():
+    inner = {"b": {"c": 1}}
+    w = Container(a=inner, l=[inner])
+    w["a/b/c"] = w["l", 0, "b"] = 2
+    assert inner == {"b": {"c": 1}}
+    assert type(inner["b"]) is dict
+
+
+@given(DICTS)
+def test_to_dict_is_the_way_back(nest):
+    assert Container(Container(nest).to_dict()) == Container(nest)
+    assert repr(Container(nest).to_dict()) == repr(nest)
+
+
+# Read
+
+
+def test_every_way_of_reading_gives_the_same(w):
+    bias = w["encoder"]["bias"]
+    assert w.encoder.bias is w["encoder/bias"] is w["encoder", "bias"] is bias
+    assert "encoder/bias" in w
+    assert ("encoder", "bias") in w
+
+
+@given(WEIGHTS)
+def test_each_leaf_is_at_its_path(w):
+    for path, leaf in zip(w.paths(), w.leaves(), strict=True):
+        assert w[path] is w["/".join(path)] is w.get(path) is leaf
+        assert path in w
+
+
+def test_the_exact_key_comes_before_the_path():
+    w = Container({"a/b": 1, ("c", "d"): 2, "a": {"b": 3}, "c": {"d": 4}})
+    assert (w["a/b"], w["c", "d"]) == (1, 2)
+    assert (w["a", "b"], w["c/d"]) == (3, 4)
+
+
+def test_a_dot_never_splits():
+    w = Container({"a.b": 1, "a": {"b": 2}})
+    assert w["a.b"] == 1
+    assert "x.y" not in Container(x={"y": 1})
+
+
+def test_sequences_are_read_by_index():
+    w = Container(a=[1, (2, {"b": 3})])
+    assert (w["a/1/0"], w["a", 1, 0], w["a/1/1/b"]) == (2, 2, 3)
+    assert "a/2" not in w
+
+
+@pytest.mark.parametrize("key", ["", "/", "a/", "a//b", (), "a/b/c", 0, None, "9" * 5000 + "/9"])
+def test_what_is_not_there_is_missing_whatever_its_key(key):
+    w = Container(a={"b": 1})
+    assert key not in w
+    assert w.get(key) is None
+    assert w.get(key, 7) == w.pop(key, 7) == 7
+    with pytest.raises(PathKeyError):
+        w[key]
+    with pytest.raises(PathKeyError):
+        del w[key]
+
+
+@pytest.mark.parametrize(
+    ("read", "text"),
+    [
+        (lambda w: w["haed"], "no 'haed': there is 'encoder', 'head' (did you mean 'head'?)"),
+        (lambda w: w.haed, "no 'haed': there is 'encoder', 'head' (did you mean 'head'?)"),
+        (lambda w: w["encoder/bais"], "no 'bais' in encoder: there is 'kernel', 'bias' (did you"),
+        (lambda w: w.encoder.bais, "no 'bais': there is 'kernel', 'bias' (did you mean 'bias'?)"),
+        (lambda w: w["head/u"], "no 'u' in head: that is a leaf"),
+        (lambda w: Container()["a"], "no 'a': it is empty"),
+        (lambda w: Container(dict.fromkeys("abcdefg"))["x"], "'c', 'd', 'e' and 2 more"),
+    ],
+)
+def test_a_missing_key_is_named_with_what_is_there(w, read, text):
+    with pytest.raises((KeyError, AttributeError)) as caught:
+        read(w)
+    assert text in str(caught.value)
+
+
+# Write and delete
+
+
+@given(WEIGHTS, st.lists(NAMES, min_size=1, max_size=3), LEAVES)
+def test_what_was_written_is_read_and_deleted(w, path, value):
+    assume(not any(tuple(path[:i]) in w for i in range(1, len(path) + 1)))
+    before = w.paths()
+    w[tuple(path)] = value
+    assert w[tuple(path)] is w["/".join(path)] is value
+    assert w.pop(tuple(path)) is value
+    assert tuple(path) not in w
+    assert w.paths() == before
+
+
+@given(st.integers(0, 3) | st.sampled_from(["0", "1", "a"]), st.sampled_from(["0", "1", "a", 1]))
+def test_a_written_key_is_there(old, new):
+    w = Container({old: "old"})
+    w[new] = "new"
+    assert w[new] == "new"
+    assert new in w
+
+
+def test_writing_makes_parents_and_converts(w):
+    w["decoder/l0/bias"] = {"scale": 1}
+    w.encoder.new = {"a": 2}
+    w["encoder", "other"] = [{"b": 3}]
+    assert type(w.decoder) is type(w.decoder.l0.bias) is Container
+    assert (w["decoder/l0/bias/scale"], w["encoder/new/a"], w["encoder/other/0/b"]) == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("head/a", "cannot change head/a: head is an array of shape (4,)"),
+        (("l", 2), "cannot change l/2: l is a list of 2 items"),
+        ("l/2/x", "cannot change l/2/x: l/2 is not there"),
+        ("t/0", "cannot change t/0: t is a tuple of 1 items"),
+        ((), "an empty path names no key"),
+    ],
+)
+def test_a_path_that_cannot_be_reached_is_refused_and_nothing_is_made(w, key, text):
+    w["l"], w["t"] = [1, 2], (3,)
+    before = w.paths()
+    with pytest.raises(PathKeyError) as caught:
+        w[key] = 1
+    assert str(caught.value).startswith(text)
+    assert w.paths() == before
+
+
+def test_items_of_a_list_are_written_but_not_deleted():
+    w = Container(a=[1, {"b": 2}])
+    w["a/0"] = {"c": 3}
+    w["a", 1, "b"] = 4
+    assert w.to_dict() == {"a": [{"c": 3}, {"b": 4}]}
+    with pytest.raises(PathKeyError, match="a is a list"):
+        del w["a/0"]
+    del w["a/1/b"]
+    assert w.to_dict() == {"a": [{"c": 3}, {}]}
+
+
+def test_a_key_that_is_a_method_is_reached_as_an_item():
+    w = Container({"items": 1, "copy": {"keys": 2}})
+    assert (w["items"], w["copy/keys"]) == (1, 2)
+    assert next(iter(w.items())) == ("items", 1)
+    assert w.to_flat() == {"items": 1, "copy/keys": 2}
+    assert w.map(lambda x: x + 1).to_dict() == {"items": 2, "copy": {"keys": 3}}
+    for change in (lambda: setattr(w, "items", 3), lambda: delattr(w, "items")):
+        with pytest.raises(PathAttributeError, match=r"write w\['items'\]"):
+            change()
+    del w["items"]
+    assert list(w) == ["copy"]
+
+
+def test_attributes_are_keys(w):
+    del w.encoder.bias
+    assert w.paths() == [("encoder", "kernel"), ("head",)]
+    with pytest.raises(AttributeError, match="no 'bias'"):
+        del w.encoder.bias
+
+
+def test_setdefault_and_pop_take_paths():
+    w = Container()
+    assert w.setdefault("a/b", {"c": 1}) is w.setdefault("a/b", 2) is w.a.b
+    assert type(w.a.b) is Container
+    assert w.pop("a/b/c") == 1
+    assert w.to_dict() == {"a": {"b": {}}}
+
+
+# Map, leaves, flat names
+
+
+def test_map_broadcasts_the_rest_by_prefix():
+    w = Container(a={"b": 1, "c": 2}, d=3)
+    mapped = w.map(lambda *xs: sum(xs), {"d": 30, "a": 10}, 700)
+    assert mapped.to_dict() == {"a": {"b": 711, "c": 712}, "d": 733}
+    with pytest.raises(StructureError, match=r"argument 2 does not match.*\n  a: missing 'c'"):
+        w.map(print, 1, {"a": {"b": 1}, "d": 1})
+
+
+def test_map_gives_paths_where_asked():
+    mapped = Container(a={"b": 1}, c=[2]).map(lambda *given: given, 3, with_path=True)
+    assert (mapped["a", "b"], mapped["c", 0]) == ((("a", "b"), 1, 3), (("c", 0), 2, 3))
+
+
+def test_map_leaves_none_alone_and_converts():
+    w = Container(a=None, b=1).map(lambda x: {"n": x})
+    assert w.a is None
+    assert type(w.b) is Container
+
+
+def test_an_exception_in_map_is_noted_with_the_path():
+    with pytest.raises(ZeroDivisionError) as caught:
+        Container(a={"b/c": 0}).map(lambda x: 1 / x)
+    assert caught.value.__notes__ == ["at a/'b/c'"]
+
+
+@given(WEIGHTS)
+def test_unflatten_is_the_inverse_of_leaves(w):
+    assert w.unflatten(w.leaves()) == w
+    assert w.unflatten(w.leaves()).paths() == w.paths()
+    with pytest.raises(StructureError, match="expected"):
+        w.unflatten([*w.leaves(), 1])
+
+
+@given(WEIGHTS)
+def test_from_flat_is_the_inverse_of_to_flat(w):
+    assert Container.from_flat(w.to_flat()) == w
+    assert list(Container.from_flat(w.to_flat()).to_flat()) == list(w.to_flat())
+
+
+def test_the_separator_is_free():
+    assert Container(a={"b/c": 1}).to_flat(".") == {"a.b/c": 1}
+    assert Container.from_flat({"a.b/c": 1}, sep=".").to_dict() == {"a": {"b/c": 1}}
+
+
+@pytest.mark.parametrize(
+    ("w", "text"),
+    [
+        (Container({"a": {"b/c": 1}}), "a key of a/'b/c' holds the separator '/'"),
+        (Container({"a": {0: 1, "0": 2}}), "two leaves have the name 'a/0'"),
+    ],
+)
+def test_names_that_would_be_lost_are_refused(w, text):
+    with pytest.raises(StructureError, match=text):
+        w.to_flat()
+
+
+@pytest.mark.parametrize("names", [("a", "a/b"), ("a/b", "a"), ("a/b/c", "a/b")])
+def test_a_name_through_a_leaf_is_refused(names):
+    with pytest.raises(PathKeyError, match="cannot change"):
+        Container.from_flat(dict.fromkeys(names, 1))
+
+
+# Pick
+
+
+@given(WEIGHTS, st.integers(0, 3))
+def test_filter_keeps_and_partition_splits(w, n):
+    def pred(path, leaf):
+        return len("".join(path)) % 4 <= n
+
+    kept, rest = w.partition(pred)
+    assert kept == w.filter(pred)
+    assert kept.paths() == [path for path in w.paths() if pred(path, None)]
+    assert sorted(kept.paths() + rest.paths()) == sorted(w.paths())
+    assert all(kept[path] is w[path] for path in kept.paths())
+    assert all(node.leaves() for node in kept.values() if isinstance(node, Container))
+
+
+@given(WEIGHTS, WEIGHTS)
+def test_diff_finds_nothing_exactly_between_equals(a, b):
+    assert a.diff(a.copy()) == {}
+    assert (a.diff(b) == {}) == (a == b)
+    assert set(a.diff(b)) == set(b.diff(a))
+
+
+# Compare
+
+
+@given(DICTS)
+def test_a_plain_dict_is_as_good(nest):
+    w = Container(nest)
+    assert (w == nest) is True
+    assert (nest == w) is True
+    assert (w != nest) is False
+    assert w.map(lambda x, y: (x is y) or 1 / 0, nest).paths() == w.paths()
+
+
+@pytest.mark.parametrize("other", [1, None, np.ones(4), [1], "a", Container(), {"a": 2}, {"b": 1}])
+def test_what_is_something_else_is_not_equal(other):
+    w = Container(a=1)
+    assert (w == other) is (other == w) is False
+    assert (w != other) is True
+
+
+# Copy
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda w: pickle.loads(pickle.dumps(w))])
+def test_deep_copies_are_containers_that_share_nothing(w, twin):
+    w["list"], w["tied"] = [{"x": 1}], w.head
+    new = twin(w)
+    assert new == w
+    assert type(new) is type(new.encoder) is type(new["list/0"]) is Container
+    assert new.paths() == w.paths()
+    assert new.tied is new.head is not w.head
+
+
+@pytest.mark.parametrize("twin", [copy.copy, Container.copy, lambda w: w | {}, lambda w: {} | w])
+def test_shallow_copies_share_only_the_leaves(w, twin):
+    new = twin(w)
+    assert type(new) is type(new.encoder) is Container
+    assert new.head is w.head
+    new["z"] = 1
+    assert "z" not in w
+
+
+def test_a_union_takes_the_right_one_and_converts():
+    w = Container(a={"b": 1}, c=2)
+    assert (w | {"a": {"d": 3}}).to_dict() == {"a": {"d": 3}, "c": 2}
+    assert type((w | {"a": {}}).a) is type(({"a": {}} | Container()).a) is Container
+    same = w
+    same |= {"e": {"f": 4}}
+    assert same is w
+    assert w.e.f == 4
+
+
+# Show
+
+
+def test_repr_has_a_header_and_a_line_for_each_leaf(w):
+    w["l"] = [np.float32(1), None]
+    assert repr(w).splitlines() == [
+        "Container: 4 leaves, 21 parameters, 164 bytes",
+        "  encoder/kernel  float64 (3, 4)",
+        "  encoder/bias    float64 (4,)",
+        "  head            float64 (4,)",
+        "  l/0             float32 ()",
+        "  l/1             None",
+    ]
+    assert (w.num_leaves(), w.num_parameters(), w.num_bytes()) == (4, 21, 164)
+
+
+def test_repr_is_capped():
+    lines = repr(Container({f"k{i}": np.ones(1) for i in range(100_000)})).splitlines()
+    assert lines[0] == "Container: 100,000 leaves, 100,000 parameters, 800 kB"
+    assert lines[-1] == "  ... and 99,960 more"
+    assert len(lines) == 42
+    assert len(repr(Container(a="x" * 10_000))) < 200
+    html = Container({f"k{i}": i for i in range(5000)})._repr_html_()
+    assert html.count("<b>") == 1000
+    assert "first 1,000 rows" in html
+
+
+@given(st.dictionaries(st.text(), st.text(), min_size=1, max_size=3))
+def test_no_key_or_value_forges_a_line(nest):
+    assert len(repr(Container(nest)).splitlines()) == 1 + len(nest)
+
+
+@given(st.text(min_size=1), st.text())
+def test_html_escapes_keys_and_values(key, value):
+    bold = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            assert tag in {"style", "div", "details", "summary", "b", "span"}
+            if tag == "b":
+                bold.append("")
+
+        def handle_data(self, data):
+            if self.get_starttag_text() == "<b>" and bold[-1] == "":
+                bold[-1] = data
+
+    reader = Reader()
+    reader.feed(Container({key: {"<b>&'": value}})._repr_html_())
+    assert bold == ["Container", key, "<b>&'"]
