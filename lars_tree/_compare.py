@@ -8,63 +8,91 @@ from typing import Any
 import numpy as np
 
 from lars_tree import _backends, _show, _tree
-from lars_tree._backends.base import Values
+from lars_tree._backends.base import Kind, Values, is_bfloat16
 from lars_tree.array import unwrap
 from lars_tree.errors import Line, Path
 
-Test = Callable[[np.ndarray[Any, Any], np.ndarray[Any, Any]], bool]
+Array = np.ndarray[Any, Any]
+Test = Callable[[Array, Array], bool]
+
+_NUMERIC = frozenset("biufc")  # kinds of dtypes whose elements compare and subtract
 
 
 def equal(a: Any, b: Any) -> bool:
     """Whether two nests have the same keys, and leaves of the same shape and elements."""
-    return _matches(a, b, lambda x, y: bool(np.array_equal(x, y)))
+    return _matches(a, b, _equal_elements)
 
 
 def close(a: Any, b: Any, rtol: float, atol: float) -> bool:
     """Whether two nests have the same keys, and |x - y| <= atol + rtol |y| for all elements."""
-    return _matches(a, b, lambda x, y: bool(np.allclose(x, y, rtol, atol)))
+
+    def test(x: Array, y: Array) -> bool:
+        numeric = x.dtype.kind in _NUMERIC and y.dtype.kind in _NUMERIC
+        return bool(np.allclose(x, y, rtol, atol)) if numeric else _equal_elements(x, y)
+
+    return _matches(a, b, test)
+
+
+def _equal_elements(x: Array, y: Array) -> bool:
+    comparable = x.dtype.kind == y.dtype.kind or {x.dtype.kind, y.dtype.kind} <= _NUMERIC
+    return comparable and bool(np.array_equal(x, y))
 
 
 def _matches(a: Any, b: Any, test: Test) -> bool:
-    if _tree.is_leaf(a) or _tree.is_leaf(b):
-        return _tree.is_leaf(a) and _tree.is_leaf(b) and _leaf_matches(a, b, test)
-    if type(a) is not type(b) and not (isinstance(a, dict) and isinstance(b, dict)):
+    if _tree.is_leaf(a) and _tree.is_leaf(b):
+        return _leaf_matches(a, b, test)
+    if not _same_node(a, b):
         return False
     mine, theirs = dict(_tree.children(a)), dict(_tree.children(b))
     return mine.keys() == theirs.keys() and all(_matches(mine[k], theirs[k], test) for k in mine)
 
 
+def _same_node(a: Any, b: Any) -> bool:
+    """Whether a and b are nodes that may be equal: dicts of any type, else of one type."""
+    if _tree.is_leaf(a) or _tree.is_leaf(b):
+        return False
+    return type(a) is type(b) or (isinstance(a, dict) and isinstance(b, dict))
+
+
 def _leaf_matches(a: Any, b: Any, test: Test) -> bool:
     a, b = unwrap(a), unwrap(b)
     x, y = _elements(a), _elements(b)
-    if x is None or y is None:
-        return a is b or (not (_is_array(a) or _is_array(b)) and bool(a == b))
-    return x.shape == y.shape and test(x, y)
+    if x is not None and y is not None:
+        return x.shape == y.shape and test(x, y)
+    if a is b or _backends.find(a) is not None or _backends.find(b) is not None:
+        return a is b
+    try:
+        return bool(a == b)
+    except Exception:  # an object that cannot say whether it is equal is not
+        return False
 
 
-def _is_array(x: Any) -> bool:
-    return _backends.find(x) is not None
-
-
-def _elements(x: Any) -> np.ndarray[Any, Any] | None:
+def _elements(x: Any) -> Array | None:
     """The elements as numpy knows them; None of what is no array or cannot be looked at."""
     if isinstance(x, (int, float, complex)):
         return np.asarray(x)
     backend = _backends.find(x)
     if backend is None or backend.fault(x) or backend.values(x) is Values.LATER:
         return None
+    if backend.facts(x).kind is Kind.OTHER and not _is_plain(x):
+        return None
     numbers = backend.to_numpy(x)
-    return numbers.astype(np.float64) if numbers.dtype.name == "bfloat16" else numbers
+    return numbers.astype(np.float64) if is_bfloat16(numbers.dtype) else numbers
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether x has truth values, strings or dates: no numbers, but as easy to compare."""
+    return str(x.dtype).removeprefix("torch.") == "bool" or getattr(x.dtype, "kind", "") in "USMm"
 
 
 def differences(a: Any, b: Any, path: Path = ()) -> Iterator[Line]:
     """Where two nests differ, and how."""
-    if _tree.is_leaf(a) or _tree.is_leaf(b):
-        if _tree.is_leaf(a) and _tree.is_leaf(b):
-            if not _leaf_matches(a, b, lambda x, y: bool(np.array_equal(x, y))):
-                yield path, _leaf_difference(a, b)
-        else:
-            yield path, f"{_show.leaf(a)} here, {_show.leaf(b)} there"
+    if _tree.is_leaf(a) and _tree.is_leaf(b):
+        if not _leaf_matches(a, b, _equal_elements):
+            yield path, _leaf_difference(a, b)
+        return
+    if not _same_node(a, b):
+        yield path, f"{_show.leaf(a)} here, {_show.leaf(b)} there"
         return
     mine, theirs = dict(_tree.children(a)), dict(_tree.children(b))
     for key, child in mine.items():
@@ -80,8 +108,8 @@ def differences(a: Any, b: Any, path: Path = ()) -> Iterator[Line]:
 def _leaf_difference(a: Any, b: Any) -> str:
     here, there = _show.leaf(a), _show.leaf(b)
     x, y = _elements(unwrap(a)), _elements(unwrap(b))
-    if here != there or x is None or y is None or not x.size:
-        return f"{here} here, {there} there"
-    with np.errstate(all="ignore"):
-        largest = np.max(np.abs(x.astype(np.result_type(x, np.float64)) - y))
-    return f"{here}: elements differ by up to {float(largest):.6g}"
+    if here == there and x is not None and y is not None and x.size and x.dtype.kind in _NUMERIC:
+        with np.errstate(all="ignore"):
+            largest = np.max(np.abs(x.astype(np.result_type(x, np.float64)) - y))
+        return f"{here}: elements differ by up to {float(largest):.6g}"
+    return f"{here} here, {there} there"

@@ -6,6 +6,7 @@ may be an index. Works on any nest of dicts, lists and tuples; knows no arrays.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,8 @@ from lars_tree import _tree, errors
 from lars_tree.errors import LarsTreeError, Path, PathKeyError, path_string
 
 MISSING = object()
+
+_INDEX = re.compile("0|[1-9][0-9]{0,17}")
 
 
 def split(key: Any) -> Path:
@@ -46,7 +49,8 @@ def _child(node: Any, key: Any) -> Any:
 
 
 def _own_key(children: dict[Any, Any], key: Any) -> Any:
-    if not dict.__contains__(children, key) and isinstance(key, str) and key.isdecimal():
+    """The key itself, or the index that a string stands for."""
+    if isinstance(key, str) and _INDEX.fullmatch(key) and not dict.__contains__(children, key):
         return int(key)
     return key
 
@@ -79,7 +83,7 @@ def put(root: dict[Any, Any], key: Any, value: Any, new_node: Callable[[], Any])
         dict.__setitem__(parent, step, node)
     last = path[-1]
     if isinstance(node, dict):
-        there = _child(node, last) is not MISSING
+        there = len(path) > 1 and _child(node, last) is not MISSING
         dict.__setitem__(node, _own_key(node, last) if there else last, value)
     elif isinstance(node, list) and _child(node, last) is not MISSING:
         node[int(str(last))] = value
@@ -158,6 +162,6 @@ def refuse_through_leaf(root: Any, path: Path) -> None:
         PathKeyError: naming both.
     """
     for depth in range(1, len(path) + 1):
-        node = _descend(root, path[:depth])
+        node = find(root, path[0]) if len(path) == 1 else _descend(root, path[:depth])
         if node is not MISSING and (depth == len(path) or _tree.is_leaf(node)):
             raise _unreachable(path, depth, node)

@@ -31,7 +31,8 @@ def totals(leaves: Iterable[Any]) -> Totals:
         if x is None:
             continue
         count += 1
-        if _backends.find(x) is not None:
+        backend = _backends.find(x)
+        if backend is not None and not backend.fault(x):
             parameters += prod(x.shape)
             size += getattr(x, "nbytes", 0)
     return Totals(count, parameters, size)
@@ -70,16 +71,27 @@ def text(container: Any) -> str:
     except RecursionError:
         return f"{type(container).__name__}: holds itself, or deeper than the recursion limit"
     shown = list(islice(_tree.walk(container), _MOST_LINES))
-    names = [errors.path_string(path) for path, _ in shown]
-    width = max((len(name) for name in names if len(name) <= 60), default=0)
+    names = [_clipped(errors.path_string(path)) for path, _ in shown]
+    width = max(map(len, names), default=0)
     lines = [f"  {name:<{width}}  {leaf(x)}" for name, (_, x) in zip(names, shown, strict=True)]
     if len(leaves) > len(shown):
         lines.append(f"  ... and {len(leaves) - len(shown):,} more")
     return "\n".join([f"{type(container).__name__}: {summary(leaves)}", *lines])
 
 
+def _clipped(name: str, most: int = 60) -> str:
+    return name if len(name) <= most else f"{name[: most - 23]}...{name[-20:]}"
+
+
 def html(container: Any) -> str:
     """A tree that folds. Keys are escaped: they may come from anywhere."""
+    try:
+        return _html(container)
+    except RecursionError:
+        return f"<pre>{escape(text(container))}</pre>"
+
+
+def _html(container: Any) -> str:
     rows = iter(range(_MOST_ROWS))
 
     def item(key: Any, node: Any, is_open: bool) -> str:

@@ -11,7 +11,7 @@ one that lists them all.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MappingView, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lars_tree import errors
@@ -44,7 +44,9 @@ def _classify(node: Tree) -> int:
     cls = type(node)
     if issubclass(cls, dict):
         return _DICT
-    if hasattr(cls, "__attrs_attrs__") or issubclass(cls, (Mapping, MappingView, Sequence)):
+    if issubclass(cls, (str, bytes, bytearray, memoryview, range)):
+        return _LEAF  # sequences, but of nothing that could be put back
+    if hasattr(cls, "__attrs_attrs__") or issubclass(cls, (Mapping, Sequence)):
         import tree  # dm-tree: only nests that are neither dict nor list nor tuple need it
 
         return _FOREIGN if tree.is_nested(node) else _LEAF
@@ -141,6 +143,21 @@ def rebuild(tree: Tree, new_leaves: Iterable[Leaf]) -> Tree:
         return replace_children(node, [fill(child) for _, child in children(node)])
 
     return fill(tree)
+
+
+def map_leaves(
+    fn: Callable[..., Any], tree: Tree, *columns: list[Any], with_path: bool = False
+) -> list[Any]:
+    """fn(leaf, ...) for each leaf, None for None; what fn raises gets a note with the path."""
+    results = []
+    for (path, leaf), *values in zip(walk(tree), *columns, strict=True):
+        arguments = (path, leaf, *values) if with_path else (leaf, *values)
+        try:
+            results.append(None if leaf is None else fn(*arguments))
+        except Exception as error:
+            error.add_note(f"at {errors.path_string(path)}")
+            raise
+    return results
 
 
 NOTHING = object()

@@ -241,15 +241,8 @@ class Container(Arithmetic, dict[Any, Any]):
             _tree.broadcast(f"argument {i}", self, tree, to="the Container")
             for i, tree in enumerate(rest, 1)
         ]
-        results = []
-        for (path, leaf), *values in zip(_tree.walk(self), *columns, strict=True):
-            try:
-                arguments = (path, leaf, *values) if with_path else (leaf, *values)
-                results.append(None if leaf is None else _converted(fn(*arguments), type(self)))
-            except Exception as error:
-                error.add_note(f"at {path_string(path)}")
-                raise
-        new: Self = _tree.rebuild(self, results)
+        results = _tree.map_leaves(fn, self, *columns, with_path=with_path)
+        new: Self = _tree.rebuild(self, [_converted(result, type(self)) for result in results])
         return new
 
     def filter(self, pred: Callable[[Path, Any], Any], /) -> Self:
@@ -295,26 +288,17 @@ class Container(Arithmetic, dict[Any, Any]):
         return {path_string(path): text for path, text in _compare.differences(self, other)}
 
     def _operate(self, operation: Callable[..., Any], *operands: Any) -> Any:
-        def combine(lead: Container) -> Container:
-            columns = [
-                _tree.broadcast("one operand", lead, operand, to="the other")
-                for operand in operands
-            ]
-            results = [
-                None if any(x is None for x in row) else operation(*row)
-                for row in zip(*columns, strict=True)
-            ]
-            new: Container = _tree.rebuild(lead, results)
-            return new
-
-        try:
-            return combine(self)
-        except errors.StructureError:
-            # The other may be the larger tree, of which this one is a prefix.
-            others = [x for x in operands if x is not self and isinstance(x, Mapping)]
-            if not others or list(_tree.differences(others[0], self)):
-                raise
-            return combine(_converted(others[0], type(self)))
+        lead = self
+        for other in operands:
+            # Of two trees, one may be a prefix of the other.
+            if isinstance(other, Mapping) and any(_tree.differences(self, other)):
+                lead = self if any(_tree.differences(other, self)) else _converted(other, Container)
+        columns = [
+            _tree.broadcast("one operand", lead, operand, to="the other") for operand in operands
+        ]
+        # The leaves of `lead` say where there is something; the operands are in their own order.
+        results = _tree.map_leaves(lambda _, *values: operation(*values), lead, *columns)
+        return _tree.rebuild(lead, results)
 
     def num_leaves(self) -> int:
         """The number of leaves that hold something."""

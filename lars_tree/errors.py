@@ -131,7 +131,7 @@ def describe(node: Any) -> str:
         keys = enumerated(map(repr, node))
         return f"{article} {name} with keys {keys}" if keys else f"an empty {name}"
     if isinstance(node, (list, tuple)):
-        return f"{article} {name} of {len(node)} items"
+        return f"{article} {name} of {len(node)} item{'' if len(node) == 1 else 's'}"
     shape = getattr(node, "shape", None)
     if isinstance(shape, tuple):
         return f"an array of shape {tuple(shape)}"

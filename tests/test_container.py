@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import operator
 import pickle
 from html.parser import HTMLParser
 from types import MappingProxyType
@@ -41,7 +42,6 @@ def test_it_is_made_as_a_dict_is():
     expected = {"a": 1, "b": 2}
     assert dict(Container(expected)) == dict(Container([("a", 1)], b=2)) == expected
     assert dict(Container(a=1) | {"b": 2}) == dict({"a": 1} | Container(b=2)) == expected
-    assert isinstance(Container(), dict)
 
 
 def test_the_mapping_it_is_made_of_is_not_touched():
@@ -99,10 +99,9 @@ def test_what_is_not_there_is_missing_whatever_its_key(key):
     assert key not in w
     assert w.get(key) is None
     assert w.get(key, 7) == w.pop(key, 7) == 7
-    with pytest.raises(PathKeyError):
-        w[key]
-    with pytest.raises(PathKeyError):
-        del w[key]
+    for act in (operator.getitem, operator.delitem):
+        with pytest.raises(PathKeyError):
+            act(w, key)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +158,7 @@ def test_writing_makes_parents_and_converts(w):
         ("head/a", "cannot change head/a: head is an array of shape (4,)"),
         (("l", 2), "cannot change l/2: l is a list of 2 items"),
         ("l/2/x", "cannot change l/2/x: l/2 is not there"),
-        ("t/0", "cannot change t/0: t is a tuple of 1 items"),
+        ("t/0", "cannot change t/0: t is a tuple of 1 item"),
         ((), "an empty path names no key"),
     ],
 )
@@ -296,7 +295,6 @@ def test_filter_keeps_and_partition_splits(w, n):
 def test_diff_finds_nothing_exactly_between_equals(a, b):
     assert a.diff(a.copy()) == {}
     assert (a.diff(b) == {}) == (a == b)
-    assert set(a.diff(b)) == set(b.diff(a))
 
 
 # Compare
@@ -306,8 +304,7 @@ def test_diff_finds_nothing_exactly_between_equals(a, b):
 def test_a_plain_dict_is_as_good(nest):
     w = Container(nest)
     assert (w == nest) is True
-    assert (nest == w) is True
-    assert (w != nest) is False
+    assert (nest == w) is not (w != nest)
     assert w.map(lambda x, y: (x is y) or 1 / 0, nest).paths() == w.paths()
 
 
@@ -397,5 +394,5 @@ def test_html_escapes_keys_and_values(key, value):
                 bold[-1] = data
 
     reader = Reader()
-    reader.feed(Container({key: {"<b>&'": value}})._repr_html_())
+    reader.feed(Container({key: {"<b>&'": "<i>" + value}})._repr_html_())
     assert bold == ["Container", key, "<b>&'"]

@@ -109,7 +109,7 @@ def option(name, value):
     """A way to spoil: this value of an option at one leaf, good ones elsewhere."""
 
     def spoil(call, key):
-        prefix = {k: 1.0 for k in KEYS} | {key: value}
+        prefix = dict.fromkeys(KEYS, 1.0) | {key: value}
         if name == "lr":
             call.lr = prefix
         else:

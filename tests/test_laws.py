@@ -27,7 +27,10 @@ KEYS = st.text("abc", min_size=1, max_size=2)
 DTYPES = st.sampled_from(["float16", "float32", "float64", ">f4", "complex64"])
 
 
-def arrays(dtype, shapes=hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)):
+SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)
+
+
+def arrays(dtype, shapes=SHAPES):
     width = {"float16": 16, "float32": 32, ">f4": 32, "float64": 64, "complex64": 64}[dtype]
     numbers = {"allow_nan": False, "allow_infinity": False, "width": width}
     kind = st.complex_numbers if dtype == "complex64" else st.floats

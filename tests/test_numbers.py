@@ -26,7 +26,7 @@ def dtype_of(name):
 
 
 def random_array(rng, name, exponent, size):
-    """Numbers with about this exponent; those out of range become subnormal, zero or the largest."""
+    """Numbers with about this exponent; out of range they become subnormal, 0 or the largest."""
     bits, smallest, largest = reference.FORMATS[name]
     exponents = exponent + rng.integers(-2, 3, size)
     mantissas = rng.uniform(1, 2, size) * rng.choice([-1, 1], size)
@@ -167,7 +167,7 @@ def test_long_double_keeps_its_digits_and_its_range():
 
 @pytest.mark.parametrize(("name", "bits"), [("bfloat16", 8), ("float16", 11)])
 def test_the_result_is_rounded_once(name, bits):
-    """1 + 2**-bits - tiny lies below the midpoint of two neighbours: double rounding would go up."""
+    """1 + 2**-bits - tiny is below the midpoint of two neighbours: rounding twice would go up."""
     w = np.array([1.0], dtype_of(name))
     g = np.array([1.0], dtype_of(name))
     lr = -(2.0**-bits - 2.0**-45)

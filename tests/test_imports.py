@@ -1,0 +1,98 @@
+"""What is imported, and in which direction."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lars_tree
+
+PACKAGE = Path(lars_tree.__file__).parent
+HEAVY = {"torch", "jax", "dask", "optree", "hypothesis", "matplotlib", "rich", "sklearn", "tree"}
+
+# Each module may import those in lower rows.
+LAYERS = [
+    ["cli"],
+    ["demo"],
+    ["__init__"],
+    ["container"],
+    ["update"],
+    ["_checks", "_compare"],
+    ["_options", "_show"],
+    ["array"],
+    ["_backends.torch", "_backends.jax", "_backends.dask", "_backends.standard"],
+    ["_backends.numpy", "_backends.arrays"],
+    ["_backends.cpu", "_backends"],
+    ["_backends.base", "_backends.bfloat16", "_memory"],
+    ["_rule", "_paths", "_pytrees", "_operators"],
+    ["_tree"],
+    ["errors"],
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def imported_by(code):
+    code += "\nimport sys; print(*sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    return {name.partition(".")[0] for name in result.stdout.split()}
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    assert imported_by("import lars_tree") & HEAVY == set()
+
+
+def test_updating_numpy_arrays_loads_nothing_heavy():
+    code = """if 1:
+        import numpy as np, lars_tree as lt
+        w = lt.Container(a={"b": np.ones(2)}, c=[np.ones(2)])
+        w.lars_update(w, 0.1, out=w), repr(w), w + 1, w == w"""
+    assert imported_by(code) & HEAVY == set()
+
+
+@pytest.mark.parametrize("module", ["hypothesis", "tree"])
+def test_a_heavy_import_would_be_seen(module):
+    assert module in imported_by(f"import lars_tree, {module}") & HEAVY
+
+
+def modules():
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        yield name.removesuffix(".__init__") if name != "__init__" else name, path
+
+
+def imports(tree):
+    """The modules of the package that are imported when the module is, not those for types alone."""
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lars_tree"):
+            base = node.module.removeprefix("lars_tree").removeprefix(".")
+            for alias in node.names:
+                inner = f"{base}.{alias.name}".removeprefix(".")
+                yield inner if inner in RANK else base or "__init__"
+
+
+def test_imports_go_one_way_only():
+    assert {name for name, _ in modules()} == set(RANK)
+    wrong = [
+        f"{name} imports {other}"
+        for name, path in modules()
+        for other in imports(ast.parse(path.read_text()))
+        if RANK[other] <= RANK[name]
+    ]
+    assert wrong == []
+
+
+def test_an_import_the_other_way_would_be_seen():
+    tree = ast.parse("from lars_tree import update\nfrom lars_tree._backends.cpu import update")
+    assert list(imports(tree)) == ["update", "_backends.cpu"]
+    assert RANK["update"] < RANK["_tree"]
+
+
+def test_no_file_is_longer_than_400_lines():
+    files = [*PACKAGE.rglob("*.py"), *Path(__file__).parent.rglob("*.py")]
+    assert {path.name for path in files if len(path.read_text().splitlines()) > 400} == set()

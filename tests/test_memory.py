@@ -1,0 +1,234 @@
+"""Memory: overlaps, threads, forks, signals, memory maps, scratch space."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import tracemalloc
+
+import numpy as np
+import pytest
+from conftest import need
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lars_tree import Container, OutError, _memory, lars_update
+
+
+@st.composite
+def views(draw):
+    """A view of a buffer of 60 numbers, with any strides."""
+    shape = draw(st.sampled_from([(), (1,), (4,), (0,), (2, 3), (3, 2)]))
+    strides = [draw(st.integers(-4, 4)) for _ in shape]
+    buffer = np.arange(60.0)
+    start = 30 + draw(st.integers(-6, 6))
+    return np.lib.stride_tricks.as_strided(buffer[start:], shape, [8 * s for s in strides]), buffer
+
+
+def addresses(view):
+    start = view.__array_interface__["data"][0]
+    return [
+        start + sum(i * s for i, s in zip(index, view.strides, strict=True))
+        for index in np.ndindex(view.shape)
+    ]
+
+
+@given(views())
+def test_a_view_that_overlaps_itself_is_always_seen(pair):
+    view, _ = pair
+    if len(set(addresses(view))) < view.size:
+        assert _memory.overlaps_itself(view)
+    elif view.flags.c_contiguous or view.T.flags.c_contiguous:
+        assert not _memory.overlaps_itself(view)
+
+
+@given(st.lists(views(), max_size=5), st.lists(views(), max_size=4))
+def test_overlapping_finds_just_the_pairs_that_share_an_element(some, others):
+    base = np.arange(60.0)  # one buffer for all
+    move = (
+        lambda v, b: np.lib.stride_tricks.as_strided(  # noqa: E731
+            base[(v.__array_interface__["data"][0] - b.ctypes.data) // 8 :], v.shape, v.strides
+        )
+    )
+    some, others = ([move(*pair) for pair in pairs] for pairs in (some, others))
+    sets = [[set(addresses(x)) for x in xs] for xs in (some, others)]
+    pairs = [(i, j) for j in range(len(some)) for i in range(j)]
+    expected = {(i, j) for i, j in pairs if sets[0][i] & sets[0][j]}
+    assert set(_memory.overlapping(some)) == expected
+    expected = {(i, j) for i, x in enumerate(sets[0]) for j, y in enumerate(sets[1]) if x & y}
+    assert set(_memory.overlapping(some, others)) == expected
+
+
+@given(st.integers(0, 12), st.integers(0, 12), st.integers(0, 12), st.booleans())
+def test_inputs_that_overlap_out_are_computed_as_if_they_did_not(a, b, c, negative):
+    buffer = np.random.default_rng(0).normal(size=40)
+    step = -1 if negative else 1
+    w, g, out = (buffer[i : i + 20 : 1] for i in (a, b, c))
+    w = w[::step]
+    expected = lars_update(w.copy(), g.copy(), 0.1, decay_lambda=0.1)
+    lars_update({"w": w}, {"w": g}, 0.1, decay_lambda=0.1, out={"w": out})
+    # A negative stride is another memory order, which may change the last bit.
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-15)
+
+
+def test_out_may_be_the_gradients_or_swap_the_leaves():
+    w = {"a": np.array([3.0, 4.0]), "b": np.array([5.0, 12.0])}
+    g = {"a": np.array([0.4, 0.3]), "b": np.array([1.2, 0.5])}
+    expected = lars_update(w, g, 0.1)
+    swapped = {"a": w["b"].copy(), "b": w["a"].copy()}
+    lars_update(w, g, 0.1, out=g)
+    assert {k: v.tolist() for k, v in g.items()} == {k: v.tolist() for k, v in expected.items()}
+    cross = {"a": swapped["b"], "b": swapped["a"]}  # cross.a is swapped.b
+    lars_update(swapped, {"a": 1.0, "b": 1.0}, 0.1, out=cross)
+    assert cross["a"].tolist() == lars_update(np.array([5.0, 12.0]), 1.0, 0.1).tolist()
+    assert cross["b"].tolist() == lars_update(np.array([3.0, 4.0]), 1.0, 0.1).tolist()
+
+
+def test_rates_in_the_memory_of_out_are_read_first():
+    w, g, rates = np.array([3.0, 4.0]), np.array([0.4, 0.3]), np.array([0.1, 0.2])
+    expected = lars_update(w, g, rates.copy())
+    lars_update(w, g, rates, out=rates)
+    assert rates.tolist() == expected.tolist()
+
+
+def test_tied_weights_are_refused_but_interleaved_ones_are_not():
+    fused = np.arange(1.0, 13).reshape(3, 4)
+    w = Container(q=fused[:, ::2], k=fused[:, 1::2])
+    expected = w.lars_update(1.0, 0.1)
+    w.lars_update(1.0, 0.1, out=w)
+    assert w == expected
+    tied = Container(embed=fused, head=fused.T)
+    with pytest.raises(OutError, match="head: shares memory with embed"):
+        tied.lars_update(1.0, 0.1, out=tied)
+    assert tied.lars_update(1.0, 0.1).head.shape == (4, 3)  # out of place each is its own layer
+
+
+def test_updates_from_many_threads_are_all_counted():
+    w = Container(a=np.full(5000, 1000.0), b=np.full(3, 1000.0))
+    threads = [
+        threading.Thread(
+            target=lambda: [w.lars_update(1.0, 0.5, adapt=False, out=w) for _ in range(20)]
+        )
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(np.concatenate([w.a, w.b])) == {1000.0 - 8 * 20 * 0.5}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_forked_while_another_thread_writes_can_write():
+    code = """
+    import os, threading, numpy as np, lars_tree
+    from lars_tree import _memory
+    inside, leave = threading.Event(), threading.Event()
+    def hold():
+        with _memory.uninterrupted():
+            inside.set(); leave.wait()
+    thread = threading.Thread(target=hold); thread.start(); inside.wait()
+    child = os.fork()
+    if child == 0:
+        w = np.array([3.0, 4.0]); lars_tree.lars_update(w, w, 0.1, out=w)
+        os._exit(0 if w.tolist() == [2.7, 3.6] else 1)
+    status = os.waitpid(child, 0)[1]
+    leave.set(); thread.join()
+    raise SystemExit(os.waitstatus_to_exitcode(status))
+    """
+    assert run(code).returncode == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals differ")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGALRM"])
+def test_a_signal_acts_before_or_after_an_update_never_within(name):
+    code = f"""
+    import os, random, signal, threading, time, numpy as np, lars_tree
+    caught, done, armed = 0, [], [False]
+    def fail(number, frame):
+        if armed[0]: raise KeyboardInterrupt
+    signal.signal(signal.{name}, fail)
+    w = lars_tree.Container({{str(i): np.full(2000, 1e6) for i in range(40)}})
+    def shoot():
+        for _ in range(60):
+            time.sleep(random.uniform(0.001, 0.006)); os.kill(os.getpid(), signal.{name})
+        done.append(1)
+    threading.Thread(target=shoot).start()
+    while not done:
+        try:
+            armed[0] = True
+            while not done: w.lars_update(1.0, 1.0, adapt=False, out=w)
+        except KeyboardInterrupt:
+            armed[0] = False
+            caught += 1
+            values = set(np.concatenate(w.leaves()))
+            assert len(values) == 1, values
+        armed[0] = False
+    assert caught > 10, caught
+    assert signal.getsignal(signal.{name}) is fail
+    """
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+
+
+def run(code):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_handlers_are_restored_when_one_of_them_raises():
+    def fail(number, frame):
+        raise ValueError("from the handler")
+
+    old = signal.signal(signal.SIGINT, fail)
+    try:
+        done = []
+        with pytest.raises(ValueError, match="from the handler"), _memory.uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            done.append("the block went on")
+        assert done
+        assert signal.getsignal(signal.SIGINT) is fail
+    finally:
+        signal.signal(signal.SIGINT, old)
+
+
+def test_a_memory_map_is_updated_in_the_file(tmp_path):
+    rng = np.random.default_rng(0)
+    values, g = (rng.normal(size=(300, 200)).astype(np.float32) for _ in range(2))
+    values.tofile(tmp_path / "weights")
+    w = Container(layer=np.memmap(tmp_path / "weights", np.float32, "r+", shape=values.shape))
+    w.lars_update(g, 0.1, out=w)
+    expected = lars_update(values, g, 0.1)
+    assert isinstance(w.layer, np.memmap)
+    w.layer.flush()
+    assert np.array_equal(np.fromfile(tmp_path / "weights", np.float32).reshape(300, 200), expected)
+    assert type(w.lars_update(g, 0.1).layer) is np.ndarray  # as w.layer * 1 would be
+    frozen = Container(layer=np.memmap(tmp_path / "weights", np.float32, "r", shape=values.shape))
+    with pytest.raises(OutError, match="read-only"):
+        frozen.lars_update(g, 0.1, out=frozen)
+
+
+def test_in_place_takes_little_memory_whatever_the_array():
+    w, g = np.ones(4_000_000, np.float32), np.ones(4_000_000, np.float32)
+    lars_update(w, g, 0.1, out=w)
+    tracemalloc.start()
+    try:
+        lars_update(w, g, 0.1, decay_lambda=0.1, out=w)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_torch_and_numpy_views_of_one_memory_are_tied():
+    torch = need("torch")
+    x = np.ones(4)
+    w = {"numpy": x, "torch": torch.from_numpy(x)}
+    with pytest.raises(OutError, match="shares memory"):
+        lars_update(w, 1.0, 0.1, out=w)

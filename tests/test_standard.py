@@ -1,0 +1,43 @@
+"""Libraries that follow the array API standard: in place, types, devices, foreign arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import need, to_numpy
+
+from lars_tree import BackendError, lars_update
+
+xp = need("array_api_strict")
+
+
+def test_in_place_and_into_another_array():
+    w, g, out = xp.asarray([3.0, 4.0]), xp.asarray([0.4, 0.3]), xp.zeros(2)
+    assert lars_update(w, g, 0.1, out=out) is out
+    assert to_numpy(w).tolist() == [3, 4]
+    lars_update(w, g, 0.1, out=w)
+    assert to_numpy(w).tolist() == to_numpy(out).tolist() == pytest.approx([2.6, 3.7])
+
+
+def test_the_device_and_the_dtype_are_kept():
+    device = xp.Device("device1")
+    w = xp.ones(3, dtype=xp.float32, device=device)
+    new = lars_update(w, w, xp.asarray(0.1), decay_lambda=0.1)
+    assert (new.device, new.dtype) == (device, xp.float32)
+    with pytest.raises(BackendError, match="device1"):
+        lars_update(w, xp.ones(3, dtype=xp.float32), 0.1)
+
+
+def test_complex_and_a_rate_for_each_element():
+    w = xp.asarray([3 + 4j, 0j])
+    new = lars_update(w, w, np.array([0.1, 0.5]))
+    assert to_numpy(new).tolist() == pytest.approx([2.7 + 3.6j, 0])
+
+
+def test_an_unknown_object_is_not_taken_for_an_array():
+    class Pretender:
+        shape = (2,)
+        dtype = float
+
+    with pytest.raises(TypeError, match="expected an array, got"):
+        lars_update(Pretender(), np.ones(2), 0.1)
