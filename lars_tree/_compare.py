@@ -82,7 +82,12 @@ def _elements(x: Any) -> Array | None:
 
 def _is_plain(x: Any) -> bool:
     """Whether x has truth values, strings or dates: no numbers, but as easy to compare."""
-    return str(x.dtype).removeprefix("torch.") == "bool" or getattr(x.dtype, "kind", "") in "USMm"
+    return str(x.dtype).removeprefix("torch.") == "bool" or getattr(x.dtype, "kind", None) in {
+        "U",
+        "S",
+        "M",
+        "m",
+    }
 
 
 def differences(a: Any, b: Any, path: Path = ()) -> Iterator[Line]:

@@ -325,7 +325,10 @@ def test_a_prefix_may_stand_on_either_side():
     w, prefix = Container(a={"b": 6, "c": 8}, d=9), Container(a=2, d=3)
     assert w - prefix == {"a": {"b": 4, "c": 6}, "d": 6}
     assert prefix - w == prefix.to_dict() - w == {"a": {"b": -4, "c": -6}, "d": -6}
-    assert (w * {"a": {"b": 1, "c": 0}, "d": None}).to_dict() == {"a": {"b": 6, "c": 0}, "d": None}
+    assert (w.map(lambda x: None) * 2).leaves() == [None, None, None]
+    with pytest.raises(TypeError, match="NoneType") as caught:  # not dropped silently
+        w * {"a": 1, "d": None}
+    assert caught.value.__notes__ == ["at d"]
 
 
 def test_signs_and_matrix_products():

@@ -49,10 +49,8 @@ def test_a_view_that_overlaps_itself_is_always_seen(pair):
 @given(st.lists(views(), max_size=5), st.lists(views(), max_size=4))
 def test_overlapping_finds_just_the_pairs_that_share_an_element(some, others):
     base = np.arange(60.0)  # one buffer for all
-    move = (
-        lambda v, b: np.lib.stride_tricks.as_strided(  # noqa: E731
-            base[(v.__array_interface__["data"][0] - b.ctypes.data) // 8 :], v.shape, v.strides
-        )
+    move = lambda v, b: np.lib.stride_tricks.as_strided(
+        base[(v.__array_interface__["data"][0] - b.ctypes.data) // 8 :], v.shape, v.strides
     )
     some, others = ([move(*pair) for pair in pairs] for pairs in (some, others))
     sets = [[set(addresses(x)) for x in xs] for xs in (some, others)]
