@@ -15,6 +15,7 @@ from lars_tree.errors import Line, Path
 Array = np.ndarray[Any, Any]
 Test = Callable[[Array, Array], bool]
 
+_TRUTH = {"bool", "torch.bool", "array_api_strict.bool"}
 _NUMERIC = frozenset("biufc")  # kinds of dtypes whose elements compare and subtract
 
 
@@ -82,12 +83,7 @@ def _elements(x: Any) -> Array | None:
 
 def _is_plain(x: Any) -> bool:
     """Whether x has truth values, strings or dates: no numbers, but as easy to compare."""
-    return str(x.dtype).removeprefix("torch.") == "bool" or getattr(x.dtype, "kind", None) in {
-        "U",
-        "S",
-        "M",
-        "m",
-    }
+    return str(x.dtype) in _TRUTH or getattr(x.dtype, "kind", None) in set("USMm")
 
 
 def differences(a: Any, b: Any, path: Path = ()) -> Iterator[Line]:

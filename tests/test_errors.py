@@ -5,14 +5,10 @@ After each the bytes of w, dcdw and out are what they were.
 
 from __future__ import annotations
 
-import sys
-import warnings
-from dataclasses import dataclass, field
-from typing import Any
-
 import numpy as np
 import pytest
 from conftest import need
+from faults import check, drop, numpy_call, ones, option, other_w_and_out, put, rename, tie
 from numpy.lib.stride_tricks import as_strided
 
 from lars_tree import (
@@ -28,106 +24,6 @@ from lars_tree import (
     StructureError,
     lars_update,
 )
-
-KEYS = ["a", "b", "c", "d", "e"]
-
-
-@dataclass
-class Call:
-    """The arguments of one call, to be spoilt at one leaf."""
-
-    w: dict[str, Any]
-    g: dict[str, Any]
-    out: dict[str, Any] | None
-    lr: Any = 0.1
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def spoil(self, side: str, key: str, value: Any) -> None:
-        """Put a value into w, g or out; in place out is w, so w takes what out should have."""
-        getattr(self, side)[key] = value
-
-    def run(self) -> Any:
-        return lars_update(self.w, self.g, self.lr, out=self.out, **self.options)
-
-
-def numpy_call(mode):
-    w = {key: np.arange(1, 7, dtype=np.float32).reshape(2, 3) for key in KEYS}
-    g = {key: np.ones((2, 3), np.float32) for key in KEYS}
-    out = {"new": None, "in place": w, "into out": {k: np.zeros_like(x) for k, x in w.items()}}
-    return Call(w, g, out[mode])
-
-
-def torch_call(mode):
-    torch = need("torch")
-    w = {key: torch.arange(1.0, 7).reshape(2, 3) for key in KEYS}
-    g = {key: torch.ones(2, 3) for key in KEYS}
-    out = {"new": None, "in place": w, "into out": {k: torch.zeros(2, 3) for k in KEYS}}
-    return Call(w, g, out[mode])
-
-
-def contents(call):
-    """The bytes of all memory that the call can reach."""
-    found = []
-    for tree in (call.w, call.g, call.out or {}):
-        for key in KEYS:
-            x = tree.get(key)
-            if isinstance(x, np.ndarray) and x.dtype != object:
-                found.append(x.tobytes())
-            elif type(x).__name__ == "Tensor" and not x.is_sparse and x.device.type == "cpu":
-                found.append(bytes(x.detach().untyped_storage()))
-            else:
-                found.append(id(x))
-    return found
-
-
-def put(side, value, **options):
-    """A way to spoil: this value at one leaf of one argument."""
-
-    def spoil(call, key):
-        call.spoil(side, key, value() if callable(value) else value)
-        call.options |= options
-
-    return spoil
-
-
-def ones(dtype, shape=(2, 3)):
-    return lambda: np.ones(shape, dtype)
-
-
-def drop(side):
-    return lambda call, key: getattr(call, side).pop(key)
-
-
-def rename(side):
-    def spoil(call, key):
-        getattr(call, side)[key + "x"] = getattr(call, side).pop(key)
-
-    return spoil
-
-
-def option(name, value):
-    """A way to spoil: this value of an option at one leaf, good ones elsewhere."""
-
-    def spoil(call, key):
-        prefix = dict.fromkeys(KEYS, 1.0) | {key: value}
-        if name == "lr":
-            call.lr = prefix
-        else:
-            call.options[name] = prefix
-
-    return spoil
-
-
-def other_w_and_out(make):
-    """A way to spoil: w (and out, if it is another tree) of a bad kind at one leaf."""
-
-    def spoil(call, key):
-        call.w[key] = make()
-        if call.out is not None and call.out is not call.w:
-            call.out[key] = make()
-
-    return spoil
-
 
 INPUTS = {
     "dcdw lacks a key": (drop("g"), StructureError, "dcdw"),
@@ -188,11 +84,6 @@ def read_only():
     return x
 
 
-def tie(call, key):
-    other = KEYS[(KEYS.index(key) + 1) % len(KEYS)]
-    call.out[key] = call.out[other]
-
-
 OUTS = {
     "out lacks a key": (drop("out"), StructureError, "out"),
     "out has a node for a leaf": (put("out", {"u": 1.0}), StructureError, "out"),
@@ -215,20 +106,6 @@ OUTS = {
 }
 
 
-def check(call, key, spoil, kind, argument):
-    spoil(call, key)
-    before = contents(call)
-    with pytest.raises(kind) as caught:
-        call.run()
-    assert contents(call) == before
-    assert type(caught.value) is kind
-    assert caught.value.argument == argument
-    assert argument in str(caught.value)
-    names = [*caught.value.paths, *str(caught.value).split()]
-    assert (key,) in names or any(key in str(name) for name in names)
-    assert "expected" in str(caught.value) or kind in (StructureError, OutError)
-
-
 @pytest.mark.parametrize("key", ["a", "c", "e"])
 @pytest.mark.parametrize("mode", ["new", "in place", "into out"])
 @pytest.mark.parametrize("case", INPUTS)
@@ -240,91 +117,6 @@ def test_bad_input_is_refused_before_anything_is_written(case, mode, key):
 @pytest.mark.parametrize("case", OUTS)
 def test_a_bad_out_is_refused_before_anything_is_written(case, key):
     check(numpy_call("into out"), key, *OUTS[case])
-
-
-def freed():
-    x = need("torch").ones(2, 3)
-    x.untyped_storage().resize_(0)
-    return x
-
-
-def tensor(method, *args, **options):
-    return lambda: getattr(need("torch").ones(2, 3, **options), method)(*args)
-
-
-TORCH_INPUTS = {
-    "dcdw is sparse": (put("g", tensor("to_sparse")), LeafError, "dcdw"),
-    "dcdw was freed": (put("g", freed), LeafError, "dcdw"),
-    "dcdw is on meta": (put("g", tensor("to", "meta")), LeafError, "dcdw"),
-    "dcdw is quantised to integers": (put("g", tensor("int")), DtypeError, "dcdw"),
-    "dcdw is float8": (put("g", tensor("to", "float8")), DtypeError, "dcdw"),
-    "dcdw is of numpy": (put("g", ones(np.float32)), BackendError, "dcdw"),
-    "w is sparse": (other_w_and_out(tensor("to_sparse")), LeafError, "w"),
-    "w was freed": (other_w_and_out(freed), LeafError, "w"),
-    "w is on meta": (other_w_and_out(tensor("to", "meta")), LeafError, "w"),
-    "w has no data yet": (
-        other_w_and_out(lambda: need("torch").nn.UninitializedParameter()),
-        LeafError,
-        "w",
-    ),
-    "lr is negative": (
-        option("lr", lambda: need("torch").tensor(-1.0)),
-        OptionError,
-        "lr",
-    ),
-}
-
-
-@pytest.mark.parametrize("key", ["a", "c", "e"])
-@pytest.mark.parametrize("mode", ["new", "in place", "into out"])
-@pytest.mark.parametrize("case", TORCH_INPUTS)
-def test_bad_tensors_are_refused_before_anything_is_written(case, mode, key):
-    torch = need("torch")
-    call = torch_call(mode)
-    if case == "dcdw is float8":
-        call.g[key] = torch.ones(2, 3).to(torch.float8_e4m3fn)
-        check(call, key, lambda call, key: None, DtypeError, "dcdw")
-    elif case == "lr is negative":
-        check(call, key, option("lr", torch.tensor(-1.0)), OptionError, "lr")
-    else:
-        check(call, key, *TORCH_INPUTS[case])
-
-
-def read_only_map(path):
-    torch = need("torch")
-    np.zeros(1000, np.float32).tofile(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns, once
-        return torch.from_numpy(np.memmap(path, np.float32, "r", shape=(2, 3)))
-
-
-@pytest.mark.parametrize("key", ["a", "c", "e"])
-@pytest.mark.parametrize(
-    "case", ["freed", "meta", "expanded", "tied", "requires a gradient", "mapped", "conjugated"]
-)
-def test_a_bad_out_of_torch_is_refused(case, key, tmp_path):
-    torch = need("torch")
-    call, kind = torch_call("into out"), OutError
-    if case == "freed":
-        call.out[key] = freed()
-    elif case == "meta":
-        call.out[key] = torch.zeros(2, 3, device="meta")
-    elif case == "expanded":
-        call.out[key] = torch.zeros(3).expand(2, 3)
-    elif case == "tied":
-        tie(call, key)
-    elif case == "requires a gradient":
-        call.out[key].requires_grad_()
-        call.options["stop_gradients"] = False
-    elif case == "conjugated":
-        for tree in (call.w, call.g, call.out):
-            tree[key] = tree[key].to(torch.complex64)
-        call.out[key] = call.out[key].conj()
-    elif sys.platform == "linux":
-        call.out[key] = read_only_map(tmp_path / "weights")
-    else:
-        pytest.skip("only Linux tells how memory is mapped")
-    check(call, key, lambda call, key: None, kind, "out")
 
 
 @pytest.mark.parametrize("name", ["jax", "dask"])

@@ -67,7 +67,7 @@ def modules():
 
 
 def imports(tree):
-    """The modules of the package that are imported when the module is, not those for types alone."""
+    """The modules of the package that are imported when the module is."""
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lars_tree"):
             base = node.module.removeprefix("lars_tree").removeprefix(".")

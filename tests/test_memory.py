@@ -49,9 +49,11 @@ def test_a_view_that_overlaps_itself_is_always_seen(pair):
 @given(st.lists(views(), max_size=5), st.lists(views(), max_size=4))
 def test_overlapping_finds_just_the_pairs_that_share_an_element(some, others):
     base = np.arange(60.0)  # one buffer for all
-    move = lambda v, b: np.lib.stride_tricks.as_strided(
-        base[(v.__array_interface__["data"][0] - b.ctypes.data) // 8 :], v.shape, v.strides
-    )
+
+    def move(view, buffer):
+        start = view.__array_interface__["data"][0] - buffer.ctypes.data
+        return np.lib.stride_tricks.as_strided(base[start // 8 :], view.shape, view.strides)
+
     some, others = ([move(*pair) for pair in pairs] for pairs in (some, others))
     sets = [[set(addresses(x)) for x in xs] for xs in (some, others)]
     pairs = [(i, j) for j in range(len(some)) for i in range(j)]
