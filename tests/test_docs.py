@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import pkgutil
+import re
 from pathlib import Path
 
 import numpy as np
@@ -30,20 +31,36 @@ def test_docstrings(name):
     assert doctest.testmod(module, extraglobs=NAMES, optionflags=FLAGS).failed == 0
 
 
+def failures(text, name):
+    """How many examples of a Markdown page fail; fences end an output as blank lines do."""
+    lines = ["" if line.startswith("```") else line for line in text.splitlines()]
+    test = doctest.DocTestParser().get_doctest("\n".join(lines), {}, name, name, 0)
+    return doctest.DocTestRunner(optionflags=FLAGS).run(test).failed
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_pages(page):
     text = page.read_text()
     for library in ("torch", "jax", "dask.array", "optree"):
         if f"import {library}" in text:
             need(library)
-    result = doctest.testfile(str(page), module_relative=False, optionflags=FLAGS)
-    assert result.failed == 0
+    assert failures(text, page.name) == 0
 
 
-def test_a_wrong_example_would_be_seen(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(">>> 1 + 1\n3\n")
-    assert doctest.testfile(str(page), module_relative=False, report=False).failed == 1
+def test_a_wrong_example_would_be_seen():
+    assert failures("```pycon\n>>> 1 + 1\n3\n```\n", "page") == 1
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_readme_has_two_commands_that_do_all_the_set_up():
+    commands = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert [command.count("\n") for command in commands] == [1, 1]
+    assert all(command.startswith("python3.11 -m venv .venv && ") for command in commands)
 
 
 @pytest.mark.parametrize("name", ["lars_update", "Container", "Array"])
