@@ -79,7 +79,7 @@ def _checked(name: str, values: list[tuple[errors.Path, Any]], keep_history: boo
 def _refuse_gaps(tree: Any, columns: dict[str, list[Any]]) -> None:
     """None as the value for real weights is an error; only layer_axis has a meaning for it."""
     for name, column in columns.items():
-        if name == "layer_axis" or None not in (value for value in column if value is None):
+        if name == "layer_axis" or all(value is not None for value in column):
             continue
         leaves = zip(_tree.walk(tree), column, strict=True)
         faults = [
