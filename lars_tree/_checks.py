@@ -62,7 +62,7 @@ def check(leaves: list[Leaf], paths: Callable[[], list[errors.Path]]) -> None:
 def _faults(leaf: Leaf) -> Iterator[Fault]:
     """The first fault of a leaf."""
     step = (_weights, _gradient, _rates, _layer_axis, _looking)
-    for question in (*(step if leaf.dcdw is not None else ()), _out):
+    for question in (*(step if leaf.dcdw is not None else (_data,)), _out):
         fault = next(question(leaf), None)
         if fault is not None:
             yield fault
@@ -73,12 +73,20 @@ def _weights(leaf: Leaf) -> Iterator[Fault]:
     yield from _unusable("w", leaf.backend, leaf.w)
 
 
-def _unusable(argument: str, backend: Backend, x: Any) -> Iterator[Fault]:
+def _data(leaf: Leaf) -> Iterator[Fault]:
+    """Weights without a gradient may be of any dtype, but must be there to be copied."""
+    yield from _faulty("w", leaf.backend, leaf.w)
+
+
+def _faulty(argument: str, backend: Backend, x: Any) -> Iterator[Fault]:
     fault = backend.fault(x)
     if fault:
         headline = f"{argument} holds an array that cannot be computed with"
         yield Fault(errors.LeafError, argument, headline, f"expected dense data, got {fault}")
-        return
+
+
+def _unusable(argument: str, backend: Backend, x: Any) -> Iterator[Fault]:
+    yield from _faulty(argument, backend, x)
     facts = backend.facts(x)
     if facts.kind not in _FLOATING:
         headline = f"{argument} is not floating point"
@@ -151,8 +159,10 @@ def _layer_axis(leaf: Leaf) -> Iterator[Fault]:
 
 def _looking(leaf: Leaf) -> Iterator[Fault]:
     """Whether nonfinite="raise" can look at the values."""
-    later = Values.LATER in (leaf.backend.values(leaf.w), leaf.backend.values(leaf.dcdw))
-    if leaf.rule.nonfinite == "raise" and later:
+    if leaf.rule.nonfinite != "raise":
+        return
+    arrays = [(_backends.find(x), x) for x in (leaf.w, leaf.dcdw, *leaf.rule)]
+    if any(backend and backend.values(x) is Values.LATER for backend, x in arrays):
         headline = "nonfinite cannot raise: the values are not known yet"
         text = "expected 'propagate' or 'skip' for a traced or lazy array, got 'raise'"
         yield Fault(errors.OptionError, "nonfinite", headline, text)
@@ -163,7 +173,10 @@ def _out(leaf: Leaf) -> Iterator[Fault]:
         return
     yield from _belongs("out", leaf, leaf.out)
     backend, out = leaf.backend, leaf.out
-    fault = backend.fault(out) or backend.out_fault(out, leaf.rule.stop_gradients)
+    fault = backend.fault(out) or backend.out_fault(out)
+    inputs = (leaf.w, leaf.dcdw, out, *leaf.rule)
+    if not leaf.rule.stop_gradients and any(map(_records, inputs)):
+        fault = fault or "part of a graph: with stop_gradients=False, leave out `out`"
     if fault:
         yield Fault(errors.OutError, "out", "out cannot be written to", f"it is {fault}")
         return
@@ -180,17 +193,27 @@ def _out(leaf: Leaf) -> Iterator[Fault]:
         yield Fault(errors.OutError, "out", "out overlaps itself", text)
 
 
+def _records(x: Any) -> bool:
+    backend = _backends.find(x)
+    return backend is not None and backend.records(x)
+
+
 def _shared_memory(
     leaves: list[Leaf], paths: Callable[[], list[errors.Path]]
 ) -> Iterator[tuple[Leaf, Fault]]:
     """Leaves of `out` that share memory, as tied weights do."""
     for group in _by_device([leaf for leaf in leaves if leaf.out is not None]):
         memories = [leaf.backend.memory(leaf.out) for leaf in group]
-        known = [(leaf, x) for leaf, x in zip(group, memories, strict=True) if x is not None]
-        for i, j in _memory.overlapping([x for _, x in known]):
-            text = f"shares memory with {errors.path_string(paths()[known[i][0].place])}"
+        known = [(i, memory) for i, memory in enumerate(memories) if memory is not None]
+        found = _memory.overlapping([memory for _, memory in known])
+        pairs = [(known[i][0], known[j][0]) for i, j in found]
+        # Where the library does not tell addresses, the very same array is seen all the same.
+        first = {id(leaf.out): i for i, leaf in reversed(list(enumerate(group)))}
+        same = [(first[id(leaf.out)], i) for i, leaf in enumerate(group) if memories[i] is None]
+        for i, j in pairs + [(i, j) for i, j in same if i != j]:
+            text = f"shares memory with {errors.path_string(paths()[group[i].place])}"
             headline = "two leaves of out share memory (tied weights)"
-            yield known[j][0], Fault(errors.OutError, "out", headline, text)
+            yield group[j], Fault(errors.OutError, "out", headline, text)
 
 
 def _by_device(leaves: list[Leaf]) -> list[list[Leaf]]:

@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,18 +123,24 @@ def uninterrupted() -> Iterator[None]:
                     signal.signal(number, lambda number, frame: pending.append((number, frame)))
             yield
         finally:
-            _restore(handlers)
-            for number, frame in pending:
-                handlers[number](number, frame)
+            calls = [partial(signal.signal, *old) for old in handlers.items()]
+            _call_all(
+                calls + [partial(handlers[number], number, frame) for number, frame in pending]
+            )
 
 
-def _restore(handlers: dict[int, Callable[[int, Any], Any]]) -> None:
+def _call_all(calls: list[Callable[[], Any]]) -> None:
+    """Make all calls, and raise what the first one to fail raised.
+
+    A handler that is back may be at work at once: a call that it interrupts is made again.
+    """
     interrupt: BaseException | None = None
-    for number, handler in handlers.items():
+    for call in calls:
         try:
-            signal.signal(number, handler)
-        except BaseException as error:  # from a handler that is back and already at work
-            signal.signal(number, handler)
+            call()
+        except BaseException as error:
             interrupt = interrupt or error
+            if call.func is signal.signal:  # type: ignore[attr-defined]
+                call()
     if interrupt is not None:
         raise interrupt

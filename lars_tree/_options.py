@@ -99,6 +99,9 @@ def _unfit_error(name: str, faults: list[errors.Line]) -> errors.LarsTreeError:
 
 def _shown(value: Any) -> str:
     """The value itself if it is short, otherwise what it is."""
+    backend = _backends.find(value)
+    if backend is not None and backend.fault(value):
+        return f"{backend.fault(value)}"  # which may crash when it is read
     text = repr(value)
     return text if len(text) <= 60 and "\n" not in text else errors.describe(value)
 
@@ -111,19 +114,26 @@ def _number(value: Any, keep_history: bool) -> Any:
 
 
 def _positive(value: Any, keep_history: bool) -> Any:
-    number = _number(value, keep_history)
-    if isinstance(number, float) and number == 0:
+    if _is_known(value) and _number(value, False) == 0:
         raise _Unfit("a finite number > 0")
-    return number
+    return _number(value, keep_history)
+
+
+def _is_known(value: Any) -> bool:
+    """Whether a value can be looked at."""
+    backend = _backends.find(value)
+    return backend is None or bool(backend.fault(value)) or backend.values(value) is Values.HERE
 
 
 def _rate(value: Any, keep_history: bool) -> Any:
     """A float, a numpy array, or an array whose values may not be looked at."""
     wanted = "a finite number >= 0"
-    if isinstance(value, (Real, Decimal)) and not isinstance(value, bool):
+    if isinstance(value, (bool, np.timedelta64)):
+        raise _Unfit(wanted)
+    if isinstance(value, (Real, Decimal)):
         try:
             number = float(value)
-        except OverflowError:
+        except (OverflowError, ValueError):  # beyond double; a signalling NaN
             number = np.inf
         if not 0 <= number < np.inf:
             raise _Unfit(wanted)
@@ -134,13 +144,13 @@ def _rate(value: Any, keep_history: bool) -> Any:
     facts = backend.facts(value)
     if facts.kind not in (Kind.REAL, Kind.INTEGER):
         raise _Unfit(wanted)
-    if backend.values(value) is not Values.HERE or (keep_history and backend.records(value)):
+    if backend.values(value) is not Values.HERE:
         return value
-    numbers = np.asarray(backend.to_numpy(value))
-    wide = np.result_type(numbers.dtype, np.float64) if numbers.dtype.kind == "f" else np.float64
-    numbers = numbers.astype(wide, copy=False)
+    numbers = np.ascontiguousarray(backend.to_numpy(value), np.float64).reshape(facts.shape)
     if not (np.isfinite(numbers) & (numbers >= 0)).all():
         raise _Unfit(wanted + " in every element")
+    if keep_history and backend.records(value):
+        return value
     return float(numbers) if numbers.shape == () else numbers
 
 

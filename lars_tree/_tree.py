@@ -1,8 +1,9 @@
 """Nests of values: walk, match by key, broadcast a prefix, rebuild. Knows no arrays.
 
-Dicts (Container is one), lists and tuples are walked by short recursions of our own; every other
-nest (namedtuple, attrs, further mappings and sequences) goes through dm-tree, one node at a time.
-A leaf is whatever is not a nest; None is a leaf that holds nothing.
+Dicts (Container is one), lists, tuples, namedtuples and attrs classes are walked by short
+recursions of our own, which keep what a user's subclass adds. Further mappings and sequences go
+through dm-tree, one node at a time. A leaf is whatever is not a nest; None is a leaf that holds
+nothing.
 
 Matching runs twice only when it fails: a fast pass that stops at the first difference, then a slow
 one that lists them all.
@@ -20,7 +21,7 @@ from lars_tree.errors import Line, Path
 Tree = Any
 Leaf = Any
 
-_LEAF, _DICT, _SEQUENCE, _FOREIGN = range(4)
+_LEAF, _DICT, _SEQUENCE, _NAMED, _FIELDS, _FOREIGN = range(6)
 _KINDS: dict[type, int] = {list: _SEQUENCE, tuple: _SEQUENCE, dict: _DICT}
 
 # How to make a dict of exactly this type from its items; other dict types are copied and refilled.
@@ -46,8 +47,14 @@ def _classify(node: Tree) -> int:
         return _DICT
     if issubclass(cls, (str, bytes, bytearray, memoryview, range)):
         return _LEAF  # sequences, but of nothing that could be put back
-    if hasattr(cls, "__attrs_attrs__") or issubclass(cls, (Mapping, Sequence)):
-        import tree  # dm-tree: only nests that are neither dict nor list nor tuple need it
+    if hasattr(cls, "__attrs_attrs__"):
+        return _FIELDS
+    if issubclass(cls, tuple) and hasattr(cls, "_fields"):
+        return _NAMED
+    if issubclass(cls, (list, tuple)):
+        return _SEQUENCE
+    if issubclass(cls, (Mapping, Sequence)):
+        import tree
 
         return _FOREIGN if tree.is_nested(node) else _LEAF
     return _LEAF
@@ -65,9 +72,13 @@ def children(node: Tree) -> Iterable[tuple[Hashable, Tree]]:
         return type(node).items(node)  # type: ignore[no-any-return]
     if kind == _SEQUENCE:
         return enumerate(node)
+    if kind == _FIELDS:
+        return [(field.name, getattr(node, field.name)) for field in type(node).__attrs_attrs__]
+    if kind == _NAMED:
+        return zip(node._fields, node, strict=True)
     found: list[tuple[Hashable, Tree]] = []
     if kind == _FOREIGN:
-        import tree
+        import tree  # dm-tree: only nests of other kinds need it
 
         def visit(path: Path, child: Tree) -> Any:
             if not path:
@@ -81,17 +92,15 @@ def children(node: Tree) -> Iterable[tuple[Hashable, Tree]]:
 
 def replace_children(node: Tree, values: Iterable[Tree]) -> Tree:
     """A node of the same type and keys with other children, given in the order of `children`."""
-    kind = _kind(node)
-    if kind == _SEQUENCE:
-        return type(node)(values)
-    if kind == _DICT:
-        maker = MAKERS.get(type(node))
-        if maker is not None:
-            return maker(zip(node, values, strict=True))
-        new = copy.copy(node)
-        for key, value in zip(node, values, strict=True):
-            dict.__setitem__(new, key, value)
-        return new
+    cls = type(node)
+    if cls is list or cls is tuple:
+        return cls(values)
+    if cls in MAKERS:
+        return MAKERS[cls](zip(node, values, strict=True))
+    if isinstance(node, tuple):  # a namedtuple too: its own constructor may want other arguments
+        return tuple.__new__(cls, values)
+    if isinstance(node, (dict, list)) or hasattr(cls, "__attrs_attrs__"):
+        return _refilled(node, values)
     import tree
 
     remaining = iter(values)
@@ -103,6 +112,20 @@ def replace_children(node: Tree, values: Iterable[Tree]) -> Tree:
         return value if value is not None else tree.MAP_TO_NONE
 
     return tree.traverse_with_path(visit, node)
+
+
+def _refilled(node: Tree, values: Iterable[Tree]) -> Tree:
+    """A shallow copy with other children, which keeps what else a user's class holds."""
+    new = copy.copy(node)
+    if getattr(node, "__dict__", None) is node:  # attribute access, in the way of many a class
+        new.__dict__ = new
+    if isinstance(node, list):
+        new[:] = values
+        return new
+    put: Any = dict.__setitem__ if isinstance(node, dict) else object.__setattr__
+    for (key, _), value in zip(children(node), values, strict=True):
+        put(new, key, value)
+    return new
 
 
 def leaves(tree: Tree) -> list[Leaf]:
@@ -135,14 +158,14 @@ def walk(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Leaf]]:
 
 def rebuild(tree: Tree, new_leaves: Iterable[Leaf]) -> Tree:
     """A nest like `tree` with other leaves, given in the order of `leaves`."""
-    remaining = iter(new_leaves)
+    return _fill(tree, iter(new_leaves))
 
-    def fill(node: Tree) -> Tree:
-        if _kind(node) == _LEAF:
-            return next(remaining)
-        return replace_children(node, [fill(child) for _, child in children(node)])
 
-    return fill(tree)
+def _fill(node: Tree, remaining: Iterator[Leaf]) -> Tree:
+    # Not a closure: one that calls itself keeps all leaves alive until garbage is collected.
+    if _kind(node) == _LEAF:
+        return next(remaining)
+    return replace_children(node, [_fill(child, remaining) for _, child in children(node)])
 
 
 def map_leaves(

@@ -191,7 +191,7 @@ class Array(Arithmetic):
 
 def unwrap(x: Any) -> Any:
     """The native array of an Array; anything else as it is."""
-    return x._data if type(x) is Array else x
+    return x._data if isinstance(x, Array) else x
 
 
 _pytrees.register_wrapper(Array, "_data")

@@ -212,15 +212,7 @@ class Container(Arithmetic, dict[Any, Any]):
 
     def to_dict(self) -> dict[Any, Any]:
         """Plain nested dicts, sharing the leaves."""
-
-        def plain(node: Any) -> Any:
-            if isinstance(node, Container):
-                return {key: plain(child) for key, child in dict.items(node)}
-            if _tree.is_leaf(node):
-                return node
-            return _tree.replace_children(node, [plain(child) for _, child in _tree.children(node)])
-
-        return plain(self)  # type: ignore[no-any-return]
+        return _plain(self)  # type: ignore[no-any-return]
 
     def map(self, fn: Callable[..., Any], /, *rest: Any, with_path: bool = False) -> Self:
         """A Container of fn(leaf, ...) for each leaf; None, which holds nothing, stays None.
@@ -361,6 +353,14 @@ class Container(Arithmetic, dict[Any, Any]):
             out=out,
             **options,
         )
+
+
+def _plain(node: Any) -> Any:
+    if isinstance(node, Container):
+        return {key: _plain(child) for key, child in dict.items(node)}
+    if _tree.is_leaf(node):
+        return node
+    return _tree.replace_children(node, [_plain(child) for _, child in _tree.children(node)])
 
 
 def _converted(value: Any, cls: type[Container]) -> Any:

@@ -7,12 +7,14 @@ its leaves at once, by the formula in `_rule.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from lars_tree import _backends, _checks, _memory, _options, _tree, errors
+from lars_tree._backends.base import Values
 from lars_tree._checks import Leaf
 from lars_tree.array import Array, unwrap
 
@@ -138,7 +140,7 @@ def _update(w: Any, dcdw: Any, out: Any, options: dict[str, Any]) -> Any:
         return out
     new = list(old)
     for leaf, result in zip(leaves, results, strict=True):
-        new[leaf.place] = Array(result) if type(old[leaf.place]) is Array else result
+        new[leaf.place] = Array(result) if isinstance(old[leaf.place], Array) else result
     return _tree.rebuild(w, new)
 
 
@@ -166,13 +168,23 @@ def _arrays(
             strangers["out"].append((paths()[place], "expected an array, got None"))
         else:
             if isinstance(dcdw, (int, float, complex)) and not isinstance(dcdw, bool):
-                dcdw = backend.full(dcdw, x)
+                dcdw = backend.full(_machine_number(dcdw), x)
             leaves.append(Leaf(place, x, dcdw, out, rules[place], backend))
     for argument, lines in strangers.items():
         if lines:
             headline = f"{argument} holds something that is no array"
             raise errors.error(errors.LeafError, argument, headline, lines)
     return leaves
+
+
+def _machine_number(x: complex) -> complex:
+    """The number as a float or complex: an int may be longer than any."""
+    if isinstance(x, complex):
+        return x
+    try:
+        return float(x)
+    except OverflowError:
+        return math.copysign(math.inf, x > 0 or -1)
 
 
 def _refuse_surplus(w: Any, other: Any, old: list[Any], values: list[Any], argument: str) -> None:
@@ -250,8 +262,14 @@ def _guard(leaves: list[Leaf], results: dict[int, Any], paths: Paths) -> dict[in
     ]
     if not flags:
         return results
-    if set(watched) == set(_by_backend(steps)) and len(flags) == 1:
+    values = {leaf.backend.values(leaf.w) for leaf in steps}
+    if values != {Values.HERE} and set(watched) == set(_by_backend(steps)) and len(flags) == 1:
         flag = flags[0]  # stays on its device, and unknown where it is traced
+    elif Values.LATER in values:
+        headline = "nonfinite cannot skip: the values are not known yet"
+        text = "expected arrays of one library where some are traced or lazy"
+        lines = [(paths()[leaf.place], text) for leaf in steps if leaf.rule.nonfinite == "skip"]
+        raise errors.error(errors.OptionError, "nonfinite", headline, lines)
     else:
         flag = all(bool(flag) for flag in flags)
     return {

@@ -88,7 +88,7 @@ class Backend(ABC):
         """Why x cannot be computed with; None if it can."""
         return None
 
-    def out_fault(self, x: Array, stop_gradients: bool) -> str | None:
+    def out_fault(self, x: Array) -> str | None:
         """Why nothing can be written to x; None if it can."""
         return None
 
@@ -104,7 +104,7 @@ class Backend(ABC):
 @cache
 def kind_of_numpy(dtype: np.dtype[Any]) -> Kind:
     """The kind of a numpy dtype, the extension type bfloat16 included."""
-    if dtype.kind == "f" or is_bfloat16(dtype):
+    if dtype.kind == "f" or (is_bfloat16(dtype) and dtype.isnative):
         return Kind.REAL if dtype.itemsize > 1 else Kind.OTHER
     if dtype.kind == "c":
         return Kind.COMPLEX

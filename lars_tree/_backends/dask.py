@@ -43,14 +43,14 @@ class DaskBackend(ArraysBackend):
         return da.asarray(np.asarray(number, np.complex128 if is_complex else np.float64))
 
     def copy(self, x: Array, stop_gradients: bool) -> Array:
-        return x
+        return x.copy()
 
     def fault(self, x: Array) -> str | None:
         if any(math.isnan(length) for length in x.shape):
             return "a dask array of unknown shape: call its compute_chunk_sizes() first"
         return None
 
-    def out_fault(self, x: Array, stop_gradients: bool) -> str | None:
+    def out_fault(self, x: Array) -> str | None:
         return "a dask array, which is immutable: leave out `out` and use the returned value"
 
     def ops(self, x: Array) -> DaskOps:

@@ -52,7 +52,9 @@ class JaxBackend(ArraysBackend):
         return np.asarray(x)
 
     def full(self, number: complex, like: Array) -> Array:
-        return jnp.asarray(number, dtype=None if isinstance(number, complex) else like.dtype)
+        is_complex = isinstance(number, complex) or jnp.iscomplexobj(like)
+        with jax.enable_x64(True):
+            return jnp.asarray(number, jnp.complex128 if is_complex else jnp.float64)
 
     def copy(self, x: Array, stop_gradients: bool) -> Array:
         return jax.lax.stop_gradient(x) if stop_gradients else x
@@ -62,7 +64,7 @@ class JaxBackend(ArraysBackend):
             return "an array that was deleted or donated"
         return None
 
-    def out_fault(self, x: Array, stop_gradients: bool) -> str | None:
+    def out_fault(self, x: Array) -> str | None:
         return "a jax array, which is immutable: leave out `out` and use the returned value"
 
     def records(self, x: Array) -> bool:
@@ -76,6 +78,25 @@ class JaxBackend(ArraysBackend):
         double = jax.default_backend() == "cpu" or w.dtype in (np.float64, np.complex128)
         real, complex_ = (jnp.float64, jnp.complex128) if double else (jnp.float32, jnp.complex64)
         return x.astype(complex_ if jnp.iscomplexobj(x) else real)
+
+    def step(self, w: Array, dcdw: Array, rule: Rule) -> Array:
+        if not jnp.iscomplexobj(w):
+            return super().step(w, dcdw, rule)
+        # As pairs of real numbers: complex numbers of double precision have no derivatives unless
+        # jax_enable_x64 is set, as their backward pass runs outside of our context.
+        axis = None if rule.layer_axis is None else rule.layer_axis % w.ndim
+        lr = rule.lr[..., None] if getattr(rule.lr, "ndim", 0) else rule.lr
+        w, dcdw = (jnp.stack([jnp.real(x), jnp.imag(x)], -1) for x in (w, dcdw))
+        new = super().step(w, dcdw, rule._replace(lr=lr, layer_axis=axis))
+        return jax.lax.complex(new[..., 0], new[..., 1])
+
+    def all_finite(self, xs: list[Array]) -> Any:
+        if any(map(_is_traced, xs)):
+            return super().all_finite(xs)
+        return all(bool(jnp.isfinite(x).all()) for x in xs)
+
+    def choose(self, flag: Any, a: Array, b: Array) -> Array:
+        return (a if flag else b) if isinstance(flag, bool) else super().choose(flag, a, b)
 
     def narrow(self, x: Array, w: Array) -> Array:
         return x.astype(w.dtype)

@@ -40,7 +40,7 @@ class NumpyBackend(Backend):
             return "a masked array: the rule knows no missing elements; fill them first"
         return None
 
-    def out_fault(self, x: Array, stop_gradients: bool) -> str | None:
+    def out_fault(self, x: Array) -> str | None:
         if isinstance(x, np.generic):
             return "a numpy scalar, which is immutable: use the returned value"
         return None if x.flags.writeable else "read-only"
@@ -64,7 +64,7 @@ class NumpyBackend(Backend):
         return a if flag else b
 
     def write(self, out: Array, x: Array) -> None:
-        out[...] = x
+        np.asarray(out)[...] = x
 
 
 def _empty_like(w: Array) -> Array:

@@ -54,13 +54,14 @@ class StandardBackend(ArraysBackend):
         return np.from_dlpack(x)
 
     def full(self, number: complex, like: Array) -> Array:
-        dtype = None if isinstance(number, complex) else like.dtype
+        is_complex = isinstance(number, complex) or self.xp.isdtype(like.dtype, "complex floating")
+        dtype = self.xp.complex128 if is_complex else self.xp.float64
         return self.xp.asarray(number, dtype=dtype, device=array_api_compat.device(like))
 
     def copy(self, x: Array, stop_gradients: bool) -> Array:
         return self.xp.asarray(x, copy=True)
 
-    def out_fault(self, x: Array, stop_gradients: bool) -> str | None:
+    def out_fault(self, x: Array) -> str | None:
         return None if array_api_compat.is_writeable_array(x) else "immutable or read-only"
 
     def ops(self, x: Array) -> StandardOps:

@@ -90,7 +90,12 @@ class TorchBackend(ArraysBackend):
             kind = Kind.REAL
         elif x.dtype in _COMPLEX:
             kind = Kind.COMPLEX
-        elif not (x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool):
+        elif not (
+            x.is_quantized
+            or x.dtype.is_floating_point
+            or x.dtype.is_complex
+            or x.dtype == torch.bool
+        ):
             kind = Kind.INTEGER
         return Facts(tuple(x.shape), kind, x.dtype, x.device)
 
@@ -124,9 +129,7 @@ class TorchBackend(ArraysBackend):
             return "a tensor whose storage was freed"
         return None
 
-    def out_fault(self, x: Tensor, stop_gradients: bool) -> str | None:
-        if not stop_gradients and x.requires_grad:
-            return "a tensor that requires a gradient: with stop_gradients=False, leave out `out`"
+    def out_fault(self, x: Tensor) -> str | None:
         if x.is_conj() or x.is_neg():
             return "a lazily conjugated or negated view: resolve it first"
         # Memory that is not torch's own. torch does not keep the flag of a read-only numpy array,
@@ -137,7 +140,10 @@ class TorchBackend(ArraysBackend):
         return None
 
     def memory(self, x: Tensor) -> np.ndarray[Any, Any] | None:
-        return np.asarray(_Address(x)) if _is_plain(x) else None
+        try:
+            return np.asarray(_Address(x))
+        except RuntimeError:  # of tensors that stand for others and have no memory of their own
+            return None
 
     def records(self, x: Tensor) -> bool:
         return (torch.is_grad_enabled() and x.requires_grad) or _has_tangent(x)
@@ -150,7 +156,7 @@ class TorchBackend(ArraysBackend):
         dtype = torch.float64 if double else torch.float32
         if isinstance(x, Tensor) and x.is_complex():
             dtype = torch.complex128 if double else torch.complex64
-        return torch.as_tensor(x).to(device=w.device, dtype=dtype)
+        return torch.as_tensor(x, device=w.device).to(dtype)
 
     def narrow(self, x: Tensor, w: Tensor) -> Tensor:
         return x.to(w.dtype)
@@ -164,39 +170,47 @@ class TorchBackend(ArraysBackend):
     ) -> list[Tensor]:
         news: list[Any] = list(outs)
         groups: defaultdict[Any, list[int]] = defaultdict(list)
+        in_cpu_memory: list[int] = []
         for i, (w, dcdw, rule) in enumerate(zip(ws, dcdws, rules, strict=True)):
-            history = not rule.stop_gradients and self._has_history(w, dcdw, rule)
-            if history or not (_is_plain(w) and _is_plain(dcdw) and _is_plain(outs[i])):
-                news[i] = self._arrays(w, dcdw, outs[i], rule)
+            if not self._is_plain_step(w, dcdw, outs[i], rule):
+                news[i] = self._arrays(w, dcdw, rule)
                 continue
             if news[i] is None:
                 news[i] = torch.empty_like(w, requires_grad=False)
-            if w.device.type == "cpu" and all(map(_is_concrete, rule)):
-                cpu.update(_view(w), _view(dcdw), _view(news[i]), rule)
-            elif _has_shape(rule.lr):
-                self._arrays(w, dcdw, news[i], rule)
+            if w.device.type == "cpu":
+                in_cpu_memory.append(i)
             else:
                 wide = torch.promote_types(self.widen(w, w).dtype, dcdw.dtype)
                 groups[w.device, wide, rule.adapt, rule.trust_clip].append(i)
+        # All that computes before it writes has computed by now; from here on nothing can fail.
+        for i in in_cpu_memory:
+            cpu.update(_view(ws[i]), _view(dcdws[i]), _view(news[i]), rules[i])
         for (_, wide, *_), members in groups.items():
             _update_many(wide, *([x[i] for i in members] for x in (ws, dcdws, news, rules)))
+        for i, out in enumerate(outs):
+            if out is not None and news[i] is not out:
+                self.write(out, news[i])
         return [
             _returned(w, out, new, rule)
             for w, out, new, rule in zip(ws, outs, news, rules, strict=True)
         ]
 
-    def _has_history(self, w: Tensor, dcdw: Tensor, rule: Rule) -> bool:
-        return any(isinstance(x, Tensor) and self.records(x) for x in (w, dcdw, *rule))
+    def _is_plain_step(self, w: Tensor, dcdw: Tensor, out: Tensor | None, rule: Rule) -> bool:
+        """Whether memory may be stepped as it is, with nothing to record."""
+        tensors = [x for x in (w, dcdw, out, *rule) if isinstance(x, Tensor)]
+        if not all(map(_is_plain, tensors)):
+            return False
+        if not rule.stop_gradients and any(map(self.records, tensors)):
+            return False
+        options = [x for x in rule if isinstance(x, (Tensor, np.ndarray))]
+        if w.device.type == "cpu":
+            return not any(isinstance(x, Tensor) for x in options)
+        return all(x.ndim == 0 for x in options)
 
-    def _arrays(self, w: Tensor, dcdw: Tensor, out: Tensor | None, rule: Rule) -> Tensor:
+    def _arrays(self, w: Tensor, dcdw: Tensor, rule: Rule) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not rule.stop_gradients):
             new = self.step(w, dcdw, rule)
-            if rule.stop_gradients:
-                new = new.detach()
-        if out is None:
-            return new
-        self.write(out, new)
-        return out
+        return new.detach() if rule.stop_gradients else new
 
     def all_finite(self, xs: list[Tensor]) -> Any:
         flags = [torch.isfinite(x.detach()).all() for x in xs]
@@ -273,11 +287,13 @@ def _leaf_like(new: Tensor, w: Tensor) -> Tensor:
     return new.requires_grad_() if w.requires_grad else new
 
 
-def _is_plain(x: Any) -> bool:
-    """Whether x has memory of its own that may be read behind torch's back."""
-    if x is None or type(x) in (Tensor, torch.nn.Parameter):
-        return not (torch.compiler.is_compiling() or (x is not None and _is_wrapped(x)))
-    return False
+def _is_plain(x: Tensor) -> bool:
+    """Whether x has memory of its own, that may be read and written behind torch's back."""
+    if type(x) not in (Tensor, torch.nn.Parameter) or _is_wrapped(x):
+        return False
+    # Whoever traces or intercepts torch's operations must see them.
+    seen = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not (seen or torch._C._len_torch_dispatch_stack())
 
 
 def _is_wrapped(x: Tensor) -> bool:
@@ -288,14 +304,6 @@ def _is_wrapped(x: Tensor) -> bool:
 def _has_tangent(x: Tensor) -> bool:
     in_forward_mode = torch.autograd.forward_ad._current_level >= 0
     return in_forward_mode and torch.autograd.forward_ad.unpack_dual(x).tangent is not None
-
-
-def _is_concrete(option: Any) -> bool:
-    return not isinstance(option, Tensor)
-
-
-def _has_shape(option: Any) -> bool:
-    return getattr(option, "ndim", 0) > 0
 
 
 def _bytes_needed(x: Tensor) -> int:

@@ -1,0 +1,239 @@
+"""What a hunt for inputs that break the promises found, one test for each find."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import weakref
+from collections import OrderedDict
+
+import attrs
+import numpy as np
+import pytest
+from conftest import need, to_library, to_numpy
+
+from lars_tree import Container, LeafError, OptionError, OutError, _memory, lars_update
+
+
+def freed():
+    x = need("torch").ones(2)
+    x.untyped_storage().resize_(0)
+    return x
+
+
+@pytest.mark.parametrize("name", ["w", "lr", "eps", "adapt", "nonfinite"])
+def test_freed_memory_is_never_read_even_to_show_it(name):
+    torch = need("torch")
+    w, g, options = torch.ones(2), torch.ones(2), {"lr": 0.1}
+    if name == "w":
+        w, g = freed(), None
+    else:
+        options[name] = freed()
+    with pytest.raises((LeafError, OptionError), match="freed"):
+        lars_update(w, g, options.pop("lr"), **options)
+
+
+def test_tracing_records_the_step():
+    torch = need("torch")
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    w, g = (torch.tensor(x, dtype=torch.float64) for x in ([3.0, 4.0], [0.4, 0.3]))
+    traced = make_fx(lambda w: lars_update(w, g, 0.1))(w)
+    assert traced(2 * w).tolist() == pytest.approx(lars_update(2 * w, g, 0.1).tolist())
+
+
+def test_tied_weights_of_a_subclass_or_of_any_library_are_seen(library):
+    if not library.mutable:
+        pytest.skip("nothing can be written in place")
+    x = to_library(library.name, np.ones(2))
+    if library.name == "torch":
+
+        class Sub(need("torch").Tensor):
+            pass
+
+        x = x.as_subclass(Sub)
+    w = {"a": x, "b": x}
+    with pytest.raises(OutError, match="b: shares memory with a"):
+        lars_update(w, 1.0, 0.1, out=w)
+    assert to_numpy(x).tolist() == [1, 1]
+
+
+class Reversed(dict):
+    def __iter__(self):
+        return iter(reversed(list(dict.keys(self))))
+
+
+class AttributeDict(dict):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.__dict__ = self
+
+
+class Twice(list):
+    def __init__(self, item):
+        super().__init__([item, item])
+
+
+class Two(tuple):
+    def __new__(cls, a, b):
+        return super().__new__(cls, (a, b))
+
+
+@attrs.define
+class Private:
+    _kernel: object
+    bias: object = attrs.field(converter=lambda x: x * 2)
+    cache: object = attrs.field(init=False, default=None)
+
+
+@pytest.mark.parametrize("make", [Reversed, AttributeDict, OrderedDict, Container])
+def test_dict_subclasses_keep_each_weight_under_its_key(make):
+    w = make({"k": np.array([1.0]), "l": np.array([5.0])})
+    new = lars_update(w, 1.0, 0.5, adapt=False)
+    assert type(new) is make
+    assert {key: dict.__getitem__(new, key).tolist() for key in "kl"} == {"k": [0.5], "l": [4.5]}
+    if make is AttributeDict:
+        assert new.k is new["k"]
+
+
+def test_sequences_and_classes_with_constructors_of_their_own():
+    one, two = np.array([1.0]), np.array([2.0])
+    assert lars_update(Two(one, two), 1.0, 0.5, adapt=False) == Two(
+        np.array([0.5]), np.array([1.5])
+    )
+    new = lars_update(Twice(one), 1.0, 0.5, adapt=False)
+    assert (type(new), len(new), new[1].tolist()) == (Twice, 2, [0.5])
+    private = lars_update(Private(one, two), {"_kernel": 1.0, "bias": 1.0, "cache": None}, 0.0)
+    assert (private._kernel.tolist(), private.bias.tolist()) == ([1.0], [4.0])
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "jax"])
+def test_a_scalar_gradient_is_not_rounded_to_half_precision(name):
+    w = to_library(name, np.array([3.0, 4.0], np.float16))
+    assert to_numpy(lars_update(w, 1e6, 1e-6, adapt=False)).tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("name", ["torch", "jax", "strict"])
+def test_rates_of_any_layout_serve_every_library(name):
+    w, rates = np.array([3.0, 4.0]), np.array([0.2, 0.1], np.longdouble)[::-1]
+    expected = lars_update(w, w, np.array([0.1, 0.2]))
+    ours = to_library(name, w)
+    options = {"stop_gradients": False}
+    if name == "torch":
+        ours.requires_grad_()
+    new = to_numpy(lars_update(ours, to_library(name, w), rates, **options))
+    np.testing.assert_allclose(new, expected, rtol=1e-15)
+
+
+def test_a_batch_of_rates():
+    torch = need("torch")
+    w, g = torch.tensor([3.0, 4.0]), torch.tensor([0.4, 0.3])
+    new = torch.func.vmap(lambda lr: lars_update(w, g, lr))(torch.tensor([0.1, 0.2]))
+    assert new.flatten().tolist() == pytest.approx([2.6, 3.7, 2.2, 3.4])
+
+
+@pytest.mark.parametrize("axis", [None, 0, -1])
+def test_complex_steps_have_gradients_in_single_precision(axis):
+    jax = need("jax")
+
+    def loss(w):
+        g = w[::-1] * (0.5 + 1j)
+        new = lars_update(w, g, 0.1, decay_lambda=0.1, stop_gradients=False, layer_axis=axis)
+        return (new.real**2).sum() + new.imag.sum()
+
+    w = jax.numpy.array([[3.0 + 1j, 4.0 - 2j], [1j, 2.0]])
+    gradient = np.asarray(jax.grad(loss)(w))
+    step = 1e-2
+    for k in range(4):
+        for direction in (1, 1j):
+            shift = np.zeros((2, 2), complex)
+            shift.flat[k] = direction * step
+            slope = float(loss(w + shift) - loss(w - shift)) / (2 * step)
+            ours = (gradient.flat[k] * direction).real
+            assert ours == pytest.approx(slope, rel=1e-2, abs=1e-2)
+
+
+def test_a_skipped_step_has_the_gradients_of_no_step():
+    torch = need("torch")
+    w = torch.tensor([3.0, 4.0], requires_grad=True)
+    bad = torch.tensor([1.0, float("nan")])
+    lars_update(w, bad, 0.1, nonfinite="skip", stop_gradients=False).sum().backward()
+    assert w.grad.tolist() == [1, 1]
+
+
+def test_what_is_not_known_cannot_decide_for_others():
+    jax = need("jax")
+    w = jax.numpy.ones(2)
+    with pytest.raises(OptionError, match="nonfinite"):
+        jax.jit(lambda lr: lars_update(w, w, lr, nonfinite="raise"))(0.1)
+    with pytest.raises(OptionError, match="nonfinite"):
+        jax.jit(lambda a: lars_update({"a": a, "b": np.ones(2)}, 1.0, 0.1, nonfinite="skip"))(w)
+
+
+def test_rates_with_history_are_checked_and_out_is_no_graph():
+    torch = need("torch")
+    w = torch.ones(2)
+    for name, bad in (("lr", -0.1), ("lr", float("nan")), ("grad_scale", 0.0)):
+        value = torch.tensor(bad, requires_grad=True)
+        options = {"lr": 0.1} | {name: value}
+        with pytest.raises(OptionError, match=name):
+            lars_update(w, w, options.pop("lr"), stop_gradients=False, **options)
+    lr = torch.tensor(0.1, requires_grad=True)
+    with pytest.raises(OutError, match="graph"):
+        lars_update(w, w, lr, stop_gradients=False, out=torch.zeros(2))
+
+
+def test_results_are_freed_without_the_garbage_collector():
+    gc.disable()
+    try:
+        new = lars_update(Container(a=[np.ones(3)]), 1.0, 0.1)
+        seen = weakref.ref(new["a"][0])
+        del new
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
+def test_weights_without_a_gradient_are_copied_on_dask():
+    da = need("dask.array")
+    w = {"a": da.ones(3)}
+    new = lars_update(w, {"a": None}, 0.1)
+    new["a"][0] = 99
+    assert w["a"].compute().tolist() == [1, 1, 1]
+
+
+def test_no_signal_is_lost_when_the_handler_of_another_raises():
+    calls = []
+
+    def fail(number, frame):
+        calls.append(number)
+        raise ValueError
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    old = [signal.signal(number, fail) for number in numbers]
+    try:
+        with pytest.raises(ValueError), _memory.uninterrupted():
+            for number in numbers:
+                signal.raise_signal(number)
+        assert sorted(calls) == sorted(numbers)
+    finally:
+        for number, handler in zip(numbers, old, strict=True):
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("bad", ["Decimal('sNaN')", "np.timedelta64(3)"])
+def test_odd_numbers_are_no_rates(bad):
+    from decimal import Decimal  # noqa: F401
+
+    with pytest.raises(OptionError):
+        lars_update(np.ones(2), 1.0, eval(bad))
+
+
+def test_a_number_beyond_all_floats_is_infinite():
+    assert lars_update(np.ones(2), 10**400, 0.1, nonfinite="skip").tolist() == [1, 1]
+
+
+def test_the_order_of_bytes_of_bfloat16():
+    foreign = np.dtype(need("ml_dtypes").bfloat16).newbyteorder(">")
+    with pytest.raises(TypeError, match="w is not floating point"):
+        lars_update(np.ones(2).astype(foreign), 1.0, 0.1)
