@@ -167,7 +167,8 @@ def many(wide, leaves, rules):
     """Step through the multi-tensor operations that accelerators use."""
     ws, gs = zip(*leaves, strict=True)
     news = [torch.empty_like(w) for w in ws]
-    backend._update_many(wide, list(ws), list(gs), news, rules)
+    targets, values = backend._step_many(wide, list(ws), list(gs), news, rules)
+    torch._foreach_copy_(targets, values)
     return news
 
 

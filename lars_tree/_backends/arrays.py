@@ -125,6 +125,8 @@ class ArraysBackend(Backend):
         return reduce(lambda a, b: a & b, flags)
 
     def choose(self, flag: Any, a: Array, b: Array) -> Array:
+        if isinstance(flag, bool):
+            return a if flag else b
         return self.ops(a).xp.where(flag, a, b)
 
     def write(self, out: Array, x: Array) -> None:

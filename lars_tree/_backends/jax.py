@@ -95,9 +95,6 @@ class JaxBackend(ArraysBackend):
             return super().all_finite(xs)
         return all(bool(jnp.isfinite(x).all()) for x in xs)
 
-    def choose(self, flag: Any, a: Array, b: Array) -> Array:
-        return (a if flag else b) if isinstance(flag, bool) else super().choose(flag, a, b)
-
     def narrow(self, x: Array, w: Array) -> Array:
         return x.astype(w.dtype)
 

@@ -182,11 +182,16 @@ class TorchBackend(ArraysBackend):
             else:
                 wide = torch.promote_types(self.widen(w, w).dtype, dcdw.dtype)
                 groups[w.device, wide, rule.adapt, rule.trust_clip].append(i)
-        # All that computes before it writes has computed by now; from here on nothing can fail.
+        stepped = [
+            _step_many(wide, *([x[i] for i in members] for x in (ws, dcdws, news, rules)))
+            for (_, wide, *_), members in groups.items()
+        ]
+        # What could run out of memory has run; from here on it is written.
         for i in in_cpu_memory:
             cpu.update(_view(ws[i]), _view(dcdws[i]), _view(news[i]), rules[i])
-        for (_, wide, *_), members in groups.items():
-            _update_many(wide, *([x[i] for i in members] for x in (ws, dcdws, news, rules)))
+        for targets, values in stepped:
+            if targets:
+                torch._foreach_copy_(targets, values)
         for i, out in enumerate(outs):
             if out is not None and news[i] is not out:
                 self.write(out, news[i])
@@ -227,14 +232,14 @@ class TorchBackend(ArraysBackend):
             out.copy_(x.detach())
 
 
-def _update_many(
+def _step_many(
     wide: torch.dtype,
     ws: list[Tensor],
     dcdws: list[Tensor],
     news: list[Tensor],
     rules: list[Rule],
-) -> None:
-    """One step for all leaves of a device, without waiting for it; layers of a stack count each."""
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Where to write, and what, for one step of all leaves of a device, without waiting for it."""
     with torch.no_grad():
         layers = []
         for w, dcdw, new, rule in zip(ws, dcdws, news, rules, strict=True):
@@ -246,12 +251,12 @@ def _update_many(
                 layers.extend((*layer, rule) for layer in zip(*unbound, strict=True))
         layers = [layer for layer in layers if layer[0].numel()]
         if not layers:
-            return
+            return [], []
         w_wide = Tensors([w.to(wide) for w, _, _, _ in layers])
         dcdw_wide = Tensors([dcdw.to(wide) for _, dcdw, _, _ in layers])
         rule = _one_rule([rule for *_, rule in layers], w_wide.tensors[0])
         stepped = _rule.step(_TENSORS_OPS, w_wide, dcdw_wide, rule)
-        torch._foreach_copy_([new for _, _, new, _ in layers], stepped.tensors)
+        return [new for _, _, new, _ in layers], stepped.tensors
 
 
 def _one_rule(rules: list[Rule], like: Tensor) -> Rule:
