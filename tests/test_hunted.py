@@ -33,6 +33,16 @@ def test_freed_memory_is_never_read_even_to_show_it(name):
         lars_update(w, g, options.pop("lr"), **options)
 
 
+def test_storages_can_still_be_resized_after_an_update():
+    torch = need("torch")
+    w, g, lr = torch.ones(3), torch.ones(3, dtype=torch.bfloat16), torch.tensor(0.1)
+    lars_update(w, g, lr, out=w)
+    assert Container(w=w) == Container(w=w.clone())
+    for x in (w, g, lr):
+        assert x.untyped_storage().resizable()
+        x.untyped_storage().resize_(0)
+
+
 def test_tracing_records_the_step():
     torch = need("torch")
     from torch.fx.experimental.proxy_tensor import make_fx

@@ -25,6 +25,14 @@ from lars_tree._rule import Rule
 
 _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COMPLEX = (torch.complex64, torch.complex128)
+_NUMPY_TYPES = {
+    torch.float16: "f2",
+    torch.bfloat16: "u2",
+    torch.float32: "f4",
+    torch.float64: "f8",
+    torch.complex64: "c8",
+    torch.complex128: "c16",
+}
 
 
 class TorchOps(NamespaceOps):
@@ -106,7 +114,8 @@ class TorchBackend(ArraysBackend):
 
     def to_numpy(self, x: Tensor) -> np.ndarray[Any, Any]:
         x = x.detach().resolve_conj().resolve_neg().cpu()
-        return np.asarray((x.double() if x.dtype == torch.bfloat16 else x).numpy())
+        # A copy: see `_view` for what becomes of a storage that numpy() was called on.
+        return np.asarray((x.double() if x.dtype == torch.bfloat16 else x.clone()).numpy())
 
     def full(self, number: complex, like: Tensor) -> Tensor:
         is_complex = isinstance(number, complex) or like.is_complex()
@@ -319,22 +328,28 @@ def _bytes_needed(x: Tensor) -> int:
 
 
 def _view(x: Tensor) -> np.ndarray[Any, Any]:
-    """A numpy view for `cpu.update`: bfloat16 as the bits it is."""
+    """A numpy view for `cpu.update`: bfloat16 as the bits it is.
+
+    Not by `x.numpy()`: that makes the storage one that can never be resized or freed again.
+    """
     x = x.detach().resolve_conj().resolve_neg()
-    return np.asarray((x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy())
+    if not x.numel():
+        return np.empty(x.shape, _NUMPY_TYPES[x.dtype])
+    return np.asarray(_Address(x, _NUMPY_TYPES[x.dtype]))
 
 
 class _Address:
-    """The memory of a tensor, on whatever device, as numpy describes it. Never to be read."""
+    """The memory of a tensor as numpy describes it; without a type, not to be read."""
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, typestr: str | None = None) -> None:
         size = x.element_size()
+        self._keep = x  # the view that numpy makes keeps this object, and so the memory
         self.__array_interface__ = {
             "version": 3,
             "shape": tuple(x.shape),
             "strides": tuple(stride * size for stride in x.stride()),
-            "typestr": f"|V{size}",
-            "data": (x.data_ptr(), True),
+            "typestr": typestr or f"|V{size}",
+            "data": (x.data_ptr(), typestr is None),
         }
 
 
