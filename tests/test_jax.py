@@ -111,6 +111,10 @@ def test_the_device_is_kept():
     device = jax.devices()[2]
     w = jax.device_put(jnp.ones(3), device)
     assert lars_update(w, w, 0.1).devices() == {device}
+    with jax.default_device(device):
+        free = jnp.ones(3)
+    new = lars_update(free, free, 0.1)
+    assert (new.devices(), new.committed) == ({device}, free.committed)
 
 
 def test_double_stays_double():

@@ -111,7 +111,8 @@ def _update(w: Array, dcdw: Array, rule: Rule) -> Array:
     ):
         new = np.empty(w.shape, w.dtype)
         cpu.update(raw(np.asarray(w)), raw(np.asarray(dcdw)), raw(new), rule)
-        return jax.device_put(new, w.sharding if w.committed else None)
+        with jax.default_device(next(iter(w.devices()))):
+            return jax.device_put(new, w.sharding if w.committed else None)
     new = _BACKEND.step(w, dcdw, rule)
     return jax.lax.stop_gradient(new) if rule.stop_gradients else new
 
