@@ -1,4 +1,4 @@
-"""What a hunt for inputs that break the promises found, one test for each find."""
+"""Inputs that once broke a promise of the package, one test for each."""
 
 from __future__ import annotations
 
