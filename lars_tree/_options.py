@@ -114,15 +114,10 @@ def _number(value: Any, keep_history: bool) -> Any:
 
 
 def _positive(value: Any, keep_history: bool) -> Any:
-    if _is_known(value) and _number(value, False) == 0:
+    known = _number(value, False)  # a float wherever the value can be looked at
+    if isinstance(known, float) and known == 0:
         raise _Unfit("a finite number > 0")
     return _number(value, keep_history)
-
-
-def _is_known(value: Any) -> bool:
-    """Whether a value can be looked at."""
-    backend = _backends.find(value)
-    return backend is None or bool(backend.fault(value)) or backend.values(value) is Values.HERE
 
 
 def _rate(value: Any, keep_history: bool) -> Any:

@@ -108,7 +108,7 @@ class TorchBackend(ArraysBackend):
         return Facts(tuple(x.shape), kind, x.dtype, x.device)
 
     def values(self, x: Tensor) -> Values:
-        if not _is_plain(x) and _is_wrapped(x):
+        if _is_wrapped(x):
             return Values.LATER
         return Values.HERE if x.device.type == "cpu" else Values.FAR
 
