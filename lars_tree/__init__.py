@@ -7,6 +7,8 @@ w = w.lars_update(grads, 0.1, decay_lambda=1e-4)                # a new Containe
 w.lars_update(grads, 0.1, out=w)                                # in place
 """
 
+from lars_tree._native import native_available
+from lars_tree._native.threads import get_num_threads, set_num_threads
 from lars_tree.array import Array
 from lars_tree.container import Container
 from lars_tree.errors import (
@@ -40,5 +42,8 @@ __all__ = [
     "PathKeyError",
     "ShapeError",
     "StructureError",
+    "get_num_threads",
     "lars_update",
+    "native_available",
+    "set_num_threads",
 ]

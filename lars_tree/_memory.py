@@ -103,6 +103,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
 
 
+def serialised() -> threading.RLock:
+    """Hold off the in-place updates of other threads."""
+    return _write_lock
+
+
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Hold off signal handlers and the in-place updates of other threads.

@@ -36,8 +36,8 @@ class _Unfit(Exception):
     """A value that an option cannot take; the message says what was expected."""
 
 
-def resolve(tree: Any, options: dict[str, Any]) -> list[Rule]:
-    """The rule for each leaf of `tree`, in the order of its leaves.
+def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
+    """The rule for each of the `count` leaves of `tree`, in their order.
 
     Raises:
         StructureError: an option is a nest that is no prefix of `tree`.
@@ -52,7 +52,6 @@ def resolve(tree: Any, options: dict[str, Any]) -> list[Rule]:
         else:
             values = _checked(name, list(_tree.walk(given)), keep_history)
             columns[name] = _tree.broadcast(name, tree, _tree.rebuild(given, values))
-    count = len(_tree.leaves(tree))
     if not columns:
         return [Rule(**shared)] * count
     _refuse_gaps(tree, columns)

@@ -4,11 +4,12 @@
     w_new = w - lr * ratio * (g + decay_lambda * w)
 
 The step is linear in dcdw and w, with two coefficients that depend on norms alone. So it is made of
-`coefficients`, which works with any kind of number (decimal.Decimal in `_backends/cpu.py`, arrays
+`coefficients`, which works with any kind of number (floats and `Wide` in `_backends/cpu.py`, arrays
 elsewhere), and `apply`. `step` joins them for libraries that compute with whole arrays.
 
-Knows nothing of nests (`_tree.py`) or of grouping (`update.py`). `tests/reference.py` states the
-rule again, independently, in mpmath; `tests/test_numbers.py` holds this one to it.
+Knows nothing of nests (`_tree.py`) or of grouping (`update.py`). `_native/kernel.hpp` states the
+rule again for CPU memory, and `tests/reference.py`, independently, in mpmath:
+`tests/test_numbers.py` holds both to that.
 """
 
 from __future__ import annotations
@@ -61,13 +62,9 @@ def trust_ratio(
     return where(undefined, one, ratio)
 
 
-def apply(w: Any, dcdw: Any, on_dcdw: Number, on_w: Number | None, rates: Any | None = None) -> Any:
-    """The weights after the step; None for no decay, so that 0 * inf does not make NaN of it.
-
-    `rates` are for callers whose coefficients cannot be arrays: they leave lr out of the rule.
-    """
-    step = on_dcdw * dcdw if on_w is None else on_dcdw * dcdw + on_w * w
-    return w - (step if rates is None else rates * step)
+def apply(w: Any, dcdw: Any, on_dcdw: Number, on_w: Number | None) -> Any:
+    """The weights after the step; None for no decay, so that 0 * inf does not make NaN of it."""
+    return (w if on_w is None else (1 - on_w) * w) - on_dcdw * dcdw
 
 
 NUMBERS = ("lr", "decay_lambda", "trust_coefficient", "eps", "grad_scale")

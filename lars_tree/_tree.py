@@ -6,7 +6,8 @@ through dm-tree, one node at a time. A leaf is whatever is not a nest; None is a
 nothing.
 
 Matching runs twice only when it fails: a fast pass that stops at the first difference, then a slow
-one that lists them all.
+one that lists them all. The fast walks over plain dicts, lists and tuples have native twins in
+`_native/walk.hpp`.
 """
 
 from __future__ import annotations
@@ -16,20 +17,21 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from typing import Any
 
 from lars_tree import errors
+from lars_tree._native import kernel
 from lars_tree.errors import Line, Path
 
 Tree = Any
 Leaf = Any
 
-_LEAF, _DICT, _SEQUENCE, _NAMED, _FIELDS, _FOREIGN = range(6)
-_KINDS: dict[type, int] = {list: _SEQUENCE, tuple: _SEQUENCE, dict: _DICT}
+# A plain dict holds its items in the order of its memory, and has no other way to get at them.
+_LEAF, _PLAIN_DICT, _DICT, _SEQUENCE, _NAMED, _FIELDS, _FOREIGN = range(7)
+_KINDS: dict[type, int] = {list: _SEQUENCE, tuple: _SEQUENCE, dict: _PLAIN_DICT}
 
 # How to make a dict of exactly this type from its items; other dict types are copied and refilled.
 MAKERS: dict[type, Callable[[Iterable[tuple[Hashable, Any]]], Any]] = {dict: dict}
 
 
-class _Mismatch(Exception):
-    """The fast pass found a difference."""
+_ACCESS = ("__iter__", "__len__", "keys", "values", "items")
 
 
 def _kind(node: Tree) -> int:
@@ -44,7 +46,8 @@ def _kind(node: Tree) -> int:
 def _classify(node: Tree) -> int:
     cls = type(node)
     if issubclass(cls, dict):
-        return _DICT
+        plain = all(getattr(cls, name) is getattr(dict, name) for name in _ACCESS)
+        return _PLAIN_DICT if plain else _DICT
     if issubclass(cls, (str, bytes, bytearray, memoryview, range)):
         return _LEAF  # sequences, but of nothing that could be put back
     if hasattr(cls, "__attrs_attrs__"):
@@ -68,7 +71,7 @@ def is_leaf(node: Tree) -> bool:
 def children(node: Tree) -> Iterable[tuple[Hashable, Tree]]:
     """The (key, child) pairs of a node: keys of a mapping, indices, names of fields."""
     kind = _kind(node)
-    if kind == _DICT:  # through the type: a key named "items" may hide the method
+    if kind in (_PLAIN_DICT, _DICT):  # through the type: a key named "items" may hide the method
         return type(node).items(node)  # type: ignore[no-any-return]
     if kind == _SEQUENCE:
         return enumerate(node)
@@ -135,13 +138,16 @@ def leaves(tree: Tree) -> list[Leaf]:
     return found
 
 
-def _collect(node: Tree, found: list[Leaf]) -> None:
-    kind = _kind(node)
-    if kind == _LEAF:
+def _collect(tree: Tree, found: list[Leaf]) -> None:
+    if kernel is None:
+        _collect_in_python(tree, found)
+    else:
+        kernel.collect(tree, found, _KINDS, _kind, _collect_in_python)
+
+
+def _collect_in_python(node: Tree, found: list[Leaf]) -> None:
+    if _kind(node) == _LEAF:
         found.append(node)
-    elif kind == _DICT:
-        for child in type(node).values(node):
-            _collect(child, found)
     else:
         for _, child in children(node):
             _collect(child, found)
@@ -214,39 +220,42 @@ def broadcast(
         StructureError: naming `argument`, what it goes `to`, and every path where they differ.
     """
     found: list[Leaf] = []
-    try:
-        _broadcast(tree, prefix, found, exact)
-    except _Mismatch:
+    if not _match(tree, prefix, found, exact):
         raise errors.error(
             errors.StructureError,
             argument,
             f"{argument} does not match {to}",
             differences(tree, prefix, exact),
-        ) from None
+        )
     return found
 
 
-def _broadcast(node: Tree, prefix: Tree, found: list[Leaf], exact: bool) -> None:
+def _match(tree: Tree, prefix: Tree, found: list[Leaf], exact: bool) -> bool:
+    """Whether the prefix is one; adds its value for each leaf."""
+    if kernel is None:
+        return _match_in_python(tree, prefix, found, exact)
+    matched: bool = kernel.match(tree, prefix, found, exact, _KINDS, _kind, _match_in_python)
+    return matched
+
+
+def _match_in_python(node: Tree, prefix: Tree, found: list[Leaf], exact: bool) -> bool:
     kind, prefix_kind = _kind(node), _kind(prefix)
     if prefix_kind == _LEAF:
         if kind == _LEAF:
             found.append(prefix)
-        elif exact:
-            raise _Mismatch
-        else:
+        elif not exact:
             found.extend([prefix] * len(leaves(node)))
-        return
+        return kind == _LEAF or not exact
     if kind == _LEAF:
-        raise _Mismatch
+        return False
     # dict's own methods, where it is one: those of a Container read 'a/b' as a path.
-    others = prefix if prefix_kind == _DICT else dict(children(prefix))
+    others = prefix if isinstance(prefix, dict) else dict(children(prefix))
     pairs = list(children(node))
-    if len(pairs) != len(others):
-        raise _Mismatch
-    for key, child in pairs:
-        if not dict.__contains__(others, key):
-            raise _Mismatch
-        _broadcast(child, dict.__getitem__(others, key), found, exact)
+    return len(pairs) == len(others) and all(
+        dict.__contains__(others, key)
+        and _match(child, dict.__getitem__(others, key), found, exact)
+        for key, child in pairs
+    )
 
 
 def differences(tree: Tree, prefix: Tree, exact: bool = False, path: Path = ()) -> Iterator[Line]:

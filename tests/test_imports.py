@@ -25,11 +25,14 @@ LAYERS = [
     ["_options", "_show"],
     ["array"],
     ["_backends.torch", "_backends.jax", "_backends.dask", "_backends.standard"],
-    ["_backends.numpy", "_backends.arrays"],
+    ["_backends.numpy", "_backends.tensors"],
+    ["_backends.arrays"],
     ["_backends.cpu", "_backends"],
-    ["_backends.base", "_backends.bfloat16", "_memory"],
+    ["_backends.base", "_backends.bfloat16", "_backends.wide", "_memory"],
     ["_rule", "_paths", "_pytrees", "_operators"],
     ["_tree"],
+    ["_native"],
+    ["_native.threads"],
     ["errors"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -11,7 +11,7 @@ from lars_tree import Container, lars_update
 
 torch = need("torch")
 
-from lars_tree._backends import torch as backend  # noqa: E402
+from lars_tree._backends import tensors  # noqa: E402
 from lars_tree._rule import Rule  # noqa: E402
 
 DOUBLE = {"dtype": torch.float64}
@@ -167,7 +167,7 @@ def many(wide, leaves, rules):
     """Step through the multi-tensor operations that accelerators use."""
     ws, gs = zip(*leaves, strict=True)
     news = [torch.empty_like(w) for w in ws]
-    targets, values = backend._step_many(wide, list(ws), list(gs), news, rules)
+    targets, values = tensors.step_many(wide, list(ws), list(gs), news, rules)
     torch._foreach_copy_(targets, values)
     return news
 

@@ -84,6 +84,20 @@ class Backend(ABC):
     def write(self, out: Array, x: Array) -> None:
         """Copy the elements of x, of the same shape and dtype, into `out`."""
 
+    def update_plain(
+        self,
+        ws: list[Array],
+        dcdws: list[Array],
+        outs: list[Array] | None,
+        rules: list[Rule],
+    ) -> list[Array] | None:
+        """The weights after one step of all leaves, if all are plain arrays in CPU memory.
+
+        The quick way: `_native` does the checks, of unchecked arguments. None, with nothing
+        written, where something is not plain; the leaves may also be no arrays, or None.
+        """
+        return None
+
     def fault(self, x: Array) -> str | None:
         """Why x cannot be computed with; None if it can."""
         return None

@@ -1,47 +1,40 @@
 """The step over CPU memory, whichever library owns it: numpy views in, the same views out.
 
+Plain arrays go to the native kernel, if it was built. What is here serves all others (strided, of
+another byte order, long double, rates with a shape) and gives the same bits: `_native/kernel.hpp`
+says how the numbers are made, and does the same operations in the same order.
+
 Every product and sum is taken in double (in long double for long double), and rounded once into the
 dtype of the weights. A leaf is read in chunks, so that a step allocates nothing that grows with it.
 An array of uint16 stands for bfloat16 bits.
-
-The bits of a result depend on nothing but the values and the memory order:
-
-* sums of squares add halves to halves down to `_LANES` partial sums for each chunk of `_CHUNK`
-  elements, always the same pairs, and `math.fsum` rounds the sum of all partial sums once;
-* norms and coefficients are `decimal.Decimal` numbers of forty digits, whose exponents have no
-  bounds, so that no ratio of norms overflows or vanishes on the way to a result that does not.
 """
 
 from __future__ import annotations
 
-import decimal
-import functools
 import math
 from collections.abc import Callable, Iterator
-from decimal import Decimal
 from typing import Any
 
 import numpy as np
 
-from lars_tree import _rule
+from lars_tree import _native, _rule
 from lars_tree._backends import bfloat16
+from lars_tree._backends.wide import Wide, fast_two_sum, two_sum
 from lars_tree._rule import Rule
 
 Array = np.ndarray[Any, Any]
-Wide = type[np.floating[Any]]  # the type in which to compute: float64 or longdouble
+Precision = type[np.floating[Any]]  # the type in which to compute: float64 or longdouble
 
-_CHUNK = 1 << 14
-_LANES = 64
-
-_FORTY_DIGITS = decimal.Context(
-    prec=40, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN, traps=[], clamp=0
-)
+_LANES = 16
+_SMALLEST_CHUNK = 1 << 14
+_MOST_CHUNKS = 1 << 14
 
 # A sum of squares between these lost nothing to overflow, and nothing that counts to underflow.
 _SAFE_SUM = (2.0**-900, 2.0**1000)
 
-# A coefficient between these may meet any double without leaving the range on the way.
-_SAFE_COEFFICIENT = (Decimal("1e-290"), Decimal("1e290"))
+# Norms of numbers shorter than double, and options like these, make no coefficient that leaves the
+# range of double, and none whose rounding errors a result could show.
+_MODERATE = (2.0**-100, 2.0**100)
 
 
 def update(w: Array, dcdw: Array, out: Array, rule: Rule) -> None:
@@ -54,110 +47,126 @@ def update(w: Array, dcdw: Array, out: Array, rule: Rule) -> None:
     if isinstance(rule.lr, np.ndarray):
         arrays.append(np.broadcast_to(rule.lr, w.shape))
         rule = rule._replace(lr=1.0)
-    with np.errstate(all="ignore"), decimal.localcontext(_FORTY_DIGITS):
+    rule = rule._replace(nonfinite="propagate", stop_gradients=True)  # of no concern here
+    with np.errstate(all="ignore"):
         if rule.layer_axis is None:
             _update_layer(arrays, rule)
         else:
             stacks = [np.moveaxis(array, rule.layer_axis, 0) for array in arrays]
             for i in range(len(stacks[0])):
-                _update_layer([stack[i, ...] for stack in stacks], rule)
+                _update_layer([stack[i, ...] for stack in stacks], rule._replace(layer_axis=None))
 
 
 def _update_layer(arrays: list[Array], rule: Rule) -> None:
     """One step over [w, dcdw, out] or [w, dcdw, out, rates], all of one shape."""
-    wide: Wide = np.longdouble if any(_is_long(x.dtype) for x in arrays[:2]) else np.float64
+    if len(arrays) == 3 and _update_plain(arrays, rule):
+        return
+    long = any(_is_long(x.dtype) for x in arrays[:2])
+    precision: Precision = np.longdouble if long else np.float64
     w, dcdw, out, *rates = (_flat(x) for x in _in_memory_order(arrays))
-    on_dcdw, on_w = _coefficients(w, dcdw, wide, rule)
-    factor, exponent = _split(on_dcdw, wide)
-    decay = _rounded(on_w, wide) if rule.decay_lambda else None
+    on_dcdw, on_w = _coefficients(w, dcdw, precision, rule)
+    factor, exponent = on_dcdw.split()
+    by: list[Any] = [_rounded(factor, precision), None]
+    if rule.decay_lambda:
+        by[1] = _rounded(on_w, precision)
     for piece in _pieces(w):
-        x, g = _read(w, piece, wide), _read(dcdw, piece, wide)
-        lr = [_read(r, piece, wide) for r in rates]
-        if lr and x.size > lr[0].size:  # complex: a real and an imaginary part for each rate
-            lr = [np.repeat(lr[0], 2)]
-        new = _rule.apply(x, np.ldexp(g, exponent) if exponent else g, factor, decay, *lr)
-        if _reaches_the_limit(arrays[2].dtype, wide) and not np.isfinite(new).all():
+        x, g = _read(w, piece, precision), _read(dcdw, piece, precision)
+        here = by
+        for lr in (_read(r, piece, precision) for r in rates):
+            # complex: a real and an imaginary part for each rate
+            each = np.repeat(lr, 2) if x.size > lr.size else lr
+            here = [each * number if number is not None else None for number in by]
+        new = _rule.apply(x, np.ldexp(g, exponent) if exponent else g, *here)
+        if _reaches_the_limit(arrays[2].dtype, precision) and not np.isfinite(new).all():
             # A step as long as the largest number may overflow although the new weight does not.
-            quarter = _rule.apply(x / 4, np.ldexp(g, exponent - 2), factor, decay, *lr)
+            quarter = _rule.apply(x / 4, np.ldexp(g, exponent - 2), *here)
             new = np.where(np.isfinite(new), new, 4 * quarter)
         _write(out, piece, new)
 
 
-def _coefficients(w: Any, dcdw: Any, wide: Wide, rule: Rule) -> tuple[Decimal, Decimal]:
-    w_norm = _norm(w, wide) if rule.adapt else None
-    dcdw_norm = _norm(dcdw, wide) if rule.adapt else None
-    return _rule.coefficients(w_norm, dcdw_norm, _exact(rule), _choose)
+def _update_plain(arrays: list[Array], rule: Rule) -> bool:
+    w, dcdw, out = ([np.asarray(x)] for x in arrays)
+    types = (np.ndarray,)
+    return _native.update(w, dcdw, out, [rule], types=types, as_bits=lambda _: None) is not None
 
 
-@functools.lru_cache(maxsize=256)
-def _exact(rule: Rule) -> Rule:
-    """The rule with its numbers as Decimal, to the last digit."""
-    numbers: dict[str, Any] = {name: Decimal(getattr(rule, name)) for name in _rule.NUMBERS}
-    return rule._replace(**numbers)
+def _coefficients(w: Any, dcdw: Any, precision: Precision, rule: Rule) -> tuple[Wide, Wide]:
+    numbers = {name: getattr(rule, name) for name in _rule.NUMBERS}
+    short = all(_dtype(x).itemsize <= (8 if _dtype(x).kind == "c" else 4) for x in (w, dcdw))
+    number: Any = float if short and all(map(_is_moderate, numbers.values())) else Wide
+    numbers = {name: number(value) for name, value in numbers.items()}
+    w_norm, dcdw_norm = (_norm(x, precision, number) if rule.adapt else None for x in (w, dcdw))
+    rule = rule._replace(**numbers)
+    on_dcdw, on_w = _rule.coefficients(w_norm, dcdw_norm, rule, _choose, number(1))
+    return (on_dcdw, on_w) if number is Wide else (Wide(on_dcdw), Wide(on_w))
+
+
+def _is_moderate(x: float) -> bool:
+    return x == 0 or _MODERATE[0] < x < _MODERATE[1]
 
 
 def _choose(condition: bool, a: Any, b: Any) -> Any:
     return a if condition else b
 
 
-def _norm(flat: Any, wide: Wide) -> Decimal:
-    total = _sum_of_squares(flat, wide, lambda x: x)
-    if _SAFE_SUM[0] < total < _SAFE_SUM[1]:
-        return total.sqrt()
-    largest = wide(0)
+def _norm(flat: Any, precision: Precision, number: Any) -> Any:
+    total = _sum_of_squares(flat, precision, lambda x: x)
+    if number is float:
+        return math.sqrt(total[0])
+    if _SAFE_SUM[0] < total[0] < _SAFE_SUM[1]:
+        return _wide(total).sqrt()
+    largest = precision(0)
     for piece in _pieces(flat):
-        largest = np.maximum(largest, np.max(np.abs(_read(flat, piece, wide)), initial=0))
+        values = np.abs(_read(flat, piece, precision))
+        largest = np.maximum(largest, np.max(values, initial=0))
     if largest == 0 or not np.isfinite(largest):
-        return _decimal(largest)
+        return Wide(float(largest))
     exponent = int(np.frexp(largest)[1])
-    total = _sum_of_squares(flat, wide, lambda x: np.ldexp(x, -exponent))
-    return total.sqrt() * Decimal(2) ** exponent
+    total = _sum_of_squares(flat, precision, lambda x: np.ldexp(x, -exponent))
+    return _wide(total).sqrt().scaled(exponent)
 
 
-def _sum_of_squares(flat: Any, wide: Wide, scale: Callable[[Array], Array]) -> Decimal:
-    partial: list[Any] = []
-    for piece in _pieces(flat):
-        squares = np.square(scale(_read(flat, piece, wide)))
-        while (half := squares.size // 2) >= _LANES:
-            last = squares[2 * half :]
-            squares = squares[:half] + squares[half : 2 * half]
-            squares[: last.size] += last
-        partial.extend(squares if wide is np.longdouble else squares.tolist())
-    if wide is np.longdouble:
-        return sum(map(_decimal, partial), Decimal(0))
-    try:
-        return Decimal(math.fsum(partial))
-    except OverflowError:  # of a sum whose terms are finite
-        return Decimal("Infinity")
+def _sum_of_squares(
+    flat: Any, precision: Precision, scale: Callable[[Array], Array]
+) -> tuple[Any, Any]:
+    """The sum and what rounding took from it.
 
-
-def _decimal(x: Any) -> Decimal:
-    """A float64 or longdouble, to the last digit."""
-    if not np.isfinite(x):
-        return Decimal(float(x))
-    mantissa, exponent = np.frexp(x)
-    high = float(mantissa)
-    return (Decimal(high) + Decimal(float(mantissa - high))) * Decimal(2) ** int(exponent)
-
-
-def _rounded(x: Decimal, wide: Wide) -> Any:
-    high = wide(float(x))
-    if wide is np.longdouble and np.isfinite(high):
-        return high + wide(float(x - _decimal(high)))
-    return high
-
-
-def _split(x: Decimal, wide: Wide) -> tuple[Any, int]:
-    """m, e with x = m 2**e, where e is 0 or, for x far from 1, m is in [1, 2).
-
-    Scaling by 2**e first and multiplying by m then rounds once, and leaves the range of exponents
-    only where the product does.
+    Rows of 16 are added by pairs of neighbours, and pairs of pairs, as if zeros followed up to the
+    next power of two; then lanes and chunks, with their rounding errors.
     """
-    if not x.is_finite() or x == 0 or _SAFE_COEFFICIENT[0] < x < _SAFE_COEFFICIENT[1]:
-        return _rounded(x, wide), 0
-    exponent = math.floor(x.adjusted() * math.log2(10))
-    exponent += math.frexp(float(x / Decimal(2) ** exponent))[1] - 1
-    return _rounded(x / Decimal(2) ** exponent, wide), exponent
+    total = (precision(0), precision(0))
+    for piece in _pieces(flat):
+        values = scale(_read(flat, piece, precision))
+        count = 1 << (-(-values.size // _LANES) - 1).bit_length()
+        rows = np.zeros((count, _LANES), precision)
+        np.square(values, out=rows.reshape(-1)[: values.size])
+        while len(rows) > 1:
+            rows = rows[0::2] + rows[1::2]
+        high, low = rows[0], np.zeros(_LANES, precision)
+        while len(high) > 1:
+            high, low = _add((high[0::2], low[0::2]), (high[1::2], low[1::2]))
+        total = _add(total, (high[0], low[0]))
+    # Where the sum is infinite or NaN, the rounding errors are NaN.
+    return fast_two_sum(*total) if np.isfinite(total[0]) else (total[0], precision(0))
+
+
+def _add(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
+    total, error = two_sum(a[0], b[0])
+    return total, error + (a[1] + b[1])
+
+
+def _wide(pair: tuple[Any, Any]) -> Wide:
+    """The sum of two numbers of any precision, the second far smaller."""
+    mantissa, exponent = np.frexp(pair[0])
+    high = float(mantissa)
+    low = float((mantissa - high) + np.ldexp(pair[1], -exponent))
+    return Wide(*fast_two_sum(high, low), int(exponent))
+
+
+def _rounded(x: Wide, precision: Precision) -> Any:
+    if precision is np.float64:
+        return float(x)
+    return np.ldexp(precision(x.high) + precision(x.low), x.exponent)
 
 
 def _in_memory_order(arrays: list[Array]) -> list[Array]:
@@ -173,21 +182,32 @@ def _flat(x: Array) -> Any:
 
 
 def _pieces(flat: Any) -> Iterator[slice]:
-    return (slice(i, i + _CHUNK) for i in range(0, len(flat), _CHUNK))
+    """Chunks: more elements to each in the largest arrays, as in the kernel."""
+    numbers = 2 if _dtype(flat).kind == "c" else 1
+    size, chunk = len(flat) * numbers, _SMALLEST_CHUNK
+    while size // chunk > _MOST_CHUNKS:
+        chunk *= 2
+    chunk //= numbers
+    return (slice(i, i + chunk) for i in range(0, len(flat), chunk))
 
 
-def _read(flat: Any, piece: slice, wide: Wide) -> Array:
-    """A piece in the wide type; complex numbers as pairs of real ones."""
+def _dtype(flat: Any) -> np.dtype[Any]:
+    dtype: np.dtype[Any] = flat.base.dtype if isinstance(flat, np.flatiter) else flat.dtype
+    return dtype
+
+
+def _read(flat: Any, piece: slice, precision: Precision) -> Array:
+    """A piece in this precision; complex numbers as pairs of real ones."""
     x: Array = flat[piece]
     if x.dtype.kind == "u":
-        return bfloat16.decode(x).astype(wide, copy=False)
+        return bfloat16.decode(x).astype(precision, copy=False)
     if x.dtype.kind == "c":
-        return x.astype(np.result_type(wide, np.complex64)).view(wide)
-    return x.astype(wide, copy=False)
+        return x.astype(np.result_type(precision, np.complex64)).view(precision)
+    return x.astype(precision, copy=False)
 
 
 def _write(flat: Any, piece: slice, values: Array) -> None:
-    dtype = flat.base.dtype if isinstance(flat, np.flatiter) else flat.dtype
+    dtype = _dtype(flat)
     if dtype.kind == "u":
         values = bfloat16.encode(values)
     elif dtype.kind == "c":
@@ -199,6 +219,6 @@ def _is_long(dtype: np.dtype[Any]) -> bool:
     return dtype.itemsize > (16 if dtype.kind == "c" else 8)
 
 
-def _reaches_the_limit(dtype: np.dtype[Any], wide: Wide) -> bool:
+def _reaches_the_limit(dtype: np.dtype[Any], precision: Precision) -> bool:
     """Whether the largest number of the dtype is the largest to compute with."""
-    return dtype.kind in "fc" and dtype.itemsize >= np.dtype(wide).itemsize
+    return dtype.kind in "fc" and dtype.itemsize >= np.dtype(precision).itemsize

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lars_tree import _native
 from lars_tree._backends import cpu
 from lars_tree._backends.base import Backend, Facts, Values, is_bfloat16, kind_of_numpy
 from lars_tree._rule import Rule
@@ -48,6 +49,15 @@ class NumpyBackend(Backend):
     def memory(self, x: Array) -> Array | None:
         return np.asarray(x) if isinstance(x, np.ndarray) else None
 
+    def update_plain(
+        self, ws: list[Any], dcdws: list[Any], outs: list[Any] | None, rules: list[Rule]
+    ) -> list[Any] | None:
+        # New arrays are to be of the class of w, which a memory map's are not.
+        types = (np.ndarray,) if outs is None else (np.ndarray, np.memmap)
+        return _native.update(
+            ws, dcdws, outs, rules, types=types, make=np.empty_like, as_bits=_as_bits
+        )
+
     def update(
         self, ws: list[Array], dcdws: list[Array], outs: Sequence[Array | None], rules: list[Rule]
     ) -> list[Array]:
@@ -70,6 +80,10 @@ class NumpyBackend(Backend):
 def _empty_like(w: Array) -> Array:
     """New memory for the result; that of a memory map is no map, as numpy's own operations do."""
     return np.empty_like(w, subok=not isinstance(w, np.memmap))
+
+
+def _as_bits(x: Array) -> Array | None:
+    return x.view(np.uint16) if is_bfloat16(x.dtype) and x.dtype.isnative else None
 
 
 def raw(x: Array) -> Array:

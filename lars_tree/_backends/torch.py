@@ -9,17 +9,18 @@ subclasses of Tensor, rates with a shape) goes leaf by leaf.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lars_tree import _rule
+from lars_tree import _native
 from lars_tree._backends import cpu
-from lars_tree._backends.arrays import ArraysBackend, NamespaceOps
+from lars_tree._backends.arrays import ArraysBackend
 from lars_tree._backends.base import Backend, Facts, Kind, Values
+from lars_tree._backends.tensors import TorchOps, step_many
 from lars_tree._memory import is_mapped_read_only
 from lars_tree._rule import Rule
 
@@ -35,56 +36,21 @@ _NUMPY_TYPES = {
 }
 
 
-class TorchOps(NamespaceOps):
-    """torch as an array namespace, where it is not yet one."""
-
-    def is_complex(self, x: Tensor) -> bool:
-        return bool(x.is_complex())
-
-    def constant(self, x: Tensor) -> Tensor:
-        return x.detach()
-
-    def one(self, x: Tensor) -> Tensor:
-        return torch.ones((), dtype=x.dtype, device=x.device)
-
-    def max(self, x: Tensor, axes: tuple[int, ...]) -> Tensor:
-        return torch.amax(x, dim=axes, keepdim=True) if axes else x
+_TYPES = (Tensor, torch.nn.Parameter)  # of plain tensors
 
 
-class Tensors:
-    """Many tensors that take part in arithmetic as one; a vector has a number for each."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors = list(tensors)
-
-    def __rmul__(self, numbers: Any) -> Tensors:
-        return Tensors(torch._foreach_mul(self.tensors, _each(numbers)))
-
-    def __truediv__(self, numbers: Any) -> Tensors:
-        return Tensors(torch._foreach_div(self.tensors, _each(numbers)))
-
-    def __add__(self, other: Tensors) -> Tensors:
-        return Tensors(torch._foreach_add(self.tensors, other.tensors))
-
-    def __sub__(self, other: Tensors) -> Tensors:
-        return Tensors(torch._foreach_sub(self.tensors, other.tensors))
+def _exchange() -> tuple[Any, ...] | None:
+    """How `_native` reads tensors, where torch has the C functions for it (from 2.10 on)."""
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    storage = torch.UntypedStorage
+    methods = (Tensor.untyped_storage, storage.nbytes, storage.resizable)
+    return capsule and (capsule, *methods, Tensor.storage_offset, Tensor.is_neg)
 
 
-def _each(numbers: Any) -> Any:
-    return list(numbers.unbind()) if isinstance(numbers, Tensor) and numbers.ndim else numbers
+_EXCHANGE = _exchange()
 
 
-class TensorsOps(TorchOps):
-    """`_rule.Ops` over `Tensors`: norms are vectors."""
-
-    def norm(self, x: Any, layer_axis: int | None) -> Tensor:
-        return torch.stack(torch._foreach_norm(x.tensors))
-
-    def largest(self, x: Any, layer_axis: int | None) -> Tensor:
-        return torch.stack(torch._foreach_norm(x.tensors, ord=float("inf")))
-
-
-_OPS, _TENSORS_OPS = TorchOps(torch), TensorsOps(torch)
+_OPS = TorchOps(torch)
 
 
 class TorchBackend(ArraysBackend):
@@ -170,6 +136,31 @@ class TorchBackend(ArraysBackend):
     def narrow(self, x: Tensor, w: Tensor) -> Tensor:
         return x.to(w.dtype)
 
+    def update_plain(
+        self, ws: list[Any], dcdws: list[Any], outs: list[Any] | None, rules: list[Rule]
+    ) -> list[Any] | None:
+        if _EXCHANGE is None or _is_watched() or torch._C._functorch.peek_interpreter_stack():
+            return None
+
+        def begin() -> None:
+            written = (x for x, dcdw in zip(outs or (), dcdws, strict=True) if dcdw is not None)
+            _bump_versions(written)
+
+        with torch.no_grad():
+            news = _native.update(
+                ws,
+                dcdws,
+                outs,
+                rules,
+                types=_TYPES,
+                make=torch.empty_like,
+                begin=None if outs is None else begin,
+                tensors=_EXCHANGE,
+            )
+        if news is None or outs is not None:
+            return news
+        return [None if w is None else _leaf_like(new, w) for w, new in zip(ws, news, strict=True)]
+
     def update(
         self,
         ws: list[Tensor],
@@ -192,7 +183,7 @@ class TorchBackend(ArraysBackend):
                 wide = torch.promote_types(self.widen(w, w).dtype, dcdw.dtype)
                 groups[w.device, wide, rule.adapt, rule.trust_clip].append(i)
         stepped = [
-            _step_many(wide, *([x[i] for i in members] for x in (ws, dcdws, news, rules)))
+            step_many(wide, *([x[i] for i in members] for x in (ws, dcdws, news, rules)))
             for (_, wide, *_), members in groups.items()
         ]
         # What could run out of memory has run; from here on it is written.
@@ -241,57 +232,18 @@ class TorchBackend(ArraysBackend):
             out.copy_(x.detach())
 
 
-def _step_many(
-    wide: torch.dtype,
-    ws: list[Tensor],
-    dcdws: list[Tensor],
-    news: list[Tensor],
-    rules: list[Rule],
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Where to write, and what, for one step of all leaves of a device, without waiting for it."""
-    with torch.no_grad():
-        layers = []
-        for w, dcdw, new, rule in zip(ws, dcdws, news, rules, strict=True):
-            leaf = [w.detach(), dcdw.detach().expand(w.shape), new.detach()]
-            if rule.layer_axis is None:
-                layers.append((*leaf, rule))
-            else:
-                unbound = (x.unbind(rule.layer_axis) for x in leaf)
-                layers.extend((*layer, rule) for layer in zip(*unbound, strict=True))
-        layers = [layer for layer in layers if layer[0].numel()]
-        if not layers:
-            return [], []
-        w_wide = Tensors([w.to(wide) for w, _, _, _ in layers])
-        dcdw_wide = Tensors([dcdw.to(wide) for _, dcdw, _, _ in layers])
-        rule = _one_rule([rule for *_, rule in layers], w_wide.tensors[0])
-        stepped = _rule.step(_TENSORS_OPS, w_wide, dcdw_wide, rule)
-        return [new for _, _, new, _ in layers], stepped.tensors
-
-
-def _one_rule(rules: list[Rule], like: Tensor) -> Rule:
-    """One rule for many leaves: numbers that differ among them become vectors."""
-    dtype = like.real.dtype if like.is_complex() else like.dtype
-
-    def merged(name: str) -> Any:
-        values = [getattr(rule, name) for rule in rules]
-        if all(type(value) is float for value in values):
-            if len(set(values)) == 1:
-                return values[0]
-            return torch.tensor(values, dtype=dtype, device=like.device)
-        numbers = (torch.as_tensor(value, dtype=dtype, device=like.device) for value in values)
-        return torch.stack([number.detach() for number in numbers])
-
-    return rules[0]._replace(layer_axis=None, **{name: merged(name) for name in _rule.NUMBERS})
-
-
 def _returned(w: Tensor, out: Tensor | None, new: Tensor, rule: Rule) -> Tensor:
     if out is not None:
-        if not out.is_inference():
-            torch.autograd.graph.increment_version(out)  # so that autograd sees a stale tensor
+        _bump_versions([out])
         return out
     if not rule.stop_gradients or _is_wrapped(new):
         return new
     return _leaf_like(new, w)
+
+
+def _bump_versions(tensors: Iterable[Tensor]) -> None:
+    """Let autograd see that tensors which it may have saved are stale."""
+    torch.autograd.graph.increment_version([x for x in tensors if not x.is_inference()])
 
 
 def _leaf_like(new: Tensor, w: Tensor) -> Tensor:
@@ -303,11 +255,15 @@ def _leaf_like(new: Tensor, w: Tensor) -> Tensor:
 
 def _is_plain(x: Tensor) -> bool:
     """Whether x has memory of its own, that may be read and written behind torch's back."""
-    if type(x) not in (Tensor, torch.nn.Parameter) or _is_wrapped(x):
+    if type(x) not in _TYPES or _is_wrapped(x):
         return False
-    # Whoever traces or intercepts torch's operations must see them.
+    return not _is_watched()
+
+
+def _is_watched() -> bool:
+    """Whether someone traces or intercepts torch's operations, and so must see them."""
     seen = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return not (seen or torch._C._len_torch_dispatch_stack())
+    return bool(seen or torch._C._len_torch_dispatch_stack())
 
 
 def _is_wrapped(x: Tensor) -> bool:

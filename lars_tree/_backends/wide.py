@@ -1,0 +1,140 @@
+"""Numbers of twice the precision of double, with exponents that no norm can leave.
+
+The ratio of two norms of float64 arrays may lie beyond double on the way to a step that does not,
+and its rounding error would count against the few ulps that a result may be off. `_native/wide.hpp`
+does the same double operations in the same order: both give the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+_SPLITTER = 2.0**27 + 1
+
+
+def two_sum(a: Any, b: Any) -> tuple[Any, Any]:
+    """The rounded sum and its error, exactly (Knuth); for arrays too."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
+def fast_two_sum(a: Any, b: Any) -> tuple[Any, Any]:
+    """The same for |a| >= |b|."""
+    total = a + b
+    return total, b - (total - a)
+
+
+def _two_product(a: float, b: float) -> tuple[float, float]:
+    """The rounded product and its error, exactly (Dekker, Veltkamp)."""
+    product = a * b
+    a_big, b_big = _SPLITTER * a, _SPLITTER * b
+    a_high, b_high = a_big - (a_big - a), b_big - (b_big - b)
+    a_low, b_low = a - a_high, b - b_high
+    error = ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
+    return product, error
+
+
+class Wide:
+    """(high + low) * 2**exponent, where high is in [1, 2), and is the sum rounded.
+
+    Or high is 0, infinite or NaN, and the others are 0. Not negative.
+    """
+
+    __slots__ = ("exponent", "high", "low")
+
+    def __init__(self, high: float, low: float = 0.0, exponent: int = 0) -> None:
+        if high == 0 or not math.isfinite(high):
+            self.high, self.low, self.exponent = high, 0.0, 0
+            return
+        shift = math.frexp(high)[1] - 1
+        self.high = math.ldexp(high, -shift)
+        self.low = math.ldexp(low, -shift)
+        self.exponent = exponent + shift
+
+    @property
+    def _is_plain(self) -> bool:
+        return self.high != 0 and math.isfinite(self.high)
+
+    def __mul__(self, other: Wide) -> Wide:
+        if not (self._is_plain and other._is_plain):
+            return Wide(self.high * other.high)
+        product, error = _two_product(self.high, other.high)
+        error += self.high * other.low + self.low * other.high
+        return Wide(*fast_two_sum(product, error), self.exponent + other.exponent)
+
+    def __truediv__(self, other: Wide | int) -> Wide:
+        other = other if isinstance(other, Wide) else Wide(float(other))
+        if not (self._is_plain and other._is_plain):
+            return Wide(_ieee_divide(self.high, other.high))
+        quotient = self.high / other.high
+        product, error = _two_product(quotient, other.high)
+        rest = ((self.high - product) - error) + self.low - quotient * other.low
+        pair = fast_two_sum(quotient, rest / other.high)
+        return Wide(*pair, self.exponent - other.exponent)
+
+    def __add__(self, other: Wide) -> Wide:
+        if other.high == 0:
+            return self
+        if self.high == 0:
+            return other
+        if not (self._is_plain and other._is_plain):
+            return Wide(self.high + other.high)
+        a, b = (self, other) if self.exponent >= other.exponent else (other, self)
+        if a.exponent - b.exponent > 200:
+            return a
+        scale = math.ldexp(1.0, b.exponent - a.exponent)
+        high, error = two_sum(a.high, b.high * scale)
+        error += a.low + b.low * scale
+        return Wide(*fast_two_sum(high, error), a.exponent)
+
+    def sqrt(self) -> Wide:
+        """The square root."""
+        if not self._is_plain:
+            return Wide(math.sqrt(self.high))
+        odd = self.exponent % 2
+        high, low = (2 * self.high, 2 * self.low) if odd else (self.high, self.low)
+        root = math.sqrt(high)
+        square, error = _two_product(root, root)
+        rest = ((high - square) - error) + low
+        return Wide(*fast_two_sum(root, rest / (2 * root)), (self.exponent - odd) // 2)
+
+    def scaled(self, exponent: int) -> Wide:
+        """The number times 2**exponent."""
+        return Wide(self.high, self.low, self.exponent + exponent)
+
+    def __gt__(self, other: Wide) -> bool:
+        if not (self._is_plain and other._is_plain):
+            return self.high > other.high
+        return (self.exponent, self.high, self.low) > (other.exponent, other.high, other.low)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Wide):
+            return (self.high, self.low, self.exponent) == (other.high, other.low, other.exponent)
+        return other == 0 and self.high == 0
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __float__(self) -> float:
+        """The nearest double, which may be 0 or infinite."""
+        try:
+            return math.ldexp(self.high, max(-3000, self.exponent))
+        except OverflowError:
+            return math.inf
+
+    def split(self) -> tuple[Wide, int]:
+        """m, e with x = m 2**e, where e is 0 unless x is far from 1, and m in [1, 2) then.
+
+        Scaling by 2**e first and multiplying by m then rounds once, and leaves the range of double
+        only where the product does.
+        """
+        if not self._is_plain or -960 < self.exponent < 960:
+            return self, 0
+        return Wide(self.high, self.low), max(-5000, min(5000, self.exponent))
+
+
+def _ieee_divide(a: float, b: float) -> float:
+    if b == 0:
+        return math.nan if a == 0 or math.isnan(a) else math.inf
+    return a / b

@@ -1,0 +1,82 @@
+"""The native kernel for CPU memory, where it was built: `kernel`, else None.
+
+kernel.hpp has the arithmetic and knows no Python, module.cpp binds it. Nothing depends on it but
+speed: `_backends/cpu.py` gives the same bits. LARS_TREE_NATIVE=0 in the environment turns it off.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from lars_tree._native import threads
+
+
+def _load() -> Any:
+    if os.environ.get("LARS_TREE_NATIVE") == "0":
+        return None
+    try:
+        return import_module("lars_tree._native._kernel")
+    except ImportError:  # not built; `native_available` tells
+        return None
+
+
+kernel = _load()
+
+# Which of its instruction sets the kernel takes; all give the same bits.
+instruction_set: int = kernel.best_instruction_set() if kernel else 0
+
+
+def native_available() -> bool:
+    """Whether the native kernel was built and is in use.
+
+    >>> native_available()
+    True
+    """
+    return kernel is not None
+
+
+def update(
+    ws: list[Any],
+    dcdws: list[Any],
+    outs: list[Any] | None,
+    rules: list[Any],
+    *,
+    types: tuple[type, ...],
+    make: Callable[[Any], Any] | None = None,
+    begin: Callable[[], Any] | None = None,
+    tensors: tuple[Any, ...] | None = None,
+    as_bits: Callable[[Any], Any] | None = None,
+) -> list[Any] | None:
+    """Step all arrays in one call, and return their results; None, with nothing written, if any of
+    them is not of the plain kind that the kernel takes.
+
+    Args:
+        ws: Weights of these types, or None for no weights.
+        dcdws: Gradients of these types and the shapes of w, or None to leave the weights.
+        outs: Where to write; None to write to new arrays, which make(w) gives.
+        rules: A `Rule` for each.
+        types: The types of arrays to take.
+        make: Gives new memory for a result.
+        begin: Called when all is checked, before anything is written.
+        tensors: How to read torch tensors, see memory.hpp; None for the buffer protocol.
+        as_bits: Views bfloat16 arrays, which have no buffer protocol, as uint16.
+    """
+    if kernel is None:
+        return None
+    results: list[Any] | None = kernel.update(
+        ws,
+        dcdws,
+        outs,
+        rules,
+        make,
+        begin,
+        types,
+        tensors,
+        as_bits,
+        threads.number(),
+        instruction_set,
+    )
+    return results

@@ -1,0 +1,220 @@
+// The loops over elements. kernel.hpp includes this file once for each instruction set, in a
+// namespace of its own, with LARS_TARGET as the attribute that asks the compiler for it.
+//
+// All instruction sets do the same operations on each element in the same order, so they give the
+// same bits: compile without contraction of a * b + c into one operation, and without -ffast-math.
+
+template <class T, bool Scaled>
+LARS_TARGET inline void square(const T* row, double scale, double rest, double* squares) {
+    for (int lane = 0; lane < lanes; ++lane) {
+        double value = read(row[lane]);
+        if (Scaled) value = value * scale * rest;
+        squares[lane] = value * value;
+    }
+}
+
+LARS_TARGET inline void add_to(double* a, const double* b) {
+    for (int lane = 0; lane < lanes; ++lane) a[lane] += b[lane];
+}
+
+// Squares of eight rows, added by pairs of neighbours.
+template <class T, bool Scaled>
+LARS_TARGET inline void square_eight(const T* rows, double scale, double rest, double* sum) {
+    double squares[8][lanes];
+    for (int row = 0; row < 8; ++row) {
+        square<T, Scaled>(rows + row * lanes, scale, rest, squares[row]);
+    }
+    for (int lane = 0; lane < lanes; ++lane) {
+        sum[lane] = ((squares[0][lane] + squares[1][lane]) + (squares[2][lane] + squares[3][lane])) +
+                    ((squares[4][lane] + squares[5][lane]) + (squares[6][lane] + squares[7][lane]));
+    }
+}
+
+template <class T, bool Scaled>
+LARS_TARGET Pair sum_of_squares(const void* data, std::size_t size, double scale, double rest) {
+    const T* x = static_cast<const T*>(data);
+    // Sums of subtrees of rows that still lack a neighbour, from large to small: one for each bit of
+    // the number of rows so far.
+    double sums[64][lanes];
+    int depth = 0;
+    std::size_t rows = 0, i = 0;
+    for (; size - i >= 8 * lanes; i += 8 * lanes) {
+        square_eight<T, Scaled>(x + i, scale, rest, sums[depth++]);
+        for (std::size_t bits = rows / 8; bits & 1; bits >>= 1, --depth) {
+            add_to(sums[depth - 2], sums[depth - 1]);
+        }
+        rows += 8;
+    }
+    for (; i < size; i += lanes) {
+        T last[lanes] = {};  // as if zeros followed
+        const T* row = x + i;
+        if (size - i < lanes) {
+            std::memcpy(last, row, (size - i) * sizeof(T));
+            row = last;
+        }
+        square<T, Scaled>(row, scale, rest, sums[depth++]);
+        for (std::size_t bits = rows; bits & 1; bits >>= 1, --depth) {
+            add_to(sums[depth - 2], sums[depth - 1]);
+        }
+        rows += 1;
+    }
+    for (; depth > 1; --depth) add_to(sums[depth - 2], sums[depth - 1]);
+    return size ? sum_of_lanes(sums[0]) : Pair{0, 0};
+}
+
+template <class T>
+LARS_TARGET double largest(const void* data, std::size_t size) {
+    const T* x = static_cast<const T*>(data);
+    double most = 0;
+    for (std::size_t i = 0; i < size; ++i) {
+        double value = std::fabs(static_cast<double>(read(x[i])));
+        most = value > most || value != value ? value : most;  // NaN stays: nothing is above it
+    }
+    return most;
+}
+
+// The step itself, on_w * w - on_dcdw * dcdw, element by element; `out` may be w or dcdw themselves.
+
+// For numbers that leave the range of double on the way.
+template <class T, class G>
+inline void apply_carefully(const T* w, const G* dcdw, T* out, std::size_t size,
+                            const Coefficients& by) {
+    const auto stepped = [&by](double weight, double gradient, int exponent) {
+        gradient = exponent ? std::ldexp(gradient, exponent) : gradient;
+        return by.on_w * weight - by.on_dcdw * gradient;
+    };
+    for (std::size_t i = 0; i < size; ++i) {
+        const double weight = read(w[i]), gradient = read(dcdw[i]);
+        double result = stepped(weight, gradient, by.exponent);
+        if (sizeof(T) == sizeof(double) && !std::isfinite(result)) {
+            // A step as long as the largest number may overflow although the new weight does not.
+            result = 4 * stepped(weight / 4, gradient, by.exponent - 2);
+        }
+        write(out[i], result);
+    }
+}
+
+template <class T, class G>
+LARS_TARGET void apply_in_double(const T* w, const G* dcdw, T* out, std::size_t size,
+                                 const Coefficients& by) {
+    const double on_w = by.on_w, on_dcdw = by.on_dcdw;
+    LARS_INDEPENDENT
+    for (std::size_t i = 0; i < size; ++i) {
+        write(out[i], on_w * read(w[i]) - on_dcdw * read(dcdw[i]));
+    }
+}
+
+template <class T, class G>
+LARS_TARGET void apply(const T* w, const G* dcdw, T* out, std::size_t size,
+                       const Coefficients& by) {
+    apply_in_double(w, dcdw, out, size, by);
+}
+
+// float64 may leave the range of double: look before it is written.
+template <class G>
+LARS_TARGET void apply(const double* w, const G* dcdw, double* out, std::size_t size,
+                       const Coefficients& by) {
+    const std::uint64_t infinite = std::uint64_t{0x7ff} << 52, last_bit = infinite & -infinite;
+    const double on_w = by.on_w, on_dcdw = by.on_dcdw;
+    std::size_t start = 0;
+    for (; size - start >= block; start += block) {
+        double results[block];
+        std::uint64_t beyond = 0;
+        for (std::size_t i = 0; i < block; ++i) {
+            results[i] = on_w * w[start + i] - on_dcdw * read(dcdw[start + i]);
+            // Carries into the sign where the exponent has all its bits.
+            beyond |= (bit_cast<std::uint64_t>(results[i]) & infinite) + last_bit;
+        }
+        if (beyond >> 63) {
+            apply_carefully(w + start, dcdw + start, out + start, block, by);
+        } else {
+            std::memcpy(out + start, results, sizeof results);
+        }
+    }
+    apply_carefully(w + start, dcdw + start, out + start, size - start, by);
+}
+
+// bfloat16 in float, as far as that can tell the bits. The roundings of float add up to less than
+// `error`; where both ends of that interval round to the same bfloat16, the double does so too, and
+// where they do not, or are not finite, their block is computed in double.
+struct Trial {
+    std::uint32_t bits;   // the result in the upper half, if there is no doubt
+    std::uint32_t doubt;  // the upper half is 0 if there is none
+    std::uint32_t error;
+};
+
+LARS_TARGET inline Trial tried(float weight, float gradient, float on_w, float on_dcdw) {
+    const float relative = 4.76837158203125e-07f, absolute = 1e-39f;  // 2^-21, more than 2^-130
+    weight = on_w * weight;
+    float step = on_dcdw * gradient;
+    float error = (std::fabs(weight) + std::fabs(step)) * relative + absolute;
+    float result = weight - step;
+    std::uint32_t low = bit_cast<std::uint32_t>(result - error) + 0x8000u;
+    std::uint32_t high = bit_cast<std::uint32_t>(result + error) + 0x8000u;
+    return {low, low ^ high, bit_cast<std::uint32_t>(error)};
+}
+
+// Two numbers to each word of 32 bits, which takes less shuffling than one at a time.
+LARS_TARGET inline void apply(const Brain* w, const Brain* dcdw, Brain* out, std::size_t size,
+                              const Coefficients& by) {
+    const float on_w = static_cast<float>(by.on_w), on_dcdw = static_cast<float>(by.on_dcdw);
+    const std::uint32_t upper = 0xffff0000u, infinite = 0x7f800000u;
+    const bool in_range = 1e-30f < std::fabs(on_w) && std::fabs(on_w) < 1e30f &&  //
+                          1e-30f < on_dcdw && on_dcdw < 1e30f;
+    std::size_t start = 0;
+    for (; in_range && size - start >= block; start += block) {
+        std::uint32_t weights[block / 2], gradients[block / 2], doubt = 0, error = 0;
+        std::memcpy(weights, w + start, sizeof weights);
+        std::memcpy(gradients, dcdw + start, sizeof gradients);
+        for (std::size_t i = 0; i < block / 2; ++i) {
+            Trial one = tried(bit_cast<float>(weights[i] & upper),
+                              bit_cast<float>(gradients[i] & upper), on_w, on_dcdw);
+            Trial other = tried(bit_cast<float>(weights[i] << 16),
+                                bit_cast<float>(gradients[i] << 16), on_w, on_dcdw);
+            doubt |= one.doubt | other.doubt;
+            error = std::max(error, std::max(one.error, other.error));
+            weights[i] = (one.bits & upper) | (other.bits >> 16);
+        }
+        if ((doubt & upper) || error >= infinite) {
+            apply_in_double(w + start, dcdw + start, out + start, block, by);
+        } else {
+            std::memcpy(out + start, weights, sizeof weights);
+        }
+    }
+    apply_in_double(w + start, dcdw + start, out + start, size - start, by);
+}
+
+template <class T, class G>
+LARS_TARGET void apply(const void* w, const void* dcdw, void* out, std::size_t size,
+                       const Coefficients& by) {
+    const T* weights = static_cast<const T*>(w);
+    const G* gradients = static_cast<const G*>(dcdw);
+    T* results = static_cast<T*>(out);
+    if (by.exponent) {
+        apply_carefully(weights, gradients, results, size, by);
+    } else {
+        apply(weights, gradients, results, size, by);
+    }
+}
+
+// The table of what is above.
+
+template <class T>
+inline void enter(Loops& to, Format format) {
+    to.sum_of_squares[format] = sum_of_squares<T, false>;
+    to.sum_of_scaled_squares[format] = sum_of_squares<T, true>;
+    to.largest[format] = largest<T>;
+    to.apply[format][float16] = apply<T, Half>;
+    to.apply[format][bfloat16] = apply<T, Brain>;
+    to.apply[format][float32] = apply<T, float>;
+    to.apply[format][float64] = apply<T, double>;
+}
+
+inline Loops loops() {
+    Loops all;
+    enter<Half>(all, float16);
+    enter<Brain>(all, bfloat16);
+    enter<float>(all, float32);
+    enter<double>(all, float64);
+    return all;
+}

@@ -1,0 +1,26 @@
+// Python's C API: the stable part of it, so that one build serves all versions, where it has one.
+#pragma once
+
+#define PY_SSIZE_T_CLEAN
+#include <pyconfig.h>
+#ifndef Py_GIL_DISABLED
+#define Py_LIMITED_API 0x030B0000  // 3.11, the first with PyObject_GetBuffer in it
+#endif
+#include <Python.h>
+
+namespace lars {
+
+// A reference that is given back at the end of its scope.
+class Owned {
+public:
+    explicit Owned(PyObject* object) : object(object) {}
+    ~Owned() { Py_XDECREF(object); }
+    Owned(const Owned&) = delete;
+    Owned& operator=(const Owned&) = delete;
+    operator PyObject*() const { return object; }
+
+private:
+    PyObject* object;
+};
+
+}  // namespace lars

@@ -1,0 +1,92 @@
+"""How many threads the kernel may use: as set, by the environment, or as the process has cores."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from lars_tree.errors import OptionError
+
+_VARIABLE = "LARS_TREE_NUM_THREADS"
+_chosen: int | None = None
+
+
+def set_num_threads(n: int | None) -> None:
+    """Set how many threads one update may use; None goes back to the default.
+
+    By default it is the number in the environment variable LARS_TREE_NUM_THREADS, or that of the
+    cores that the process may use. The result does not depend on it. Small trees take one thread.
+
+    >>> set_num_threads(1)
+    >>> get_num_threads()
+    1
+    >>> set_num_threads(None)
+
+    Raises:
+        OptionError: n is no whole number >= 1.
+    """
+    global _chosen
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+        raise OptionError(f"expected a whole number of threads >= 1 or None, got {n!r}")
+    _chosen = n
+
+
+def get_num_threads() -> int:
+    """The number of threads that one update may use."""
+    return number()
+
+
+def number() -> int:
+    """The same, for the package itself."""
+    return _chosen if _chosen is not None else _default()
+
+
+@cache
+def _default() -> int:
+    text = os.environ.get(_VARIABLE)
+    if text is None:
+        return cores()
+    if not text.isdecimal() or int(text) < 1:
+        raise OptionError(f"{_VARIABLE}: expected a whole number >= 1, got {text!r}")
+    return int(text)
+
+
+def cores(root: Path = Path("/")) -> int:
+    """The cores that this process may use: by affinity, and by the quotas of its control groups."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    available = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, min([available, *map(math.ceil, _quotas(root))]))
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """The quotas of the process's control groups and of those above them, in cores (Linux)."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / controllers
+        group = mount / name.lstrip("/")
+        # In a container the group is often mounted as the root.
+        for directory in [group, *group.parents]:
+            if directory.is_relative_to(mount):
+                yield from _quota(directory)
+
+
+def _quota(directory: Path) -> Iterator[float]:
+    try:
+        if (directory / "cpu.max").exists():
+            quota, period = (directory / "cpu.max").read_text().split()
+        else:
+            quota = (directory / "cpu.cfs_quota_us").read_text().strip()
+            period = (directory / "cpu.cfs_period_us").read_text().strip()
+    except (OSError, ValueError):
+        return
+    if quota.isdecimal() and period.isdecimal():  # neither "max" nor -1
+        yield int(quota) / int(period)

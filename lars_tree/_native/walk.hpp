@@ -1,0 +1,108 @@
+// Walks over nests: the twins of _collect and _broadcast in lars_tree/_tree.py, which says what a
+// nest is. Plain dicts (Container is one), lists and tuples are walked here; every other node is
+// handed to the Python function.
+#pragma once
+
+#include "python.hpp"
+
+namespace lars {
+
+// What _tree.py calls the kinds of nodes.
+enum Kind { leaf_kind = 0, plain_dict_kind = 1 };
+
+class Walk {
+public:
+    Walk(PyObject* kinds, PyObject* kind_of, PyObject* other_nodes, PyObject* found)
+        : kinds(kinds), kind_of(kind_of), other_nodes(other_nodes), found(found) {}
+
+    // Appends the leaves of the node; false with an exception set.
+    bool collect(PyObject* node) {
+        const long kind = kind_of_node(node);
+        if (kind == leaf_kind) return PyList_Append(found, node) == 0;
+        if (kind < 0 || Py_EnterRecursiveCall(" in a nest of weights")) return false;
+        const bool done = collect_children(node, kind);
+        Py_LeaveRecursiveCall();
+        return done;
+    }
+
+    // Appends the value of the prefix for each leaf of the node: 1 if they match, 0 if not, and -1
+    // with an exception set.
+    int match(PyObject* node, PyObject* prefix, bool exact) {
+        const long kind = kind_of_node(node), prefix_kind = kind_of_node(prefix);
+        if (kind < 0 || prefix_kind < 0) return -1;
+        if (kind == leaf_kind && prefix_kind == leaf_kind) {
+            return PyList_Append(found, prefix) == 0 ? 1 : -1;
+        }
+        if (kind == leaf_kind) return 0;
+        if (Py_EnterRecursiveCall(" in a nest of weights")) return -1;
+        const int matched = match_children(node, kind, prefix, prefix_kind, exact);
+        Py_LeaveRecursiveCall();
+        return matched;
+    }
+
+private:
+    long kind_of_node(PyObject* node) {
+        PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(node));
+        PyObject* known = PyDict_GetItemWithError(kinds, type);
+        if (known) return PyLong_AsLong(known);
+        if (PyErr_Occurred()) return -1;
+        Owned kind(PyObject_CallFunctionObjArgs(kind_of, node, nullptr));
+        return kind ? PyLong_AsLong(kind) : -1;
+    }
+
+    bool collect_children(PyObject* node, long kind) {
+        if (kind == plain_dict_kind) {
+            PyObject *key, *child;
+            Py_ssize_t place = 0;
+            const Py_ssize_t size = PyDict_Size(node);
+            while (PyDict_Next(node, &place, &key, &child)) {
+                Owned held(Py_NewRef(child));
+                if (!collect(child)) return false;
+                if (PyDict_Size(node) != size) return changed();
+            }
+            return true;
+        }
+        if (PyList_CheckExact(node) || PyTuple_CheckExact(node)) {
+            for (Py_ssize_t i = 0; i < PySequence_Size(node); ++i) {
+                Owned child(PySequence_GetItem(node, i));
+                if (!child || !collect(child)) return false;
+            }
+            return true;
+        }
+        return Owned(PyObject_CallFunctionObjArgs(other_nodes, node, found, nullptr));
+    }
+
+    int match_children(PyObject* node, long kind, PyObject* prefix, long prefix_kind, bool exact) {
+        if (kind == plain_dict_kind && prefix_kind == plain_dict_kind) {
+            const Py_ssize_t size = PyDict_Size(node);
+            if (PyDict_Size(prefix) != size) return 0;
+            PyObject *key, *child, *other_key, *other;
+            Py_ssize_t place = 0, other_place = 0;
+            while (PyDict_Next(node, &place, &key, &child)) {
+                Owned held_key(Py_NewRef(key)), held(Py_NewRef(child));
+                // Nests that were made alike have their keys in the same order.
+                if (!PyDict_Next(prefix, &other_place, &other_key, &other) || other_key != key) {
+                    other = PyDict_GetItemWithError(prefix, key);
+                    if (!other) return PyErr_Occurred() ? -1 : 0;
+                }
+                Owned held_other(Py_NewRef(other));
+                const int matched = match(child, other, exact);
+                if (matched != 1) return matched;
+                if (PyDict_Size(node) != size) return changed() ? 1 : -1;
+            }
+            return 1;
+        }
+        Owned matched(PyObject_CallFunctionObjArgs(other_nodes, node, prefix, found,
+                                                   exact ? Py_True : Py_False, nullptr));
+        return matched ? matched == Py_True : -1;
+    }
+
+    static bool changed() {
+        PyErr_SetString(PyExc_RuntimeError, "a nest of weights was changed while it was read");
+        return false;
+    }
+
+    PyObject *kinds, *kind_of, *other_nodes, *found;
+};
+
+}  // namespace lars
