@@ -1,0 +1,186 @@
+"""The results as text for the terminal and as Markdown for the page. Medians and ratios only."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections import Counter
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from string import Template
+
+import lars_tree
+from benchmarks.contestants import CONTESTANTS
+from benchmarks.sections import DTYPES, LIBRARIES, LIMIT, THREADS, Results, Seconds, cores
+from benchmarks.targets import MIB, OURS, targets
+from benchmarks.trees import TITLES
+
+Row = list[str]
+Table = tuple[str, list[Row]]  # a title, and rows of which the first is the heading
+
+PACKAGES = ["numpy", "torch", "ml_dtypes", "pytorch_optimizer", "timm", "jax", "optax", "ivy"]
+TEMPLATE = Path(__file__).with_name("performance.md.in")
+
+
+def tables(results: Results) -> Iterator[tuple[str, Table]]:
+    """Each part that was measured, by its name in the template."""
+    yield "targets", ("Targets", _targets(results))
+    yield "in_place", ("In place, float32", _peers(results.in_place))
+    yield "out_of_place", ("Out of place, float32", _peers(results.out_of_place))
+    yield "dtypes", ("Number types, in place: ms, and by float32", _dtypes(results))
+    yield "growth", ("Small leaves: µs for each", _growth(results))
+    yield "threads", ("Threads: ms, and speed-up", _threads(results))
+    yield "memory", ("ResNet-50: extra MiB at the peak of a step", _memory(results))
+    yield "versions", ("Measured with", [["", ""], *map(list, environment().items())])
+
+
+def environment() -> dict[str, str]:
+    """What the numbers depend on."""
+    found = {
+        "processor": _processor(),
+        "cores": str(cores()),
+        "system": platform.system(),
+        "Python": platform.python_version(),
+        "lars_tree": lars_tree.__version__,
+        "native kernel": "yes" if lars_tree.native_available() else "no",
+        "threads": str(lars_tree.get_num_threads()),
+    }
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    settings = [name for name in sorted(os.environ) if name.startswith(("OMP_", "OPENBLAS", "MKL"))]
+    if settings:
+        found["set in the environment"] = ", ".join(f"{x}={os.environ[x]}" for x in settings)
+    return found
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def text(results: Results) -> str:
+    """For the terminal: columns, aligned."""
+    return "\n".join(
+        f"\n{title}\n{'-' * len(title)}\n{_columns(rows)}"
+        for _, (title, rows) in tables(results)
+        if len(rows) > 1
+    )
+
+
+def _columns(rows: list[Row]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "\n".join(line for line in lines if line)
+
+
+def page(results: Results, command: str) -> str:
+    """docs/performance.md: the template, filled in."""
+    parts = {name: _markdown(rows) for name, (_, rows) in tables(results)}
+    parts["summary"] = _summary(results)
+    absent = [name for name, contestant in CONTESTANTS.items() if not contestant.installed]
+    notes = [f"* **{name}**: {x.note}." for name, x in CONTESTANTS.items() if x.note]
+    parts["notes"] = "\n".join(notes + [f"* **{name}**: not installed." for name in absent])
+    left_out = [str(n) for n in THREADS if n > cores()]
+    parts["threads_remark"] = (
+        f"{' and '.join(left_out)} threads were not measured: the machine has {cores()} cores."
+        if left_out
+        else ""
+    )
+    bandwidth = "not measured" if results.bandwidth is None else f"{results.bandwidth / 1e9:.1f}"
+    return Template(TEMPLATE.read_text()).substitute(parts, command=command, bandwidth=bandwidth)
+
+
+def _summary(results: Results) -> str:
+    """How many targets are met, and by name which are not."""
+    verdicts = {target.what: target.verdict for target in targets(results)}
+    counts = Counter(verdicts.values())
+    lines = [f"{counts['met']} of {len(verdicts)} targets are met."]
+    for verdict in ("missed", "not measured"):
+        if counts[verdict]:
+            names = "; ".join(what for what, found in verdicts.items() if found == verdict)
+            lines.append(f"{verdict.capitalize()}: {names}.")
+    return "\n\n".join(lines)
+
+
+def _markdown(rows: list[Row]) -> str:
+    head, *body = rows
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *body])
+
+
+def _targets(results: Results) -> list[Row]:
+    rows = [
+        [x.what, x.aim, x.show(x.measured), x.verdict]
+        for x in targets(results)
+        if x.measured is not None
+    ]
+    return [["time / time, unless a unit is given", "aim", "measured", ""], *rows]
+
+
+def _peers(times: dict[str, Seconds]) -> list[Row]:
+    """A row for each contestant: milliseconds, and the ratio to lars_tree on numpy arrays."""
+    names = dict.fromkeys(name for seconds in times.values() for name in seconds)
+    names |= {name: None for name, x in CONTESTANTS.items() if not x.installed and times}
+    rows = [["", *(heading for tree in times for heading in (f"{TITLES[tree]}, ms", "ratio"))]]
+    for name in sorted(names, key=lambda name: name != LIMIT):
+        row = [name]
+        for seconds in times.values():
+            if name in seconds:
+                row += [_ms(seconds[name]), f"{seconds[name] / seconds[OURS]:.2f}"]
+            else:
+                row += ["not installed", ""]
+        rows.append(row)
+    return rows if len(rows) > 1 else []
+
+
+def _ms(seconds: float) -> str:
+    ms = 1e3 * seconds
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
+def _dtypes(results: Results) -> list[Row]:
+    columns = [(tree, library) for tree in results.dtypes for library in LIBRARIES]
+    rows = [["", *(f"{TITLES[tree]}, {library}" for tree, library in columns)]]
+    for dtype in DTYPES:
+        row = [dtype]
+        for tree, library in columns:
+            times = results.dtypes[tree]
+            seconds = times[f"{library} {dtype}"]
+            row.append(f"{_ms(seconds)} ({seconds / times[f'{library} float32']:.2f})")
+        rows.append(row)
+    return rows if columns else []
+
+
+def _by_number(
+    series: dict[str, dict[int, float]], title: Callable[[str], str], cell: Callable[..., str]
+) -> list[Row]:
+    numbers = next(iter(series.values()), {})
+    rows = [["", *map(title, series)]]
+    rows += [[f"{n:,}", *(cell(values, n) for values in series.values())] for n in numbers]
+    return rows if series else []
+
+
+def _growth(results: Results) -> list[Row]:
+    return _by_number(results.growth, str, lambda values, n: f"{1e6 * values[n]:.3g}")
+
+
+def _threads(results: Results) -> list[Row]:
+    def cell(values: dict[int, float], n: int) -> str:
+        return f"{_ms(values[n])} ({values[1] / values[n]:.2f})"
+
+    return _by_number(results.threads, TITLES.__getitem__, cell)
+
+
+def _memory(results: Results) -> list[Row]:
+    ways = results.memory
+    rows = [["", *ways]]
+    for name in ways.get("in place", {}):
+        cells = (f"{ways[way][name] / MIB:.1f}" if name in ways[way] else "" for way in ways)
+        rows.append([name, *cells])
+    return rows if ways else []

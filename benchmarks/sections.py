@@ -1,0 +1,161 @@
+"""What is measured: each function here fills one part of the results."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import lars_tree
+from benchmarks import measure, memory
+from benchmarks.contestants import DECAY, LR, TRUST, Contestant, as_torch
+from benchmarks.trees import TREES, Flat, least_traffic, small, weights_and_gradients
+from lars_tree import Container
+
+DTYPES = ["float32", "bfloat16", "float16", "float64"]
+LIBRARIES = ["numpy", "torch"]
+LEAVES = [10, 100, 1000, 10_000, 100_000]
+THREADS = [1, 2, 4, 8]
+LIMIT = "memory limit"
+
+Seconds = dict[str, float]
+
+
+@dataclass
+class Results:
+    """Medians in seconds, by tree and name; memory in bytes, by way and name."""
+
+    in_place: dict[str, Seconds] = field(default_factory=dict)
+    out_of_place: dict[str, Seconds] = field(default_factory=dict)
+    dtypes: dict[str, Seconds] = field(default_factory=dict)
+    growth: dict[str, dict[int, float]] = field(default_factory=dict)
+    threads: dict[str, dict[int, float]] = field(default_factory=dict)
+    memory: dict[str, Seconds] = field(default_factory=dict)
+    import_time: float | None = None
+    bandwidth: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who takes part, and how often: `rounds` for small work, `few` for large and for children."""
+
+    contestants: dict[str, Contestant]
+    rounds: int
+    few: int
+
+
+def peers(tree: str) -> Callable[[Plan, Results], None]:
+    """All contestants on one tree, in place beside the memory limit, and out of place."""
+
+    def section(plan: Plan, results: Results) -> None:
+        shapes = TREES[tree]()
+        flats = weights_and_gradients(shapes)
+        rounds = plan.few if tree == "gpt2" else plan.rounds
+        stream, traffic = measure.stream()
+        times = measure.medians(_steps(plan, flats, True) | {LIMIT: stream}, rounds)
+        results.bandwidth = traffic / times[LIMIT]
+        times[LIMIT] = least_traffic(shapes) / results.bandwidth
+        results.in_place[tree] = times
+        results.out_of_place[tree] = measure.medians(_steps(plan, flats, False), rounds)
+
+    return section
+
+
+def _steps(plan: Plan, flats: tuple[Flat, Flat], in_place: bool) -> dict[str, Callable[[], Any]]:
+    return {
+        name: contestant.build(*flats, in_place).step
+        for name, contestant in plan.contestants.items()
+        if in_place in contestant.ways
+    }
+
+
+def dtypes(plan: Plan, results: Results) -> None:
+    """Every number type in both libraries, in place."""
+    for tree in ("resnet", "gpt2"):
+        flats = weights_and_gradients(TREES[tree]())
+        steps = {
+            f"{library} {dtype}": _in_place(*(_nest(flat, library, dtype) for flat in flats))
+            for library in LIBRARIES
+            for dtype in DTYPES
+        }
+        results.dtypes[tree] = measure.medians(steps, plan.few)
+
+
+def growth(plan: Plan, results: Results) -> None:
+    """The time for each leaf as their number grows."""
+    for library in LIBRARIES:
+        steps = {
+            str(leaves): _in_place(
+                *(_nest(flat, library) for flat in weights_and_gradients(small(leaves)))
+            )
+            for leaves in LEAVES
+        }
+        times = measure.medians(steps, plan.few)
+        results.growth[library] = {int(n): seconds / int(n) for n, seconds in times.items()}
+
+
+def threads(plan: Plan, results: Results) -> None:
+    """As many threads as the machine has cores, at most."""
+    default = lars_tree.get_num_threads()
+    for tree in ("resnet", "gpt2"):
+        step = _in_place(*(_nest(flat) for flat in weights_and_gradients(TREES[tree]())))
+
+        def before(name: str, step: Callable[[], Any] = step) -> None:
+            lars_tree.set_num_threads(int(name))
+            step()  # starts the threads
+
+        steps = {str(n): step for n in THREADS if n <= cores()}
+        times = measure.medians(steps, plan.few, before)
+        results.threads[tree] = {int(n): seconds for n, seconds in times.items()}
+    lars_tree.set_num_threads(default)
+
+
+def peak_memory(plan: Plan, results: Results) -> None:
+    """Extra memory at the peak of one step on ResNet-50, in fresh processes."""
+    if memory.AVAILABLE:
+        for in_place in (True, False):
+            results.memory["in place" if in_place else "out of place"] = {
+                name: memory.peak(name, in_place, 3 if name.startswith("lars_tree") else 1)
+                for name, contestant in plan.contestants.items()
+                if in_place in contestant.ways
+            }
+
+
+def imports(plan: Plan, results: Results) -> None:
+    """The time of the import."""
+    results.import_time = measure.import_time(21)
+
+
+SECTIONS = {
+    "resnet": peers("resnet"),
+    "gpt2": peers("gpt2"),
+    "small": peers("small"),
+    "dtypes": dtypes,
+    "growth": growth,
+    "threads": threads,
+    "memory": peak_memory,
+    "import": imports,
+}
+
+
+def cores() -> int:
+    """The cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _nest(flat: dict[str, Any], library: str = "numpy", dtype: str = "float32") -> Container:
+    if library == "torch":
+        import torch
+
+        number = getattr(torch, dtype)
+        return Container.from_flat({path: as_torch(x).to(number) for path, x in flat.items()})
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        dtype = ml_dtypes.bfloat16
+    return Container.from_flat({path: x.astype(dtype) for path, x in flat.items()})
+
+
+def _in_place(w: Container, g: Container) -> Callable[[], Any]:
+    return lambda: w.lars_update(g, LR, decay_lambda=DECAY, trust_coefficient=TRUST, out=w)

@@ -1,0 +1,94 @@
+"""The weights that are stepped: real names and shapes, random values.
+
+A tree is flat here, a dict from path to array; each contestant nests it as its users would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+import numpy as np
+
+Shapes = dict[str, tuple[int, ...]]
+Flat = dict[str, np.ndarray]
+
+
+def resnet50() -> Shapes:
+    """ResNet-50 as torchvision names it: 161 leaves, 25.6 M parameters."""
+    shapes: Shapes = dict(_convolution("conv1", "bn1", 3, 64, 7))
+    channels = 64
+    for stage, (width, blocks) in enumerate([(64, 3), (128, 4), (256, 6), (512, 3)], start=1):
+        for block in range(blocks):
+            path = f"layer{stage}/{block}/"
+            shapes |= _convolution(path + "conv1", path + "bn1", channels, width, 1)
+            shapes |= _convolution(path + "conv2", path + "bn2", width, width, 3)
+            shapes |= _convolution(path + "conv3", path + "bn3", width, 4 * width, 1)
+            if block == 0:
+                down = path + "downsample/"
+                shapes |= _convolution(down + "0", down + "1", channels, 4 * width, 1)
+            channels = 4 * width
+    return shapes | {"fc/weight": (1000, channels), "fc/bias": (1000,)}
+
+
+def _convolution(
+    kernel: str, norm: str, inputs: int, outputs: int, size: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{kernel}/weight", (outputs, inputs, size, size)
+    yield f"{norm}/weight", (outputs,)
+    yield f"{norm}/bias", (outputs,)
+
+
+def gpt2() -> Shapes:
+    """GPT-2 small as transformers names it: 148 leaves, 124 M parameters."""
+    d = 768
+    shapes: Shapes = {"wte/weight": (50257, d), "wpe/weight": (1024, d)}
+    for layer in range(12):
+        for name, shape in {
+            "ln_1": (d,),
+            "attn/c_attn": (d, 3 * d),
+            "attn/c_proj": (d, d),
+            "ln_2": (d,),
+            "mlp/c_fc": (d, 4 * d),
+            "mlp/c_proj": (4 * d, d),
+        }.items():
+            shapes[f"h/{layer}/{name}/weight"] = shape
+            shapes[f"h/{layer}/{name}/bias"] = shape[-1:]
+    return shapes | {"ln_f/weight": (d,), "ln_f/bias": (d,)}
+
+
+def small(leaves: int = 1000) -> Shapes:
+    """Pairs of a 16x16 kernel and a bias of 16: what each leaf costs, whatever its size."""
+    shapes: Shapes = {}
+    for pair in range(leaves // 2):
+        shapes[f"layer{pair}/kernel"] = (16, 16)
+        shapes[f"layer{pair}/bias"] = (16,)
+    return shapes
+
+
+TREES = {"resnet": resnet50, "gpt2": gpt2, "small": small}
+TITLES = {"resnet": "ResNet-50", "gpt2": "GPT-2 small", "small": "1000 small leaves"}
+
+
+def values(shapes: Shapes, scale: float, seed: int) -> Flat:
+    """Random float32 arrays of these shapes."""
+    rng = np.random.default_rng(seed)
+    flat = {}
+    for path, shape in shapes.items():
+        flat[path] = rng.standard_normal(shape, dtype=np.float32)
+        flat[path] *= scale
+    return flat
+
+
+def weights_and_gradients(shapes: Shapes) -> tuple[Flat, Flat]:
+    """Weights of about 0.05, gradients of about 0.01: nothing here depends on the size."""
+    return values(shapes, 0.05, seed=1), values(shapes, 0.01, seed=2)
+
+
+def least_traffic(shapes: Shapes, itemsize: int = 4) -> int:
+    """The bytes that any step must move: read w and g, write w.
+
+    A leaf of more than 4 M elements is in no cache when its norms are known: it is read twice.
+    """
+    sizes = [prod(shape) for shape in shapes.values()]
+    return sum((5 if size > 4_000_000 else 3) * size * itemsize for size in sizes)
