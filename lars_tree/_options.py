@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from decimal import Decimal
-from numbers import Real
+from numbers import Complex, Number, Real
 from typing import Any, TypedDict
 
 import numpy as np
@@ -124,7 +123,8 @@ def _rate(value: Any, keep_history: bool) -> Any:
     wanted = "a finite number >= 0"
     if isinstance(value, (bool, np.timedelta64)):
         raise _Unfit(wanted)
-    if isinstance(value, (Real, Decimal)):
+    # decimal.Decimal is a Number, but registers as nothing more.
+    if isinstance(value, Real) or (isinstance(value, Number) and not isinstance(value, Complex)):
         try:
             number = float(value)
         except (OverflowError, ValueError):  # beyond double; a signalling NaN

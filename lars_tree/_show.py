@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterable
-from html import escape
 from itertools import islice
 from math import prod
 from typing import Any, NamedTuple
@@ -85,6 +84,8 @@ def _clipped(name: str, most: int = 60) -> str:
 
 def html(container: Any) -> str:
     """A tree that folds. Keys are escaped: they may come from anywhere."""
+    from html import escape
+
     try:
         return _html(container)
     except RecursionError:
@@ -92,6 +93,8 @@ def html(container: Any) -> str:
 
 
 def _html(container: Any) -> str:
+    from html import escape
+
     rows = iter(range(_MOST_ROWS))
 
     def item(key: Any, node: Any, is_open: bool) -> str:

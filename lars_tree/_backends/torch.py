@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import filterfalse
 from typing import Any
 
 import numpy as np
@@ -142,10 +143,6 @@ class TorchBackend(ArraysBackend):
         if _EXCHANGE is None or _is_watched() or torch._C._functorch.peek_interpreter_stack():
             return None
 
-        def begin() -> None:
-            written = (x for x, dcdw in zip(outs or (), dcdws, strict=True) if dcdw is not None)
-            _bump_versions(written)
-
         with torch.no_grad():
             news = _native.update(
                 ws,
@@ -154,7 +151,7 @@ class TorchBackend(ArraysBackend):
                 rules,
                 types=_TYPES,
                 make=torch.empty_like,
-                begin=None if outs is None else begin,
+                begin=_bump_versions if outs is not None else None,
                 tensors=_EXCHANGE,
             )
         if news is None or outs is not None:
@@ -243,7 +240,7 @@ def _returned(w: Tensor, out: Tensor | None, new: Tensor, rule: Rule) -> Tensor:
 
 def _bump_versions(tensors: Iterable[Tensor]) -> None:
     """Let autograd see that tensors which it may have saved are stale."""
-    torch.autograd.graph.increment_version([x for x in tensors if not x.is_inference()])
+    torch.autograd.graph.increment_version(list(filterfalse(Tensor.is_inference, tensors)))
 
 
 def _leaf_like(new: Tensor, w: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ instruction_set: int = kernel.best_instruction_set() if kernel else 0
 def native_available() -> bool:
     """Whether the native kernel was built and is in use.
 
-    >>> native_available()
+    >>> native_available() in (True, False)         # without it, the same numbers take longer
     True
     """
     return kernel is not None
@@ -46,7 +46,7 @@ def update(
     *,
     types: tuple[type, ...],
     make: Callable[[Any], Any] | None = None,
-    begin: Callable[[], Any] | None = None,
+    begin: Callable[[list[Any]], Any] | None = None,
     tensors: tuple[Any, ...] | None = None,
     as_bits: Callable[[Any], Any] | None = None,
 ) -> list[Any] | None:
@@ -60,7 +60,7 @@ def update(
         rules: A `Rule` for each.
         types: The types of arrays to take.
         make: Gives new memory for a result.
-        begin: Called when all is checked, before anything is written.
+        begin: Called when all is checked, with the list of those arrays of `outs` to be written.
         tensors: How to read torch tensors, see memory.hpp; None for the buffer protocol.
         as_bits: Views bfloat16 arrays, which have no buffer protocol, as uint16.
     """

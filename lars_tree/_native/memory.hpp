@@ -38,13 +38,19 @@ inline bool same_shape(const Memory& a, const Memory& b) {
 
 // Whether the items of x fill its memory without gaps, in any order of the axes.
 inline bool is_dense(const Memory& x) {
+    Py_ssize_t expected = x.item_size;
+    int axis = x.ndim;
+    while (axis > 0 && (x.shape[axis - 1] == 1 || x.strides[axis - 1] == expected)) {
+        expected *= x.shape[--axis];
+    }
+    if (axis == 0) return true;  // the usual order
     int axes[64], count = 0;
-    for (int axis = 0; axis < x.ndim; ++axis) {
+    for (axis = 0; axis < x.ndim; ++axis) {
         if (x.shape[axis] == 0) return true;
         if (x.shape[axis] > 1) axes[count++] = axis;
     }
     std::sort(axes, axes + count, [&x](int a, int b) { return x.strides[a] < x.strides[b]; });
-    Py_ssize_t expected = x.item_size;
+    expected = x.item_size;
     for (int i = 0; i < count; ++i) {
         if (x.strides[axes[i]] != expected) return false;
         expected *= x.shape[axes[i]];
@@ -87,12 +93,12 @@ inline bool is_writable(char* data, std::size_t bytes) {
 #ifdef __linux__
     const int populate_write = 23;  // MADV_POPULATE_WRITE, which older headers lack
     const std::uintptr_t page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
-    const std::uintptr_t start = reinterpret_cast<std::uintptr_t>(data);
-    for (std::uintptr_t place : {start, start + bytes - 1}) {
-        if (madvise(reinterpret_cast<void*>(place - place % page), page, populate_write) != 0) {
-            return false;
-        }
-    }
+    const auto start_of_page = [page](char* place) {
+        return place - reinterpret_cast<std::uintptr_t>(place) % page;
+    };
+    char *first = start_of_page(data), *last = start_of_page(data + bytes - 1);
+    if (madvise(first, page, populate_write) != 0) return false;
+    if (last != first && madvise(last, page, populate_write) != 0) return false;
 #else
     (void)data, (void)bytes;
 #endif
@@ -201,9 +207,13 @@ private:
     bool is_held(PyObject* x, bool writable, const Memory& memory) const {
         Owned storage(PyObject_CallFunctionObjArgs(untyped_storage, x, nullptr));
         if (!storage) return false;
-        const long long offset = number(storage_offset, x), room = number(nbytes, storage);
-        const long long needed = (offset + static_cast<long long>(memory.size)) * memory.item_size;
-        if (offset < 0 || room < needed) return false;
+        const long long room = number(nbytes, storage);
+        long long needed = static_cast<long long>(memory.bytes());
+        if (room != needed) {  // most often equal: then it starts at the start
+            const long long offset = number(storage_offset, x);
+            needed += offset * memory.item_size;
+            if (offset < 0 || room < needed) return false;
+        }
         return !writable || is_true(resizable, storage) || is_writable(memory.data, memory.bytes());
     }
 
@@ -223,25 +233,34 @@ private:
     DLPackExchangeAPI* api = nullptr;
 };
 
-// A stretch of memory that a step reads or writes, for finding overlaps.
+// A stretch of memory.
 struct Stretch {
     const char *start, *end;
-    bool written;
 };
 
-// Whether some memory is written that is also used otherwise. Reorders the stretches.
-inline bool overlap(std::vector<Stretch>& stretches) {
+inline void sort(std::vector<Stretch>& stretches) {
     const auto before = [](const Stretch& a, const Stretch& b) { return a.start < b.start; };
+    // As the allocator hands it out, memory is most often in order.
     if (!std::is_sorted(stretches.begin(), stretches.end(), before)) {
         std::sort(stretches.begin(), stretches.end(), before);
     }
+}
+
+// Whether some memory that is written is written twice, or read too. Sorts the stretches.
+inline bool overlap(std::vector<Stretch>& written, std::vector<Stretch>& read) {
+    sort(written);
+    sort(read);
     const char *written_to = nullptr, *read_to = nullptr;
-    for (const Stretch& x : stretches) {
-        if (x.start < written_to || (x.written && x.start < read_to)) return true;
-        const char*& end = x.written ? written_to : read_to;
-        end = std::max(end, x.end);
+    std::size_t next = 0;
+    for (const Stretch& x : written) {
+        for (; next < read.size() && read[next].start < x.start; ++next) {
+            if (read[next].start < written_to) return true;
+            read_to = std::max(read_to, read[next].end);
+        }
+        if (x.start < written_to || x.start < read_to) return true;
+        written_to = x.end;
     }
-    return false;
+    return next < read.size() && read[next].start < written_to;
 }
 
 }  // namespace lars

@@ -70,17 +70,17 @@ public:
         layers.push_back({weights.data, gradients.data, results.data, weights.size, weights.format,
                           gradients.format, &rules.back()});
         if (!made) {
-            note(results, true);
-            if (weights.data != results.data) note(weights, false);
+            note(results, written);
+            if (weights.data != results.data) note(weights, read);
             // A gradient may be the very memory of its own result: it is read first.
             if (gradients.data != results.data || gradients.format != results.format) {
-                note(gradients, false);
+                note(gradients, read);
             }
         }
         return true;
     }
 
-    bool overlap() { return lars::overlap(stretches); }
+    bool overlap() { return lars::overlap(written, read); }
 
     void step(std::size_t threads, InstructionSet set) const {
         lars::step(layers.data(), layers.size(), threads, set);
@@ -98,23 +98,23 @@ private:
         return a.is_complex == b.is_complex && same_shape(a, b) && same_order(a, b);
     }
 
-    void note(const Memory& x, bool written) {
-        stretches.push_back({x.data, x.data + x.bytes(), written});
+    static void note(const Memory& x, std::vector<Stretch>& among) {
+        among.push_back({x.data, x.data + x.bytes()});
     }
 
     const Reader& reader;
     PyObject* last = nullptr;
     std::deque<Rule> rules;
     std::vector<Layer> layers;
-    std::vector<Stretch> stretches;
+    std::vector<Stretch> written, read;  // of arrays that are given, not made
 };
 
 const char update_doc[] =
     "update(ws, dcdws, outs, rules, make, begin, types, tensors, as_bits, threads,\n"
     "       instruction_set)\n--\n\n"
     "Step all arrays, and return the list of their results; None if one of them is not plain.\n\n"
-    "outs are the arrays to write to, or None for new ones that make(w) gives. begin() is called\n"
-    "when all is checked. See Reader in memory.hpp for types, tensors and as_bits.";
+    "outs are the arrays to write to, or None for new ones that make(w) gives. begin(written) is\n"
+    "called when all is checked, with those of outs that are written to. See Reader in memory.hpp for types, tensors and as_bits.";
 
 PyObject* update(PyObject*, PyObject* args) {
     PyObject *ws, *dcdws, *outs, *rules, *make, *begin, *types, *tensors, *as_bits;
@@ -137,6 +137,8 @@ PyObject* update(PyObject*, PyObject* args) {
         }
         Owned results(made ? PyList_New(count) : Py_NewRef(outs));
         if (!results) return nullptr;
+        Owned written(PyList_New(0));
+        if (!written) return nullptr;
         Leaves leaves(reader);
         for (Py_ssize_t i = 0; i < count; ++i) {
             PyObject *w = PyList_GetItem(ws, i), *dcdw = PyList_GetItem(dcdws, i);
@@ -150,9 +152,10 @@ PyObject* update(PyObject*, PyObject* args) {
             if (made && out) PyList_SetItem(results, i, out);
             if (PyErr_Occurred()) return nullptr;
             if (!plain) Py_RETURN_NONE;
+            if (!made && PyList_Append(written, out) != 0) return nullptr;
         }
         if (leaves.overlap()) Py_RETURN_NONE;
-        if (begin != Py_None && !Owned(PyObject_CallFunctionObjArgs(begin, nullptr))) {
+        if (begin != Py_None && !Owned(PyObject_CallFunctionObjArgs(begin, static_cast<PyObject*>(written), nullptr))) {
             return nullptr;
         }
         bool failed = false;

@@ -43,6 +43,13 @@ public:
 private:
     long kind_of_node(PyObject* node) {
         PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(node));
+        if (type == last_leaf_type) return leaf_kind;  // most nodes, and most often of one type
+        const long kind = look_up(node, type);
+        if (kind == leaf_kind) last_leaf_type = type;
+        return kind;
+    }
+
+    long look_up(PyObject* node, PyObject* type) {
         PyObject* known = PyDict_GetItemWithError(kinds, type);
         if (known) return PyLong_AsLong(known);
         if (PyErr_Occurred()) return -1;
@@ -103,6 +110,7 @@ private:
     }
 
     PyObject *kinds, *kind_of, *other_nodes, *found;
+    PyObject* last_leaf_type = nullptr;  // kept alive by `kinds`
 };
 
 }  // namespace lars
