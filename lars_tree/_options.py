@@ -126,7 +126,7 @@ def _rate(value: Any, keep_history: bool) -> Any:
     # decimal.Decimal is a Number, but registers as nothing more.
     if isinstance(value, Real) or (isinstance(value, Number) and not isinstance(value, Complex)):
         try:
-            number = float(value)
+            number = float(value)  # type: ignore[arg-type]
         except (OverflowError, ValueError):  # beyond double; a signalling NaN
             number = np.inf
         if not 0 <= number < np.inf:

@@ -164,7 +164,8 @@ class _Finder:
         finally:
             self.searching.discard(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = _HookedLoader(spec.loader, self)
+            hooked: Any = _HookedLoader(spec.loader, self)
+            spec.loader = hooked
         return spec
 
 
@@ -178,7 +179,7 @@ class _HookedLoader:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+    def create_module(self, spec: ModuleSpec) -> Any:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
