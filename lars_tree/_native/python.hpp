@@ -23,4 +23,20 @@ private:
     PyObject* object;
 };
 
+// Holds other threads off an object while it is walked, where no global lock does.
+class Locked {
+public:
+#if defined(Py_GIL_DISABLED)
+    explicit Locked(PyObject* object) { PyCriticalSection_Begin(&section, object); }
+    ~Locked() { PyCriticalSection_End(&section); }
+
+private:
+    PyCriticalSection section;
+#else
+    explicit Locked(PyObject*) {}
+#endif
+    Locked(const Locked&) = delete;
+    Locked& operator=(const Locked&) = delete;
+};
+
 }  // namespace lars

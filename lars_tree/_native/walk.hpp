@@ -59,6 +59,7 @@ private:
 
     bool collect_children(PyObject* node, long kind) {
         if (kind == plain_dict_kind) {
+            const Locked lock(node);
             PyObject *key, *child;
             Py_ssize_t place = 0;
             const Py_ssize_t size = PyDict_Size(node);
@@ -81,6 +82,7 @@ private:
 
     int match_children(PyObject* node, long kind, PyObject* prefix, long prefix_kind, bool exact) {
         if (kind == plain_dict_kind && prefix_kind == plain_dict_kind) {
+            const Locked lock(node), other_lock(prefix);
             const Py_ssize_t size = PyDict_Size(node);
             if (PyDict_Size(prefix) != size) return 0;
             PyObject *key, *child, *other_key, *other;
