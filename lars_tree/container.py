@@ -59,7 +59,7 @@ class Container(Arithmetic, dict[Any, Any]):
         _make_known(cls)
 
     @classmethod
-    def _of(cls, items: Iterable[tuple[Hashable, Any]]) -> Self:
+    def _of(cls, items: Mapping[Any, Any] | Iterable[tuple[Hashable, Any]]) -> Self:
         """A Container of children that need no conversion."""
         new = cls.__new__(cls)
         dict.update(new, items)
