@@ -16,8 +16,7 @@ import copy
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lars_tree import errors
-from lars_tree._native import kernel
+from lars_tree import _native, errors
 from lars_tree.errors import Line, Path
 
 Tree = Any
@@ -139,6 +138,7 @@ def leaves(tree: Tree) -> list[Leaf]:
 
 
 def _collect(tree: Tree, found: list[Leaf]) -> None:
+    kernel = _native.in_use()
     if kernel is None:
         _collect_in_python(tree, found)
     else:
@@ -150,7 +150,7 @@ def _collect_in_python(node: Tree, found: list[Leaf]) -> None:
         found.append(node)
     else:
         for _, child in children(node):
-            _collect(child, found)
+            _collect_in_python(child, found)
 
 
 def walk(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Leaf]]:
@@ -236,6 +236,7 @@ def broadcast(
 
 def _match(tree: Tree, prefix: Tree, found: list[Leaf], exact: bool) -> bool:
     """Whether the prefix is one; adds its value for each leaf."""
+    kernel = _native.in_use()
     if kernel is None:
         return _match_in_python(tree, prefix, found, exact)
     matched: bool = kernel.match(tree, prefix, found, exact, _KINDS, _kind, _match_in_python)
@@ -255,11 +256,14 @@ def _match_in_python(node: Tree, prefix: Tree, found: list[Leaf], exact: bool) -
     # dict's own methods, where it is one: those of a Container read 'a/b' as a path.
     others = prefix if isinstance(prefix, dict) else dict(children(prefix))
     pairs = list(children(node))
-    return len(pairs) == len(others) and all(
-        dict.__contains__(others, key)
-        and _match(child, dict.__getitem__(others, key), found, exact)
-        for key, child in pairs
-    )
+    if len(pairs) != len(others):
+        return False
+    for key, child in pairs:
+        if not dict.__contains__(others, key):
+            return False
+        if not _match_in_python(child, dict.__getitem__(others, key), found, exact):
+            return False
+    return True
 
 
 def differences(tree: Tree, prefix: Tree, exact: bool = False, path: Path = ()) -> Iterator[Line]:

@@ -87,7 +87,7 @@ def _update_layer(arrays: list[Array], rule: Rule) -> None:
 def _update_plain(arrays: list[Array], rule: Rule) -> bool:
     w, dcdw, out = ([np.asarray(x)] for x in arrays)
     types = (np.ndarray,)
-    return _native.update(w, dcdw, out, [rule], types=types, as_bits=lambda _: None) is not None
+    return _native.update(w, dcdw, out, [rule], types=types, as_bits=True) is not None
 
 
 def _coefficients(w: Any, dcdw: Any, precision: Precision, rule: Rule) -> tuple[Wide, Wide]:
@@ -221,4 +221,5 @@ def _is_long(dtype: np.dtype[Any]) -> bool:
 
 def _reaches_the_limit(dtype: np.dtype[Any], precision: Precision) -> bool:
     """Whether the largest number of the dtype is the largest to compute with."""
-    return dtype.kind in "fc" and dtype.itemsize >= np.dtype(precision).itemsize
+    size = dtype.itemsize // (2 if dtype.kind == "c" else 1)
+    return dtype.kind in "fc" and size >= np.dtype(precision).itemsize

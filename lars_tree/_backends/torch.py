@@ -264,8 +264,10 @@ def _is_watched() -> bool:
 
 
 def _is_wrapped(x: Tensor) -> bool:
-    """Whether x stands for the argument of a torch.func transform."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
+    """Whether x stands for the argument of a torch.func transform; one that compiles sees none."""
+    return not torch.compiler.is_compiling() and bool(
+        torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
 
 
 def _has_tangent(x: Tensor) -> bool:

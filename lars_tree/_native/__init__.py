@@ -7,6 +7,7 @@ speed: `_backends/cpu.py` gives the same bits. LARS_TREE_NATIVE=0 in the environ
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -29,6 +30,13 @@ kernel = _load()
 instruction_set: int = kernel.best_instruction_set() if kernel else 0
 
 
+def in_use() -> Any:
+    """The kernel; None where there is none, or where torch.compile traces and must see Python."""
+    torch = sys.modules.get("torch")
+    compiler = getattr(torch, "compiler", None)  # not there yet while torch is being imported
+    return None if compiler is not None and compiler.is_compiling() else kernel
+
+
 def native_available() -> bool:
     """Whether the native kernel was built and is in use.
 
@@ -48,7 +56,7 @@ def update(
     make: Callable[[Any], Any] | None = None,
     begin: Callable[[list[Any]], Any] | None = None,
     tensors: tuple[Any, ...] | None = None,
-    as_bits: Callable[[Any], Any] | None = None,
+    as_bits: Callable[[Any], Any] | bool | None = None,
 ) -> list[Any] | None:
     """Step all arrays in one call, and return their results; None, with nothing written, if any of
     them is not of the plain kind that the kernel takes.
@@ -62,11 +70,13 @@ def update(
         make: Gives new memory for a result.
         begin: Called when all is checked, with the list of those arrays of `outs` to be written.
         tensors: How to read torch tensors, see memory.hpp; None for the buffer protocol.
-        as_bits: Views bfloat16 arrays, which have no buffer protocol, as uint16.
+        as_bits: Views bfloat16 arrays, which have no buffer protocol, as uint16; True where arrays
+            of uint16 are such views already.
     """
-    if kernel is None:
+    found = in_use()
+    if found is None:
         return None
-    results: list[Any] | None = kernel.update(
+    results: list[Any] | None = found.update(
         ws,
         dcdws,
         outs,
@@ -76,7 +86,7 @@ def update(
         types,
         tensors,
         as_bits,
-        threads.number(),
+        min(threads.number(), sys.maxsize),
         instruction_set,
     )
     return results

@@ -30,9 +30,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <limits>
+#include <exception>
 #include <memory>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -433,8 +432,8 @@ inline void step(const Layer* layers, std::size_t count, std::size_t threads,
         for (std::size_t i = 1; i < all.threads; ++i) {
             others.emplace_back([&all, i] { all.work(i); });
         }
-    } catch (const std::system_error&) {
-        // The system gives no more threads: those that there are do the work.
+    } catch (const std::exception&) {
+        // The system gives no more threads, or memory for them: those that there are do the work.
     }
     all.work(0);
     for (std::thread& other : others) other.join();

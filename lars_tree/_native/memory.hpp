@@ -110,7 +110,8 @@ class Reader {
 public:
     // `types` are those of plain arrays. `tensors` is None for what has the buffer protocol, or the
     // capsule of DLPack's exchange table and the torch methods untyped_storage, nbytes and resizable
-    // (of that), storage_offset and is_neg. `as_bits` views bfloat16 arrays as uint16, or is None.
+    // (of that), storage_offset and is_neg. `as_bits` views a bfloat16 array, which has no buffer, as
+    // uint16; it is True where arrays of uint16 are such views already, and None for neither.
     bool open(PyObject* types_given, PyObject* tensors, PyObject* as_bits_given) {
         types = types_given;
         as_bits = as_bits_given;
@@ -125,14 +126,20 @@ public:
         return !PyErr_Occurred();
     }
 
-    // Reads an array; false, with no exception set, if it is not plain. `buffer` is to be released
-    // when the memory is no longer looked at.
+    // Reads an array; false if it is not plain, or with an exception set that has nothing to do with
+    // that. `buffer` is to be released when the memory is no longer looked at.
     bool read(PyObject* x, bool writable, Memory& to, Py_buffer& buffer) const {
         const bool done =
             has_plain_type(x) && (untyped_storage ? read_tensor(x, writable, to)
                                                   : read_buffer(x, writable, to, buffer));
-        PyErr_Clear();
-        return done && reinterpret_cast<std::uintptr_t>(to.data) % Vector::item_size(to.format) == 0;
+        if (!done) {
+            for (PyObject* expected : {PyExc_BufferError, PyExc_TypeError, PyExc_ValueError,
+                                       PyExc_RuntimeError, PyExc_AttributeError}) {
+                if (PyErr_Occurred() && PyErr_ExceptionMatches(expected)) PyErr_Clear();
+            }
+            return false;
+        }
+        return reinterpret_cast<std::uintptr_t>(to.data) % Vector::item_size(to.format) == 0;
     }
 
 private:
@@ -145,13 +152,17 @@ private:
 
     bool read_buffer(PyObject* x, bool writable, Memory& to, Py_buffer& buffer) const {
         const int flags = PyBUF_STRIDES | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0);
+        bool are_bits = as_bits == Py_True;
         if (PyObject_GetBuffer(x, &buffer, flags) != 0) {
+            if (as_bits == Py_None || are_bits || !PyErr_ExceptionMatches(PyExc_ValueError)) {
+                return false;
+            }
             PyErr_Clear();
-            if (as_bits == Py_None) return false;
             Owned bits(PyObject_CallFunctionObjArgs(as_bits, x, nullptr));
             if (!bits || bits == Py_None || PyObject_GetBuffer(bits, &buffer, flags) != 0) {
                 return false;
             }
+            are_bits = true;
         }
         const char* format = buffer.format ? buffer.format : "B";
         to.is_complex = format[0] == 'Z';
@@ -164,7 +175,7 @@ private:
             case 'H': to.format = bfloat16; break;
             default: return false;
         }
-        if (format[0] == 'H' && as_bits == Py_None) return false;
+        if (to.format == bfloat16 && !are_bits) return false;  // numbers, not bits
         if (buffer.ndim > 64) return false;
         to.data = static_cast<char*>(buffer.buf);
         to.item_size = buffer.itemsize;
@@ -207,13 +218,9 @@ private:
     bool is_held(PyObject* x, bool writable, const Memory& memory) const {
         Owned storage(PyObject_CallFunctionObjArgs(untyped_storage, x, nullptr));
         if (!storage) return false;
-        const long long room = number(nbytes, storage);
-        long long needed = static_cast<long long>(memory.bytes());
-        if (room != needed) {  // most often equal: then it starts at the start
-            const long long offset = number(storage_offset, x);
-            needed += offset * memory.item_size;
-            if (offset < 0 || room < needed) return false;
-        }
+        const long long offset = number(storage_offset, x), room = number(nbytes, storage);
+        const long long needed = (offset + static_cast<long long>(memory.size)) * memory.item_size;
+        if (!memory.data || offset < 0 || room < needed) return false;
         return !writable || is_true(resizable, storage) || is_writable(memory.data, memory.bytes());
     }
 

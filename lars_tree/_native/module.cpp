@@ -92,6 +92,15 @@ public:
         return true;
     }
 
+    // Adds weights that stay as they are; false as above.
+    bool keep(PyObject* w) {
+        Memory weights;
+        Buffer of_w;
+        if (!reader.read(w, true, weights, of_w.view) || !is_dense(weights)) return false;
+        if (weights.size) note(weights, written);
+        return true;
+    }
+
     bool overlap() { return lars::overlap(written, read); }
 
     void step(std::size_t threads, InstructionSet set) const {
@@ -159,7 +168,10 @@ PyObject* update(PyObject*, PyObject* args) {
             }
             PyObject *w = PyList_GetItem(ws, i), *dcdw = PyList_GetItem(dcdws, i);
             PyObject* out = made ? nullptr : PyList_GetItem(outs, i);
-            if (dcdw == Py_None && (made ? w == Py_None : out == w)) {  // nothing to do
+            if (dcdw == Py_None && out == (made ? nullptr : w)) {  // nothing to do
+                if (w != Py_None && (made || !leaves.keep(w))) {
+                    return PyErr_Occurred() ? nullptr : Py_NewRef(Py_None);
+                }
                 if (made) PyList_SetItem(results, i, Py_NewRef(w));
                 continue;
             }

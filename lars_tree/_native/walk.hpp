@@ -1,6 +1,6 @@
 // Walks over nests: the twins of _collect and _broadcast in lars_tree/_tree.py, which says what a
-// nest is. Plain dicts (Container is one), lists and tuples are walked here; every other node is
-// handed to the Python function.
+// nest is. Plain dicts (Container is one), lists and tuples are walked here; every other node, and
+// what lies too deep for the stack of a thread, is handed to the Python function.
 #pragma once
 
 #include "python.hpp"
@@ -10,34 +10,29 @@ namespace lars {
 // What _tree.py calls the kinds of nodes.
 enum Kind { leaf_kind = 0, plain_dict_kind = 1 };
 
+const int deepest = 500;
+
 class Walk {
 public:
     Walk(PyObject* kinds, PyObject* kind_of, PyObject* other_nodes, PyObject* found)
         : kinds(kinds), kind_of(kind_of), other_nodes(other_nodes), found(found) {}
 
     // Appends the leaves of the node; false with an exception set.
-    bool collect(PyObject* node) {
+    bool collect(PyObject* node, int depth = 0) {
         const long kind = kind_of_node(node);
         if (kind == leaf_kind) return PyList_Append(found, node) == 0;
-        if (kind < 0 || Py_EnterRecursiveCall(" in a nest of weights")) return false;
-        const bool done = collect_children(node, kind);
-        Py_LeaveRecursiveCall();
-        return done;
+        return kind >= 0 && collect_children(node, kind, depth);
     }
 
     // Appends the value of the prefix for each leaf of the node: 1 if they match, 0 if not, and -1
     // with an exception set.
-    int match(PyObject* node, PyObject* prefix, bool exact) {
+    int match(PyObject* node, PyObject* prefix, bool exact, int depth = 0) {
         const long kind = kind_of_node(node), prefix_kind = kind_of_node(prefix);
         if (kind < 0 || prefix_kind < 0) return -1;
         if (kind == leaf_kind && prefix_kind == leaf_kind) {
             return PyList_Append(found, prefix) == 0 ? 1 : -1;
         }
-        if (kind == leaf_kind) return 0;
-        if (Py_EnterRecursiveCall(" in a nest of weights")) return -1;
-        const int matched = match_children(node, kind, prefix, prefix_kind, exact);
-        Py_LeaveRecursiveCall();
-        return matched;
+        return kind == leaf_kind ? 0 : match_children(node, kind, prefix, prefix_kind, exact, depth);
     }
 
 private:
@@ -57,31 +52,32 @@ private:
         return kind ? PyLong_AsLong(kind) : -1;
     }
 
-    bool collect_children(PyObject* node, long kind) {
-        if (kind == plain_dict_kind) {
+    bool collect_children(PyObject* node, long kind, int depth) {
+        if (kind == plain_dict_kind && depth < deepest) {
             const Locked lock(node);
             PyObject *key, *child;
             Py_ssize_t place = 0;
             const Py_ssize_t size = PyDict_Size(node);
             while (PyDict_Next(node, &place, &key, &child)) {
                 Owned held(Py_NewRef(child));
-                if (!collect(child)) return false;
+                if (!collect(child, depth + 1)) return false;
                 if (PyDict_Size(node) != size) return changed();
             }
             return true;
         }
-        if (PyList_CheckExact(node) || PyTuple_CheckExact(node)) {
+        if (is_sequence(node) && depth < deepest) {
             for (Py_ssize_t i = 0; i < PySequence_Size(node); ++i) {
                 Owned child(PySequence_GetItem(node, i));
-                if (!child || !collect(child)) return false;
+                if (!child || !collect(child, depth + 1)) return false;
             }
             return true;
         }
         return Owned(PyObject_CallFunctionObjArgs(other_nodes, node, found, nullptr));
     }
 
-    int match_children(PyObject* node, long kind, PyObject* prefix, long prefix_kind, bool exact) {
-        if (kind == plain_dict_kind && prefix_kind == plain_dict_kind) {
+    int match_children(PyObject* node, long kind, PyObject* prefix, long prefix_kind, bool exact,
+                       int depth) {
+        if (kind == plain_dict_kind && prefix_kind == plain_dict_kind && depth < deepest) {
             const Locked lock(node), other_lock(prefix);
             const Py_ssize_t size = PyDict_Size(node);
             if (PyDict_Size(prefix) != size) return 0;
@@ -95,15 +91,28 @@ private:
                     if (!other) return PyErr_Occurred() ? -1 : 0;
                 }
                 Owned held_other(Py_NewRef(other));
-                const int matched = match(child, other, exact);
+                const int matched = match(child, other, exact, depth + 1);
                 if (matched != 1) return matched;
                 if (PyDict_Size(node) != size) return changed() ? 1 : -1;
+            }
+            return 1;
+        }
+        if (is_sequence(node) && is_sequence(prefix) && depth < deepest) {
+            if (PySequence_Size(node) != PySequence_Size(prefix)) return 0;
+            for (Py_ssize_t i = 0; i < PySequence_Size(node); ++i) {
+                Owned child(PySequence_GetItem(node, i)), other(PySequence_GetItem(prefix, i));
+                const int matched = child && other ? match(child, other, exact, depth + 1) : -1;
+                if (matched != 1) return matched;
             }
             return 1;
         }
         Owned matched(PyObject_CallFunctionObjArgs(other_nodes, node, prefix, found,
                                                    exact ? Py_True : Py_False, nullptr));
         return matched ? matched == Py_True : -1;
+    }
+
+    static bool is_sequence(PyObject* node) {
+        return PyList_CheckExact(node) || PyTuple_CheckExact(node);
     }
 
     static bool changed() {

@@ -1,0 +1,285 @@
+"""The native kernel gives the bits of its twin in numpy.
+
+`without_kernel` runs the twin, `by_kernel` makes sure that the kernel did the step. What it takes
+is in test_native_plain.py, tensors in test_native_torch.py, threads in test_threads.py.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import CI, need
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from lars_tree import _native, lars_update
+from lars_tree._backends import bfloat16
+
+if _native.kernel is None and (not CI or os.environ.get("LARS_TREE_NATIVE") == "0"):
+    pytest.skip("the native kernel was not built, or is turned off", allow_module_level=True)
+
+# Signalling NaN are among the numbers.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+# Bits of each format, and those of its significand that are stored.
+FORMATS = {"float16": (16, 10), "bfloat16": (16, 7), "float32": (32, 23), "float64": (64, 52)}
+PAIRS = [(a, b) for a in FORMATS for b in FORMATS]
+PAIRS += [(a, b) for a in ("complex64", "complex128") for b in ("complex64", "complex128")]
+REAL = {"complex64": "float32", "complex128": "float64"}
+SETS = range(_native.kernel.best_instruction_set() + 1 if _native.kernel else 1)
+
+
+@contextmanager
+def patched(**values):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setattr(_native, name, value)
+        yield
+
+
+def without_kernel(*args, **options):
+    with patched(kernel=None):
+        return lars_update(*args, **options)
+
+
+@contextmanager
+def watched(**values):
+    """For each call of the kernel, whether it took the arrays."""
+    took = []
+
+    def update(*args):
+        news = kernel.update(*args)
+        took.append(news is not None)
+        return news
+
+    kernel = _native.kernel
+    stand_in = SimpleNamespace(update=update, collect=kernel.collect, match=kernel.match)
+    with patched(kernel=stand_in, **values):
+        yield took
+
+
+def by_kernel(*args, instruction_set=SETS[-1], **options):
+    with watched(instruction_set=instruction_set) as took:
+        new = lars_update(*args, **options)
+    assert took == [True]
+    return new
+
+
+def run(code, **variables):
+    """What a process of its own prints, as one that may crash."""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | variables,
+    )
+    assert result.returncode == 0, (result.returncode, result.stderr[-500:])
+    return result.stdout.split()
+
+
+def dtype_of(name):
+    return need("ml_dtypes").bfloat16 if name == "bfloat16" else np.dtype(name)
+
+
+def assert_same_bits(actual, expected):
+    """NaN is NaN, whatever its payload and sign."""
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    real = REAL.get(actual.dtype.name, actual.dtype)
+    a, b = (np.ascontiguousarray(x).reshape(-1).view(real) for x in (actual, expected))
+    bits = [x.view(f"u{a.itemsize}") for x in (a, b)]
+    at = np.flatnonzero((bits[0] != bits[1]) & ~(np.isnan(a) & np.isnan(b)))
+    assert not at.size, (at.size, [(int(i), a[i], b[i]) for i in at[:3]])
+
+
+def random_array(rng, name, shape, place=0.5, spread=2, special=(), order="C"):
+    """Numbers with about this exponent: place 0 is subnormal, 1 the largest of the format."""
+    if name in REAL:
+        parts = random_array(rng, REAL[name], (*shape, 2), place, spread, special)
+        return parts.view(name).reshape(shape).copy(order)
+    total, stored = FORMATS[name]
+    most = 2 ** (total - 1 - stored) - 1  # the exponent of infinity and NaN
+    exponents = round(place * most) + rng.integers(-spread, spread + 1, shape)
+    bits = np.clip(exponents, 0, most - 1) << stored | rng.integers(0, 2**stored, shape)
+    bits = bits.astype(np.uint64) | rng.integers(0, 2, shape, np.uint64) << np.uint64(total - 1)
+    x = bits.astype(f"u{total // 8}").view(dtype_of(name)).copy(order)
+    for value in special:
+        x[rng.random(shape) < 0.05] = value
+    return x
+
+
+LENGTHS = [n + d for n in (16, 128, 16_384, 131_072) for d in (-1, 0, 1)]
+SHAPES = st.one_of(
+    st.tuples(st.integers(0, 300) | st.sampled_from(LENGTHS)),
+    st.just(()),
+    st.tuples(st.integers(0, 40), st.integers(0, 40)),
+    st.tuples(*[st.integers(1, 9)] * 3),
+)
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "decay_lambda": st.sampled_from([0.0, 1e-4, 0.1, 3.0, 1e-200, 1e200, 1e270]),
+        "trust_coefficient": st.sampled_from([1e-3, 1.0, 1e-150, 1e150]),
+        "eps": st.sampled_from([0.0, 1e-8, 1e-300]),
+        "grad_scale": st.sampled_from([1e-3, 0.1, 3.0, 65536.0, 1e-200]),
+        "adapt": st.booleans(),
+        "trust_clip": st.booleans(),
+    },
+)
+SPECIALS = st.sampled_from([(), (), (), (0.0, -0.0), (np.inf,), (np.nan, -np.inf)])
+
+
+@st.composite
+def arrays(draw):
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    names, shape, order = draw(st.sampled_from(PAIRS)), draw(SHAPES), draw(st.sampled_from("CF"))
+    shape = shape or (1,)
+    w, g = (
+        random_array(
+            rng,
+            name,
+            shape,
+            draw(st.floats(0, 1)),
+            draw(st.sampled_from([0, 2, 3000])),
+            draw(SPECIALS),
+            order,
+        )
+        for name in names
+    )
+    return (w, g) if draw(st.booleans()) or w.size != 1 else (w.reshape(()), g.reshape(()))
+
+
+@given(
+    pair=arrays(),
+    lr=st.sampled_from([0.0, 1e-3, 0.1, 1.0, 1e-290, 1e290]),
+    options=OPTIONS,
+    way=st.sampled_from(["new", "in place", "out", "out is dcdw"]),
+    instruction_set=st.sampled_from(SETS),
+)
+@example(  # on the way both parts of the step leave the range of double, but not their sum
+    pair=(np.array([2e38], np.complex64), np.array([-2e307], np.complex128)),
+    lr=1.0,
+    options={"adapt": False, "decay_lambda": 1e270, "grad_scale": 0.1},
+    way="new",
+    instruction_set=0,
+)
+def test_the_kernel_gives_the_bits_of_its_twin(pair, lr, options, way, instruction_set):
+    w, g = pair
+    expected = without_kernel(w, g, lr, **options)
+    before = w.copy(), g.copy()
+    out = {"new": None, "in place": w, "out": np.empty_like(w), "out is dcdw": g}[way]
+    if out is g and g.dtype != w.dtype:
+        out = None
+    actual = by_kernel(w, g, lr, out=out, instruction_set=instruction_set, **options)
+    assert out is None or actual is out
+    assert_same_bits(actual, expected)
+    for x, old in zip((w, g), before, strict=True):
+        assert x is out or x.tobytes() == old.tobytes()
+    assert out is not None or expected.strides == actual.strides
+
+
+def squares(exponent):
+    """float64 leaves whose squares overflow or vanish; the norms do not."""
+    rng = np.random.default_rng(1)
+    w = random_array(rng, "float64", (600_001,), exponent, 40)
+    return [w], [w[::-1].copy()]
+
+
+def trees():
+    rng = np.random.default_rng(0)
+    few = [random_array(rng, name, (37, 5)) for name in (*FORMATS, "complex64", "complex128")]
+    yield "few", few, [x[::-1].copy() for x in few]
+    for name in FORMATS:
+        w = random_array(rng, name, (2_000_003,))
+        yield f"large {name}", [w, few[2]], [w[::-1].copy(), few[2]]
+    many = [random_array(rng, "float32", (n,)) for n in rng.integers(0, 1900, 2000)]
+    yield "many", many, [x[::-1].copy() for x in many]
+    yield "overflow", *squares(0.9)
+    yield "underflow", *squares(0.1)
+    yield "subnormal", *squares(0.0)
+    largest = [np.full(300_007, 1.7e308), np.array([1.7e308] * 130)]
+    yield "largest", largest, largest  # the step is longer than the largest number
+
+
+@pytest.mark.parametrize(("w", "g"), [pytest.param(w, g, id=name) for name, w, g in trees()])
+def test_instruction_sets_and_threads_give_the_same_bits(w, g):
+    options = {"decay_lambda": 1e-4, "trust_coefficient": 0.5}
+    expected = without_kernel(w, g, 3.0, **options)
+    for instruction_set in SETS:
+        for threads in (1, 2, 3, 8):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(_native.threads, "_chosen", threads)
+                new = by_kernel(w, g, 3.0, instruction_set=instruction_set, **options)
+            for actual, twin in zip(new, expected, strict=True):
+                assert_same_bits(actual, twin)
+            assert np.isfinite(new[0]).any()
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("factor", [1, 3, -1])
+def test_bfloat16_next_to_the_midpoints_of_its_neighbours(factor, instruction_set):
+    """w - lr * g is off the midpoint by 2**-j of half a place, or by none."""
+    bits = np.arange(2**16, dtype=np.uint16)
+    w = bits.view(dtype_of("bfloat16"))
+    g = np.maximum(bits & 0x7F80, 0x80) | (bits & 0x8000)  # the power of two below w, or 2**-126
+    g = (g.astype(np.uint16) ^ (0x8000 if factor < 0 else 0)).view(w.dtype)
+    tie = np.isfinite(w) & ((bits & 0x7F) > 1)  # below a power of two places are half as far
+    for j in (*range(1, 31), 40, 52, None):
+        for sign in (-1, 1):
+            off = 0 if j is None else sign * 2.0**-j
+            lr = abs(factor) * 2.0**-8 * (1 + off)
+            options = {"adapt": False, "instruction_set": instruction_set}
+            actual = by_kernel(w, g, lr, **options)
+            assert_same_bits(actual, without_kernel(w, g, lr, adapt=False))
+            if j is None:
+                assert (actual.view(np.uint16)[tie] % 2 == 0).all()
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("spread", [0, 3, 300])
+def test_bfloat16_of_any_numbers(spread, instruction_set):
+    rng = np.random.default_rng(spread)
+    for place in (0.01, 0.2, 0.5, 0.8, 0.99):
+        w, g = (random_array(rng, "bfloat16", (40_001,), place, spread) for _ in range(2))
+        w[:5] = [0.0, -0.0, 1e-40, -1e-40, 3e38]
+        for lr, decay in ((0.1, 0.0), (rng.random(), 1e-4), (1.0, 0.0), (1e-28, 0.1), (30.0, 1e29)):
+            options = {"decay_lambda": decay, "adapt": bool(rng.integers(2))}
+            actual = by_kernel(w, g, lr, instruction_set=instruction_set, **options)
+            assert_same_bits(actual, without_kernel(w, g, lr, **options))
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_every_number_of_sixteen_bits_is_read_and_written(name, instruction_set):
+    w = np.arange(2**16, dtype=np.uint16).view(dtype_of(name))
+    for lr in (0.0, 0.5):
+        options = {"adapt": False, "instruction_set": instruction_set}
+        assert_same_bits(by_kernel(w, np.zeros_like(w), lr, **options), w)
+    wide = w[np.isfinite(w)].astype(np.float64)
+    read = by_kernel(np.copysign(0, wide), -w[np.isfinite(w)], 1.0, adapt=False)
+    assert_same_bits(read, wide)
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32"])
+def test_doubles_are_rounded_once_to_nearest_even(name, instruction_set):
+    rng = np.random.default_rng(5)
+    total, _ = FORMATS[name]
+    most = np.arange(2 ** (total - 1), step=2 ** (total - 16)).astype(f"u{total // 8}")
+    values = most.view(dtype_of(name))
+    values = values[np.isfinite(values)].astype(np.float64)
+    middle = (values[1:] + values[:-1]) / 2
+    x = np.concatenate([values, middle, np.nextafter(middle, 0), np.nextafter(middle, np.inf)])
+    x = np.concatenate(
+        [x, -x, *(random_array(rng, "float64", (30_000,), 0.5, s) for s in (20, 2000))]
+    )
+    w = np.copysign(0, x).astype(dtype_of(name))
+    with np.errstate(over="ignore"):
+        expected = x.astype(name) if name != "bfloat16" else bfloat16.encode(x).view(w.dtype)
+    actual = by_kernel(w, -x, 1.0, adapt=False, instruction_set=instruction_set)
+    assert_same_bits(actual, expected)

@@ -1,0 +1,285 @@
+"""What the native kernel takes, and what it leaves alone; its walks over nests."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, namedtuple
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_native import dtype_of, run, without_kernel
+
+from lars_tree import Container, LarsTreeError, _native, _tree, lars_update
+from lars_tree._backends.numpy import _as_bits
+from lars_tree._rule import Rule
+
+
+class Subclass(np.ndarray):
+    pass
+
+
+ONES = np.arange(1.0, 7.0)
+OTHER = np.frombuffer(b"\0" + ONES.tobytes(), np.float64, offset=1)  # misaligned, read-only
+BASE = np.arange(1.0, 13.0)
+READ_ONLY = ONES.copy()
+READ_ONLY.flags.writeable = False
+SQUARE = np.arange(1.0, 10.0).reshape(3, 3)
+GRID = np.arange(1.0, 7.0).reshape(2, 3)
+
+
+# w, dcdw, out or None, options; functions, so that each test has its own arrays
+# fmt: off
+CASES = {
+    "read-only out": lambda: (ONES, ONES, READ_ONLY, {}),
+    "read-only w in place": lambda: ([READ_ONLY], [ONES], "w", {}),
+    "out of another dtype": lambda: (ONES, ONES, np.zeros(6, np.float32), {}),
+    "out of another shape": lambda: (ONES, ONES, np.zeros((2, 3)), {}),
+    "integers": lambda: (np.arange(6), ONES, None, {}),
+    "integer gradient": lambda: (ONES, np.arange(6), None, {}),
+    "uint16": lambda: (np.full(6, 16256, np.uint16), np.full(6, 16256, np.uint16), None, {}),
+    "uint16 gradient": lambda: (ONES, np.full(6, 16256, np.uint16), None, {}),
+    "uint16 out": lambda: (*[ONES.astype(dtype_of("bfloat16"))] * 2, np.zeros(6, np.uint16), {}),
+    "complex gradient": lambda: (ONES, ONES + 1j, None, {}),
+    "real gradient": lambda: (ONES + 1j, ONES, None, {}),
+    "long double": lambda: (ONES.astype(np.longdouble), ONES, None, {}),
+    "strided w": lambda: (BASE[::2], ONES, None, {}),
+    "strided in place": lambda: (BASE.copy()[::2], BASE[::2], "w", {}),
+    "reversed in place": lambda: (ONES.copy()[::-1], ONES[::-1], "w", {}),
+    "strided gradient": lambda: (ONES, BASE[::2], None, {}),
+    "strided out": lambda: (ONES, ONES, BASE.copy()[::2], {}),
+    "negative strides": lambda: (ONES[::-1], ONES[::-1], None, {}),
+    "other order": lambda: (GRID, np.asfortranarray(GRID), None, {}),
+    "other order of out": lambda: (GRID, GRID, np.asfortranarray(GRID), {}),
+    "broadcast gradient": lambda: (GRID, GRID[0], None, {}),
+    "stretched gradient": lambda: (GRID, np.broadcast_to(GRID[0], GRID.shape), None, {}),
+    "out overlaps itself": lambda: (
+        GRID, GRID, np.lib.stride_tricks.as_strided(BASE.copy(), (2, 3), (8, 8)), {}
+    ),
+    "byte-swapped w": lambda: (ONES.astype(">f8"), ONES, None, {}),
+    "byte-swapped gradient": lambda: (ONES, ONES.astype(">f4"), None, {}),
+    "misaligned w": lambda: (OTHER, ONES, None, {}),
+    "misaligned gradient": lambda: (ONES, OTHER, None, {}),
+    "subclass": lambda: (ONES.view(Subclass), ONES, None, {}),
+    "masked": lambda: (np.ma.array(ONES), ONES, None, {}),
+    "masked gradient": lambda: (ONES, np.ma.array(ONES), None, {}),
+    "structured": lambda: (np.zeros(6, [("a", "f8")]), ONES, None, {}),
+    "a numpy scalar": lambda: (np.float64(3.0), np.float64(1.0), None, {}),
+    "a number": lambda: (ONES, 1.0, None, {}),
+    "a list of numbers": lambda: ({"a": ONES}, {"a": [1.0]}, None, {}),
+    "layer_axis": lambda: (GRID, GRID[::-1].copy(), None, {"layer_axis": 0}),
+    "nonfinite": lambda: (ONES, ONES * np.inf, None, {"nonfinite": "raise"}),
+    "skip": lambda: (ONES, ONES * np.nan, ONES.copy(), {"nonfinite": "skip"}),
+    "a rate for each": lambda: (ONES, ONES, None, {"lr": ONES / 9}),
+    "overlapping outs": lambda: (
+        [ONES[:3]] * 2, [ONES[:3]] * 2, [(b := BASE.copy())[:3], b[2:5]], {}
+    ),
+    "out is the transposed w": lambda: ((b := SQUARE.copy()), SQUARE, b.T, {}),
+    "out is the transposed dcdw": lambda: (SQUARE, (b := SQUARE.copy()).T, b, {}),
+    "tied weights": lambda: ([(b := ONES.copy()), b], [ONES, ONES], "w", {}),
+    "out is another w": lambda: (
+        [(b := BASE.copy())[:3], b[3:6]], [ONES[:3]] * 2, [b[4:7], b[8:11]], {}
+    ),
+    "out is another dcdw": lambda: (
+        [ONES[:3], ONES[:3]], [(b := BASE.copy())[:3], b[2:5]], [b[2:5], b[5:8]], {}
+    ),
+    "out overlaps dcdw": lambda: (ONES[:4], (b := BASE.copy())[:4], b[1:5], {}),
+    "out is dcdw of other size": lambda: (
+        ONES.astype("f2"), (b := BASE.astype("f4"))[:6], b.view("f2")[:6], {}
+    ),
+    "an array for None": lambda: ([None, ONES], [ONES, ONES], None, {}),
+    "None for an array, out": lambda: ([ONES], [ONES], [None], {}),
+    "no gradient": lambda: ([ONES, ONES], [None, ONES], None, {}),
+    "tied, no gradient": lambda: ([(b := ONES.copy()), b], [ONES, None], "w", {}),
+    "masked, no gradient": lambda: ([ONES.copy(), np.ma.array(ONES)], [ONES, None], "w", {}),
+}
+# fmt: on
+
+
+def build(case):
+    w, g, out, options = CASES[case]()
+    out = w if isinstance(out, str) else out
+    return w, g, out, options, [x for tree in (w, g, out) for x in _tree.leaves(tree)]
+
+
+def shown(xs):
+    return [(type(x), getattr(x, "dtype", None), repr(np.asarray(x).tolist())) for x in xs]
+
+
+def outcome(update, case):
+    """The result, or the error; and all memory that was given."""
+    w, g, out, options, given = build(case)
+    try:
+        new = shown(_tree.leaves(update(w, g, options.pop("lr", 0.1), out=out, **options)))
+    except LarsTreeError as error:
+        new = f"{type(error).__name__}: {error}"
+    return new, shown(given)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_not_plain_goes_the_long_way(case):
+    assert outcome(lars_update, case) == outcome(without_kernel, case)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_not_plain_is_left_alone_by_the_kernel(case):
+    w, g, out, options, given = build(case)
+    before = shown(given)
+    outs = None if out is None else _tree.leaves(out)
+    rules = [Rule(**{"lr": 0.1, **options})] * len(_tree.leaves(w))
+    news = update_plain(_tree.leaves(w), _tree.leaves(g), outs, rules)
+    if "no gradient" not in case:
+        assert news is None
+        assert shown(given) == before
+
+
+def update_plain(ws, dcdws, outs, rules):
+    types = (np.ndarray,)
+    return _native.update(ws, dcdws, outs, rules, types=types, make=np.empty_like, as_bits=_as_bits)
+
+
+def test_the_kernel_wants_lists_of_one_length():
+    one = [ONES]
+    rules = [Rule(0.1)]
+    assert update_plain(one, one, None, rules)[0].tolist() == (ONES * 0.9).tolist()
+    for lists in (
+        (one, [], None, rules),
+        (one, one, [], rules),
+        (one, one, None, []),
+        ([], one, None, []),
+    ):
+        with pytest.raises(ValueError, match="one length"):
+            update_plain(*lists)
+
+
+class Interrupt(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("name", ["make", "begin", "as_bits"])
+def test_what_a_callback_raises_is_raised_and_nothing_is_written(name):
+    """As a signal handler may, which Python runs in them."""
+
+    def interrupt(*_):
+        raise Interrupt
+
+    w = ONES.astype(dtype_of("bfloat16"))
+    callbacks = {"make": np.empty_like, "as_bits": _as_bits, name: interrupt}
+    outs = None if name == "make" else [w]
+    with pytest.raises(Interrupt):
+        _native.update([w], [w.copy()], outs, [Rule(0.5)], types=(np.ndarray,), **callbacks)
+    assert w.tolist() == ONES.tolist()
+
+
+# ---- Walks over nests
+
+Pair = namedtuple("Pair", ["a", "b"])
+
+
+class Reversed(dict):
+    def __iter__(self):
+        return iter(reversed(list(super().__iter__())))
+
+    def keys(self):
+        return list(self)
+
+    def values(self):
+        return [self[key] for key in self]
+
+    def items(self):
+        return [(key, self[key]) for key in self]
+
+
+class Named(dict):
+    pass
+
+
+def moved(items):
+    new = OrderedDict(items)
+    if new:
+        new.move_to_end(next(iter(new)))
+    return new
+
+
+KEYS = st.sampled_from(["a", "b", "c", "d", "items"])
+DICTS = [dict, dict, Container, Container, Named, OrderedDict, moved, Reversed]
+LEAVES = st.builds(object) | st.builds(object) | st.none()  # no two are equal
+
+
+def nodes(children):
+    lists = st.lists(children, max_size=3)
+    dicts = st.dictionaries(KEYS, children, max_size=4)
+    return (
+        st.builds(lambda make, x: make(x), st.sampled_from(DICTS), dicts)
+        | st.builds(lambda make, x: make(x), st.sampled_from([list, tuple]), lists)
+        | st.builds(Pair, children, children)
+    )
+
+
+@st.composite
+def prefixes(draw, tree):
+    """Often a prefix of the tree, with nodes of other types and keys in another order."""
+    if _tree.is_leaf(tree):
+        return draw(LEAVES)
+    change = draw(st.integers(0, 15))
+    if change < 2:
+        return draw(LEAVES if change else nodes(LEAVES))
+    pairs = [(key, draw(prefixes(child))) for key, child in _tree.children(tree)]
+    if not isinstance(tree, dict):
+        return draw(st.sampled_from([list, tuple]))(child for _, child in pairs)
+    if change == 2:
+        pairs = pairs[1:]
+    elif change == 3:
+        pairs.append(("e", 0))
+    return draw(st.sampled_from(DICTS))(draw(st.permutations(pairs)))
+
+
+def walked(tree, prefix, exact):
+    found = _tree.leaves(tree)
+    values = []
+    matched = _tree._match(tree, prefix, values, exact)
+    return found, matched, values if matched else None
+
+
+@settings(max_examples=300)
+@given(tree=nodes(st.recursive(LEAVES, nodes, max_leaves=10)), data=st.data(), exact=st.booleans())
+def test_the_native_walks_find_what_their_twins_find(tree, data, exact):
+    prefix = data.draw(prefixes(tree))
+    actual = walked(tree, prefix, exact)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_native, "kernel", None)
+        expected = walked(tree, prefix, exact)
+    assert actual == expected
+
+
+@pytest.mark.parametrize("limit", [1000, 10**7])
+@pytest.mark.parametrize("node", ["[tree]", "(tree,)", "{'a': tree}"])
+def test_a_nest_may_be_too_deep_but_does_not_end_the_process(node, limit):
+    code = f"""if 1:
+        import sys
+        from lars_tree import _tree
+        sys.setrecursionlimit({limit})
+        tree = 1
+        for _ in range(100_000):
+            tree = {node}
+        for walk in (_tree.leaves, lambda tree: _tree.broadcast("dcdw", tree, tree)):
+            try:
+                print(walk(tree) == [1])
+            except RecursionError:
+                print(True)"""
+    assert run(code) == ["True", "True"]
+
+
+@pytest.mark.parametrize(
+    "change", [dict.clear, lambda x: x.update(d=4), lambda x: x.pop("c", None)]
+)
+@pytest.mark.parametrize("walk", [_tree.leaves, lambda x: _tree.broadcast("dcdw", x, dict(x))])
+def test_a_dict_that_changes_while_it_is_read(walk, change):
+    class Meddling(list):
+        def __iter__(self):
+            change(tree)
+            return super().__iter__()
+
+    tree = {"a": 1, "b": Meddling([2]), "c": 3}
+    with pytest.raises(RuntimeError, match="change"):
+        walk(tree)

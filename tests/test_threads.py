@@ -1,0 +1,319 @@
+"""How many threads there are, and what goes on beside a native call: forks, float modes."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from conftest import CI, need
+
+import lars_tree
+from lars_tree import OptionError, _native, get_num_threads, lars_update, set_num_threads
+from lars_tree._native import threads
+
+OFF = os.environ.get("LARS_TREE_NATIVE") == "0"
+with_kernel = pytest.mark.skipif(
+    _native.kernel is None and (not CI or OFF), reason="the native kernel was not built, or is off"
+)
+
+
+@pytest.fixture(autouse=True)
+def _as_before():
+    yield
+    set_num_threads(None)
+
+
+def run(code, **variables):
+    environment = {k: v for k, v in os.environ.items() if k != "LARS_TREE_NUM_THREADS"}
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment | variables,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+# ---- How many
+
+
+def test_the_number_is_the_one_set_or_the_default():
+    default = get_num_threads()
+    set_num_threads(3)
+    assert get_num_threads() == 3
+    set_num_threads(None)
+    assert get_num_threads() == default >= 1
+
+
+@pytest.mark.parametrize("n", [0, -1, 1.0, True, "2", np.int64(2), [1]])
+def test_what_is_no_number_of_threads_is_refused(n):
+    set_num_threads(2)
+    with pytest.raises(OptionError, match="whole number of threads >= 1 or None, got"):
+        set_num_threads(n)
+    assert get_num_threads() == 2
+
+
+@pytest.mark.parametrize("n", [10**9, 2**63, 10**30])
+def test_more_threads_than_there_could_be(n):
+    set_num_threads(n)
+    assert get_num_threads() == n
+    assert lars_update(np.ones(3), np.ones(3), 0.5).tolist() == [0.5] * 3
+
+
+PRINT = """if 1:
+    import lars_tree
+    try:
+        print(lars_tree.get_num_threads())
+    except lars_tree.OptionError as error:
+        print(error)"""
+
+
+def test_the_environment_gives_the_default():
+    assert run(PRINT, LARS_TREE_NUM_THREADS="7") == "7"
+    assert run(PRINT) == str(threads.cores())
+    for text in ("0", "-1", "two", "", "1.5"):
+        expected = f"LARS_TREE_NUM_THREADS: expected a whole number >= 1, got {text!r}"
+        assert run(PRINT, LARS_TREE_NUM_THREADS=text) == expected
+
+
+# The lines of /proc/self/cgroup, the files below /sys/fs/cgroup, and the cores that they leave
+GROUPS = {
+    "none": ("", {}, 16),
+    "v2": ("0::/app", {"app/cpu.max": "300000 100000\n"}, 3),
+    "v2, a part of a core": ("0::/app", {"app/cpu.max": "250000 100000\n"}, 3),
+    "v2, less than a core": ("0::/app", {"app/cpu.max": "20000 100000\n"}, 1),
+    "v2, no limit": ("0::/app", {"app/cpu.max": "max 100000\n"}, 16),
+    "v2, more than there are": ("0::/app", {"app/cpu.max": "9900000 100000\n"}, 16),
+    "v2, above": ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "200000 100000"}, 2),
+    "v2, the root": ("0::/a/b", {"cpu.max": "400000 100000"}, 4),
+    "v2, not cpu.max": ("0::/a", {"a/cpu.max": "what"}, 16),
+    "v1": (
+        "5:cpu,cpuacct:/app\n3:memory:/app",
+        {
+            "cpu,cpuacct/app/cpu.cfs_quota_us": "500000\n",
+            "cpu,cpuacct/app/cpu.cfs_period_us": "100000\n",
+        },
+        5,
+    ),
+    "v1, no limit": (
+        "5:cpu:/app",
+        {"cpu/app/cpu.cfs_quota_us": "-1\n", "cpu/app/cpu.cfs_period_us": "100000\n"},
+        16,
+    ),
+    "v1, another controller": (
+        "5:cpuset:/app",
+        {"cpuset/app/cpu.cfs_quota_us": "1\n", "cpuset/app/cpu.cfs_period_us": "1\n"},
+        16,
+    ),
+    "both": (
+        "1:name=systemd:/app\n2:cpu:/app\n0::/app",
+        {
+            "cpu/cpu.cfs_quota_us": "600000",
+            "cpu/cpu.cfs_period_us": "100000",
+            "app/cpu.max": "max 100000",
+        },
+        6,
+    ),
+    "a colon in the name": ("0::/a:b", {"a:b/cpu.max": "300000 100000\n"}, 3),
+}
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_control_groups_limit_the_cores(tmp_path, monkeypatch, case):
+    lines, files, expected = GROUPS[case]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    contents = {"proc/self/cgroup": lines} | {f"sys/fs/cgroup/{k}": v for k, v in files.items()}
+    for name, text in contents.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert threads.cores(tmp_path) == expected
+
+
+def test_without_control_groups_the_affinity_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 7}, raising=False)
+    assert threads.cores(tmp_path) == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert threads.cores(tmp_path) == os.cpu_count()
+
+
+# ---- Beside a call
+
+
+@with_kernel
+def test_other_threads_run_during_a_call(monkeypatch):
+    """Python itself hands over to no other thread here: only the call can let one run."""
+    count, stop, seen = 0, threading.Event(), []
+
+    def beside():
+        nonlocal count
+        while not stop.is_set():
+            count += 1
+            time.sleep(1e-4)
+
+    class Watched:
+        collect, match = _native.kernel.collect, _native.kernel.match
+
+        def update(self, *args):
+            before = count
+            news = kernel.update(*args)
+            seen.append((before, count, news is not None))
+            return news
+
+    kernel = _native.kernel
+    monkeypatch.setattr(_native, "kernel", Watched())
+    w = [np.ones(1_000_000, np.float32)] * 4
+    interval = sys.getswitchinterval()
+    thread = threading.Thread(target=beside)
+    thread.start()
+    try:
+        sys.setswitchinterval(100)
+        while len(seen) < 100 and not (seen and seen[-1][1] > seen[-1][0]):
+            lars_update(w, w, 0.1)
+    finally:
+        stop.set()
+        sys.setswitchinterval(interval)
+        thread.join()
+    assert seen[-1][1] > seen[-1][0]
+    assert seen[-1][2]
+
+
+@with_kernel
+@pytest.mark.parametrize("number", [1, 3])
+def test_updates_in_place_by_many_threads_are_all_counted(number):
+    set_num_threads(number)
+    w = [np.zeros(600_000, np.float32), np.zeros(10)]
+    g = [-np.ones_like(x) for x in w]
+    start = threading.Barrier(4)
+
+    def work():
+        start.wait()
+        for _ in range(40):
+            lars_update(w, g, 1.0, adapt=False, out=w)
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [np.unique(x).tolist() for x in w] == [[160.0], [160.0]]
+
+
+STEP = """
+import os, sys, threading
+import numpy as np, lars_tree
+rng = np.random.default_rng(0)
+w = [rng.normal(size=n).astype(np.float32) for n in (900_000, 3, 700)]
+g = [x[::-1].copy() for x in w]
+def step():
+    import zlib
+    new = lars_tree.lars_update(w, g, 0.1, decay_lambda=0.01)
+    return zlib.crc32(b"".join(x.tobytes() for x in new))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_steps_too():
+    """Also where another thread held the lock of updates in place when the fork came."""
+    code = f"""{STEP}
+lars_tree.set_num_threads(4)
+busy, stop = threading.Event(), threading.Event()
+def work():
+    while not stop.is_set():
+        lars_tree.lars_update(out, g, 0.0, out=out)
+        busy.set()
+out = [x.copy() for x in w]
+thread = threading.Thread(target=work)
+thread.start()
+busy.wait()
+expected = step()
+for _ in range(5):
+    child = os.fork()
+    if not child:
+        lars_tree.lars_update(out, g, 0.0, out=out)
+        os._exit(step() != expected)
+    assert os.waitpid(child, 0)[1] == 0
+stop.set()
+thread.join()
+print(step() == expected)"""
+    assert run(code) == "True"
+
+
+@with_kernel
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is that of Linux")
+def test_where_the_system_gives_no_threads_one_does_the_work():
+    code = f"""{STEP}
+import resource
+lars_tree.set_num_threads(1)  # the system keeps the stacks of threads that were
+expected = step()
+lars_tree.set_num_threads(8)
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 7 * 2**20,) * 2)
+try:
+    threading.Thread(target=print).start()
+    print("the limit does not hold")
+except RuntimeError:
+    lars_tree.lars_update(w, g, 0.1, decay_lambda=0.01, out=w)
+    import zlib
+    print(zlib.crc32(b"".join(x.tobytes() for x in w)) == expected)"""
+    assert run(code) == "True"
+
+
+def test_without_the_kernel_the_bits_are_the_same():
+    code = f"{STEP}\nprint(lars_tree.native_available(), step())"
+    on, off = run(code, LARS_TREE_NATIVE="1").split(), run(code, LARS_TREE_NATIVE="0").split()
+    assert off == ["False", on[1]]
+    assert on[0] == str(_native.kernel is not None or OFF)
+    assert run(f"{STEP}\nlars_tree.set_num_threads(3)\nprint(step())") == on[1]
+
+
+# ---- The floating-point environment
+
+SMALL = np.random.default_rng(0).integers(1, 2**23, 600_000, np.uint32).view(np.float32)
+
+
+def stepped():
+    return [lars_update(w, w[::-1].copy(), 0.1, trust_coefficient=0.5) for w in (SMALL, SMALL[:99])]
+
+
+@with_kernel
+def test_flushing_subnormal_numbers_does_not_matter():
+    torch = need("torch")
+    set_num_threads(3)
+    expected = stepped()
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormal numbers to zero")
+    try:
+        actual = stepped()
+        flushed = [np.float32(x) * np.float32(1) for x in SMALL[:3]]
+    finally:
+        torch.set_flush_denormal(False)
+    assert flushed == [0, 0, 0]  # as the caller wanted it
+    assert [x.tobytes() for x in actual] == [x.tobytes() for x in expected]
+    assert all(x.any() for x in actual)
+
+
+@with_kernel
+@pytest.mark.skipif(sys.platform != "linux", reason="FE_UPWARD is looked up nowhere else")
+def test_the_rounding_mode_does_not_matter():
+    libm = ctypes.CDLL(ctypes.util.find_library("m"))
+    upward = 0x800 if os.uname().machine == "x86_64" else 0x400000
+    set_num_threads(3)
+    expected = stepped()
+    assert libm.fesetround(upward) == 0
+    try:
+        actual = stepped()
+        mode = libm.fegetround()
+    finally:
+        libm.fesetround(0)
+    assert mode == upward
+    assert [x.tobytes() for x in actual] == [x.tobytes() for x in expected]
+    assert lars_tree.native_available()
