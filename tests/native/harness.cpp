@@ -1,0 +1,323 @@
+// Checks of kernel.hpp, without Python: nothing beyond an array is touched, inputs stay as they
+// are, and neither the instruction set nor threads change a bit. Stops at the first difference.
+//
+//     g++ -std=c++17 -O2 -ffp-contract=off -pthread -I lars_tree/_native tests/native/harness.cpp
+//     ./a.out [quick]
+//
+// sanitize.sh builds it with sanitizers; without one it is a test of its own.
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "kernel.hpp"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(start, bytes) ((void)(start), (void)(bytes))
+#define ASAN_UNPOISON_MEMORY_REGION(start, bytes) ((void)(start), (void)(bytes))
+#endif
+
+namespace {
+
+using namespace lars;
+
+[[noreturn]] void fail(const char* text, ...) {
+    std::va_list values;
+    va_start(values, text);
+    std::vfprintf(stderr, text, values);
+    std::fputc('\n', stderr);
+    std::_Exit(1);  // other threads may be at work
+}
+
+const Format all_formats[formats] = {float16, bfloat16, float32, float64};
+const char* const names[formats] = {"float16", "bfloat16", "float32", "float64"};
+
+std::size_t item_size(Format format) { return Vector::item_size(format); }
+
+// ---- Numbers and rules
+
+enum Range { moderate, any, largest_ones };
+enum { ranges = 3 };
+
+// Elements of a format; of the range `any` all bits are random, but for infinities and NaN.
+class Numbers {
+public:
+    Numbers(Format format, Range range, std::size_t size, unsigned seed)
+        : bytes(size * item_size(format)) {
+        std::mt19937_64 random(seed);
+        for (std::size_t i = 0; i < size; ++i) put(format, range, i, random());
+    }
+
+    std::vector<char> bytes;
+
+private:
+    void put(Format format, Range range, std::size_t i, std::uint64_t bits) {
+        const double share = static_cast<double>(bits >> 11) * power_of_two(-53);  // in [0, 1)
+        const double large[formats] = {6e4, 3e38, 3e38, 1.7e308};
+        const double number = range == moderate ? share - 0.5 : (bits & 1 ? 1 : -1) * large[format];
+        switch (format) {
+            case float16: return put<Half>(range, i, number, bits, 0x7c00);
+            case bfloat16: return put<Brain>(range, i, number, bits, 0x7f80);
+            case float32: return put<float>(range, i, number, bits, 0x7f800000);
+            case float64: return put<double>(range, i, number, bits, std::uint64_t{0x7ff} << 52);
+        }
+    }
+
+    template <class T>
+    void put(Range range, std::size_t i, double number, std::uint64_t bits, std::uint64_t special) {
+        T item;
+        write(item, number);
+        if (range == any && (bits & special) != special) std::memcpy(&item, &bits, sizeof item);
+        std::memcpy(&bytes[i * sizeof item], &item, sizeof item);
+    }
+};
+
+// lr, decay_lambda, trust_coefficient, eps, grad_scale, adapt, trust_clip
+const Rule rules[] = {
+    {0.1, 0, 1, 0, 1, true, false},       {0.1, 1e-2, 1, 1e-8, 1024, true, false},
+    {0.1, 0.5, 3, 0, 1, true, true},      {1e-3, 0, 1, 0, 1, false, false},
+    {1e-3, 1e-2, 1, 0, 1, false, false},  {1e-300, 0, 1e-5, 0, 1e-280, true, false},
+    {1e300, 1e-200, 1e-280, 0, 1, true, false},
+};
+const std::size_t rule_count = sizeof rules / sizeof rules[0];
+
+std::vector<InstructionSet> instruction_sets() {
+    std::vector<InstructionSet> sets;
+    for (int set = no_set; set <= best_set(); ++set) {
+        sets.push_back(static_cast<InstructionSet>(set));
+    }
+    return sets;
+}
+
+// ---- Arrays between guards
+
+// Room for one array, wherever it is to start. AddressSanitizer sees reads of the guards too.
+class Room {
+public:
+    explicit Room(std::size_t most_bytes) : memory(most_bytes + 2 * guard + 2 * line) {
+        const std::uintptr_t start = reinterpret_cast<std::uintptr_t>(memory.data());
+        aligned = memory.data() + (line - start % line) % line;
+    }
+    ~Room() { ASAN_UNPOISON_MEMORY_REGION(memory.data(), memory.size()); }
+
+    // A copy of these bytes, `offset` bytes beyond a place that is aligned to 64.
+    char* put(const char* bytes, std::size_t size, std::size_t offset) {
+        ASAN_UNPOISON_MEMORY_REGION(memory.data(), memory.size());
+        start = aligned + guard + offset;
+        end = start + size;
+        std::memset(aligned, filling, start - aligned);
+        std::memset(end, filling, guard);
+        std::memcpy(start, bytes, size);
+        ASAN_POISON_MEMORY_REGION(aligned, start - aligned);
+        ASAN_POISON_MEMORY_REGION(end, guard);
+        return start;
+    }
+
+    bool guards_are_untouched() {
+        ASAN_UNPOISON_MEMORY_REGION(memory.data(), memory.size());
+        return is_filling(aligned, start) && is_filling(end, end + guard);
+    }
+
+private:
+    static const std::size_t guard = 256, line = 64;
+    static const char filling = 0x5a;
+
+    static bool is_filling(const char* from, const char* to) {
+        return *from == filling && std::memcmp(from, from + 1, to - from - 1) == 0;
+    }
+
+    std::vector<char> memory;
+    char *aligned, *start = nullptr, *end = nullptr;
+};
+
+// The same step at one place after the other, by each instruction set, against one by no_set.
+class Places {
+public:
+    Places(Format w_format, Format dcdw_format, Range range)
+        : w_format(w_format),
+          dcdw_format(dcdw_format),
+          w_numbers(w_format, range, most, 1),
+          dcdw_numbers(dcdw_format, range, most, 2) {}
+
+    void check(std::size_t size, const Rule& rule) {
+        const std::size_t item = item_size(w_format);
+        expected.assign(size * item + 1, 0);
+        std::vector<char> w(w_numbers.bytes), dcdw(dcdw_numbers.bytes);
+        step_one({w.data(), dcdw.data(), expected.data(), size, w_format, dcdw_format, &rule},
+                 no_set);
+        for (InstructionSet set : instruction_sets()) {
+            for (std::size_t offset = 0; offset < 64; offset += item) {
+                check(size, rule, set, offset, "neither");
+                check(size, rule, set, offset, "w");
+                if (w_format == dcdw_format) check(size, rule, set, offset, "dcdw");
+            }
+        }
+    }
+
+    static const std::size_t most = 256;
+
+private:
+    static void step_one(const Layer& layer, InstructionSet set) { step(&layer, 1, 1, set); }
+
+    void check(std::size_t size, const Rule& rule, InstructionSet set, std::size_t offset,
+               const char* in_place) {
+        const std::size_t bytes = size * item_size(w_format);
+        const std::size_t dcdw_bytes = size * item_size(dcdw_format);
+        const bool over_w = in_place[0] == 'w', over_dcdw = in_place[0] == 'd';
+        char* w = w_room.put(w_numbers.bytes.data(), bytes, offset);
+        char* dcdw = dcdw_room.put(dcdw_numbers.bytes.data(), dcdw_bytes,
+                                   (offset + size) * item_size(dcdw_format) % 64);
+        std::vector<char> zeros(bytes + 1);
+        char* out = over_w      ? w
+                    : over_dcdw ? dcdw
+                                : out_room.put(zeros.data(), bytes, (3 * offset + bytes) % 64);
+        step_one({w, dcdw, out, size, w_format, dcdw_format, &rule}, set);
+
+        const char* wrong = nullptr;
+        if (!w_room.guards_are_untouched() || !dcdw_room.guards_are_untouched() ||
+            (out != w && out != dcdw && !out_room.guards_are_untouched())) {
+            wrong = "memory beyond an array was written";
+        } else if (!over_w && std::memcmp(w, w_numbers.bytes.data(), bytes) != 0) {
+            wrong = "w was written";
+        } else if (!over_dcdw && std::memcmp(dcdw, dcdw_numbers.bytes.data(), dcdw_bytes) != 0) {
+            wrong = "dcdw was written";
+        } else if (std::memcmp(out, expected.data(), bytes) != 0) {
+            wrong = "other bits than those of instruction set 0";
+        }
+        if (wrong) {
+            fail("%s: w %s, dcdw %s, size %zu, offset %zu, set %d, rule %d, out over %s", wrong,
+                 names[w_format], names[dcdw_format], size, offset, static_cast<int>(set),
+                 static_cast<int>(&rule - rules), in_place);
+        }
+    }
+
+    const Format w_format, dcdw_format;
+    const Numbers w_numbers, dcdw_numbers;
+    std::vector<char> expected;
+    Room w_room{most * 8}, dcdw_room{most * 8}, out_room{most * 8};
+};
+
+void check_places(bool quick) {
+    std::size_t steps = 0;
+    for (Format w_format : all_formats) {
+        for (Format dcdw_format : all_formats) {
+            for (int range = 0; range < ranges; ++range) {
+                Places places(w_format, dcdw_format, static_cast<Range>(range));
+                for (std::size_t size = 0; size <= Places::most; ++size) {
+                    const bool is_near_block = (size + 1) % block <= 2;
+                    if (quick && !is_near_block && (size + range) % 16 != 0) continue;
+                    places.check(size, rules[steps++ % rule_count]);
+                }
+            }
+        }
+    }
+    std::printf("%zu steps, each at all places: guards and bits are right\n", steps);
+}
+
+// ---- Threads
+
+// Layers of their own memory. Two of the same seed hold the same numbers.
+class Model {
+public:
+    explicit Model(unsigned seed) {
+        const std::size_t chunk = smallest_chunk;
+        add(whole + 1, float32, float32, moderate, 0);
+        add(3 * whole + 777, bfloat16, bfloat16, moderate, 1);
+        add(2 * whole + 5, float64, float64, largest_ones, 2);  // squares are summed again, scaled
+        add(whole + chunk, float16, float32, moderate, 3);      // adapt is off
+        add(6 * whole + 333, bfloat16, bfloat16, moderate, 2);
+        add(whole + chunk - 1, float64, float32, any, 1);
+        add(2 * whole, float32, float64, any, 4);
+        add(whole, float32, bfloat16, moderate, 0);  // the largest that one thread steps whole
+        for (std::size_t i = 0; i < 240; ++i) {
+            add(i * i % 401, all_formats[i % 4], all_formats[i / 4 % 4],
+                static_cast<Range>(i % ranges), i % rule_count);
+        }
+        for (std::size_t i = 0; i < specs.size(); ++i) {
+            const Spec& spec = specs[i];
+            w.push_back(Numbers(spec.w_format, spec.range, spec.size, seed++).bytes);
+            dcdw.push_back(Numbers(spec.dcdw_format, spec.range, spec.size, seed++).bytes);
+        }
+        first = out = w;
+    }
+
+    void restart() { w = out = first; }
+
+    // Steps all layers in this order, in place or not; then the weights are the new ones.
+    void step(const std::vector<std::size_t>& order, bool in_place, std::size_t threads,
+              InstructionSet set) {
+        std::vector<Layer> layers;
+        for (std::size_t i : order) {
+            const Spec& spec = specs[i];
+            char* result = (in_place ? w : out)[i].data();
+            layers.push_back({w[i].data(), dcdw[i].data(), result, spec.size, spec.w_format,
+                              spec.dcdw_format, &rules[spec.rule]});
+        }
+        lars::step(layers.data(), layers.size(), threads, set);
+        if (!in_place) w.swap(out);
+    }
+
+    std::size_t size() const { return specs.size(); }
+
+    std::vector<std::vector<char>> w, dcdw, out, first;
+
+private:
+    struct Spec {
+        std::size_t size;
+        Format w_format, dcdw_format;
+        Range range;
+        std::size_t rule;
+    };
+
+    void add(std::size_t size, Format w_format, Format dcdw_format, Range range, std::size_t rule) {
+        specs.push_back({size, w_format, dcdw_format, range, rule});
+    }
+
+    std::vector<Spec> specs;
+};
+
+void check_threads(int steps, unsigned seed) {
+    const std::size_t thread_counts[] = {1, 2, 3, 8};
+    Model by_one(seed), by_many(seed);
+    std::vector<std::size_t> order, shuffled;
+    for (std::size_t i = 0; i < by_one.size(); ++i) order.push_back(i);
+    shuffled = order;
+    std::mt19937 random(seed);
+    for (int i = 0; i < steps; ++i) {
+        if (i % 8 == 0) {  // before all numbers that can overflow have done so
+            by_one.restart();
+            by_many.restart();
+        }
+        const std::size_t threads = thread_counts[i % 4];
+        const bool in_place = random() % 2;
+        std::shuffle(shuffled.begin(), shuffled.end(), random);
+        by_one.step(order, in_place, 1, best_set());
+        by_many.step(shuffled, in_place, threads, best_set());
+        for (std::size_t layer : order) {
+            if (by_one.w[layer] != by_many.w[layer] || by_one.dcdw[layer] != by_many.dcdw[layer]) {
+                fail("step %d, layer %zu: %zu threads give other bits than one", i, layer, threads);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    const bool quick = count == 2 && std::strcmp(arguments[1], "quick") == 0;
+    if (count > 1 && !quick) fail("usage: %s [quick]", arguments[0]);
+    check_places(quick);
+    const int steps = quick ? 24 : 400;
+    check_threads(steps, 1);
+    std::printf("%d steps of 1, 2, 3 and 8 threads: the same bits\n", steps);
+    std::thread other([steps] { check_threads(steps / 2, 2); });
+    check_threads(steps / 2, 3);
+    other.join();
+    std::printf("two callers at once: the same bits\n");
+    return 0;
+}

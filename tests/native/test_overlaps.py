@@ -1,0 +1,176 @@
+"""Inputs and `out` as views of one buffer that overlap at random, the way numpy tests its own.
+
+Each call is refused with nothing written, or does what it does to copies that do not overlap.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from conftest import CI, need
+from numpy.lib.stride_tricks import as_strided
+
+from lars_tree import OutError, lars_update, native_available
+
+BLOCKS = 10  # of cases, for tests that run in parallel
+NUMPY_CASES, TORCH_CASES = 10_000 // BLOCKS, 1_000 // BLOCKS
+ROOM = 640  # numbers of 4 bytes in the buffer
+
+
+@pytest.fixture(autouse=True)
+def _kernel():
+    if not native_available():
+        assert not CI or os.environ.get("LARS_TREE_NATIVE") == "0", "the kernel was not built"
+        pytest.skip("the native kernel is not built")
+
+
+class View:
+    """A view of any buffer: its dtype, shape, strides (in items) and start (in bytes)."""
+
+    def __init__(self, random, shape, dtype, *, least_stride, written):
+        self.dtype, self.shape = np.dtype(dtype), shape
+        if random.random() < 0.5:  # without gaps, as most arrays are
+            order = random.permutation(len(shape)) if random.random() < 0.3 else range(len(shape))
+            strides, extent = [0] * len(shape), 1
+            for axis in reversed(order):
+                strides[axis] = extent
+                extent *= shape[axis]
+        else:
+            strides = [int(s) for s in random.integers(-3, 9, len(shape))]
+            if random.random() < 0.7:  # fewer that overlap themselves
+                strides = [s if s or not written else 1 for s in strides]
+        self.strides = [max(s, least_stride) for s in strides]
+        steps = [(n - 1) * s for n, s in zip(shape, self.strides, strict=True)]
+        below, above = (sum(x for x in steps if x * sign > 0) for sign in (-1, 1))
+        size = self.dtype.itemsize
+        # Mostly near each other, and one time in four exactly at one place.
+        most = ROOM * 4 // size - above + below - 1
+        start = min(most, int(random.choice([0, 0, *random.integers(0, 12, 4), most])))
+        self.start = (start - below) * size
+        items = [
+            self.start + size * sum(i * s for i, s in zip(index, self.strides, strict=True))
+            for index in np.ndindex(*shape)
+        ]
+        self.overlaps_itself = len(set(items)) < len(items)
+        self.bytes = {item + i for item in items for i in range(size)}
+
+    def of(self, buffer):
+        strides = [s * self.dtype.itemsize for s in self.strides]
+        return as_strided(buffer[self.start // 4 :].view(self.dtype), self.shape, strides)
+
+    def of_torch(self, buffer):
+        torch = need("torch")
+        start = self.start // self.dtype.itemsize
+        whole = buffer.view(getattr(torch, self.dtype.name))
+        return whole.as_strided(self.shape, self.strides, start)
+
+    @property
+    def has_plain_order(self):
+        """Whether copies have their items in the same order in memory."""
+        return (
+            self.strides == sorted(self.strides, reverse=True) and min(self.strides, default=1) > 0
+        )
+
+
+class Case:
+    """A call on views of one buffer: trees of one or two leaves, at times with `out` the very w."""
+
+    def __init__(self, seed, least_stride=-3):
+        random = np.random.default_rng(seed)
+        self.buffer = random.normal(size=ROOM).astype(np.float32)  # fine as float64 numbers too
+        self.w, self.dcdw, self.out = {}, {}, {}
+        for key in ["a", "b"][: random.integers(1, 3)]:
+            shape = [(4,), (16,), (33,), (2, 3), (3, 4), (5, 1), (2, 2, 3), ()][random.integers(8)]
+            w_dtype, dcdw_dtype = random.choice(["f4", "f4", "f8"], 2)
+
+            def view(shape, dtype, written=False):
+                return View(random, shape, dtype, least_stride=least_stride, written=written)
+
+            self.w[key] = view(shape, w_dtype)
+            broadcast = shape[1:] if shape and random.random() < 0.1 else shape
+            self.dcdw[key] = view(broadcast, dcdw_dtype) if random.random() < 0.95 else None
+            self.out[key] = view(shape, w_dtype, written=True)
+            if random.random() < 0.2:
+                self.out[key] = self.w[key]
+            elif random.random() < 0.1 and broadcast == shape and w_dtype == dcdw_dtype:
+                self.out[key] = self.dcdw[key] or self.out[key]
+        if random.random() < 0.2:
+            self.out = self.w
+        self.options = {"decay_lambda": random.choice([0.0, 0.1]), "adapt": random.random() < 0.9}
+
+    def must_be_refused(self):
+        outs = [self.out[key] for key in self.w if not (self.out is self.w and not self.dcdw[key])]
+        shared = len(self.w) == 2 and self.out["a"].bytes & self.out["b"].bytes
+        return bool(shared) or any(out.overlaps_itself for out in outs)
+
+    def tolerance(self, key, w, dcdw):
+        """None for the same bits; the last bit may differ where the memory order does."""
+        views = [x for x in (self.w[key], self.dcdw[key]) if x]
+        if all(x.has_plain_order for x in views) and len({x.shape for x in views}) == 1:
+            return None
+        eps = np.finfo(self.w[key].dtype).eps
+        return eps * max(np.abs(x).max(initial=0) for x in (w, dcdw) if x is not None)
+
+
+def run(case, buffer, view, copy, to_numpy):
+    """Whether the call was made rather than refused; fails if it was neither, or wrong."""
+    before = to_numpy(buffer).copy()
+
+    def tree(views):
+        return {key: x and view(x, buffer) for key, x in views.items()}
+
+    w, dcdw = tree(case.w), tree(case.dcdw)
+    out = w if case.out is case.w else tree(case.out)
+    copies = [{k: None if x is None else copy(x) for k, x in t.items()} for t in (w, dcdw)]
+    expected = lars_update(*copies, 0.1, **case.options)
+    try:
+        returned = lars_update(w, dcdw, 0.1, out=out, **case.options)
+    except OutError:
+        assert np.array_equal(to_numpy(buffer), before), "it was refused, and yet written"
+        return False
+    assert not case.must_be_refused(), "two results were written to one place"
+    assert returned is out
+    after = to_numpy(buffer).view(np.uint8)
+    written = sorted(set().union(*(x.bytes for x in case.out.values())))
+    others = np.delete(np.arange(after.size), written)
+    assert np.array_equal(after[others], before.view(np.uint8)[others]), "written beyond out"
+    for key, x in expected.items():
+        actual, right = to_numpy(out[key]), to_numpy(x)
+        numbers = [None if t[key] is None else to_numpy(t[key]) for t in copies]
+        most = case.tolerance(key, *numbers)
+        if most is None:
+            assert actual.tobytes() == right.tobytes(), key
+        else:
+            np.testing.assert_allclose(actual, right, rtol=0, atol=most)
+    return True
+
+
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_overlapping_numpy_views_are_refused_or_computed_as_if_they_were_copies(block):
+    made = 0
+    for seed in range(block * NUMPY_CASES, (block + 1) * NUMPY_CASES):
+        case = Case(seed)
+        try:
+            made += run(case, case.buffer, View.of, np.copy, np.asarray)
+        except Exception as error:
+            error.add_note(f"in Case({seed})")
+            raise
+    assert 0.2 < made / NUMPY_CASES < 0.9  # both are seen
+
+
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_overlapping_torch_views_are_refused_or_computed_as_if_they_were_copies(block):
+    torch = need("torch")
+    made = 0
+    for seed in range(block * TORCH_CASES, (block + 1) * TORCH_CASES):
+        case = Case(seed, least_stride=0)
+        ours = torch.from_numpy(case.buffer)
+        buffer = ours if seed % 2 else ours.clone()  # memory of numpy's or torch's own
+        try:
+            made += run(case, buffer, View.of_torch, lambda x: x.clone().contiguous(), np.asarray)
+        except Exception as error:
+            error.add_note(f"in Case({seed}, least_stride=0)")
+            raise
+    assert 0.2 < made / TORCH_CASES < 0.9
