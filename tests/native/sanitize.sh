@@ -6,7 +6,7 @@
 #
 #     tests/native/sanitize.sh [python]
 set -euo pipefail
-python=$(command -v "${1:-python3}")
+python=$(realpath -s "$(command -v "${1:-python3}")") # before the folder changes
 cd "$(dirname "$0")/../.."
 
 work=$(mktemp -d)
