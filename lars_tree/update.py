@@ -157,7 +157,7 @@ def _update_plain(
     None, with nothing written, for all else, and for whatever is wrong: the long way has the
     checks with their messages, and gives the same bits.
     """
-    backend = next((_backends.find(x) for x in old if x is not None), None)
+    backend = next((_backends.find(unwrap(x)) for x in old if x is not None), None)
     if backend is None:
         return None
     # Python handles signals when a native call is over, so there is no need to hold them off.
