@@ -86,7 +86,7 @@ def update(
         types,
         tensors,
         as_bits,
-        min(threads.number(), sys.maxsize),
+        min(threads.get_num_threads(), sys.maxsize),
         instruction_set,
     )
     return results

@@ -379,19 +379,21 @@ private:
         if (!layer.rule->adapt) {
             by = coefficients_of(layer, nullptr, nullptr);
         } else {
-            for_chunks(now.to_sum.get(), count, thread, [&](std::size_t start, std::size_t, std::size_t i) {
+            const auto sum_chunk = [&](std::size_t start, std::size_t, std::size_t i) {
                 sum_squares(layer, start + i, w_sums.data(), dcdw_sums.data());
                 if (now.summed.fetch_add(1) + 1 < count) return;
                 now.by = coefficients_of(layer, w_sums.data(), dcdw_sums.data());
                 now.ready.store(true, std::memory_order_release);
-            });
+            };
+            for_chunks(now.to_sum.get(), count, thread, sum_chunk);
             while (!now.ready.load(std::memory_order_acquire)) std::this_thread::yield();
             by = now.by;
         }
-        for_chunks(now.to_apply.get(), count, thread, [&](std::size_t start, std::size_t length, std::size_t i) {
+        const auto apply_chunk = [&](std::size_t start, std::size_t length, std::size_t i) {
             const std::size_t first = (start + length - 1 - i) * chunk;
             apply(layer, by, first, std::min(chunk, layer.size - first));
-        });
+        };
+        for_chunks(now.to_apply.get(), count, thread, apply_chunk);
     }
 
     template <class Do>

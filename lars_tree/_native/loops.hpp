@@ -17,6 +17,13 @@ LARS_TARGET inline void add_to(double* a, const double* b) {
     for (int lane = 0; lane < lanes; ++lane) a[lane] += b[lane];
 }
 
+// Adds the last subtree to its neighbour, if that is there, and so on: as in counting on by one.
+LARS_TARGET inline void merge(double (*sums)[lanes], int& depth, std::size_t subtrees_before) {
+    for (; subtrees_before & 1; subtrees_before >>= 1, --depth) {
+        add_to(sums[depth - 2], sums[depth - 1]);
+    }
+}
+
 // Squares of eight rows, added by pairs of neighbours.
 template <class T, bool Scaled>
 LARS_TARGET inline void square_eight(const T* rows, double scale, double rest, double* sum) {
@@ -40,9 +47,7 @@ LARS_TARGET Pair sum_of_squares(const void* data, std::size_t size, double scale
     std::size_t rows = 0, i = 0;
     for (; size - i >= 8 * lanes; i += 8 * lanes) {
         square_eight<T, Scaled>(x + i, scale, rest, sums[depth++]);
-        for (std::size_t bits = rows / 8; bits & 1; bits >>= 1, --depth) {
-            add_to(sums[depth - 2], sums[depth - 1]);
-        }
+        merge(sums, depth, rows / 8);
         rows += 8;
     }
     for (; i < size; i += lanes) {
@@ -53,9 +58,7 @@ LARS_TARGET Pair sum_of_squares(const void* data, std::size_t size, double scale
             row = last;
         }
         square<T, Scaled>(row, scale, rest, sums[depth++]);
-        for (std::size_t bits = rows; bits & 1; bits >>= 1, --depth) {
-            add_to(sums[depth - 2], sums[depth - 1]);
-        }
+        merge(sums, depth, rows);
         rows += 1;
     }
     for (; depth > 1; --depth) add_to(sums[depth - 2], sums[depth - 1]);

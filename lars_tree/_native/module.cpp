@@ -4,7 +4,6 @@
 // plain kind that the kernel takes, it returns None and has written nothing. The caller then takes
 // the way through Python, which gives the same bits, and whose checks give every error its message.
 
-#include <cstring>
 #include <deque>
 #include <new>
 #include <vector>
@@ -135,7 +134,8 @@ const char update_doc[] =
     "       instruction_set)\n--\n\n"
     "Step all arrays, and return the list of their results; None if one of them is not plain.\n\n"
     "outs are the arrays to write to, or None for new ones that make(w) gives. begin(written) is\n"
-    "called when all is checked, with those of outs that are written to. See Reader in memory.hpp for types, tensors and as_bits.";
+    "called when all is checked, with those of outs that are written to. See Reader in\n"
+    "memory.hpp for types, tensors and as_bits.";
 
 PyObject* update(PyObject*, PyObject* args) {
     PyObject *ws, *dcdws, *outs, *rules, *make, *begin, *types, *tensors, *as_bits;
@@ -183,8 +183,9 @@ PyObject* update(PyObject*, PyObject* args) {
             if (!made && PyList_Append(written, out) != 0) return nullptr;
         }
         if (leaves.overlap()) Py_RETURN_NONE;
-        if (begin != Py_None && !Owned(PyObject_CallFunctionObjArgs(begin, static_cast<PyObject*>(written), nullptr))) {
-            return nullptr;
+        if (begin != Py_None) {
+            PyObject* list = written;
+            if (!Owned(PyObject_CallFunctionObjArgs(begin, list, nullptr))) return nullptr;
         }
         bool failed = false;
         Py_BEGIN_ALLOW_THREADS

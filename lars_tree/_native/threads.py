@@ -36,11 +36,6 @@ def set_num_threads(n: int | None) -> None:
 
 def get_num_threads() -> int:
     """The number of threads that one update may use."""
-    return number()
-
-
-def number() -> int:
-    """The same, for the package itself."""
     return _chosen if _chosen is not None else _default()
 
 

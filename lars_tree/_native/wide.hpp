@@ -148,4 +148,5 @@ inline bool operator>(Wide a, Wide b) {
     if (a.exponent != b.exponent) return a.exponent > b.exponent;
     return a.high != b.high ? a.high > b.high : a.low > b.low;
 }
+
 }  // namespace lars
