@@ -22,6 +22,7 @@ from lars_tree.errors import (
     PathAttributeError,
     PathKeyError,
     ShapeError,
+    StateError,
     StructureError,
 )
 from lars_tree.update import lars_update
@@ -41,6 +42,7 @@ __all__ = [
     "PathAttributeError",
     "PathKeyError",
     "ShapeError",
+    "StateError",
     "StructureError",
     "get_num_threads",
     "lars_update",

@@ -12,25 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lars_tree import _backends, _memory, errors
-from lars_tree._backends.base import Backend, Facts, Kind, Values
-from lars_tree._rule import Rule
+from lars_tree._backends.base import Backend, Facts, Kind, Leaf, Values
 
 _FLOATING = (Kind.REAL, Kind.COMPLEX)
-
-
-class Leaf(NamedTuple):
-    """One array of the weights with all that its step takes.
-
-    `place` counts the leaves of the nest, `dcdw` is None where the weights stay as they are,
-    `out` where the result is a new array.
-    """
-
-    place: int
-    w: Any
-    dcdw: Any
-    out: Any
-    rule: Rule
-    backend: Backend
 
 
 class Fault(NamedTuple):
@@ -59,10 +43,30 @@ def check(leaves: list[Leaf], paths: Callable[[], list[errors.Path]]) -> None:
         raise errors.error(*first[:3], same)
 
 
+def check_counters(state: dict[str, Any], written: bool) -> None:
+    """Raise what is wrong with the counters of an optimizer's state.
+
+    Raises:
+        StateError: one is no integer array without axes.
+        OutError: one is to be written to, and cannot be.
+    """
+    for name in state.keys() & {"step", "skipped"}:
+        x = state[name]
+        backend = _backends.find(x)
+        facts = None if backend is None or backend.fault(x) else backend.facts(x)
+        if backend is None or facts is None or (facts.kind, facts.shape) != (Kind.INTEGER, ()):
+            lines = [((name,), f"expected an integer array of shape (), got {errors.describe(x)}")]
+            raise errors.error(errors.StateError, "state", "state is not one of Lars", lines)
+        fault = backend.out_fault(x) if written else None
+        if fault:
+            lines = [((name,), f"it is {fault}")]
+            raise errors.error(errors.OutError, "state", "state cannot be written to", lines)
+
+
 def _faults(leaf: Leaf) -> Iterator[Fault]:
     """The first fault of a leaf."""
     step = (_weights, _gradient, _rates, _layer_axis, _looking)
-    for question in (*(step if leaf.dcdw is not None else (_data,)), _out):
+    for question in (*(step if leaf.dcdw is not None else (_data,)), _velocity, _out):
         fault = next(question(leaf), None)
         if fault is not None:
             yield fault
@@ -138,6 +142,19 @@ def _broadcasts(argument: str, ours: Facts, theirs: Facts) -> Iterator[Fault]:
         yield Fault(errors.ShapeError, argument, headline, text)
 
 
+def _velocity(leaf: Leaf) -> Iterator[Fault]:
+    if leaf.velocity is None:
+        return
+    yield from _belongs("state", leaf, leaf.velocity)
+    yield from _faulty("state", leaf.backend, leaf.velocity)
+    ours, theirs = leaf.backend.facts(leaf.w), leaf.backend.facts(leaf.velocity)
+    expected = (ours.shape, leaf.backend.velocity_dtype(leaf.w))
+    if expected != (theirs.shape, theirs.dtype):
+        text = f"expected a velocity of {expected[1]} {expected[0]}"
+        text += f" for weights of {ours.dtype}, got {theirs.dtype} {theirs.shape}"
+        yield Fault(errors.StateError, "state", "state does not fit w", text)
+
+
 def _rates(leaf: Leaf) -> Iterator[Fault]:
     """Options that are still arrays: rates with a shape, tracers, numbers on an accelerator."""
     for name, value in leaf.rule._asdict().items():
@@ -172,14 +189,10 @@ def _out(leaf: Leaf) -> Iterator[Fault]:
     if leaf.out is None or (leaf.out is leaf.w and leaf.dcdw is None):
         return
     yield from _belongs("out", leaf, leaf.out)
+    yield from _unwritable("out", leaf, leaf.out)
+    if leaf.velocity is not None:
+        yield from _unwritable("state", leaf, leaf.velocity)
     backend, out = leaf.backend, leaf.out
-    fault = backend.fault(out) or backend.out_fault(out)
-    inputs = (leaf.w, leaf.dcdw, out, *leaf.rule)
-    if not leaf.rule.stop_gradients and any(map(_records, inputs)):
-        fault = fault or "part of a graph: with stop_gradients=False, leave out `out`"
-    if fault:
-        yield Fault(errors.OutError, "out", "out cannot be written to", f"it is {fault}")
-        return
     ours, theirs = backend.facts(leaf.w), backend.facts(out)
     if ours.shape != theirs.shape:
         text = f"expected shape {ours.shape} as in w, got {theirs.shape}"
@@ -187,10 +200,22 @@ def _out(leaf: Leaf) -> Iterator[Fault]:
     if ours.dtype != theirs.dtype:
         text = f"expected {ours.dtype} as in w, got {theirs.dtype}"
         yield Fault(errors.OutError, "out", "out has another dtype than w", text)
-    memory = backend.memory(out)
+
+
+def _unwritable(argument: str, leaf: Leaf, x: Any) -> Iterator[Fault]:
+    backend = leaf.backend
+    fault = backend.fault(x) or backend.out_fault(x)
+    inputs = (leaf.w, leaf.dcdw, x, *leaf.rule)
+    if not leaf.rule.stop_gradients and any(map(_records, inputs)):
+        fault = fault or "part of a graph: with stop_gradients=False, leave out `out`"
+    if fault:
+        headline = f"{argument} cannot be written to"
+        yield Fault(errors.OutError, argument, headline, f"it is {fault}")
+        return
+    memory = backend.memory(x)
     if memory is not None and _memory.overlaps_itself(memory):
         text = "expected memory of its own for every element, got a view that overlaps itself"
-        yield Fault(errors.OutError, "out", "out overlaps itself", text)
+        yield Fault(errors.OutError, argument, f"{argument} overlaps itself", text)
 
 
 def _records(x: Any) -> bool:
@@ -198,22 +223,43 @@ def _records(x: Any) -> bool:
     return backend is not None and backend.records(x)
 
 
+class _Target(NamedTuple):
+    """An array that is to be written to."""
+
+    leaf: Leaf
+    argument: str
+    array: Any
+
+
+def _targets(group: list[Leaf]) -> list[_Target]:
+    outs = [_Target(leaf, "out", leaf.out) for leaf in group]
+    moving = (leaf for leaf in group if leaf.velocity is not None)
+    return outs + [_Target(leaf, "state", leaf.velocity) for leaf in moving]
+
+
 def _shared_memory(
     leaves: list[Leaf], paths: Callable[[], list[errors.Path]]
 ) -> Iterator[tuple[Leaf, Fault]]:
-    """Leaves of `out` that share memory, as tied weights do."""
+    """Arrays to be written to that share memory, as tied weights do."""
     for group in _by_device([leaf for leaf in leaves if leaf.out is not None]):
-        memories = [leaf.backend.memory(leaf.out) for leaf in group]
+        targets = _targets(group)
+        memories = [target.leaf.backend.memory(target.array) for target in targets]
         known = [(i, memory) for i, memory in enumerate(memories) if memory is not None]
         found = _memory.overlapping([memory for _, memory in known])
         pairs = [(known[i][0], known[j][0]) for i, j in found]
         # Where the library does not tell addresses, the very same array is seen all the same.
-        first = {id(leaf.out): i for i, leaf in reversed(list(enumerate(group)))}
-        same = [(first[id(leaf.out)], i) for i, leaf in enumerate(group) if memories[i] is None]
+        first = {id(target.array): i for i, target in reversed(list(enumerate(targets)))}
+        same = [(first[id(x.array)], i) for i, x in enumerate(targets) if memories[i] is None]
         for i, j in pairs + [(i, j) for i, j in same if i != j]:
-            text = f"shares memory with {errors.path_string(paths()[group[i].place])}"
-            headline = "two leaves of out share memory (tied weights)"
-            yield group[j], Fault(errors.OutError, "out", headline, text)
+            one, other = targets[i], targets[j]
+            path = errors.path_string(paths()[one.leaf.place])
+            if one.argument == other.argument == "out":
+                headline, text = "two leaves of out share memory (tied weights)", path
+            else:
+                headline = f"{other.argument} shares memory with {one.argument}"
+                text = f"{path} of {one.argument}"
+            fault = Fault(errors.OutError, other.argument, headline, f"shares memory with {text}")
+            yield other.leaf, fault
 
 
 def _by_device(leaves: list[Leaf]) -> list[list[Leaf]]:
@@ -238,8 +284,11 @@ def detach_inputs(leaves: list[Leaf]) -> list[Leaf]:
 
 
 def _overwritten(group: list[Leaf]) -> Iterator[tuple[Leaf, str]]:
-    targets = [(leaf, leaf.backend.memory(leaf.out)) for leaf in group]
-    outs = [(leaf, memory) for leaf, memory in targets if memory is not None]
+    targets = [
+        (target.leaf, target.argument, target.leaf.backend.memory(target.array))
+        for target in _targets(group)
+    ]
+    known = [target for target in targets if target[2] is not None]
     # An array may serve many leaves: it is one input with many readers.
     readers: dict[int, list[tuple[Leaf, str]]] = {}
     inputs: dict[int, np.ndarray[Any, Any]] = {}
@@ -251,13 +300,13 @@ def _overwritten(group: list[Leaf]) -> Iterator[tuple[Leaf, str]]:
             if isinstance(memory, np.ndarray):
                 readers.setdefault(id(x), []).append((leaf, role))
                 inputs[id(x)] = memory
-    memories = [memory for _, memory in outs]
+    memories = [memory for *_, memory in known]
     for i, j in _memory.overlapping(memories, list(inputs.values())):
-        writer, target = outs[i]
+        writer, argument, target = known[i]
         key = list(inputs)[j]
         for reader, role in readers[key]:
-            own = reader is writer and role != "lr" and _memory.same(target, inputs[key])
-            if not own:
+            own = reader is writer and role != "lr" and argument == "out"
+            if not (own and _memory.same(target, inputs[key])):
                 yield reader, role
 
 

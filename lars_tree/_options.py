@@ -55,7 +55,15 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
         return [Rule(**shared)] * count
     _refuse_gaps(tree, columns)
     rows = zip(*columns.values(), strict=True)
-    return [Rule(**shared, **dict(zip(columns, row, strict=True))) for row in rows]
+    # Most leaves share their values, and checked values live as long as their columns.
+    known: dict[tuple[int, ...], Rule] = {}
+    rules = []
+    for row in rows:
+        key = tuple(map(id, row))
+        if key not in known:
+            known[key] = Rule(**shared, **dict(zip(columns, row, strict=True)))
+        rules.append(known[key])
+    return rules
 
 
 def _checked(name: str, values: list[tuple[errors.Path, Any]], keep_history: bool) -> list[Any]:
@@ -186,4 +194,8 @@ _CHECKS: dict[str, Callable[[Any, bool], Any]] = {
     "nonfinite": _nonfinite,
     "layer_axis": _axis,
     "stop_gradients": _flag,
+    "momentum": _number,
+    "rate": _number,
+    "nesterov": _flag,
+    "maximize": _flag,
 }

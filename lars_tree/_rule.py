@@ -7,6 +7,11 @@ The step is linear in dcdw and w, with two coefficients that depend on norms alo
 `coefficients`, which works with any kind of number (floats and `Wide` in `_backends/cpu.py`, arrays
 elsewhere), and `apply`. `step` joins them for libraries that compute with whole arrays.
 
+With momentum a velocity v takes the step u in, and moves the weights (`along`, `move`):
+
+    v_new = momentum * v + u
+    w_new = w - rate * v_new,   or with nesterov   w - rate * (u + momentum * v_new)
+
 Knows nothing of nests (`_tree.py`) or of grouping (`update.py`). `_native/kernel.hpp` states the
 rule again for CPU memory, and `tests/reference.py`, independently, in mpmath:
 `tests/test_numbers.py` holds both to that.
@@ -21,7 +26,12 @@ Number = Any
 
 
 class Rule(NamedTuple):
-    """The options of the rule for one leaf; the defaults are those of `lars_update`."""
+    """The options of the rule for one leaf; the defaults are those of `lars_update`.
+
+    The kernel reads the fields by their places. Those from `momentum` on matter where there is a
+    velocity. `lr` is in what the velocity takes in, as in the paper, `rate` in what it moves the
+    weights by, as in torch. `maximize` turns the gradient round, not the decay.
+    """
 
     lr: Any
     decay_lambda: Any = 0.0
@@ -33,6 +43,10 @@ class Rule(NamedTuple):
     nonfinite: str = "propagate"
     layer_axis: int | None = None
     stop_gradients: bool = True
+    momentum: Any = 0.0
+    rate: Any = 1.0
+    nesterov: bool = False
+    maximize: bool = False
 
 
 def coefficients(
@@ -67,20 +81,30 @@ def apply(w: Any, dcdw: Any, on_dcdw: Number, on_w: Number | None) -> Any:
     return (w if on_w is None else (1 - on_w) * w) - on_dcdw * dcdw
 
 
+def along(w: Any, dcdw: Any, on_dcdw: Number, on_w: Number | None) -> Any:
+    """The step itself, to be subtracted from the weights; None as in `apply`."""
+    return on_dcdw * dcdw if on_w is None else on_dcdw * dcdw + on_w * w
+
+
+def move(w: Any, velocity: Any, step: Any, rule: Rule) -> tuple[Any, Any]:
+    """The weights and the velocity after a step with momentum."""
+    velocity = rule.momentum * velocity + step
+    moved_by = step + rule.momentum * velocity if rule.nesterov else velocity
+    return w - rule.rate * moved_by, velocity
+
+
 NUMBERS = ("lr", "decay_lambda", "trust_coefficient", "eps", "grad_scale")
+MOTION_NUMBERS = ("momentum", "rate")
 
 
 class Ops(Protocol):
     """What `step` asks of an array library."""
 
-    def norm(self, x: Any, layer_axis: int | None) -> Any:
-        """2-norm over all axes but layer_axis, these kept with length 1; derivative 0 at 0."""
-
-    def largest(self, x: Any, layer_axis: int | None) -> Any:
-        """Largest magnitude over the same axes, a constant to differentiation."""
+    def norms(self, w: Any, dcdw: Any, layer_axis: int | None) -> tuple[Norm, Norm]:
+        """2-norms of both over all axes but layer_axis, these kept with length 1."""
 
     def power_of_two(self, x: Any) -> Any:
-        """A power of two within a factor of two of x > 0, else 1; a constant too."""
+        """A power of two within a factor of two of x > 0, else 1; a constant to differentiation."""
 
     def where(self, condition: Any, a: Any, b: Any) -> Any:
         """Elementwise choice; a and b may be numbers."""
@@ -92,31 +116,43 @@ class Ops(Protocol):
         """The larger of two arrays or of an array and a number."""
 
 
-def step(ops: Ops, w: Any, dcdw: Any, rule: Rule) -> Any:
-    """The weights after a step, in the precision of w and dcdw, over the whole range of exponents.
+class Norm(NamedTuple):
+    """A norm as `scaled * scale`: a power of two, constant to differentiation, and a number that is
+    far from the limits of its type, and whose derivative is 0 at 0."""
+
+    scaled: Any
+    scale: Any
+
+
+def step(ops: Ops, w: Any, dcdw: Any, rule: Rule, velocity: Any = None) -> tuple[Any, Any]:
+    """The weights after a step, and the velocity, in the precision of w and dcdw, over the whole
+    range of exponents. Without a velocity there is none to be returned.
 
     The rule is homogeneous. Scale w, or scale dcdw, decay_lambda and eps together, and the part of
-    the step along dcdw scales like w, the part along w not at all. So norms are taken of arrays
-    whose largest magnitude is about 1, where no square can overflow or vanish, and scaling by
-    powers of two changes no bit.
+    the step along dcdw scales like w, the part along w not at all. So norms are scaled to be near
+    1, where no square can overflow or vanish, and scaling by powers of two changes no bit.
     """
     decays = not (isinstance(rule.decay_lambda, float) and rule.decay_lambda == 0)
-    if not rule.adapt:
+    if rule.adapt:
+        w_norm, dcdw_norm = ops.norms(w, dcdw, rule.layer_axis)
+        scale = ops.maximum(dcdw_norm.scale / rule.grad_scale, rule.decay_lambda * w_norm.scale)
+        scale = ops.power_of_two(ops.maximum(scale, rule.eps))
+        dcdw = dcdw / dcdw_norm.scale
+        scaled = rule._replace(
+            decay_lambda=rule.decay_lambda * w_norm.scale / scale,
+            eps=ops.like(rule.eps, scale) / scale,
+            grad_scale=rule.grad_scale * (scale / dcdw_norm.scale),
+        )
+        # A scaled ratio is nowhere near 2**100, so where this bound holds nothing is clipped anyway.
+        one = scale / ops.maximum(w_norm.scale, scale * 2.0**-100)
+        on_dcdw, on_w = coefficients(w_norm.scaled, dcdw_norm.scaled, scaled, ops.where, one)
+        # The scale comes last: a subnormal number times anything has few digits left.
+        dcdw, on_dcdw = on_dcdw * dcdw, w_norm.scale
+    else:
         on_dcdw, on_w = coefficients(None, None, rule, ops.where)
-        return apply(w, dcdw, on_dcdw, on_w if decays else None)
-    w_scale = ops.power_of_two(ops.largest(w, rule.layer_axis))
-    dcdw_scale = ops.power_of_two(ops.largest(dcdw, rule.layer_axis))
-    scale = ops.maximum(dcdw_scale / rule.grad_scale, rule.decay_lambda * w_scale)
-    scale = ops.power_of_two(ops.maximum(scale, rule.eps))
-    dcdw = dcdw / dcdw_scale
-    scaled = rule._replace(
-        decay_lambda=rule.decay_lambda * w_scale / scale,
-        eps=ops.like(rule.eps, scale) / scale,
-        grad_scale=rule.grad_scale * (scale / dcdw_scale),
-    )
-    norms = ops.norm(w / w_scale, rule.layer_axis), ops.norm(dcdw, rule.layer_axis)
-    # A scaled ratio is nowhere near 2**100, so where this bound holds nothing is clipped anyway.
-    one = scale / ops.maximum(w_scale, scale * 2.0**-100)
-    on_dcdw, on_w = coefficients(*norms, scaled, ops.where, one)
-    # w_scale comes last: a subnormal number times anything has few digits left.
-    return apply(w, on_dcdw * dcdw, w_scale, on_w if decays else None)
+    if rule.maximize:
+        on_dcdw = -on_dcdw
+    if velocity is None:
+        return apply(w, dcdw, on_dcdw, on_w if decays else None), None
+    change = along(w, dcdw, on_dcdw, on_w if decays else None)
+    return move(w, velocity, change, rule)

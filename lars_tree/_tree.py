@@ -213,12 +213,19 @@ def pick(tree: Tree, kept: Iterator[bool]) -> Tree:
 
 
 def broadcast(
-    argument: str, tree: Tree, prefix: Tree, *, exact: bool = False, to: str = "w"
+    argument: str,
+    tree: Tree,
+    prefix: Tree,
+    *,
+    exact: bool = False,
+    to: str = "w",
+    at: Path = (),
 ) -> list[Leaf]:
     """For each leaf of `tree` the value that `prefix` gives it.
 
     `prefix` has the nodes of `tree` down to leaves that may come early, unless `exact`: these hold
     for all that lies below them. Keys are matched by name; a list matches a tuple of its length.
+    `at` is where in the argument the prefix is.
 
     Raises:
         StructureError: naming `argument`, what it goes `to`, and every path where they differ.
@@ -229,7 +236,7 @@ def broadcast(
             errors.StructureError,
             argument,
             f"{argument} does not match {to}",
-            differences(tree, prefix, exact),
+            differences(tree, prefix, exact, at),
         )
     return found
 

@@ -55,6 +55,10 @@ class OutError(LarsTreeError, ValueError):
     """The result cannot be written to `out`."""
 
 
+class StateError(LarsTreeError, ValueError):
+    """The state of an optimizer does not fit the weights, or is not one."""
+
+
 class NonFiniteError(LarsTreeError, ArithmeticError):
     """A step would hold NaN or infinity, and nonfinite="raise" was asked for."""
 

@@ -2,7 +2,8 @@
 
 Reads as a table of contents. Structure is matched in `_tree.py`, options are resolved in
 `_options.py`, arrays are checked in `_checks.py`; only then do the `_backends` compute, each on all
-its leaves at once, by the formula in `_rule.py`.
+its leaves at once, by the formula in `_rule.py`. `advance` is the same with what an optimizer carries
+from step to step.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from contextlib import nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lars_tree import _backends, _checks, _memory, _options, _tree, errors
-from lars_tree._backends.base import Values
-from lars_tree._checks import Leaf
+from lars_tree._backends.base import Columns, Leaf, New, Values
 from lars_tree.array import Array, unwrap
 
 if TYPE_CHECKING:
     from lars_tree._backends.base import Backend
-    from lars_tree._rule import Rule
 
+State = dict[str, Any]
 Paths = Callable[[], list[errors.Path]]
 
 
@@ -114,70 +116,128 @@ def lars_update(
         "layer_axis": layer_axis,
         "stop_gradients": stop_gradients,
     }
+    return advance(w, dcdw, out, options, {})[0]
+
+
+def advance(
+    w: Any, dcdw: Any, out: Any, options: dict[str, Any], state: State
+) -> tuple[Any, State]:
+    """The new weights, and the state after the step: if there is `out`, the same one, written to.
+
+    Args:
+        w: As in `lars_update`.
+        dcdw: The same.
+        out: The same.
+        options: By name: those of the `Rule`.
+        state: "velocity", a nest like w, for momentum; "step" and "skipped", which count. Each may
+            be missing.
+    """
     try:
-        return _update(w, dcdw, out, options)
+        return _update(w, dcdw, out, options, state)
     except RecursionError:
-        raise _explained({"w": w, "dcdw": dcdw, "out": out, **options}) from None
+        raise _explained({"w": w, "dcdw": dcdw, "out": out, "state": state, **options}) from None
 
 
-def _update(w: Any, dcdw: Any, out: Any, options: dict[str, Any]) -> Any:
+def _update(
+    w: Any, dcdw: Any, out: Any, options: dict[str, Any], state: State
+) -> tuple[Any, State]:
     @cache
     def paths() -> list[errors.Path]:
         return [path for path, _ in _tree.walk(w)]
 
     old = _tree.leaves(w)
     dcdws = _tree.broadcast("dcdw", w, dcdw)
-    outs = old if out is w else [None] * len(old)
+    outs = old if out is w else None
     if out is not None and out is not w:
         outs = _tree.broadcast("out", w, out, exact=True)
+    velocities = None
+    if "velocity" in state:
+        at = ("velocity",)
+        velocities = _tree.broadcast("state", w, state["velocity"], exact=True, at=at)
+    _checks.check_counters(state, written=out is not None)
     rules = _options.resolve(w, options, len(old))
-    news = _update_plain(old, dcdws, None if out is None else outs, rules)
-    if news is not None:
-        return _tree.rebuild(w, news) if out is None else out
+    columns = Columns(old, dcdws, outs, rules, velocities, state.get("step") if outs else None)
+    plain = _update_plain(columns)
+    if plain is not None:
+        return _result(w, out, state, *plain, True)
     _refuse_surplus(w, dcdw, old, dcdws, "dcdw")
-    if out is not None:
+    if outs is not None:
         _refuse_surplus(w, out, old, outs, "out")
-    leaves = _arrays(old, dcdws, outs, rules, out is not None, paths)
+    if velocities is not None:
+        _refuse_surplus(w, state["velocity"], old, velocities, "state")
+    leaves = _arrays(columns, paths)
     _checks.check(leaves, paths)
     with nullcontext() if out is None else _memory.uninterrupted():
-        results = _run(_checks.detach_inputs(leaves), paths)
+        news, taken = _run(_checks.detach_inputs(leaves), paths)
+        if out is not None:
+            _count_in_place(state, taken)
+    new_ws, new_velocities = list(old), list(velocities or ())
+    for leaf, new in zip(leaves, news, strict=True):
+        new_ws[leaf.place] = _wrapped(new.w, old[leaf.place])
+        if velocities is not None:
+            new_velocities[leaf.place] = _wrapped(new.velocity, velocities[leaf.place])
+    return _result(w, out, state, new_ws, new_velocities, taken)
+
+
+def _wrapped(new: Any, old: Any) -> Any:
+    return Array(new) if isinstance(old, Array) else new
+
+
+def _result(
+    w: Any, out: Any, state: State, ws: list[Any], velocities: list[Any], taken: Any
+) -> tuple[Any, State]:
     if out is not None:
-        return out
-    new = list(old)
-    for leaf, result in zip(leaves, results, strict=True):
-        new[leaf.place] = Array(result) if isinstance(old[leaf.place], Array) else result
-    return _tree.rebuild(w, new)
+        return out, state
+    new = {name: _counted(x, name, taken) for name, x in state.items() if name in _COUNTERS}
+    if "velocity" in state:
+        new["velocity"] = _tree.rebuild(state["velocity"], velocities)
+    return _tree.rebuild(w, ws), new
 
 
-def _update_plain(
-    old: list[Any], dcdws: list[Any], outs: list[Any] | None, rules: list[Rule]
-) -> list[Any] | None:
+_COUNTERS = ("step", "skipped")
+
+
+def _counted(counter: Any, name: str, taken: Any) -> Any:
+    """A counter after a step that was taken, or was not; `taken` may be an array, not known yet."""
+    if isinstance(taken, bool):
+        counted = counter + int(taken is (name == "step"))
+    else:
+        counted = counter + (taken if name == "step" else ~taken)
+    return np.asarray(counted) if isinstance(counted, np.generic) else counted
+
+
+def _count_in_place(state: State, taken: Any) -> None:
+    for name in _COUNTERS:
+        backend = _backends.find(state.get(name))
+        if backend is not None:
+            backend.write(state[name], _counted(state[name], name, taken))
+
+
+def _update_plain(columns: Columns) -> tuple[list[Any], list[Any]] | None:
     """The quick way, for plain arrays of one library: checked and stepped in one native call.
 
     None, with nothing written, for all else, and for whatever is wrong: the long way has the
     checks with their messages, and gives the same bits.
     """
-    backend = next((_backends.find(unwrap(x)) for x in old if x is not None), None)
+    found = (_backends.find(unwrap(x)) for x in columns.ws if x is not None)
+    backend = next(found, None)
     if backend is None:
         return None
     # Python handles signals when a native call is over, so there is no need to hold them off.
-    with nullcontext() if outs is None else _memory.serialised():
-        return backend.update_plain(old, dcdws, outs, rules)
+    with nullcontext() if columns.outs is None else _memory.serialised():
+        return backend.update_plain(columns)
 
 
-def _arrays(
-    old: list[Any],
-    dcdws: list[Any],
-    outs: list[Any],
-    rules: list[Rule],
-    writes: bool,
-    paths: Paths,
-) -> list[Leaf]:
+def _arrays(columns: Columns, paths: Paths) -> list[Leaf]:
     """The leaves that hold arrays, out of their wrappers; others must stay as they are."""
     leaves: list[Leaf] = []
-    strangers: dict[str, list[errors.Line]] = {"w": [], "out": []}
-    for place, row in enumerate(zip(old, dcdws, outs, strict=True)):
-        x, dcdw, out = map(unwrap, row)
+    strangers: dict[str, list[errors.Line]] = {"w": [], "out": [], "state": []}
+    nothing = [None] * len(columns.ws)
+    writes, moves = columns.outs is not None, columns.velocities is not None
+    ws, dcdws = columns.ws, columns.dcdws
+    rows = zip(ws, dcdws, columns.outs or nothing, columns.velocities or nothing, strict=True)
+    for place, row in enumerate(rows):
+        x, dcdw, out, velocity = map(unwrap, row)
         if x is None:
             continue
         backend = _backends.find(x)
@@ -187,10 +247,12 @@ def _arrays(
                 strangers["w"].append((paths()[place], text))
         elif writes and out is None:
             strangers["out"].append((paths()[place], "expected an array, got None"))
+        elif moves and velocity is None:
+            strangers["state"].append((paths()[place], "expected a velocity, got None"))
         else:
             if isinstance(dcdw, (int, float, complex)) and not isinstance(dcdw, bool):
                 dcdw = backend.full(_machine_number(dcdw), x)
-            leaves.append(Leaf(place, x, dcdw, out, rules[place], backend))
+            leaves.append(Leaf(place, x, dcdw, out, columns.rules[place], backend, velocity))
     for argument, lines in strangers.items():
         if lines:
             headline = f"{argument} holds something that is no array"
@@ -223,28 +285,28 @@ def _refuse_surplus(w: Any, other: Any, old: list[Any], values: list[Any], argum
         raise errors.error(errors.StructureError, argument, headline, lines)
 
 
-def _run(leaves: list[Leaf], paths: Paths) -> list[Any]:
-    """The new arrays, in the order of the leaves; those with an `out` are written to it."""
+def _run(leaves: list[Leaf], paths: Paths) -> tuple[list[New], Any]:
+    """What is new, in the order of the leaves, and whether the step was taken, or is to be.
+
+    The results of leaves with an `out` are written to it.
+    """
     guarded = any(leaf.rule.nonfinite != "propagate" for leaf in leaves if leaf.dcdw is not None)
-    results: dict[int, Any] = {}
+    results: dict[int, New] = {}
     for backend, group in _by_backend(leaves).items():
         steps = [leaf for leaf in group if leaf.dcdw is not None]
-        outs = [None if guarded else leaf.out for leaf in steps]
-        news = backend.update(
-            [leaf.w for leaf in steps],
-            [leaf.dcdw for leaf in steps],
-            outs,
-            [leaf.rule for leaf in steps],
-        )
+        news = backend.update([leaf._replace(out=None) for leaf in steps] if guarded else steps)
         results |= {leaf.place: new for leaf, new in zip(steps, news, strict=True)}
+    taken: Any = True
     if guarded:
-        results = _guard(leaves, results, paths)
+        results, taken = _guard(leaves, results, paths)
     for leaf in leaves:
         if leaf.dcdw is None:
             results[leaf.place] = _kept(leaf)
         elif guarded and leaf.out is not None:
-            leaf.backend.write(leaf.out, results[leaf.place])
-    return [results[leaf.place] for leaf in leaves]
+            leaf.backend.write(leaf.out, results[leaf.place].w)
+            if leaf.velocity is not None:
+                leaf.backend.write(leaf.velocity, results[leaf.place].velocity)
+    return [results[leaf.place] for leaf in leaves], taken
 
 
 def _by_backend(leaves: list[Leaf]) -> dict[Backend, list[Leaf]]:
@@ -254,35 +316,45 @@ def _by_backend(leaves: list[Leaf]) -> dict[Backend, list[Leaf]]:
     return groups
 
 
-def _kept(leaf: Leaf) -> Any:
-    """Weights without a gradient: as they are, in memory of their own."""
+def _kept(leaf: Leaf) -> New:
+    """Weights without a gradient: as they are, in memory of their own; and so their velocity."""
     if leaf.out is None:
-        return leaf.backend.copy(leaf.w, leaf.rule.stop_gradients)
+        return _copies(leaf)
     if leaf.out is not leaf.w:
         leaf.backend.write(leaf.out, leaf.w)
-    return leaf.out
+    return New(leaf.out, leaf.velocity)
 
 
-def _guard(leaves: list[Leaf], results: dict[int, Any], paths: Paths) -> dict[int, Any]:
-    """The results, or what `nonfinite` asks for where they would hold NaN or infinity."""
+def _copies(leaf: Leaf) -> New:
+    old = (leaf.w, leaf.velocity)
+    stops = leaf.rule.stop_gradients
+    return New(*(None if x is None else leaf.backend.copy(x, stops) for x in old))
+
+
+def _guard(leaves: list[Leaf], results: dict[int, New], paths: Paths) -> tuple[dict[int, New], Any]:
+    """The results, or what `nonfinite` asks for where they would hold NaN or infinity.
+
+    And whether the step is taken: a truth value, or an array of one that is not known yet.
+    """
     steps = [leaf for leaf in leaves if leaf.dcdw is not None]
+
+    def are_finite(backend: Backend, group: list[Leaf]) -> Any:
+        arrays = [x for leaf in group for x in results[leaf.place] if x is not None]
+        return backend.all_finite(arrays)
+
     bad = [
         paths()[leaf.place]
         for leaf in steps
-        if leaf.rule.nonfinite == "raise"
-        and not bool(leaf.backend.all_finite([results[leaf.place]]))
+        if leaf.rule.nonfinite == "raise" and not bool(are_finite(leaf.backend, [leaf]))
     ]
     if bad:
         headline = "dcdw would make weights that are not finite"
         lines = [(path, "expected finite numbers, got NaN or infinity") for path in bad]
         raise errors.error(errors.NonFiniteError, "dcdw", headline, lines)
     watched = _by_backend([leaf for leaf in steps if leaf.rule.nonfinite == "skip"])
-    flags = [
-        backend.all_finite([results[leaf.place] for leaf in group])
-        for backend, group in watched.items()
-    ]
+    flags = [are_finite(backend, group) for backend, group in watched.items()]
     if not flags:
-        return results
+        return results, True
     values = {leaf.backend.values(leaf.w) for leaf in steps}
     if values != {Values.HERE} and set(watched) == set(_by_backend(steps)) and len(flags) == 1:
         flag = flags[0]  # stays on its device, and unknown where it is traced
@@ -293,12 +365,12 @@ def _guard(leaves: list[Leaf], results: dict[int, Any], paths: Paths) -> dict[in
         raise errors.error(errors.OptionError, "nonfinite", headline, lines)
     else:
         flag = all(bool(flag) for flag in flags)
-    return {
-        leaf.place: leaf.backend.choose(
-            flag, results[leaf.place], leaf.backend.copy(leaf.w, leaf.rule.stop_gradients)
-        )
-        for leaf in steps
-    }
+
+    def chosen(leaf: Leaf) -> New:
+        pairs = zip(results[leaf.place], _copies(leaf), strict=True)
+        return New(*(None if a is None else leaf.backend.choose(flag, a, b) for a, b in pairs))
+
+    return {leaf.place: chosen(leaf) for leaf in steps}, flag
 
 
 def _explained(arguments: dict[str, Any]) -> Exception:

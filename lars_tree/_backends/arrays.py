@@ -7,15 +7,14 @@ arrays, arrays on accelerators. The formula is `_rule.step`.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from functools import reduce
 from typing import Any
 
 import numpy as np
 
 from lars_tree import _rule
-from lars_tree._backends.base import Array, Backend
-from lars_tree._rule import Rule
+from lars_tree._backends.base import Array, Backend, Leaf, New
+from lars_tree._rule import Norm, Rule
 
 
 class NamespaceOps:
@@ -24,7 +23,16 @@ class NamespaceOps:
     def __init__(self, xp: Any) -> None:
         self.xp = xp
 
+    def norms(self, w: Array, dcdw: Array, layer_axis: int | None) -> tuple[Norm, Norm]:
+        return self._scaled(w, layer_axis), self._scaled(dcdw, layer_axis)
+
+    def _scaled(self, x: Array, layer_axis: int | None) -> Norm:
+        """Of x whose largest magnitude is scaled to about 1."""
+        scale = self.power_of_two(self.largest(x, layer_axis))
+        return Norm(self.norm(x / scale, layer_axis), scale)
+
     def norm(self, x: Array, layer_axis: int | None) -> Array:
+        """2-norm over all axes but layer_axis, these kept with length 1; derivative 0 at 0."""
         squares = self.xp.real(x) ** 2 + self.xp.imag(x) ** 2 if self.is_complex(x) else x * x
         total = self.sum(squares, _other_axes(x, layer_axis))
         positive = total > 0
@@ -33,6 +41,7 @@ class NamespaceOps:
         return self.xp.where(positive, root, total)
 
     def largest(self, x: Array, layer_axis: int | None) -> Array:
+        """Largest magnitude over the same axes, a constant to differentiation."""
         return self.max(self.xp.abs(self.constant(x)), _other_axes(x, layer_axis))
 
     def power_of_two(self, x: Array) -> Array:
@@ -97,28 +106,36 @@ class ArraysBackend(Backend):
     def narrow(self, x: Array, w: Array) -> Array:
         """X in the dtype of w."""
 
-    def step(self, w: Array, dcdw: Array, rule: Rule) -> Array:
-        """The weights after one step, in the dtype of w."""
+    def step(self, w: Array, dcdw: Array, rule: Rule, velocity: Array | None = None) -> New:
+        """The weights after one step in the dtype of w, and the velocity in its own."""
         if 0 in w.shape:
-            return self.copy(w, rule.stop_gradients)
-        values = {name: getattr(rule, name) for name in _rule.NUMBERS}
+            return New(self.copy(w, rule.stop_gradients), velocity)
+        names = (*_rule.NUMBERS, *_rule.MOTION_NUMBERS)
+        values = {name: getattr(rule, name) for name in names}
         numbers: dict[str, Any] = {
             name: value if isinstance(value, float) else self.widen(value, w)
             for name, value in values.items()
         }
         dcdw = self.ops(w).xp.broadcast_to(self.widen(dcdw, w), w.shape)
+        wide = None if velocity is None else self.widen(velocity, w)
         with np.errstate(all="ignore"):  # for libraries that are made of numpy
-            new = _rule.step(self.ops(w), self.widen(w, w), dcdw, rule._replace(**numbers))
-        return self.narrow(new, w)
+            new = _rule.step(self.ops(w), self.widen(w, w), dcdw, rule._replace(**numbers), wide)
+        return New(
+            self.narrow(new[0], w), None if velocity is None else self.narrow(new[1], velocity)
+        )
 
-    def update(
-        self, ws: list[Array], dcdws: list[Array], outs: Sequence[Array | None], rules: list[Rule]
-    ) -> list[Array]:
-        news = [self.step(*leaf) for leaf in zip(ws, dcdws, rules, strict=True)]
-        for new, out in zip(news, outs, strict=True):
-            if out is not None:
-                self.write(out, new)
-        return [new if out is None else out for new, out in zip(news, outs, strict=True)]
+    def update(self, leaves: list[Leaf]) -> list[New]:
+        news = [self.step(leaf.w, leaf.dcdw, leaf.rule, leaf.velocity) for leaf in leaves]
+        return [self.written(leaf, new) for leaf, new in zip(leaves, news, strict=True)]
+
+    def written(self, leaf: Leaf, new: New) -> New:
+        """What is new, in the memory that is to hold it if there is such."""
+        if leaf.out is None:
+            return new
+        self.write(leaf.out, new.w)
+        if leaf.velocity is not None:
+            self.write(leaf.velocity, new.velocity)
+        return New(leaf.out, leaf.velocity)
 
     def all_finite(self, xs: list[Array]) -> Any:
         flags = [self.ops(x).xp.all(self.ops(x).xp.isfinite(x)) for x in xs]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from enum import Enum
 from functools import cache
 from typing import Any, NamedTuple
@@ -41,6 +41,45 @@ class Facts(NamedTuple):
     device: Hashable
 
 
+class Leaf(NamedTuple):
+    """One array of the weights with all that its step takes.
+
+    `place` counts the leaves of the nest. `dcdw` is None where the weights stay as they are, `out`
+    where the results are new arrays, `velocity` where there is no momentum. Where there is an `out`
+    the velocity is written to where it is.
+    """
+
+    place: int
+    w: Any
+    dcdw: Any
+    out: Any
+    rule: Rule
+    backend: Backend
+    velocity: Any = None
+
+
+class Columns(NamedTuple):
+    """All leaves of a nest side by side, unchecked: for the quick way.
+
+    Where `outs` is None the results are new arrays; else velocities are written to where they are,
+    and one is added to `counter`, an array of one integer.
+    """
+
+    ws: list[Any]
+    dcdws: list[Any]
+    outs: list[Any] | None
+    rules: list[Rule]
+    velocities: list[Any] | None = None
+    counter: Any = None
+
+
+class New(NamedTuple):
+    """What a step makes of a leaf."""
+
+    w: Any
+    velocity: Any = None
+
+
 class Backend(ABC):
     """One array library. Checks come first: what reaches `update` has passed them all."""
 
@@ -67,10 +106,23 @@ class Backend(ABC):
         """A copy that shares no memory."""
 
     @abstractmethod
-    def update(
-        self, ws: list[Array], dcdws: list[Array], outs: Sequence[Array | None], rules: list[Rule]
-    ) -> list[Array]:
-        """The weights after one step, written into `outs` where these are not None."""
+    def zeros(self, w: Array, dtype: Any) -> Array:
+        """Zeros of the shape of w, where w is."""
+
+    @abstractmethod
+    def counter(self, w: Array) -> Array:
+        """A new 0-d array of integers that counts from 0, on the device of w."""
+
+    @abstractmethod
+    def velocity_dtype(self, w: Array) -> Any:
+        """The dtype of the velocity of w: its own, or float32 if that is shorter than float32."""
+
+    @abstractmethod
+    def update(self, leaves: list[Leaf]) -> list[New]:
+        """The weights and velocities after one step, written to `out` where that is not None.
+
+        Every leaf has a gradient.
+        """
 
     @abstractmethod
     def all_finite(self, xs: list[Array]) -> Any:
@@ -84,14 +136,8 @@ class Backend(ABC):
     def write(self, out: Array, x: Array) -> None:
         """Copy the elements of x, of the same shape and dtype, into `out`."""
 
-    def update_plain(
-        self,
-        ws: list[Array],
-        dcdws: list[Array],
-        outs: list[Array] | None,
-        rules: list[Rule],
-    ) -> list[Array] | None:
-        """The weights after one step of all leaves, if all are plain arrays in CPU memory.
+    def update_plain(self, columns: Columns) -> tuple[list[Array], list[Array]] | None:
+        """The weights and velocities after one step, if all arrays are plain and in CPU memory.
 
         The quick way: `_native` does the checks, of unchecked arguments. None, with nothing
         written, where something is not plain; the leaves may also be no arrays, or None.

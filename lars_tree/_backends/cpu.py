@@ -19,6 +19,7 @@ import numpy as np
 
 from lars_tree import _native, _rule
 from lars_tree._backends import bfloat16
+from lars_tree._backends.base import Columns
 from lars_tree._backends.wide import Wide, fast_two_sum, two_sum
 from lars_tree._rule import Rule
 
@@ -37,57 +38,82 @@ _SAFE_SUM = (2.0**-900, 2.0**1000)
 _MODERATE = (2.0**-100, 2.0**100)
 
 
-def update(w: Array, dcdw: Array, out: Array, rule: Rule) -> None:
+def update(
+    w: Array,
+    dcdw: Array,
+    out: Array,
+    rule: Rule,
+    velocity: Array | None = None,
+) -> None:
     """Write the weights after one step into `out`, which may be w or dcdw themselves.
 
     dcdw, and lr where it is an array, broadcast to the shape of w; `out` has its shape and dtype.
-    The numbers of the rule are floats.
+    The numbers of the rule are floats. The velocity, if any, has the shape of w, and is stepped in
+    place.
     """
-    arrays = [w, np.broadcast_to(dcdw, w.shape), out]
+    arrays = {"w": w, "dcdw": np.broadcast_to(dcdw, w.shape), "out": out}
+    if velocity is not None:
+        arrays["velocity"] = velocity
     if isinstance(rule.lr, np.ndarray):
-        arrays.append(np.broadcast_to(rule.lr, w.shape))
+        arrays["lr"] = np.broadcast_to(rule.lr, w.shape)
         rule = rule._replace(lr=1.0)
     rule = rule._replace(nonfinite="propagate", stop_gradients=True)  # of no concern here
     with np.errstate(all="ignore"):
         if rule.layer_axis is None:
             _update_layer(arrays, rule)
         else:
-            stacks = [np.moveaxis(array, rule.layer_axis, 0) for array in arrays]
-            for i in range(len(stacks[0])):
-                _update_layer([stack[i, ...] for stack in stacks], rule._replace(layer_axis=None))
+            stacks = {name: np.moveaxis(x, rule.layer_axis, 0) for name, x in arrays.items()}
+            for i in range(len(stacks["w"])):
+                layer = {name: stack[i, ...] for name, stack in stacks.items()}
+                _update_layer(layer, rule._replace(layer_axis=None))
 
 
-def _update_layer(arrays: list[Array], rule: Rule) -> None:
-    """One step over [w, dcdw, out] or [w, dcdw, out, rates], all of one shape."""
-    if len(arrays) == 3 and _update_plain(arrays, rule):
+def _update_layer(arrays: dict[str, Array], rule: Rule) -> None:
+    """One step over arrays of one shape, by their names in `update`."""
+    if "lr" not in arrays and _update_plain(arrays, rule):
         return
-    long = any(_is_long(x.dtype) for x in arrays[:2])
+    long = any(_is_long(arrays[name].dtype) for name in ("w", "dcdw"))
     precision: Precision = np.longdouble if long else np.float64
-    w, dcdw, out, *rates = (_flat(x) for x in _in_memory_order(arrays))
-    on_dcdw, on_w = _coefficients(w, dcdw, precision, rule)
+    flat = {name: _flat(x) for name, x in _in_memory_order(arrays).items()}
+    on_dcdw, on_w = _coefficients(flat["w"], flat["dcdw"], precision, rule)
     factor, exponent = on_dcdw.split()
     by: list[Any] = [_rounded(factor, precision), None]
+    if rule.maximize:
+        by[0] = -by[0]
     if rule.decay_lambda:
         by[1] = _rounded(on_w, precision)
-    for piece in _pieces(w):
-        x, g = _read(w, piece, precision), _read(dcdw, piece, precision)
+    checked = _reaches_the_limit(arrays["out"].dtype, precision)
+    for piece in _pieces(flat["w"]):
+        read = {name: _read(x, piece, precision) for name, x in flat.items() if name != "out"}
         here = by
-        for lr in (_read(r, piece, precision) for r in rates):
+        if "lr" in read:
             # complex: a real and an imaginary part for each rate
-            each = np.repeat(lr, 2) if x.size > lr.size else lr
+            each = np.repeat(read["lr"], read["w"].size // max(1, read["lr"].size))
             here = [each * number if number is not None else None for number in by]
-        new = _rule.apply(x, np.ldexp(g, exponent) if exponent else g, *here)
-        if _reaches_the_limit(arrays[2].dtype, precision) and not np.isfinite(new).all():
+        new = _stepped(read, here, exponent, rule)
+        if checked and not all(np.isfinite(x).all() for x in new.values()):
             # A step as long as the largest number may overflow although the new weight does not.
-            quarter = _rule.apply(x / 4, np.ldexp(g, exponent - 2), *here)
-            new = np.where(np.isfinite(new), new, 4 * quarter)
-        _write(out, piece, new)
+            smaller = {name: x if name == "dcdw" else x / 4 for name, x in read.items()}
+            quarter = _stepped(smaller, here, exponent - 2, rule)
+            new = {name: np.where(np.isfinite(x), x, 4 * quarter[name]) for name, x in new.items()}
+        for name, values in new.items():
+            _write(flat[name], piece, values)
 
 
-def _update_plain(arrays: list[Array], rule: Rule) -> bool:
-    w, dcdw, out = ([np.asarray(x)] for x in arrays)
-    types = (np.ndarray,)
-    return _native.update(w, dcdw, out, [rule], types=types, as_bits=True) is not None
+def _stepped(read: dict[str, Array], by: list[Any], exponent: int, rule: Rule) -> dict[str, Array]:
+    """What is to be written, by the names of the arrays to write it to."""
+    w, dcdw = read["w"], read["dcdw"]
+    dcdw = np.ldexp(dcdw, exponent) if exponent else dcdw
+    if "velocity" not in read:
+        return {"out": _rule.apply(w, dcdw, *by)}
+    new = _rule.move(w, read["velocity"], _rule.along(w, dcdw, *by), rule)
+    return dict(zip(("out", "velocity"), new, strict=True))
+
+
+def _update_plain(arrays: dict[str, Array], rule: Rule) -> bool:
+    lists = {name: [np.asarray(x)] for name, x in arrays.items()}
+    columns = Columns(lists["w"], lists["dcdw"], lists["out"], [rule], lists.get("velocity"))
+    return _native.update(columns, types=(np.ndarray,), as_bits=True) is not None
 
 
 def _coefficients(w: Any, dcdw: Any, precision: Precision, rule: Rule) -> tuple[Wide, Wide]:
@@ -169,11 +195,11 @@ def _rounded(x: Wide, precision: Precision) -> Any:
     return np.ldexp(precision(x.high) + precision(x.low), x.exponent)
 
 
-def _in_memory_order(arrays: list[Array]) -> list[Array]:
-    """The arrays with their axes in the order in which the memory of the first runs."""
-    strides = arrays[0].strides
-    axes = sorted(range(arrays[0].ndim), key=lambda axis: -abs(strides[axis]))
-    return [np.asarray(x).transpose(axes) for x in arrays]
+def _in_memory_order(arrays: dict[str, Array]) -> dict[str, Array]:
+    """The arrays with their axes in the order in which the memory of the weights runs."""
+    w = arrays["w"]
+    axes = sorted(range(w.ndim), key=lambda axis: -abs(w.strides[axis]))
+    return {name: np.asarray(x).transpose(axes) for name, x in arrays.items()}
 
 
 def _flat(x: Array) -> Any:

@@ -7,7 +7,6 @@ whether or not jax_enable_x64 is set.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ import numpy as np
 
 from lars_tree._backends import cpu
 from lars_tree._backends.arrays import ArraysBackend, NamespaceOps
-from lars_tree._backends.base import Backend, Facts, Kind, Values, kind_of_numpy
+from lars_tree._backends.base import Backend, Facts, Kind, Leaf, New, Values, kind_of_numpy
 from lars_tree._backends.numpy import raw
 from lars_tree._rule import Rule
 
@@ -79,16 +78,28 @@ class JaxBackend(ArraysBackend):
         real, complex_ = (jnp.float64, jnp.complex128) if double else (jnp.float32, jnp.complex64)
         return x.astype(complex_ if jnp.iscomplexobj(x) else real)
 
-    def step(self, w: Array, dcdw: Array, rule: Rule) -> Array:
+    def zeros(self, w: Array, dtype: Any) -> Array:
+        return jnp.zeros_like(w, dtype, device=None if _is_traced(w) else w.sharding)
+
+    def counter(self, w: Array) -> Array:
+        return jnp.zeros((), jnp.int32)
+
+    def velocity_dtype(self, w: Array) -> Any:
+        return np.dtype(np.float32) if w.dtype.itemsize == 2 else w.dtype
+
+    def step(self, w: Array, dcdw: Array, rule: Rule, velocity: Array | None = None) -> New:
         if not jnp.iscomplexobj(w):
-            return super().step(w, dcdw, rule)
+            return super().step(w, dcdw, rule, velocity)
         # As pairs of real numbers: complex numbers of double precision have no derivatives unless
         # jax_enable_x64 is set, as their backward pass runs outside of our context.
         axis = None if rule.layer_axis is None else rule.layer_axis % w.ndim
         lr = rule.lr[..., None] if getattr(rule.lr, "ndim", 0) else rule.lr
-        w, dcdw = (jnp.stack([jnp.real(x), jnp.imag(x)], -1) for x in (w, dcdw))
-        new = super().step(w, dcdw, rule._replace(lr=lr, layer_axis=axis))
-        return jax.lax.complex(new[..., 0], new[..., 1])
+        w, dcdw, velocity = (
+            None if x is None else jnp.stack([jnp.real(x), jnp.imag(x)], -1)
+            for x in (w, dcdw, velocity)
+        )
+        pairs = super().step(w, dcdw, rule._replace(lr=lr, layer_axis=axis), velocity)
+        return New(*(None if x is None else jax.lax.complex(x[..., 0], x[..., 1]) for x in pairs))
 
     def all_finite(self, xs: list[Array]) -> Any:
         if any(map(_is_traced, xs)):
@@ -98,23 +109,28 @@ class JaxBackend(ArraysBackend):
     def narrow(self, x: Array, w: Array) -> Array:
         return x.astype(w.dtype)
 
-    def update(
-        self, ws: list[Array], dcdws: list[Array], outs: Sequence[Array | None], rules: list[Rule]
-    ) -> list[Array]:
+    def update(self, leaves: list[Leaf]) -> list[New]:
         with jax.enable_x64(True):
-            return [_update(*leaf) for leaf in zip(ws, dcdws, rules, strict=True)]
+            return [_update(leaf) for leaf in leaves]
 
 
-def _update(w: Array, dcdw: Array, rule: Rule) -> Array:
-    if all(_in_cpu_memory(x) for x in (w, dcdw)) and not any(
-        isinstance(x, jax.Array) for x in rule
-    ):
+def _update(leaf: Leaf) -> New:
+    w, dcdw, velocity, rule = leaf.w, leaf.dcdw, leaf.velocity, leaf.rule
+    arrays = [w, dcdw] if velocity is None else [w, dcdw, velocity]
+    if all(map(_in_cpu_memory, arrays)) and not any(isinstance(x, jax.Array) for x in rule):
         new = np.empty(w.shape, w.dtype)
-        cpu.update(raw(np.asarray(w)), raw(np.asarray(dcdw)), raw(new), rule)
+        moving = None if velocity is None else np.array(velocity)
+        cpu.update(*(raw(np.asarray(x)) for x in (w, dcdw, new)), rule, moving)
         with jax.default_device(next(iter(w.devices()))):
-            return jax.device_put(new, w.sharding if w.committed else None)
-    new = _BACKEND.step(w, dcdw, rule)
-    return jax.lax.stop_gradient(new) if rule.stop_gradients else new
+            return New(*(None if x is None else _put(x, w) for x in (new, moving)))
+    stepped = _BACKEND.step(w, dcdw, rule, velocity)
+    if not rule.stop_gradients:
+        return stepped
+    return New(*(None if x is None else jax.lax.stop_gradient(x) for x in stepped))
+
+
+def _put(x: np.ndarray[Any, Any], like: Array) -> Array:
+    return jax.device_put(x, like.sharding if like.committed else None)
 
 
 def _in_cpu_memory(x: Array) -> bool:

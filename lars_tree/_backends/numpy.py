@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from lars_tree import _native
 from lars_tree._backends import cpu
-from lars_tree._backends.base import Backend, Facts, Values, is_bfloat16, kind_of_numpy
-from lars_tree._rule import Rule
+from lars_tree._backends.base import (
+    Backend,
+    Columns,
+    Facts,
+    Leaf,
+    New,
+    Values,
+    is_bfloat16,
+    kind_of_numpy,
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -49,23 +56,33 @@ class NumpyBackend(Backend):
     def memory(self, x: Array) -> Array | None:
         return np.asarray(x) if isinstance(x, np.ndarray) else None
 
-    def update_plain(
-        self, ws: list[Any], dcdws: list[Any], outs: list[Any] | None, rules: list[Rule]
-    ) -> list[Any] | None:
+    def zeros(self, w: Array, dtype: Any) -> Array:
+        return np.zeros_like(w, dtype, subok=not isinstance(w, np.memmap))
+
+    def counter(self, w: Array) -> Array:
+        return np.zeros((), np.int64)
+
+    def velocity_dtype(self, w: Array) -> Any:
+        return np.dtype(np.float32) if w.dtype.itemsize == 2 else w.dtype
+
+    def update_plain(self, columns: Columns) -> tuple[list[Any], list[Any]] | None:
         # New arrays are to be of the class of w, which a memory map's are not.
-        types = (np.ndarray,) if outs is None else (np.ndarray, np.memmap)
+        types = (np.ndarray,) if columns.outs is None else (np.ndarray, np.memmap)
         return _native.update(
-            ws, dcdws, outs, rules, types=types, make=np.empty_like, as_bits=_as_bits
+            columns, types=types, make=np.empty_like, copy=np.copy, as_bits=_as_bits
         )
 
-    def update(
-        self, ws: list[Array], dcdws: list[Array], outs: Sequence[Array | None], rules: list[Rule]
-    ) -> list[Array]:
-        news = [_empty_like(w) if out is None else out for w, out in zip(ws, outs, strict=True)]
-        for w, dcdw, new, rule in zip(ws, dcdws, news, rules, strict=True):
-            cpu.update(raw(w), raw(dcdw), raw(new), rule)
-        scalars = (isinstance(w, np.generic) for w in ws)
-        return [new[()] if scalar else new for new, scalar in zip(news, scalars, strict=True)]
+    def update(self, leaves: list[Leaf]) -> list[New]:
+        return [self._step(leaf) for leaf in leaves]
+
+    def _step(self, leaf: Leaf) -> New:
+        new, velocity = leaf.out, leaf.velocity
+        if new is None:
+            new = _empty_like(leaf.w)
+            velocity = None if velocity is None else self.copy(velocity, stop_gradients=True)
+        moving = None if velocity is None else raw(velocity)
+        cpu.update(raw(leaf.w), raw(leaf.dcdw), raw(new), leaf.rule, moving)
+        return New(new[()] if isinstance(leaf.w, np.generic) else new, velocity)
 
     def all_finite(self, xs: list[Array]) -> bool:
         return all(bool(np.isfinite(x).all()) for x in xs)

@@ -61,6 +61,16 @@ class StandardBackend(ArraysBackend):
     def copy(self, x: Array, stop_gradients: bool) -> Array:
         return self.xp.asarray(x, copy=True)
 
+    def zeros(self, w: Array, dtype: Any) -> Array:
+        return self.xp.zeros_like(w, dtype=dtype)
+
+    def counter(self, w: Array) -> Array:
+        return self.xp.zeros((), dtype=self.xp.int64, device=array_api_compat.device(w))
+
+    def velocity_dtype(self, w: Array) -> Any:
+        # The standard's own types are float32 or longer; float16 is what some add to them.
+        return self.xp.float32 if "float16" in str(w.dtype) else w.dtype
+
     def out_fault(self, x: Array) -> str | None:
         return None if array_api_compat.is_writeable_array(x) else "immutable or read-only"
 

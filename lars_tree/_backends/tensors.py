@@ -6,7 +6,8 @@ the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lars_tree import _rule
 from lars_tree._backends.arrays import NamespaceOps
+from lars_tree._backends.base import Leaf, New
 from lars_tree._rule import Rule
 
 
@@ -69,34 +71,53 @@ class TensorsOps(TorchOps):
 _OPS = TensorsOps(torch)
 
 
-def step_many(
-    wide: torch.dtype,
-    ws: list[Tensor],
-    dcdws: list[Tensor],
-    news: list[Tensor],
-    rules: list[Rule],
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Where to write, and what, for one step of all leaves of a device, without waiting for it."""
+def group_key(leaf: Leaf) -> Hashable:
+    """Equal for leaves that `step_many` may take together."""
+    rule = leaf.rule
+    flags = rule.adapt, rule.trust_clip, rule.nesterov, rule.maximize
+    return leaf.w.device, _wide(leaf), leaf.velocity is None, flags
+
+
+def _wide(leaf: Leaf) -> torch.dtype:
+    """What to compute a leaf in: float32 or double, of real or complex numbers."""
+    short = torch.complex64 if leaf.w.is_complex() else torch.float32
+    return torch.promote_types(torch.promote_types(leaf.w.dtype, leaf.dcdw.dtype), short)
+
+
+def step_many(leaves: list[Leaf], news: list[New]) -> tuple[list[Tensor], list[Tensor]]:
+    """Where to write, and what, for one step of leaves of one group, without waiting for the device.
+
+    The velocities of `news` hold those before the step.
+    """
     with torch.no_grad():
-        layers = []
-        for w, dcdw, new, rule in zip(ws, dcdws, news, rules, strict=True):
-            leaf = [w.detach(), dcdw.detach().expand(w.shape), new.detach()]
-            if rule.layer_axis is None:
-                layers.append((*leaf, rule))
-            else:
-                unbound = (x.unbind(rule.layer_axis) for x in leaf)
-                layers.extend((*layer, rule) for layer in zip(*unbound, strict=True))
+        layers = [layer for pair in zip(leaves, news, strict=True) for layer in _layers(*pair)]
         layers = [layer for layer in layers if layer[0].numel()]
         if not layers:
             return [], []
-        w_wide = Tensors([w.to(wide) for w, _, _, _ in layers])
-        dcdw_wide = Tensors([dcdw.to(wide) for _, dcdw, _, _ in layers])
-        rule = _one_rule([rule for *_, rule in layers], w_wide.tensors[0])
-        stepped = _rule.step(_OPS, w_wide, dcdw_wide, rule)
-        return [new for _, _, new, _ in layers], stepped.tensors
+        ws, dcdws, outs, velocities, rules = zip(*layers, strict=True)
+        wide = _wide(leaves[0])
+        w, dcdw = (Tensors([x.to(wide) for x in xs]) for xs in (ws, dcdws))
+        moves = velocities[0] is not None
+        velocity = Tensors([x.to(wide) for x in velocities]) if moves else None
+        stepped = _rule.step(_OPS, w, dcdw, _one_rule(rules, w.tensors[0]), velocity)
+        targets = [*outs, *velocities] if moves else [*outs]
+        return targets, [x for many in stepped if many is not None for x in many.tensors]
 
 
-def _one_rule(rules: list[Rule], like: Tensor) -> Rule:
+def _layers(leaf: Leaf, new: New) -> Iterator[tuple[Any, ...]]:
+    """The w, dcdw, out, velocity and rule of each layer of a leaf."""
+    arrays = leaf.w, leaf.dcdw.expand(leaf.w.shape), new.w, new.velocity
+    arrays = tuple(None if x is None else x.detach() for x in arrays)
+    axis = leaf.rule.layer_axis
+    if axis is None:
+        yield (*arrays, leaf.rule)
+        return
+    unbound = (repeat(None) if x is None else x.unbind(axis) for x in arrays)
+    for layer in zip(*unbound, strict=False):
+        yield (*layer, leaf.rule)
+
+
+def _one_rule(rules: Sequence[Rule], like: Tensor) -> Rule:
     """One rule for many leaves: numbers that differ among them become vectors."""
     dtype = like.real.dtype if like.is_complex() else like.dtype
 
@@ -106,7 +127,10 @@ def _one_rule(rules: list[Rule], like: Tensor) -> Rule:
             if len(set(values)) == 1:
                 return values[0]
             return torch.tensor(values, dtype=dtype, device=like.device)
+        if all(value is values[0] for value in values):
+            return values[0].detach().to(dtype=dtype, device=like.device)
         numbers = (torch.as_tensor(value, dtype=dtype, device=like.device) for value in values)
         return torch.stack([number.detach() for number in numbers])
 
-    return rules[0]._replace(layer_axis=None, **{name: merged(name) for name in _rule.NUMBERS})
+    names = (*_rule.NUMBERS, *_rule.MOTION_NUMBERS)
+    return rules[0]._replace(layer_axis=None, **{name: merged(name) for name in names})

@@ -9,7 +9,7 @@ subclasses of Tensor, rates with a shape) goes leaf by leaf.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import filterfalse
 from typing import Any
 
@@ -20,10 +20,9 @@ from torch import Tensor
 from lars_tree import _native
 from lars_tree._backends import cpu
 from lars_tree._backends.arrays import ArraysBackend
-from lars_tree._backends.base import Backend, Facts, Kind, Values
-from lars_tree._backends.tensors import TorchOps, step_many
+from lars_tree._backends.base import Backend, Columns, Facts, Kind, Leaf, New, Values
+from lars_tree._backends.tensors import TorchOps, group_key, step_many
 from lars_tree._memory import is_mapped_read_only
-from lars_tree._rule import Rule
 
 _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COMPLEX = (torch.complex64, torch.complex128)
@@ -137,69 +136,78 @@ class TorchBackend(ArraysBackend):
     def narrow(self, x: Tensor, w: Tensor) -> Tensor:
         return x.to(w.dtype)
 
-    def update_plain(
-        self, ws: list[Any], dcdws: list[Any], outs: list[Any] | None, rules: list[Rule]
-    ) -> list[Any] | None:
+    def zeros(self, w: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.zeros_like(w.detach(), dtype=dtype)
+
+    def counter(self, w: Tensor) -> Tensor:
+        return torch.zeros((), dtype=torch.int64, device=w.device)
+
+    def velocity_dtype(self, w: Tensor) -> torch.dtype:
+        return torch.float32 if w.dtype.itemsize == 2 else w.dtype
+
+    def update_plain(self, columns: Columns) -> tuple[list[Any], list[Any]] | None:
         if _EXCHANGE is None or _is_watched() or torch._C._functorch.peek_interpreter_stack():
             return None
+        counted = columns.counter
+        if counted is not None:
+            if not _is_plain_counter(counted):
+                return None
+            columns = columns._replace(counter=np.asarray(_Address(counted, "i8")))
+
+        def begin(written: list[Tensor]) -> None:
+            _bump_versions(written if counted is None else [*written, counted])
 
         with torch.no_grad():
-            news = _native.update(
-                ws,
-                dcdws,
-                outs,
-                rules,
+            results = _native.update(
+                columns,
                 types=_TYPES,
                 make=torch.empty_like,
-                begin=_bump_versions if outs is not None else None,
+                copy=torch.clone,
+                begin=begin if columns.outs is not None else None,
                 tensors=_EXCHANGE,
             )
-        if news is None or outs is not None:
-            return news
-        return [None if w is None else _leaf_like(new, w) for w, new in zip(ws, news, strict=True)]
+        if results is None or columns.outs is not None:
+            return results
+        pairs = zip(columns.ws, results[0], strict=True)
+        return [None if w is None else _leaf_like(new, w) for w, new in pairs], results[1]
 
-    def update(
-        self,
-        ws: list[Tensor],
-        dcdws: list[Tensor],
-        outs: Sequence[Tensor | None],
-        rules: list[Rule],
-    ) -> list[Tensor]:
-        news: list[Any] = list(outs)
+    def update(self, leaves: list[Leaf]) -> list[New]:
+        news: list[Any] = [None] * len(leaves)
         groups: defaultdict[Any, list[int]] = defaultdict(list)
         in_cpu_memory: list[int] = []
-        for i, (w, dcdw, rule) in enumerate(zip(ws, dcdws, rules, strict=True)):
-            if not self._is_plain_step(w, dcdw, outs[i], rule):
-                news[i] = self._arrays(w, dcdw, rule)
+        for i, leaf in enumerate(leaves):
+            if not self._is_plain_step(leaf):
+                news[i] = self._arrays(leaf)
                 continue
-            if news[i] is None:
-                news[i] = torch.empty_like(w, requires_grad=False)
-            if w.device.type == "cpu":
+            news[i] = _targets(leaf)
+            if leaf.w.device.type == "cpu":
                 in_cpu_memory.append(i)
             else:
-                wide = torch.promote_types(self.widen(w, w).dtype, dcdw.dtype)
-                groups[w.device, wide, rule.adapt, rule.trust_clip].append(i)
+                groups[group_key(leaf)].append(i)
         stepped = [
-            step_many(wide, *([x[i] for i in members] for x in (ws, dcdws, news, rules)))
-            for (_, wide, *_), members in groups.items()
+            step_many([leaves[i] for i in members], [news[i] for i in members])
+            for members in groups.values()
         ]
         # What could run out of memory has run; from here on it is written.
         for i in in_cpu_memory:
-            cpu.update(_view(ws[i]), _view(dcdws[i]), _view(news[i]), rules[i])
+            w, velocity = news[i]
+            moving = None if velocity is None else _view(velocity)
+            leaf = leaves[i]
+            cpu.update(_view(leaf.w), _view(leaf.dcdw), _view(w), leaf.rule, moving)
         for targets, values in stepped:
             if targets:
                 torch._foreach_copy_(targets, values)
-        for i, out in enumerate(outs):
-            if out is not None and news[i] is not out:
-                self.write(out, news[i])
-        return [
-            _returned(w, out, new, rule)
-            for w, out, new, rule in zip(ws, outs, news, rules, strict=True)
-        ]
+        for i, leaf in enumerate(leaves):
+            if leaf.out is not None and news[i].w is not leaf.out:
+                self.written(leaf, news[i])
+        return [_returned(leaf, new) for leaf, new in zip(leaves, news, strict=True)]
 
-    def _is_plain_step(self, w: Tensor, dcdw: Tensor, out: Tensor | None, rule: Rule) -> bool:
+    def _is_plain_step(self, leaf: Leaf) -> bool:
         """Whether memory may be stepped as it is, with nothing to record."""
-        tensors = [x for x in (w, dcdw, out, *rule) if isinstance(x, Tensor)]
+        w, rule = leaf.w, leaf.rule
+        tensors = [
+            x for x in (w, leaf.dcdw, leaf.out, leaf.velocity, *rule) if isinstance(x, Tensor)
+        ]
         if not all(map(_is_plain, tensors)):
             return False
         if not rule.stop_gradients and any(map(self.records, tensors)):
@@ -209,10 +217,11 @@ class TorchBackend(ArraysBackend):
             return not any(isinstance(x, Tensor) for x in options)
         return all(x.ndim == 0 for x in options)
 
-    def _arrays(self, w: Tensor, dcdw: Tensor, rule: Rule) -> Tensor:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not rule.stop_gradients):
-            new = self.step(w, dcdw, rule)
-        return new.detach() if rule.stop_gradients else new
+    def _arrays(self, leaf: Leaf) -> New:
+        stops = leaf.rule.stop_gradients
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not stops):
+            new = self.step(leaf.w, leaf.dcdw, leaf.rule, leaf.velocity)
+        return New(*(x if x is None or not stops else x.detach() for x in new))
 
     def all_finite(self, xs: list[Tensor]) -> Any:
         flags = [torch.isfinite(x.detach()).all() for x in xs]
@@ -229,13 +238,21 @@ class TorchBackend(ArraysBackend):
             out.copy_(x.detach())
 
 
-def _returned(w: Tensor, out: Tensor | None, new: Tensor, rule: Rule) -> Tensor:
-    if out is not None:
-        _bump_versions([out])
-        return out
-    if not rule.stop_gradients or _is_wrapped(new):
+def _targets(leaf: Leaf) -> New:
+    """Where the results of a plain step go; a velocity is stepped in its place, or in its copy's."""
+    if leaf.out is not None:
+        return New(leaf.out, leaf.velocity)
+    velocity = None if leaf.velocity is None else leaf.velocity.detach().clone()
+    return New(torch.empty_like(leaf.w, requires_grad=False), velocity)
+
+
+def _returned(leaf: Leaf, new: New) -> New:
+    if leaf.out is not None:
+        _bump_versions(x for x in (leaf.out, leaf.velocity) if x is not None)
+        return New(leaf.out, leaf.velocity)
+    if not leaf.rule.stop_gradients or _is_wrapped(new.w):
         return new
-    return _leaf_like(new, w)
+    return new._replace(w=_leaf_like(new.w, leaf.w))
 
 
 def _bump_versions(tensors: Iterable[Tensor]) -> None:
@@ -255,6 +272,11 @@ def _is_plain(x: Tensor) -> bool:
     if type(x) not in _TYPES or _is_wrapped(x):
         return False
     return not _is_watched()
+
+
+def _is_plain_counter(x: Any) -> bool:
+    is_number = type(x) is Tensor and x.dtype == torch.int64 and x.numel() == 1
+    return is_number and x.device.type == "cpu" and _BACKEND.fault(x) is None
 
 
 def _is_watched() -> bool:

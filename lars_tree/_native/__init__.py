@@ -47,28 +47,25 @@ def native_available() -> bool:
 
 
 def update(
-    ws: list[Any],
-    dcdws: list[Any],
-    outs: list[Any] | None,
-    rules: list[Any],
+    columns: Any,
     *,
     types: tuple[type, ...],
     make: Callable[[Any], Any] | None = None,
+    copy: Callable[[Any], Any] | None = None,
     begin: Callable[[list[Any]], Any] | None = None,
     tensors: tuple[Any, ...] | None = None,
     as_bits: Callable[[Any], Any] | bool | None = None,
-) -> list[Any] | None:
-    """Step all arrays in one call, and return their results; None, with nothing written, if any of
-    them is not of the plain kind that the kernel takes.
+) -> tuple[list[Any], list[Any]] | None:
+    """Step all arrays in one call, and return the weights and the velocities; None, with nothing
+    written, if any of them is not of the plain kind that the kernel takes.
 
     Args:
-        ws: Weights of these types, or None for no weights.
-        dcdws: Gradients of these types and the shapes of w, or None to leave the weights.
-        outs: Where to write; None to write to new arrays, which make(w) gives.
-        rules: A `Rule` for each.
+        columns: A `Columns`: arrays of these types, or None for no weights, and in the place of a
+            gradient to leave the weights. Gradients and velocities have the shapes of w.
         types: The types of arrays to take.
         make: Gives new memory for a result.
-        begin: Called when all is checked, with the list of those arrays of `outs` to be written.
+        copy: Gives a copy of a velocity, to be stepped in its place.
+        begin: Called when all is checked, with the list of those given arrays that are written to.
         tensors: How to read torch tensors, see memory.hpp; None for the buffer protocol.
         as_bits: Views bfloat16 arrays, which have no buffer protocol, as uint16; True where arrays
             of uint16 are such views already.
@@ -76,12 +73,10 @@ def update(
     found = in_use()
     if found is None:
         return None
-    results: list[Any] | None = found.update(
-        ws,
-        dcdws,
-        outs,
-        rules,
+    results: tuple[list[Any], list[Any]] | None = found.update(
+        *columns,
         make,
+        copy,
         begin,
         types,
         tensors,

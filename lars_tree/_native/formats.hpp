@@ -19,6 +19,18 @@ struct Brain {
     std::uint16_t bits;
 };
 
+// What the velocity of weights of a type is kept in: float for those that are shorter.
+template <class T>
+struct VelocityOf {
+    typedef float type;
+};
+template <>
+struct VelocityOf<double> {
+    typedef double type;
+};
+
+inline Format velocity_format(Format of_w) { return of_w == float64 ? float64 : float32; }
+
 template <class To, class From>
 inline To bit_cast(From from) {
     static_assert(sizeof(To) == sizeof(From), "the same bits");

@@ -6,7 +6,8 @@
 //     w_new = w - lr * ratio * (g + decay_lambda * w)
 //
 // which is linear in w and dcdw, with two coefficients that are made of norms. So a layer is read
-// twice: once to sum the squares of w and dcdw, once to apply the coefficients.
+// twice: once to sum the squares of w and dcdw, once to apply the coefficients. With momentum the
+// velocity takes in the step in that second pass, and moves the weights.
 //
 // The numbers. Elements are read as double, exactly, and rounded once when they are written. Squares
 // are added in a fixed order: 16 lanes; within a chunk the rows of 16 by pairs of neighbours, then
@@ -43,14 +44,17 @@ namespace lars {
 struct Rule {
     double lr, decay_lambda, trust_coefficient, eps, grad_scale;
     bool adapt, trust_clip;
+    double momentum, rate;
+    bool nesterov, maximize;
 };
 
 // Dense arrays of the same size, in the same memory order; `out` may be w or dcdw. Complex numbers
-// are pairs of real ones.
+// are pairs of real ones. The velocity, if not null, is of the format `velocity_format(w_format)`.
 struct Layer {
     const void* w;
     const void* dcdw;
     void* out;
+    void* velocity;
     std::size_t size;
     Format w_format, dcdw_format;
     const Rule* rule;
@@ -59,12 +63,35 @@ struct Layer {
 const int lanes = 16;
 const std::size_t block = 128;  // elements that are stepped at a time, where that matters
 
-// The new weights are on_w * w - on_dcdw * dcdw. dcdw is to be multiplied by 2^exponent first, where
-// on_dcdw alone would be far from 1.
+// The step is on_dcdw * dcdw + on_w * w, the last only where it `decays`. dcdw is to be multiplied by
+// 2^exponent first, where on_dcdw alone would be far from 1.
 struct Coefficients {
     double on_w, on_dcdw;
     int exponent;
+    bool decays;
+
+    double kept() const { return decays ? 1 - on_w : 1; }  // what is left of w
 };
+
+// How a velocity moves the weights.
+struct Motion {
+    double momentum, rate;
+    bool nesterov;
+};
+
+struct Moved {
+    double w, velocity;
+};
+
+// The same statements as in `along` and `move` in lars_tree/_rule.py.
+inline Moved moved(double w, double dcdw, double velocity, const Coefficients& by,
+                   const Motion& motion) {
+    double step = by.on_dcdw * dcdw;
+    if (by.decays) step += by.on_w * w;
+    velocity = motion.momentum * velocity + step;
+    const double moved_by = motion.nesterov ? step + motion.momentum * velocity : velocity;
+    return {w - motion.rate * moved_by, velocity};
+}
 
 // Sums in about twice the precision of double: `low` gathers what rounding takes from `high`.
 inline Pair add(Pair a, Pair b) {
@@ -105,8 +132,9 @@ template <class Number>
 inline Coefficients coefficients(Number w_norm, Number dcdw_norm, const Rule& rule) {
     Number rate = Number(rule.lr) * trust_ratio(w_norm, dcdw_norm, rule);
     Split on_dcdw = split(rate / Number(rule.grad_scale));
-    double on_w = rule.decay_lambda == 0 ? 1 : 1 - rounded(rate * Number(rule.decay_lambda));
-    return {on_w, on_dcdw.factor, on_dcdw.exponent};
+    const double on_w = rounded(rate * Number(rule.decay_lambda));
+    const double factor = rule.maximize ? -on_dcdw.factor : on_dcdw.factor;
+    return {on_w, factor, on_dcdw.exponent, rule.decay_lambda != 0};
 }
 
 inline bool is_moderate(double x) {
@@ -126,10 +154,13 @@ struct Loops {
     typedef double (*Largest)(const void* x, std::size_t size);
     typedef void (*Apply)(const void* w, const void* dcdw, void* out, std::size_t size,
                           const Coefficients& by);
+    typedef void (*Move)(const void* w, const void* dcdw, void* velocity, void* out,
+                         std::size_t size, const Coefficients& by, const Motion& motion);
 
     Sum sum_of_squares[formats], sum_of_scaled_squares[formats];
     Largest largest[formats];
     Apply apply[formats][formats];  // by the formats of w and dcdw
+    Move move[formats][formats];
 };
 
 #if defined(_MSC_VER)
@@ -333,6 +364,7 @@ private:
         for (std::size_t i = 0; i < bytes; i += 64) {
             __builtin_prefetch(static_cast<const char*>(layer.w) + i);
             __builtin_prefetch(static_cast<const char*>(layer.dcdw) + i);
+            if (layer.velocity) __builtin_prefetch(static_cast<char*>(layer.velocity) + i);
         }
 #else
         (void)layer;
@@ -410,9 +442,18 @@ private:
 
     void apply(const Layer& layer, const Coefficients& by, std::size_t start,
                std::size_t size) const {
-        char* out = static_cast<char*>(layer.out) + start * Vector::item_size(layer.w_format);
-        loops.apply[layer.w_format][layer.dcdw_format](
-            weights(layer).at(start), gradients(layer).at(start), out, size, by);
+        const char *w = weights(layer).at(start), *dcdw = gradients(layer).at(start);
+        const Format format = layer.w_format;
+        char* out = static_cast<char*>(layer.out) + start * Vector::item_size(format);
+        if (!layer.velocity) {
+            loops.apply[format][layer.dcdw_format](w, dcdw, out, size, by);
+            return;
+        }
+        const Rule& rule = *layer.rule;
+        char* velocity = static_cast<char*>(layer.velocity) +
+                         start * Vector::item_size(velocity_format(format));
+        loops.move[format][layer.dcdw_format](w, dcdw, velocity, out, size, by,
+                                              {rule.momentum, rule.rate, rule.nesterov});
     }
 
     const Layer* layers;

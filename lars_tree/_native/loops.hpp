@@ -5,11 +5,15 @@
 // same bits: compile without contraction of a * b + c into one operation, and without -ffast-math.
 
 template <class T, bool Scaled>
+LARS_TARGET inline double value(T x, double scale, double rest) {
+    return Scaled ? read(x) * scale * rest : read(x);
+}
+
+template <class T, bool Scaled>
 LARS_TARGET inline void square(const T* row, double scale, double rest, double* squares) {
     for (int lane = 0; lane < lanes; ++lane) {
-        double value = read(row[lane]);
-        if (Scaled) value = value * scale * rest;
-        squares[lane] = value * value;
+        const double x = value<T, Scaled>(row[lane], scale, rest);
+        squares[lane] = x * x;
     }
 }
 
@@ -24,18 +28,28 @@ LARS_TARGET inline void merge(double (*sums)[lanes], int& depth, std::size_t sub
     }
 }
 
-// Squares of eight rows, added by pairs of neighbours.
+// Squares of 2^Level rows, added by pairs of neighbours. All at once, in registers: compilers make
+// poor code of a loop that merges them.
+template <class T, bool Scaled, int Level>
+struct Rows {
+    LARS_TARGET static inline void sum(const T* rows, double scale, double rest, double* total) {
+        double other[lanes];
+        Rows<T, Scaled, Level - 1>::sum(rows, scale, rest, total);
+        Rows<T, Scaled, Level - 1>::sum(rows + (lanes << (Level - 1)), scale, rest, other);
+        add_to(total, other);
+    }
+};
+
 template <class T, bool Scaled>
-LARS_TARGET inline void square_eight(const T* rows, double scale, double rest, double* sum) {
-    double squares[8][lanes];
-    for (int row = 0; row < 8; ++row) {
-        square<T, Scaled>(rows + row * lanes, scale, rest, squares[row]);
+struct Rows<T, Scaled, 1> {
+    LARS_TARGET static inline void sum(const T* rows, double scale, double rest, double* total) {
+        for (int lane = 0; lane < lanes; ++lane) {
+            const double a = value<T, Scaled>(rows[lane], scale, rest);
+            const double b = value<T, Scaled>(rows[lanes + lane], scale, rest);
+            total[lane] = a * a + b * b;
+        }
     }
-    for (int lane = 0; lane < lanes; ++lane) {
-        sum[lane] = ((squares[0][lane] + squares[1][lane]) + (squares[2][lane] + squares[3][lane])) +
-                    ((squares[4][lane] + squares[5][lane]) + (squares[6][lane] + squares[7][lane]));
-    }
-}
+};
 
 template <class T, bool Scaled>
 LARS_TARGET Pair sum_of_squares(const void* data, std::size_t size, double scale, double rest) {
@@ -45,10 +59,11 @@ LARS_TARGET Pair sum_of_squares(const void* data, std::size_t size, double scale
     double sums[64][lanes];
     int depth = 0;
     std::size_t rows = 0, i = 0;
-    for (; size - i >= 8 * lanes; i += 8 * lanes) {
-        square_eight<T, Scaled>(x + i, scale, rest, sums[depth++]);
-        merge(sums, depth, rows / 8);
-        rows += 8;
+    const int level = 4, many = 1 << level;
+    for (; size - i >= many * lanes; i += many * lanes) {
+        Rows<T, Scaled, level>::sum(x + i, scale, rest, sums[depth++]);
+        merge(sums, depth, rows / many);
+        rows += many;
     }
     for (; i < size; i += lanes) {
         T last[lanes] = {};  // as if zeros followed
@@ -76,15 +91,16 @@ LARS_TARGET double largest(const void* data, std::size_t size) {
     return most;
 }
 
-// The step itself, on_w * w - on_dcdw * dcdw, element by element; `out` may be w or dcdw themselves.
+// The step itself, kept * w - on_dcdw * dcdw, element by element; `out` may be w or dcdw themselves.
 
 // For numbers that leave the range of double on the way.
 template <class T, class G>
 inline void apply_carefully(const T* w, const G* dcdw, T* out, std::size_t size,
                             const Coefficients& by) {
-    const auto stepped = [&by](double weight, double gradient, int exponent) {
+    const double kept = by.kept();
+    const auto stepped = [&by, kept](double weight, double gradient, int exponent) {
         gradient = exponent ? std::ldexp(gradient, exponent) : gradient;
-        return by.on_w * weight - by.on_dcdw * gradient;
+        return kept * weight - by.on_dcdw * gradient;
     };
     for (std::size_t i = 0; i < size; ++i) {
         const double weight = read(w[i]), gradient = read(dcdw[i]);
@@ -100,10 +116,10 @@ inline void apply_carefully(const T* w, const G* dcdw, T* out, std::size_t size,
 template <class T, class G>
 LARS_TARGET void apply_in_double(const T* w, const G* dcdw, T* out, std::size_t size,
                                  const Coefficients& by) {
-    const double on_w = by.on_w, on_dcdw = by.on_dcdw;
+    const double kept = by.kept(), on_dcdw = by.on_dcdw;
     LARS_INDEPENDENT
     for (std::size_t i = 0; i < size; ++i) {
-        write(out[i], on_w * read(w[i]) - on_dcdw * read(dcdw[i]));
+        write(out[i], kept * read(w[i]) - on_dcdw * read(dcdw[i]));
     }
 }
 
@@ -113,20 +129,24 @@ LARS_TARGET void apply(const T* w, const G* dcdw, T* out, std::size_t size,
     apply_in_double(w, dcdw, out, size, by);
 }
 
+// The sign bit is set for infinity and NaN, whose exponent has all its bits: so it carries.
+LARS_TARGET inline std::uint64_t sign_if_beyond(double x) {
+    const std::uint64_t infinite = std::uint64_t{0x7ff} << 52, last_bit = infinite & -infinite;
+    return (bit_cast<std::uint64_t>(x) & infinite) + last_bit;
+}
+
 // float64 may leave the range of double: look before it is written.
 template <class G>
 LARS_TARGET void apply(const double* w, const G* dcdw, double* out, std::size_t size,
                        const Coefficients& by) {
-    const std::uint64_t infinite = std::uint64_t{0x7ff} << 52, last_bit = infinite & -infinite;
-    const double on_w = by.on_w, on_dcdw = by.on_dcdw;
+    const double kept = by.kept(), on_dcdw = by.on_dcdw;
     std::size_t start = 0;
     for (; size - start >= block; start += block) {
         double results[block];
         std::uint64_t beyond = 0;
         for (std::size_t i = 0; i < block; ++i) {
-            results[i] = on_w * w[start + i] - on_dcdw * read(dcdw[start + i]);
-            // Carries into the sign where the exponent has all its bits.
-            beyond |= (bit_cast<std::uint64_t>(results[i]) & infinite) + last_bit;
+            results[i] = kept * w[start + i] - on_dcdw * read(dcdw[start + i]);
+            beyond |= sign_if_beyond(results[i]);
         }
         if (beyond >> 63) {
             apply_carefully(w + start, dcdw + start, out + start, block, by);
@@ -160,7 +180,7 @@ LARS_TARGET inline Trial tried(float weight, float gradient, float on_w, float o
 // Two numbers to each word of 32 bits, which takes less shuffling than one at a time.
 LARS_TARGET inline void apply(const Brain* w, const Brain* dcdw, Brain* out, std::size_t size,
                               const Coefficients& by) {
-    const float on_w = static_cast<float>(by.on_w), on_dcdw = static_cast<float>(by.on_dcdw);
+    const float on_w = static_cast<float>(by.kept()), on_dcdw = static_cast<float>(by.on_dcdw);
     const std::uint32_t upper = 0xffff0000u, infinite = 0x7f800000u;
     const bool in_range = 1e-30f < std::fabs(on_w) && std::fabs(on_w) < 1e30f &&  //
                           1e-30f < on_dcdw && on_dcdw < 1e30f;
@@ -200,17 +220,96 @@ LARS_TARGET void apply(const void* w, const void* dcdw, void* out, std::size_t s
     }
 }
 
+// The step with momentum: `velocity` is stepped in place.
+
+template <class T, class G, class V>
+inline void move_carefully(const T* w, const G* dcdw, V* velocity, T* out, std::size_t size,
+                           const Coefficients& by, const Motion& motion) {
+    const auto scaled = [&by](double gradient, int change) {
+        const int exponent = by.exponent + change;
+        return exponent ? std::ldexp(gradient, exponent) : gradient;
+    };
+    for (std::size_t i = 0; i < size; ++i) {
+        const double weight = read(w[i]), gradient = read(dcdw[i]), before = read(velocity[i]);
+        Moved result = moved(weight, scaled(gradient, 0), before, by, motion);
+        if (sizeof(T) == sizeof(double)) {  // as in apply_carefully
+            Moved quarter = moved(weight / 4, scaled(gradient, -2), before / 4, by, motion);
+            if (!std::isfinite(result.w)) result.w = 4 * quarter.w;
+            if (!std::isfinite(result.velocity)) result.velocity = 4 * quarter.velocity;
+        }
+        write(velocity[i], result.velocity);
+        write(out[i], result.w);
+    }
+}
+
+template <class T, class G, class V>
+LARS_TARGET void move(const T* w, const G* dcdw, V* velocity, T* out, std::size_t size,
+                      const Coefficients& by, const Motion& motion) {
+    LARS_INDEPENDENT
+    for (std::size_t i = 0; i < size; ++i) {
+        Moved result = moved(read(w[i]), read(dcdw[i]), read(velocity[i]), by, motion);
+        write(velocity[i], result.velocity);
+        write(out[i], result.w);
+    }
+}
+
+template <class G>
+LARS_TARGET void move(const double* w, const G* dcdw, double* velocity, double* out,
+                      std::size_t size, const Coefficients& by, const Motion& motion) {
+    std::size_t start = 0;
+    for (; size - start >= block; start += block) {
+        double weights[block], velocities[block];
+        std::uint64_t beyond = 0;
+        for (std::size_t i = 0; i < block; ++i) {
+            Moved result = moved(w[start + i], read(dcdw[start + i]), velocity[start + i], by,
+                                 motion);
+            weights[i] = result.w;
+            velocities[i] = result.velocity;
+            beyond |= sign_if_beyond(result.w) | sign_if_beyond(result.velocity);
+        }
+        if (beyond >> 63) {
+            move_carefully(w + start, dcdw + start, velocity + start, out + start, block, by,
+                           motion);
+        } else {
+            std::memcpy(velocity + start, velocities, sizeof velocities);
+            std::memcpy(out + start, weights, sizeof weights);
+        }
+    }
+    move_carefully(w + start, dcdw + start, velocity + start, out + start, size - start, by,
+                   motion);
+}
+
+template <class T, class G>
+LARS_TARGET void move(const void* w, const void* dcdw, void* velocity, void* out,
+                      std::size_t size, const Coefficients& by, const Motion& motion) {
+    const T* weights = static_cast<const T*>(w);
+    const G* gradients = static_cast<const G*>(dcdw);
+    auto* velocities = static_cast<typename VelocityOf<T>::type*>(velocity);
+    T* results = static_cast<T*>(out);
+    if (by.exponent) {
+        move_carefully(weights, gradients, velocities, results, size, by, motion);
+    } else {
+        move(weights, gradients, velocities, results, size, by, motion);
+    }
+}
+
 // The table of what is above.
+
+template <class T, class G>
+inline void enter(Loops& to, Format format, Format dcdw_format) {
+    to.apply[format][dcdw_format] = apply<T, G>;
+    to.move[format][dcdw_format] = move<T, G>;
+}
 
 template <class T>
 inline void enter(Loops& to, Format format) {
     to.sum_of_squares[format] = sum_of_squares<T, false>;
     to.sum_of_scaled_squares[format] = sum_of_squares<T, true>;
     to.largest[format] = largest<T>;
-    to.apply[format][float16] = apply<T, Half>;
-    to.apply[format][bfloat16] = apply<T, Brain>;
-    to.apply[format][float32] = apply<T, float>;
-    to.apply[format][float64] = apply<T, double>;
+    enter<T, Half>(to, format, float16);
+    enter<T, Brain>(to, format, bfloat16);
+    enter<T, float>(to, format, float32);
+    enter<T, double>(to, format, float64);
 }
 
 inline Loops loops() {

@@ -142,6 +142,18 @@ public:
         return reinterpret_cast<std::uintptr_t>(to.data) % Vector::item_size(to.format) == 0;
     }
 
+    // Where an array of one int64 has its number, to be written to; null if that is not plain.
+    std::int64_t* read_counter(PyObject* x, Py_buffer& buffer) const {
+        if (PyObject_GetBuffer(x, &buffer, PyBUF_WRITABLE | PyBUF_FORMAT) != 0) {
+            PyErr_Clear();
+            return nullptr;
+        }
+        const char* format = buffer.format ? buffer.format : "B";
+        const bool is_int64 = buffer.itemsize == 8 && (format[0] == 'l' || format[0] == 'q');
+        if (!is_int64 || format[1] != '\0' || buffer.len != 8) return nullptr;
+        return static_cast<std::int64_t*>(buffer.buf);
+    }
+
 private:
     bool has_plain_type(PyObject* x) const {
         for (Py_ssize_t i = 0; i < PyTuple_Size(types); ++i) {

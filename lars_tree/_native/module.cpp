@@ -15,15 +15,21 @@ namespace {
 
 using namespace lars;
 
-// The fields of lars_tree._rule.Rule, in their order, as far as the kernel does them all.
+// The fields of lars_tree._rule.Rule, by their places, as far as the kernel does them all.
 bool read_rule(PyObject* fields, Rule& rule) {
-    double* numbers[] = {&rule.lr, &rule.decay_lambda, &rule.trust_coefficient, &rule.eps,
-                         &rule.grad_scale};
-    for (int i = 0; i < 5; ++i) {
-        PyObject* number = PyTuple_GetItem(fields, i);
+    const struct {
+        int place;
+        double& number;
+    } numbers[] = {{0, rule.lr},   {1, rule.decay_lambda}, {2, rule.trust_coefficient},
+                   {3, rule.eps},  {4, rule.grad_scale},   {10, rule.momentum},
+                   {11, rule.rate}};
+    for (const auto& to : numbers) {
+        PyObject* number = PyTuple_GetItem(fields, to.place);
         if (!number || !PyFloat_Check(number)) return false;
-        *numbers[i] = PyFloat_AsDouble(number);
+        to.number = PyFloat_AsDouble(number);
     }
+    rule.nesterov = PyTuple_GetItem(fields, 12) == Py_True;
+    rule.maximize = PyTuple_GetItem(fields, 13) == Py_True;
     rule.adapt = PyTuple_GetItem(fields, 5) == Py_True;
     rule.trust_clip = PyTuple_GetItem(fields, 6) == Py_True;
     PyObject* nonfinite = PyTuple_GetItem(fields, 7);
@@ -52,36 +58,58 @@ public:
     Py_buffer view;
 };
 
+// The arrays of a leaf; without an `out` the results are new arrays, without a velocity there is
+// no momentum.
+struct Arrays {
+    PyObject *w, *dcdw, *out, *velocity;
+};
+
+// How new arrays come about: make(w), copy(velocity).
+struct Makers {
+    PyObject *make, *copy;
+};
+
 // All leaves of one call, read and checked.
 class Leaves {
 public:
     explicit Leaves(const Reader& reader) : reader(reader) {}
 
     // Adds a leaf, without touching its memory; false if it is not plain, or with an exception set.
-    // Without an array to write to, make(w) gives one.
-    bool add(PyObject* w, PyObject* dcdw, PyObject*& out, PyObject* make, PyObject* fields) {
-        Memory weights, gradients, results;
-        Buffer of_w, of_dcdw, of_out;
-        const bool in_place = out == w, made = !out;
+    // Where there is no `out`, new arrays are made: `made` then owns them, also when it fails.
+    bool add(const Arrays& given, const Makers& makers, PyObject* fields, Arrays& made) {
+        Memory weights, gradients, results, moving = {};
+        Buffer of_w, of_dcdw, of_out, of_velocity;
+        Arrays to = given;
         if (!read_rule_of(fields)) return false;
-        if (!reader.read(w, in_place, weights, of_w.view)) return false;
-        if (!reader.read(dcdw, false, gradients, of_dcdw.view)) return false;
+        if (!reader.read(given.w, given.out == given.w, weights, of_w.view)) return false;
+        if (!reader.read(given.dcdw, false, gradients, of_dcdw.view)) return false;
         if (!fit(weights, gradients) || !is_dense(weights)) return false;
-        if (made) {
-            out = PyObject_CallFunctionObjArgs(make, w, nullptr);
-            if (!out) return false;
+        if (!given.out) {
+            to.out = made.out = PyObject_CallFunctionObjArgs(makers.make, given.w, nullptr);
+            if (!made.out) return false;
+            if (given.velocity) {
+                to.velocity = made.velocity =
+                    PyObject_CallFunctionObjArgs(makers.copy, given.velocity, nullptr);
+                if (!made.velocity) return false;
+            }
         }
-        if (in_place) {
+        if (to.out == given.w) {
             results = weights;
-        } else if (!reader.read(out, true, results, of_out.view)) {
+        } else if (!reader.read(to.out, true, results, of_out.view)) {
             return false;
         }
         if (!fit(weights, results) || results.format != weights.format) return false;
+        if (to.velocity) {
+            if (!reader.read(to.velocity, true, moving, of_velocity.view)) return false;
+            if (!fit(weights, moving)) return false;
+            if (moving.format != velocity_format(weights.format)) return false;
+        }
         if (weights.size == 0) return true;
-        layers.push_back({weights.data, gradients.data, results.data, weights.size, weights.format,
-                          gradients.format, &rules.back()});
-        if (!made) {
+        layers.push_back({weights.data, gradients.data, results.data, moving.data, weights.size,
+                          weights.format, gradients.format, &rules.back()});
+        if (given.out) {
             note(results, written);
+            if (to.velocity) note(moving, written);
             if (weights.data != results.data) note(weights, read);
             // A gradient may be the very memory of its own result: it is read first.
             if (gradients.data != results.data || gradients.format != results.format) {
@@ -91,12 +119,12 @@ public:
         return true;
     }
 
-    // Adds weights that stay as they are; false as above.
-    bool keep(PyObject* w) {
-        Memory weights;
-        Buffer of_w;
-        if (!reader.read(w, true, weights, of_w.view) || !is_dense(weights)) return false;
-        if (weights.size) note(weights, written);
+    // Adds an array that stays as it is, but that no other may overlap; false as above.
+    bool keep(PyObject* x) {
+        Memory memory;
+        Buffer of_x;
+        if (!reader.read(x, true, memory, of_x.view) || !is_dense(memory)) return false;
+        if (memory.size) note(memory, written);
         return true;
     }
 
@@ -129,58 +157,96 @@ private:
     std::vector<Stretch> written, read;  // of arrays that are given, not made
 };
 
+// A list of one item for each leaf, or None.
+bool is_column(PyObject* list, Py_ssize_t count) {
+    if (list == Py_None || (PyList_Check(list) && PyList_Size(list) == count)) return true;
+    PyErr_SetString(PyExc_ValueError, "expected lists of one length");
+    return false;
+}
+
+// The item, borrowed; null where there is no list.
+PyObject* item(PyObject* list, Py_ssize_t i) {
+    return list == Py_None ? nullptr : PyList_GetItem(list, i);
+}
+
 const char update_doc[] =
-    "update(ws, dcdws, outs, rules, make, begin, types, tensors, as_bits, threads,\n"
-    "       instruction_set)\n--\n\n"
-    "Step all arrays, and return the list of their results; None if one of them is not plain.\n\n"
-    "outs are the arrays to write to, or None for new ones that make(w) gives. begin(written) is\n"
-    "called when all is checked, with those of outs that are written to. See Reader in\n"
-    "memory.hpp for types, tensors and as_bits.";
+    "update(ws, dcdws, outs, rules, velocities, counter, make, copy, begin, types, tensors,\n"
+    "       as_bits, threads, instruction_set)\n--\n\n"
+    "Step all arrays, and return the lists of new weights and of velocities; None if one array is\n"
+    "not plain.\n\n"
+    "outs are the arrays to write to, or None for new ones that make(w) and copy(velocity) give.\n"
+    "velocities are stepped in place; None for no momentum. counter is None or an array of one\n"
+    "int64, to which one is added. begin(written) is called when all is checked, with those of\n"
+    "outs and velocities that are written to. See Reader in memory.hpp for types, tensors and\n"
+    "as_bits.";
 
 PyObject* update(PyObject*, PyObject* args) {
-    PyObject *ws, *dcdws, *outs, *rules, *make, *begin, *types, *tensors, *as_bits;
+    PyObject *ws, *dcdws, *outs, *rules, *velocities, *counter, *begin, *types, *tensors, *as_bits;
+    Makers makers;
     Py_ssize_t threads;
     int set;
-    if (!PyArg_ParseTuple(args, "O!O!OO!OOO!OOni", &PyList_Type, &ws, &PyList_Type, &dcdws, &outs,
-                          &PyList_Type, &rules, &make, &begin, &PyTuple_Type, &types, &tensors,
-                          &as_bits, &threads, &set)) {
+    if (!PyArg_ParseTuple(args, "O!O!OO!OOOOOO!OOni", &PyList_Type, &ws, &PyList_Type, &dcdws,
+                          &outs, &PyList_Type, &rules, &velocities, &counter, &makers.make,
+                          &makers.copy, &begin, &PyTuple_Type, &types, &tensors, &as_bits, &threads,
+                          &set)) {
         return nullptr;
     }
     try {
         Reader reader;
         if (!reader.open(types, tensors, as_bits)) return nullptr;
         const Py_ssize_t count = PyList_Size(ws);
-        const bool made = outs == Py_None;
-        if (PyList_Size(dcdws) != count || PyList_Size(rules) != count ||
-            (!made && PyList_Size(outs) != count)) {
-            PyErr_SetString(PyExc_ValueError, "expected lists of one length");
-            return nullptr;
+        const bool in_place = outs != Py_None;
+        for (PyObject* list : {dcdws, outs, rules, velocities}) {
+            if (!is_column(list, count)) return nullptr;
         }
-        Owned results(made ? PyList_New(count) : Py_NewRef(outs));
-        if (!results) return nullptr;
+        // New arrays are put into lists of their own, which own them.
+        Owned new_ws(in_place ? Py_NewRef(outs) : PyList_New(count));
+        Owned new_velocities(in_place || velocities == Py_None ? Py_NewRef(velocities)
+                                                               : PyList_New(count));
         Owned written(PyList_New(0));
-        if (!written) return nullptr;
+        if (!new_ws || !new_velocities || !written) return nullptr;
+        Buffer of_counter;
+        std::int64_t* counted = nullptr;
+        if (counter != Py_None) {
+            counted = reader.read_counter(counter, of_counter.view);
+            if (PyErr_Occurred()) return nullptr;
+            if (!counted) Py_RETURN_NONE;
+        }
         Leaves leaves(reader);
         for (Py_ssize_t i = 0; i < count; ++i) {
             if (i + ahead < count) {  // the arrays of a large tree are in no cache
                 prefetch(PyList_GetItem(ws, i + ahead));
                 prefetch(PyList_GetItem(dcdws, i + ahead));
+                if (velocities != Py_None) prefetch(PyList_GetItem(velocities, i + ahead));
             }
-            PyObject *w = PyList_GetItem(ws, i), *dcdw = PyList_GetItem(dcdws, i);
-            PyObject* out = made ? nullptr : PyList_GetItem(outs, i);
-            if (dcdw == Py_None && out == (made ? nullptr : w)) {  // nothing to do
-                if (w != Py_None && (made || !leaves.keep(w))) {
-                    return PyErr_Occurred() ? nullptr : Py_NewRef(Py_None);
+            const Arrays given = {PyList_GetItem(ws, i), PyList_GetItem(dcdws, i), item(outs, i),
+                                  item(velocities, i)};
+            const bool is_kept = given.dcdw == Py_None && given.w != Py_None;
+            if (given.w == Py_None && given.dcdw == Py_None && (!in_place || given.out == Py_None) &&
+                (!given.velocity || given.velocity == Py_None)) {  // nothing there
+                if (!in_place) PyList_SetItem(new_ws, i, Py_NewRef(Py_None));
+                if (!in_place && given.velocity) {
+                    PyList_SetItem(new_velocities, i, Py_NewRef(Py_None));
                 }
-                if (made) PyList_SetItem(results, i, Py_NewRef(w));
                 continue;
             }
-            if (w == Py_None || dcdw == Py_None) Py_RETURN_NONE;
-            const bool plain = leaves.add(w, dcdw, out, make, PyList_GetItem(rules, i));
-            if (made && out) PyList_SetItem(results, i, out);
+            if (is_kept && in_place && given.out == given.w) {
+                if (!leaves.keep(given.w) || (given.velocity && !leaves.keep(given.velocity))) {
+                    return PyErr_Occurred() ? nullptr : Py_NewRef(Py_None);
+                }
+                continue;
+            }
+            if (given.w == Py_None || is_kept) Py_RETURN_NONE;
+            Arrays made = {};
+            const bool plain = leaves.add(given, makers, PyList_GetItem(rules, i), made);
+            if (made.out) PyList_SetItem(new_ws, i, made.out);
+            if (made.velocity) PyList_SetItem(new_velocities, i, made.velocity);
             if (PyErr_Occurred()) return nullptr;
             if (!plain) Py_RETURN_NONE;
-            if (!made && PyList_Append(written, out) != 0) return nullptr;
+            if (in_place && PyList_Append(written, given.out) != 0) return nullptr;
+            if (in_place && given.velocity && PyList_Append(written, given.velocity) != 0) {
+                return nullptr;
+            }
         }
         if (leaves.overlap()) Py_RETURN_NONE;
         if (begin != Py_None) {
@@ -195,7 +261,10 @@ PyObject* update(PyObject*, PyObject* args) {
             failed = true;
         }
         Py_END_ALLOW_THREADS
-        return failed ? PyErr_NoMemory() : Py_NewRef(results);
+        if (failed) return PyErr_NoMemory();
+        if (counted) ++*counted;  // no signal is handled between this and the step
+        PyObject *of_ws = new_ws, *of_velocities = new_velocities;
+        return PyTuple_Pack(2, of_ws, of_velocities);
     } catch (const std::bad_alloc&) {
         return PyErr_NoMemory();
     }
