@@ -5,8 +5,13 @@ import lars_tree as lt
 w = lt.Container(encoder={"kernel": k, "bias": b}, head=h)     # numpy, torch, jax, ...
 w = w.lars_update(grads, 0.1, decay_lambda=1e-4)                # a new Container
 w.lars_update(grads, 0.1, out=w)                                # in place
+
+opt = lt.Lars(lt.schedules.Polynomial(0.1, total_steps=1000), momentum=0.9)
+state = opt.init(w)
+w, state = opt.update(w, grads, state)
 """
 
+from lars_tree import schedules
 from lars_tree._native import native_available
 from lars_tree._native.threads import get_num_threads, set_num_threads
 from lars_tree.array import Array
@@ -25,6 +30,7 @@ from lars_tree.errors import (
     StateError,
     StructureError,
 )
+from lars_tree.optimizer import Lars
 from lars_tree.update import lars_update
 
 __version__ = "0.1.0"
@@ -34,6 +40,7 @@ __all__ = [
     "BackendError",
     "Container",
     "DtypeError",
+    "Lars",
     "LarsTreeError",
     "LeafError",
     "NonFiniteError",
@@ -47,5 +54,6 @@ __all__ = [
     "get_num_threads",
     "lars_update",
     "native_available",
+    "schedules",
     "set_num_threads",
 ]

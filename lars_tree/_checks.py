@@ -284,11 +284,11 @@ def detach_inputs(leaves: list[Leaf]) -> list[Leaf]:
 
 
 def _overwritten(group: list[Leaf]) -> Iterator[tuple[Leaf, str]]:
-    targets = [
-        (target.leaf, target.argument, target.leaf.backend.memory(target.array))
-        for target in _targets(group)
-    ]
-    known = [target for target in targets if target[2] is not None]
+    known: list[tuple[Leaf, str, np.ndarray[Any, Any]]] = []
+    for leaf, argument, array in _targets(group):
+        memory = leaf.backend.memory(array)
+        if memory is not None:
+            known.append((leaf, argument, memory))
     # An array may serve many leaves: it is one input with many readers.
     readers: dict[int, list[tuple[Leaf, str]]] = {}
     inputs: dict[int, np.ndarray[Any, Any]] = {}

@@ -7,7 +7,7 @@ them; whether they suit the arrays of a leaf is the business of `_checks.py`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Complex, Number, Real
 from typing import Any, TypedDict
 
@@ -29,6 +29,20 @@ class Options(TypedDict, total=False):
     grad_scale: Any
     nonfinite: Any
     layer_axis: Any
+
+
+# Of all but the rate, as the signature of `lars_update` has them.
+DEFAULTS: dict[str, Any] = {
+    "decay_lambda": 0,
+    "stop_gradients": True,
+    "trust_coefficient": 1.0,
+    "eps": 0.0,
+    "adapt": True,
+    "trust_clip": False,
+    "grad_scale": 1.0,
+    "nonfinite": "propagate",
+    "layer_axis": None,
+}
 
 
 class _Unfit(Exception):
@@ -64,6 +78,27 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
             known[key] = Rule(**shared, **dict(zip(columns, row, strict=True)))
         rules.append(known[key])
     return rules
+
+
+def check(options: dict[str, Any]) -> None:
+    """Raise for the first option with a value that it cannot take; whatever the weights.
+
+    Raises:
+        OptionError: naming the option and where in it the value is.
+    """
+    for name, given in options.items():
+        _checked(name, list(_tree.walk(given)), keep_history=False)
+
+
+def check_names(options: Mapping[str, Any]) -> None:
+    """Raise for a keyword that is no option, as Python itself does.
+
+    Raises:
+        TypeError: with what may have been meant.
+    """
+    for name in options.keys() - DEFAULTS.keys():
+        hint = errors.did_you_mean(name, DEFAULTS)
+        raise TypeError(f"got an unexpected keyword argument {name!r}{hint}")
 
 
 def _checked(name: str, values: list[tuple[errors.Path, Any]], keep_history: bool) -> list[Any]:

@@ -117,8 +117,11 @@ class Ops(Protocol):
 
 
 class Norm(NamedTuple):
-    """A norm as `scaled * scale`: a power of two, constant to differentiation, and a number that is
-    far from the limits of its type, and whose derivative is 0 at 0."""
+    """A norm as `scaled * scale`.
+
+    The scale is a power of two, and constant to differentiation; the scaled norm is far from the
+    limits of its type, and its derivative is 0 at 0.
+    """
 
     scaled: Any
     scale: Any
@@ -143,7 +146,7 @@ def step(ops: Ops, w: Any, dcdw: Any, rule: Rule, velocity: Any = None) -> tuple
             eps=ops.like(rule.eps, scale) / scale,
             grad_scale=rule.grad_scale * (scale / dcdw_norm.scale),
         )
-        # A scaled ratio is nowhere near 2**100, so where this bound holds nothing is clipped anyway.
+        # A scaled ratio is nowhere near 2**100: where this bound holds, nothing is clipped anyway.
         one = scale / ops.maximum(w_norm.scale, scale * 2.0**-100)
         on_dcdw, on_w = coefficients(w_norm.scaled, dcdw_norm.scaled, scaled, ops.where, one)
         # The scale comes last: a subnormal number times anything has few digits left.

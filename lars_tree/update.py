@@ -2,8 +2,8 @@
 
 Reads as a table of contents. Structure is matched in `_tree.py`, options are resolved in
 `_options.py`, arrays are checked in `_checks.py`; only then do the `_backends` compute, each on all
-its leaves at once, by the formula in `_rule.py`. `advance` is the same with what an optimizer carries
-from step to step.
+its leaves at once, by the formula in `_rule.py`. `advance` is the same with the state of an
+optimizer.
 """
 
 from __future__ import annotations
@@ -12,16 +12,13 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from lars_tree import _backends, _checks, _memory, _options, _tree, errors
-from lars_tree._backends.base import Columns, Leaf, New, Values
+from lars_tree import _backends, _checks, _memory, _nonfinite, _options, _tree, errors
+from lars_tree._backends.base import Columns, Leaf, New
 from lars_tree.array import Array, unwrap
-
-if TYPE_CHECKING:
-    from lars_tree._backends.base import Backend
 
 State = dict[str, Any]
 Paths = Callable[[], list[errors.Path]]
@@ -292,13 +289,13 @@ def _run(leaves: list[Leaf], paths: Paths) -> tuple[list[New], Any]:
     """
     guarded = any(leaf.rule.nonfinite != "propagate" for leaf in leaves if leaf.dcdw is not None)
     results: dict[int, New] = {}
-    for backend, group in _by_backend(leaves).items():
+    for backend, group in _nonfinite.by_backend(leaves).items():
         steps = [leaf for leaf in group if leaf.dcdw is not None]
         news = backend.update([leaf._replace(out=None) for leaf in steps] if guarded else steps)
         results |= {leaf.place: new for leaf, new in zip(steps, news, strict=True)}
     taken: Any = True
     if guarded:
-        results, taken = _guard(leaves, results, paths)
+        results, taken = _nonfinite.guard(leaves, results, paths)
     for leaf in leaves:
         if leaf.dcdw is None:
             results[leaf.place] = _kept(leaf)
@@ -309,68 +306,13 @@ def _run(leaves: list[Leaf], paths: Paths) -> tuple[list[New], Any]:
     return [results[leaf.place] for leaf in leaves], taken
 
 
-def _by_backend(leaves: list[Leaf]) -> dict[Backend, list[Leaf]]:
-    groups: dict[Backend, list[Leaf]] = {}
-    for leaf in leaves:
-        groups.setdefault(leaf.backend, []).append(leaf)
-    return groups
-
-
 def _kept(leaf: Leaf) -> New:
     """Weights without a gradient: as they are, in memory of their own; and so their velocity."""
     if leaf.out is None:
-        return _copies(leaf)
+        return _nonfinite.copies(leaf)
     if leaf.out is not leaf.w:
         leaf.backend.write(leaf.out, leaf.w)
     return New(leaf.out, leaf.velocity)
-
-
-def _copies(leaf: Leaf) -> New:
-    old = (leaf.w, leaf.velocity)
-    stops = leaf.rule.stop_gradients
-    return New(*(None if x is None else leaf.backend.copy(x, stops) for x in old))
-
-
-def _guard(leaves: list[Leaf], results: dict[int, New], paths: Paths) -> tuple[dict[int, New], Any]:
-    """The results, or what `nonfinite` asks for where they would hold NaN or infinity.
-
-    And whether the step is taken: a truth value, or an array of one that is not known yet.
-    """
-    steps = [leaf for leaf in leaves if leaf.dcdw is not None]
-
-    def are_finite(backend: Backend, group: list[Leaf]) -> Any:
-        arrays = [x for leaf in group for x in results[leaf.place] if x is not None]
-        return backend.all_finite(arrays)
-
-    bad = [
-        paths()[leaf.place]
-        for leaf in steps
-        if leaf.rule.nonfinite == "raise" and not bool(are_finite(leaf.backend, [leaf]))
-    ]
-    if bad:
-        headline = "dcdw would make weights that are not finite"
-        lines = [(path, "expected finite numbers, got NaN or infinity") for path in bad]
-        raise errors.error(errors.NonFiniteError, "dcdw", headline, lines)
-    watched = _by_backend([leaf for leaf in steps if leaf.rule.nonfinite == "skip"])
-    flags = [are_finite(backend, group) for backend, group in watched.items()]
-    if not flags:
-        return results, True
-    values = {leaf.backend.values(leaf.w) for leaf in steps}
-    if values != {Values.HERE} and set(watched) == set(_by_backend(steps)) and len(flags) == 1:
-        flag = flags[0]  # stays on its device, and unknown where it is traced
-    elif Values.LATER in values:
-        headline = "nonfinite cannot skip: the values are not known yet"
-        text = "expected arrays of one library where some are traced or lazy"
-        lines = [(paths()[leaf.place], text) for leaf in steps if leaf.rule.nonfinite == "skip"]
-        raise errors.error(errors.OptionError, "nonfinite", headline, lines)
-    else:
-        flag = all(bool(flag) for flag in flags)
-
-    def chosen(leaf: Leaf) -> New:
-        pairs = zip(results[leaf.place], _copies(leaf), strict=True)
-        return New(*(None if a is None else leaf.backend.choose(flag, a, b) for a, b in pairs))
-
-    return {leaf.place: chosen(leaf) for leaf in steps}, flag
 
 
 def _explained(arguments: dict[str, Any]) -> Exception:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from test_native import dtype_of, run, without_kernel
 
 from lars_tree import Container, LarsTreeError, _native, _tree, lars_update
+from lars_tree._backends.base import Columns
 from lars_tree._backends.numpy import _as_bits
 from lars_tree._rule import Rule
 
@@ -133,19 +134,22 @@ def test_what_is_not_plain_is_left_alone_by_the_kernel(case):
         assert shown(given) == before
 
 
-def update_plain(ws, dcdws, outs, rules):
-    types = (np.ndarray,)
-    return _native.update(ws, dcdws, outs, rules, types=types, make=np.empty_like, as_bits=_as_bits)
+def update_plain(*columns):
+    callbacks = {"make": np.empty_like, "copy": np.copy, "as_bits": _as_bits}
+    return _native.update(Columns(*columns), types=(np.ndarray,), **callbacks)
 
 
 def test_the_kernel_wants_lists_of_one_length():
     one = [ONES]
     rules = [Rule(0.1)]
-    assert update_plain(one, one, None, rules)[0].tolist() == (ONES * 0.9).tolist()
+    (new,), velocities = update_plain(one, one, None, rules)
+    assert new.tolist() == (ONES * 0.9).tolist()
+    assert velocities is None
     for lists in (
         (one, [], None, rules),
         (one, one, [], rules),
         (one, one, None, []),
+        (one, one, None, rules, []),
         ([], one, None, []),
     ):
         with pytest.raises(ValueError, match="one length"):
@@ -156,7 +160,7 @@ class Interrupt(BaseException):
     pass
 
 
-@pytest.mark.parametrize("name", ["make", "begin", "as_bits"])
+@pytest.mark.parametrize("name", ["make", "copy", "begin", "as_bits"])
 def test_what_a_callback_raises_is_raised_and_nothing_is_written(name):
     """As a signal handler may, which Python runs in them."""
 
@@ -164,11 +168,14 @@ def test_what_a_callback_raises_is_raised_and_nothing_is_written(name):
         raise Interrupt
 
     w = ONES.astype(dtype_of("bfloat16"))
-    callbacks = {"make": np.empty_like, "as_bits": _as_bits, name: interrupt}
-    outs = None if name == "make" else [w]
+    v, counter = ONES.astype(np.float32), np.zeros((), np.int64)
+    callbacks = {"make": np.empty_like, "copy": np.copy, "as_bits": _as_bits, name: interrupt}
+    outs = None if name in ("make", "copy") else [w]
+    columns = Columns([w], [w.copy()], outs, [Rule(0.5, momentum=0.5)], [v], counter)
     with pytest.raises(Interrupt):
-        _native.update([w], [w.copy()], outs, [Rule(0.5)], types=(np.ndarray,), **callbacks)
-    assert w.tolist() == ONES.tolist()
+        _native.update(columns, types=(np.ndarray,), **callbacks)
+    assert w.tolist() == v.tolist() == ONES.tolist()
+    assert counter == 0
 
 
 # ---- Walks over nests

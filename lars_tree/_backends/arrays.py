@@ -24,9 +24,9 @@ class NamespaceOps:
         self.xp = xp
 
     def norms(self, w: Array, dcdw: Array, layer_axis: int | None) -> tuple[Norm, Norm]:
-        return self._scaled(w, layer_axis), self._scaled(dcdw, layer_axis)
+        return self.scaled_norm(w, layer_axis), self.scaled_norm(dcdw, layer_axis)
 
-    def _scaled(self, x: Array, layer_axis: int | None) -> Norm:
+    def scaled_norm(self, x: Array, layer_axis: int | None) -> Norm:
         """Of x whose largest magnitude is scaled to about 1."""
         scale = self.power_of_two(self.largest(x, layer_axis))
         return Norm(self.norm(x / scale, layer_axis), scale)
@@ -105,6 +105,9 @@ class ArraysBackend(Backend):
     @abstractmethod
     def narrow(self, x: Array, w: Array) -> Array:
         """X in the dtype of w."""
+
+    def namespace(self, x: Array) -> Any:
+        return self.ops(x).xp
 
     def step(self, w: Array, dcdw: Array, rule: Rule, velocity: Array | None = None) -> New:
         """The weights after one step in the dtype of w, and the velocity in its own."""

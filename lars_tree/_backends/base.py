@@ -144,6 +144,10 @@ class Backend(ABC):
         """
         return None
 
+    def namespace(self, x: Array) -> Any:
+        """The module with functions such as `clip` and `cos` of arrays like x."""
+        return np
+
     def fault(self, x: Array) -> str | None:
         """Why x cannot be computed with; None if it can."""
         return None

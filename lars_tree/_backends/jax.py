@@ -120,7 +120,7 @@ def _update(leaf: Leaf) -> New:
     if all(map(_in_cpu_memory, arrays)) and not any(isinstance(x, jax.Array) for x in rule):
         new = np.empty(w.shape, w.dtype)
         moving = None if velocity is None else np.array(velocity)
-        cpu.update(*(raw(np.asarray(x)) for x in (w, dcdw, new)), rule, moving)
+        cpu.update(raw(np.asarray(w)), raw(np.asarray(dcdw)), raw(new), rule, moving)
         with jax.default_device(next(iter(w.devices()))):
             return New(*(None if x is None else _put(x, w) for x in (new, moving)))
     stepped = _BACKEND.step(w, dcdw, rule, velocity)

@@ -6,9 +6,9 @@ the device.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,66 +71,100 @@ class TensorsOps(TorchOps):
 _OPS = TensorsOps(torch)
 
 
-def group_key(leaf: Leaf) -> Hashable:
-    """Equal for leaves that `step_many` may take together."""
-    rule = leaf.rule
-    flags = rule.adapt, rule.trust_clip, rule.nesterov, rule.maximize
-    return leaf.w.device, _wide(leaf), leaf.velocity is None, flags
+class Layer(NamedTuple):
+    """What is stepped with one ratio: a leaf, or one index of its layer axis; all without history.
 
-
-def _wide(leaf: Leaf) -> torch.dtype:
-    """What to compute a leaf in: float32 or double, of real or complex numbers."""
-    short = torch.complex64 if leaf.w.is_complex() else torch.float32
-    return torch.promote_types(torch.promote_types(leaf.w.dtype, leaf.dcdw.dtype), short)
-
-
-def step_many(leaves: list[Leaf], news: list[New]) -> tuple[list[Tensor], list[Tensor]]:
-    """Where to write, and what, for one step of leaves of one group, without waiting for the device.
-
-    The velocities of `news` hold those before the step.
+    `velocity`, if any, is that before the step, and is where it is written to.
     """
-    with torch.no_grad():
-        layers = [layer for pair in zip(leaves, news, strict=True) for layer in _layers(*pair)]
-        layers = [layer for layer in layers if layer[0].numel()]
-        if not layers:
-            return [], []
-        ws, dcdws, outs, velocities, rules = zip(*layers, strict=True)
-        wide = _wide(leaves[0])
-        w, dcdw = (Tensors([x.to(wide) for x in xs]) for xs in (ws, dcdws))
-        moves = velocities[0] is not None
-        velocity = Tensors([x.to(wide) for x in velocities]) if moves else None
-        stepped = _rule.step(_OPS, w, dcdw, _one_rule(rules, w.tensors[0]), velocity)
-        targets = [*outs, *velocities] if moves else [*outs]
-        return targets, [x for many in stepped if many is not None for x in many.tensors]
+
+    w: Any
+    dcdw: Any
+    out: Any
+    velocity: Any
+    rule: Rule
 
 
-def _layers(leaf: Leaf, new: New) -> Iterator[tuple[Any, ...]]:
-    """The w, dcdw, out, velocity and rule of each layer of a leaf."""
-    arrays = leaf.w, leaf.dcdw.expand(leaf.w.shape), new.w, new.velocity
-    arrays = tuple(None if x is None else x.detach() for x in arrays)
-    axis = leaf.rule.layer_axis
+def layers(leaf: Leaf, new: New) -> list[Layer]:
+    """The layers of a leaf, to be written to the tensors of `new`; complex numbers as pairs."""
+    given = (leaf.w, leaf.dcdw.expand(leaf.w.shape), new.w, new.velocity)
+    w, dcdw, out, velocity = (None if x is None else _as_real(x.detach()) for x in given)
+    rule, axis = leaf.rule._replace(layer_axis=None), leaf.rule.layer_axis
     if axis is None:
-        yield (*arrays, leaf.rule)
-        return
-    unbound = (repeat(None) if x is None else x.unbind(axis) for x in arrays)
-    for layer in zip(*unbound, strict=False):
-        yield (*layer, leaf.rule)
+        return [Layer(w, dcdw, out, velocity, rule)]
+    axis %= leaf.w.ndim  # as pairs of numbers have one axis more
+    rows = [repeat(None) if x is None else x.unbind(axis) for x in (w, dcdw, out, velocity)]
+    return [Layer(*row, rule) for row in zip(*rows, strict=False)]  # type: ignore[call-arg]
 
 
-def _one_rule(rules: Sequence[Rule], like: Tensor) -> Rule:
-    """One rule for many leaves: numbers that differ among them become vectors."""
-    dtype = like.real.dtype if like.is_complex() else like.dtype
+def _as_real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
+def wide(layer: Layer) -> torch.dtype:
+    """What to compute a layer in: double in CPU memory, at least float32 elsewhere."""
+    if layer.w.device.type == "cpu":
+        return torch.float64
+    return torch.promote_types(torch.promote_types(layer.w.dtype, layer.dcdw.dtype), torch.float32)
+
+
+def step_layers(
+    given: Iterable[tuple[Layer, Any]], ops: Callable[[list[Any]], TensorsOps] = lambda _: _OPS
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Where to write, and what, for a step of all layers; nothing waits for the device.
+
+    Args:
+        given: Layers, each with something for `ops`.
+        ops: The operations for layers that are stepped together, made from what came with them.
+    """
+    groups: dict[Hashable, list[tuple[Layer, Any]]] = {}
+    for layer, extra in given:
+        if layer.w.numel():
+            groups.setdefault(_group(layer), []).append((layer, extra))
+    targets: list[Tensor] = []
+    values: list[Tensor] = []
+    with torch.no_grad():
+        for group in groups.values():
+            members, extras = (list(column) for column in zip(*group, strict=True))
+            some = _step_group(members, ops(extras))
+            targets += some[0]
+            values += some[1]
+    return targets, values
+
+
+def _group(layer: Layer) -> Hashable:
+    """Equal for layers that are stepped together."""
+    rule = layer.rule
+    flags = rule.adapt, rule.trust_clip, rule.nesterov, rule.maximize
+    return layer.w.device, wide(layer), layer.velocity is None, flags
+
+
+def _step_group(group: list[Layer], ops: TensorsOps) -> tuple[list[Tensor], list[Tensor]]:
+    dtype = wide(group[0])
+    w, dcdw = (Tensors([x.to(dtype) for x in xs]) for xs in list(zip(*group, strict=True))[:2])
+    targets = [layer.out for layer in group]
+    velocity = None
+    velocities = [layer.velocity for layer in group if layer.velocity is not None]
+    if velocities:
+        velocity = Tensors([x.to(dtype) for x in velocities])
+        targets += velocities
+    rule = _one_rule([layer.rule for layer in group], w.tensors[0])
+    stepped = _rule.step(ops, w, dcdw, rule, velocity)
+    return targets, [x for many in stepped if many is not None for x in many.tensors]
+
+
+def _one_rule(rules: list[Rule], like: Tensor) -> Rule:
+    """One rule for many layers: numbers that differ among them become vectors."""
 
     def merged(name: str) -> Any:
         values = [getattr(rule, name) for rule in rules]
         if all(type(value) is float for value in values):
             if len(set(values)) == 1:
                 return values[0]
-            return torch.tensor(values, dtype=dtype, device=like.device)
+            return torch.tensor(values, dtype=like.dtype, device=like.device)
         if all(value is values[0] for value in values):
-            return values[0].detach().to(dtype=dtype, device=like.device)
-        numbers = (torch.as_tensor(value, dtype=dtype, device=like.device) for value in values)
+            return values[0].detach().to(dtype=like.dtype, device=like.device)
+        numbers = (torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in values)
         return torch.stack([number.detach() for number in numbers])
 
     names = (*_rule.NUMBERS, *_rule.MOTION_NUMBERS)
-    return rules[0]._replace(layer_axis=None, **{name: merged(name) for name in names})
+    return rules[0]._replace(**{name: merged(name) for name in names})

@@ -8,7 +8,6 @@ subclasses of Tensor, rates with a shape) goes leaf by leaf.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable
 from itertools import filterfalse
 from typing import Any
@@ -21,7 +20,8 @@ from lars_tree import _native
 from lars_tree._backends import cpu
 from lars_tree._backends.arrays import ArraysBackend
 from lars_tree._backends.base import Backend, Columns, Facts, Kind, Leaf, New, Values
-from lars_tree._backends.tensors import TorchOps, group_key, step_many
+from lars_tree._backends.sharded import is_sharded, step_shards, whole
+from lars_tree._backends.tensors import TorchOps, layers, step_layers
 from lars_tree._memory import is_mapped_read_only
 
 _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -173,30 +173,24 @@ class TorchBackend(ArraysBackend):
 
     def update(self, leaves: list[Leaf]) -> list[New]:
         news: list[Any] = [None] * len(leaves)
-        groups: defaultdict[Any, list[int]] = defaultdict(list)
         in_cpu_memory: list[int] = []
+        elsewhere: list[int] = []
         for i, leaf in enumerate(leaves):
             if not self._is_plain_step(leaf):
                 news[i] = self._arrays(leaf)
                 continue
             news[i] = _targets(leaf)
-            if leaf.w.device.type == "cpu":
-                in_cpu_memory.append(i)
-            else:
-                groups[group_key(leaf)].append(i)
-        stepped = [
-            step_many([leaves[i] for i in members], [news[i] for i in members])
-            for members in groups.values()
-        ]
+            here = leaf.w.device.type == "cpu" and not is_sharded(leaf.w)
+            (in_cpu_memory if here else elsewhere).append(i)
+        targets, values = _stepped([leaves[i] for i in elsewhere], [news[i] for i in elsewhere])
         # What could run out of memory has run; from here on it is written.
         for i in in_cpu_memory:
             w, velocity = news[i]
             moving = None if velocity is None else _view(velocity)
             leaf = leaves[i]
             cpu.update(_view(leaf.w), _view(leaf.dcdw), _view(w), leaf.rule, moving)
-        for targets, values in stepped:
-            if targets:
-                torch._foreach_copy_(targets, values)
+        if targets:
+            torch._foreach_copy_(targets, values)
         for i, leaf in enumerate(leaves):
             if leaf.out is not None and news[i].w is not leaf.out:
                 self.written(leaf, news[i])
@@ -208,12 +202,12 @@ class TorchBackend(ArraysBackend):
         tensors = [
             x for x in (w, leaf.dcdw, leaf.out, leaf.velocity, *rule) if isinstance(x, Tensor)
         ]
-        if not all(map(_is_plain, tensors)):
+        if not all(_is_plain(x) or (is_sharded(x) and not _is_watched()) for x in tensors):
             return False
         if not rule.stop_gradients and any(map(self.records, tensors)):
             return False
         options = [x for x in rule if isinstance(x, (Tensor, np.ndarray))]
-        if w.device.type == "cpu":
+        if w.device.type == "cpu" and not is_sharded(w):
             return not any(isinstance(x, Tensor) for x in options)
         return all(x.ndim == 0 for x in options)
 
@@ -224,7 +218,7 @@ class TorchBackend(ArraysBackend):
         return New(*(x if x is None or not stops else x.detach() for x in new))
 
     def all_finite(self, xs: list[Tensor]) -> Any:
-        flags = [torch.isfinite(x.detach()).all() for x in xs]
+        flags = [whole(torch.isfinite(x.detach()).all()) for x in xs]
         return torch.stack(flags).all() if len({x.device for x in xs}) == 1 else all(flags)
 
     def choose(self, flag: Any, a: Tensor, b: Tensor) -> Tensor:
@@ -238,8 +232,37 @@ class TorchBackend(ArraysBackend):
             out.copy_(x.detach())
 
 
+def _stepped(leaves: list[Leaf], news: list[New]) -> tuple[list[Tensor], list[Tensor]]:
+    """Where to write, and what, by multi-tensor operations: for what is not in CPU memory alone."""
+    plain: list[tuple[Leaf, New]] = []
+    shards: list[tuple[Leaf, New]] = []
+    for pair in zip(leaves, news, strict=True):
+        (shards if is_sharded(pair[0].w) else plain).append(pair)
+    targets, values = step_layers((layer, None) for pair in plain for layer in layers(*pair))
+    if shards:
+        more = step_shards([leaf for leaf, _ in shards], [new for _, new in shards])
+        targets, values = targets + more[0], values + more[1]
+    return targets, values
+
+
+def step_in_place(leaves: list[Leaf], unless: Tensor | None = None) -> None:
+    """Step parameters on any device, unless a number on it is not 0; nothing waits for the device.
+
+    Without any checks: for optimizers, which made them when they took the parameters.
+    """
+    targets, values = _stepped(leaves, [New(leaf.out, leaf.velocity) for leaf in leaves])
+    if unless is not None:
+        kept = {x.device: unless.to(x.device, non_blocking=True) != 0 for x in targets}
+        values = [
+            torch.where(kept[old.device], old, new.to(old.dtype))
+            for old, new in zip(targets, values, strict=True)
+        ]
+    if targets:
+        torch._foreach_copy_(targets, values)
+
+
 def _targets(leaf: Leaf) -> New:
-    """Where the results of a plain step go; a velocity is stepped in its place, or in its copy's."""
+    """Where the results of a plain step go; out of place, the velocity is a copy to be stepped."""
     if leaf.out is not None:
         return New(leaf.out, leaf.velocity)
     velocity = None if leaf.velocity is None else leaf.velocity.detach().clone()
@@ -274,9 +297,14 @@ def _is_plain(x: Tensor) -> bool:
     return not _is_watched()
 
 
+def is_in_cpu_memory(x: Tensor) -> bool:
+    """Whether x is a plain tensor there."""
+    return type(x) in _TYPES and x.device.type == "cpu"
+
+
 def _is_plain_counter(x: Any) -> bool:
     is_number = type(x) is Tensor and x.dtype == torch.int64 and x.numel() == 1
-    return is_number and x.device.type == "cpu" and _BACKEND.fault(x) is None
+    return is_number and x.device.type == "cpu" and BACKEND.fault(x) is None
 
 
 def _is_watched() -> bool:
@@ -330,9 +358,9 @@ class _Address:
         }
 
 
-_BACKEND = TorchBackend()
+BACKEND = TorchBackend()
 
 
 def backend_of(x: Any) -> Backend:
     """The one backend of this module."""
-    return _BACKEND
+    return BACKEND

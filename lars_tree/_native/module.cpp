@@ -78,19 +78,27 @@ public:
     // Where there is no `out`, new arrays are made: `made` then owns them, also when it fails.
     bool add(const Arrays& given, const Makers& makers, PyObject* fields, Arrays& made) {
         Memory weights, gradients, results, moving = {};
-        Buffer of_w, of_dcdw, of_out, of_velocity;
+        Buffer of_w, of_dcdw, of_out, of_velocity, of_copy;
         Arrays to = given;
         if (!read_rule_of(fields)) return false;
         if (!reader.read(given.w, given.out == given.w, weights, of_w.view)) return false;
         if (!reader.read(given.dcdw, false, gradients, of_dcdw.view)) return false;
         if (!fit(weights, gradients) || !is_dense(weights)) return false;
+        // Also before it is copied: copy(velocity) may take what is no such array, or was freed.
+        if (given.velocity && !read_velocity(given.velocity, given.out != nullptr, weights, moving,
+                                             of_velocity.view)) {
+            return false;
+        }
         if (!given.out) {
             to.out = made.out = PyObject_CallFunctionObjArgs(makers.make, given.w, nullptr);
             if (!made.out) return false;
             if (given.velocity) {
-                to.velocity = made.velocity =
+                made.velocity =
                     PyObject_CallFunctionObjArgs(makers.copy, given.velocity, nullptr);
                 if (!made.velocity) return false;
+                if (!read_velocity(made.velocity, true, weights, moving, of_copy.view)) {
+                    return false;
+                }
             }
         }
         if (to.out == given.w) {
@@ -99,17 +107,12 @@ public:
             return false;
         }
         if (!fit(weights, results) || results.format != weights.format) return false;
-        if (to.velocity) {
-            if (!reader.read(to.velocity, true, moving, of_velocity.view)) return false;
-            if (!fit(weights, moving)) return false;
-            if (moving.format != velocity_format(weights.format)) return false;
-        }
         if (weights.size == 0) return true;
         layers.push_back({weights.data, gradients.data, results.data, moving.data, weights.size,
                           weights.format, gradients.format, &rules.back()});
         if (given.out) {
             note(results, written);
-            if (to.velocity) note(moving, written);
+            if (given.velocity) note(moving, written);
             if (weights.data != results.data) note(weights, read);
             // A gradient may be the very memory of its own result: it is read first.
             if (gradients.data != results.data || gradients.format != results.format) {
@@ -119,12 +122,19 @@ public:
         return true;
     }
 
-    // Adds an array that stays as it is, but that no other may overlap; false as above.
-    bool keep(PyObject* x) {
-        Memory memory;
-        Buffer of_x;
-        if (!reader.read(x, true, memory, of_x.view) || !is_dense(memory)) return false;
-        if (memory.size) note(memory, written);
+    // Adds weights that stay as they are, as does their velocity, but that no other array may
+    // overlap; false as above.
+    bool keep(const Arrays& given) {
+        Memory weights, moving;
+        Buffer of_w, of_velocity;
+        if (!reader.read(given.w, true, weights, of_w.view) || !is_dense(weights)) return false;
+        if (given.velocity &&
+            !read_velocity(given.velocity, true, weights, moving, of_velocity.view)) {
+            return false;
+        }
+        if (weights.size == 0) return true;
+        note(weights, written);
+        if (given.velocity) note(moving, written);
         return true;
     }
 
@@ -140,6 +150,12 @@ private:
         rules.emplace_back();
         last = fields;
         return read_rule(fields, rules.back());
+    }
+
+    bool read_velocity(PyObject* x, bool writable, const Memory& weights, Memory& to,
+                       Py_buffer& buffer) const {
+        return reader.read(x, writable, to, buffer) && fit(weights, to) &&
+               to.format == velocity_format(weights.format);
     }
 
     static bool fit(const Memory& a, const Memory& b) {
@@ -231,9 +247,7 @@ PyObject* update(PyObject*, PyObject* args) {
                 continue;
             }
             if (is_kept && in_place && given.out == given.w) {
-                if (!leaves.keep(given.w) || (given.velocity && !leaves.keep(given.velocity))) {
-                    return PyErr_Occurred() ? nullptr : Py_NewRef(Py_None);
-                }
+                if (!leaves.keep(given)) return PyErr_Occurred() ? nullptr : Py_NewRef(Py_None);
                 continue;
             }
             if (given.w == Py_None || is_kept) Py_RETURN_NONE;

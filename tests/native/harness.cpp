@@ -77,12 +77,16 @@ private:
     }
 };
 
-// lr, decay_lambda, trust_coefficient, eps, grad_scale, adapt, trust_clip
+// lr, decay_lambda, trust_coefficient, eps, grad_scale, adapt, trust_clip;
+// momentum, rate, nesterov, maximize
 const Rule rules[] = {
-    {0.1, 0, 1, 0, 1, true, false},       {0.1, 1e-2, 1, 1e-8, 1024, true, false},
-    {0.1, 0.5, 3, 0, 1, true, true},      {1e-3, 0, 1, 0, 1, false, false},
-    {1e-3, 1e-2, 1, 0, 1, false, false},  {1e-300, 0, 1e-5, 0, 1e-280, true, false},
-    {1e300, 1e-200, 1e-280, 0, 1, true, false},
+    {0.1, 0, 1, 0, 1, true, false, 0.9, 1, false, false},
+    {0.1, 1e-2, 1, 1e-8, 1024, true, false, 0.9, 1, true, false},
+    {0.1, 0.5, 3, 0, 1, true, true, 0.5, 0.1, false, true},
+    {1e-3, 0, 1, 0, 1, false, false, 0.9, 3, true, true},
+    {1e-3, 1e-2, 1, 0, 1, false, false, 1, 1, false, false},
+    {1e-300, 0, 1e-5, 0, 1e-280, true, false, 0, 1, true, false},
+    {1e300, 1e-200, 1e-280, 0, 1, true, false, 1e-300, 1e290, true, true},
 };
 const std::size_t rule_count = sizeof rules / sizeof rules[0];
 
@@ -135,26 +139,30 @@ private:
     char *aligned, *start = nullptr, *end = nullptr;
 };
 
-// The same step at one place after the other, by each instruction set, against one by no_set.
+// The same step at one place after the other, by each instruction set, against one by no_set; with
+// a velocity or without.
 class Places {
 public:
     Places(Format w_format, Format dcdw_format, Range range)
         : w_format(w_format),
           dcdw_format(dcdw_format),
           w_numbers(w_format, range, most, 1),
-          dcdw_numbers(dcdw_format, range, most, 2) {}
+          dcdw_numbers(dcdw_format, range, most, 2),
+          velocity_numbers(velocity_format(w_format), range, most, 3) {}
 
-    void check(std::size_t size, const Rule& rule) {
+    void check(std::size_t size, const Rule& rule, bool moves) {
         const std::size_t item = item_size(w_format);
         expected.assign(size * item + 1, 0);
+        expected_velocity = velocity_numbers.bytes;
         std::vector<char> w(w_numbers.bytes), dcdw(dcdw_numbers.bytes);
-        step_one({w.data(), dcdw.data(), expected.data(), size, w_format, dcdw_format, &rule},
+        step_one({w.data(), dcdw.data(), expected.data(),
+                  moves ? expected_velocity.data() : nullptr, size, w_format, dcdw_format, &rule},
                  no_set);
         for (InstructionSet set : instruction_sets()) {
             for (std::size_t offset = 0; offset < 64; offset += item) {
-                check(size, rule, set, offset, "neither");
-                check(size, rule, set, offset, "w");
-                if (w_format == dcdw_format) check(size, rule, set, offset, "dcdw");
+                check(size, rule, moves, set, offset, "neither");
+                check(size, rule, moves, set, offset, "w");
+                if (w_format == dcdw_format) check(size, rule, moves, set, offset, "dcdw");
             }
         }
     }
@@ -164,10 +172,12 @@ public:
 private:
     static void step_one(const Layer& layer, InstructionSet set) { step(&layer, 1, 1, set); }
 
-    void check(std::size_t size, const Rule& rule, InstructionSet set, std::size_t offset,
-               const char* in_place) {
+    void check(std::size_t size, const Rule& rule, bool moves, InstructionSet set,
+               std::size_t offset, const char* in_place) {
         const std::size_t bytes = size * item_size(w_format);
         const std::size_t dcdw_bytes = size * item_size(dcdw_format);
+        const std::size_t velocity_item = item_size(velocity_format(w_format));
+        const std::size_t velocity_bytes = size * velocity_item;
         const bool over_w = in_place[0] == 'w', over_dcdw = in_place[0] == 'd';
         char* w = w_room.put(w_numbers.bytes.data(), bytes, offset);
         char* dcdw = dcdw_room.put(dcdw_numbers.bytes.data(), dcdw_bytes,
@@ -176,10 +186,14 @@ private:
         char* out = over_w      ? w
                     : over_dcdw ? dcdw
                                 : out_room.put(zeros.data(), bytes, (3 * offset + bytes) % 64);
-        step_one({w, dcdw, out, size, w_format, dcdw_format, &rule}, set);
+        char* velocity = velocity_room.put(velocity_numbers.bytes.data(), velocity_bytes,
+                                           (offset + 3 * size) * velocity_item % 64);
+        step_one({w, dcdw, out, moves ? velocity : nullptr, size, w_format, dcdw_format, &rule},
+                 set);
 
         const char* wrong = nullptr;
         if (!w_room.guards_are_untouched() || !dcdw_room.guards_are_untouched() ||
+            !velocity_room.guards_are_untouched() ||
             (out != w && out != dcdw && !out_room.guards_are_untouched())) {
             wrong = "memory beyond an array was written";
         } else if (!over_w && std::memcmp(w, w_numbers.bytes.data(), bytes) != 0) {
@@ -188,18 +202,20 @@ private:
             wrong = "dcdw was written";
         } else if (std::memcmp(out, expected.data(), bytes) != 0) {
             wrong = "other bits than those of instruction set 0";
+        } else if (std::memcmp(velocity, expected_velocity.data(), velocity_bytes) != 0) {
+            wrong = "another velocity than that of instruction set 0";
         }
         if (wrong) {
-            fail("%s: w %s, dcdw %s, size %zu, offset %zu, set %d, rule %d, out over %s", wrong,
+            fail("%s: w %s, dcdw %s, size %zu, offset %zu, set %d, rule %d, out over %s, %s", wrong,
                  names[w_format], names[dcdw_format], size, offset, static_cast<int>(set),
-                 static_cast<int>(&rule - rules), in_place);
+                 static_cast<int>(&rule - rules), in_place, moves ? "momentum" : "no momentum");
         }
     }
 
     const Format w_format, dcdw_format;
-    const Numbers w_numbers, dcdw_numbers;
-    std::vector<char> expected;
-    Room w_room{most * 8}, dcdw_room{most * 8}, out_room{most * 8};
+    const Numbers w_numbers, dcdw_numbers, velocity_numbers;
+    std::vector<char> expected, expected_velocity;
+    Room w_room{most * 8}, dcdw_room{most * 8}, out_room{most * 8}, velocity_room{most * 8};
 };
 
 void check_places(bool quick) {
@@ -211,7 +227,10 @@ void check_places(bool quick) {
                 for (std::size_t size = 0; size <= Places::most; ++size) {
                     const bool is_near_block = (size + 1) % block <= 2;
                     if (quick && !is_near_block && (size + range) % 16 != 0) continue;
-                    places.check(size, rules[steps++ % rule_count]);
+                    for (bool moves : {false, true}) {
+                        places.check(size, rules[steps / 2 % rule_count], moves);
+                        ++steps;
+                    }
                 }
             }
         }
@@ -221,7 +240,8 @@ void check_places(bool quick) {
 
 // ---- Threads
 
-// Layers of their own memory. Two of the same seed hold the same numbers.
+// Layers of their own memory, two of three with a velocity. Two models of the same seed hold the
+// same numbers.
 class Model {
 public:
     explicit Model(unsigned seed) {
@@ -242,11 +262,18 @@ public:
             const Spec& spec = specs[i];
             w.push_back(Numbers(spec.w_format, spec.range, spec.size, seed++).bytes);
             dcdw.push_back(Numbers(spec.dcdw_format, spec.range, spec.size, seed++).bytes);
+            const std::size_t moving = i % 3 ? spec.size : 0;
+            velocity.push_back(
+                Numbers(velocity_format(spec.w_format), spec.range, moving, seed++).bytes);
         }
         first = out = w;
+        first_velocity = velocity;
     }
 
-    void restart() { w = out = first; }
+    void restart() {
+        w = out = first;
+        velocity = first_velocity;
+    }
 
     // Steps all layers in this order, in place or not; then the weights are the new ones.
     void step(const std::vector<std::size_t>& order, bool in_place, std::size_t threads,
@@ -255,7 +282,8 @@ public:
         for (std::size_t i : order) {
             const Spec& spec = specs[i];
             char* result = (in_place ? w : out)[i].data();
-            layers.push_back({w[i].data(), dcdw[i].data(), result, spec.size, spec.w_format,
+            char* moving = velocity[i].empty() ? nullptr : velocity[i].data();
+            layers.push_back({w[i].data(), dcdw[i].data(), result, moving, spec.size, spec.w_format,
                               spec.dcdw_format, &rules[spec.rule]});
         }
         lars::step(layers.data(), layers.size(), threads, set);
@@ -264,7 +292,7 @@ public:
 
     std::size_t size() const { return specs.size(); }
 
-    std::vector<std::vector<char>> w, dcdw, out, first;
+    std::vector<std::vector<char>> w, dcdw, out, velocity, first, first_velocity;
 
 private:
     struct Spec {
@@ -299,7 +327,8 @@ void check_threads(int steps, unsigned seed) {
         by_one.step(order, in_place, 1, best_set());
         by_many.step(shuffled, in_place, threads, best_set());
         for (std::size_t layer : order) {
-            if (by_one.w[layer] != by_many.w[layer] || by_one.dcdw[layer] != by_many.dcdw[layer]) {
+            if (by_one.w[layer] != by_many.w[layer] || by_one.dcdw[layer] != by_many.dcdw[layer] ||
+                by_one.velocity[layer] != by_many.velocity[layer]) {
                 fail("step %d, layer %zu: %zu threads give other bits than one", i, layer, threads);
             }
         }

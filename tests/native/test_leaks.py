@@ -1,4 +1,4 @@
-"""No call of the kernel leaks a reference or memory, whether it succeeds, declines or raises.
+"""No update of the kernel leaks a reference or memory, whether it succeeds, declines or raises.
 
 Each case is called 10,000 times; then there are as many references to each object that it was given
 as before. Then it is called further, and the memory of the process does not grow with the calls.
@@ -6,113 +6,15 @@ as before. Then it is called further, and the memory of the process does not gro
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import os
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import CI, need
+from conftest import need
+from leaks import CALLS, check, expecting, giving, raising
 
-from lars_tree import _native, _tree, native_available
+from lars_tree import _native
 from lars_tree._rule import Rule
-
-# AddressSanitizer is slow, and keeps freed memory, to see its use.
-SANITIZED = "asan" in os.environ.get("LD_PRELOAD", "")
-CALLS = 1_000 if SANITIZED else 10_000
-MOST_BYTES = 16  # of growth for each call: less than any object or block has
-
-
-@pytest.fixture(autouse=True)
-def _kernel():
-    if not native_available():
-        assert not CI or os.environ.get("LARS_TREE_NATIVE") == "0", "the kernel was not built"
-        pytest.skip("the native kernel is not built")
-
-
-def check(call, given, calls=CALLS):
-    """Call it many times; `given` are the objects whose references are counted."""
-    call()  # fills caches
-    gc.collect()
-    shared = [None, True, False, NotImplemented, np.ndarray, ValueError, RuntimeError]
-    before = [sys.getrefcount(x) for x in given], [sys.getrefcount(x) for x in shared]
-    objects = len(gc.get_objects())
-    for _ in range(calls):
-        call()
-    gc.collect()
-    assert [sys.getrefcount(x) for x in given] == before[0]
-    for x, count in zip(shared, before[1], strict=True):
-        assert abs(sys.getrefcount(x) - count) < calls // 10, x
-    assert len(gc.get_objects()) - objects < calls // 10
-    if SANITIZED:
-        return
-    # A leak is there in every round; what else the process does is not.
-    for measure in (allocated, resident):
-        growths = (growth(measure, call, calls) for _ in range(3))
-        assert any(x < MOST_BYTES * calls for x in growths), "the memory of the process grows"
-
-
-def growth(measure, call, calls):
-    before = measure()
-    for _ in range(calls):
-        call()
-    return measure() - before
-
-
-NAMES = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-
-
-class MallInfo(ctypes.Structure):
-    """What glibc tells of its memory, in bytes."""
-
-    _fields_ = [(name, ctypes.c_size_t) for name in NAMES.split()]
-
-
-def allocated():
-    """The bytes that malloc has given out, where the C library tells: to the byte."""
-    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None) if sys.platform == "linux" else None
-    if mallinfo is None:
-        return 0
-    mallinfo.restype = MallInfo
-    info = mallinfo()
-    return info.uordblks + info.hblkhd
-
-
-def resident():
-    """The bytes of memory that the process has in use, where the system tells."""
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
-
-
-def raising(*_):
-    raise ValueError("on purpose")
-
-
-def expecting(error, call):
-    """The call, which is to raise this error."""
-
-    def checked():
-        try:
-            call()
-        except error:
-            return
-        pytest.fail(f"expected {error.__name__}")
-
-    return checked
-
-
-def giving(expected, call):
-    def checked():
-        result = call()
-        assert result is expected or type(result) is expected
-
-    return checked
-
-
-# ---- update
 
 
 def leaves(**changes):
@@ -123,8 +25,11 @@ def leaves(**changes):
         dcdws=[np.ones(5, np.float32), np.ones((2, 3), np.complex128), None],
         outs=None,
         rules=[rule, rule, rule],
+        velocities=None,
+        counter=None,
         types=(np.ndarray,),
         make=np.empty_like,
+        copy=np.copy,
         begin=None,
         tensors=None,
         as_bits=None,
@@ -169,15 +74,15 @@ def in_place(**changes):
 
 
 UPDATES = {
-    "in place": (list, in_place),
-    "in place, with begin": (list, lambda: in_place(begin=lambda written: None)),
-    "into new arrays": (list, dict),
-    "into other arrays": (list, lambda: {"outs": [*leaves().ws[:2], None]}),
-    "into the gradients": (list, lambda: into_gradients(np.ones(5), np.ones(5))),
-    "no leaves": (list, lambda: {"ws": [], "dcdws": [], "rules": []}),
-    "empty arrays": (list, lambda: one(np.ones((0, 2)), np.ones((0, 2)))),
-    "bfloat16": (list, lambda: with_bits(lambda x: x.view(np.uint16))),
-    "bfloat16 in place": (list, lambda: in_place(**with_bits(lambda x: x.view(np.uint16)))),
+    "in place": (tuple, in_place),
+    "in place, with begin": (tuple, lambda: in_place(begin=lambda written: None)),
+    "into new arrays": (tuple, dict),
+    "into other arrays": (tuple, lambda: {"outs": [*leaves().ws[:2], None]}),
+    "into the gradients": (tuple, lambda: into_gradients(np.ones(5), np.ones(5))),
+    "no leaves": (tuple, lambda: {"ws": [], "dcdws": [], "rules": []}),
+    "empty arrays": (tuple, lambda: one(np.ones((0, 2)), np.ones((0, 2)))),
+    "bfloat16": (tuple, lambda: with_bits(lambda x: x.view(np.uint16))),
+    "bfloat16 in place": (tuple, lambda: in_place(**with_bits(lambda x: x.view(np.uint16)))),
     "a gradient without weights": (None, lambda: {"dcdws": [*leaves().dcdws[:2], np.ones(2)]}),
     "weights without a gradient": (None, lambda: {"dcdws": [leaves().dcdws[0], None, None]}),
     "integers": (None, lambda: {"ws": first(np.ones(5, int))}),
@@ -211,13 +116,15 @@ UPDATES = {
 def check_update(expected, made, calls=CALLS):
     def call():
         return _native.kernel.update(
-            *(made.ws, made.dcdws, made.outs, made.rules, made.make, made.begin),
-            *(made.types, made.tensors, made.as_bits, 1, _native.instruction_set),
+            *(made.ws, made.dcdws, made.outs, made.rules, made.velocities, made.counter),
+            *(made.make, made.copy, made.begin, made.types, made.tensors, made.as_bits),
+            *(1, _native.instruction_set),
         )
 
     fails = isinstance(expected, type) and issubclass(expected, Exception)
     given = [*made.__dict__.values(), *made.types, *(made.tensors or ())]
-    given += [x for xs in (made.ws, made.dcdws, made.outs or [], made.rules) for x in xs]
+    columns = (made.ws, made.dcdws, made.outs, made.rules, made.velocities)
+    given += [x for xs in columns for x in xs or ()]
     given += [x for rule in made.rules for x in rule]
     singletons = (None, True, False)
     given = [x for x in given if not any(x is y for y in singletons)]
@@ -230,6 +137,93 @@ def test_update_of_numpy_arrays_leaks_nothing(name):
     check_update(expected, leaves(**changes()))
 
 
+# ---- Momentum
+
+
+def moving(first=None, **changes):
+    """What to change for momentum: `first` is the first velocity. In place, if not told where."""
+    rule = Rule(0.1, 0.01, momentum=0.9, nesterov=True)
+    first = np.zeros(5) if first is None else first
+    velocities = [first, np.zeros((2, 3), np.complex64), None]
+    where = {} if "outs" in changes else in_place()
+    return {"velocities": velocities, "rules": [rule] * 3, **where, **changes}
+
+
+def into_new(first=None, **changes):
+    return moving(first, outs=None, **changes)
+
+
+def kept(velocity):
+    """The first weights stay as they are."""
+    return moving(velocity, dcdws=[None, *leaves().dcdws[1:]])
+
+
+def over_weights():
+    ws = leaves().ws
+    return moving(ws[0], **in_place(ws=ws))
+
+
+def copy_vector(velocity):
+    return velocity.copy() if velocity.ndim == 1 else raising()
+
+
+def counting(counter, **changes):
+    return moving(counter=counter, **changes)
+
+
+def number():
+    return np.zeros((), np.int64)
+
+
+def empty():
+    return into_new(**one(np.ones(0), np.ones(0)), velocities=[np.ones(0)])
+
+
+MOMENTUM = {
+    "in place": (tuple, moving),
+    "in place, with begin": (tuple, lambda: moving(begin=lambda written: None)),
+    "into new arrays": (tuple, into_new),
+    "into other arrays": (tuple, lambda: moving(outs=[*leaves().ws[:2], None])),
+    "weights that are kept": (tuple, lambda: kept(np.zeros(5))),
+    "empty arrays": (tuple, empty),
+    "a counter": (tuple, lambda: counting(number())),
+    "another dtype": (None, lambda: moving(np.zeros(5, np.float32))),
+    "another dtype, into new arrays": (None, lambda: into_new(np.zeros(5, np.float32))),
+    "another shape": (None, lambda: moving(np.zeros(4))),
+    "gaps": (None, lambda: moving(strided(np.zeros(5)))),
+    "read-only": (None, lambda: moving(frozen(np.zeros(5)))),
+    "no array": (None, lambda: into_new("five")),
+    "the weights themselves": (None, over_weights),
+    "none for weights": (None, lambda: moving(velocities=[None] * 3)),
+    "one for no weights": (
+        None,
+        lambda: moving(velocities=[*moving()["velocities"][:2], number()]),
+    ),
+    "another dtype, of kept weights": (None, lambda: kept(np.zeros(5, np.float32))),
+    "a read-only counter": (None, lambda: counting(frozen(number()))),
+    "a counter of another dtype": (None, lambda: counting(np.zeros(()))),
+    "a counter of two": (None, lambda: counting(np.zeros(2, np.int64))),
+    "a counter without a buffer": (None, lambda: counting(object())),
+    "copy gives no array": (None, lambda: into_new(copy=lambda velocity: "five")),
+    "copy gives another dtype": (None, lambda: into_new(copy=lambda x: x.astype(np.float32))),
+    "copy gives a read-only array": (None, lambda: into_new(copy=lambda x: frozen(x.copy()))),
+    "copy raises": (ValueError, lambda: into_new(copy=raising)),
+    "copy raises for the second": (ValueError, lambda: into_new(copy=copy_vector)),
+    "begin raises": (ValueError, lambda: counting(number(), begin=raising)),
+    "lists of several lengths": (ValueError, lambda: moving(velocities=[np.zeros(5)])),
+    "no list": (ValueError, lambda: moving(velocities=())),
+}
+
+
+@pytest.mark.parametrize("name", MOMENTUM)
+def test_momentum_leaks_nothing(name):
+    expected, changes = MOMENTUM[name]
+    check_update(expected, leaves(**changes()))
+
+
+# ---- Tensors
+
+
 def tensor_leaves(**changes):
     torch = need("torch")
     from lars_tree._backends.torch import _EXCHANGE, _TYPES
@@ -238,7 +232,8 @@ def tensor_leaves(**changes):
         pytest.skip("this torch has no exchange of tensors")
     ws, dcdws = ([torch.ones(5), torch.ones(2, 3), None] for _ in range(2))
     changes = {k: v(torch) if k != "begin" else v for k, v in changes.items()}
-    made = {"ws": ws, "dcdws": dcdws, "make": torch.empty_like, "types": _TYPES}
+    made = {"ws": ws, "dcdws": dcdws, "types": _TYPES}
+    made |= {"make": torch.empty_like, "copy": torch.clone}
     return leaves(**{"tensors": _EXCHANGE, **made, **changes})
 
 
@@ -247,8 +242,8 @@ def foreign(torch):  # memory of numpy's, which is looked at before it is writte
 
 
 TENSORS = {
-    "into new tensors": (list, {}),
-    "bfloat16": (list, {"ws": lambda torch: [torch.ones(5).bfloat16(), torch.ones(2, 3), None]}),
+    "into new tensors": (tuple, {}),
+    "bfloat16": (tuple, {"ws": lambda torch: [torch.ones(5).bfloat16(), torch.ones(2, 3), None]}),
     "sparse": (None, {"ws": lambda torch: [torch.ones(5).to_sparse(), None, None]}),
     "meta": (None, {"ws": lambda torch: [torch.ones(5, device="meta"), None, None]}),
     "negated": (None, {"ws": lambda torch: [torch._neg_view(torch.ones(5)), None, None]}),
@@ -271,130 +266,33 @@ def test_update_of_tensors_leaks_nothing(name):
 def test_update_of_tensors_in_place_leaks_nothing():
     made = tensor_leaves(ws=lambda torch: [foreign(torch), torch.ones(2, 3), None])
     made.outs = made.ws
-    check_update(list, made)
+    check_update(tuple, made)
     made.begin = raising
     check_update(ValueError, made)
 
 
-# ---- collect and match
+def tensor_velocities(torch):
+    return [torch.zeros(5), torch.zeros(2, 3), None]
 
 
-class Key:
-    """A key that is equal to another of its name, or raises when it is compared."""
-
-    def __init__(self, name, fails=False):
-        self.name, self.fails = name, fails
-
-    def __hash__(self):
-        return hash(self.name)
-
-    def __eq__(self, other):
-        if self.fails:
-            raise ValueError("on purpose")
-        return self.name == other.name
-
-
-class Other(list):  # not walked natively
-    pass
-
-
-def nest(key="b", **others):
-    return {"a": [object(), (object(), Other([object()]))], Key(key, **others): {"c": object()}}
-
-
-def objects(node):
-    """A nest and all that is in it."""
-    yield node
-    if isinstance(node, dict):
-        node = [*node, *node.values()]
-    if isinstance(node, (list, tuple)):
-        for x in node:
-            yield from objects(x)
-
-
-def without(tree, key):
-    return {k: v for k, v in tree.items() if k is not key}
-
-
-def walk(*trees, kind_of=_tree._kind, others=None, exact=False):
-    found = []
-    if len(trees) == 1:
-        others = others or _tree._collect_in_python
-        _native.kernel.collect(*trees, found, _tree._KINDS, kind_of, others)
-        return None
-    others = others or _tree._match_in_python
-    return _native.kernel.match(*trees, found, exact, _tree._KINDS, kind_of, others)
-
-
-def changing(tree):
-    """What is called for an `Other`: adds to the nest that is being read, and takes from it."""
-
-    def others(node, *_):
-        tree[0.5] = tree.pop(0.5, None)
-        tree.pop(1.5, None) if 1.5 in tree else tree.setdefault(1.5)
-        return True
-
-    return others
-
-
-def unknown():  # its type is new, so its kind must be asked for
-    return type("New", (), {})()
-
-
-COLLECTS = {
-    "nest": (None, nest, {}),
-    "leaf": (None, object, {}),
-    "the kind raises": (ValueError, unknown, {"kind_of": raising}),
-    "the kind is no number": (TypeError, unknown, {"kind_of": lambda node: "leaf"}),
-    "another node raises": (ValueError, nest, {"others": raising}),
+TENSOR_MOMENTUM = {
+    "into new tensors": (tuple, {}),
+    "copy raises": (ValueError, {"copy": lambda torch: raising}),
+    "copy gives another dtype": (None, {"copy": lambda torch: torch.Tensor.double}),
+    "another dtype": (None, {"velocities": lambda torch: [torch.zeros(5).double(), None, None]}),
+    "gaps": (None, {"velocities": lambda torch: [torch.zeros(5, 2)[:, 0], None, None]}),
 }
 
 
-@pytest.mark.parametrize("name", COLLECTS)
-def test_collect_leaks_nothing(name):
-    expected, make, options = COLLECTS[name]
-    tree = make()
-    call = expecting if expected else giving
-    check(call(expected, lambda: walk(tree, **options)), [*objects(tree), *options.values()])
+@pytest.mark.parametrize("name", TENSOR_MOMENTUM)
+def test_momentum_of_tensors_leaks_nothing(name):
+    expected, changes = TENSOR_MOMENTUM[name]
+    check_update(expected, tensor_leaves(**{"velocities": tensor_velocities, **changes}))
 
 
-OK, NO = (True, {}), (False, {})
-MATCHES = {
-    "nests": (*OK, nest, nest),
-    "a value for all": (*OK, lambda: Other([object()]), object),
-    "not exact": (False, {"exact": True}, lambda: [object()], object),
-    "another key": (*NO, nest, lambda: nest("other")),
-    "a key too few": (*NO, nest, lambda: without(nest(), "a")),
-    "another length": (*NO, lambda: [object()], lambda: [object(), object()]),
-    "a node for a leaf": (*NO, object, nest),
-    "a list for a dict": (*NO, nest, lambda: [object()]),
-    "keys raise": (ValueError, {}, lambda: nest(fails=True), lambda: nest(fails=True)),
-    "the kind raises": (ValueError, {"kind_of": raising}, unknown, unknown),
-    "another node raises": (ValueError, {"others": raising}, nest, nest),
-    "another node gives None": (False, {"others": lambda *_: None}, nest, nest),
-}
-
-
-@pytest.mark.parametrize("name", MATCHES)
-def test_match_leaks_nothing(name):
-    expected, options, make, make_prefix = MATCHES[name]
-    tree, prefix = make(), make_prefix()
-    call = giving if isinstance(expected, bool) else expecting
-    given = [*objects(tree), *objects(prefix), *options.values()]
-    given = [x for x in given if x is not True]
-    check(call(expected, lambda: walk(tree, prefix, **options)), given)
-
-
-def test_a_nest_that_is_changed_while_it_is_read_leaks_nothing():
-    tree = {"a": [Other()], "b": object()}
-    call = expecting(RuntimeError, lambda: walk(tree, others=changing(tree)))
-    check(call, [tree, *tree.values()])
-    call = expecting(RuntimeError, lambda: walk(tree, dict(tree), others=changing(tree)))
-    check(call, [tree, tree["a"], tree["b"]])
-
-
-def test_a_nest_that_holds_itself_leaks_nothing():
-    tree = []
-    tree.append(tree)
-    check(expecting(RecursionError, lambda: walk(tree)), [tree], calls=100)
-    check(expecting(RecursionError, lambda: walk(tree, tree)), [tree], calls=100)
+def test_momentum_of_tensors_in_place_leaks_nothing():
+    made = tensor_leaves(velocities=tensor_velocities, counter=lambda torch: number())
+    made.outs = made.ws
+    made.velocities[0] = foreign(need("torch"))
+    check_update(tuple, made)
+    assert made.counter > CALLS

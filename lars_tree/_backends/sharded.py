@@ -1,0 +1,130 @@
+"""torch DTensor, as FSDP2 and tensor parallelism make it: each process steps its own shards.
+
+The norms are those of whole parameters. Each process takes them of its shards, and the squares of
+all of them are added up by one all-reduce a step for each dimension of the mesh. Nothing else has
+to be known of the other processes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lars_tree._backends.base import Leaf, New
+from lars_tree._backends.tensors import Layer, Tensors, TensorsOps, layers, step_layers, wide
+from lars_tree._rule import Norm
+
+# Squares of float64 numbers overflow or vanish unless the numbers are scaled by one of these: by
+# which, is known when they have been added up (Blue 1978, doi:10.1145/355769.355771).
+_SCALES = (1.0, 2.0**-600, 2.0**600)
+_SAFE_SUM = (2.0**-900, 2.0**1000)
+
+
+def is_sharded(x: Any) -> bool:
+    """Whether x is a DTensor, if there are any."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def whole(x: Any) -> Tensor:
+    """A DTensor as the one tensor that it stands for; any other as it is."""
+    return x.full_tensor() if is_sharded(x) else x
+
+
+def step_shards(leaves: list[Leaf], news: list[New]) -> tuple[list[Tensor], list[Tensor]]:
+    """Where to write, and what, for one step of leaves with DTensor weights."""
+    with torch.no_grad():
+        shards = [_shard(*pair) for pair in zip(leaves, news, strict=True)]
+        return step_layers(_with_norms(shards), _WholeNorms)
+
+
+class _Shard(NamedTuple):
+    """The layers of one leaf in this process, and the groups that hold the others of them."""
+
+    layers: list[Layer]
+    groups: list[Any]
+
+
+def _shard(leaf: Leaf, new: New) -> _Shard:
+    w, dcdw = leaf.w, leaf.dcdw.expand(leaf.w.shape)
+    if dcdw.placements != w.placements:
+        dcdw = dcdw.redistribute(w.device_mesh, w.placements)
+    local = leaf._replace(w=w.to_local(), dcdw=dcdw.to_local())
+    axis = leaf.rule.layer_axis
+    groups = [
+        w.device_mesh.get_group(dim)
+        for dim, placement in enumerate(w.placements)
+        # Shards along the layer axis hold whole layers: nothing is to be added up there.
+        if placement.is_shard() and (axis is None or placement.dim != axis % w.ndim)
+    ]
+    return _Shard(layers(local, New(*(None if x is None else x.to_local() for x in new))), groups)
+
+
+def _with_norms(shards: list[_Shard]) -> Iterator[tuple[Layer, Tensor | None]]:
+    """The layers with the norms of w and dcdw, of the whole of them, where these are needed."""
+    adapting = [shard for shard in shards if any(layer.rule.adapt for layer in shard.layers)]
+    given = [layer for shard in adapting for layer in shard.layers]
+    squares = list(_squares(given).split([len(shard.layers) for shard in adapting]))
+    groups = {group.group_name: group for shard in adapting for group in shard.groups}
+    for name, group in groups.items():
+        members = [
+            i
+            for i, shard in enumerate(adapting)
+            if any(other.group_name == name for other in shard.groups)
+        ]
+        packed = torch.cat([squares[i] for i in members])
+        torch.distributed.all_reduce(packed, group=group)
+        parts = packed.split([len(squares[i]) for i in members])
+        for i, part in zip(members, parts, strict=True):
+            squares[i] = part
+    norms = iter(_roots(torch.cat(squares)) if adapting else ())
+    for shard in shards:
+        for layer in shard.layers:
+            yield layer, next(norms) if layer.rule.adapt else None
+
+
+def _squares(given: list[Layer]) -> Tensor:
+    """The squared norms of what is here, by layer, w and dcdw, and scale."""
+    device = given[0].w.device if given else None
+    table = torch.zeros(len(given), 2, len(_SCALES), dtype=torch.float64, device=device)
+    ops = TensorsOps(torch)
+    for dtype in {wide(layer) for layer in given}:
+        here = [i for i, layer in enumerate(given) if wide(layer) == dtype and layer.w.numel()]
+        for column, name in enumerate(("w", "dcdw") if here else ()):
+            tensors = Tensors([getattr(given[i], name).to(dtype) for i in here])
+            norm = ops.scaled_norm(tensors, None)
+            for k, scale in enumerate(_SCALES):
+                scaled = norm.scaled.double() * (norm.scale.double() * scale)
+                table[here, column, k] = scaled * scaled
+    return table
+
+
+def _roots(squares: Tensor) -> Tensor:
+    plain, of_large, of_small = squares.unbind(-1)
+    is_safe = (plain > _SAFE_SUM[0]) & (plain < _SAFE_SUM[1])
+    large, small = of_large.sqrt() / _SCALES[1], of_small.sqrt() / _SCALES[2]
+    return torch.where(is_safe, plain.sqrt(), torch.where(of_large > _SAFE_SUM[0], large, small))
+
+
+class _WholeNorms(TensorsOps):
+    """Operations for layers whose norms are known: those of w and dcdw, for each of them."""
+
+    def __init__(self, norms: list[Any]) -> None:
+        super().__init__(torch)
+        self.known = norms
+
+    def norms(self, w: Any, dcdw: Any, layer_axis: int | None) -> tuple[Norm, Norm]:
+        dtype = w.tensors[0].dtype
+        one, other = (self._scaled(norm, dtype) for norm in torch.stack(self.known).unbind(1))
+        return one, other
+
+    def _scaled(self, norm: Tensor, dtype: torch.dtype) -> Norm:
+        # By a power of two that the type has, also where the norm of all is beyond it.
+        limits = torch.finfo(dtype)
+        scale = self.power_of_two(norm.clamp(max=limits.max / 4))
+        scale = torch.where(norm > 0, scale.clamp(min=limits.tiny), scale)
+        return Norm((norm / scale).to(dtype), scale.to(dtype))

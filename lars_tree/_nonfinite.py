@@ -1,0 +1,68 @@
+"""What `nonfinite` asks for: whether results may be written, or what stands in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lars_tree import errors
+from lars_tree._backends.base import Backend, Leaf, New, Values
+
+Paths = Callable[[], list[errors.Path]]
+
+
+def guard(leaves: list[Leaf], results: dict[int, New], paths: Paths) -> tuple[dict[int, New], Any]:
+    """The results, or what `nonfinite` asks for where they would hold NaN or infinity.
+
+    And whether the step is taken: a truth value, or an array of one that is not known yet.
+    """
+    steps = [leaf for leaf in leaves if leaf.dcdw is not None]
+
+    def are_finite(backend: Backend, group: list[Leaf]) -> Any:
+        arrays = [x for leaf in group for x in results[leaf.place] if x is not None]
+        return backend.all_finite(arrays)
+
+    bad = [
+        paths()[leaf.place]
+        for leaf in steps
+        if leaf.rule.nonfinite == "raise" and not bool(are_finite(leaf.backend, [leaf]))
+    ]
+    if bad:
+        headline = "dcdw would make weights that are not finite"
+        lines = [(path, "expected finite numbers, got NaN or infinity") for path in bad]
+        raise errors.error(errors.NonFiniteError, "dcdw", headline, lines)
+    watched = by_backend([leaf for leaf in steps if leaf.rule.nonfinite == "skip"])
+    flags = [are_finite(backend, group) for backend, group in watched.items()]
+    if not flags:
+        return results, True
+    values = {leaf.backend.values(leaf.w) for leaf in steps}
+    if values != {Values.HERE} and set(watched) == set(by_backend(steps)) and len(flags) == 1:
+        flag = flags[0]  # stays on its device, and unknown where it is traced
+    elif Values.LATER in values:
+        headline = "nonfinite cannot skip: the values are not known yet"
+        text = "expected arrays of one library where some are traced or lazy"
+        lines = [(paths()[leaf.place], text) for leaf in steps if leaf.rule.nonfinite == "skip"]
+        raise errors.error(errors.OptionError, "nonfinite", headline, lines)
+    else:
+        flag = all(bool(flag) for flag in flags)
+
+    def chosen(leaf: Leaf) -> New:
+        pairs = zip(results[leaf.place], copies(leaf), strict=True)
+        return New(*(None if a is None else leaf.backend.choose(flag, a, b) for a, b in pairs))
+
+    return {leaf.place: chosen(leaf) for leaf in steps}, flag
+
+
+def by_backend(leaves: list[Leaf]) -> dict[Backend, list[Leaf]]:
+    """The leaves of each library."""
+    groups: dict[Backend, list[Leaf]] = {}
+    for leaf in leaves:
+        groups.setdefault(leaf.backend, []).append(leaf)
+    return groups
+
+
+def copies(leaf: Leaf) -> New:
+    """What the leaf has, in memory of its own."""
+    old = (leaf.w, leaf.velocity)
+    stops = leaf.rule.stop_gradients
+    return New(*(None if x is None else leaf.backend.copy(x, stops) for x in old))

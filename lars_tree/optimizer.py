@@ -1,0 +1,175 @@
+"""Lars: the rule with momentum, as an optimizer over any nest. Its state is a Container.
+
+The step itself is `update.advance`; this module has what stands around it. For parameters of a
+torch model with their gradients in them, there is `lars_tree.torch.Lars`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lars_tree import _backends, _options, _tree, errors, schedules
+from lars_tree.array import Array, unwrap
+from lars_tree.container import Container
+from lars_tree.update import advance
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from lars_tree._options import Options
+
+
+class Lars:
+    """LARS with momentum, over a nest of weights.
+
+    For the step u of `lars_update`, and a velocity v that starts at zero,
+
+        v = momentum * v + u
+        w = w - v,    or with nesterov    w = w - (u + momentum * v)
+
+    >>> w = Container(kernel=np.array([3.0, 4.0]), bias=np.array([0.0]))
+    >>> g = Container(kernel=np.array([0.0, 10.0]), bias=np.array([1.0]))
+    >>> opt = Lars(0.1, momentum=0.5)
+    >>> state = opt.init(w)
+    >>> w, state = opt.update(w, g, state)      # kernel: ratio 5 / 10, a step of 0.05 * [0, 10]
+    >>> w.kernel, state.velocity.kernel, int(state.step)
+    (array([3. , 3.5]), array([0. , 0.5]), 1)
+    >>> w, state = opt.update(w, g, state)      # half of the last step, and the next one
+    >>> state.velocity.bias                     # 0.5 * 0.1 + 0.1 * 0.1, as |w| is 0.1 by now
+    array([0.06])
+
+    In place, nothing is allocated: `opt.update(w, g, state, out=w)` writes to the weights and to
+    the arrays of the state. Under `jax.jit` and `lax.scan` both are simply values.
+
+    The velocity has the dtype of its weights, but float32 where those are float16 or bfloat16. The
+    state is a Container and can be saved like weights: `step` counts the steps that were taken,
+    `skipped` those that nonfinite="skip" left out, and `velocity` is like w (there is none if
+    momentum is the number 0; each step is then that of `lars_update`, to the bit).
+
+    Args:
+        lr: The rate: as in `lars_update`, or a schedule: a callable of the number of the step,
+            which is 0 at first, such as those in `lars_tree.schedules`; also within a Container.
+        momentum: What is left of the velocity after each step, a number >= 0.
+        nesterov: Look ahead: the velocity is applied as it will be after one more such gradient.
+        decay_lambda: Weight decay, as in `lars_update`.
+        stop_gradients: As in `lars_update`; False keeps the history of the velocity too.
+        **options: The further options of `lars_update`. All but `lr` are fixed for all steps; each
+            may be a Container or dict that is a prefix of w.
+
+    Raises:
+        OptionError: A value that the rule is not defined for.
+
+    Source: You, Gitman, Ginsburg (2017), arXiv:1708.03888, Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        lr: Any,
+        momentum: Any = 0.9,
+        nesterov: Any = False,
+        *,
+        decay_lambda: Any = 0,
+        stop_gradients: Any = True,
+        **options: Unpack[Options],
+    ) -> None:
+        given = {
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "decay_lambda": decay_lambda,
+            "stop_gradients": stop_gradients,
+            **options,
+        }
+        _options.check_names(options)
+        _options.check({"lr": _constant(lr), **given})
+        self.lr = lr
+        self.options = {**_options.DEFAULTS, **given}
+
+    def __repr__(self) -> str:
+        shown = {name: x for name, x in self.options.items() if x is not _DEFAULTS.get(name)}
+        return f"Lars({', '.join([repr(self.lr), *(f'{k}={v!r}' for k, v in shown.items())])})"
+
+    def init(self, w: Any) -> Container:
+        """The state before the first step: nothing moves yet.
+
+        >>> Lars(0.1).init({"a": np.ones(3), "b": np.ones(2, np.float16)})
+        Container: 4 leaves, 7 parameters, 48 bytes
+          step        int64 ()
+          skipped     int64 ()
+          velocity/a  float64 (3,)
+          velocity/b  float32 (2,)
+
+        Args:
+            w: The weights: a nest of arrays, or one array.
+        """
+        leaves = _tree.leaves(w)
+        arrays = [x for x in map(unwrap, leaves) if _backends.find(x) is not None]
+        first = arrays[0] if arrays else np.empty(0)
+        backend = _backends.find(first)
+        assert backend is not None
+        state = Container(step=backend.counter(first), skipped=backend.counter(first))
+        if self._moves:
+            state["velocity"] = _tree.rebuild(w, [_zeros(x) for x in leaves])
+        return state
+
+    def update(self, w: Any, dcdw: Any, state: dict[str, Any], out: Any = None) -> tuple[Any, Any]:
+        """Take one step: the new weights and the new state.
+
+        Args:
+            w: The weights.
+            dcdw: Their gradients, as in `lars_update`.
+            state: What `init` or the last `update` returned.
+            out: Where to write the new weights, such as w itself. The state is then written to
+                where it is, too, and is returned.
+
+        Raises:
+            StateError, StructureError: the state is not one of these weights; nothing was written.
+            LarsTreeError: as `lars_update` does; nothing was written.
+        """
+        self._check_state(state)
+        options = {"lr": _rates(self.lr, state["step"]), **self.options}
+        new_w, new = advance(w, dcdw, out, options, state)
+        if out is not None:
+            return new_w, state
+        return new_w, Container({name: new[name] for name in state})
+
+    @property
+    def _moves(self) -> bool:
+        momentum = self.options["momentum"]
+        return not (isinstance(momentum, (int, float)) and momentum == 0)
+
+    def _check_state(self, state: Any) -> None:
+        names = ["step", "skipped", *(["velocity"] if self._moves else [])]
+        if not isinstance(state, dict):
+            text = f"expected what `init` returns, got {errors.describe(state)}"
+        elif state.keys() != set(names):
+            text = errors.key_differences(names, list(state))
+        else:
+            return
+        headline = f"state is not one of {self!r}"
+        raise errors.error(errors.StateError, "state", headline, [((), text)])
+
+
+_DEFAULTS = {**_options.DEFAULTS, "momentum": 0.9, "nesterov": False}
+
+
+def _zeros(x: Any) -> Any:
+    """A velocity for one leaf of the weights."""
+    array = unwrap(x)
+    backend = _backends.find(array)
+    if backend is None:
+        return None
+    zeros = backend.zeros(array, backend.velocity_dtype(array))
+    return Array(zeros) if isinstance(x, Array) else zeros
+
+
+def _rates(lr: Any, step: Any) -> Any:
+    step = schedules.value(unwrap(step))
+    values = [x(step) if callable(x) else x for x in _tree.leaves(lr)]
+    return _tree.rebuild(lr, values)
+
+
+def _constant(lr: Any) -> Any:
+    """The rate with something that can be checked where it has schedules."""
+    return _tree.rebuild(lr, [0.0 if callable(x) else x for x in _tree.leaves(lr)])

@@ -1,0 +1,185 @@
+"""Schedules: the learning rate as a function of the step.
+
+Any callable of the step is one; these are those of the recipes. Given a number they return a float;
+given an array whose value is not known yet (under `jax.jit`, or lazy) an array.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lars_tree import _backends
+from lars_tree._backends.base import Values
+from lars_tree.errors import OptionError
+
+__all__ = ["Constant", "Cosine", "Polynomial"]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same rate at every step, after a linear warm-up.
+
+    >>> schedule = Constant(0.4, warmup_steps=4)
+    >>> [round(schedule(step), 3) for step in (0, 1, 2, 4, 100)]
+    [0.0, 0.1, 0.2, 0.4, 0.4]
+
+    Args:
+        rate: The rate, a number >= 0.
+        warmup_steps: How many steps the rate rises linearly, from 0.
+
+    Raises:
+        OptionError: a rate is negative or not finite, or a number of steps is.
+    """
+
+    rate: float
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _check_rates(rate=self.rate)
+        _check_steps(warmup_steps=self.warmup_steps)
+
+    def __call__(self, step: Any) -> Any:
+        """The rate at a step; the first one has number 0."""
+        return _at(step, self.warmup_steps, self.warmup_steps, self.rate, self.rate, _flat)
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """Linear warm-up, then polynomial decay: the schedule of the LARS paper, with power 2.
+
+        peak * step / warmup_steps                                   up to warmup_steps
+        end + (peak - end) * (1 - t)**power                          then, with
+        t = (step - warmup_steps) / (total_steps - warmup_steps)
+
+    >>> schedule = Polynomial(10.0, total_steps=100, warmup_steps=20)
+    >>> [schedule(step) for step in (0, 10, 20, 60, 100, 1000)]
+    [0.0, 5.0, 10.0, 2.5, 0.0, 0.0]
+
+    Args:
+        peak: The highest rate.
+        total_steps: The step at which the rate has come down to `end`, and from which it stays.
+        warmup_steps: How many of these the rate rises linearly, from 0.
+        power: 1 is linear decay.
+        end: The last rate.
+
+    Raises:
+        OptionError: a rate is negative or not finite, or a number of steps is, or the warm-up is
+            longer than all steps.
+
+    Source: You, Gitman, Ginsburg (2017), arXiv:1708.03888, section 5; power 2, end 0.
+    """
+
+    peak: float
+    total_steps: int
+    warmup_steps: int = 0
+    power: float = 2.0
+    end: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_rates(peak=self.peak, end=self.end, power=self.power)
+        _check_steps(warmup_steps=self.warmup_steps, total_steps=self.total_steps)
+
+    def __call__(self, step: Any) -> Any:
+        """The rate at a step; the first one has number 0."""
+
+        def left(t: Any, xp: Any) -> Any:
+            return (1 - t) ** self.power
+
+        return _at(step, self.warmup_steps, self.total_steps, self.peak, self.end, left)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Linear warm-up, then half a cosine wave down: the usual schedule of SimCLR and BYOL.
+
+        end + (peak - end) * (1 + cos(pi t)) / 2,    t as in `Polynomial`
+
+    >>> schedule = Cosine(2.0, total_steps=100, warmup_steps=20)
+    >>> [round(schedule(step), 3) for step in (0, 10, 20, 60, 100)]
+    [0.0, 1.0, 2.0, 1.0, 0.0]
+
+    Args:
+        peak: The highest rate.
+        total_steps: The step at which the rate has come down to `end`, and from which it stays.
+        warmup_steps: How many of these the rate rises linearly, from 0.
+        end: The last rate.
+
+    Raises:
+        OptionError: as for `Polynomial`.
+
+    Source: Loshchilov, Hutter (2017), arXiv:1608.03983, without restarts.
+    """
+
+    peak: float
+    total_steps: int
+    warmup_steps: int = 0
+    end: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_rates(peak=self.peak, end=self.end)
+        _check_steps(warmup_steps=self.warmup_steps, total_steps=self.total_steps)
+
+    def __call__(self, step: Any) -> Any:
+        """The rate at a step; the first one has number 0."""
+
+        def left(t: Any, xp: Any) -> Any:
+            return (1 + xp.cos(math.pi * t)) / 2
+
+        return _at(step, self.warmup_steps, self.total_steps, self.peak, self.end, left)
+
+
+def _flat(t: Any, xp: Any) -> Any:
+    return 1.0
+
+
+def value(step: Any) -> Any:
+    """A step as a plain number, or as it is where its value is not at hand."""
+    backend = _backends.find(step)
+    known = backend is None or backend.values(step) is Values.HERE
+    return int(step) if known else step
+
+
+def _at(
+    step: Any,
+    warmup_steps: int,
+    total_steps: int,
+    peak: float,
+    end: float,
+    left: Callable[[Any, Any], Any],
+) -> Any:
+    """The rate where left(t, namespace) falls from 1 at t = 0 to 0 at t = 1."""
+    step = value(step)
+    xp: Any = math
+    clip: Callable[[Any], Any] = _clipped
+    backend = _backends.find(step)
+    if backend is not None:
+        xp = backend.namespace(step)
+        clip = lambda x: xp.clip(x, 0.0, 1.0)  # noqa: E731
+    warm = clip(step / warmup_steps) if warmup_steps else 1.0
+    share = left(clip((step - warmup_steps) / max(1, total_steps - warmup_steps)), xp)
+    # While it warms up the share is 1. As a sum of two products it gives peak and end exactly.
+    return warm * (share * peak + (1 - share) * end)
+
+
+def _clipped(x: float) -> float:
+    return min(max(x, 0.0), 1.0)
+
+
+def _check_rates(**rates: Any) -> None:
+    for name, rate in rates.items():
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
+            raise OptionError(f"{name}: expected a finite number >= 0, got {rate!r}")
+
+
+def _check_steps(warmup_steps: Any, total_steps: Any = None) -> None:
+    for name, steps in {"warmup_steps": warmup_steps, "total_steps": total_steps}.items():
+        if steps is not None and (
+            isinstance(steps, bool) or not isinstance(steps, int) or steps < 0
+        ):
+            raise OptionError(f"{name}: expected a whole number >= 0, got {steps!r}")
+    if total_steps is not None and (total_steps < 1 or total_steps < warmup_steps):
+        text = f"expected at least 1 and warmup_steps ({warmup_steps}), got {total_steps}"
+        raise OptionError(f"total_steps: {text}")

@@ -1,0 +1,334 @@
+"""Lars as a `torch.optim.Optimizer`, and the parameter groups that the recipes ask for.
+
+Parameters in CPU memory are stepped by `update.advance`, in one native call. All others (on
+accelerators, DTensor, under `torch.compile`) by multi-tensor operations that wait for no device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lars_tree import _options
+from lars_tree._backends.base import Leaf
+from lars_tree._backends.torch import BACKEND, is_in_cpu_memory, step_in_place
+from lars_tree._rule import Rule
+from lars_tree.update import advance
+
+__all__ = ["Lars", "param_groups"]
+
+
+class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
+    """LARS with momentum for the parameters of a model, with the conventions of torch.
+
+    For each parameter p with gradient g (of opposite sign if `maximize`),
+
+        ratio  = trust_coefficient * |p| / (|g| + weight_decay * |p| + eps)
+        d      = ratio * (g + weight_decay * p)
+        buffer = momentum * buffer + (1 - dampening) * d
+        p      = p - lr * buffer,    or with nesterov    p = p - lr * (d + momentum * buffer)
+
+    |.| is the 2-norm over the parameter, over all shards of a DTensor. Where |p| or the denominator
+    is 0, ratio is 1. As in `torch.optim.SGD` the rate multiplies the buffer, so a new rate acts at
+    once, and the first step is not dampened; at a constant rate it is the paper's rule.
+
+    >>> import torch
+    >>> from lars_tree.torch import Lars
+    >>> p = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    >>> opt = Lars([p], lr=0.1, momentum=0.5, trust_coefficient=1.0)
+    >>> p.grad = torch.tensor([0.0, 10.0])
+    >>> opt.step()                              # ratio 5 / 10: a step of 0.1 * [0, 5]
+    >>> p.data
+    tensor([3.0000, 3.5000])
+    >>> opt.state[p]["momentum_buffer"]
+    tensor([0., 5.])
+
+    Gradients are only read. CPU parameters are checked before the first of them is written. Buffers
+    are float32 for parameters that are shorter. With `torch.amp.GradScaler` the loss scale is
+    divided out in the step itself, and steps with infinite gradients are skipped.
+
+    Args:
+        params: Parameters, named parameters or parameter groups; a group may override each of the
+            following. `param_groups` makes those of the recipes.
+        lr: The rate, a number or a tensor of one.
+        momentum: What is left of the buffer after each step; without it there is no buffer.
+        dampening: How much of each step but the first the buffer does not take in.
+        weight_decay: Weight decay, in the ratio and in the step.
+        nesterov: Look ahead; needs a momentum and no dampening.
+        trust_coefficient: The paper's eta.
+        eps: Added to the denominator.
+        trust_clip: True (LARC): ratio is never above 1.
+        adapt: False: ratio is 1, which makes it SGD, as for biases and norm layers.
+        foreach: True to take multi-tensor operations on the CPU too; False to take parameters one
+            by one on accelerators.
+        maximize: Go uphill.
+        layer_axis: The axis along which parameters stack layers, with a ratio for each index.
+
+    Raises:
+        ValueError: A value that the rule is not defined for; no parameters.
+
+    Source: You, Gitman, Ginsburg (2017), arXiv:1708.03888, Algorithm 1.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler sets grad_scale and found_inf for a step
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1.0,
+        momentum: float = 0.9,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        trust_coefficient: float = 0.001,
+        eps: float = 0.0,
+        trust_clip: bool = False,
+        adapt: bool = True,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        layer_axis: int | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "trust_coefficient": trust_coefficient,
+            "eps": eps,
+            "trust_clip": trust_clip,
+            "adapt": adapt,
+            "foreach": foreach,
+            "maximize": maximize,
+            "layer_axis": layer_axis,
+        }
+        _check(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, as in `torch.optim.Optimizer`.
+
+        Raises:
+            ValueError: A value that the rule is not defined for.
+        """
+        if isinstance(param_group, dict):
+            _check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # of an older version, or of another optimizer
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, as in `torch.optim.Optimizer`; also that of a `torch.optim.SGD`."""
+        final: dict[str, Any] = {}
+        # The last hook sees what the others made of it.
+        last = self.register_load_state_dict_pre_hook(lambda _, given: final.update(given))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+        # torch gives all of a state the dtype of its parameter, but buffers have their own.
+        saved = (i for group in final["param_groups"] for i in group["params"])
+        ours = (p for group in self.param_groups for p in group["params"])
+        for i, p in zip(saved, ours, strict=True):
+            buffer = final["state"].get(i, {}).get("momentum_buffer")
+            if buffer is not None and self.state[p]["momentum_buffer"].dtype != buffer.dtype:
+                dtype = BACKEND.velocity_dtype(p)
+                self.state[p]["momentum_buffer"] = buffer.to(p.device, dtype, copy=True)
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: Computes the loss anew, and the gradients.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            RuntimeError: A gradient is sparse.
+            LarsTreeError: Parameters in CPU memory, their gradients or buffers do not fit together,
+                share memory, or cannot be written to; none of them was then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grad_scale, found_inf = (getattr(self, x, None) for x in ("grad_scale", "found_inf"))
+        here, elsewhere = self._batches()
+        if here and not (found_inf is not None and bool(found_inf)):
+            scale = 1.0 if grad_scale is None else float(grad_scale)
+            _step_in_cpu_memory([batch for batch in here if batch.moves], scale)
+            _step_in_cpu_memory([batch for batch in here if not batch.moves], scale)
+        if elsewhere:
+            _step_elsewhere(elsewhere, 1.0 if grad_scale is None else grad_scale, found_inf)
+        return loss
+
+    def _batches(self) -> tuple[list[_Batch], list[_Batch]]:
+        """What there is to be stepped in CPU memory, and elsewhere."""
+        batches: dict[tuple[bool, int, bool], _Batch] = {}
+        compiling = torch.compiler.is_compiling()
+        for number, group in enumerate(self.param_groups):
+            moves, dampened = group["momentum"] != 0, group["dampening"] != 0
+            many = group["foreach"] or compiling
+            names = group.get("param_names") or range(len(group["params"]))
+            for name, p in zip(names, group["params"], strict=True):
+                grad = p.grad
+                if grad is None:
+                    continue
+                if grad.layout != torch.strided:
+                    raise RuntimeError(f"Lars does not support sparse gradients: {name}")
+                buffer, is_first = self._buffer(p) if moves else (None, False)
+                key = (not many and is_in_cpu_memory(p), number, is_first and dampened)
+                batch = batches.get(key)
+                if batch is None:
+                    batch = batches[key] = _Batch(group, number, is_first)
+                batch.params[name] = p
+                batch.grads[name] = grad
+                batch.buffers[name] = buffer
+        found = list(batches.items())
+        return [x for key, x in found if key[0]], [x for key, x in found if not key[0]]
+
+    def _buffer(self, p: Tensor) -> tuple[Tensor, bool]:
+        """The momentum buffer, and whether it is new."""
+        state = self.state[p]
+        buffer = state.get("momentum_buffer")
+        if buffer is not None:
+            return buffer, False
+        buffer = state["momentum_buffer"] = BACKEND.zeros(p, BACKEND.velocity_dtype(p))
+        return buffer, True
+
+
+class _Batch:
+    """Parameters of one group that are stepped alike, with their gradients and buffers, by name."""
+
+    def __init__(self, group: dict[str, Any], number: int, is_first: bool) -> None:
+        self.group = group
+        self.name = f"param_groups[{number}]" + (" at its first step" if is_first else "")
+        self.is_first = is_first
+        self.moves: bool = group["momentum"] != 0
+        self.params: dict[Any, Tensor] = {}
+        self.grads: dict[Any, Tensor] = {}
+        self.buffers: dict[Any, Any] = {}
+
+    def options(self, grad_scale: Any) -> dict[str, Any]:
+        """The options of the rule, by their names there."""
+        group = self.group
+        taken_in = 1.0 if self.is_first else 1.0 - group["dampening"]
+        moving = {"lr": taken_in, "rate": group["lr"]} if self.moves else {"lr": group["lr"]}
+        return {
+            **_options.DEFAULTS,
+            **moving,
+            **{name: group[name] for name in _SHARED},
+            "decay_lambda": group["weight_decay"],
+            "grad_scale": grad_scale,
+        }
+
+
+# What is called the same here and in the rule.
+_SHARED = (
+    *("momentum", "nesterov", "trust_coefficient", "eps"),
+    *("trust_clip", "adapt", "maximize", "layer_axis"),
+)
+
+
+def _step_in_cpu_memory(batches: list[_Batch], grad_scale: float) -> None:
+    """All at once, so that all is checked before the first is written."""
+    if not batches:
+        return
+    by_batch = {batch.name: batch.options(grad_scale) for batch in batches}
+    options: dict[str, Any] = {}
+    for name, value in next(iter(by_batch.values())).items():
+        values = {batch: given[name] for batch, given in by_batch.items()}
+        same = all(other is value or other == value for other in values.values())
+        options[name] = value if same else values
+    params = {batch.name: batch.params for batch in batches}
+    state: dict[str, Any] = {}
+    if batches[0].moves:
+        state["velocity"] = {batch.name: batch.buffers for batch in batches}
+    advance(params, {batch.name: batch.grads for batch in batches}, params, options, state)
+
+
+def _step_elsewhere(batches: list[_Batch], grad_scale: Any, found_inf: Tensor | None) -> None:
+    leaves = []
+    for batch in batches:
+        options = {
+            name: float(x) if isinstance(x, int) and not isinstance(x, bool) else x
+            for name, x in batch.options(grad_scale).items()
+        }
+        rule = Rule(**{**options, "layer_axis": batch.group["layer_axis"]})
+        rows = zip(batch.params.values(), batch.grads.values(), batch.buffers.values(), strict=True)
+        leaves += [Leaf(0, p, grad, p, rule, BACKEND, buffer) for p, grad, buffer in rows]
+    if all(batch.group["foreach"] is False for batch in batches):
+        for leaf in leaves:
+            step_in_place([leaf], found_inf)
+    else:
+        step_in_place(leaves, found_inf)
+
+
+def _check(options: dict[str, Any]) -> None:
+    lr = options["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    words = {"lr": "learning rate", "momentum": "momentum value"}
+    for name in ("lr", "momentum", "dampening", "weight_decay", "trust_coefficient", "eps"):
+        if not 0 <= options[name] < float("inf"):
+            raise ValueError(f"Invalid {words.get(name, name)}: {options[name]}")
+    if options["dampening"] > 1:
+        raise ValueError(f"Invalid dampening: {options['dampening']}")
+    if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+    for name in ("nesterov", "trust_clip", "adapt", "maximize"):
+        if not isinstance(options[name], bool):
+            raise ValueError(f"Invalid {name}: expected True or False, got {options[name]!r}")
+
+
+def param_groups(
+    model: torch.nn.Module,
+    *,
+    exclude: Callable[[str, Tensor], bool] | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Parameter groups by the usual recipe: biases and norm layers without decay or adaptation.
+
+    >>> import torch
+    >>> from lars_tree.torch import Lars, param_groups
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+    >>> groups = param_groups(model, weight_decay=1e-4)
+    >>> for group in groups:
+    ...     names = [name for name, _ in group["params"]]
+    ...     print(names, group["weight_decay"], group.get("adapt", True))
+    ['0.weight'] 0.0001 True
+    ['0.bias', '1.weight', '1.bias'] 0.0 False
+    >>> opt = Lars(groups, lr=0.1)
+
+    Args:
+        model: Its parameters that require a gradient are taken, by name.
+        exclude: Says of a name and parameter whether it is left out of decay and adaptation; by
+            default those of at most one axis, not counting `layer_axis` where that is given.
+        **options: Options of `Lars` for all groups.
+
+    Returns:
+        The groups that are not empty, the adapted parameters first.
+    """
+    few = 1 if options.get("layer_axis") is None else 2
+    left_out = exclude or (lambda _, p: p.ndim <= few)
+    adapted: list[tuple[str, Tensor]] = []
+    others: list[tuple[str, Tensor]] = []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (others if left_out(name, p) else adapted).append((name, p))
+    groups = [
+        {"params": adapted, **options},
+        {"params": others, **options, "weight_decay": 0.0, "adapt": False},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,129 @@
+"""No walk of the kernel over nests leaks a reference or memory: see test_leaks.py."""
+
+from __future__ import annotations
+
+import pytest
+from leaks import check, expecting, giving, raising
+
+from lars_tree import _native, _tree
+
+
+class Key:
+    """A key that is equal to another of its name, or raises when it is compared."""
+
+    def __init__(self, name, fails=False):
+        self.name, self.fails = name, fails
+
+    def __hash__(self):
+        return hash(self.name)
+
+    def __eq__(self, other):
+        if self.fails:
+            raise ValueError("on purpose")
+        return self.name == other.name
+
+
+class Other(list):  # not walked natively
+    pass
+
+
+def nest(key="b", **others):
+    return {"a": [object(), (object(), Other([object()]))], Key(key, **others): {"c": object()}}
+
+
+def objects(node):
+    """A nest and all that is in it."""
+    yield node
+    if isinstance(node, dict):
+        node = [*node, *node.values()]
+    if isinstance(node, (list, tuple)):
+        for x in node:
+            yield from objects(x)
+
+
+def without(tree, key):
+    return {k: v for k, v in tree.items() if k is not key}
+
+
+def walk(*trees, kind_of=_tree._kind, others=None, exact=False):
+    found = []
+    if len(trees) == 1:
+        others = others or _tree._collect_in_python
+        _native.kernel.collect(*trees, found, _tree._KINDS, kind_of, others)
+        return None
+    others = others or _tree._match_in_python
+    return _native.kernel.match(*trees, found, exact, _tree._KINDS, kind_of, others)
+
+
+def changing(tree):
+    """What is called for an `Other`: adds to the nest that is being read, and takes from it."""
+
+    def others(node, *_):
+        tree[0.5] = tree.pop(0.5, None)
+        tree.pop(1.5, None) if 1.5 in tree else tree.setdefault(1.5)
+        return True
+
+    return others
+
+
+def unknown():  # its type is new, so its kind must be asked for
+    return type("New", (), {})()
+
+
+COLLECTS = {
+    "nest": (None, nest, {}),
+    "leaf": (None, object, {}),
+    "the kind raises": (ValueError, unknown, {"kind_of": raising}),
+    "the kind is no number": (TypeError, unknown, {"kind_of": lambda node: "leaf"}),
+    "another node raises": (ValueError, nest, {"others": raising}),
+}
+
+
+@pytest.mark.parametrize("name", COLLECTS)
+def test_collect_leaks_nothing(name):
+    expected, make, options = COLLECTS[name]
+    tree = make()
+    call = expecting if expected else giving
+    check(call(expected, lambda: walk(tree, **options)), [*objects(tree), *options.values()])
+
+
+OK, NO = (True, {}), (False, {})
+MATCHES = {
+    "nests": (*OK, nest, nest),
+    "a value for all": (*OK, lambda: Other([object()]), object),
+    "not exact": (False, {"exact": True}, lambda: [object()], object),
+    "another key": (*NO, nest, lambda: nest("other")),
+    "a key too few": (*NO, nest, lambda: without(nest(), "a")),
+    "another length": (*NO, lambda: [object()], lambda: [object(), object()]),
+    "a node for a leaf": (*NO, object, nest),
+    "a list for a dict": (*NO, nest, lambda: [object()]),
+    "keys raise": (ValueError, {}, lambda: nest(fails=True), lambda: nest(fails=True)),
+    "the kind raises": (ValueError, {"kind_of": raising}, unknown, unknown),
+    "another node raises": (ValueError, {"others": raising}, nest, nest),
+    "another node gives None": (False, {"others": lambda *_: None}, nest, nest),
+}
+
+
+@pytest.mark.parametrize("name", MATCHES)
+def test_match_leaks_nothing(name):
+    expected, options, make, make_prefix = MATCHES[name]
+    tree, prefix = make(), make_prefix()
+    call = giving if isinstance(expected, bool) else expecting
+    given = [*objects(tree), *objects(prefix), *options.values()]
+    given = [x for x in given if x is not True]
+    check(call(expected, lambda: walk(tree, prefix, **options)), given)
+
+
+def test_a_nest_that_is_changed_while_it_is_read_leaks_nothing():
+    tree = {"a": [Other()], "b": object()}
+    call = expecting(RuntimeError, lambda: walk(tree, others=changing(tree)))
+    check(call, [tree, *tree.values()])
+    call = expecting(RuntimeError, lambda: walk(tree, dict(tree), others=changing(tree)))
+    check(call, [tree, tree["a"], tree["b"]])
+
+
+def test_a_nest_that_holds_itself_leaks_nothing():
+    tree = []
+    tree.append(tree)
+    check(expecting(RecursionError, lambda: walk(tree)), [tree], calls=100)
+    check(expecting(RecursionError, lambda: walk(tree, tree)), [tree], calls=100)
