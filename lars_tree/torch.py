@@ -17,6 +17,7 @@ from lars_tree import _options
 from lars_tree._backends.base import Leaf
 from lars_tree._backends.torch import BACKEND, is_in_cpu_memory, step_in_place
 from lars_tree._rule import Rule
+from lars_tree.errors import LarsTreeError, Path, enumerated
 from lars_tree.update import advance
 
 __all__ = ["Lars", "param_groups"]
@@ -180,45 +181,48 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
         for number, group in enumerate(self.param_groups):
             moves, dampened = group["momentum"] != 0, group["dampening"] != 0
             many = group["foreach"] or compiling
-            names = group.get("param_names") or range(len(group["params"]))
-            for name, p in zip(names, group["params"], strict=True):
+            for place, p in enumerate(group["params"]):
                 grad = p.grad
                 if grad is None:
                     continue
-                if grad.layout != torch.strided:
-                    raise RuntimeError(f"Lars does not support sparse gradients: {name}")
-                buffer, is_first = self._buffer(p) if moves else (None, False)
-                key = (not many and is_in_cpu_memory(p), number, is_first and dampened)
+                if grad.layout is not torch.strided:
+                    raise RuntimeError("Lars does not support sparse gradients: make them dense")
+                buffer, is_first = None, False
+                if moves:
+                    state = self.state[p]
+                    buffer = state.get("momentum_buffer")
+                    if buffer is None:
+                        is_first = dampened
+                        buffer = BACKEND.zeros(p, BACKEND.velocity_dtype(p))
+                        state["momentum_buffer"] = buffer
+                key = (not many and is_in_cpu_memory(p), number, is_first)
                 batch = batches.get(key)
                 if batch is None:
                     batch = batches[key] = _Batch(group, number, is_first)
-                batch.params[name] = p
-                batch.grads[name] = grad
-                batch.buffers[name] = buffer
+                batch.add(place, p, grad, buffer)
         found = list(batches.items())
         return [x for key, x in found if key[0]], [x for key, x in found if not key[0]]
 
-    def _buffer(self, p: Tensor) -> tuple[Tensor, bool]:
-        """The momentum buffer, and whether it is new."""
-        state = self.state[p]
-        buffer = state.get("momentum_buffer")
-        if buffer is not None:
-            return buffer, False
-        buffer = state["momentum_buffer"] = BACKEND.zeros(p, BACKEND.velocity_dtype(p))
-        return buffer, True
-
 
 class _Batch:
-    """Parameters of one group that are stepped alike, with their gradients and buffers, by name."""
+    """Parameters of one group that are stepped alike, with their gradients and buffers."""
 
     def __init__(self, group: dict[str, Any], number: int, is_first: bool) -> None:
         self.group = group
         self.name = f"param_groups[{number}]" + (" at its first step" if is_first else "")
         self.is_first = is_first
         self.moves: bool = group["momentum"] != 0
-        self.params: dict[Any, Tensor] = {}
-        self.grads: dict[Any, Tensor] = {}
-        self.buffers: dict[Any, Any] = {}
+        self.places: list[int] = []
+        self.params: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        self.buffers: list[Tensor | None] = []
+
+    def add(self, place: int, param: Tensor, grad: Tensor, buffer: Tensor | None) -> None:
+        """Add a parameter with its place in the group."""
+        self.places.append(place)
+        self.params.append(param)
+        self.grads.append(grad)
+        self.buffers.append(buffer)
 
     def options(self, grad_scale: Any) -> dict[str, Any]:
         """The options of the rule, by their names there."""
@@ -252,10 +256,27 @@ def _step_in_cpu_memory(batches: list[_Batch], grad_scale: float) -> None:
         same = all(other is value or other == value for other in values.values())
         options[name] = value if same else values
     params = {batch.name: batch.params for batch in batches}
+    grads = {batch.name: batch.grads for batch in batches}
     state: dict[str, Any] = {}
     if batches[0].moves:
         state["velocity"] = {batch.name: batch.buffers for batch in batches}
-    advance(params, {batch.name: batch.grads for batch in batches}, params, options, state)
+    try:
+        advance(params, grads, params, options, state)
+    except LarsTreeError as error:
+        error.add_note(_names(batches, error.paths))
+        raise
+
+
+def _names(batches: list[_Batch], paths: tuple[Path, ...]) -> str:
+    """What the optimizer's user calls the parameters at these paths."""
+    by_name = {batch.name: batch for batch in batches}
+    names = []
+    for path in paths:
+        batch: Any = by_name[str(path[0])]
+        place = batch.places[path[1]]
+        known = batch.group.get("param_names")
+        names.append(known[place] if known else f"{path[0]}['params'][{place}]")
+    return f"parameters: {enumerated(names, 10)}"
 
 
 def _step_elsewhere(batches: list[_Batch], grad_scale: Any, found_inf: Tensor | None) -> None:
@@ -266,7 +287,7 @@ def _step_elsewhere(batches: list[_Batch], grad_scale: Any, found_inf: Tensor | 
             for name, x in batch.options(grad_scale).items()
         }
         rule = Rule(**{**options, "layer_axis": batch.group["layer_axis"]})
-        rows = zip(batch.params.values(), batch.grads.values(), batch.buffers.values(), strict=True)
+        rows = zip(batch.params, batch.grads, batch.buffers, strict=True)
         leaves += [Leaf(0, p, grad, p, rule, BACKEND, buffer) for p, grad, buffer in rows]
     if all(batch.group["foreach"] is False for batch in batches):
         for leaf in leaves:

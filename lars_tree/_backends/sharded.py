@@ -30,6 +30,18 @@ def is_sharded(x: Any) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
+def partial_fault(x: Any) -> str | None:
+    """Why a DTensor cannot be computed with; None if it can."""
+    if any(placement.is_partial() for placement in x.placements):
+        return "a DTensor of partial sums: redistribute it first"
+    return None
+
+
+def shard_of(x: Any) -> Tensor:
+    """What this process holds of a DTensor; any other tensor as it is."""
+    return x.detach().to_local() if is_sharded(x) else x
+
+
 def whole(x: Any) -> Tensor:
     """A DTensor as the one tensor that it stands for; any other as it is."""
     return x.full_tensor() if is_sharded(x) else x

@@ -20,7 +20,7 @@ from lars_tree import _native
 from lars_tree._backends import cpu
 from lars_tree._backends.arrays import ArraysBackend
 from lars_tree._backends.base import Backend, Columns, Facts, Kind, Leaf, New, Values
-from lars_tree._backends.sharded import is_sharded, step_shards, whole
+from lars_tree._backends.sharded import is_sharded, partial_fault, shard_of, step_shards, whole
 from lars_tree._backends.tensors import TorchOps, layers, step_layers
 from lars_tree._memory import is_mapped_read_only
 
@@ -100,6 +100,8 @@ class TorchBackend(ArraysBackend):
             return f"a sparse or nested tensor ({x.layout}): make it dense first"
         if x.device.type == "meta":
             return "a tensor on the meta device, which holds no data"
+        if is_sharded(x):
+            return partial_fault(x)
         if _is_plain(x) and x.untyped_storage().nbytes() < _bytes_needed(x):
             return "a tensor whose storage was freed"
         return None
@@ -116,7 +118,7 @@ class TorchBackend(ArraysBackend):
 
     def memory(self, x: Tensor) -> np.ndarray[Any, Any] | None:
         try:
-            return np.asarray(_Address(x))
+            return np.asarray(_Address(shard_of(x)))
         except RuntimeError:  # of tensors that stand for others and have no memory of their own
             return None
 
@@ -280,7 +282,12 @@ def _returned(leaf: Leaf, new: New) -> New:
 
 def _bump_versions(tensors: Iterable[Tensor]) -> None:
     """Let autograd see that tensors which it may have saved are stale."""
-    torch.autograd.graph.increment_version(list(filterfalse(Tensor.is_inference, tensors)))
+    tensors = list(tensors)
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:  # some are inference tensors, which have no version
+        tracked = list(filterfalse(Tensor.is_inference, tensors))
+        torch.autograd.graph.increment_version(tracked)
 
 
 def _leaf_like(new: Tensor, w: Tensor) -> Tensor:
@@ -299,7 +306,7 @@ def _is_plain(x: Tensor) -> bool:
 
 def is_in_cpu_memory(x: Tensor) -> bool:
     """Whether x is a plain tensor there."""
-    return type(x) in _TYPES and x.device.type == "cpu"
+    return type(x) in _TYPES and x.is_cpu
 
 
 def _is_plain_counter(x: Any) -> bool:
