@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lars_tree import _backends, _options, _tree, errors, schedules
+from lars_tree import _backends, _checks, _options, _tree, errors, schedules
 from lars_tree.array import Array, unwrap
 from lars_tree.container import Container
 from lars_tree.update import advance
@@ -84,7 +84,7 @@ class Lars:
         _options.check_names(options)
         _options.check({"lr": _constant(lr), **given})
         self.lr = lr
-        self.options = {**_options.DEFAULTS, **given}
+        self.options = {**_DEFAULTS, **given}
 
     def __repr__(self) -> str:
         shown = {name: x for name, x in self.options.items() if x is not _DEFAULTS.get(name)}
@@ -128,6 +128,7 @@ class Lars:
             LarsTreeError: as `lars_update` does; nothing was written.
         """
         self._check_state(state)
+        _checks.check_counters(state, written=out is not None)
         options = {"lr": _rates(self.lr, state["step"]), **self.options}
         new_w, new = advance(w, dcdw, out, options, state)
         if out is not None:
@@ -151,7 +152,7 @@ class Lars:
         raise errors.error(errors.StateError, "state", headline, [((), text)])
 
 
-_DEFAULTS = {**_options.DEFAULTS, "momentum": 0.9, "nesterov": False}
+_DEFAULTS = {"momentum": 0.9, "nesterov": False, **_options.DEFAULTS}
 
 
 def _zeros(x: Any) -> Any:

@@ -136,14 +136,14 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
             super().load_state_dict(state_dict)
         finally:
             last.remove()
-        # torch gives all of a state the dtype of its parameter, but buffers have their own.
+        # torch gives all of a state the dtype of its parameter, and may share it with the source.
         saved = (i for group in final["param_groups"] for i in group["params"])
         ours = (p for group in self.param_groups for p in group["params"])
         for i, p in zip(saved, ours, strict=True):
             buffer = final["state"].get(i, {}).get("momentum_buffer")
-            if buffer is not None and self.state[p]["momentum_buffer"].dtype != buffer.dtype:
-                dtype = BACKEND.velocity_dtype(p)
-                self.state[p]["momentum_buffer"] = buffer.to(p.device, dtype, copy=True)
+            if buffer is not None:
+                moved = buffer.detach().to(p.device, BACKEND.velocity_dtype(p))
+                self.state[p]["momentum_buffer"] = moved.clone()
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -126,8 +126,8 @@ def advance(
         dcdw: The same.
         out: The same.
         options: By name: those of the `Rule`.
-        state: "velocity", a nest like w, for momentum; "step" and "skipped", which count. Each may
-            be missing.
+        state: "velocity", a nest like w, for momentum; "step" and "skipped", which count, and have
+            been checked. Each may be missing.
     """
     try:
         return _update(w, dcdw, out, options, state)
@@ -151,7 +151,6 @@ def _update(
     if "velocity" in state:
         at = ("velocity",)
         velocities = _tree.broadcast("state", w, state["velocity"], exact=True, at=at)
-    _checks.check_counters(state, written=out is not None)
     rules = _options.resolve(w, options, len(old))
     columns = Columns(old, dcdws, outs, rules, velocities, state.get("step") if outs else None)
     plain = _update_plain(columns)

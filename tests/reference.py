@@ -89,3 +89,22 @@ def worst_error(actual: Sequence[float], w: Sequence[float], step: Step, name: s
         error = abs(clipped(_exact(new), name) - clipped(exact, name)) / ulp(size, name)
         worst = max(worst, error)
     return float(worst)
+
+
+class Moved(NamedTuple):
+    """The exact weights and velocity after a step with momentum, and what the weights moved by."""
+
+    w_new: list
+    v_new: list
+    by: list
+
+
+def move(
+    w: Sequence, v: Sequence, step: Step, momentum: float, nesterov: bool = False, rate: float = 1.0
+) -> Moved:
+    """v = m v + u, w = w - rate v; with nesterov w = w - rate (u + m v)."""
+    m = mpf(momentum)
+    v_new = [m * _exact(vi) + ui for vi, ui in zip(v, step.u, strict=True)]
+    by = [ui + m * vi for ui, vi in zip(step.u, v_new, strict=True)] if nesterov else v_new
+    by = [mpf(rate) * x for x in by]
+    return Moved([_exact(wi) - x for wi, x in zip(w, by, strict=True)], v_new, by)

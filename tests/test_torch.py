@@ -12,6 +12,7 @@ from lars_tree import Container, lars_update
 torch = need("torch")
 
 from lars_tree._backends import tensors  # noqa: E402
+from lars_tree._backends.base import Leaf, New  # noqa: E402
 from lars_tree._rule import Rule  # noqa: E402
 
 DOUBLE = {"dtype": torch.float64}
@@ -163,13 +164,21 @@ def test_a_state_dict_is_updated_in_place():
         assert torch.equal(x.detach(), lars_update(before[key], grads[key], 0.1))
 
 
-def many(wide, leaves, rules):
-    """Step through the multi-tensor operations that accelerators use."""
-    ws, gs = zip(*leaves, strict=True)
-    news = [torch.empty_like(w) for w in ws]
-    targets, values = tensors.step_many(wide, list(ws), list(gs), news, rules)
+def many(wide, leaves, rules, velocities=None):
+    """Step through the multi-tensor operations that accelerators use, in their precision."""
+    velocities = velocities or [None] * len(leaves)
+    news = [New(torch.empty_like(w), v) for (w, _), v in zip(leaves, velocities, strict=True)]
+    rows = zip(leaves, news, rules, velocities, strict=True)
+    given = [
+        (layer, None)
+        for i, ((w, g), new, rule, v) in enumerate(rows)
+        for layer in tensors.layers(Leaf(i, w, g, w, rule, None, v), new)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensors, "wide", lambda layer: wide)
+        targets, values = tensors.step_layers(given)
     torch._foreach_copy_(targets, values)
-    return news
+    return [new.w for new in news]
 
 
 @pytest.mark.parametrize("options", [{}, {"decay_lambda": 0.1}, {"eps": 1e-3}, {"grad_scale": 8.0}])
@@ -189,12 +198,39 @@ def test_many_tensors_at_once_step_like_each_alone(options, dtype):
     leaves.append((torch.zeros_like(leaves[0][0]), leaves[0][1]))
     rules = [Rule(0.1 * (i + 1), **options) for i in range(len(leaves))]
     rules[4] = rules[4]._replace(layer_axis=1)
-    wide = torch.complex64 if dtype == "complex64" else torch.float32
-    for new, (w, g), rule in zip(many(wide, leaves, rules), leaves, rules, strict=True):
+    news = many(torch.float32, leaves, rules)
+    for new, (w, g), rule in zip(news, leaves, rules, strict=True):
         expected = lars_update(w, g, rule.lr, layer_axis=rule.layer_axis, **options)
         assert new.dtype == expected.dtype
         tolerance = {"float16": 1e-3, "bfloat16": 8e-3}.get(dtype, 3e-7)
         assert torch.allclose(new, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
+def test_many_tensors_at_once_keep_their_momentum(dtype, nesterov):
+    """Against the same in double precision."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = getattr(torch, dtype)
+    shapes = [(3, 4), (), (5,), (0, 2), (2, 3, 2)]
+    leaves = [
+        tuple(torch.randn(s, generator=generator, dtype=dtype) for _ in range(2)) for s in shapes
+    ]
+    wide = {torch.complex64: torch.complex64}.get(dtype, torch.float32)
+    velocities = [torch.randn(s, generator=generator, dtype=wide) for s in shapes]
+    rule = Rule(1.0, decay_lambda=0.1, momentum=0.9, rate=0.1, nesterov=nesterov, maximize=True)
+    rules = [rule, rule, rule._replace(momentum=0.5), rule, rule._replace(layer_axis=1)]
+    double = [
+        (*(x.to(torch.promote_types(x.dtype, torch.float64)) for x in (*leaf, v)), each)
+        for leaf, v, each in zip(leaves, velocities, rules, strict=True)
+    ]
+    news = many(torch.float32, leaves, rules, velocities)
+    precise = [v for *_, v, _ in double]
+    expected = many(torch.float64, [leaf[:2] for leaf in double], rules, precise)
+    tolerance = {torch.float16: 1e-3, torch.bfloat16: 8e-3}.get(dtype, 1e-6)
+    for new, other, v, other_v in zip(news, expected, velocities, precise, strict=True):
+        assert torch.allclose(new, other.to(dtype), rtol=tolerance, atol=tolerance)
+        assert torch.allclose(v, other_v.to(v.dtype), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("w_exponent", [-140, -60, 0, 60, 125])

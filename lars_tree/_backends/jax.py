@@ -79,7 +79,8 @@ class JaxBackend(ArraysBackend):
         return x.astype(complex_ if jnp.iscomplexobj(x) else real)
 
     def zeros(self, w: Array, dtype: Any) -> Array:
-        return jnp.zeros_like(w, dtype, device=None if _is_traced(w) else w.sharding)
+        with jax.enable_x64(True):
+            return jnp.zeros_like(w, dtype, device=None if _is_traced(w) else w.sharding)
 
     def counter(self, w: Array) -> Array:
         return jnp.zeros((), jnp.int32)
@@ -123,6 +124,7 @@ def _update(leaf: Leaf) -> New:
         cpu.update(raw(np.asarray(w)), raw(np.asarray(dcdw)), raw(new), rule, moving)
         with jax.default_device(next(iter(w.devices()))):
             return New(*(None if x is None else _put(x, w) for x in (new, moving)))
+    dcdw, velocity = (None if x is None else _laid_out(x, w) for x in (dcdw, velocity))
     stepped = _BACKEND.step(w, dcdw, rule, velocity)
     if not rule.stop_gradients:
         return stepped
@@ -131,6 +133,17 @@ def _update(leaf: Leaf) -> New:
 
 def _put(x: np.ndarray[Any, Any], like: Array) -> Array:
     return jax.device_put(x, like.sharding if like.committed else None)
+
+
+def _laid_out(x: Array, w: Array) -> Array:
+    """X sharded as w is, so that the results are: wherever it is known how w is."""
+    x = jnp.broadcast_to(x, w.shape)
+    if not _is_traced(x) and not _is_traced(w):
+        return jax.device_put(x, w.sharding) if w.committed and x.sharding != w.sharding else x
+    ours = jax.typeof(w).sharding
+    if jax.typeof(x).sharding == ours or jax.sharding.AxisType.Explicit not in ours.mesh.axis_types:
+        return x  # the compiler chooses
+    return jax.sharding.reshard(x, ours)
 
 
 def _in_cpu_memory(x: Array) -> bool:

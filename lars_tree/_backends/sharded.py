@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lars_tree import errors
 from lars_tree._backends.base import Leaf, New
 from lars_tree._backends.tensors import Layer, Tensors, TensorsOps, layers, step_layers, wide
 from lars_tree._rule import Norm
@@ -59,26 +60,57 @@ class _Shard(NamedTuple):
 
     layers: list[Layer]
     groups: list[Any]
+    adapt: bool
 
 
 def _shard(leaf: Leaf, new: New) -> _Shard:
-    w, dcdw = leaf.w, leaf.dcdw.expand(leaf.w.shape)
-    if dcdw.placements != w.placements:
-        dcdw = dcdw.redistribute(w.device_mesh, w.placements)
-    local = leaf._replace(w=w.to_local(), dcdw=dcdw.to_local())
-    axis = leaf.rule.layer_axis
+    w, axis = leaf.w, leaf.rule.layer_axis
+    for argument, x in (("out", new.w), ("state", new.velocity)):
+        if x is not None and not (is_sharded(x) and _layout(x) == _layout(w)):
+            headline = f"{argument} is not laid out over the processes as w is"
+            text = f"expected {_described(w)}, got {_described(x)}"
+            raise errors.error(errors.BackendError, argument, headline, [((), text)])
+    if w.device_mesh.get_coordinate() is None:  # this process has no part in it
+        return _Shard([], [], False)
+    local = leaf._replace(w=w.to_local(), dcdw=_gradient(leaf.dcdw, w))
     groups = [
         w.device_mesh.get_group(dim)
         for dim, placement in enumerate(w.placements)
-        # Shards along the layer axis hold whole layers: nothing is to be added up there.
-        if placement.is_shard() and (axis is None or placement.dim != axis % w.ndim)
+        # Shards along the layer axis hold whole layers: nothing is to be added up there. Those of
+        # FSDP over tensor parallelism answer False to is_shard().
+        if not placement.is_replicate() and (axis is None or placement.dim != axis % w.ndim)
     ]
-    return _Shard(layers(local, New(*(None if x is None else x.to_local() for x in new))), groups)
+    mine = layers(local, New(*(None if x is None else x.to_local() for x in new)))
+    return _Shard(mine, groups, leaf.rule.adapt)
+
+
+def _gradient(dcdw: Any, w: Any) -> Tensor:
+    """The part of a gradient that belongs to the shard of w."""
+    if not is_sharded(dcdw):
+        if dcdw.ndim == 0:
+            return dcdw
+        headline = "dcdw and w mix plain tensors and DTensor"
+        text = f"expected {_described(w)}, got {_described(dcdw)}"
+        raise errors.error(errors.BackendError, "dcdw", headline, [((), text)])
+    dcdw = dcdw.expand(w.shape)
+    if dcdw.placements != w.placements:
+        dcdw = dcdw.redistribute(w.device_mesh, w.placements)
+    return dcdw.to_local()
+
+
+def _layout(x: Any) -> tuple[Any, Any]:
+    return x.device_mesh, x.placements
+
+
+def _described(x: Any) -> str:
+    kind = f"a DTensor with placements {x.placements}" if is_sharded(x) else "a plain tensor"
+    return f"{kind} of shape {tuple(x.shape)}"
 
 
 def _with_norms(shards: list[_Shard]) -> Iterator[tuple[Layer, Tensor | None]]:
     """The layers with the norms of w and dcdw, of the whole of them, where these are needed."""
-    adapting = [shard for shard in shards if any(layer.rule.adapt for layer in shard.layers)]
+    # Also those without a layer here: all processes of a group must add up the same.
+    adapting = [shard for shard in shards if shard.adapt]
     given = [layer for shard in adapting for layer in shard.layers]
     squares = list(_squares(given).split([len(shard.layers) for shard in adapting]))
     groups = {group.group_name: group for shard in adapting for group in shard.groups}

@@ -1,7 +1,7 @@
 """torch accelerators: many tensors stepped at a time, by `torch._foreach_*` operations.
 
 `Tensors` is many tensors that take part in the arithmetic of `_rule.step` as one; nothing waits for
-the device.
+the device. Under `torch.compile` tensors are stepped one by one: the compiler joins what it can.
 """
 
 from __future__ import annotations
@@ -125,9 +125,13 @@ def step_layers(
     with torch.no_grad():
         for group in groups.values():
             members, extras = (list(column) for column in zip(*group, strict=True))
-            some = _step_group(members, ops(extras))
-            targets += some[0]
-            values += some[1]
+            if torch.compiler.is_compiling():
+                some = [_step_one(layer) for layer in members]
+            else:
+                some = [_step_group(members, ops(extras))]
+            for places, numbers in some:
+                targets += places
+                values += numbers
     return targets, values
 
 
@@ -150,6 +154,15 @@ def _step_group(group: list[Layer], ops: TensorsOps) -> tuple[list[Tensor], list
     rule = _one_rule([layer.rule for layer in group], w.tensors[0])
     stepped = _rule.step(ops, w, dcdw, rule, velocity)
     return targets, [x for many in stepped if many is not None for x in many.tensors]
+
+
+def _step_one(layer: Layer) -> tuple[list[Tensor], list[Tensor]]:
+    dtype = wide(layer)
+    arrays = (None if x is None else x.to(dtype) for x in (layer.w, layer.dcdw, layer.velocity))
+    w, dcdw, velocity = arrays
+    new = _rule.step(TorchOps(torch), w, dcdw, _one_rule([layer.rule], w), velocity)
+    targets = [layer.out] if velocity is None else [layer.out, layer.velocity]
+    return targets, [x for x in new if x is not None]
 
 
 def _one_rule(rules: list[Rule], like: Tensor) -> Rule:

@@ -1,0 +1,214 @@
+"""The state of Lars: saved, left alone, refused; schedules and construction."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+from test_optimizer import G, W, random_tree, steps
+
+from lars_tree import (
+    Container,
+    Lars,
+    LarsTreeError,
+    NonFiniteError,
+    OptionError,
+    OutError,
+    StateError,
+    StructureError,
+)
+from lars_tree.schedules import Constant
+
+
+def test_a_state_is_saved_and_loaded_like_weights():
+    opt = Lars(0.1)
+    w, state = steps(opt, random_tree(0), [random_tree(1)])
+    again = pickle.loads(pickle.dumps(state))
+    assert type(again) is Container
+    assert again == state
+    flat = state.to_flat()
+    assert list(flat)[:2] == ["step", "skipped"]
+    restored = Container.from_flat(flat)
+    expected = opt.update(w, random_tree(2), state)
+    for loaded in (again, restored):
+        actual = opt.update(w, random_tree(2), loaded)
+        assert actual[0] == expected[0]
+        assert actual[1] == expected[1]
+
+
+def test_nothing_is_written_when_a_step_raises():
+    w, g = random_tree(0), random_tree(1)
+    opt = Lars(0.1, nonfinite="raise")
+    _, state = steps(opt, w, [g], out=True)
+    before = copy.deepcopy((w, state))
+    g.b[2] = np.inf
+    with pytest.raises(NonFiniteError, match="b: expected finite"):
+        opt.update(w, g, state, out=w)
+    assert (w, state) == before
+
+
+def test_a_skipped_step_leaves_all_but_its_count():
+    for out in (False, True):
+        w, g = random_tree(0), random_tree(1)
+        opt = Lars(0.1, nonfinite="skip")
+        w, state = steps(opt, w, [g])
+        before = copy.deepcopy((w, state))
+        bad = copy.deepcopy(g)
+        bad.a.bias[0] = np.nan
+        w, state = opt.update(w, bad, state, out=w if out else None)
+        assert w == before[0]
+        assert state.velocity == before[1].velocity
+        assert (int(state.step), int(state.skipped)) == (1, 1)
+        w, state = opt.update(w, g, state, out=w if out else None)
+        assert (int(state.step), int(state.skipped)) == (2, 1)
+
+
+def change(state, path, value):
+    new = copy.deepcopy(state)
+    new[path] = value
+    return new
+
+
+BAD_STATES = {
+    "no state": (lambda s: None, StateError, "expected what `init` returns, got None"),
+    "no velocity": (
+        lambda s: Container(step=s.step, skipped=s.skipped),
+        StateError,
+        "missing 'velocity'",
+    ),
+    "another key": (
+        lambda s: s | {"velocty": 1},
+        StateError,
+        "unexpected 'velocty'",
+    ),
+    "a leaf missing": (
+        lambda s: change(s, "velocity", {"a": s.velocity.a}),
+        StructureError,
+        "velocity: missing 'b'",
+    ),
+    "a shape": (
+        lambda s: change(s, "velocity/b", np.zeros(4)),
+        StateError,
+        r"b: expected a velocity of float64 \(5,\)",
+    ),
+    "a dtype": (
+        lambda s: change(s, "velocity/a/bias", np.zeros(3, np.float32)),
+        StateError,
+        r"a/bias: expected a velocity of float64 \(3,\).* got float32",
+    ),
+    "None for a leaf": (
+        lambda s: change(s, "velocity/b", None),
+        LarsTreeError,
+        "b: expected a velocity, got None",
+    ),
+    "a float step": (
+        lambda s: change(s, "step", np.array(1.0)),
+        StateError,
+        "step: expected an integer array",
+    ),
+    "a step with axes": (
+        lambda s: change(s, "step", np.array([1])),
+        StateError,
+        "step: expected an integer array",
+    ),
+}
+
+
+@pytest.mark.parametrize("out", [False, True], ids=["new", "in place"])
+@pytest.mark.parametrize("name", BAD_STATES)
+def test_a_state_that_does_not_fit_is_refused(name, out):
+    make, kind, says = BAD_STATES[name]
+    w, g = random_tree(0), random_tree(1)
+    opt = Lars(0.1)
+    state = make(opt.init(w))
+    before = copy.deepcopy((w, state))
+    with pytest.raises(kind, match=says):
+        opt.update(w, g, state, out=w if out else None)
+    assert (w, state) == before
+
+
+UNWRITABLE = {
+    "read-only": lambda w, v: v.setflags(write=False) or v,
+    "overlapping itself": lambda w, v: np.lib.stride_tricks.as_strided(v, (5,), (0,)),
+    "the weights": lambda w, v: w.b,
+    "the gradient of none": lambda w, v: w.b[::-1],
+}
+
+
+@pytest.mark.parametrize("name", UNWRITABLE)
+def test_a_velocity_that_cannot_be_written_to_is_refused(name):
+    w, g = random_tree(0), random_tree(1)
+    opt = Lars(0.1)
+    state = opt.init(w)
+    state["velocity/b"] = UNWRITABLE[name](w, np.zeros(5))
+    before = copy.deepcopy(w)
+    with pytest.raises(OutError, match="state"):
+        opt.update(w, g, state, out=w)
+    assert w == before
+    assert int(state.step) == 0
+
+
+def test_a_counter_that_cannot_be_written_to_is_refused():
+    opt, w = Lars(0.1), W.copy()
+    state = opt.init(w)
+    state["step"] = np.int64(3)
+    with pytest.raises(OutError, match="step: it is a numpy scalar"):
+        opt.update(w, G, state, out=w)
+    assert np.array_equal(w, W)
+    assert int(opt.update(w, G, state)[1].step) == 4
+
+
+def test_a_schedule_is_asked_for_each_step_that_was_taken():
+    asked = []
+
+    def schedule(step):
+        asked.append(step)
+        return [0.1, 0.0, 0.3][step]
+
+    opt = Lars(schedule, momentum=0.0, nonfinite="skip", adapt=False)
+    w, state = W, opt.init(W)
+    for g in (G, [np.nan, 1.0] * G, G, G):
+        w, state = opt.update(w, g, state)
+    assert asked == [0, 1, 1, 2]
+    np.testing.assert_allclose(w, W - 0.4 * G, rtol=1e-15)
+
+
+def test_each_subtree_may_have_a_schedule():
+    w, g = random_tree(0), random_tree(1)
+    opt = Lars({"a": Constant(0.5), "b": 0.25}, 0.0, adapt=False)
+    new, _ = steps(opt, w, [g])
+    np.testing.assert_allclose(new.a.bias, w.a.bias - 0.5 * g.a.bias, rtol=1e-14)
+    np.testing.assert_allclose(new.b, w.b - 0.25 * g.b, rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "says"),
+    [
+        (lambda: Lars(-0.1), OptionError, "lr: expected a finite number >= 0"),
+        (lambda: Lars(0.1, momentum=-1), OptionError, "momentum: expected a finite number >= 0"),
+        (lambda: Lars(0.1, momentum=None), OptionError, "momentum: expected"),
+        (lambda: Lars(0.1, nesterov=1), OptionError, "nesterov: expected True or False"),
+        (lambda: Lars(0.1, decay_lambda=np.nan), OptionError, "decay_lambda: expected"),
+        (lambda: Lars(0.1, adapt={"a": 3}), OptionError, "a: expected True or False"),
+        (lambda: Lars(0.1, epsilon=1e-8), TypeError, "unexpected keyword argument 'epsilon'"),
+        (lambda: Lars(0.1, trust_coeficient=1), TypeError, "did you mean 'trust_coefficient'"),
+    ],
+)
+def test_values_that_make_no_optimizer_are_refused(make, kind, says):
+    with pytest.raises(kind, match=says):
+        make()
+
+
+def test_a_schedule_that_gives_no_rate_is_refused_before_anything_is_written():
+    opt, w = Lars(lambda step: -1.0), W.copy()
+    with pytest.raises(OptionError, match=r"lr: expected a finite number >= 0, got -1\.0"):
+        opt.update(w, G, opt.init(w), out=w)
+    assert np.array_equal(w, W)
+
+
+def test_repr_shows_what_is_not_as_usual():
+    assert repr(Lars(0.1)) == "Lars(0.1)"
+    shown = repr(Lars(Constant(0.1), nesterov=True, decay_lambda=1e-4))
+    assert shown == "Lars(Constant(rate=0.1, warmup_steps=0), nesterov=True, decay_lambda=0.0001)"

@@ -1,0 +1,124 @@
+"""Schedules: values, laws, and the same numbers from traced steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pickle
+
+import numpy as np
+import pytest
+from conftest import need
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lars_tree import OptionError
+from lars_tree.schedules import Constant, Cosine, Polynomial
+
+EACH = [
+    Constant(0.3),
+    Constant(0.3, warmup_steps=7),
+    Polynomial(10.0, 100),
+    Polynomial(10.0, 100, 20, power=1, end=0.5),
+    Polynomial(1.0, 5, 5),
+    Cosine(2.0, 100, 20, end=0.1),
+    Cosine(2.0, 1),
+]
+
+rates = st.floats(0, 1e3)
+schedules = st.one_of(
+    st.builds(Constant, rates, st.integers(0, 50)),
+    st.tuples(rates, rates, st.integers(0, 50), st.integers(1, 50), st.floats(0.5, 4)).map(
+        lambda x: Polynomial(max(x[:2]), x[2] + x[3], x[2], x[4], min(x[:2]))
+    ),
+    st.tuples(rates, rates, st.integers(0, 50), st.integers(1, 50)).map(
+        lambda x: Cosine(max(x[:2]), x[2] + x[3], x[2], min(x[:2]))
+    ),
+)
+
+
+def test_the_schedule_of_the_paper():
+    """Linear from 0 over the warm-up, then peak * (1 - t)**2."""
+    schedule = Polynomial(8.0, total_steps=50, warmup_steps=10)
+    expected = [8 * s / 10 if s <= 10 else 8 * (1 - (s - 10) / 40) ** 2 for s in range(51)]
+    assert [schedule(s) for s in range(51)] == pytest.approx(expected, rel=1e-14)
+
+
+def test_half_a_cosine_wave():
+    schedule = Cosine(1.0, total_steps=8, end=0.2)
+    expected = [0.2 + 0.8 * (1 + math.cos(math.pi * s / 8)) / 2 for s in range(9)]
+    assert [schedule(s) for s in range(9)] == pytest.approx(expected, rel=1e-14)
+
+
+@given(schedules, st.integers(0, 200))
+def test_rates_rise_to_the_peak_then_fall_to_the_end(schedule, step):
+    peak = getattr(schedule, "peak", getattr(schedule, "rate", None))
+    end = getattr(schedule, "end", peak)
+    warmup = schedule.warmup_steps
+    before, here = schedule(step), schedule(step + 1)
+    slack = 1e-12 * peak
+    if step < warmup:
+        assert before <= here + slack
+        assert before == pytest.approx(peak * step / warmup, rel=1e-12)
+    else:
+        assert here <= before + slack
+    assert schedule(warmup) == peak
+    assert schedule(max(warmup, getattr(schedule, "total_steps", 0))) == pytest.approx(end)
+    assert 0 <= here <= peak * (1 + 1e-12)
+    assert isinstance(here, float)
+
+
+@pytest.mark.parametrize("schedule", EACH, ids=repr)
+def test_steps_of_every_kind_give_the_same_rate(schedule):
+    for step in (0, 3, 20, 61, 1000):
+        expected = schedule(step)
+        assert schedule(np.array(step)) == expected
+        assert schedule(np.int32(step)) == expected
+
+
+@pytest.mark.parametrize("schedule", EACH, ids=repr)
+def test_a_traced_step_gives_a_traced_rate(schedule):
+    jax = need("jax")
+    traced = jax.jit(schedule)
+    for step in (0, 3, 20, 61, 1000):
+        assert float(traced(step)) == pytest.approx(schedule(step), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("schedule", EACH, ids=repr)
+def test_a_mapped_step_of_torch_gives_a_mapped_rate(schedule):
+    torch = need("torch")
+    steps = torch.tensor([0, 3, 20, 61, 1000])
+    mapped = torch.func.vmap(lambda step: torch.as_tensor(schedule(step)))(steps)
+    expected = [schedule(int(step)) for step in steps]
+    assert mapped.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert schedule(torch.tensor(3)) == schedule(3)
+
+
+@pytest.mark.parametrize("schedule", EACH, ids=repr)
+def test_they_are_values(schedule):
+    again = eval(repr(schedule), {cls.__name__: cls for cls in (Constant, Cosine, Polynomial)})
+    assert again == schedule
+    assert hash(again) == hash(schedule)
+    assert pickle.loads(pickle.dumps(schedule)) == schedule
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        schedule.warmup_steps = 3
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Constant(-1.0), "rate: expected a finite number >= 0, got -1.0"),
+        (lambda: Constant(math.nan), "rate: expected a finite number >= 0, got nan"),
+        (lambda: Constant(0.1, 1.5), "warmup_steps: expected a whole number >= 0, got 1.5"),
+        (lambda: Polynomial(1.0, 10, -1), "warmup_steps: expected a whole number >= 0, got -1"),
+        (lambda: Polynomial(1.0, 10, 11), r"total_steps: expected at least 1 and warmup_steps"),
+        (lambda: Polynomial(1.0, 0), r"total_steps: expected at least 1 and warmup_steps \(0\)"),
+        (lambda: Polynomial("1", 10), "peak: expected a finite number >= 0, got '1'"),
+        (lambda: Polynomial(1.0, 10, power=math.inf), "power: expected a finite number"),
+        (lambda: Cosine(1.0, True), "total_steps: expected a whole number >= 0, got True"),
+        (lambda: Cosine(True, 10), "peak: expected a finite number >= 0, got True"),
+    ],
+)
+def test_values_that_make_no_schedule_are_refused(make, says):
+    with pytest.raises(OptionError, match=says):
+        make()

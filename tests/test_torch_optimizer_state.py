@@ -1,0 +1,274 @@
+"""lars_tree.torch.Lars among torch's own: states, schedulers, GradScaler, compilation, errors."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import pytest
+from conftest import need
+
+import lars_tree
+from lars_tree import LarsTreeError
+
+torch = need("torch")
+
+from test_torch_optimizer import FOREACH, W, model, parameter, same, train  # noqa: E402
+
+from lars_tree.torch import Lars, param_groups  # noqa: E402
+
+# ---- State
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", ["state_dict", "saved", "deepcopy", "pickle"])
+def test_training_goes_on_from_a_saved_state(way, dtype):
+    net = model(dtype=dtype)
+    opt = Lars(param_groups(net, weight_decay=0.01), 0.5)
+    train(net, opt, 2)
+    other = copy.deepcopy(net)
+    if way == "deepcopy":
+        other, again = copy.deepcopy((net, opt))
+    elif way == "pickle":
+        other, again = pickle.loads(pickle.dumps((net, opt)))
+    else:
+        again = Lars(param_groups(other), 0.1)
+        state = opt.state_dict()
+        if way == "saved":
+            file = io.BytesIO()
+            torch.save(state, file)
+            file.seek(0)
+            state = torch.load(file, weights_only=True)
+        again.load_state_dict(state)
+    buffers = [opt.state[p]["momentum_buffer"] for p in net.parameters()]
+    loaded = [again.state[p]["momentum_buffer"] for p in other.parameters()]
+    assert {x.dtype for x in loaded} == {torch.float32}
+    assert same(loaded, buffers)
+    assert same(train(net, opt, 2), train(other, again, 2))
+    # A buffer that is shared would have been stepped twice.
+    assert same([again.state[p]["momentum_buffer"] for p in other.parameters()], buffers)
+
+
+def test_the_last_of_the_hooks_decides_what_is_loaded():
+    net = model(dtype=torch.bfloat16)
+    opt = Lars(net.parameters(), 0.5)
+    train(net, opt, 1)
+
+    def doubled(_, state):
+        state = copy.deepcopy(state)
+        for each in state["state"].values():
+            each["momentum_buffer"] *= 2
+        return state
+
+    again = Lars(net.parameters(), 0.5)
+    again.register_load_state_dict_pre_hook(doubled)
+    again.load_state_dict(opt.state_dict())
+    for p in net.parameters():
+        assert torch.equal(again.state[p]["momentum_buffer"], 2 * opt.state[p]["momentum_buffer"])
+
+
+def test_a_state_of_sgd_can_be_loaded():
+    net = model(dtype=torch.bfloat16)
+    sgd = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    train(net, sgd, 2)
+    opt = Lars(net.parameters(), 0.5, trust_coefficient=0.02)
+    opt.load_state_dict(sgd.state_dict())
+    assert opt.param_groups[0]["trust_coefficient"] == 0.02
+    assert opt.param_groups[0]["lr"] == 0.1
+    opt.step()
+    assert all(x["momentum_buffer"].dtype == torch.float32 for x in opt.state.values())
+
+
+def test_parameters_can_be_added():
+    p, q = parameter(), parameter()
+    opt = Lars([p], 0.5, trust_coefficient=0.1)
+    opt.step()
+    opt.add_param_group({"params": [q], "lr": 0.25})
+    opt.step()
+    assert opt.param_groups[1]["trust_coefficient"] == 0.1
+    assert q.tolist() == pytest.approx([3 - 0.25 * 0.4, 4 - 0.25 * 0.3])
+
+
+def test_names_of_parameters_are_kept():
+    net = model()
+    opt = Lars(net.named_parameters(), 0.5)
+    train(net, opt, 1)
+    assert opt.state_dict()["param_groups"][0]["param_names"][:2] == ["0.weight", "0.bias"]
+
+
+# ---- What stands around an optimizer
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_schedulers_of_torch(tensor):
+    net = model()
+    lr = torch.tensor(0.5) if tensor else 0.5
+    opt = Lars(net.parameters(), lr)
+    schedule = lars_tree.schedules.Polynomial(1.0, 4)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, schedule)
+    rates = []
+    opt.register_step_pre_hook(lambda o, *_: rates.append(float(o.param_groups[0]["lr"])))
+    train(net, opt, 4, scheduler)
+    assert rates == pytest.approx([0.5 * schedule(i) for i in range(4)])
+
+
+@FOREACH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_rate_may_be_a_tensor(foreach, dtype):
+    nets = [model(dtype=dtype) for _ in range(2)]
+    rates = (0.5, torch.tensor(0.5))
+    pair = zip(nets, rates, strict=True)
+    results = [train(n, Lars(n.parameters(), lr, foreach=foreach)) for n, lr in pair]
+    assert same(*results)
+
+
+@FOREACH
+@pytest.mark.parametrize("unscales", [False, True])
+def test_grad_scaler_scales_are_divided_out_exactly(foreach, unscales):
+    """Scales are powers of two: the steps are those of gradients that were never scaled."""
+    results = []
+    for scaled in (False, True):
+        net = model(dtype=torch.float64)
+        opt = Lars(param_groups(net, weight_decay=0.01), 0.5, eps=1e-3, foreach=foreach)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14, growth_interval=2, enabled=scaled)
+        for i in range(4):
+            opt.zero_grad()
+            loss = net(torch.full((2, 5), 0.1 * (i + 1), dtype=torch.float64)).square().sum()
+            scaler.scale(loss).backward()
+            if unscales:
+                scaler.unscale_(opt)
+            scaler.step(opt)
+            scaler.update()
+        results.append([p.detach() for p in net.parameters()])
+    assert same(*results)
+
+
+@FOREACH
+def test_grad_scaler_skips_steps_with_infinite_gradients(foreach):
+    net = model()
+    opt = Lars(net.parameters(), 0.5, foreach=foreach)
+    train(net, opt, 1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    buffers = [opt.state[p]["momentum_buffer"] for p in net.parameters()]
+    before = [x.detach().clone() for x in (*net.parameters(), *buffers)]
+    opt.zero_grad()
+    scaler.scale(net(torch.full((2, 5), 1e30)).square().sum()).backward()
+    scaler.step(opt)
+    scaler.update()
+    assert same([*(p.detach() for p in net.parameters()), *buffers], before)
+    assert scaler.get_scale() == 2.0
+    assert not hasattr(opt, "found_inf")
+
+
+def test_compiled_steps_are_whole_graphs_that_never_look_at_values():
+    """fullgraph=True raises where a value would have to be waited for."""
+    results = []
+    for compiled in (False, True):
+        net = model()
+        opt = Lars(
+            param_groups(net, weight_decay=0.01), torch.tensor(0.5), nesterov=True, foreach=True
+        )
+        train(net, opt, 1)
+        step = (
+            torch.compile(opt.step, backend="aot_eager", fullgraph=True) if compiled else opt.step
+        )
+        for i in range(3):
+            opt.param_groups[0]["lr"].fill_(0.1 * (i + 1))
+            step()
+        results.append([p.detach() for p in net.parameters()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_param_groups_leave_out_vectors():
+    net = model()
+    net[0].weight.requires_grad_(False)
+    adapted, others = param_groups(net, weight_decay=0.1, trust_clip=True)
+    assert [name for name, _ in adapted["params"]] == ["2.weight"]
+    assert [name for name, _ in others["params"]] == ["0.bias", "1.weight", "1.bias", "2.bias"]
+    assert (adapted["weight_decay"], others["weight_decay"], others["adapt"]) == (0.1, 0.0, False)
+    assert adapted["trust_clip"]
+    assert others["trust_clip"]
+    (only,) = param_groups(net, exclude=lambda name, p: True)
+    assert len(only["params"]) == 5
+    stacked = torch.nn.Module()
+    stacked.kernel, stacked.bias = (torch.nn.Parameter(torch.ones(s)) for s in [(2, 3, 3), (2, 3)])
+    adapted, others = param_groups(stacked, layer_axis=0)
+    assert [name for name, _ in others["params"]] == ["bias"]
+
+
+# ---- Errors
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"lr": -0.1}, "Invalid learning rate: -0.1"),
+        ({"lr": float("nan")}, "Invalid learning rate: nan"),
+        ({"lr": torch.tensor([0.1, 0.2])}, "Tensor lr must be 1-element"),
+        ({"momentum": -0.1}, "Invalid momentum value: -0.1"),
+        ({"weight_decay": -1}, "Invalid weight_decay: -1"),
+        ({"trust_coefficient": -1}, "Invalid trust_coefficient: -1"),
+        ({"eps": float("inf")}, "Invalid eps: inf"),
+        ({"dampening": 2}, "Invalid dampening: 2"),
+        ({"nesterov": True, "momentum": 0}, "Nesterov momentum requires a momentum"),
+        ({"nesterov": True, "dampening": 0.1}, "zero dampening"),
+        ({"adapt": 1}, "Invalid adapt: expected True or False, got 1"),
+    ],
+    ids=str,
+)
+def test_values_that_make_no_optimizer_are_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        Lars([parameter()], **options)
+    with pytest.raises(ValueError, match=says):
+        Lars([{"params": [parameter()], **options}])
+    opt = Lars([parameter()])
+    with pytest.raises(ValueError, match=says):
+        opt.add_param_group({"params": [parameter()], **options})
+    assert len(opt.param_groups) == 1
+
+
+def test_parameters_that_torch_would_refuse_are_refused():
+    p = parameter()
+    with pytest.raises(ValueError, match="empty parameter list"):
+        Lars([])
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        Lars([{"params": [p]}, {"params": [p]}])
+    with pytest.raises(TypeError, match="can only optimize Tensors"):
+        Lars([np.ones(3)])
+    with pytest.raises(ValueError, match="non-leaf"):
+        Lars([p * 2])
+
+
+@FOREACH
+def test_sparse_gradients_are_refused(foreach):
+    p, q = parameter(), parameter()
+    q.grad = q.grad.to_sparse()
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        Lars([p, q], foreach=foreach).step()
+    assert p.tolist() == W
+
+
+def test_an_error_names_the_parameters_and_nothing_is_written():
+    net = model()
+    opt = Lars(param_groups(net), 0.5)
+    train(net, opt, 1)
+    before = copy.deepcopy((list(net.parameters()), [*opt.state.values()]))
+    opt.state[net[1].weight]["momentum_buffer"] = torch.zeros(3)
+    with pytest.raises(LarsTreeError, match="expected a velocity") as caught:
+        opt.step()
+    assert caught.value.__notes__ == ["parameters: 1.weight"]
+    assert same(net.parameters(), before[0])
+
+
+def test_parameters_that_share_memory_are_refused():
+    """Each is another Parameter, so torch does not see that they are tied."""
+    x = torch.ones(4)
+    one, other = torch.nn.Parameter(x), torch.nn.Parameter(x[1:3])
+    one.grad, other.grad = torch.ones(4), torch.ones(2)
+    with pytest.raises(LarsTreeError, match="share memory") as caught:
+        Lars([one, other]).step()
+    assert caught.value.__notes__ == ["parameters: param_groups[0]['params'][1]"]
+    assert x.tolist() == [1, 1, 1, 1]
