@@ -9,7 +9,7 @@ from pathlib import Path
 from time import perf_counter
 
 import lars_tree
-from benchmarks import plots, report
+from benchmarks import optimizers, plots, report
 from benchmarks.contestants import CONTESTANTS, check, present
 from benchmarks.sections import SECTIONS, Plan, Results
 
@@ -33,14 +33,16 @@ def main(arguments: list[str]) -> None:
 
     contestants = present(options.without)
     check(contestants)
+    with_momentum = optimizers.present(options.without)
+    optimizers.check(with_momentum)
     if not lars_tree.native_available():
         _say("The native kernel is not built: lars_tree is measured without it.")
     for name in CONTESTANTS.keys() - contestants.keys():
         _say(f"{name}: {'left out' if CONTESTANTS[name].installed else 'not installed'}")
     plan = (
-        Plan(contestants, rounds=3, few=2)
+        Plan(contestants, with_momentum, rounds=3, few=2)
         if options.quick
-        else Plan(contestants, rounds=25, few=11)
+        else Plan(contestants, with_momentum, rounds=25, few=11)
     )
     results = Results()
     for name in options.only:

@@ -37,7 +37,7 @@ class Contestant:
     build: Callable[[Flat, Flat, bool], Case]
     module: str
     out_of_place: bool = True
-    compiles: bool = False
+    allocates: bool = False  # in its first step: what it compiles, or keeps for all steps
     note: str = ""
 
     @property
@@ -75,17 +75,19 @@ def as_torch(x: np.ndarray) -> Any:
     return torch.from_numpy(x).clone()
 
 
+def rate_by_hand(x: np.ndarray, dx: np.ndarray) -> float:
+    """The local rate of one leaf."""
+    x_norm, dx_norm = float(np.linalg.norm(x)), float(np.linalg.norm(dx))
+    denominator = dx_norm + DECAY * x_norm
+    return LR * TRUST * x_norm / denominator if x_norm and denominator else LR
+
+
 def _by_hand(w: Flat, g: Flat, in_place: bool) -> Case:
     weights = {path: x.copy() for path, x in w.items()}
 
-    def rate(x: np.ndarray, dx: np.ndarray) -> float:
-        x_norm, dx_norm = float(np.linalg.norm(x)), float(np.linalg.norm(dx))
-        denominator = dx_norm + DECAY * x_norm
-        return LR * TRUST * x_norm / denominator if x_norm and denominator else LR
-
     def step_in_place() -> Flat:
         for path, x in weights.items():
-            r = rate(x, g[path])
+            r = rate_by_hand(x, g[path])
             np.multiply(x, 1 - r * DECAY, out=x)
             np.subtract(x, r * g[path], out=x)
         return weights
@@ -93,7 +95,7 @@ def _by_hand(w: Flat, g: Flat, in_place: bool) -> Case:
     def step() -> Flat:
         new = {}
         for path, x in weights.items():
-            r = rate(x, g[path])
+            r = rate_by_hand(x, g[path])
             new[path] = (1 - r * DECAY) * x
             new[path] -= r * g[path]
         return new
@@ -101,15 +103,17 @@ def _by_hand(w: Flat, g: Flat, in_place: bool) -> Case:
     return Case(step_in_place if in_place else step, dict)
 
 
-def _optimizer(lars: Callable[[], Any], **options: Any) -> Callable[[Flat, Flat, bool], Case]:
+def optimizer(lars: Callable[[], Any], **options: Any) -> Callable[[Flat, Flat, bool], Case]:
+    """Builds cases of a class of torch optimizers, given as a function that imports it."""
+
     def build(w: Flat, g: Flat, in_place: bool) -> Case:
         parameters = {path: as_torch(x).requires_grad_() for path, x in w.items()}
         for path, x in g.items():
             parameters[path].grad = as_torch(x)
-        optimizer = lars()(parameters.values(), lr=LR, weight_decay=DECAY, momentum=0.0, **options)
+        opt = lars()(parameters.values(), lr=LR, weight_decay=DECAY, **options)
 
         def step() -> dict[str, Any]:
-            optimizer.step()
+            opt.step()
             return parameters
 
         return Case(step, lambda new: {path: x.detach().numpy() for path, x in new.items()})
@@ -117,14 +121,15 @@ def _optimizer(lars: Callable[[], Any], **options: Any) -> Callable[[Flat, Flat,
     return build
 
 
-def _pytorch_optimizer() -> Any:
+def pytorch_lars() -> Any:
+    """The class of pytorch_optimizer."""
     from pytorch_optimizer import LARS
 
     return LARS
 
 
-def _timm() -> Any:
-    """The module of Lars alone: `import timm` would load all of its models, and torchvision."""
+def timm_lars() -> Any:
+    """The class of timm, from its module alone: `import timm` loads all models, and torchvision."""
     for name in ("timm", "timm.optim"):
         if name not in sys.modules:
             spec = importlib.util.find_spec(name)
@@ -203,28 +208,28 @@ PEERS = {
     for contestant in [
         Contestant(
             "pytorch_optimizer",
-            _optimizer(_pytorch_optimizer),
+            optimizer(pytorch_lars, momentum=0.0),
             "pytorch_optimizer",
             out_of_place=False,
             note=f"{OVERWRITES}; one-dimensional leaves take plain SGD without norms or decay",
         ),
         Contestant(
             "pytorch_optimizer, no foreach",
-            _optimizer(_pytorch_optimizer, foreach=False),
+            optimizer(pytorch_lars, momentum=0.0, foreach=False),
             "pytorch_optimizer",
             out_of_place=False,
             note="the same",
         ),
         Contestant(
             "timm",
-            _optimizer(_timm, trust_coeff=TRUST),
+            optimizer(timm_lars, momentum=0.0, trust_coeff=TRUST),
             "timm",
             out_of_place=False,
             note=OVERWRITES,
         ),
         Contestant(
             "timm, foreach",
-            _optimizer(_timm, trust_coeff=TRUST, foreach=True),
+            optimizer(timm_lars, momentum=0.0, trust_coeff=TRUST, foreach=True),
             "timm",
             out_of_place=False,
             note="the same",
@@ -233,7 +238,7 @@ PEERS = {
             "optax, jitted",
             _optax,
             "optax",
-            compiles=True,
+            allocates=True,
             note="the norm of g + decay w; in place: donated; without its momentum buffer",
         ),
         Contestant("ivy", _ivy, "ivy", note="no trust coefficient; with decay another step"),

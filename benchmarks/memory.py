@@ -13,6 +13,7 @@ from statistics import median
 
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.measure import child
+from benchmarks.optimizers import OPTIMIZERS
 from benchmarks.trees import resnet50, small, weights_and_gradients
 
 AVAILABLE = Path("/proc/self/clear_refs").exists()
@@ -25,12 +26,12 @@ def peak(name: str, in_place: bool, rounds: int) -> int:
 
 
 def _measure(name: str, in_place: bool) -> int:
-    contestant = CONTESTANTS[name]
+    contestant = (CONTESTANTS | OPTIMIZERS)[name]
     contestant.build(*weights_and_gradients(small(2)), in_place).step()  # loads what is needed
     w, g = weights_and_gradients(resnet50())
     outputs = 0 if in_place else sum(x.nbytes for x in w.values())
     case = contestant.build(w, g, in_place)
-    if contestant.compiles:
+    if contestant.allocates:
         case.step()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)

@@ -12,8 +12,9 @@ from string import Template
 
 import lars_tree
 from benchmarks.contestants import CONTESTANTS
+from benchmarks.optimizers import OPTIMIZERS
 from benchmarks.sections import DTYPES, LIBRARIES, LIMIT, THREADS, Results, Seconds, cores
-from benchmarks.targets import MIB, OURS, targets
+from benchmarks.targets import MIB, OPTIMIZER, OURS, targets
 from benchmarks.trees import TITLES
 
 Row = list[str]
@@ -26,8 +27,9 @@ TEMPLATE = Path(__file__).with_name("performance.md.in")
 def tables(results: Results) -> Iterator[tuple[str, Table]]:
     """Each part that was measured, by its name in the template."""
     yield "targets", ("Targets", _targets(results))
-    yield "in_place", ("In place, float32", _peers(results.in_place))
-    yield "out_of_place", ("Out of place, float32", _peers(results.out_of_place))
+    yield "in_place", ("In place, float32", _peers(results.in_place, OURS))
+    yield "out_of_place", ("Out of place, float32", _peers(results.out_of_place, OURS))
+    yield "momentum", ("With momentum, in place, float32", _peers(results.momentum, OPTIMIZER))
     yield "dtypes", ("Number types, in place: ms, and by float32", _dtypes(results))
     yield "growth", ("Small leaves: µs for each", _growth(results))
     yield "threads", ("Threads: ms, and speed-up", _threads(results))
@@ -83,8 +85,9 @@ def page(results: Results, command: str) -> str:
     """docs/performance.md: the template, filled in."""
     parts = {name: _markdown(rows) for name, (_, rows) in tables(results)}
     parts["summary"] = _summary(results)
-    absent = [name for name, contestant in CONTESTANTS.items() if not contestant.installed]
-    notes = [f"* **{name}**: {x.note}." for name, x in CONTESTANTS.items() if x.note]
+    everyone = CONTESTANTS | OPTIMIZERS
+    absent = [name for name, contestant in everyone.items() if not contestant.installed]
+    notes = [f"* **{name}**: {x.note}." for name, x in everyone.items() if x.note]
     parts["notes"] = "\n".join(notes + [f"* **{name}**: not installed." for name in absent])
     left_out = [str(n) for n in THREADS if n > cores()]
     parts["threads_remark"] = (
@@ -123,16 +126,17 @@ def _targets(results: Results) -> list[Row]:
     return [["time / time, unless a unit is given", "aim", "measured", ""], *rows]
 
 
-def _peers(times: dict[str, Seconds]) -> list[Row]:
-    """A row for each contestant: milliseconds, and the ratio to lars_tree on numpy arrays."""
+def _peers(times: dict[str, Seconds], ours: str) -> list[Row]:
+    """A row for each contestant: milliseconds, and the ratio to one of ours."""
     names = dict.fromkeys(name for seconds in times.values() for name in seconds)
-    names |= {name: None for name, x in CONTESTANTS.items() if not x.installed and times}
+    all_of_them = OPTIMIZERS if ours in OPTIMIZERS else CONTESTANTS
+    names |= {name: None for name, x in all_of_them.items() if not x.installed and times}
     rows = [["", *(heading for tree in times for heading in (f"{TITLES[tree]}, ms", "ratio"))]]
     for name in sorted(names, key=lambda name: name != LIMIT):
         row = [name]
         for seconds in times.values():
             if name in seconds:
-                row += [_ms(seconds[name]), f"{seconds[name] / seconds[OURS]:.2f}"]
+                row += [_ms(seconds[name]), f"{seconds[name] / seconds[ours]:.2f}"]
             else:
                 row += ["not installed", ""]
         rows.append(row)

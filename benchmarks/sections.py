@@ -28,6 +28,7 @@ class Results:
 
     in_place: dict[str, Seconds] = field(default_factory=dict)
     out_of_place: dict[str, Seconds] = field(default_factory=dict)
+    momentum: dict[str, Seconds] = field(default_factory=dict)
     dtypes: dict[str, Seconds] = field(default_factory=dict)
     growth: dict[str, dict[int, float]] = field(default_factory=dict)
     threads: dict[str, dict[int, float]] = field(default_factory=dict)
@@ -41,6 +42,7 @@ class Plan:
     """Who takes part, and how often: `rounds` for small work, `few` for large and for children."""
 
     contestants: dict[str, Contestant]
+    optimizers: dict[str, Contestant]
     rounds: int
     few: int
 
@@ -52,22 +54,42 @@ def peers(tree: str) -> Callable[[Plan, Results], None]:
         shapes = TREES[tree]()
         flats = weights_and_gradients(shapes)
         rounds = plan.few if tree == "gpt2" else plan.rounds
-        stream, traffic = measure.stream()
-        times = measure.medians(_steps(plan, flats, True) | {LIMIT: stream}, rounds)
-        results.bandwidth = traffic / times[LIMIT]
-        times[LIMIT] = least_traffic(shapes) / results.bandwidth
+        in_place = _steps(plan.contestants, flats, True)
+        times, results.bandwidth = _beside_the_limit(in_place, rounds, least_traffic(shapes))
         results.in_place[tree] = times
-        results.out_of_place[tree] = measure.medians(_steps(plan, flats, False), rounds)
+        out_of_place = _steps(plan.contestants, flats, False)
+        results.out_of_place[tree] = measure.medians(out_of_place, rounds)
 
     return section
 
 
-def _steps(plan: Plan, flats: tuple[Flat, Flat], in_place: bool) -> dict[str, Callable[[], Any]]:
+def _steps(
+    contestants: dict[str, Contestant], flats: tuple[Flat, Flat], in_place: bool
+) -> dict[str, Callable[[], Any]]:
     return {
         name: contestant.build(*flats, in_place).step
-        for name, contestant in plan.contestants.items()
+        for name, contestant in contestants.items()
         if in_place in contestant.ways
     }
+
+
+def _beside_the_limit(
+    steps: dict[str, Callable[[], Any]], rounds: int, least: int
+) -> tuple[Seconds, float]:
+    """The medians with the memory limit for so many bytes, and the bandwidth."""
+    stream, traffic = measure.stream()
+    times = measure.medians(steps | {LIMIT: stream}, rounds)
+    bandwidth = traffic / times[LIMIT]
+    return times | {LIMIT: least / bandwidth}, bandwidth
+
+
+def momentum(plan: Plan, results: Results) -> None:
+    """Optimizers with momentum on two trees, beside the memory limit."""
+    for tree in ("resnet", "small"):
+        shapes = TREES[tree]()
+        steps = _steps(plan.optimizers, weights_and_gradients(shapes), True)
+        least = least_traffic(shapes, velocity=True)
+        results.momentum[tree], _ = _beside_the_limit(steps, plan.rounds, least)
 
 
 def dtypes(plan: Plan, results: Results) -> None:
@@ -115,9 +137,10 @@ def peak_memory(plan: Plan, results: Results) -> None:
     """Extra memory at the peak of one step on ResNet-50, in fresh processes."""
     if memory.AVAILABLE:
         for in_place in (True, False):
+            contestants = plan.contestants | (plan.optimizers if in_place else {})
             results.memory["in place" if in_place else "out of place"] = {
                 name: memory.peak(name, in_place, 3 if name.startswith("lars_tree") else 1)
-                for name, contestant in plan.contestants.items()
+                for name, contestant in contestants.items()
                 if in_place in contestant.ways
             }
 
@@ -131,6 +154,7 @@ SECTIONS = {
     "resnet": peers("resnet"),
     "gpt2": peers("gpt2"),
     "small": peers("small"),
+    "momentum": momentum,
     "dtypes": dtypes,
     "growth": growth,
     "threads": threads,

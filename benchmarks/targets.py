@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks import optimizers
 from benchmarks.contestants import PEERS
 from benchmarks.sections import LIMIT, Results
 from benchmarks.trees import TITLES
 
 OURS, OURS_TORCH = "lars_tree, numpy", "lars_tree, torch"
+OPTIMIZER = "lars_tree.torch.Lars"
 MIB = 2**20
 
 
@@ -46,7 +48,12 @@ class Target:
 
 def targets(results: Results) -> list[Target]:
     """All targets, with what was measured."""
-    return [*_in_place(results), *_out_of_place(results), *_others(results)]
+    return [
+        *_in_place(results),
+        *_out_of_place(results),
+        *_with_momentum(results),
+        *_others(results),
+    ]
 
 
 def _in_place(results: Results) -> Iterator[Target]:
@@ -73,6 +80,23 @@ def _out_of_place(results: Results) -> Iterator[Target]:
         for name, bound in {"optax, jitted": 2.5, "numpy by hand": 1.6}.items():
             what = f"{title}, out of place: {name.split(',')[0]} / lars_tree"
             yield Target(what, bound, _ratio(times, name, OURS), at_least=True)
+
+
+def _with_momentum(results: Results) -> Iterator[Target]:
+    for name in (OPTIMIZER, "lars_tree.Lars, numpy"):
+        for tree, speed in {"resnet": 2.0, "small": 4.0}.items():
+            times, title = results.momentum.get(tree, {}), f"{TITLES[tree]}, momentum: "
+            peers = {peer: seconds for peer, seconds in times.items() if peer in optimizers.PEERS}
+            best = min(peers, key=peers.__getitem__, default="")
+            what = f"{title}fastest peer ({best.split(',')[0]}) / {name}"
+            yield Target(what, speed, _ratio(times, best, name), at_least=True)
+            if tree == "resnet":
+                yield Target(f"{title}{name} / memory limit", 1.6, _ratio(times, name, LIMIT))
+                fused = _ratio(times, name, "torch SGD, fused")
+                yield Target(f"{title}{name} / torch SGD, fused", 1.3, fused)
+        extra = results.memory.get("in place", {}).get(name)
+        what = f"{name}: extra memory beside the velocity"
+        yield Target(what, 1.0, None if extra is None else extra / MIB, "MiB")
 
 
 def _others(results: Results) -> Iterator[Target]:

@@ -85,10 +85,11 @@ def weights_and_gradients(shapes: Shapes) -> tuple[Flat, Flat]:
     return values(shapes, 0.05, seed=1), values(shapes, 0.01, seed=2)
 
 
-def least_traffic(shapes: Shapes, itemsize: int = 4) -> int:
-    """The bytes that any step must move: read w and g, write w.
+def least_traffic(shapes: Shapes, *, velocity: bool = False) -> int:
+    """The bytes that any step must move: read w and g, write w; and read and write a velocity.
 
     A leaf of more than 4 M elements is in no cache when its norms are known: it is read twice.
     """
+    streams = 5 if velocity else 3
     sizes = [prod(shape) for shape in shapes.values()]
-    return sum((5 if size > 4_000_000 else 3) * size * itemsize for size in sizes)
+    return sum((streams + 2 * (size > 4_000_000)) * size * 4 for size in sizes)
