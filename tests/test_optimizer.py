@@ -246,6 +246,29 @@ def test_every_library_takes_the_steps_of_numpy(library):
     assert int(to_numpy(state.step)) == 3
 
 
+def test_every_library_stacks_and_clips_layers(library):
+    """Against a loop over the layers, in numpy."""
+    rng = np.random.default_rng(0)
+    w, g = rng.normal(size=(2, 3, 4))
+    w[1] *= 1e-3  # so that one ratio is clipped, and one is not
+    options = {"trust_clip": True, "decay_lambda": 0.1, "nesterov": True}
+    each = [steps(Lars(0.1, **options), x, [dx, dx])[0] for x, dx in zip(w, g, strict=True)]
+    made, given = to_library(library.name, w), to_library(library.name, g)
+    new, _ = steps(Lars(0.1, layer_axis=0, **options), made, [given, given])
+    np.testing.assert_allclose(to_numpy(new), each, rtol=1e-12)
+
+
+def test_a_compiled_step_stacks_layers():
+    jax, jnp = need("jax"), need("jax.numpy")
+    w, g = (jnp.asarray(np.random.default_rng(i).normal(size=(3, 4)), "float32") for i in (0, 1))
+    opt = Lars(0.1, layer_axis=1, trust_clip=True, nesterov=True)
+    new, state = jax.jit(opt.update)(w, g, opt.init(w))
+    for i in range(4):
+        alone, alone_state = steps(Lars(0.1, trust_clip=True, nesterov=True), w[:, i], [g[:, i]])
+        np.testing.assert_allclose(new[:, i], alone, rtol=1e-6)
+        np.testing.assert_allclose(state.velocity[:, i], alone_state.velocity, rtol=1e-6)
+
+
 def test_arrays_of_the_package_stay_so():
     new, state = steps(Lars(0.1), {"a": Array(W)}, [{"a": Array(G)}] * 2)
     assert type(new["a"]) is type(state.velocity.a) is Array

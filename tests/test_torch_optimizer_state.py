@@ -182,6 +182,47 @@ def test_compiled_steps_are_whole_graphs_that_never_look_at_values():
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@CUDA
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_cuda_takes_the_steps_of_the_cpu_and_never_waits(dtype):
+    results = []
+    for device in ("cpu", "cuda"):
+        net = model(dtype=dtype).to(device)
+        opt = Lars(param_groups(net, weight_decay=0.01), 0.5, nesterov=True)
+        for i, p in enumerate(net.parameters()):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(p)
+        opt.step()
+        torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
+        try:
+            opt.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        results.append([p.detach().cpu().double() for p in net.parameters()])
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}.get(dtype, 1e-13)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@CUDA
+def test_a_cuda_graph_replays_steps():
+    p = torch.nn.Parameter(torch.tensor(W, device="cuda"))
+    q = torch.nn.Parameter(torch.tensor(W, device="cuda"))
+    p.grad, q.grad = (torch.tensor([0.4, 0.3], device="cuda") for _ in range(2))
+    opts = [Lars([x], torch.tensor(0.5, device="cuda")) for x in (p, q)]
+    for opt in opts:
+        opt.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        opts[0].step()
+    for _ in range(3):
+        graph.replay()
+        opts[1].step()
+    torch.testing.assert_close(p, q, rtol=1e-6, atol=0)
+
+
 def test_param_groups_leave_out_vectors():
     net = model()
     net[0].weight.requires_grad_(False)
