@@ -225,14 +225,12 @@ PEERS = {
             optimizer(timm_lars, momentum=0.0, trust_coeff=TRUST),
             "timm",
             out_of_place=False,
-            note=OVERWRITES,
         ),
         Contestant(
             "timm, foreach",
             optimizer(timm_lars, momentum=0.0, trust_coeff=TRUST, foreach=True),
             "timm",
             out_of_place=False,
-            note="the same",
         ),
         Contestant(
             "optax, jitted",

@@ -88,13 +88,11 @@ OPTIMIZERS = {
             "timm, momentum",
             "timm",
             optimizer(timm_lars, momentum=MOMENTUM, trust_coeff=TRUST),
-            OVERWRITES,
         ),
         _contestant(
             "timm, momentum, foreach",
             "timm",
             optimizer(timm_lars, momentum=MOMENTUM, trust_coeff=TRUST, foreach=True),
-            "the same",
         ),
     ]
 }
@@ -122,7 +120,7 @@ def check(contestants: dict[str, Contestant]) -> None:
             continue
         case = contestant.build(w, {path: x.copy() for path, x in g.items()}, True)
         case.step()
-        if name in PEERS:  # which overwrite the gradients: the second step would be of others
+        if name.startswith("pytorch_optimizer"):  # it overwrites the gradients: one step is enough
             case = contestant.build(w, g, True)
             expected = {path: two[0] for path, two in hand.items()}
         else:
@@ -132,7 +130,7 @@ def check(contestants: dict[str, Contestant]) -> None:
             exact = expected[path] - w[path]
             error = np.linalg.norm(x - w[path] - exact) / np.linalg.norm(exact)
             assert error < 0.01 or not path.endswith("kernel"), (name, path, error)
-            if name not in PEERS:
+            if name.startswith("lars_tree"):
                 assert np.allclose(x, expected[path], rtol=1e-5, atol=0), (name, path)
 
 

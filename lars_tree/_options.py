@@ -45,6 +45,9 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+_CALLED_ELSEWHERE = {"weight_decay": "decay_lambda", "eta": "trust_coefficient"}
+
+
 class _Unfit(Exception):
     """A value that an option cannot take; the message says what was expected."""
 
@@ -97,7 +100,8 @@ def check_names(options: Mapping[str, Any]) -> None:
         TypeError: with what may have been meant.
     """
     for name in options.keys() - DEFAULTS.keys():
-        hint = errors.did_you_mean(name, DEFAULTS)
+        elsewhere = _CALLED_ELSEWHERE.get(name)
+        hint = f" (it is {elsewhere!r} here)" if elsewhere else errors.did_you_mean(name, DEFAULTS)
         raise TypeError(f"got an unexpected keyword argument {name!r}{hint}")
 
 

@@ -7,6 +7,7 @@ accelerators, DTensor, under `torch.compile`) by multi-tensor operations that wa
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from lars_tree import _options
 from lars_tree._backends.base import Leaf
 from lars_tree._backends.torch import BACKEND, is_in_cpu_memory, step_in_place
 from lars_tree._rule import Rule
-from lars_tree.errors import LarsTreeError, Path, enumerated
+from lars_tree.errors import LarsTreeError, Path, did_you_mean, enumerated
 from lars_tree.update import advance
 
 __all__ = ["Lars", "param_groups"]
@@ -128,14 +129,21 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
                 group.setdefault(name, value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, as in `torch.optim.Optimizer`; also that of a `torch.optim.SGD`."""
+        """Load a state, as in `torch.optim.Optimizer`; also that of a `torch.optim.SGD`.
+
+        Options that its groups lack stay as they are in each group here.
+        """
         final: dict[str, Any] = {}
+        before = [{name: group[name] for name in self.defaults} for group in self.param_groups]
         # The last hook sees what the others made of it.
         last = self.register_load_state_dict_pre_hook(lambda _, given: final.update(given))
         try:
             super().load_state_dict(state_dict)
         finally:
             last.remove()
+        groups = zip(self.param_groups, final["param_groups"], before, strict=True)
+        for group, given, options in groups:
+            group.update((name, x) for name, x in options.items() if name not in given)
         # torch gives all of a state the dtype of its parameter, and may share it with the source.
         saved = (i for group in final["param_groups"] for i in group["params"])
         ours = (p for group in self.param_groups for p in group["params"])
@@ -170,8 +178,10 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
             scale = 1.0 if grad_scale is None else float(grad_scale)
             _step_in_cpu_memory([batch for batch in here if batch.moves], scale)
             _step_in_cpu_memory([batch for batch in here if not batch.moves], scale)
+            self._keep_buffers(here)
         if elsewhere:
             _step_elsewhere(elsewhere, 1.0 if grad_scale is None else grad_scale, found_inf)
+            self._keep_buffers(elsewhere)
         return loss
 
     def _batches(self) -> tuple[list[_Batch], list[_Batch]]:
@@ -179,7 +189,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
         batches: dict[tuple[bool, int, bool], _Batch] = {}
         compiling = torch.compiler.is_compiling()
         for number, group in enumerate(self.param_groups):
-            moves, dampened = group["momentum"] != 0, group["dampening"] != 0
+            moves = group["momentum"] != 0
             many = group["foreach"] or compiling
             for place, p in enumerate(group["params"]):
                 grad = p.grad
@@ -187,14 +197,10 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
                     continue
                 if grad.layout is not torch.strided:
                     raise RuntimeError("Lars does not support sparse gradients: make them dense")
-                buffer, is_first = None, False
-                if moves:
-                    state = self.state[p]
-                    buffer = state.get("momentum_buffer")
-                    if buffer is None:
-                        is_first = dampened
-                        buffer = BACKEND.zeros(p, BACKEND.velocity_dtype(p))
-                        state["momentum_buffer"] = buffer
+                buffer = self.state[p].get("momentum_buffer") if moves else None
+                is_first = moves and buffer is None
+                if is_first:
+                    buffer = BACKEND.zeros(p, BACKEND.velocity_dtype(p))
                 key = (not many and is_in_cpu_memory(p), number, is_first)
                 batch = batches.get(key)
                 if batch is None:
@@ -203,12 +209,20 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
         found = list(batches.items())
         return [x for key, x in found if key[0]], [x for key, x in found if not key[0]]
 
+    def _keep_buffers(self, batches: list[_Batch]) -> None:
+        """Keep those that are new, now that a step was taken: there was a first one."""
+        for batch in batches:
+            if batch.is_first:
+                for p, buffer in zip(batch.params, batch.buffers, strict=True):
+                    self.state[p]["momentum_buffer"] = buffer
+
 
 class _Batch:
     """Parameters of one group that are stepped alike, with their gradients and buffers."""
 
     def __init__(self, group: dict[str, Any], number: int, is_first: bool) -> None:
         self.group = group
+        self.number = number
         self.name = f"param_groups[{number}]" + (" at its first step" if is_first else "")
         self.is_first = is_first
         self.moves: bool = group["momentum"] != 0
@@ -275,7 +289,8 @@ def _names(batches: list[_Batch], paths: tuple[Path, ...]) -> str:
         batch: Any = by_name[str(path[0])]
         place = batch.places[path[1]]
         known = batch.group.get("param_names")
-        names.append(known[place] if known else f"{path[0]}['params'][{place}]")
+        numbered = f"param_groups[{batch.number}]['params'][{place}]"
+        names.append(known[place] if known else numbered)
     return f"parameters: {enumerated(names, 10)}"
 
 
@@ -302,7 +317,7 @@ def _check(options: dict[str, Any]) -> None:
         raise ValueError("Tensor lr must be 1-element")
     words = {"lr": "learning rate", "momentum": "momentum value"}
     for name in ("lr", "momentum", "dampening", "weight_decay", "trust_coefficient", "eps"):
-        if not 0 <= options[name] < float("inf"):
+        if isinstance(options[name], bool) or not 0 <= options[name] < float("inf"):
             raise ValueError(f"Invalid {words.get(name, name)}: {options[name]}")
     if options["dampening"] > 1:
         raise ValueError(f"Invalid dampening: {options['dampening']}")
@@ -340,7 +355,14 @@ def param_groups(
 
     Returns:
         The groups that are not empty, the adapted parameters first.
+
+    Raises:
+        TypeError: An option is not one of `Lars`.
     """
+    known = signature(Lars).parameters.keys() - {"params"}
+    for name in options.keys() - known:
+        hint = did_you_mean(name, known)
+        raise TypeError(f"param_groups got an unexpected keyword argument {name!r}{hint}")
     few = 1 if options.get("layer_axis") is None else 2
     left_out = exclude or (lambda _, p: p.ndim <= few)
     adapted: list[tuple[str, Tensor]] = []

@@ -193,6 +193,7 @@ def test_each_subtree_may_have_a_schedule():
         (lambda: Lars(0.1, decay_lambda=np.nan), OptionError, "decay_lambda: expected"),
         (lambda: Lars(0.1, adapt={"a": 3}), OptionError, "a: expected True or False"),
         (lambda: Lars(0.1, epsilon=1e-8), TypeError, "unexpected keyword argument 'epsilon'"),
+        (lambda: Lars(0.1, weight_decay=1e-4), TypeError, "it is 'decay_lambda' here"),
         (lambda: Lars(0.1, trust_coeficient=1), TypeError, "did you mean 'trust_coefficient'"),
     ],
 )

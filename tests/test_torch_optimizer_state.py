@@ -15,7 +15,7 @@ from lars_tree import LarsTreeError
 
 torch = need("torch")
 
-from test_torch_optimizer import FOREACH, W, model, parameter, same, train  # noqa: E402
+from test_torch_optimizer import FOREACH, G, W, model, parameter, same, train  # noqa: E402
 
 from lars_tree.torch import Lars, param_groups  # noqa: E402
 
@@ -79,6 +79,38 @@ def test_a_state_of_sgd_can_be_loaded():
     assert opt.param_groups[0]["lr"] == 0.1
     opt.step()
     assert all(x["momentum_buffer"].dtype == torch.float32 for x in opt.state.values())
+
+
+def test_what_another_state_lacks_stays_as_it_is_in_each_group():
+    net = model()
+    sgd = torch.optim.SGD(param_groups(net), 0.1, momentum=0.9)
+    sgd_groups = [{"params": group["params"]} for group in sgd.param_groups]
+    sgd = torch.optim.SGD(sgd_groups, 0.1, momentum=0.9)
+    opt = Lars(param_groups(net, weight_decay=0.2), 0.5, trust_coefficient=0.02)
+    opt.param_groups[0]["trust_coefficient"] = 0.03
+    opt.load_state_dict(sgd.state_dict())
+    adapted, others = opt.param_groups
+    assert (adapted["adapt"], others["adapt"]) == (True, False)
+    assert (adapted["trust_coefficient"], others["trust_coefficient"]) == (0.03, 0.02)
+    assert (adapted["lr"], adapted["weight_decay"]) == (0.1, 0.0)
+
+
+def test_the_first_step_that_is_taken_is_not_dampened():
+    """Whether one before it was skipped, or raised."""
+    p = parameter()
+    opt = Lars([p], 0.1, dampening=0.5, adapt=False)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.zeros(()))
+    p.grad = torch.tensor([torch.inf, 0.0], dtype=torch.float64)
+    scaler.step(opt)
+    assert not opt.state[p]
+    p.grad = torch.ones(2, dtype=torch.float64).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        opt.step()
+    assert not opt.state[p]
+    p.grad = torch.tensor(G, dtype=torch.float64)
+    opt.step()
+    assert p.tolist() == pytest.approx([3 - 0.04, 4 - 0.03])
 
 
 def test_parameters_can_be_added():
@@ -234,6 +266,8 @@ def test_param_groups_leave_out_vectors():
     assert others["trust_clip"]
     (only,) = param_groups(net, exclude=lambda name, p: True)
     assert len(only["params"]) == 5
+    with pytest.raises(TypeError, match=r"'trust_coeff'.*did you mean 'trust_coefficient'"):
+        param_groups(net, trust_coeff=1e-3)
     stacked = torch.nn.Module()
     stacked.kernel, stacked.bias = (torch.nn.Parameter(torch.ones(s)) for s in [(2, 3, 3), (2, 3)])
     adapted, others = param_groups(stacked, layer_axis=0)
@@ -256,6 +290,7 @@ def test_param_groups_leave_out_vectors():
         ({"dampening": 2}, "Invalid dampening: 2"),
         ({"nesterov": True, "momentum": 0}, "Nesterov momentum requires a momentum"),
         ({"nesterov": True, "dampening": 0.1}, "zero dampening"),
+        ({"lr": True}, "Invalid learning rate: True"),
         ({"adapt": 1}, "Invalid adapt: expected True or False, got 1"),
     ],
     ids=str,
