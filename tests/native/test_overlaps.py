@@ -1,10 +1,11 @@
-"""Inputs and `out` as views of one buffer that overlap at random, the way numpy tests its own.
+"""Arrays as views of one buffer that overlap at random, the way numpy tests its own.
 
 Each call is refused with nothing written, or does what it does to copies that do not overlap.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 from conftest import CI, need
 from numpy.lib.stride_tricks import as_strided
 
-from lars_tree import OutError, lars_update, native_available
+from lars_tree import OutError, native_available, update
+from lars_tree._rule import Rule
 
 BLOCKS = 10  # of cases, for tests that run in parallel
 NUMPY_CASES, TORCH_CASES = 10_000 // BLOCKS, 1_000 // BLOCKS
@@ -99,19 +101,25 @@ class Case:
         if random.random() < 0.2:
             self.out = self.w
         self.options = {"decay_lambda": random.choice([0.0, 0.1]), "adapt": random.random() < 0.9}
+        self.velocity = {}
+        if random.random() < 0.3:
+            self.options["nesterov"] = random.random() < 0.5
+            for key, x in self.w.items():
+                self.velocity[key] = view(x.shape, x.dtype, written=True)
 
     def must_be_refused(self):
-        outs = [self.out[key] for key in self.w if not (self.out is self.w and not self.dcdw[key])]
-        shared = len(self.w) == 2 and self.out["a"].bytes & self.out["b"].bytes
-        return bool(shared) or any(out.overlaps_itself for out in outs)
+        stepped = [key for key in self.w if not (self.out is self.w and not self.dcdw[key])]
+        trees = [tree for tree in (self.out, self.velocity) if tree]
+        results = [tree[key].bytes for tree in trees for key in self.w]
+        shared = sum(map(len, results)) > len(set().union(*results))
+        return shared or any(tree[key].overlaps_itself for tree in trees for key in stepped)
 
-    def tolerance(self, key, w, dcdw):
+    def tolerance(self, key, given):
         """None for the same bits; the last bit may differ where the memory order does."""
         views = [x for x in (self.w[key], self.dcdw[key]) if x]
         if all(x.has_plain_order for x in views) and len({x.shape for x in views}) == 1:
             return None
-        eps = np.finfo(self.w[key].dtype).eps
-        return eps * max(np.abs(x).max(initial=0) for x in (w, dcdw) if x is not None)
+        return np.finfo(self.w[key].dtype).eps * max(np.abs(x).max(initial=0) for x in given)
 
 
 def run(case, buffer, view, copy, to_numpy):
@@ -121,27 +129,36 @@ def run(case, buffer, view, copy, to_numpy):
     def tree(views):
         return {key: x and view(x, buffer) for key, x in views.items()}
 
-    w, dcdw = tree(case.w), tree(case.dcdw)
+    def step(w, dcdw, velocity, out=None):
+        options = Rule(0.1, momentum=0.9, **case.options)._asdict()
+        new, state = update.advance(w, dcdw, out, options, velocity and {"velocity": velocity})
+        return {"out": new, "velocity": state.get("velocity", {})}
+
+    given = tree(case.w), tree(case.dcdw), tree(case.velocity)
+    w, _, velocity = given
     out = w if case.out is case.w else tree(case.out)
-    copies = [{k: None if x is None else copy(x) for k, x in t.items()} for t in (w, dcdw)]
-    expected = lars_update(*copies, 0.1, **case.options)
+    copies = [{k: None if x is None else copy(x) for k, x in t.items()} for t in given]
+    expected = step(*copies)
     try:
-        returned = lars_update(w, dcdw, 0.1, out=out, **case.options)
+        returned = step(*given, out)
     except OutError:
         assert np.array_equal(to_numpy(buffer), before), "it was refused, and yet written"
         return False
     assert not case.must_be_refused(), "two results were written to one place"
-    assert returned is out
+    assert returned["out"] is out
+    assert all(x is velocity[key] for key, x in returned["velocity"].items())
     after = to_numpy(buffer).view(np.uint8)
-    written = sorted(set().union(*(x.bytes for x in case.out.values())))
+    results = (*case.out.values(), *case.velocity.values())
+    written = sorted(set().union(*(x.bytes for x in results)))
     others = np.delete(np.arange(after.size), written)
     assert np.array_equal(after[others], before.view(np.uint8)[others]), "written beyond out"
-    for key, x in expected.items():
-        actual, right = to_numpy(out[key]), to_numpy(x)
-        numbers = [None if t[key] is None else to_numpy(t[key]) for t in copies]
-        most = case.tolerance(key, *numbers)
+    for name, key in itertools.product(expected, case.w):
+        if key not in expected[name]:
+            continue
+        actual, right = to_numpy(returned[name][key]), to_numpy(expected[name][key])
+        most = case.tolerance(key, [to_numpy(t[key]) for t in copies if t.get(key) is not None])
         if most is None:
-            assert actual.tobytes() == right.tobytes(), key
+            assert actual.tobytes() == right.tobytes(), (name, key)
         else:
             np.testing.assert_allclose(actual, right, rtol=0, atol=most)
     return True

@@ -1,0 +1,133 @@
+"""FSDP2 models under `lars_tree.torch.Lars`, against one without. See test_distributed."""
+
+from __future__ import annotations
+
+import torch
+from distributed_worker import all_reduces, compare, everywhere
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn import LayerNorm, Linear, Sequential
+
+from lars_tree.torch import Lars, param_groups
+
+STEPS = 3
+OPTIONS = {
+    "plain": {"momentum": 0.0},
+    "momentum": {"weight_decay": 0.01},
+    "nesterov": {"weight_decay": 0.01, "nesterov": True, "trust_clip": True},
+    "dampened": {"dampening": 0.5, "maximize": True, "eps": 0.1},
+    "layers": {"layer_axis": 0, "weight_decay": 0.01},  # along the shards
+    "across": {"layer_axis": -1, "weight_decay": 0.01},
+}
+
+
+def model(dtype, mesh=None, tensor_parallel=None):
+    """Odd sizes, and a layer of which some processes have nothing."""
+    torch.manual_seed(0)
+    made = Sequential(Linear(5, 7), LayerNorm(7), Linear(7, 4), Linear(4, 1)).to(dtype)
+    if tensor_parallel is not None:
+        made = parallelize_module(
+            made, tensor_parallel, {"2": ColwiseParallel(), "3": RowwiseParallel()}
+        )
+    if mesh is not None:
+        for layer in (made[0], made[2]):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(made, mesh=mesh)
+    return made
+
+
+def optimizer(of, options, **more):
+    given = {"lr": 0.05, "trust_coefficient": 0.5, **options, **more}
+    axis = given.pop("layer_axis", None)
+    groups = param_groups(of)
+    groups[0]["layer_axis"] = axis
+    return Lars(groups, **given)
+
+
+def train(sharded, plain, ours, theirs, seed):
+    """One step of both with the same gradients: those of the sharded model."""
+    torch.manual_seed(seed)
+    dtype = next(plain.parameters()).dtype
+    ours.zero_grad()
+    (sharded(torch.randn(6, 5, dtype=dtype)) - 1).square().sum().backward()
+    for one, other in zip(sharded.parameters(), plain.parameters(), strict=True):
+        other.grad = one.grad.full_tensor()
+    with all_reduces() as counts, CommDebugMode() as seen:
+        ours.step()
+    theirs.step()
+    return counts["all_reduce"], seen.get_total_counts()
+
+
+def buffers(of, by):
+    return [by.state[p]["momentum_buffer"] for p in of.parameters() if by.state[p]]
+
+
+def compared(sharded, plain, ours, theirs):
+    params = list(sharded.parameters())
+    moving = buffers(sharded, ours)
+    expected = [*plain.parameters(), *buffers(plain, theirs)]
+    return compare(
+        [*params, *moving], [x.detach() for x in expected], params + params[: len(moving)]
+    )
+
+
+def case(dtype, options, mesh, tensor_parallel=None):
+    sharded, plain = model(dtype, mesh, tensor_parallel), model(dtype)
+    ours, theirs = (optimizer(of, options) for of in (sharded, plain))
+    counts = [train(sharded, plain, ours, theirs, seed) for seed in range(STEPS)]
+    sent = [max(column) for column in zip(*counts, strict=True)]
+    kind = str(dtype).removeprefix("torch.")
+    facts = {"kind": kind, "all_reduces": sent[0], "collectives": sent[1]}
+    return {**facts, **compared(sharded, plain, ours, theirs)}
+
+
+def resumed(dtype, mesh, way):
+    """A state that is saved after two steps and loaded into another optimizer for a third."""
+    options = OPTIONS["momentum"]
+    sharded, plain = model(dtype, mesh), model(dtype)
+    ours, theirs = (optimizer(of, options) for of in (sharded, plain))
+    for seed in range(2):
+        train(sharded, plain, ours, theirs, seed)
+    fresh = optimizer(sharded, options, lr=9.0)  # the rate is loaded too
+    ours.zero_grad()
+    if way == "of torch.optim":
+        fresh.load_state_dict(ours.state_dict())
+        names = []
+    else:
+        how = StateDictOptions(full_state_dict=way == "full", cpu_offload=way == "full")
+        saved = get_optimizer_state_dict(sharded, ours, options=how)
+        names = sorted(saved.get("state", {}))  # in the first process alone if full
+        how = StateDictOptions(full_state_dict=way == "full", broadcast_from_rank0=way == "full")
+        set_optimizer_state_dict(sharded, fresh, saved, options=how)
+    train(sharded, plain, fresh, theirs, 2)
+    dtypes = sorted({str(x.dtype).removeprefix("torch.") for x in buffers(sharded, fresh)})
+    kind = str(dtype).removeprefix("torch.")
+    facts = {"kind": kind, "names": everywhere(names)[0], "buffers": dtypes}
+    return {**facts, **compared(sharded, plain, fresh, theirs)}
+
+
+def measure(world):
+    line = init_device_mesh("cpu", (world,))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for name in OPTIONS if dtype == torch.float64 else ("momentum", "nesterov"):
+            yield f"{name}, {dtype}", case(dtype, OPTIONS[name], line)
+    for dtype in (torch.float64, torch.bfloat16):
+        for way in ("of torch.optim", "sharded", "full"):
+            yield f"resumed, {way}, {dtype}", resumed(dtype, line, way)
+    if world == 4:
+        grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+        for name in ("momentum", "across"):
+            yield f"hybrid {name}", case(torch.float64, OPTIONS[name], grid)
+            found = case(torch.float64, OPTIONS[name], grid["replicas"], grid["shards"])
+            yield f"tensor parallel {name}", found

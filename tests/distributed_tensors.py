@@ -1,0 +1,264 @@
+"""DTensor in `lars_update` and `Lars`, against the same without sharding. See test_distributed."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from distributed_worker import (
+    all_reduces,
+    communication,
+    compare,
+    distribute,
+    error,
+    everywhere,
+    part,
+    raised,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from lars_tree import Lars, lars_update
+
+R, S0, S1 = Replicate(), Shard(0), Shard(1)
+
+
+class Leaf(NamedTuple):
+    """One array of a tree, with what is special about it."""
+
+    shape: tuple[int, ...]
+    placements: list[Any] | None
+    gradient: Any = "as w"  # or other placements, a number, None
+    adapt: bool = True
+    layer_axis: int | None = None
+
+
+MIXED = {
+    "rows": Leaf((7, 3), [S0]),
+    "columns": Leaf((4, 9), [S1]),
+    "of_one_process": Leaf((1, 5), [S0]),
+    "of_none": Leaf((0, 3), [S0]),
+    "everywhere": Leaf((5,), [R]),
+    "number": Leaf((), [R]),
+    "plain": Leaf((6, 2), None),
+    "sgd": Leaf((5, 2), [S0], adapt=False),
+    "frozen": Leaf((4, 2), [S0], gradient=None),
+    "constant": Leaf((3, 4), [S1], gradient=0.5),
+    "layers": Leaf((6, 5), [S0], layer_axis=0),
+    "layers_of_one_process": Leaf((1, 6), [S0], layer_axis=0),
+    "layers_across": Leaf((5, 6), [S0], layer_axis=-1),
+    "stack": Leaf((3, 5, 2), [S1], layer_axis=0),
+}
+LAYERS_ALONE = {name: MIXED[name] for name in ("layers", "layers_of_one_process")}
+REPLICATED = {name: MIXED[name] for name in ("everywhere", "number", "plain")}
+TURNED = {
+    "rows_by_columns": Leaf((7, 3), [S0], gradient=[S1]),
+    "rows_everywhere": Leaf((7, 3), [S0], gradient=[R]),
+    "everywhere_by_rows": Leaf((5,), [R], gradient=[S0]),
+    "columns_by_rows": Leaf((4, 9), [S1], gradient=[S0], layer_axis=0),
+}
+HYBRID = {
+    "rows": Leaf((7, 3), [R, S0]),
+    "columns": Leaf((4, 9), [R, S1]),
+    "of_one_process": Leaf((1, 5), [R, S0]),
+    "layers": Leaf((6, 5), [R, S0], layer_axis=0),
+    "everywhere": Leaf((5,), [R, R]),
+}
+CROSSED = {
+    # First, and of no process but two: the others must add up the leaves below in the same order.
+    "layers_of_two_processes": Leaf((1, 4), [S0, S1], layer_axis=0),
+    "rows_twice": Leaf((7, 3), [S0, S0]),
+    "rows_and_columns": Leaf((5, 3), [S0, S1]),
+    "columns_and_rows": Leaf((3, 5), [S1, S0]),
+    "rows_everywhere": Leaf((6, 2), [S0, R]),
+    "of_one_process": Leaf((1, 1), [S0, S1]),
+    "layers": Leaf((4, 5), [S0, S1], layer_axis=1),
+    "plain": Leaf((6, 2), None),
+    "turned": Leaf((6, 4), [S0, S1], gradient=[S1, S0]),
+}
+
+# The dtype, and what weights and gradients are multiplied by: most squares are out of range.
+KINDS = {
+    "float32": (torch.float32, 1.0, 1.0),
+    "bfloat16": (torch.bfloat16, 1.0, 1.0),
+    "float64": (torch.float64, 1.0, 1.0),
+    "complex128": (torch.complex128, 1.0, 1.0),
+    "large": (torch.float64, 1e200, 1e200),
+    "small": (torch.float64, 1e-200, 1e-200),
+    "large by small": (torch.float64, 1e200, 1e-200),
+    "small by large": (torch.float64, 1e-200, 1e200),
+}
+WAYS = ("new", "in place", "other out", "momentum", "momentum in place")
+
+
+def random(name, leaf, dtype, factor, what):
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {what}".encode()))
+    return (torch.randn(leaf.shape, generator=generator, dtype=torch.float64) * factor).to(dtype)
+
+
+def trees(leaves, kind, mesh):
+    """Weights and gradients over the mesh, and the same in each process."""
+    dtype, of_w, of_dcdw = KINDS[kind]
+    found = {}, {}, {}, {}
+    for name, leaf in leaves.items():
+        w = random(name, leaf, dtype, of_w, "w")
+        dcdw: Any = random(name, leaf, dtype, of_dcdw, "dcdw")
+        spread = leaf.placements if leaf.gradient == "as w" else leaf.gradient
+        if spread is None or isinstance(spread, float):
+            is_plain = leaf.gradient == "as w"
+            dcdw = dcdw if is_plain else spread and spread * of_dcdw
+            parts = dcdw
+        else:
+            parts = distribute(dcdw, mesh, spread)
+        row = distribute(w, mesh, leaf.placements), parts, w, dcdw
+        for tree, x in zip(found, row, strict=True):
+            tree[name] = x
+    return found
+
+
+def stepped(way, w, dcdw, options):
+    """The weights, and the velocities if any, after a step or two; and how many these were."""
+    if way == "new":
+        return lars_update(w, dcdw, 0.1, **options), {}, 1
+    if not way.startswith("momentum"):
+        out = w if way == "in place" else {name: torch.zeros_like(x) for name, x in w.items()}
+        assert lars_update(w, dcdw, 0.1, out=out, **options) is out
+        return out, {}, 1
+    optimizer = Lars(0.1, momentum=0.5, nesterov=way == "momentum", **options)
+    state = optimizer.init(w)
+    for _ in range(2):
+        out = w if way == "momentum in place" else None
+        w, state = optimizer.update(w, dcdw, state, out=out)
+    assert int(state.step) == 2
+    return w, state.velocity, 2
+
+
+def case(leaves, kind, mesh, way, options):
+    """One case: how far off it is, what was sent, and whether the layout was kept."""
+    w, dcdw, plain_w, plain_dcdw = trees(leaves, kind, mesh)
+    options = {
+        "decay_lambda": 0.0 if "by" in kind else 0.01,
+        "adapt": {name: leaf.adapt for name, leaf in leaves.items()},
+        "layer_axis": {name: leaf.layer_axis for name, leaf in leaves.items()},
+        **options,
+    }
+    like = {name: x.detach() for name, x in w.items()}
+    with communication() if kind == "float64" else all_reduces() as counts:
+        new, moving, steps = stepped(way, w, dcdw, options)
+    expected, velocities, _ = stepped(way, plain_w, plain_dcdw, options)
+    names = [*new, *moving]
+    found = compare(
+        [*new.values(), *moving.values()],
+        [*expected.values(), *velocities.values()],
+        [like[name] for name in names],
+    )
+    return {**found, "sent": {name: count / steps for name, count in counts.items()}}
+
+
+def nonfinite(mesh):
+    """NaN in the shard of the last process alone."""
+    leaves = {name: MIXED[name] for name in ("rows", "columns", "everywhere", "plain")}
+    leaves["columns"] = Leaf((4, 8), [S1])
+    for name in ("rows", "columns"):
+        w, dcdw, *_ = trees(leaves, "float64", mesh)
+        if dist.get_rank() == dist.get_world_size() - 1:
+            part(dcdw[name])[0, 0] = torch.nan
+        before = [part(x).clone() for x in w.values()]
+
+        def same(tree, before=before):
+            return [torch.equal(part(x), old) for x, old in zip(tree.values(), before, strict=True)]
+
+        optimizer = Lars(0.1, nonfinite="skip")
+        moved, state = optimizer.update(w, dcdw, optimizer.init(w))
+        left = same(lars_update(w, dcdw, 0.1, nonfinite="skip")) + same(moved)
+        counts = [int(state.step), int(state.skipped)]
+        yield f"skip, {name}", {"same": everywhere(left), "counts": everywhere(counts)}
+        refused = raised(lambda w=w, dcdw=dcdw: lars_update(w, dcdw, 0.1, nonfinite="raise", out=w))
+        yield f"raise, {name}", {"same": everywhere(same(w)), "raised": refused}
+
+
+def faults(mesh):
+    """What cannot be stepped; `columns` could, but nothing is written."""
+    leaves = {name: MIXED[name] for name in ("columns", "rows")}
+    w, dcdw, whole_w, whole_dcdw = trees(leaves, "float64", mesh)
+    rows = whole_w["rows"]
+    optimizer = Lars(0.1)
+
+    def update(out=None, **others):
+        return lambda: lars_update({"a": {**w, **others}}, {"a": dcdw}, 0.1, out=out)
+
+    def update_by(x):
+        return lambda: lars_update({"a": w}, {"a": {**dcdw, "rows": x}}, 0.1)
+
+    def move(velocity):
+        state = optimizer.init({"a": w})
+        state.velocity.a.rows = velocity
+        return lambda: optimizer.update({"a": w}, {"a": dcdw}, state, out={"a": w})
+
+    partial = DTensor.from_local(rows, mesh, [Partial()])
+    yield "partial w", {"raised": raised(update(rows=partial))}
+    yield "partial dcdw", {"raised": raised(update_by(partial))}
+    yield "partial state", {"raised": raised(move(partial))}
+    yield "plain dcdw", {"raised": raised(update_by(whole_dcdw["rows"]))}
+    yield "turned state", {"raised": raised(move(distribute(rows, mesh, [S1])))}
+    yield "w after faults", {"same": everywhere(all(_same(x, whole_w[k]) for k, x in w.items()))}
+    for name, x in {
+        "partial": partial,
+        "plain": rows.clone(),
+        "turned": distribute(rows, mesh, [S1]),
+        "replicated": distribute(rows, mesh, [R]),
+    }.items():
+        out = {"columns": distribute(whole_w["columns"], mesh, [S1]), "rows": x}
+        refused = raised(update(out={"a": out}))
+        same = all(_same(x, whole_w[key]) for key, x in out.items() if x is not partial)
+        yield f"{name} out", {"raised": refused, "same": everywhere(same)}
+
+
+def _same(x, whole):
+    if isinstance(x, DTensor):
+        whole = distribute(whole, x.device_mesh, x.placements)
+    return torch.equal(part(x), part(whole))
+
+
+def of_some_processes(world):
+    """A mesh that only half of the processes are in."""
+    mesh = DeviceMesh("cpu", list(range(world // 2)))
+    leaves = {name: MIXED[name] for name in ("rows", "columns", "layers_across")}
+    w, dcdw, *plain = trees(leaves, "float64", mesh)
+    options = {"layer_axis": {name: leaf.layer_axis for name, leaf in leaves.items()}}
+    new, expected = (lars_update(*pair, 0.1, **options) for pair in ((w, dcdw), plain))
+    parts = {name: distribute(x, mesh, leaves[name].placements) for name, x in expected.items()}
+    errors = [error(part(x), part(parts[name])) for name, x in new.items()]
+    sizes = [part(x).numel() for x in new.values()]
+    return {"errors": everywhere(errors), "sizes": everywhere(sizes)}
+
+
+def cases(world):
+    """A tree, a mesh, the number of all-reduces that a step takes, and the ways to take it."""
+    line = init_device_mesh("cpu", (world,))
+    yield "mixed", MIXED, line, 1, WAYS if world == 2 else WAYS[-2:]
+    yield "layers alone", LAYERS_ALONE, line, 0, WAYS[-1:]
+    yield "replicated", REPLICATED, line, 0, WAYS[-1:]
+    yield "turned", TURNED, line, 1, WAYS[-2:]
+    if world == 4:
+        grid = init_device_mesh("cpu", (2, 2))
+        yield "hybrid", HYBRID, grid, 1, WAYS[-2:]
+        yield "crossed", CROSSED, grid, 2, WAYS[-2:]
+
+
+def measure(world):
+    for tree, leaves, mesh, count, ways in cases(world):
+        for i, kind in enumerate(KINDS):
+            for j, way in enumerate(ways):
+                clips = (i + j) % 2 == 1 and "by" not in kind
+                options = {"trust_clip": True, "grad_scale": 4.0} if clips else {}
+                found = case(leaves, kind, mesh, way, options)
+                moves = any(isinstance(leaf.gradient, list) for leaf in leaves.values())
+                facts = {"kind": kind, "all_reduces": count, "redistributes": moves}
+                yield f"{tree}, {kind}, {way}, {options}", {**facts, **found}
+    line = init_device_mesh("cpu", (world,))
+    yield from nonfinite(line)
+    yield from faults(line)
+    yield "some processes", of_some_processes(world)

@@ -1,0 +1,131 @@
+"""torch DTensor and FSDP2: many processes, whose result is that of one.
+
+The processes talk by gloo over the loopback interface alone, and find each other by a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import need
+
+need("torch")
+need("torch.distributed.tensor")
+need("torch.distributed.fsdp")
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+LIMIT = 240  # seconds: what takes longer hangs
+
+
+def measured(suite, world, folder):
+    """What the suite yields when that many processes run it; fails with what they say if they do.
+
+    All are ended as soon as one has failed, as the others would wait for it.
+    """
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback}
+    outputs = [folder / f"{suite}{rank}" for rank in range(world)]
+    processes = []
+    try:
+        for rank, output in enumerate(outputs):
+            command = [sys.executable, WORKER, suite, str(rank), str(world), folder / "store"]
+            with (
+                output.with_suffix(".out").open("w") as out,
+                output.with_suffix(".err").open("w") as err,
+            ):
+                processes.append(subprocess.Popen(command, stdout=out, stderr=err, env=env))
+        deadline = time.monotonic() + LIMIT
+        while any(process.poll() is None for process in processes):
+            failed = any(process.poll() for process in processes)
+            if failed or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+    finally:
+        codes = [process.poll() for process in processes]
+        for process in processes:
+            process.kill()
+            process.wait()
+    if codes != [0] * world:
+        rank = next((i for i, code in enumerate(codes) if code), 0)
+        said = outputs[rank].with_suffix(".err").read_text()[-4000:]
+        pytest.fail(f"exit codes {codes}, of rank {rank}:\n{said}", pytrace=False)
+    return dict(map(json.loads, outputs[0].with_suffix(".out").read_text().splitlines()))
+
+
+# Relative, and units of the last place of bfloat16; all else is computed in double.
+TOLERANCES = {"float32": 1.3e-6, "bfloat16": 1.0}
+
+
+def wrong(found):
+    """Those of the cases that are not what one process gives."""
+    return {
+        name: case
+        for name, case in found.items()
+        if not case["error"] <= TOLERANCES.get(case["kind"], 1e-12)
+        or not case["kept"]
+        or not case["replicas agree"]
+    }
+
+
+def check_faults(found, world):
+    """What is refused is refused by all processes, and nothing was written."""
+    for argument in ("w", "dcdw", "state"):
+        headline = f"{argument} holds an array that cannot be computed with"
+        expected = ["LeafError", ["a/rows"], headline]
+        assert found[f"partial {argument}"]["raised"] == [expected] * world
+    expected = ["OutError", ["a/rows"], "out cannot be written to"]
+    assert found["partial out"]["raised"] == [expected] * world
+    for name in ("plain dcdw", "turned state", "plain out", "turned out", "replicated out"):
+        assert [kind for kind, *_ in found[name]["raised"]] == ["BackendError"] * world, name
+    for name in ("w after faults", "partial out", "plain out", "turned out", "replicated out"):
+        assert found[name]["same"] == [True] * world, name
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_tensors(world, tmp_path):
+    found = measured("distributed_tensors", world, tmp_path)
+    compared = {name: case for name, case in found.items() if "kind" in case}
+    assert len(compared) == (72 if world == 2 else 80)
+    assert wrong(compared) == {}
+
+    # One all-reduce a step for each dimension of the mesh, and nothing else is sent.
+    for name, case in compared.items():
+        sent, count = case["sent"], case["all_reduces"]
+        assert sent.pop("all_reduce", 0) == count, name
+        if case["kind"] == "float64":
+            assert sent.pop("gloo:all_reduce", 0) == count, name
+            assert (sent != {}) == case["redistributes"], name
+
+    for leaf in ("rows", "columns"):
+        assert found[f"skip, {leaf}"] == {"same": [[True] * 8] * world, "counts": [[0, 1]] * world}
+        headline = "dcdw would make weights that are not finite"
+        refused = [["NonFiniteError", [leaf], headline]] * world
+        assert found[f"raise, {leaf}"] == {"same": [[True] * 4] * world, "raised": refused}
+
+    check_faults(found, world)
+    some = found["some processes"]
+    assert max(map(max, some["errors"])) <= 1e-12
+    assert [any(sizes) for sizes in some["sizes"]] == [i < world // 2 for i in range(world)]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_models(world, tmp_path):
+    found = measured("distributed_models", world, tmp_path)
+    assert len(found) == (16 if world == 2 else 20)
+    assert wrong(found) == {}
+    for name, case in found.items():
+        if name.startswith("resumed"):
+            assert case["buffers"] == ["float64" if case["kind"] == "float64" else "float32"], name
+            names = [f"{i}.{x}" for i in range(4) for x in ("bias", "weight")]
+            assert case["names"] == ([] if "torch.optim" in name else names), name
+            continue
+        # Tensor parallelism has a second dimension; layers along the shards are whole.
+        count = 2 if "parallel" in name else 0 if "layers" in name else 1
+        assert (case["all_reduces"], case["collectives"]) == (count, count), name
