@@ -176,12 +176,16 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
         here, elsewhere = self._batches()
         if here and not (found_inf is not None and bool(found_inf)):
             scale = 1.0 if grad_scale is None else float(grad_scale)
-            _step_in_cpu_memory([batch for batch in here if batch.moves], scale)
+            self._keep_buffers(here)  # before, so that Ctrl-C cannot come between
+            try:
+                _step_in_cpu_memory([batch for batch in here if batch.moves], scale)
+            except LarsTreeError:  # nothing was written, so the first step is still to come
+                self._drop_buffers(here)
+                raise
             _step_in_cpu_memory([batch for batch in here if not batch.moves], scale)
-            self._keep_buffers(here)
         if elsewhere:
-            _step_elsewhere(elsewhere, 1.0 if grad_scale is None else grad_scale, found_inf)
             self._keep_buffers(elsewhere)
+            _step_elsewhere(elsewhere, 1.0 if grad_scale is None else grad_scale, found_inf)
         return loss
 
     def _batches(self) -> tuple[list[_Batch], list[_Batch]]:
@@ -210,11 +214,17 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
         return [x for key, x in found if key[0]], [x for key, x in found if not key[0]]
 
     def _keep_buffers(self, batches: list[_Batch]) -> None:
-        """Keep those that are new, now that a step was taken: there was a first one."""
+        """Keep those that are new."""
         for batch in batches:
             if batch.is_first:
                 for p, buffer in zip(batch.params, batch.buffers, strict=True):
                     self.state[p]["momentum_buffer"] = buffer
+
+    def _drop_buffers(self, batches: list[_Batch]) -> None:
+        for batch in batches:
+            if batch.is_first:
+                for p in batch.params:
+                    del self.state[p]["momentum_buffer"]
 
 
 class _Batch:
@@ -277,21 +287,23 @@ def _step_in_cpu_memory(batches: list[_Batch], grad_scale: float) -> None:
     try:
         advance(params, grads, params, options, state)
     except LarsTreeError as error:
-        error.add_note(_names(batches, error.paths))
+        names = _names(batches, error.paths)
+        if names:
+            error.add_note(f"parameters: {enumerated(names, 10)}")
         raise
 
 
-def _names(batches: list[_Batch], paths: tuple[Path, ...]) -> str:
-    """What the optimizer's user calls the parameters at these paths."""
+def _names(batches: list[_Batch], paths: tuple[Path, ...]) -> list[str]:
+    """What the optimizer's user calls the parameters at these paths; options have shorter ones."""
     by_name = {batch.name: batch for batch in batches}
     names = []
-    for path in paths:
+    for path in (path for path in paths if len(path) == 2):
         batch: Any = by_name[str(path[0])]
         place = batch.places[path[1]]
         known = batch.group.get("param_names")
         numbered = f"param_groups[{batch.number}]['params'][{place}]"
         names.append(known[place] if known else numbered)
-    return f"parameters: {enumerated(names, 10)}"
+    return names
 
 
 def _step_elsewhere(batches: list[_Batch], grad_scale: Any, found_inf: Tensor | None) -> None:

@@ -109,6 +109,11 @@ def test_the_first_step_that_is_taken_is_not_dampened():
         opt.step()
     assert not opt.state[p]
     p.grad = torch.tensor(G, dtype=torch.float64)
+    opt.param_groups[0]["weight_decay"] = float("nan")
+    with pytest.raises(LarsTreeError, match="decay_lambda"):
+        opt.step()
+    assert not opt.state[p]
+    opt.param_groups[0]["weight_decay"] = 0.0
     opt.step()
     assert p.tolist() == pytest.approx([3 - 0.04, 4 - 0.03])
 
