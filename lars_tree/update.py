@@ -186,7 +186,10 @@ def _result(
         return out, state
     new = {name: _counted(x, name, taken) for name, x in state.items() if name in _COUNTERS}
     if "velocity" in state:
-        new["velocity"] = _tree.rebuild(state["velocity"], velocities)
+        # They are in the order of w, whose keys may be in another one than those of the state.
+        places = _tree.rebuild(w, range(len(velocities)))
+        order = _tree.broadcast("w", state["velocity"], places, exact=True, to="state")
+        new["velocity"] = _tree.rebuild(state["velocity"], [velocities[i] for i in order])
     return _tree.rebuild(w, ws), new
 
 

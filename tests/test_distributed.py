@@ -103,11 +103,11 @@ def test_tensors(world, tmp_path):
             assert sent.pop("gloo:all_reduce", 0) == count, name
             assert (sent != {}) == case["redistributes"], name
 
-    for leaf in ("rows", "columns"):
-        assert found[f"skip, {leaf}"] == {"same": [[True] * 8] * world, "counts": [[0, 1]] * world}
+    for leaf in ("rows", "columns", "sgd"):
+        assert found[f"skip, {leaf}"] == {"same": [[True] * 2] * world, "counts": [[0, 1]] * world}
         headline = "dcdw would make weights that are not finite"
         refused = [["NonFiniteError", [leaf], headline]] * world
-        assert found[f"raise, {leaf}"] == {"same": [[True] * 4] * world, "raised": refused}
+        assert found[f"raise, {leaf}"] == {"same": [True] * world, "raised": refused}
 
     check_faults(found, world)
     some = found["some processes"]

@@ -38,6 +38,30 @@ def test_a_state_is_saved_and_loaded_like_weights():
         assert actual[1] == expected[1]
 
 
+def test_keys_in_another_order_keep_their_velocities():
+    opt, g = Lars(0.1, 0.5), {"b": 2 * G, "a": G}
+    w = {"b": W, "a": 3 * W}
+    _, state = steps(opt, w, [g])
+    turned = {"a": w["a"], "b": w["b"]}
+    new, after = opt.update(turned, g, state)
+    expected, wanted = opt.update(w, g, state)
+    assert list(after.velocity) == ["b", "a"]
+    for key in w:
+        assert np.array_equal(after.velocity[key], wanted.velocity[key])
+        assert np.array_equal(new[key], expected[key])
+    assert not np.array_equal(after.velocity.a, after.velocity.b)
+
+
+def test_a_velocity_that_is_a_scalar_of_numpy_is_stepped():
+    opt, w, g = Lars(0.1, 0.5), np.array(3.0), np.array(1.0)
+    _, state = steps(opt, w, [g])
+    expected = opt.update(w, g, state)
+    state["velocity"] = np.float64(state.velocity)
+    actual = opt.update(w, g, state)
+    assert float(actual[1].velocity) == float(expected[1].velocity) != 0
+    assert float(actual[0]) == float(expected[0])
+
+
 def test_nothing_is_written_when_a_step_raises():
     w, g = random_tree(0), random_tree(1)
     opt = Lars(0.1, nonfinite="raise")

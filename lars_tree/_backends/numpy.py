@@ -79,7 +79,7 @@ class NumpyBackend(Backend):
         new, velocity = leaf.out, leaf.velocity
         if new is None:
             new = _empty_like(leaf.w)
-            velocity = None if velocity is None else self.copy(velocity, stop_gradients=True)
+            velocity = None if velocity is None else np.array(velocity)  # a scalar's too
         moving = None if velocity is None else raw(velocity)
         cpu.update(raw(leaf.w), raw(leaf.dcdw), raw(new), leaf.rule, moving)
         return New(new[()] if isinstance(leaf.w, np.generic) else new, velocity)
