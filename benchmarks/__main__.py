@@ -10,7 +10,7 @@ from time import perf_counter
 
 import lars_tree
 from benchmarks import optimizers, plots, report
-from benchmarks.contestants import CONTESTANTS, check, present
+from benchmarks.contestants import CONTESTANTS, PEERS, check, present
 from benchmarks.sections import SECTIONS, Plan, Results
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -31,9 +31,9 @@ def main(arguments: list[str]) -> None:
         if importlib.util.find_spec(module) is None:
             parser.error(f"{module} is not installed: see benchmarks/requirements.txt")
 
-    contestants = present(options.without)
+    contestants = present(CONTESTANTS, PEERS, options.without)
     check(contestants)
-    with_momentum = optimizers.present(options.without)
+    with_momentum = present(optimizers.OPTIMIZERS, optimizers.PEERS, options.without)
     optimizers.check(with_momentum)
     if not lars_tree.native_available():
         _say("The native kernel is not built: lars_tree is measured without it.")

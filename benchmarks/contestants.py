@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import chdir
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
@@ -245,12 +245,14 @@ PEERS = {
 CONTESTANTS |= PEERS
 
 
-def present(without: list[str]) -> dict[str, Contestant]:
-    """The contestants that are installed, less the peers that a word of `without` names."""
+def present(
+    everyone: dict[str, Contestant], peers: Collection[str], without: list[str]
+) -> dict[str, Contestant]:
+    """Those that are installed, less the peers that a word of `without` names."""
     return {
         name: contestant
-        for name, contestant in CONTESTANTS.items()
-        if contestant.installed and not (name in PEERS and any(word in name for word in without))
+        for name, contestant in everyone.items()
+        if contestant.installed and not (name in peers and any(word in name for word in without))
     }
 
 

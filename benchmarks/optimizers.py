@@ -99,15 +99,6 @@ OPTIMIZERS = {
 PEERS = {name for name in OPTIMIZERS if name.startswith(("timm", "pytorch_optimizer"))}
 
 
-def present(without: list[str]) -> dict[str, Contestant]:
-    """Those that are installed, less the peers that a word of `without` names."""
-    return {
-        name: contestant
-        for name, contestant in OPTIMIZERS.items()
-        if contestant.installed and not (name in PEERS and any(word in name for word in without))
-    }
-
-
 def check(contestants: dict[str, Contestant]) -> None:
     """Refuse to time an optimizer that does not take two steps with momentum as by hand.
 

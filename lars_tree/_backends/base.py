@@ -114,10 +114,6 @@ class Backend(ABC):
         """A new 0-d array of integers that counts from 0, on the device of w."""
 
     @abstractmethod
-    def velocity_dtype(self, w: Array) -> Any:
-        """The dtype of the velocity of w: its own, or float32 if that is shorter than float32."""
-
-    @abstractmethod
     def update(self, leaves: list[Leaf]) -> list[New]:
         """The weights and velocities after one step, written to `out` where that is not None.
 
@@ -143,6 +139,10 @@ class Backend(ABC):
         written, where something is not plain; the leaves may also be no arrays, or None.
         """
         return None
+
+    def velocity_dtype(self, w: Array) -> Any:
+        """The dtype of the velocity of w: its own, or float32 if that is shorter than float32."""
+        return np.dtype(np.float32) if w.dtype.itemsize == 2 else w.dtype
 
     def namespace(self, x: Array) -> Any:
         """The module with functions such as `clip` and `cos` of arrays like x."""

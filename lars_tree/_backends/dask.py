@@ -51,9 +51,6 @@ class DaskBackend(ArraysBackend):
     def counter(self, w: Array) -> Array:
         return da.zeros((), dtype=np.int64)
 
-    def velocity_dtype(self, w: Array) -> Any:
-        return np.dtype(np.float32) if w.dtype.itemsize == 2 else w.dtype
-
     def fault(self, x: Array) -> str | None:
         if any(math.isnan(length) for length in x.shape):
             return "a dask array of unknown shape: call its compute_chunk_sizes() first"

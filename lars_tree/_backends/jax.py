@@ -85,9 +85,6 @@ class JaxBackend(ArraysBackend):
     def counter(self, w: Array) -> Array:
         return jnp.zeros((), jnp.int32)
 
-    def velocity_dtype(self, w: Array) -> Any:
-        return np.dtype(np.float32) if w.dtype.itemsize == 2 else w.dtype
-
     def step(self, w: Array, dcdw: Array, rule: Rule, velocity: Array | None = None) -> New:
         if not jnp.iscomplexobj(w):
             return super().step(w, dcdw, rule, velocity)

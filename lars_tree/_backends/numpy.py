@@ -62,9 +62,6 @@ class NumpyBackend(Backend):
     def counter(self, w: Array) -> Array:
         return np.zeros((), np.int64)
 
-    def velocity_dtype(self, w: Array) -> Any:
-        return np.dtype(np.float32) if w.dtype.itemsize == 2 else w.dtype
-
     def update_plain(self, columns: Columns) -> tuple[list[Any], list[Any]] | None:
         # New arrays are to be of the class of w, which a memory map's are not.
         types = (np.ndarray,) if columns.outs is None else (np.ndarray, np.memmap)
