@@ -98,7 +98,10 @@ def workers(tmp_path):
     # Without a dashboard there is a server all the same, at a port that may not be free.
     local = {"host": "127.0.0.1", "scheduler_kwargs": {"dashboard_address": "127.0.0.1:0"}}
     where = {"local_directory": tmp_path / "spill", "dashboard_address": None}
+    # Chunks go to disk, and work waits for it, well before a worker would be ended for its memory.
+    early = {"target": 0.4, "spill": 0.5, "pause": 0.6}
     with (
+        dask.config.set({f"distributed.worker.memory.{name}": x for name, x in early.items()}),
         distributed.LocalCluster(**options, **local, **where) as cluster,
         distributed.Client(cluster) as client,
     ):
