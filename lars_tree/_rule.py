@@ -93,6 +93,11 @@ def move(w: Any, velocity: Any, step: Any, rule: Rule) -> tuple[Any, Any]:
     return w - rule.rate * moved_by, velocity
 
 
+def is_zero(number: Any) -> bool:
+    """Whether an option is known to be 0, as an array is not."""
+    return isinstance(number, (int, float)) and number == 0
+
+
 NUMBERS = ("lr", "decay_lambda", "trust_coefficient", "eps", "grad_scale")
 MOTION_NUMBERS = ("momentum", "rate")
 
@@ -135,7 +140,7 @@ def step(ops: Ops, w: Any, dcdw: Any, rule: Rule, velocity: Any = None) -> tuple
     the step along dcdw scales like w, the part along w not at all. So norms are scaled to be near
     1, where no square can overflow or vanish, and scaling by powers of two changes no bit.
     """
-    decays = not (isinstance(rule.decay_lambda, float) and rule.decay_lambda == 0)
+    decays = not is_zero(rule.decay_lambda)
     if rule.adapt:
         w_norm, dcdw_norm = ops.norms(w, dcdw, rule.layer_axis)
         scale = ops.maximum(dcdw_norm.scale / rule.grad_scale, rule.decay_lambda * w_norm.scale)

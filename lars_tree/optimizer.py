@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lars_tree import _backends, _checks, _options, _tree, errors, schedules
+from lars_tree._rule import is_zero
 from lars_tree.array import Array, unwrap
 from lars_tree.container import Container
 from lars_tree.update import advance
@@ -137,8 +138,7 @@ class Lars:
 
     @property
     def _moves(self) -> bool:
-        momentum = self.options["momentum"]
-        return not (isinstance(momentum, (int, float)) and momentum == 0)
+        return not is_zero(self.options["momentum"])
 
     def _check_state(self, state: Any) -> None:
         names = ["step", "skipped", *(["velocity"] if self._moves else [])]

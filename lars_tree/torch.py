@@ -7,19 +7,25 @@ accelerators, DTensor, under `torch.compile`) by multi-tensor operations that wa
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lars_tree import _options
-from lars_tree._backends.base import Leaf
-from lars_tree._backends.torch import BACKEND, is_in_cpu_memory, step_in_place
-from lars_tree._rule import Rule
-from lars_tree.errors import LarsTreeError, Path, did_you_mean, enumerated
-from lars_tree.update import advance
+from lars_tree._backends.torch import BACKEND, is_in_cpu_memory
+from lars_tree._memory import uninterrupted
+from lars_tree._torch_batches import (
+    Batch,
+    check_elsewhere,
+    named,
+    step_elsewhere,
+    step_in_cpu_memory,
+)
+from lars_tree.errors import did_you_mean
 
 __all__ = ["Lars", "param_groups"]
 
@@ -135,12 +141,21 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
         """
         final: dict[str, Any] = {}
         before = [{name: group[name] for name in self.defaults} for group in self.param_groups]
-        # The last hook sees what the others made of it.
-        last = self.register_load_state_dict_pre_hook(lambda _, given: final.update(given))
+        # The last hook before sees what the others made of the state; the first one after lets the
+        # others see, and change, what is loaded.
+        hooks = (
+            self.register_load_state_dict_pre_hook(lambda _, given: final.update(given)),
+            self.register_load_state_dict_post_hook(
+                lambda _: self._finish_loading(final, before), prepend=True
+            ),
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
-            last.remove()
+            for hook in hooks:
+                hook.remove()
+
+    def _finish_loading(self, final: dict[str, Any], before: list[dict[str, Any]]) -> None:
         groups = zip(self.param_groups, final["param_groups"], before, strict=True)
         for group, given, options in groups:
             group.update((name, x) for name, x in options.items() if name not in given)
@@ -165,8 +180,9 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
 
         Raises:
             RuntimeError: A gradient is sparse.
-            LarsTreeError: Parameters in CPU memory, their gradients or buffers do not fit together,
-                share memory, or cannot be written to; none of them was then.
+            LarsTreeError: Parameters, their gradients or buffers do not fit together, share memory,
+                or cannot be written to; none of them was then. (Of parameters on accelerators only
+                the first, and whether two start at one address, can be told without delay.)
         """
         loss = None
         if closure is not None:
@@ -174,25 +190,34 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
                 loss = closure()
         grad_scale, found_inf = (getattr(self, x, None) for x in ("grad_scale", "found_inf"))
         here, elsewhere = self._batches()
-        if here and not (found_inf is not None and bool(found_inf)):
-            scale = 1.0 if grad_scale is None else float(grad_scale)
-            self._keep_buffers(here)  # before, so that Ctrl-C cannot come between
-            try:
-                _step_in_cpu_memory([batch for batch in here if batch.moves], scale)
-            except LarsTreeError:  # nothing was written, so the first step is still to come
-                self._drop_buffers(here)
-                raise
-            _step_in_cpu_memory([batch for batch in here if not batch.moves], scale)
-        if elsewhere:
-            self._keep_buffers(elsewhere)
-            _step_elsewhere(elsewhere, 1.0 if grad_scale is None else grad_scale, found_inf)
+        first = any(batch.is_first for batch in here + elsewhere)
+        if found_inf is not None and (here or any(batch.is_undamped for batch in elsewhere)):
+            # What is in CPU memory cannot wait to know, and only a step that is taken is the first.
+            if found_inf:
+                return loss
+            found_inf = None
+        compiling = torch.compiler.is_compiling()
+        leaves = [leaf for batch in elsewhere for leaf in batch.leaves(grad_scale)]
+        with named(elsewhere):
+            if not compiling:
+                check_elsewhere(leaves, elsewhere)
+        # Ctrl-C must not part a first step from its buffers.
+        with uninterrupted() if first and not compiling else nullcontext(), named(here):
+            if here:
+                step_in_cpu_memory(here, 1.0 if grad_scale is None else float(grad_scale))
+                self._keep_buffers(here)
+            if elsewhere:
+                step_elsewhere(leaves, elsewhere, found_inf)
+                self._keep_buffers(elsewhere)
         return loss
 
-    def _batches(self) -> tuple[list[_Batch], list[_Batch]]:
+    def _batches(self) -> tuple[list[Batch], list[Batch]]:
         """What there is to be stepped in CPU memory, and elsewhere."""
-        batches: dict[tuple[bool, int, bool], _Batch] = {}
+        batches: dict[tuple[bool, int, bool], Batch] = {}
         compiling = torch.compiler.is_compiling()
         for number, group in enumerate(self.param_groups):
+            if not compiling:  # schedulers set what they like
+                _check(group, waits=False)
             moves = group["momentum"] != 0
             many = group["foreach"] or compiling
             for place, p in enumerate(group["params"]):
@@ -208,129 +233,34 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
                 key = (not many and is_in_cpu_memory(p), number, is_first)
                 batch = batches.get(key)
                 if batch is None:
-                    batch = batches[key] = _Batch(group, number, is_first)
+                    batch = batches[key] = Batch(group, number, is_first)
                 batch.add(place, p, grad, buffer)
         found = list(batches.items())
         return [x for key, x in found if key[0]], [x for key, x in found if not key[0]]
 
-    def _keep_buffers(self, batches: list[_Batch]) -> None:
+    def _keep_buffers(self, batches: list[Batch]) -> None:
         """Keep those that are new."""
         for batch in batches:
             if batch.is_first:
                 for p, buffer in zip(batch.params, batch.buffers, strict=True):
                     self.state[p]["momentum_buffer"] = buffer
 
-    def _drop_buffers(self, batches: list[_Batch]) -> None:
-        for batch in batches:
-            if batch.is_first:
-                for p in batch.params:
-                    del self.state[p]["momentum_buffer"]
 
+def _check(options: dict[str, Any], waits: bool = True) -> None:
+    """Raise ValueError for what the rule is not defined for.
 
-class _Batch:
-    """Parameters of one group that are stepped alike, with their gradients and buffers."""
-
-    def __init__(self, group: dict[str, Any], number: int, is_first: bool) -> None:
-        self.group = group
-        self.number = number
-        self.name = f"param_groups[{number}]" + (" at its first step" if is_first else "")
-        self.is_first = is_first
-        self.moves: bool = group["momentum"] != 0
-        self.places: list[int] = []
-        self.params: list[Tensor] = []
-        self.grads: list[Tensor] = []
-        self.buffers: list[Tensor | None] = []
-
-    def add(self, place: int, param: Tensor, grad: Tensor, buffer: Tensor | None) -> None:
-        """Add a parameter with its place in the group."""
-        self.places.append(place)
-        self.params.append(param)
-        self.grads.append(grad)
-        self.buffers.append(buffer)
-
-    def options(self, grad_scale: Any) -> dict[str, Any]:
-        """The options of the rule, by their names there."""
-        group = self.group
-        taken_in = 1.0 if self.is_first else 1.0 - group["dampening"]
-        moving = {"lr": taken_in, "rate": group["lr"]} if self.moves else {"lr": group["lr"]}
-        return {
-            **_options.DEFAULTS,
-            **moving,
-            **{name: group[name] for name in _SHARED},
-            "decay_lambda": group["weight_decay"],
-            "grad_scale": grad_scale,
-        }
-
-
-# What is called the same here and in the rule.
-_SHARED = (
-    *("momentum", "nesterov", "trust_coefficient", "eps"),
-    *("trust_clip", "adapt", "maximize", "layer_axis"),
-)
-
-
-def _step_in_cpu_memory(batches: list[_Batch], grad_scale: float) -> None:
-    """All at once, so that all is checked before the first is written."""
-    if not batches:
-        return
-    by_batch = {batch.name: batch.options(grad_scale) for batch in batches}
-    options: dict[str, Any] = {}
-    for name, value in next(iter(by_batch.values())).items():
-        values = {batch: given[name] for batch, given in by_batch.items()}
-        same = all(other is value or other == value for other in values.values())
-        options[name] = value if same else values
-    params = {batch.name: batch.params for batch in batches}
-    grads = {batch.name: batch.grads for batch in batches}
-    state: dict[str, Any] = {}
-    if batches[0].moves:
-        state["velocity"] = {batch.name: batch.buffers for batch in batches}
-    try:
-        advance(params, grads, params, options, state)
-    except LarsTreeError as error:
-        names = _names(batches, error.paths)
-        if names:
-            error.add_note(f"parameters: {enumerated(names, 10)}")
-        raise
-
-
-def _names(batches: list[_Batch], paths: tuple[Path, ...]) -> list[str]:
-    """What the optimizer's user calls the parameters at these paths; options have shorter ones."""
-    by_name = {batch.name: batch for batch in batches}
-    names = []
-    for path in (path for path in paths if len(path) == 2):
-        batch: Any = by_name[str(path[0])]
-        place = batch.places[path[1]]
-        known = batch.group.get("param_names")
-        numbered = f"param_groups[{batch.number}]['params'][{place}]"
-        names.append(known[place] if known else numbered)
-    return names
-
-
-def _step_elsewhere(batches: list[_Batch], grad_scale: Any, found_inf: Tensor | None) -> None:
-    leaves = []
-    for batch in batches:
-        options = {
-            name: float(x) if isinstance(x, int) and not isinstance(x, bool) else x
-            for name, x in batch.options(grad_scale).items()
-        }
-        rule = Rule(**{**options, "layer_axis": batch.group["layer_axis"]})
-        rows = zip(batch.params, batch.grads, batch.buffers, strict=True)
-        leaves += [Leaf(0, p, grad, p, rule, BACKEND, buffer) for p, grad, buffer in rows]
-    if all(batch.group["foreach"] is False for batch in batches):
-        for leaf in leaves:
-            step_in_place([leaf], found_inf)
-    else:
-        step_in_place(leaves, found_inf)
-
-
-def _check(options: dict[str, Any]) -> None:
+    Unless it waits, tensors on a device are not looked into.
+    """
     lr = options["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
     words = {"lr": "learning rate", "momentum": "momentum value"}
     for name in ("lr", "momentum", "dampening", "weight_decay", "trust_coefficient", "eps"):
-        if isinstance(options[name], bool) or not 0 <= options[name] < float("inf"):
-            raise ValueError(f"Invalid {words.get(name, name)}: {options[name]}")
+        x = options[name]
+        if isinstance(x, Tensor) and not (waits or x.is_cpu):
+            continue
+        if isinstance(x, bool) or not 0 <= x < float("inf"):
+            raise ValueError(f"Invalid {words.get(name, name)}: {x}")
     if options["dampening"] > 1:
         raise ValueError(f"Invalid dampening: {options['dampening']}")
     if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
@@ -338,6 +268,9 @@ def _check(options: dict[str, Any]) -> None:
     for name in ("nesterov", "trust_clip", "adapt", "maximize"):
         if not isinstance(options[name], bool):
             raise ValueError(f"Invalid {name}: expected True or False, got {options[name]!r}")
+    axis = options["layer_axis"]
+    if axis is not None and (isinstance(axis, bool) or not hasattr(axis, "__index__")):
+        raise ValueError(f"Invalid layer_axis: expected an axis or None, got {axis!r}")
 
 
 def param_groups(
@@ -370,6 +303,7 @@ def param_groups(
 
     Raises:
         TypeError: An option is not one of `Lars`.
+        ValueError: A parameter has no shape yet.
     """
     known = signature(Lars).parameters.keys() - {"params"}
     for name in options.keys() - known:
@@ -380,10 +314,12 @@ def param_groups(
     adapted: list[tuple[str, Tensor]] = []
     others: list[tuple[str, Tensor]] = []
     for name, p in model.named_parameters():
+        if is_lazy(p):
+            raise ValueError(f"{name} has no shape yet: run the model once to initialise it")
         if p.requires_grad:
             (others if left_out(name, p) else adapted).append((name, p))
     groups = [
         {"params": adapted, **options},
-        {"params": others, **options, "weight_decay": 0.0, "adapt": False},
+        {"params": others, **options, "weight_decay": 0.0, "adapt": False, "layer_axis": None},
     ]
     return [group for group in groups if group["params"]]

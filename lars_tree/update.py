@@ -18,6 +18,7 @@ import numpy as np
 
 from lars_tree import _backends, _checks, _memory, _nonfinite, _options, _tree, errors
 from lars_tree._backends.base import Columns, Leaf, New
+from lars_tree._rule import Rule, is_zero
 from lars_tree.array import Array, unwrap
 
 State = dict[str, Any]
@@ -246,7 +247,7 @@ def _arrays(columns: Columns, paths: Paths) -> list[Leaf]:
                 strangers["w"].append((paths()[place], text))
         elif writes and out is None:
             strangers["out"].append((paths()[place], "expected an array, got None"))
-        elif moves and velocity is None:
+        elif moves and velocity is None and _needs_velocity(columns.rules[place], dcdw):
             strangers["state"].append((paths()[place], "expected a velocity, got None"))
         else:
             if isinstance(dcdw, (int, float, complex)) and not isinstance(dcdw, bool):
@@ -257,6 +258,10 @@ def _arrays(columns: Columns, paths: Paths) -> list[Leaf]:
             headline = f"{argument} holds something that is no array"
             raise errors.error(errors.LeafError, argument, headline, lines)
     return leaves
+
+
+def _needs_velocity(rule: Rule, dcdw: Any) -> bool:
+    return dcdw is not None and not is_zero(rule.momentum)
 
 
 def _machine_number(x: complex) -> complex:

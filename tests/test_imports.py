@@ -20,7 +20,7 @@ LAYERS = [
     ["demo"],
     ["__init__"],
     ["optimizer", "torch"],
-    ["container", "schedules"],
+    ["container", "schedules", "_torch_batches"],
     ["update"],
     ["_checks", "_compare", "_nonfinite"],
     ["_options", "_show"],

@@ -62,7 +62,8 @@ class Columns(NamedTuple):
     """All leaves of a nest side by side, unchecked: for the quick way.
 
     Where `outs` is None the results are new arrays; else velocities are written to where they are,
-    and one is added to `counter`, an array of one integer.
+    and one is added to `counter`, an array of one integer. A leaf without momentum may have None
+    among the velocities.
     """
 
     ws: list[Any]

@@ -309,6 +309,28 @@ def is_in_cpu_memory(x: Tensor) -> bool:
     return type(x) in _TYPES and x.is_cpu
 
 
+def looks_right(leaves: list[Leaf]) -> bool:
+    """Whether tensors fit together, as far as can be told at once and without an error.
+
+    What is wrong is for the checks to say; that two of them overlap, but do not start at one
+    address, is not seen.
+    """
+    starts = []
+    for leaf in leaves:
+        w, velocity, axis = leaf.w, leaf.velocity, leaf.rule.layer_axis
+        for x in (leaf.dcdw, w if velocity is None else velocity):
+            if (x.shape, x.device, x.is_complex()) != (w.shape, w.device, w.is_complex()):
+                return False
+        if velocity is not None and velocity.dtype != BACKEND.velocity_dtype(w):
+            return False
+        if w.dtype not in _NUMPY_TYPES or not (axis is None or -w.ndim <= axis < w.ndim):
+            return False
+        local = shard_of(w)
+        if type(local) in _TYPES and local.numel():
+            starts.append(local.data_ptr())
+    return len(starts) == len(set(starts))
+
+
 def _is_plain_counter(x: Any) -> bool:
     is_number = type(x) is Tensor and x.dtype == torch.int64 and x.numel() == 1
     return is_number and x.device.type == "cpu" and BACKEND.fault(x) is None

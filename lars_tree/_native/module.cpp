@@ -59,7 +59,7 @@ public:
 };
 
 // The arrays of a leaf; without an `out` the results are new arrays, without a velocity there is
-// no momentum.
+// no momentum: it is null where no leaf has one, and None where this one does not.
 struct Arrays {
     PyObject *w, *dcdw, *out, *velocity;
 };
@@ -81,20 +81,23 @@ public:
         Buffer of_w, of_dcdw, of_out, of_velocity, of_copy;
         Arrays to = given;
         if (!read_rule_of(fields)) return false;
+        if (to.velocity == Py_None) {
+            if (rules.back().momentum != 0) return false;
+            to.velocity = nullptr;
+        }
         if (!reader.read(given.w, given.out == given.w, weights, of_w.view)) return false;
         if (!reader.read(given.dcdw, false, gradients, of_dcdw.view)) return false;
         if (!fit(weights, gradients) || !is_dense(weights)) return false;
         // Also before it is copied: copy(velocity) may take what is no such array, or was freed.
-        if (given.velocity && !read_velocity(given.velocity, given.out != nullptr, weights, moving,
-                                             of_velocity.view)) {
+        if (to.velocity && !read_velocity(to.velocity, given.out != nullptr, weights, moving,
+                                          of_velocity.view)) {
             return false;
         }
         if (!given.out) {
             to.out = made.out = PyObject_CallFunctionObjArgs(makers.make, given.w, nullptr);
             if (!made.out) return false;
-            if (given.velocity) {
-                made.velocity =
-                    PyObject_CallFunctionObjArgs(makers.copy, given.velocity, nullptr);
+            if (to.velocity) {
+                made.velocity = PyObject_CallFunctionObjArgs(makers.copy, to.velocity, nullptr);
                 if (!made.velocity) return false;
                 if (!read_velocity(made.velocity, true, weights, moving, of_copy.view)) {
                     return false;
@@ -112,7 +115,7 @@ public:
                           weights.format, gradients.format, &rules.back()});
         if (given.out) {
             note(results, written);
-            if (given.velocity) note(moving, written);
+            if (to.velocity) note(moving, written);
             if (weights.data != results.data) note(weights, read);
             // A gradient may be the very memory of its own result: it is read first.
             if (gradients.data != results.data || gradients.format != results.format) {
@@ -127,14 +130,14 @@ public:
     bool keep(const Arrays& given) {
         Memory weights, moving;
         Buffer of_w, of_velocity;
+        const bool moves = given.velocity && given.velocity != Py_None;
         if (!reader.read(given.w, true, weights, of_w.view) || !is_dense(weights)) return false;
-        if (given.velocity &&
-            !read_velocity(given.velocity, true, weights, moving, of_velocity.view)) {
+        if (moves && !read_velocity(given.velocity, true, weights, moving, of_velocity.view)) {
             return false;
         }
         if (weights.size == 0) return true;
         note(weights, written);
-        if (given.velocity) note(moving, written);
+        if (moves) note(moving, written);
         return true;
     }
 
@@ -191,8 +194,8 @@ const char update_doc[] =
     "Step all arrays, and return the lists of new weights and of velocities; None if one array is\n"
     "not plain.\n\n"
     "outs are the arrays to write to, or None for new ones that make(w) and copy(velocity) give.\n"
-    "velocities are stepped in place; None for no momentum. counter is None or an array of one\n"
-    "int64, to which one is added. begin(written) is called when all is checked, with those of\n"
+    "velocities are stepped in place; None, for all or in the place of one, for no momentum. counter\n"
+    "is None or an array of one int64, to which one is added. begin(written) is called when all is checked, with those of\n"
     "outs and velocities that are written to. See Reader in memory.hpp for types, tensors and\n"
     "as_bits.";
 
@@ -238,12 +241,13 @@ PyObject* update(PyObject*, PyObject* args) {
             const Arrays given = {PyList_GetItem(ws, i), PyList_GetItem(dcdws, i), item(outs, i),
                                   item(velocities, i)};
             const bool is_kept = given.dcdw == Py_None && given.w != Py_None;
-            if (given.w == Py_None && given.dcdw == Py_None && (!in_place || given.out == Py_None) &&
-                (!given.velocity || given.velocity == Py_None)) {  // nothing there
+            const bool moves = given.velocity && given.velocity != Py_None;
+            if (!in_place && given.velocity && !moves) {
+                PyList_SetItem(new_velocities, i, Py_NewRef(Py_None));
+            }
+            if (given.w == Py_None && given.dcdw == Py_None && !moves &&
+                (!in_place || given.out == Py_None)) {  // nothing there
                 if (!in_place) PyList_SetItem(new_ws, i, Py_NewRef(Py_None));
-                if (!in_place && given.velocity) {
-                    PyList_SetItem(new_velocities, i, Py_NewRef(Py_None));
-                }
                 continue;
             }
             if (is_kept && in_place && given.out == given.w) {
@@ -258,9 +262,7 @@ PyObject* update(PyObject*, PyObject* args) {
             if (PyErr_Occurred()) return nullptr;
             if (!plain) Py_RETURN_NONE;
             if (in_place && PyList_Append(written, given.out) != 0) return nullptr;
-            if (in_place && given.velocity && PyList_Append(written, given.velocity) != 0) {
-                return nullptr;
-            }
+            if (in_place && moves && PyList_Append(written, given.velocity) != 0) return nullptr;
         }
         if (leaves.overlap()) Py_RETURN_NONE;
         if (begin != Py_None) {

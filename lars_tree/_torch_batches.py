@@ -1,0 +1,132 @@
+"""What a torch optimizer steps: parameters in batches, in CPU memory or elsewhere.
+
+`torch.py` makes the batches, in the terms of torch; here they become the terms of the rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+from lars_tree import _checks, _options
+from lars_tree._backends.base import Leaf
+from lars_tree._backends.torch import BACKEND, is_in_cpu_memory, looks_right, step_in_place
+from lars_tree._rule import Rule
+from lars_tree.errors import LarsTreeError, Path, enumerated
+from lars_tree.update import advance
+
+
+class Batch:
+    """Parameters of one group that are stepped alike, with their gradients and buffers."""
+
+    def __init__(self, group: dict[str, Any], number: int, is_first: bool) -> None:
+        self.group = group
+        self.number = number
+        self.name = f"param_groups[{number}]" + (" at its first step" if is_first else "")
+        self.is_first = is_first
+        self.moves: bool = group["momentum"] != 0
+        self.is_undamped: bool = is_first and group["dampening"] != 0
+        self.places: list[int] = []
+        self.params: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        self.buffers: list[Tensor | None] = []
+
+    def add(self, place: int, param: Tensor, grad: Tensor, buffer: Tensor | None) -> None:
+        """Add a parameter with its place in the group."""
+        self.places.append(place)
+        self.params.append(param)
+        self.grads.append(grad)
+        self.buffers.append(buffer)
+
+    def options(self, grad_scale: Any) -> dict[str, Any]:
+        """The options of the rule, by their names there."""
+        group, lr = self.group, self.group["lr"]
+        if isinstance(lr, Tensor) and lr.ndim:
+            lr = lr.reshape(())
+        taken_in = 1.0 if self.is_first else 1.0 - group["dampening"]
+        moving = {"lr": taken_in, "rate": lr} if self.moves else {"lr": lr, "rate": 1.0}
+        return {
+            **_options.DEFAULTS,
+            **{name: group[name] for name in _SHARED},
+            **moving,
+            "decay_lambda": group["weight_decay"],
+            "grad_scale": grad_scale,
+        }
+
+    def leaves(self, grad_scale: Any) -> list[Leaf]:
+        """The parameters as what a backend steps."""
+        options = {
+            name: float(x) if isinstance(x, Real) and not isinstance(x, bool) else x
+            for name, x in self.options(1.0 if grad_scale is None else grad_scale).items()
+        }
+        rule = Rule(**{**options, "layer_axis": self.group["layer_axis"]})
+        rows = zip(self.params, self.grads, self.buffers, strict=True)
+        return [Leaf(0, p, grad, p, rule, BACKEND, buffer) for p, grad, buffer in rows]
+
+
+# What is called the same here and in the rule.
+_SHARED = (
+    *("momentum", "nesterov", "trust_coefficient", "eps"),
+    *("trust_clip", "adapt", "maximize", "layer_axis"),
+)
+
+
+def step_in_cpu_memory(batches: list[Batch], grad_scale: float) -> None:
+    """All at once, so that all is checked before the first is written."""
+    by_batch = {batch.name: batch.options(grad_scale) for batch in batches}
+    options: dict[str, Any] = {}
+    for name, value in next(iter(by_batch.values())).items():
+        values = {batch: given[name] for batch, given in by_batch.items()}
+        same = all(other is value or other == value for other in values.values())
+        options[name] = value if same else values
+    params = {batch.name: batch.params for batch in batches}
+    grads = {batch.name: batch.grads for batch in batches}
+    buffers = {batch.name: batch.buffers for batch in batches}
+    advance(params, grads, params, options, {"velocity": buffers})
+
+
+@contextmanager
+def named(batches: list[Batch]) -> Iterator[None]:
+    """Have errors say what the optimizer's user calls the parameters."""
+    try:
+        yield
+    except LarsTreeError as error:
+        names = _names(batches, error.paths)
+        if names:
+            error.add_note(f"parameters: {enumerated(names, 10)}")
+        raise
+
+
+def _names(batches: list[Batch], paths: tuple[Path, ...]) -> list[str]:
+    """What the optimizer's user calls the parameters at these paths; options have shorter ones."""
+    by_name = {batch.name: batch for batch in batches}
+    names = []
+    for path in (path for path in paths if len(path) == 2):
+        batch: Any = by_name[str(path[0])]
+        place = batch.places[path[1]]
+        known = batch.group.get("param_names")
+        numbered = f"param_groups[{batch.number}]['params'][{place}]"
+        names.append(known[place] if known else numbered)
+    return names
+
+
+def check_elsewhere(leaves: list[Leaf], batches: list[Batch]) -> None:
+    """Check what is in CPU memory after all, or looks wrong: on a device the checks take longer
+    than the step.
+    """
+    suspects = leaves if not looks_right(leaves) else [x for x in leaves if is_in_cpu_memory(x.w)]
+    paths: list[Path] = [(batch.name, i) for batch in batches for i in range(len(batch.params))]
+    places = {id(leaf): place for place, leaf in enumerate(leaves)}
+    _checks.check([x._replace(place=places[id(x)]) for x in suspects], lambda: paths)
+
+
+def step_elsewhere(leaves: list[Leaf], batches: list[Batch], found_inf: Tensor | None) -> None:
+    if all(batch.group["foreach"] is False for batch in batches):
+        for leaf in leaves:
+            step_in_place([leaf], found_inf)
+    else:
+        step_in_place(leaves, found_inf)
