@@ -71,8 +71,8 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
         eps: Added to the denominator.
         trust_clip: True (LARC): ratio is never above 1.
         adapt: False: ratio is 1, which makes it SGD, as for biases and norm layers.
-        foreach: True to take multi-tensor operations on the CPU too; False to take parameters one
-            by one on accelerators.
+        foreach: True to take multi-tensor operations on the CPU too, as exact as on accelerators;
+            False to take parameters one by one on accelerators.
         maximize: Go uphill.
         layer_axis: The axis along which parameters stack layers, with a ratio for each index.
 

@@ -7,12 +7,14 @@ import pickle
 
 import numpy as np
 import pytest
+from conftest import to_library, to_numpy
 from test_optimizer import G, W, random_tree, steps
 
 from lars_tree import (
     Container,
     Lars,
     LarsTreeError,
+    LeafError,
     NonFiniteError,
     OptionError,
     OutError,
@@ -60,6 +62,30 @@ def test_a_velocity_that_is_a_scalar_of_numpy_is_stepped():
     actual = opt.update(w, g, state)
     assert float(actual[1].velocity) == float(expected[1].velocity) != 0
     assert float(actual[0]) == float(expected[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"nonfinite": "skip"}])  # the quick way and the long one
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_leaf_without_momentum_or_gradient_needs_no_velocity(library, options, in_place):
+    if in_place and not library.mutable:
+        pytest.skip("this library's arrays cannot be written")
+    w = {k: to_library(library.name, x) for k, x in {"a": W, "b": 2 * W, "c": 3 * W}.items()}
+    g = {"a": to_library(library.name, G), "b": to_library(library.name, G), "c": None}
+    opt = Lars(0.1, {"a": 0.9, "b": 0.0, "c": 0.9}, **options)
+    state = opt.init(w)
+    expected, _ = opt.update(w, g, opt.init(w))
+    state.velocity |= {"b": None, "c": None}
+    lacking = copy.deepcopy(state)
+    lacking["velocity"]["a"] = None
+    with pytest.raises(LeafError, match="a: expected a velocity, got None"):
+        opt.update(w, g, lacking, out=w if in_place else None)
+    new, state = opt.update(w, g, state, out=w if in_place else None)
+    for key, x in expected.items():
+        assert to_numpy(new[key]).tolist() == pytest.approx(to_numpy(x).tolist(), rel=1e-15)
+    assert to_numpy(new["c"]).tolist() == (3 * W).tolist()
+    assert to_numpy(state.velocity.a).any()
+    assert (state.velocity.b, state.velocity.c) == (None, None)
+    assert int(state.step) == 1
 
 
 def test_nothing_is_written_when_a_step_raises():

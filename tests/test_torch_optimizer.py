@@ -152,6 +152,18 @@ def test_groups_override_each_option(foreach):
 
 
 @FOREACH
+def test_without_decay_an_infinite_weight_is_no_reason_for_nan(foreach):
+    """Also where another group decays."""
+    p, q = parameter([np.inf, 1.0]), parameter()
+    groups = [{"params": [p]}, {"params": [q], "weight_decay": 0.1}]
+    opt = Lars(groups, 0.5, adapt=False, foreach=foreach)
+    opt.step()
+    opt.step()
+    assert opt.state[p]["momentum_buffer"].tolist() == pytest.approx([1.9 * g for g in G])
+    assert p.tolist() == pytest.approx([np.inf, 1 - 0.5 * (1 + 1.9) * G[1]])
+
+
+@FOREACH
 def test_stacked_layers_step_like_each_alone(foreach):
     generator = torch.Generator().manual_seed(0)
     w, *gs = torch.randn(4, 3, 4, 5, generator=generator, dtype=torch.float64)

@@ -139,7 +139,8 @@ def _group(layer: Layer) -> Hashable:
     """Equal for layers that are stepped together."""
     rule = layer.rule
     flags = rule.adapt, rule.trust_clip, rule.nesterov, rule.maximize
-    return layer.w.device, wide(layer), layer.velocity is None, flags
+    decays = not _rule.is_zero(rule.decay_lambda)  # a decay of 0 makes no NaN of infinite weights
+    return layer.w.device, wide(layer), layer.velocity is None, flags, decays
 
 
 def _step_group(group: list[Layer], ops: TensorsOps) -> tuple[list[Tensor], list[Tensor]]:
