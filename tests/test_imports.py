@@ -98,6 +98,11 @@ def test_an_import_the_other_way_would_be_seen():
     assert RANK["update"] < RANK["_tree"]
 
 
-def test_no_file_is_longer_than_400_lines():
-    files = [*PACKAGE.rglob("*.py"), *Path(__file__).parent.rglob("*.py")]
-    assert {path.name for path in files if len(path.read_text().splitlines()) > 400} == set()
+def test_no_file_is_longer_than_400_lines_or_wider_than_100_columns():
+    kinds = ("*.py", "*.hpp", "*.cpp")
+    folders = (PACKAGE, Path(__file__).parent)
+    files = [path for kind in kinds for folder in folders for path in folder.rglob(kind)]
+    lines = {path.name: path.read_text().splitlines() for path in files}
+    assert {"module.cpp", "loops.hpp", "update.py", "reference.py"} <= lines.keys()
+    assert {name for name, found in lines.items() if len(found) > 400} == set()
+    assert {name for name, found in lines.items() if max(map(len, found), default=0) > 100} == set()

@@ -1,4 +1,5 @@
-// The number formats: how an element is read, as a number that C++ has, and a double rounded to it, once.
+// The number formats: how an element is read, as a number that C++ has, and a double rounded to it,
+// once.
 //
 // Reads and writes are free of branches, so that compilers turn the loops around them into vector
 // instructions. float16 and bfloat16 are read and written as the bits that they are.

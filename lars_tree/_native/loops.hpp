@@ -54,8 +54,8 @@ struct Rows<T, Scaled, 1> {
 template <class T, bool Scaled>
 LARS_TARGET Pair sum_of_squares(const void* data, std::size_t size, double scale, double rest) {
     const T* x = static_cast<const T*>(data);
-    // Sums of subtrees of rows that still lack a neighbour, from large to small: one for each bit of
-    // the number of rows so far.
+    // Sums of subtrees of rows that still lack a neighbour, from large to small: one for each bit
+    // of the number of rows so far.
     double sums[64][lanes];
     int depth = 0;
     std::size_t rows = 0, i = 0;
@@ -91,7 +91,8 @@ LARS_TARGET double largest(const void* data, std::size_t size) {
     return most;
 }
 
-// The step itself, kept * w - on_dcdw * dcdw, element by element; `out` may be w or dcdw themselves.
+// The step itself, kept * w - on_dcdw * dcdw, element by element; `out` may be w or dcdw
+// themselves.
 
 // For numbers that leave the range of double on the way.
 template <class T, class G>
@@ -113,12 +114,38 @@ inline void apply_carefully(const T* w, const G* dcdw, T* out, std::size_t size,
     }
 }
 
+#ifdef LARS_FOURS
+// Four elements at a time, in double. Compilers take twice as many, and spend more time on taking
+// them apart and joining them than on arithmetic.
+typedef __m256d Four;
+
+LARS_TARGET inline Four read_four(const float* x) { return _mm256_cvtps_pd(_mm_loadu_ps(x)); }
+
+LARS_TARGET inline void write_four(float* out, Four x) { _mm_storeu_ps(out, _mm256_cvtpd_ps(x)); }
+
+LARS_TARGET inline std::size_t apply_fours(const float* w, const float* dcdw, float* out,
+                                           std::size_t size, double kept, double on_dcdw) {
+    std::size_t i = 0;
+    for (; i + 4 <= size; i += 4) {
+        write_four(out + i, kept * read_four(w + i) - on_dcdw * read_four(dcdw + i));
+    }
+    return i;
+}
+#endif
+
+// How many elements were done four at a time: none of other types.
+template <class T, class G>
+inline std::size_t apply_fours(const T*, const G*, T*, std::size_t, double, double) {
+    return 0;
+}
+
 template <class T, class G>
 LARS_TARGET void apply_in_double(const T* w, const G* dcdw, T* out, std::size_t size,
                                  const Coefficients& by) {
     const double kept = by.kept(), on_dcdw = by.on_dcdw;
+    const std::size_t done = apply_fours(w, dcdw, out, size, kept, on_dcdw);
     LARS_INDEPENDENT
-    for (std::size_t i = 0; i < size; ++i) {
+    for (std::size_t i = done; i < size; ++i) {
         write(out[i], kept * read(w[i]) - on_dcdw * read(dcdw[i]));
     }
 }
@@ -222,6 +249,22 @@ LARS_TARGET void apply(const void* w, const void* dcdw, void* out, std::size_t s
 
 // The step with momentum: `velocity` is stepped in place.
 
+template <class Number>
+struct Moved {
+    Number w, velocity;
+};
+
+// The same statements as in `along` and `move` in lars_tree/_rule.py; of one number, or of four.
+template <class Number>
+LARS_TARGET inline Moved<Number> moved(Number w, Number dcdw, Number velocity,
+                                       const Coefficients& by, const Motion& motion) {
+    Number step = by.on_dcdw * dcdw;
+    if (by.decays) step += by.on_w * w;
+    velocity = motion.momentum * velocity + step;
+    const Number moved_by = motion.nesterov ? step + motion.momentum * velocity : velocity;
+    return {w - motion.rate * moved_by, velocity};
+}
+
 template <class T, class G, class V>
 inline void move_carefully(const T* w, const G* dcdw, V* velocity, T* out, std::size_t size,
                            const Coefficients& by, const Motion& motion) {
@@ -231,9 +274,9 @@ inline void move_carefully(const T* w, const G* dcdw, V* velocity, T* out, std::
     };
     for (std::size_t i = 0; i < size; ++i) {
         const double weight = read(w[i]), gradient = read(dcdw[i]), before = read(velocity[i]);
-        Moved result = moved(weight, scaled(gradient, 0), before, by, motion);
+        auto result = moved(weight, scaled(gradient, 0), before, by, motion);
         if (sizeof(T) == sizeof(double)) {  // as in apply_carefully
-            Moved quarter = moved(weight / 4, scaled(gradient, -2), before / 4, by, motion);
+            auto quarter = moved(weight / 4, scaled(gradient, -2), before / 4, by, motion);
             if (!std::isfinite(result.w)) result.w = 4 * quarter.w;
             if (!std::isfinite(result.velocity)) result.velocity = 4 * quarter.velocity;
         }
@@ -242,12 +285,34 @@ inline void move_carefully(const T* w, const G* dcdw, V* velocity, T* out, std::
     }
 }
 
+#ifdef LARS_FOURS
+// By value: what is behind a reference might change with each write, as far as compilers know.
+LARS_TARGET inline std::size_t move_fours(const float* w, const float* dcdw, float* velocity,
+                                          float* out, std::size_t size, Coefficients by,
+                                          Motion motion) {
+    std::size_t i = 0;
+    for (; i + 4 <= size; i += 4) {
+        const auto result = moved(read_four(w + i), read_four(dcdw + i), read_four(velocity + i),
+                                  by, motion);
+        write_four(velocity + i, result.velocity);
+        write_four(out + i, result.w);
+    }
+    return i;
+}
+#endif
+
+template <class T, class G, class V>
+inline std::size_t move_fours(const T*, const G*, V*, T*, std::size_t, Coefficients, Motion) {
+    return 0;
+}
+
 template <class T, class G, class V>
 LARS_TARGET void move(const T* w, const G* dcdw, V* velocity, T* out, std::size_t size,
                       const Coefficients& by, const Motion& motion) {
+    const std::size_t done = move_fours(w, dcdw, velocity, out, size, by, motion);
     LARS_INDEPENDENT
-    for (std::size_t i = 0; i < size; ++i) {
-        Moved result = moved(read(w[i]), read(dcdw[i]), read(velocity[i]), by, motion);
+    for (std::size_t i = done; i < size; ++i) {
+        auto result = moved<double>(read(w[i]), read(dcdw[i]), read(velocity[i]), by, motion);
         write(velocity[i], result.velocity);
         write(out[i], result.w);
     }
@@ -261,8 +326,8 @@ LARS_TARGET void move(const double* w, const G* dcdw, double* velocity, double* 
         double weights[block], velocities[block];
         std::uint64_t beyond = 0;
         for (std::size_t i = 0; i < block; ++i) {
-            Moved result = moved(w[start + i], read(dcdw[start + i]), velocity[start + i], by,
-                                 motion);
+            auto result = moved<double>(w[start + i], read(dcdw[start + i]), velocity[start + i],
+                                        by, motion);
             weights[i] = result.w;
             velocities[i] = result.velocity;
             beyond |= sign_if_beyond(result.w) | sign_if_beyond(result.velocity);

@@ -109,9 +109,10 @@ inline bool is_writable(char* data, std::size_t bytes) {
 class Reader {
 public:
     // `types` are those of plain arrays. `tensors` is None for what has the buffer protocol, or the
-    // capsule of DLPack's exchange table and the torch methods untyped_storage, nbytes and resizable
-    // (of that), storage_offset and is_neg. `as_bits` views a bfloat16 array, which has no buffer, as
-    // uint16; it is True where arrays of uint16 are such views already, and None for neither.
+    // capsule of DLPack's exchange table and the torch methods untyped_storage, nbytes and
+    // resizable (of that), storage_offset and is_neg. `as_bits` views a bfloat16 array, which has
+    // no buffer, as uint16; it is True where arrays of uint16 are such views already, and None for
+    // neither.
     bool open(PyObject* types_given, PyObject* tensors, PyObject* as_bits_given) {
         types = types_given;
         as_bits = as_bits_given;
@@ -126,8 +127,8 @@ public:
         return !PyErr_Occurred();
     }
 
-    // Reads an array; false if it is not plain, or with an exception set that has nothing to do with
-    // that. `buffer` is to be released when the memory is no longer looked at.
+    // Reads an array; false if it is not plain, or with an exception set that has nothing to do
+    // with that. `buffer` is to be released when the memory is no longer looked at.
     bool read(PyObject* x, bool writable, Memory& to, Py_buffer& buffer) const {
         const bool done =
             has_plain_type(x) && (untyped_storage ? read_tensor(x, writable, to)

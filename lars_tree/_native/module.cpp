@@ -1,14 +1,16 @@
 // The binding of kernel.hpp and walk.hpp: buffers in, errors out, no arithmetic.
 //
-// `update` steps all arrays of a nest in one call, or none: where an array or an option is not of the
-// plain kind that the kernel takes, it returns None and has written nothing. The caller then takes
-// the way through Python, which gives the same bits, and whose checks give every error its message.
+// `update` steps all arrays of a nest in one call, or none: where an array or an option is not of
+// the plain kind that the kernel takes, it returns None and has written nothing. The caller then
+// takes the way through Python, which gives the same bits, and whose checks give every error its
+// message.
 
 #include <deque>
 #include <new>
 #include <vector>
 
 #include "memory.hpp"
+#include "step.hpp"
 #include "walk.hpp"
 
 namespace {
@@ -194,10 +196,10 @@ const char update_doc[] =
     "Step all arrays, and return the lists of new weights and of velocities; None if one array is\n"
     "not plain.\n\n"
     "outs are the arrays to write to, or None for new ones that make(w) and copy(velocity) give.\n"
-    "velocities are stepped in place; None, for all or in the place of one, for no momentum. counter\n"
-    "is None or an array of one int64, to which one is added. begin(written) is called when all is checked, with those of\n"
-    "outs and velocities that are written to. See Reader in memory.hpp for types, tensors and\n"
-    "as_bits.";
+    "velocities are stepped in place; None, for all or in the place of one, for no momentum.\n"
+    "counter is None or an array of one int64, to which one is added. begin(written) is called\n"
+    "when all is checked, with those of outs and velocities that are written to. See Reader in\n"
+    "memory.hpp for types, tensors and as_bits.";
 
 PyObject* update(PyObject*, PyObject* args) {
     PyObject *ws, *dcdws, *outs, *rules, *velocities, *counter, *begin, *types, *tensors, *as_bits;
@@ -288,8 +290,8 @@ PyObject* update(PyObject*, PyObject* args) {
 
 const char collect_doc[] =
     "collect(tree, found, kinds, kind_of, others)\n--\n\n"
-    "Append the leaves of a nest to a list; others(node, found) does so for the nodes of kinds that\n"
-    "are not walked here.";
+    "Append the leaves of a nest to a list; others(node, found) does so for the nodes of kinds\n"
+    "that are not walked here.";
 
 PyObject* collect(PyObject*, PyObject* args) {
     PyObject *tree, *found, *kinds, *kind_of, *others;

@@ -32,7 +32,8 @@ public:
         if (kind == leaf_kind && prefix_kind == leaf_kind) {
             return PyList_Append(found, prefix) == 0 ? 1 : -1;
         }
-        return kind == leaf_kind ? 0 : match_children(node, kind, prefix, prefix_kind, exact, depth);
+        if (kind == leaf_kind) return 0;
+        return match_children(node, kind, prefix, prefix_kind, exact, depth);
     }
 
 private:

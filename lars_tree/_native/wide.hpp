@@ -56,7 +56,8 @@ struct Wide {
     Wide(double x) : Wide(Pair{x, 0}) {}
 
     // Of a pair whose sum is rounded to its high part.
-    explicit Wide(Pair x, std::int64_t exponent = 0) : high(x.high), low(x.low), exponent(exponent) {
+    explicit Wide(Pair x, std::int64_t exponent = 0)
+        : high(x.high), low(x.low), exponent(exponent) {
         int shift = static_cast<int>(bit_cast<std::uint64_t>(x.high) >> 52 & 0x7ff) - 1023;
         if (shift == 0) return;
         if (x.high == 0 || shift == 1024) {  // zero, infinite, NaN
@@ -64,7 +65,7 @@ struct Wide {
             this->exponent = 0;
             return;
         }
-        if (shift < -900 || shift > 900) {  // near the ends of the range, subnormal numbers among them
+        if (shift < -900 || shift > 900) {  // near the ends of the range, also subnormal
             std::frexp(x.high, &shift);
             --shift;
             high = std::ldexp(x.high, -shift);

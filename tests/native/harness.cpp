@@ -13,7 +13,7 @@
 #include <thread>
 #include <vector>
 
-#include "kernel.hpp"
+#include "step.hpp"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
