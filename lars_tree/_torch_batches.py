@@ -30,17 +30,8 @@ class Batch:
         self.is_first = is_first
         self.moves: bool = group["momentum"] != 0
         self.is_undamped: bool = is_first and group["dampening"] != 0
-        self.places: list[int] = []
-        self.params: list[Tensor] = []
-        self.grads: list[Tensor] = []
-        self.buffers: list[Tensor | None] = []
-
-    def add(self, place: int, param: Tensor, grad: Tensor, buffer: Tensor | None) -> None:
-        """Add a parameter with its place in the group."""
-        self.places.append(place)
-        self.params.append(param)
-        self.grads.append(grad)
-        self.buffers.append(buffer)
+        # Of each parameter: its place in the group, itself, its gradient and buffer.
+        self.rows: list[tuple[int, Tensor, Tensor, Tensor | None]] = []
 
     def options(self, grad_scale: Any) -> dict[str, Any]:
         """The options of the rule, by their names there."""
@@ -64,8 +55,7 @@ class Batch:
             for name, x in self.options(1.0 if grad_scale is None else grad_scale).items()
         }
         rule = Rule(**{**options, "layer_axis": self.group["layer_axis"]})
-        rows = zip(self.params, self.grads, self.buffers, strict=True)
-        return [Leaf(0, p, grad, p, rule, BACKEND, buffer) for p, grad, buffer in rows]
+        return [Leaf(0, p, grad, p, rule, BACKEND, buffer) for _, p, grad, buffer in self.rows]
 
 
 # What is called the same here and in the rule.
@@ -83,9 +73,9 @@ def step_in_cpu_memory(batches: list[Batch], grad_scale: float) -> None:
         values = {batch: given[name] for batch, given in by_batch.items()}
         same = all(other is value or other == value for other in values.values())
         options[name] = value if same else values
-    params = {batch.name: batch.params for batch in batches}
-    grads = {batch.name: batch.grads for batch in batches}
-    buffers = {batch.name: batch.buffers for batch in batches}
+    params, grads, buffers = (
+        {batch.name: [row[i] for row in batch.rows] for batch in batches} for i in (1, 2, 3)
+    )
     advance(params, grads, params, options, {"velocity": buffers})
 
 
@@ -107,7 +97,7 @@ def _names(batches: list[Batch], paths: tuple[Path, ...]) -> list[str]:
     names = []
     for path in (path for path in paths if len(path) == 2):
         batch: Any = by_name[str(path[0])]
-        place = batch.places[path[1]]
+        place = batch.rows[path[1]][0]
         known = batch.group.get("param_names")
         numbered = f"param_groups[{batch.number}]['params'][{place}]"
         names.append(known[place] if known else numbered)
@@ -119,7 +109,7 @@ def check_elsewhere(leaves: list[Leaf], batches: list[Batch]) -> None:
     than the step.
     """
     suspects = leaves if not looks_right(leaves) else [x for x in leaves if is_in_cpu_memory(x.w)]
-    paths: list[Path] = [(batch.name, i) for batch in batches for i in range(len(batch.params))]
+    paths: list[Path] = [(batch.name, i) for batch in batches for i in range(len(batch.rows))]
     places = {id(leaf): place for place, leaf in enumerate(leaves)}
     _checks.check([x._replace(place=places[id(x)]) for x in suspects], lambda: paths)
 

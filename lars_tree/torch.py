@@ -213,36 +213,41 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
 
     def _batches(self) -> tuple[list[Batch], list[Batch]]:
         """What there is to be stepped in CPU memory, and elsewhere."""
-        batches: dict[tuple[bool, int, bool], Batch] = {}
+        batches: dict[tuple[int, bool, bool], Batch] = {}
+        state = self.state
         compiling = torch.compiler.is_compiling()
         for number, group in enumerate(self.param_groups):
             if not compiling:  # schedulers set what they like
                 _check(group, waits=False)
             moves = group["momentum"] != 0
             many = group["foreach"] or compiling
+            kind = None
             for place, p in enumerate(group["params"]):
                 grad = p.grad
                 if grad is None:
                     continue
                 if grad.layout is not torch.strided:
                     raise RuntimeError("Lars does not support sparse gradients: make them dense")
-                buffer = self.state[p].get("momentum_buffer") if moves else None
+                buffer = state[p].get("momentum_buffer") if moves else None
                 is_first = moves and buffer is None
                 if is_first:
                     buffer = BACKEND.zeros(p, BACKEND.velocity_dtype(p))
-                key = (not many and is_in_cpu_memory(p), number, is_first)
-                batch = batches.get(key)
-                if batch is None:
-                    batch = batches[key] = Batch(group, number, is_first)
-                batch.add(place, p, grad, buffer)
+                is_here = not many and is_in_cpu_memory(p)
+                if kind != (is_here, is_first):  # most often as the one before
+                    kind = is_here, is_first
+                    key = (number, *kind)
+                    if key not in batches:
+                        batches[key] = Batch(group, number, is_first)
+                    rows = batches[key].rows
+                rows.append((place, p, grad, buffer))
         found = list(batches.items())
-        return [x for key, x in found if key[0]], [x for key, x in found if not key[0]]
+        return [x for key, x in found if key[1]], [x for key, x in found if not key[1]]
 
     def _keep_buffers(self, batches: list[Batch]) -> None:
         """Keep those that are new."""
         for batch in batches:
             if batch.is_first:
-                for p, buffer in zip(batch.params, batch.buffers, strict=True):
+                for _, p, _, buffer in batch.rows:
                     self.state[p]["momentum_buffer"] = buffer
 
 
