@@ -19,6 +19,7 @@ from lars_tree.container import Container
 from lars_tree.errors import (
     BackendError,
     DtypeError,
+    FileError,
     LarsTreeError,
     LeafError,
     NonFiniteError,
@@ -40,6 +41,7 @@ __all__ = [
     "BackendError",
     "Container",
     "DtypeError",
+    "FileError",
     "Lars",
     "LarsTreeError",
     "LeafError",

@@ -318,3 +318,14 @@ def cycle(tree: Tree) -> tuple[Path, Path] | None:
             nodes.append(child)
             pending.append(iter(list(children(child))))
     return None
+
+
+def explained(arguments: dict[str, Tree]) -> Exception:
+    """What to say of a nest that was too deep to walk, found among these arguments."""
+    for name, tree in arguments.items():
+        found = cycle(tree)
+        if found:
+            earlier, path = found
+            text = f"expected a tree, got the node at {errors.path_string(earlier) or name} again"
+            return errors.error(errors.StructureError, name, f"{name} holds itself", [(path, text)])
+    return RecursionError("a nest is deeper than the recursion limit: sys.setrecursionlimit")

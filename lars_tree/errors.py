@@ -63,6 +63,10 @@ class NonFiniteError(LarsTreeError, ArithmeticError):
     """A step would hold NaN or infinity, and nonfinite="raise" was asked for."""
 
 
+class FileError(LarsTreeError, ValueError):
+    """A file is malformed, or holds what cannot be read; names the file and the entry."""
+
+
 class PathKeyError(LarsTreeError, KeyError):
     """A Container has nothing at a path, or nothing can be put there."""
 
@@ -90,6 +94,12 @@ def error(
     exception.argument = argument
     exception.paths = tuple(path for path, _ in lines)
     return exception
+
+
+def file_error(file: object, text: str, name: str | None = None) -> LarsTreeError:
+    """A FileError about a file, or about its entry of this name."""
+    path = () if name is None else (name,)
+    return error(FileError, "path", f"path {str(file)!r} cannot be read", [(path, text)])
 
 
 def path_string(path: Path) -> str:

@@ -133,7 +133,9 @@ def advance(
     try:
         return _update(w, dcdw, out, options, state)
     except RecursionError:
-        raise _explained({"w": w, "dcdw": dcdw, "out": out, "state": state, **options}) from None
+        raise _tree.explained(
+            {"w": w, "dcdw": dcdw, "out": out, "state": state, **options}
+        ) from None
 
 
 def _update(
@@ -320,14 +322,3 @@ def _kept(leaf: Leaf) -> New:
     if leaf.out is not leaf.w:
         leaf.backend.write(leaf.out, leaf.w)
     return New(leaf.out, leaf.velocity)
-
-
-def _explained(arguments: dict[str, Any]) -> Exception:
-    """What to say of a nest that was too deep to walk."""
-    for name, tree in arguments.items():
-        found = _tree.cycle(tree)
-        if found:
-            earlier, path = found
-            text = f"expected a tree, got the node at {errors.path_string(earlier) or name} again"
-            return errors.error(errors.StructureError, name, f"{name} holds itself", [(path, text)])
-    return RecursionError("a nest is deeper than the recursion limit: sys.setrecursionlimit")

@@ -26,7 +26,8 @@ FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_docstrings(name):
+def test_docstrings(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     if name == "lars_tree.torch":
         need("torch")
     module = importlib.import_module(name)
@@ -41,7 +42,8 @@ def failures(text, name):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_pages(page):
+def test_pages(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     text = page.read_text()
     for library in ("torch", "jax", "dask.array", "optree"):
         if f"import {library}" in text:

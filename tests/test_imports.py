@@ -12,18 +12,30 @@ import pytest
 import lars_tree
 
 PACKAGE = Path(lars_tree.__file__).parent
-HEAVY = {"torch", "jax", "dask", "optree", "hypothesis", "matplotlib", "rich", "sklearn", "tree"}
+HEAVY = {
+    "torch",
+    "jax",
+    "dask",
+    "optree",
+    "hypothesis",
+    "matplotlib",
+    "rich",
+    "safetensors",
+    "sklearn",
+    "tree",
+}
 
 # Each module may import those in lower rows.
 LAYERS = [
     ["cli"],
     ["demo"],
     ["__init__"],
-    ["optimizer", "torch"],
+    ["io", "optimizer", "torch"],
     ["container", "schedules", "_torch_batches"],
     ["update"],
     ["_checks", "_compare", "_nonfinite"],
-    ["_options", "_show"],
+    ["_files.npz", "_files.safetensors"],
+    ["_files.arrays", "_options", "_show"],
     ["array"],
     ["_backends.torch", "_backends.jax", "_backends.dask", "_backends.standard"],
     ["_backends.numpy", "_backends.sharded"],
@@ -31,11 +43,12 @@ LAYERS = [
     ["_backends.arrays"],
     ["_backends.cpu", "_backends"],
     ["_backends.base", "_backends.bfloat16", "_backends.wide", "_memory"],
-    ["_rule", "_paths", "_pytrees", "_operators"],
+    ["_files.names", "_rule", "_paths", "_pytrees", "_operators"],
     ["_tree"],
     ["_native"],
     ["_native.threads"],
-    ["errors"],
+    ["_files.replacing", "errors"],
+    ["_files"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -1,0 +1,122 @@
+"""The .npz format of numpy: a zip archive of .npy files. Nothing is pickled, and no pickle is read.
+
+Written without compression, as `numpy.savez` does. Read with or without it, by numpy's own parser
+of headers; what an archive declares is held against what it contains before it is allocated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from math import prod
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.lib import format as npy
+
+from lars_tree import errors
+from lars_tree._files import names
+from lars_tree._files.arrays import Array, Entry, is_extension
+from lars_tree._files.replacing import Path
+
+_SUFFIX = ".npy"
+_MOST_INFLATED = 1032  # how many bytes deflate can make of one
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+
+
+def unwritable(dtype: np.dtype[Any]) -> str | None:
+    """What to say of a dtype that the format does not have."""
+    return f"npz has no {dtype}: save it as .safetensors" if is_extension(dtype) else None
+
+
+def write(file: BinaryIO, entries: dict[str, Entry], metadata: dict[str, str]) -> None:
+    """Write these entries, one after the other, to an empty file."""
+    with zipfile.ZipFile(file, "w") as archive:
+        if metadata:
+            _write(archive, names.RESERVED, np.array(json.dumps(metadata)))
+        for name, entry in entries.items():
+            _write(archive, name, entry.fetch())
+
+
+def _write(archive: zipfile.ZipFile, name: str, array: Array) -> None:
+    # A ZipInfo of our own has a fixed date: the same tree makes the same file.
+    with archive.open(zipfile.ZipInfo(name + _SUFFIX), "w", force_zip64=True) as stream:
+        npy.write_array(stream, array, allow_pickle=False)
+
+
+def read(path: Path, only: str | None = None) -> tuple[dict[str, Array], dict[str, str]]:
+    """All arrays by name, and the metadata; with `only`, just the entry of this name if any.
+
+    Raises:
+        FileError: the file is malformed, or an array in it is of a kind that is not read.
+        OSError: as the built-in `open` does.
+    """
+    with open(path, "rb") as file:
+        try:
+            archive = zipfile.ZipFile(file)
+            members = _members(archive, os.fstat(file.fileno()).st_size)
+        except Exception as error:  # of many kinds: the parser trusts what it reads
+            raise errors.file_error(
+                path, f"it is no zip archive that can be read: {error}"
+            ) from error
+        arrays = {}
+        for name, member in members.items():
+            if only in (None, name):
+                try:
+                    arrays[name] = _read(archive, member)
+                except Exception as error:
+                    raise errors.file_error(path, str(error), name) from error
+    text = arrays.pop(names.RESERVED, None)
+    return arrays, {} if text is None else _metadata(path, text)
+
+
+def _members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
+    members: dict[str, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        name = info.filename.removesuffix(_SUFFIX)
+        if name == info.filename:
+            raise ValueError(f"{name!r} is no {_SUFFIX} file")
+        if name in members:
+            raise ValueError(f"it has {name!r} twice")
+        members[name] = info
+    if sum(info.compress_size for info in members.values()) > size:
+        raise ValueError("its entries overlap, or are longer than the file")
+    return members
+
+
+def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Array:
+    if info.compress_type not in _METHODS:
+        raise ValueError("expected an entry that is stored or deflated")
+    if info.file_size > info.compress_size * _MOST_INFLATED:
+        raise ValueError(f"declares {info.file_size} bytes in {info.compress_size}")
+    stream: Any
+    with archive.open(info) as stream:
+        version = npy.read_magic(stream)
+        readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+        if version not in readers:
+            raise ValueError(f"expected version 1.0 or 2.0 of the npy format, got {version}")
+        shape, fortran_order, dtype = readers[version](stream)
+        kinds = "U" if info.filename == names.RESERVED + _SUFFIX else "biufc"
+        if dtype.kind not in kinds or dtype.itemsize == 0:
+            what = "text" if kinds == "U" else "numbers or truth values"
+            raise ValueError(f"expected {what}, got {dtype}")
+        size = prod(shape) * dtype.itemsize
+        if size != info.file_size - stream.tell() or min(shape, default=0) < 0:
+            raise ValueError(f"expected {size} bytes for {dtype} {shape}")
+        data = np.empty(size, np.uint8)
+        if stream.readinto(data.data) != size or stream.read(1):
+            raise ValueError("its data is truncated or too long")
+        if dtype.kind == "b" and data.size and data.max() > 1:
+            raise ValueError("expected truth values of 0 or 1")
+        return data.view(dtype).reshape(shape, order="F" if fortran_order else "C")
+
+
+def _metadata(path: Path, text: Array) -> dict[str, str]:
+    try:
+        metadata = json.loads(text.item())
+        if all(isinstance(x, str) for pair in metadata.items() for x in pair):
+            return dict(metadata)
+    except (AttributeError, RecursionError, TypeError, ValueError):
+        pass
+    raise errors.file_error(path, "expected a JSON object of strings", names.RESERVED)

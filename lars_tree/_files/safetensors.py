@@ -1,0 +1,172 @@
+"""The safetensors format: 8 bytes of length, a JSON header with offsets, then the elements.
+
+The safetensors package says whether a file is valid: its parser is typed, and refuses holes,
+overlaps and whatever does not add up before anything is allocated. Beyond it we refuse duplicate
+names, and read the types that it has not for numpy.
+
+Files are written here: the package wants all arrays at once, contiguous and in CPU memory, where
+this takes one leaf at a time, and it sorts the names, where this keeps the order of the tree.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from lars_tree import errors
+from lars_tree._files import names
+from lars_tree._files.arrays import Array, Entry, dtype_named
+from lars_tree._files.replacing import Path
+
+_TYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "C64": "complex64",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+_NAMES = {name: short for short, name in _TYPES.items()}
+
+_LONGEST_HEADER = 100_000_000  # that of the package
+_ALIGNMENT = 8
+
+
+def unwritable(dtype: np.dtype[Any]) -> str | None:
+    """What to say of a dtype that the format does not have."""
+    return None if dtype.name in _NAMES else f"safetensors has no {dtype}"
+
+
+def write(file: BinaryIO, entries: dict[str, Entry], metadata: dict[str, str]) -> None:
+    """Write these entries, one after the other, to an empty file."""
+    # The longest types first: each array is aligned, as in the files of the package.
+    order = sorted(entries, key=lambda name: -entries[name].dtype.itemsize)
+    header: dict[str, Any] = {names.RESERVED: metadata} if metadata else {}
+    header |= dict.fromkeys(entries)
+    end = 0
+    for name in order:
+        dtype, shape, _ = entry = entries[name]
+        start, end = end, end + entry.nbytes
+        header[name] = {"dtype": _NAMES[dtype.name], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    if len(text) > _LONGEST_HEADER:
+        raise errors.StructureError(f"tree has too many names: a header of {len(text)} bytes")
+    file.write(len(text).to_bytes(8, "little"))
+    file.write(text)
+    for name in order:
+        file.write(entries[name].fetch().reshape(-1).view(np.uint8).data)
+
+
+class Place(NamedTuple):
+    """Where an array is in a file, and what it is."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+class View(NamedTuple):
+    """A valid file, open for reading, in the order of its header."""
+
+    path: Path
+    file: BufferedReader
+    places: dict[str, Place]
+    metadata: dict[str, str]
+
+    def read(self, name: str, memory: Array) -> Array:
+        """Read an array to this memory, as many bytes as it has."""
+        self.file.seek(self.places[name].start)
+        if self.file.readinto(memory.data) != len(memory):
+            raise errors.file_error(self.path, "it was truncated while it was read", name)
+        return self.array(name, memory)
+
+    def array(self, name: str, memory: Array) -> Array:
+        """The array of this name over the memory that has its bytes.
+
+        Raises:
+            FileError: a type or a shape that numpy does not have, or a bool that is neither 0 or 1.
+        """
+        place = self.places[name]
+        dtype = dtype_named(_TYPES[place.dtype]) if place.dtype in _TYPES else None
+        if dtype is None:
+            text = f"numpy and ml_dtypes have no {place.dtype}"
+            raise errors.file_error(self.path, text, name)
+        if dtype.kind == "b" and memory.size and memory.max() > 1:
+            text = "expected truth values of 0 or 1"
+            raise errors.file_error(self.path, text, name)
+        try:
+            array = memory.view(dtype.newbyteorder("<") if dtype.isbuiltin == 1 else dtype)
+            return array.reshape(place.shape)
+        except ValueError as error:  # an empty array with axes that are too long
+            raise errors.file_error(self.path, str(error), name) from error
+
+
+@contextmanager
+def opened(path: Path, mode: str = "rb") -> Iterator[View]:
+    """Open a file and check all of its header.
+
+    Raises:
+        FileError: the file is malformed.
+        OSError: as the built-in `open` does.
+    """
+    while True:
+        file: Any
+        with open(path, mode) as file:
+            _check(path)
+            # That opened the path by itself: between the two the file may have been replaced.
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                yield View(path, file, *_parsed(path, file))
+                return
+
+
+def _check(path: Path) -> None:
+    """Have the package check the file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(os.fspath(path), framework="np"):
+            pass
+    except SafetensorError as error:
+        raise errors.file_error(path, str(error)) from error
+
+
+def _parsed(path: Path, file: BufferedReader) -> tuple[dict[str, Place], dict[str, str]]:
+    length = int.from_bytes(file.read(8), "little")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+            raise errors.file_error(path, "the header has this name twice", twice)
+        return found
+
+    header = json.loads(file.read(length), object_pairs_hook=unique)
+    metadata = header.pop(names.RESERVED, {})
+    places = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        places[name] = Place(entry["dtype"], shape, 8 + length + start, end - start)
+    return places, metadata

@@ -1,0 +1,469 @@
+"""Trees in files: what is saved comes back, or is refused with its path."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+from conftest import need, to_library, to_numpy
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lars_tree import (
+    Array,
+    Container,
+    DtypeError,
+    FileError,
+    Lars,
+    LeafError,
+    OptionError,
+    OutError,
+    StructureError,
+    io,
+    lars_update,
+)
+
+ml_dtypes = need("ml_dtypes")
+package = need("safetensors.numpy")
+
+SUFFIXES = [".safetensors", ".npz"]
+PLAIN = ["float16", "float32", "float64", "complex64", "bool"] + [
+    f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
+]
+EXTENSIONS = ["bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"]
+SHAPES = [(), (0,), (3,), (2, 3), (0, 4), (2, 0, 3), (4, 1, 2)]
+
+
+@pytest.fixture(params=SUFFIXES)
+def file(request, tmp_path):
+    return tmp_path / f"w{request.param}"
+
+
+def numbers(shape, dtype):
+    bits = np.random.default_rng(0).integers(0, 2, (*shape, np.dtype(dtype).itemsize), np.uint8)
+    if dtype == "bool":
+        return bits[..., 0].astype(bool)
+    return (bits * 57).reshape(-1).view(dtype).reshape(shape)
+
+
+def assert_same(actual, expected):
+    """Types of nodes, order of keys, dtypes, shapes and bits."""
+    assert type(actual) is type(expected)
+    if isinstance(expected, dict):
+        assert list(actual) == list(expected)
+        for key, x in expected.items():
+            assert_same(dict.__getitem__(actual, key), x)
+    elif isinstance(expected, (list, tuple)):
+        assert len(actual) == len(expected)
+        for a, x in zip(actual, expected, strict=True):
+            assert_same(a, x)
+    elif expected is not None:
+        assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+        assert actual.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("dtype", PLAIN + EXTENSIONS)
+def test_every_dtype_and_shape_comes_back(dtype, tmp_path):
+    dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    w = Container({f"{i}": numbers(shape, dtype) for i, shape in enumerate(SHAPES)})
+    for suffix in SUFFIXES:
+        if suffix == ".npz" and dtype.isbuiltin == 2:
+            continue
+        path = tmp_path / f"w{suffix}"
+        io.save(path, w)
+        assert_same(io.load(path), w)
+        if suffix == ".safetensors":
+            assert_same(io.open(path).map(np.asarray), w)
+            if dtype.name not in EXTENSIONS[1:]:  # the package has no float8 for numpy
+                theirs = package.load_file(path)
+                assert_same(Container({key: theirs[key] for key in w}), w)
+
+
+LAYOUTS = {
+    "fortran": np.asfortranarray,
+    "transposed": lambda x: np.ascontiguousarray(x.transpose()).transpose(),
+    "backwards": lambda x: x[::-1, ::-1].copy()[::-1, ::-1],
+    "every other": lambda x: np.repeat(x, 2, axis=1)[:, ::2],
+    "broadcast": lambda x: np.broadcast_to(x[:1], x.shape),
+    "big-endian": lambda x: x.astype(x.dtype.newbyteorder(">")),
+    "big-endian fortran": lambda x: np.asfortranarray(x.astype(x.dtype.newbyteorder(">"))),
+    "unaligned": lambda x: np.frombuffer(b"x" + x.tobytes(), x.dtype, offset=1).reshape(x.shape),
+    "matrix": lambda x: x.view(np.matrix),
+    "Array": Array,
+}
+
+
+CASES = [(x, dtype, suffix) for x in LAYOUTS for dtype in ("f4", "c8") for suffix in SUFFIXES]
+CASES += [(x, "bfloat16", ".safetensors") for x in LAYOUTS if "big" not in x]  # there is no such
+
+
+@pytest.mark.parametrize(("layout", "dtype", "suffix"), CASES)
+def test_every_layout_comes_back(layout, dtype, suffix, tmp_path):
+    path = tmp_path / f"w{suffix}"
+    dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    given = LAYOUTS[layout](numbers((3, 4), dtype))
+    x = given.data if layout == "Array" else np.asarray(given)
+    before = x.tobytes()
+    io.save(path, {"x": given, "y": x[0]})
+    assert_same(io.load(path), Container(x=x.astype(dtype), y=x[0].astype(dtype)))
+    assert x.tobytes() == before
+
+
+def test_a_map_of_the_file_itself_can_be_saved_to_it(tmp_path):
+    path = tmp_path / "w.safetensors"
+    w = Container(a=np.arange(5.0), b=np.ones((2, 2), np.float32))
+    io.save(path, w)
+    mapped = io.open(path, "r+")
+    io.save(path, {"b": mapped.b, "a": mapped.a[::-1]})
+    assert_same(io.load(path), Container(b=w.b, a=w.a[::-1]))
+
+
+def test_libraries(library, file):
+    w = {"a": to_library(library.name, np.arange(6.0).reshape(2, 3)), "b": {}}
+    io.save(file, w)
+    assert_same(io.load(file), Container(a=np.arange(6.0).reshape(2, 3), b={}))
+
+
+@pytest.mark.parametrize("name", ["torch", "jax"])
+def test_loading_for_a_library(name, file):
+    need(name)
+    w = Container(a=np.arange(6, dtype=np.float32).reshape(2, 3), n=np.array(3, np.int32), e=[])
+    w["bits"], w["empty"] = np.array([True, False]), np.empty((0, 2), np.float16)
+    io.save(file, w)
+    loaded = io.load(file, library=name)
+    kind = {"torch": "Tensor", "jax": "ArrayImpl"}[name]
+    assert {type(x).__name__ for x in loaded.leaves()} == {kind}
+    assert_same(loaded.map(to_numpy), w)
+
+
+def test_torch(tmp_path):
+    torch = need("torch")
+    path = tmp_path / "w.safetensors"
+    base = torch.arange(12.0)
+    w = {
+        "bf16": torch.randn(3, 4).bfloat16().t(),
+        "f8": torch.randn(5).to(torch.float8_e4m3fn),
+        "part": base[3:7],
+        "tied": base[3:7],
+        "expanded": base[:1].expand(3, 4),
+        "conj": torch.tensor([1 + 2j, 3j], dtype=torch.complex64).conj(),
+        "neg": torch.tensor([1 + 2j], dtype=torch.complex64).conj().imag,
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "scalar": torch.tensor(7),
+        "empty": torch.empty(0, 3),
+        "bool": torch.tensor([True, False]),
+    }
+    resizable = base.untyped_storage().resizable()
+    io.save(path, w)
+    assert base.untyped_storage().resizable() is resizable is True
+    assert path.stat().st_size < 3000  # a view is written, not all that it is a view of
+    for loaded in (io.load(path, library="torch"), need("safetensors.torch").load_file(path)):
+        assert set(loaded) == set(w)
+        for name, x in w.items():
+            y = loaded[name]
+            assert (y.dtype, y.shape) == (x.dtype, x.shape)
+            assert torch.equal(y.double() if "f" in name else y, x.double() if "f" in name else x)
+    loaded = io.load(path, library="torch")
+    assert loaded.bf16.untyped_storage().resizable()  # as the storage of any tensor
+    assert io.load(path).bf16.dtype == ml_dtypes.bfloat16
+    assert np.array_equal(io.load(path).bf16.astype(float), w["bf16"].double().numpy())
+
+
+def test_jax_arrays_are_not_rounded(tmp_path):
+    jax = need("jax")
+    path = tmp_path / "w.safetensors"
+    io.save(path, {"a": {"b": np.ones(2)}})
+    with pytest.raises(FileError, match=r"a\.b: JAX has no float64 now: set jax_enable_x64"):
+        io.load(path, library="jax")
+    with jax.enable_x64(True):
+        assert io.load(path, library="jax").a.b.dtype == np.float64
+    io.save(path, {"w": jax.numpy.ones((2, 2), jax.numpy.bfloat16)})
+    assert io.load(path, library="jax").w.dtype == jax.numpy.bfloat16
+    with pytest.raises(LeafError, match="w: expected elements, got an array that is traced"):
+        jax.jit(lambda x: io.save(path, {"w": x}))(np.ones(2))
+
+
+keys = st.one_of(st.text(st.sampled_from("ab.1/_é\\"), max_size=3), st.integers(-2, 11))
+arrays = st.sampled_from([np.arange(3.0), np.ones((2, 1), np.int8), np.array(True)])
+trees = st.dictionaries(
+    keys,
+    st.recursive(
+        st.one_of(arrays, st.none()),
+        lambda inner: st.one_of(
+            st.dictionaries(keys, inner, max_size=3),
+            st.lists(inner, max_size=3),
+            st.lists(inner, max_size=3).map(tuple),
+        ),
+    ),
+    max_size=3,
+)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@given(tree=trees, metadata=st.dictionaries(st.text(max_size=3), st.text(max_size=3), max_size=2))
+def test_a_tree_comes_back_or_is_refused(suffix, tree, metadata, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / f"tree{suffix}"
+    names = [io.names.join(p) for p, x in _walk(tree) if x is not None]
+    try:
+        io.save(path, tree, metadata=metadata)
+    except StructureError:
+        assert len(set(names)) < len(names)
+        return
+    except OptionError:
+        assert any("\ud800" <= c <= "\udfff" for pair in metadata.items() for x in pair for c in x)
+        return
+    assert len(set(names)) == len(names)
+    assert_same(io.load(path), Container(tree))
+    assert io.metadata(path) == metadata
+
+
+def _walk(node, path=()):
+    if isinstance(node, (dict, list, tuple)):
+        for key, x in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _walk(x, (*path, key))
+    else:
+        yield path, node
+
+
+def test_foreign_names_are_split(tmp_path):
+    path = tmp_path / "w.safetensors"
+    package.save_file({"b.0.w": np.ones(2), "b.1.w": np.zeros(2), "": np.ones(1)}, path)
+    assert io.load(path).to_dict().keys() == {"b", ""}
+    assert_same(io.load(path)["b"]["1"]["w"], np.zeros(2))
+    package.save_file({"a": np.ones(2), "a.b": np.zeros(2)}, path)
+    with pytest.raises(FileError, match=r"'a\.b' goes through another leaf"):
+        io.load(path)
+    package.save_file({"a.b.c": np.ones(2), "a.b": np.zeros(2)}, path)
+    with pytest.raises(FileError, match=r"'a\.b(\.c)?' "):
+        io.load(path)
+
+
+def test_a_flat_state_dict_comes_back_as_it_was(file):
+    flat = {"0.weight": np.ones(2), "0.bias": np.zeros(2), "1.weight": np.ones(1)}
+    io.save(file, flat)
+    assert_same(io.load(file), Container(flat))
+
+
+def test_state_dict(tmp_path):
+    torch = need("torch")
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    w = io.from_state_dict(module.state_dict())
+    assert w["0"].weight.data_ptr() == module[0].weight.data_ptr()
+    lars_update(
+        w, w.map(lambda x: torch.ones_like(x) if x.is_floating_point() else None), 0.5, out=w
+    )
+    io.save(tmp_path / "w.safetensors", w)
+    other = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    loaded = io.load(tmp_path / "w.safetensors", library="torch")
+    assert not other.load_state_dict(io.to_state_dict(loaded)).missing_keys
+    for name, x in module.state_dict().items():
+        assert torch.equal(other.state_dict()[name], x)
+    assert list(io.to_state_dict({"a": [Array(np.ones(1)), None], "b": {}})) == ["a.0"]
+    with pytest.raises(StructureError, match="a/b: its name"):
+        io.to_state_dict({"a.b": np.ones(1), "a": {"b": np.ones(1)}})
+
+
+def test_the_state_of_an_optimizer_goes_on(file):
+    w = Container(a=np.array([3.0, 4.0]), b=[np.ones(2, np.float32)])
+    g, opt = w.map(np.ones_like), Lars(0.1)
+    w, state = opt.update(w, g, opt.init(w))
+    io.save(file, {"w": w, "state": state})
+    loaded = io.load(file)
+    assert_same(loaded.state, state)
+    expected, actual = opt.update(w, g, state), opt.update(loaded.w, g, loaded.state)
+    assert_same(actual, expected)
+
+
+class Point(tuple):
+    __slots__ = ()
+
+
+REFUSED = [
+    ({"a": {"b": 1.0}}, LeafError, "a/b: expected an array, got a float"),
+    ({"a": "text"}, LeafError, "a: expected an array, got a str"),
+    ({"a": np.array(["text"])}, DtypeError, "a: expected numbers or truth values, got <U4"),
+    ({"a": np.array([None])}, DtypeError, "a: expected numbers or truth values, got object"),
+    ({"a": np.zeros(2, "M8[s]")}, DtypeError, "a: expected numbers or truth values"),
+    ({"a": np.zeros(2, "f4,i4")}, DtypeError, "a: expected numbers or truth values"),
+    ({"a": np.ma.masked_array([1.0], [True])}, LeafError, "a: expected dense data, got a masked"),
+    ({"a": Point([np.ones(1)])}, StructureError, "a: expected a dict, list or tuple, got a Point"),
+    ({"a": {1.5: np.ones(1)}}, StructureError, r"a: expected keys of type str or int, got 1.5"),
+    ({True: np.ones(1)}, StructureError, "expected keys of type str or int, got True"),
+    ({1: np.ones(1), "1": np.ones(1)}, StructureError, "1: its name '1' is that of 1 too"),
+    ({"a.b": np.ones(1), "a": {"b": np.ones(1)}}, StructureError, "a/b: its name 'a.b' is that"),
+    ({"__metadata__": np.ones(1)}, StructureError, "'__metadata__' cannot be a name"),
+    ({"\ud800": np.ones(1)}, StructureError, "cannot be a name"),
+    (np.ones(1), StructureError, "tree: expected a Container or dict, got an array"),
+    ([np.ones(1)], StructureError, "tree: expected a Container or dict, got a list"),
+]
+
+
+@pytest.mark.parametrize(("tree", "kind", "text"), REFUSED)
+def test_what_would_not_come_back_is_refused(tree, kind, text, file):
+    io.save(file, {"old": np.ones(1)})
+    with pytest.raises(kind, match=text) as caught:
+        io.save(file, tree)
+    assert (type(caught.value), caught.value.argument) == (kind, "tree")
+    assert_same(io.load(file), Container(old=np.ones(1)))
+    assert os.listdir(file.parent) == [file.name]
+
+
+def test_what_a_format_does_not_have_is_refused(tmp_path):
+    with pytest.raises(DtypeError, match="a/b: safetensors has no complex128"):
+        io.save(tmp_path / "w.safetensors", {"a": {"b": np.ones(1, complex)}})
+    with pytest.raises(DtypeError, match="a: npz has no bfloat16: save it as"):
+        io.save(tmp_path / "w.npz", {"a": np.ones(1, ml_dtypes.bfloat16)})
+    with pytest.raises(DtypeError, match="a: safetensors has no int4"):
+        io.save(tmp_path / "w.safetensors", {"a": np.ones(1, ml_dtypes.int4)})
+    with pytest.raises(StructureError, match="cannot be a name"):
+        io.save(tmp_path / "w.npz", {"a\0b": np.ones(1)})
+    with pytest.raises(FileError, match="expected a name that ends in"):
+        io.save(tmp_path / "w.pt", {})
+    assert os.listdir(tmp_path) == []
+
+
+def test_tensors_without_elements_are_refused(file):
+    torch = need("torch")
+    with pytest.raises(LeafError, match="a: expected dense data, got a tensor on the meta device"):
+        io.save(file, {"a": torch.ones(2, device="meta")})
+    with pytest.raises(LeafError, match="a: expected dense data, got a sparse"):
+        io.save(file, {"a": torch.ones(2).to_sparse()})
+
+
+def test_a_tree_that_holds_itself_is_refused(file):
+    tree = {"a": {}}
+    tree["a"]["b"] = tree
+    with pytest.raises(StructureError, match="tree holds itself"):
+        io.save(file, tree)
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"a": 1}, {1: "a"}, {"a": "\ud800"}, {"lars_tree.structure": ""}]
+)
+def test_metadata_is_text(metadata, file):
+    with pytest.raises(OptionError, match="metadata"):
+        io.save(file, {}, metadata=metadata)
+
+
+def test_arguments(file):
+    io.save(file, {})
+    assert_same(io.load(str(file)), Container())
+    assert io.metadata(file) == {}
+    with pytest.raises(OptionError, match=r"library is not known: expected .* got 'keras'"):
+        io.load(file, library="keras")
+    with pytest.raises(FileNotFoundError):
+        io.load(file.with_name(f"x{file.suffix}"))
+    with pytest.raises(OptionError, match=r"mode is not known: expected 'r' or 'r.', got 'w'"):
+        io.open(file, "w")
+
+
+# Files in place
+
+
+def test_updates_are_written_to_the_mapped_file(tmp_path):
+    path = tmp_path / "w.safetensors"
+    w = Container(a=np.array([3.0, 4.0]), n=[np.ones((2, 3), np.float32)], z=np.empty((0, 2)))
+    w["b"] = np.array([1, 2, 3], ml_dtypes.bfloat16)
+    io.save(path, w, metadata={"kept": "yes"})
+    mapped = io.open(path, "r+")
+    assert {type(x) for x in mapped.leaves() if x.size} == {np.memmap}
+    g = w.map(np.ones_like)
+    expected = lars_update(w, g, 0.25)
+    lars_update(mapped, g, 0.25, out=mapped)
+    mapped.a.flush()
+    assert_same(io.load(path), expected)
+    assert io.metadata(path) == {"kept": "yes"}
+
+
+def test_counters_are_mapped_too(tmp_path):
+    path = tmp_path / "s.safetensors"
+    w, opt = Container(a=np.array([3.0, 4.0])), Lars(0.1)
+    io.save(path, {"w": w, "state": opt.init(w)})
+    mapped = io.open(path, "r+")
+    for _ in range(2):
+        opt.update(mapped.w, {"a": np.ones(2)}, mapped.state, out=mapped.w)
+    assert int(io.load(path).state.step) == 2
+
+
+def test_a_map_for_reading_is_read_only(tmp_path):
+    path = tmp_path / "w.safetensors"
+    io.save(path, {"a": {"b": np.ones(2)}})
+    before = path.read_bytes()
+    path.chmod(0o444)
+    mapped = io.open(path)
+    with pytest.raises(OutError, match=r"a/b: .*read-only"):
+        lars_update(mapped, 1.0, 0.1, out=mapped)
+    assert path.read_bytes() == before
+    io.save(path.with_suffix(".npz"), mapped)
+    with pytest.raises(FileError, match=r"an .npz cannot be mapped"):
+        io.open(path.with_suffix(".npz"))
+
+
+def test_a_mapped_file_of_1_gib_needs_no_memory(tmp_path):
+    """4 leaves of 256 MiB are stepped within 256 MiB of address space, and hardly any memory."""
+    code = """if 1:
+        import json, re, resource, sys
+        from lars_tree import io, lars_update
+        def kib(name):
+            return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+        path, leaf, count = sys.argv[1], 1 << 28, 4
+        spans = [[leaf * i, leaf * (i + 1)] for i in range(count)]
+        header = {str(i): {"dtype": "F32", "shape": [leaf >> 2], "data_offsets": span}
+                  for i, span in enumerate(spans)}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with open(path, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + leaf * count)
+        w = io.open(path, "r+")
+        lars_update(io.Container(x=w["0"][:9].copy()), 1.0, 0.5)     # threads and buffers are there
+        limit, before = kib("VmSize") + (256 << 10), kib("RssAnon")
+        resource.setrlimit(resource.RLIMIT_AS, (limit << 10,) * 2)
+        try:
+            bytearray(300 << 20)
+        except MemoryError:
+            pass
+        else:
+            raise SystemExit("the limit does not hold")
+        lars_update(w, 1.0, 0.5, out=w)
+        print(kib("RssAnon") - before, w["0"][7], w["3"][-1])"""
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), tmp_path / "big.safetensors"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    grown, first, last = result.stdout.split()
+    assert int(grown) < 32 << 10
+    assert (float(first), float(last)) == (-0.5, -0.5)  # zeros take steps of SGD
+
+
+# What stays as it was
+
+
+def test_permissions_are_those_of_open(file):
+    old = os.umask(0o027)
+    try:
+        io.save(file, {})
+        assert stat.S_IMODE(file.stat().st_mode) == 0o640
+        file.chmod(0o604)
+        io.save(file, {"a": np.ones(1)})
+        assert stat.S_IMODE(file.stat().st_mode) == 0o604
+    finally:
+        os.umask(old)
+
+
+def test_links_stay_links(file):
+    real = file.with_name(f"real{file.suffix}")
+    file.symlink_to(real)  # which is not there yet
+    for value in (1.0, 2.0):
+        io.save(file, {"a": np.array(value)})
+        assert file.is_symlink()
+        assert io.load(real).a == value
+    assert sorted(os.listdir(file.parent)) == sorted([file.name, real.name])

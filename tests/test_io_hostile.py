@@ -1,0 +1,396 @@
+"""Files that lie: each is refused by one kind of error, and allocates nothing that it declares."""
+
+from __future__ import annotations
+
+import io as memory
+import json
+import pickle
+import struct
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+from conftest import need
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lars_tree import Container, FileError, io
+
+need("ml_dtypes")
+need("safetensors")
+
+F32 = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+def entry(dtype="F32", shape=(1,), offsets=(0, 4), **more):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)} | more
+
+
+def safetensors(header, body=b"1234", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + body
+
+
+def structured(structure, names=("a.0",)):
+    header = {name: entry(shape=[0], offsets=[0, 0]) for name in names}
+    return safetensors({"__metadata__": {"lars_tree.structure": structure}} | header, b"")
+
+
+ONE = json.dumps(F32).encode()
+DEEP = b"[" * 100_000
+
+SAFETENSORS = {
+    "empty": b"",
+    "short": b"1234567",
+    "no header": safetensors(b""),
+    "header longer than the file": safetensors({"a": F32}, length=1 << 20),
+    "header of 2**63 bytes": safetensors({"a": F32}, length=1 << 63),
+    "header of 2**64 - 1 bytes": safetensors({"a": F32}, length=(1 << 64) - 1),
+    "header above the limit": safetensors(b"{}", b"", length=100_000_001),
+    "not JSON": safetensors(b"{'a': 1}", b""),
+    "not UTF-8": safetensors(b'{"\xff": ' + ONE + b"}"),
+    "lone surrogate": safetensors(b'{"\\ud800": ' + ONE + b"}"),
+    "list": safetensors(b"[]", b""),
+    "number": safetensors(b"1", b""),
+    "null": safetensors(b"null", b""),
+    "NaN": safetensors(b'{"a": NaN}'),
+    "two objects": safetensors(b"{}{}", b""),
+    "nested": safetensors(b'{"a": ' + DEEP + b"}"),
+    "nested metadata": safetensors(b'{"__metadata__": {"a": ' + DEEP + b"}}"),
+    "metadata of numbers": safetensors({"__metadata__": {"a": 1}}, b""),
+    "metadata a list": safetensors({"__metadata__": []}, b""),
+    "no dtype": safetensors({"a": {"shape": [1], "data_offsets": [0, 4]}}),
+    "unknown dtype": safetensors({"a": entry("F33")}),
+    "dtype a number": safetensors({"a": entry(1)}),
+    "wrong dtype": safetensors({"a": entry("F64")}),
+    "wrong shape": safetensors({"a": entry(shape=[2])}),
+    "negative shape": safetensors({"a": entry(shape=[-1])}),
+    "two negative": safetensors({"a": entry(shape=[-1, -1])}),
+    "fractional shape": safetensors({"a": entry(shape=[1.0])}),
+    "huge shape": safetensors({"a": entry(shape=[2**60], offsets=[0, 2**62])}),
+    "overflowing shape": safetensors({"a": entry(shape=[2**32, 2**32], offsets=[0, 0])}),
+    "overflowing to 4": safetensors({"a": entry(shape=[2**62 + 1], offsets=[0, 4])}),
+    "shape above 2**64": safetensors({"a": entry(shape=[2**64 + 1])}),
+    "huge but empty": safetensors({"a": entry(shape=[2**62, 0], offsets=[0, 0])}, b""),
+    "80 axes": safetensors({"a": entry(shape=[1] * 80)}),
+    "negative offset": safetensors({"a": entry(offsets=[-4, 0])}),
+    "backward offsets": safetensors({"a": entry(offsets=[4, 0])}),
+    "beyond the end": safetensors({"a": entry(offsets=[4, 8])}),
+    "hole": safetensors({"a": F32, "b": entry(offsets=[8, 12])}, b"1" * 12),
+    "hole at the start": safetensors({"a": entry(offsets=[4, 8])}, b"1" * 8),
+    "overlap": safetensors({"a": F32, "b": entry(offsets=[2, 6])}, b"1" * 6),
+    "the same bytes": safetensors({"a": F32, "b": F32}),
+    "truncated": safetensors({"a": F32}, b"123"),
+    "trailing": safetensors({"a": F32}, b"12345"),
+    "twice": safetensors(b'{"a": ' + ONE + b', "a": ' + ONE + b"}"),
+    "twice, apart": safetensors(
+        b'{"a": ' + ONE + b', "a": ' + json.dumps(entry(offsets=[4, 8])).encode() + b"}", b"1" * 8
+    ),
+    "two dtypes": safetensors(b'{"a": {"dtype": "F32", ' + ONE[1:] + b"}"),
+    "metadata twice": safetensors(b'{"__metadata__": {"a": "1", "a": "2"}}', b""),
+    "not 0 or 1": safetensors({"a": entry("BOOL", [4])}),
+    "half bytes": safetensors({"a": entry("F4", [8])}),
+    "a leaf and a node": safetensors({"a": F32, "a.b": entry(offsets=[4, 8])}, b"1" * 8),
+    "structure not JSON": structured("{"),
+    "structure nested": structured("[" * 100_000),
+    "structure a leaf": structured("true"),
+    "structure a list": structured('["list",["list",true]]'),
+    "structure of another kind": structured('["set",["a",true]]'),
+    "structure empty": structured("[]"),
+    "structure with null key": structured('["dict",[null,["list",true]]]'),
+    "structure with bool key": structured('["dict",[true,["list",true]]]'),
+    "structure with long pair": structured('["dict",["a",["list",true],1]]'),
+    "structure without a leaf": structured('["dict",["b",["list",true]]]'),
+    "structure with too few": structured('["dict",["a",["list"]]]'),
+    "structure with too many": structured('["dict",["a",["list",true,true]]]'),
+    "structure with 1 for true": structured('["dict",["a",["list",1]]]'),
+    "structure with a key twice": structured('["dict",["a",["list"]],["a",["list",true]]]'),
+    "structure with a name twice": structured('["dict",["a.0",true],["a",["list",true]]]'),
+    "a pickle": pickle.dumps({"a": np.ones(2)}),
+}
+
+
+@pytest.fixture
+def bounded():
+    """Nothing may be allocated that a small file only declares."""
+    tracemalloc.start()
+    yield
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
+
+
+def refused(path, content, library="numpy"):
+    path.write_bytes(content)
+    with pytest.raises(FileError) as caught:
+        io.load(path, library=library)
+    assert str(path) in str(caught.value)
+    assert caught.value.argument == "path"
+    return str(caught.value)
+
+
+@pytest.mark.usefixtures("bounded")
+@pytest.mark.parametrize("case", SAFETENSORS)
+def test_malformed_safetensors(case, tmp_path):
+    path = tmp_path / "w.safetensors"
+    refused(path, SAFETENSORS[case])
+    if case != "not 0 or 1":  # which are not read
+        with pytest.raises(FileError):
+            io.open(path)
+
+
+def test_the_entry_is_named(tmp_path):
+    path = tmp_path / "w.safetensors"
+    assert "\n  x.y: the header has this name twice" in refused(
+        path, safetensors(b'{"x.y": ' + ONE + b', "x.y": ' + ONE + b"}")
+    )
+    assert "\n  x: expected truth values" in refused(
+        path, SAFETENSORS["not 0 or 1"].replace(b'"a"', b'"x"')
+    )
+    assert "\n  a: numpy and ml_dtypes have no F4" in refused(path, SAFETENSORS["half bytes"])
+
+
+@pytest.mark.parametrize("library", ["torch", "jax"])
+@pytest.mark.parametrize("case", ["huge but empty", "twice", "half bytes", "not 0 or 1", "80 axes"])
+def test_malformed_for_other_libraries(case, library, tmp_path):
+    need(library)
+    refused(tmp_path / "w.safetensors", SAFETENSORS[case], library)
+
+
+def test_odd_but_valid(tmp_path):
+    path = tmp_path / "w.safetensors"
+    odd = "../../é\n\0/'\""
+    path.write_bytes(safetensors({odd: entry(extra=1), "e": entry(shape=[0], offsets=[4, 4])}))
+    assert list(io.load(path)) == ["", "e"]
+    path.write_bytes(safetensors(b"{}", b""))
+    assert io.load(path) == io.open(path) == Container()
+
+
+# .npz
+
+
+def npy(x=None, header=None, body=b"1" * 8, magic=b"\x93NUMPY\x01\x00"):
+    if header is None:
+        stream = memory.BytesIO()
+        np.lib.format.write_array(stream, np.ones(1) if x is None else x, allow_pickle=True)
+        return stream.getvalue()
+    text = header if isinstance(header, bytes) else repr(header).encode()
+    return magic + struct.pack("<H", len(text)) + text + body
+
+
+def archive(*members, method=zipfile.ZIP_STORED):
+    stream = memory.BytesIO()
+    with zipfile.ZipFile(stream, "w", method) as file:
+        for name, content in members:
+            file.writestr(zipfile.ZipInfo(name), content, method)
+    return stream.getvalue()
+
+
+def head(shape=(1,), descr="<f8", order=False):
+    return {"descr": descr, "fortran_order": order, "shape": shape}
+
+
+def patched(content, old, new):
+    assert content.count(old) >= 1
+    return content.replace(old, new)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("code in a file was run",))
+
+
+def bombs():
+    yield "object array", npy(np.array([Bomb()], object))
+    yield "pickle as an entry", pickle.dumps(Bomb())
+    yield "object dtype declared", npy(header=head(descr="|O"))
+    yield "structured", npy(np.zeros(1, "f4,i4"))
+    yield "structured object", npy(header=head(descr=[("a", "|O")]))
+    yield "dates", npy(np.zeros(1, "M8[s]"))
+    yield "2**60 elements", npy(header=head((2**60,)))
+    yield "2**70 elements", npy(header=head((2**70,)))
+    yield "overflowing", npy(header=head((2**32, 2**32)))
+    yield "overflowing to 8", npy(header=head((2**61 + 1,)))
+    yield "huge but empty", npy(header=head((2**62, 0)), body=b"")
+    yield "negative", npy(header=head((-1,)))
+    yield "two negative", npy(header=head((-1, -1)))
+    yield "80 axes", npy(header=head((1,) * 80))
+    yield "shape of floats", npy(header=head((1.0,)))
+    yield "shape a list", npy(header=head([1]))
+    yield "shape of bools", npy(header=head((True, "1")))
+    yield "unknown dtype", npy(header=head(descr="<f3"))
+    yield "dtype a number", npy(header=head(descr=5))
+    yield "dtype without size", npy(header=head(descr="<U0"), body=b"")
+    yield "string of 2**31", npy(header=head(descr="<U2147483647"))
+    yield "subarray", npy(header=head(descr=("<f8", (2**40,))))
+    yield "order a number", npy(header=head(order=1))
+    yield "order missing", npy(header={"descr": "<f8", "shape": (1,)})
+    yield "not a dict", npy(header=b"[]")
+    yield "code", npy(header=b"__import__('os').abort()")
+    yield "nested", npy(header=b"(" * 9000)
+    yield "operators", npy(header=b"-" * 9000 + b"1")
+    yield "null", npy(header=b"{'\0': 1}")
+    yield "not latin", npy(header=b"\xff\xfe")
+    yield "long header", npy(header=repr(head()).encode() + b" " * 20_000)
+    yield "truncated header", npy()[:30]
+    yield "magic alone", npy()[:6]
+    yield "no magic", b"x" * 100
+    yield "version 9", npy(header=head(), magic=b"\x93NUMPY\x09\x00")
+    yield "truncated", npy()[:-1]
+    yield "trailing", npy() + b"1"
+    yield "not 0 or 1", npy(header=head((8,), "|b1"), body=b"12345678")
+    yield "nothing", b""
+
+
+NPZ = {name: archive(("a.npy", content)) for name, content in bombs()}
+NPZ |= {f"deflated {k}": archive(("a.npy", x), method=8) for k, x in bombs() if len(x) > 5}
+GOOD = archive(("a.npy", npy()), ("b.npy", npy()))
+NPZ |= {
+    "empty file": b"",
+    "no archive": b"PK\x05\x06",
+    "no .npy": archive(("a.txt", b"")),
+    "the same name twice": patched(GOOD, b"b.npy", b"a.npy"),
+    "truncated archive": GOOD[:-10],
+    "without its start": GOOD[20:],
+    "checksum": patched(GOOD, np.ones(1).tobytes(), np.zeros(1).tobytes()),
+    "encrypted": patched(
+        GOOD, b"PK\x01\x02\x14\x03\x14\x00\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01\x00"
+    ),
+    "bzip2": archive(("a.npy", npy()), method=zipfile.ZIP_BZIP2),
+    "lzma": archive(("a.npy", npy()), method=zipfile.ZIP_LZMA),
+    "other name inside": GOOD.replace(b"a.npy", b"c.npy", 1),
+    "metadata no JSON": archive(("__metadata__.npy", npy(np.array("{")))),
+    "metadata of numbers": archive(("__metadata__.npy", npy(np.array('{"a": 1}')))),
+    "metadata a list": archive(("__metadata__.npy", npy(np.array("[]")))),
+    "metadata nested": archive(("__metadata__.npy", npy(np.array("[" * 100_000)))),
+    "metadata an array": archive(("__metadata__.npy", npy())),
+    "text": archive(("a.npy", npy(np.array("text")))),
+    "a leaf and a node": archive(("a.npy", npy()), ("a.b.npy", npy())),
+}
+
+
+def declared(size, compressed=None):
+    """An archive whose directory says that its entry is this long."""
+    content = bytearray(archive(("a.npy", npy(header=head((size // 8,))))))
+    directory = content.index(b"PK\x01\x02")
+    struct.pack_into("<I", content, directory + 24, size)
+    if compressed is not None:
+        struct.pack_into("<I", content, directory + 20, compressed)
+    return bytes(content)
+
+
+NPZ |= {
+    "declares 4 GB": declared(4_000_000_000),
+    "declares 4 GB compressed": declared(4_000_000_000, 4_000_000_000),
+    "declares 1 GB": declared(1_000_000_000, 100_000_000),
+}
+
+
+@pytest.mark.usefixtures("bounded")
+@pytest.mark.parametrize("case", NPZ)
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # numpy, of old headers
+def test_malformed_npz(case, tmp_path):
+    refused(tmp_path / "w.npz", NPZ[case])
+
+
+def test_entries_that_overlap(tmp_path):
+    """Many entries of one directory that all are the same bytes: small, but large when read."""
+    content = npy(np.zeros(1 << 16))
+    stream = memory.BytesIO()
+    with zipfile.ZipFile(stream, "w") as file:
+        file.writestr("a.npy", content)
+        first = file.infolist()[0]
+        for i in range(1000):
+            other = zipfile.ZipInfo(f"{i}.npy")
+            for name in ("header_offset", "CRC", "compress_size", "file_size"):
+                setattr(other, name, getattr(first, name))
+            file.filelist.append(other)
+            file.NameToInfo[other.filename] = other
+    assert "overlap" in refused(tmp_path / "w.npz", stream.getvalue())
+
+
+def test_what_numpy_writes_is_read(tmp_path):
+    path = tmp_path / "w.npz"
+    w = {"a.b": np.asfortranarray(np.arange(6.0).reshape(2, 3)), "c": np.ones(3, ">f4")}
+    for save in (np.savez, np.savez_compressed):
+        save(path, **w)
+        loaded = io.load(path)
+        assert np.array_equal(loaded.a.b, w["a.b"])
+        assert np.array_equal(loaded.c, w["c"])
+    io.save(path, w, metadata={"x": "y"})
+    with np.load(path) as theirs:
+        assert np.array_equal(theirs["a.b"], w["a.b"])
+        assert json.loads(str(theirs["__metadata__"]))["x"] == "y"
+
+
+# Mutations of valid files
+
+
+def saved(suffix, tmp_path_factory):
+    path = tmp_path_factory.mktemp("valid") / f"w{suffix}"
+    tree = {
+        "a": {"b": np.arange(6.0).reshape(2, 3), "c": np.array([True, False])},
+        "d": [np.array(7, np.int64), None, np.ones((2, 2), np.float16, order="F")],
+        "e": np.empty((0, 3), np.uint8),
+    }
+    io.save(path, tree, metadata={"step": "1"})
+    return path.read_bytes()
+
+
+mutations = st.lists(
+    st.tuples(
+        st.sampled_from(["set", "set", "set", "insert", "delete", "copy", "cut"]),
+        st.floats(0, 1, exclude_max=True),
+        st.one_of(
+            st.binary(min_size=1, max_size=8),
+            st.sampled_from([b"0", b"9", b'"', b"[", b"-", b"1e9", b"\xff" * 8]),
+        ),
+        st.integers(1, 16),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def mutated(content, changes):
+    for kind, place, data, length in changes:
+        # Half of the changes hit the first quarter, where the header is, or the end of an archive.
+        i = int(place * len(content))
+        if kind == "set":
+            content = content[:i] + data + content[i + len(data) :]
+        elif kind == "insert":
+            content = content[:i] + data + content[i:]
+        elif kind == "delete":
+            content = content[:i] + content[i + length :]
+        elif kind == "copy":
+            content = content[: i + length] + content[i:]
+        else:
+            content = content[:i]
+    return content
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_a_mutated_file_loads_or_is_refused(suffix, tmp_path_factory):
+    valid = saved(suffix, tmp_path_factory)
+    path = tmp_path_factory.mktemp("mutated") / f"w{suffix}"
+    outcomes = set()
+
+    @given(changes=mutations)
+    def check(changes):
+        path.write_bytes(mutated(valid, changes))
+        try:
+            loaded = io.load(path)
+            assert loaded.num_bytes() <= path.stat().st_size
+            outcomes.add("loaded")
+        except FileError:
+            outcomes.add("refused")
+        for read in (io.metadata, *([io.open] if suffix == ".safetensors" else [])):
+            try:
+                read(path)
+            except FileError:
+                outcomes.add("refused")
+
+    check()
+    assert outcomes == {"loaded", "refused"}
