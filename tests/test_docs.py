@@ -45,7 +45,7 @@ def failures(text, name):
 def test_pages(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = page.read_text()
-    for library in ("torch", "jax", "dask.array", "optree"):
+    for library in ("torch", "jax", "dask.array", "optree", "safetensors"):
         if f"import {library}" in text:
             need(library)
     assert failures(text, page.name) == 0

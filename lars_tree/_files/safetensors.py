@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from io import BufferedReader
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,7 +22,7 @@ import numpy as np
 
 from lars_tree import errors
 from lars_tree._files import names
-from lars_tree._files.arrays import Array, Entry, dtype_named
+from lars_tree._files.arrays import Array, Entry, dtype_named, is_extension
 from lars_tree._files.replacing import Path
 
 _TYPES = {
@@ -45,7 +46,7 @@ _TYPES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
-_NAMES = {name: short for short, name in _TYPES.items()}
+_SHORT = {name: short for short, name in _TYPES.items()}
 
 _LONGEST_HEADER = 100_000_000  # that of the package
 _ALIGNMENT = 8
@@ -53,7 +54,20 @@ _ALIGNMENT = 8
 
 def unwritable(dtype: np.dtype[Any]) -> str | None:
     """What to say of a dtype that the format does not have."""
-    return None if dtype.name in _NAMES else f"safetensors has no {dtype}"
+    return None if _short(dtype) else f"safetensors has no {dtype}"
+
+
+@cache
+def _short(dtype: np.dtype[Any]) -> str | None:
+    """What the format calls a dtype."""
+    return _SHORT.get(dtype.name)
+
+
+@cache
+def _dtype(short: str) -> np.dtype[Any] | None:
+    """The dtype of which the format has this name, little-endian; None if numpy has none."""
+    dtype = dtype_named(_TYPES[short]) if short in _TYPES else None
+    return dtype if dtype is None or is_extension(dtype) else dtype.newbyteorder("<")
 
 
 def write(file: BinaryIO, entries: dict[str, Entry], metadata: dict[str, str]) -> None:
@@ -66,7 +80,7 @@ def write(file: BinaryIO, entries: dict[str, Entry], metadata: dict[str, str]) -
     for name in order:
         dtype, shape, _ = entry = entries[name]
         start, end = end, end + entry.nbytes
-        header[name] = {"dtype": _NAMES[dtype.name], "shape": shape, "data_offsets": [start, end]}
+        header[name] = {"dtype": _short(dtype), "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     if len(text) > _LONGEST_HEADER:
@@ -95,31 +109,35 @@ class View(NamedTuple):
     metadata: dict[str, str]
 
     def read(self, name: str, memory: Array) -> Array:
-        """Read an array to this memory, as many bytes as it has."""
+        """Read an array to this memory, as many bytes as it has.
+
+        Raises:
+            FileError: as `array` does; and for a bool that is neither 0 nor 1.
+        """
         self.file.seek(self.places[name].start)
         if self.file.readinto(memory.data) != len(memory):
             raise errors.file_error(self.path, "it was truncated while it was read", name)
+        if self.places[name].dtype == "BOOL" and memory.size and memory.max() > 1:
+            text = "expected truth values of 0 or 1"
+            raise errors.file_error(self.path, text, name)
         return self.array(name, memory)
 
     def array(self, name: str, memory: Array) -> Array:
         """The array of this name over the memory that has its bytes.
 
         Raises:
-            FileError: a type or a shape that numpy does not have, or a bool that is neither 0 or 1.
+            FileError: a type or a shape that numpy does not have.
         """
         place = self.places[name]
-        dtype = dtype_named(_TYPES[place.dtype]) if place.dtype in _TYPES else None
+        dtype = _dtype(place.dtype)
         if dtype is None:
             text = f"numpy and ml_dtypes have no {place.dtype}"
             raise errors.file_error(self.path, text, name)
-        if dtype.kind == "b" and memory.size and memory.max() > 1:
-            text = "expected truth values of 0 or 1"
-            raise errors.file_error(self.path, text, name)
         try:
-            array = memory.view(dtype.newbyteorder("<") if dtype.isbuiltin == 1 else dtype)
-            return array.reshape(place.shape)
+            array: Array = memory.view(dtype).reshape(place.shape)
         except ValueError as error:  # an empty array with axes that are too long
             raise errors.file_error(self.path, str(error), name) from error
+        return array
 
 
 @contextmanager

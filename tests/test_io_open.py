@@ -1,0 +1,120 @@
+"""Files that are mapped: stepped where they are, and never read as a whole."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+from conftest import need
+from test_io import assert_same
+
+from lars_tree import Container, FileError, Lars, OutError, io, lars_update
+
+ml_dtypes = need("ml_dtypes")
+need("safetensors")
+
+
+def test_updates_are_written_to_the_mapped_file(tmp_path):
+    path = tmp_path / "w.safetensors"
+    w = Container(a=np.array([3.0, 4.0]), n=[np.ones((2, 3), np.float32)], z=np.empty((0, 2)))
+    w["b"] = np.array([1, 2, 3], ml_dtypes.bfloat16)
+    io.save(path, w, metadata={"kept": "yes"})
+    mapped = io.open(path, "r+")
+    assert {type(x) for x in mapped.leaves() if x.size} == {np.memmap}
+    g = w.map(np.ones_like)
+    expected = lars_update(w, g, 0.25)
+    lars_update(mapped, g, 0.25, out=mapped)
+    mapped.a.flush()
+    assert_same(io.load(path), expected)
+    assert io.metadata(path) == {"kept": "yes"}
+
+
+def test_counters_are_mapped_too(tmp_path):
+    path = tmp_path / "s.safetensors"
+    w, opt = Container(a=np.array([3.0, 4.0])), Lars(0.1)
+    io.save(path, {"w": w, "state": opt.init(w)})
+    mapped = io.open(path, "r+")
+    for _ in range(2):
+        opt.update(mapped.w, {"a": np.ones(2)}, mapped.state, out=mapped.w)
+    assert int(io.load(path).state.step) == 2
+
+
+def test_a_map_for_reading_is_read_only(tmp_path):
+    path = tmp_path / "w.safetensors"
+    io.save(path, {"a": {"b": np.ones(2)}})
+    before = path.read_bytes()
+    path.chmod(0o444)
+    mapped = io.open(path)
+    with pytest.raises(OutError, match=r"a/b: .*read-only"):
+        lars_update(mapped, 1.0, 0.1, out=mapped)
+    assert path.read_bytes() == before
+    io.save(path.with_suffix(".npz"), mapped)
+    with pytest.raises(FileError, match=r"an .npz cannot be mapped"):
+        io.open(path.with_suffix(".npz"))
+
+
+def test_a_mapped_file_of_1_gib_needs_no_memory(tmp_path):
+    """4 leaves of 256 MiB are stepped within 256 MiB of address space, and hardly any memory."""
+    code = """if 1:
+        import json, re, resource, sys
+        from lars_tree import io, lars_update
+        def kib(name):
+            return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+        path, leaf, count = sys.argv[1], 1 << 28, 4
+        spans = [[leaf * i, leaf * (i + 1)] for i in range(count)]
+        header = {str(i): {"dtype": "F32", "shape": [leaf >> 2], "data_offsets": span}
+                  for i, span in enumerate(spans)}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with open(path, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + leaf * count)
+        w = io.open(path, "r+")
+        lars_update(io.Container(x=w["0"][:9].copy()), 1.0, 0.5)     # threads and buffers are there
+        limit, before = kib("VmSize") + (256 << 10), kib("RssAnon")
+        resource.setrlimit(resource.RLIMIT_AS, (limit << 10,) * 2)
+        try:
+            bytearray(300 << 20)
+        except MemoryError:
+            pass
+        else:
+            raise SystemExit("the limit does not hold")
+        lars_update(w, 1.0, 0.5, out=w)
+        print(kib("RssAnon") - before, w["0"][7], w["3"][-1])"""
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), tmp_path / "big.safetensors"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    grown, first, last = result.stdout.split()
+    assert int(grown) < 32 << 10
+    assert (float(first), float(last)) == (-0.5, -0.5)  # zeros take steps of SGD
+
+
+def test_arrays_that_are_not_aligned_are_stepped(tmp_path):
+    """Files of other programs may have any offsets."""
+    path = tmp_path / "w.safetensors"
+    text = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
+    text += b'"w":{"dtype":"F32","shape":[2],"data_offsets":[1,9]}}'
+    data = b"\x07" + np.array([3, 4], "<f4").tobytes()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    w = io.open(path, "r+")
+    assert not w.w.flags.aligned
+    lars_update({"w": w.w}, {"w": np.array([0, 10], "f4")}, 0.1, out={"w": w.w})
+    assert_same(io.load(path), Container(a=np.array([7], "u1"), w=np.array([3, 3.5], "f4")))
+
+
+def test_a_mapped_file_may_be_replaced(tmp_path):
+    """The leaves are those of the old file, as long as they are there."""
+    path = tmp_path / "w.safetensors"
+    io.save(path, {"a": np.ones(3)})
+    old = io.open(path, "r+")
+    io.save(path, {"a": np.zeros(3)})
+    old.a[...] = 5
+    assert io.load(path) == Container(a=np.zeros(3))
+    assert np.array_equal(old.a, [5, 5, 5])
