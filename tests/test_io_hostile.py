@@ -90,6 +90,7 @@ SAFETENSORS = {
     "not 0 or 1": safetensors({"a": entry("BOOL", [4])}),
     "half bytes": safetensors({"a": entry("F4", [8])}),
     "a leaf and a node": safetensors({"a": F32, "a.b": entry(offsets=[4, 8])}, b"1" * 8),
+    "a node and a leaf": safetensors({"a.b": F32, "a": entry(offsets=[4, 8])}, b"1" * 8),
     "structure not JSON": structured("{"),
     "structure nested": structured("[" * 100_000),
     "structure a leaf": structured("true"),
@@ -165,6 +166,22 @@ def test_odd_but_valid(tmp_path):
     assert io.load(path) == io.open(path) == Container()
 
 
+def test_a_file_that_is_replaced_while_it_is_opened(tmp_path, monkeypatch):
+    """The package opens the path by itself: what it has checked must be what is read."""
+    path, other = tmp_path / "w.safetensors", tmp_path / "other.safetensors"
+    io.save(path, {"a": np.zeros(9)})
+    io.save(other, {"b": np.ones(2)})
+    check = io.safetensors._check
+
+    def replaced_first(name):
+        if other.exists():
+            other.rename(path)
+        check(name)
+
+    monkeypatch.setattr(io.safetensors, "_check", replaced_first)
+    assert io.load(path) == Container(b=np.ones(2))
+
+
 # .npz
 
 
@@ -206,6 +223,7 @@ def bombs():
     yield "structured", npy(np.zeros(1, "f4,i4"))
     yield "structured object", npy(header=head(descr=[("a", "|O")]))
     yield "dates", npy(np.zeros(1, "M8[s]"))
+    yield "2**24 elements", npy(header=head((2**24,)))
     yield "2**60 elements", npy(header=head((2**60,)))
     yield "2**70 elements", npy(header=head((2**70,)))
     yield "overflowing", npy(header=head((2**32, 2**32)))
@@ -269,10 +287,11 @@ NPZ |= {
 
 
 def declared(size, compressed=None):
-    """An archive whose directory says that its entry is this long."""
-    content = bytearray(archive(("a.npy", npy(header=head((size // 8,))))))
+    """An archive whose header and directory agree that its entry is this long."""
+    start = npy(header=head((size // 8,)), body=b"")
+    content = bytearray(archive(("a.npy", start + b"1" * 8)))
     directory = content.index(b"PK\x01\x02")
-    struct.pack_into("<I", content, directory + 24, size)
+    struct.pack_into("<I", content, directory + 24, len(start) + size)
     if compressed is not None:
         struct.pack_into("<I", content, directory + 20, compressed)
     return bytes(content)
@@ -305,7 +324,7 @@ def test_entries_that_overlap(tmp_path):
                 setattr(other, name, getattr(first, name))
             file.filelist.append(other)
             file.NameToInfo[other.filename] = other
-    assert "overlap" in refused(tmp_path / "w.npz", stream.getvalue())
+    assert "its entries overlap" in refused(tmp_path / "w.npz", stream.getvalue())
 
 
 def test_what_numpy_writes_is_read(tmp_path):

@@ -118,3 +118,11 @@ def test_a_mapped_file_may_be_replaced(tmp_path):
     old.a[...] = 5
     assert io.load(path) == Container(a=np.zeros(3))
     assert np.array_equal(old.a, [5, 5, 5])
+
+
+def test_what_is_saved_is_aligned(tmp_path):
+    path = tmp_path / "w.safetensors"
+    w = Container(a=np.ones(3, "u1"), b=np.ones(5), c=np.ones(3, "f2"), d=np.ones(1, "f4"))
+    io.save(path, w)
+    assert all(x.flags.aligned for x in io.open(path).leaves())
+    assert_same(io.load(path), w)  # in its own order

@@ -89,7 +89,7 @@ def _dtype(x: Any) -> np.dtype[Any] | None:
     dtype = x.dtype if known else dtype_named(str(x.dtype).rpartition(".")[2])
     if dtype is None or not (dtype.kind in "biufc" or is_extension(dtype)):
         return None
-    return dtype if is_extension(dtype) else dtype.newbyteorder("<")
+    return dtype.newbyteorder("<")
 
 
 def is_extension(dtype: np.dtype[Any]) -> bool:
@@ -170,4 +170,4 @@ def to_jax(x: Array) -> Any:
 
 def _native(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """The dtype in the byte order of this machine."""
-    return dtype if is_extension(dtype) else dtype.newbyteorder("=")
+    return dtype.newbyteorder("=")

@@ -122,16 +122,12 @@ def unflatten(leaves: dict[str, Any], text: str | None) -> dict[Any, Any]:
 
 def _split(leaves: dict[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
-    nodes = {id(tree)}  # those made here: a leaf may be a dict to others
     for name, leaf in leaves.items():
         *parents, last = name.split(".")
         node = tree
         for key in parents:
-            if key not in node:
-                node[key] = {}
-                nodes.add(id(node[key]))
-            node = node[key]
-            if id(node) not in nodes:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
                 raise ValueError(f"{name!r} goes through another leaf")
         if last in node:
             raise ValueError(f"{name!r} is a leaf and a node")

@@ -105,8 +105,8 @@ def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Array:
         if size != info.file_size - stream.tell() or min(shape, default=0) < 0:
             raise ValueError(f"expected {size} bytes for {dtype} {shape}")
         data = np.empty(size, np.uint8)
-        if stream.readinto(data.data) != size or stream.read(1):
-            raise ValueError("its data is truncated or too long")
+        if stream.readinto(data.data) != size:
+            raise ValueError("its data is truncated")
         if dtype.kind == "b" and data.size and data.max() > 1:
             raise ValueError("expected truth values of 0 or 1")
         return data.view(dtype).reshape(shape, order="F" if fortran_order else "C")

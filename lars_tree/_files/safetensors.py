@@ -22,7 +22,7 @@ import numpy as np
 
 from lars_tree import errors
 from lars_tree._files import names
-from lars_tree._files.arrays import Array, Entry, dtype_named, is_extension
+from lars_tree._files.arrays import Array, Entry, dtype_named
 from lars_tree._files.replacing import Path
 
 _TYPES = {
@@ -67,7 +67,7 @@ def _short(dtype: np.dtype[Any]) -> str | None:
 def _dtype(short: str) -> np.dtype[Any] | None:
     """The dtype of which the format has this name, little-endian; None if numpy has none."""
     dtype = dtype_named(_TYPES[short]) if short in _TYPES else None
-    return dtype if dtype is None or is_extension(dtype) else dtype.newbyteorder("<")
+    return dtype and dtype.newbyteorder("<")
 
 
 def write(file: BinaryIO, entries: dict[str, Entry], metadata: dict[str, str]) -> None:
