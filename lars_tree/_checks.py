@@ -12,9 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lars_tree import _backends, _memory, errors
-from lars_tree._backends.base import Backend, Facts, Kind, Leaf, Values
-
-_FLOATING = (Kind.REAL, Kind.COMPLEX)
+from lars_tree._backends.base import FLOATING, Backend, Facts, Leaf, Values
 
 
 class Fault(NamedTuple):
@@ -41,26 +39,6 @@ def check(leaves: list[Leaf], paths: Callable[[], list[errors.Path]]) -> None:
             (paths()[leaf.place], fault.text) for leaf, fault in found if fault[:3] == first[:3]
         ]
         raise errors.error(*first[:3], same)
-
-
-def check_counters(state: dict[str, Any], written: bool) -> None:
-    """Raise what is wrong with the counters of an optimizer's state.
-
-    Raises:
-        StateError: one is no integer array without axes.
-        OutError: one is to be written to, and cannot be.
-    """
-    for name in state.keys() & {"step", "skipped"}:
-        x = state[name]
-        backend = _backends.find(x)
-        facts = None if backend is None or backend.fault(x) else backend.facts(x)
-        if backend is None or facts is None or (facts.kind, facts.shape) != (Kind.INTEGER, ()):
-            lines = [((name,), f"expected an integer array of shape (), got {errors.describe(x)}")]
-            raise errors.error(errors.StateError, "state", "state is not one of Lars", lines)
-        fault = backend.out_fault(x) if written else None
-        if fault:
-            lines = [((name,), f"it is {fault}")]
-            raise errors.error(errors.OutError, "state", "state cannot be written to", lines)
 
 
 def _faults(leaf: Leaf) -> Iterator[Fault]:
@@ -92,7 +70,7 @@ def _faulty(argument: str, backend: Backend, x: Any) -> Iterator[Fault]:
 def _unusable(argument: str, backend: Backend, x: Any) -> Iterator[Fault]:
     yield from _faulty(argument, backend, x)
     facts = backend.facts(x)
-    if facts.kind not in _FLOATING:
+    if facts.kind not in FLOATING:
         headline = f"{argument} is not floating point"
         text = f"expected float16, bfloat16, float32, float64 or complex, got {facts.dtype}"
         yield Fault(errors.DtypeError, argument, headline, text)

@@ -6,11 +6,13 @@ torch model with their gradients in them, there is `lars_tree.torch.Lars`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lars_tree import _backends, _checks, _options, _tree, errors, schedules
+from lars_tree import _backends, _counters, _options, _tree, errors, schedules
+from lars_tree._backends.base import FLOATING
 from lars_tree._rule import is_zero
 from lars_tree.array import Array, unwrap
 from lars_tree.container import Container
@@ -44,10 +46,11 @@ class Lars:
     In place, nothing is allocated: `opt.update(w, g, state, out=w)` writes to the weights and to
     the arrays of the state. Under `jax.jit` and `lax.scan` both are simply values.
 
-    The velocity has the dtype of its weights, but float32 where those are float16 or bfloat16. The
-    state is a Container and can be saved like weights: `step` counts the steps that were taken,
-    `skipped` those that nonfinite="skip" left out, and `velocity` is like w (there is none if
-    momentum is the number 0; each step is then that of `lars_update`, to the bit).
+    The velocity has the dtype of its weights, but float32 where those are float16 or bfloat16, and
+    is None where they are no floating-point numbers, which can only be kept. The state is a
+    Container and can be saved like weights: `step` counts the steps that were taken, `skipped`
+    those that nonfinite="skip" left out, and `velocity` is like w (there is none if momentum is the
+    number 0; each step is then that of `lars_update`, to the bit).
 
     Args:
         lr: The rate: as in `lars_update`, or a schedule: a callable of the number of the step,
@@ -88,8 +91,12 @@ class Lars:
         self.options = {**_DEFAULTS, **given}
 
     def __repr__(self) -> str:
-        shown = {name: x for name, x in self.options.items() if x is not _DEFAULTS.get(name)}
-        return f"Lars({', '.join([repr(self.lr), *(f'{k}={v!r}' for k, v in shown.items())])})"
+        shown = [
+            f"{name}={_on_one_line(x)}"
+            for name, x in self.options.items()
+            if type(x) is not type(_DEFAULTS[name]) or x != _DEFAULTS[name]
+        ]
+        return f"Lars({', '.join([_on_one_line(self.lr), *shown])})"
 
     def init(self, w: Any) -> Container:
         """The state before the first step: nothing moves yet.
@@ -103,8 +110,14 @@ class Lars:
 
         Args:
             w: The weights: a nest of arrays, or one array.
+
+        Raises:
+            StructureError: w holds itself.
         """
-        leaves = _tree.leaves(w)
+        try:
+            leaves = _tree.leaves(w)
+        except RecursionError:
+            raise _tree.explained({"w": w}) from None
         arrays = [x for x in map(unwrap, leaves) if _backends.find(x) is not None]
         first = arrays[0] if arrays else np.empty(0)
         backend = _backends.find(first)
@@ -129,7 +142,7 @@ class Lars:
             LarsTreeError: as `lars_update` does; nothing was written.
         """
         self._check_state(state)
-        _checks.check_counters(state, written=out is not None)
+        _counters.check(state, written=out is not None)
         options = {"lr": _rates(self.lr, state["step"]), **self.options}
         new_w, new = advance(w, dcdw, out, options, state)
         if out is not None:
@@ -156,21 +169,34 @@ _DEFAULTS = {"momentum": 0.9, "nesterov": False, **_options.DEFAULTS}
 
 
 def _zeros(x: Any) -> Any:
-    """A velocity for one leaf of the weights."""
+    """A velocity for one leaf of the weights; None for one that can only be left as it is."""
     array = unwrap(x)
     backend = _backends.find(array)
-    if backend is None:
+    if backend is None or backend.facts(array).kind not in FLOATING:
         return None
     zeros = backend.zeros(array, backend.velocity_dtype(array))
     return Array(zeros) if isinstance(x, Array) else zeros
 
 
+def _on_one_line(x: Any) -> str:
+    return " ".join(repr(x.to_dict() if isinstance(x, Container) else x).split())
+
+
 def _rates(lr: Any, step: Any) -> Any:
     step = schedules.value(unwrap(step))
-    values = [x(step) if callable(x) else x for x in _tree.leaves(lr)]
-    return _tree.rebuild(lr, values)
+    return _without_schedules(lr, lambda schedule: schedule(step))
 
 
 def _constant(lr: Any) -> Any:
     """The rate with something that can be checked where it has schedules."""
-    return _tree.rebuild(lr, [0.0 if callable(x) else x for x in _tree.leaves(lr)])
+    return _without_schedules(lr, lambda _: 0.0)
+
+
+def _without_schedules(lr: Any, rate: Callable[[Any], Any]) -> Any:
+    """The rate with rate(schedule) for each schedule, which may have the type of a nest."""
+    if callable(lr):
+        return rate(lr)
+    if _tree.is_leaf(lr):
+        return lr
+    new = [_without_schedules(child, rate) for _, child in _tree.children(lr)]
+    return _tree.replace_children(lr, new)

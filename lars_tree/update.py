@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from lars_tree import _backends, _checks, _memory, _nonfinite, _options, _tree, errors
-from lars_tree._backends.base import Columns, Leaf, New
+from lars_tree import _backends, _checks, _counters, _memory, _nonfinite, _options, _tree, errors
+from lars_tree._backends.base import FLOATING, Backend, Columns, Leaf, New
 from lars_tree._rule import Rule, is_zero
 from lars_tree.array import Array, unwrap
 
@@ -166,6 +166,8 @@ def _update(
         _refuse_surplus(w, state["velocity"], old, velocities, "state")
     leaves = _arrays(columns, paths)
     _checks.check(leaves, paths)
+    if out is not None:
+        _counters.check_apart(state, leaves, paths)
     with nullcontext() if out is None else _memory.uninterrupted():
         news, taken = _run(_checks.detach_inputs(leaves), paths)
         if out is not None:
@@ -187,16 +189,13 @@ def _result(
 ) -> tuple[Any, State]:
     if out is not None:
         return out, state
-    new = {name: _counted(x, name, taken) for name, x in state.items() if name in _COUNTERS}
+    new = {name: _counted(x, name, taken) for name, x in state.items() if name in _counters.NAMES}
     if "velocity" in state:
         # They are in the order of w, whose keys may be in another one than those of the state.
         places = _tree.rebuild(w, range(len(velocities)))
         order = _tree.broadcast("w", state["velocity"], places, exact=True, to="state")
         new["velocity"] = _tree.rebuild(state["velocity"], [velocities[i] for i in order])
     return _tree.rebuild(w, ws), new
-
-
-_COUNTERS = ("step", "skipped")
 
 
 def _counted(counter: Any, name: str, taken: Any) -> Any:
@@ -209,7 +208,7 @@ def _counted(counter: Any, name: str, taken: Any) -> Any:
 
 
 def _count_in_place(state: State, taken: Any) -> None:
-    for name in _COUNTERS:
+    for name in _counters.NAMES:
         backend = _backends.find(state.get(name))
         if backend is not None:
             backend.write(state[name], _counted(state[name], name, taken))
@@ -249,7 +248,7 @@ def _arrays(columns: Columns, paths: Paths) -> list[Leaf]:
                 strangers["w"].append((paths()[place], text))
         elif writes and out is None:
             strangers["out"].append((paths()[place], "expected an array, got None"))
-        elif moves and velocity is None and _needs_velocity(columns.rules[place], dcdw):
+        elif moves and velocity is None and _needs_velocity(backend, x, columns.rules[place], dcdw):
             strangers["state"].append((paths()[place], "expected a velocity, got None"))
         else:
             if isinstance(dcdw, (int, float, complex)) and not isinstance(dcdw, bool):
@@ -262,8 +261,11 @@ def _arrays(columns: Columns, paths: Paths) -> list[Leaf]:
     return leaves
 
 
-def _needs_velocity(rule: Rule, dcdw: Any) -> bool:
-    return dcdw is not None and not is_zero(rule.momentum)
+def _needs_velocity(backend: Backend, x: Any, rule: Rule, dcdw: Any) -> bool:
+    if dcdw is None or is_zero(rule.momentum):
+        return False
+    # What is wrong with weights that cannot move is for the checks to say.
+    return bool(backend.fault(x)) or backend.facts(x).kind in FLOATING
 
 
 def _machine_number(x: complex) -> complex:

@@ -33,7 +33,7 @@ LAYERS = [
     ["io", "optimizer", "torch"],
     ["container", "schedules", "_torch_batches"],
     ["update"],
-    ["_checks", "_compare", "_nonfinite"],
+    ["_checks", "_compare", "_counters", "_nonfinite"],
     ["_files.npz", "_files.safetensors"],
     ["_files.arrays", "_options", "_show"],
     ["array"],

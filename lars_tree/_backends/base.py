@@ -24,6 +24,9 @@ class Kind(Enum):
     OTHER = "other"
 
 
+FLOATING = (Kind.REAL, Kind.COMPLEX)
+
+
 class Values(Enum):
     """Whether the elements of an array can be looked at."""
 

@@ -80,10 +80,17 @@ class JaxBackend(ArraysBackend):
 
     def zeros(self, w: Array, dtype: Any) -> Array:
         with jax.enable_x64(True):
-            return jnp.zeros_like(w, dtype, device=None if _is_traced(w) else w.sharding)
+            if _is_traced(w):
+                return jnp.zeros_like(w, dtype)
+            return _zeros(w.shape, dtype, w, w.sharding)
 
     def counter(self, w: Array) -> Array:
-        return jnp.zeros((), jnp.int32)
+        if _is_traced(w):
+            return jnp.zeros((), jnp.int32)
+        spread = isinstance(w.sharding, jax.sharding.NamedSharding)
+        everywhere = jax.sharding.PartitionSpec()
+        sharding = jax.sharding.NamedSharding(w.sharding.mesh, everywhere) if spread else w.sharding
+        return _zeros((), jnp.int32, w, sharding)
 
     def step(self, w: Array, dcdw: Array, rule: Rule, velocity: Array | None = None) -> New:
         if not jnp.iscomplexobj(w):
@@ -126,6 +133,14 @@ def _update(leaf: Leaf) -> New:
     if not rule.stop_gradients:
         return stepped
     return New(*(None if x is None else jax.lax.stop_gradient(x) for x in stepped))
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, w: Array, sharding: Any) -> Array:
+    """Zeros where w is, and bound to that as w is, so that a compiled step serves the next one."""
+    if w.committed:
+        return jnp.zeros(shape, dtype, device=sharding)
+    with jax.default_device(next(iter(w.devices()))):
+        return jnp.zeros(shape, dtype)
 
 
 def _put(x: np.ndarray[Any, Any], like: Array) -> Array:

@@ -9,6 +9,7 @@ subclasses of Tensor, rates with a shape) goes leaf by leaf.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from itertools import filterfalse
 from typing import Any
 
@@ -192,7 +193,8 @@ class TorchBackend(ArraysBackend):
             leaf = leaves[i]
             cpu.update(_view(leaf.w), _view(leaf.dcdw), _view(w), leaf.rule, moving)
         if targets:
-            torch._foreach_copy_(targets, values)
+            with _writing_to(targets):
+                torch._foreach_copy_(targets, values)
         for i, leaf in enumerate(leaves):
             if leaf.out is not None and news[i].w is not leaf.out:
                 self.written(leaf, news[i])
@@ -230,8 +232,9 @@ class TorchBackend(ArraysBackend):
         return _leaf_like(chosen, a) if a.is_leaf else torch.where(flag, a, b)
 
     def write(self, out: Tensor, x: Tensor) -> None:
-        with torch.no_grad():
-            out.copy_(x.detach())
+        x = x.detach()
+        with _writing_to([out]):
+            out.copy_(x)
 
 
 def _stepped(leaves: list[Leaf], news: list[New]) -> tuple[list[Tensor], list[Tensor]]:
@@ -261,6 +264,13 @@ def step_in_place(leaves: list[Leaf], unless: Tensor | None = None) -> None:
         ]
     if targets:
         torch._foreach_copy_(targets, values)
+
+
+def _writing_to(tensors: list[Tensor]) -> AbstractContextManager[None]:
+    """Where nothing is recorded; torch lets inference tensors be written to in their mode alone."""
+    infers = any(map(Tensor.is_inference, tensors))
+    context: AbstractContextManager[None] = torch.inference_mode() if infers else torch.no_grad()
+    return context
 
 
 def _targets(leaf: Leaf) -> New:

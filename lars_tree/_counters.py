@@ -1,0 +1,97 @@
+"""The counters in the state of an optimizer: what can be wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from lars_tree import _backends, _memory, errors
+from lars_tree._backends.base import Kind, Leaf
+
+NAMES = ("step", "skipped")
+
+# Shorter ones overflow while people watch, and that in silence.
+_FEWEST_BYTES = 4
+
+
+def check(state: dict[str, Any], written: bool) -> None:
+    """Raise what is wrong with the counters of a state.
+
+    Raises:
+        StateError: one is no integer array without axes, or is too short.
+        OutError: one is to be written to, and cannot be, or shares memory with the other.
+    """
+    counters = {name: state[name] for name in NAMES if name in state}
+    for name, x in counters.items():
+        text = _fault(x)
+        if text:
+            text = f"expected an integer array of shape () and at least 32 bits, got {text}"
+            headline = "state is not one of Lars"
+            raise errors.error(errors.StateError, "state", headline, [((name,), text)])
+        backend = _backends.find(x)
+        fault = backend.out_fault(x) if written and backend else None
+        if fault:
+            raise _unwritable(name, f"it is {fault}")
+    if written and len(counters) == len(NAMES):
+        (one, x), (other, y) = counters.items()
+        if x is y or _sharing(x, [y]):
+            raise _unwritable(other, f"it shares memory with {one}")
+
+
+def check_apart(
+    state: dict[str, Any], leaves: list[Leaf], paths: Callable[[], list[errors.Path]]
+) -> None:
+    """Raise where a counter shares memory with weights or velocities that are to be written to.
+
+    Raises:
+        OutError: naming both.
+    """
+    targets = [(leaf, "out", leaf.out) for leaf in leaves if leaf.out is not None]
+    targets += [(leaf, "state", leaf.velocity) for leaf, *_ in targets if leaf.velocity is not None]
+    for name in state.keys() & set(NAMES) if targets else ():
+        found = _sharing(state[name], [x for *_, x in targets])
+        if found:
+            leaf, argument, _ = targets[found[0]]
+            path = errors.path_string(paths()[leaf.place]) or "the array"
+            raise _unwritable(name, f"it shares memory with {path} of {argument}")
+
+
+def _fault(x: Any) -> str | None:
+    """What x is instead of a counter; None if it is one."""
+    backend = _backends.find(x)
+    if backend is None:
+        return errors.describe(x)
+    fault = backend.fault(x)
+    if fault:
+        return fault
+    facts = backend.facts(x)
+    # Types that do not tell their size are those of the array API standard.
+    is_long = getattr(facts.dtype, "itemsize", _FEWEST_BYTES) >= _FEWEST_BYTES
+    can_count = getattr(facts.dtype, "is_signed", True)  # torch cannot add to its unsigned types
+    if facts.kind is Kind.INTEGER and facts.shape == () and is_long and can_count:
+        return None
+    return f"{facts.dtype} of shape {facts.shape}"
+
+
+def _unwritable(name: str, text: str) -> errors.LarsTreeError:
+    return errors.error(errors.OutError, "state", "state cannot be written to", [((name,), text)])
+
+
+def _sharing(x: Any, others: list[Any]) -> list[int]:
+    """Which of the others share memory with x, as far as that is known."""
+    space, memory = _place(x)
+    places = ((i, *_place(other)) for i, other in enumerate(others))
+    near = [(i, theirs) for i, there, theirs in places if there == space and theirs is not None]
+    if memory is None or not near:
+        return []
+    found = _memory.overlapping([memory], [theirs for _, theirs in near])
+    return sorted(near[k][0] for _, k in found)
+
+
+def _place(x: Any) -> tuple[str, np.ndarray[Any, Any] | None]:
+    """The address space that an array is in, and its addresses there if they are known."""
+    backend = _backends.find(x)
+    assert backend is not None
+    return str(backend.facts(x).device), backend.memory(x)
