@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lars_tree import _backends, _memory, errors
+from lars_tree import _backends, _memory, _options, errors
 from lars_tree._backends.base import FLOATING, Backend, Facts, Leaf, Values
 
 
@@ -135,10 +135,11 @@ def _velocity(leaf: Leaf) -> Iterator[Fault]:
 
 def _rates(leaf: Leaf) -> Iterator[Fault]:
     """Options that are still arrays: rates with a shape, tracers, numbers on an accelerator."""
-    for name, value in leaf.rule._asdict().items():
+    for field, value in leaf.rule._asdict().items():
         backend = _backends.find(value)
         if backend is None:
             continue
+        name = _options.called(field)
         if not isinstance(value, np.ndarray):  # one in CPU memory serves every library
             yield from _belongs(name, leaf, value)
         yield from _broadcasts(name, leaf.backend.facts(leaf.w), backend.facts(value))

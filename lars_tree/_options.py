@@ -45,6 +45,11 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+def called(name: str) -> str:
+    """What users call an option of the rule: what is `rate` there is the lr of torch optimizers."""
+    return "lr" if name == "rate" else name
+
+
 _CALLED_ELSEWHERE = {"weight_decay": "decay_lambda", "eta": "trust_coefficient"}
 
 
@@ -137,6 +142,7 @@ def _refuse_gaps(tree: Any, columns: dict[str, list[Any]]) -> None:
 
 
 def _unfit_error(name: str, faults: list[errors.Line]) -> errors.LarsTreeError:
+    name = called(name)
     return errors.error(
         errors.OptionError, name, f"{name} has a value that the rule is not defined for", faults
     )

@@ -86,7 +86,10 @@ class Lars:
             **options,
         }
         _options.check_names(options)
-        _options.check({"lr": _constant(lr), **given})
+        try:
+            _options.check({"lr": _without_schedules(lr, lambda _: 0.0), **given})
+        except RecursionError:
+            raise explained({"lr": lr, **given}) from None
         self.lr = lr
         self.options = {**_DEFAULTS, **given}
 
@@ -185,11 +188,6 @@ def _on_one_line(x: Any) -> str:
 def _rates(lr: Any, step: Any) -> Any:
     step = schedules.value(unwrap(step))
     return _without_schedules(lr, lambda schedule: schedule(step))
-
-
-def _constant(lr: Any) -> Any:
-    """The rate with something that can be checked where it has schedules."""
-    return _without_schedules(lr, lambda _: 0.0)
 
 
 def _without_schedules(lr: Any, rate: Callable[[Any], Any]) -> Any:

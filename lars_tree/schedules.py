@@ -2,14 +2,23 @@
 
 Any callable of the step is one; these are those of the recipes. Given a number they return a float;
 given an array whose value is not known yet (under `jax.jit`, or lazy) an array.
+
+The first step has number 0, so with a warm-up, which starts from 0, it moves nothing: as in timm,
+whose `warmup_lr_init` is 0 by default, and in optax with an `init_value` of 0 (torch's `LinearLR`
+starts at a third of the rate). To move from the first step on, shift a schedule:
+`lambda step: schedule(step + 1)`.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
+
+import numpy as np
 
 from lars_tree import _backends
 from lars_tree._backends.base import Values
@@ -38,8 +47,8 @@ class Constant:
     warmup_steps: int = 0
 
     def __post_init__(self) -> None:
-        _check_rates(rate=self.rate)
-        _check_steps(warmup_steps=self.warmup_steps)
+        _check_rates(self, "rate")
+        _check_steps(self, "warmup_steps")
 
     def __call__(self, step: Any) -> Any:
         """The rate at a step; the first one has number 0."""
@@ -79,8 +88,8 @@ class Polynomial:
     end: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_rates(peak=self.peak, end=self.end, power=self.power)
-        _check_steps(warmup_steps=self.warmup_steps, total_steps=self.total_steps)
+        _check_rates(self, "peak", "end", "power")
+        _check_steps(self, "warmup_steps", "total_steps")
 
     def __call__(self, step: Any) -> Any:
         """The rate at a step; the first one has number 0."""
@@ -119,8 +128,8 @@ class Cosine:
     end: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_rates(peak=self.peak, end=self.end)
-        _check_steps(warmup_steps=self.warmup_steps, total_steps=self.total_steps)
+        _check_rates(self, "peak", "end")
+        _check_steps(self, "warmup_steps", "total_steps")
 
     def __call__(self, step: Any) -> Any:
         """The rate at a step; the first one has number 0."""
@@ -168,18 +177,32 @@ def _clipped(x: float) -> float:
     return min(max(x, 0.0), 1.0)
 
 
-def _check_rates(**rates: Any) -> None:
-    for name, rate in rates.items():
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
+def _check_rates(schedule: Any, *names: str) -> None:
+    for name in names:
+        rate = getattr(schedule, name)
+        is_real = isinstance(rate, Real) and not isinstance(rate, bool)
+        if not (is_real and 0 <= rate < math.inf):
             raise OptionError(f"{name}: expected a finite number >= 0, got {rate!r}")
+        if not isinstance(rate, (int, float)) or isinstance(rate, np.generic):
+            _put(schedule, name, float(rate))
 
 
-def _check_steps(warmup_steps: Any, total_steps: Any = None) -> None:
-    for name, steps in {"warmup_steps": warmup_steps, "total_steps": total_steps}.items():
-        if steps is not None and (
-            isinstance(steps, bool) or not isinstance(steps, int) or steps < 0
-        ):
+def _check_steps(schedule: Any, *names: str) -> None:
+    for name in names:
+        steps = getattr(schedule, name)
+        try:
+            count = -1 if isinstance(steps, (bool, np.bool_)) else operator.index(steps)
+        except TypeError:
+            count = -1
+        if count < 0:
             raise OptionError(f"{name}: expected a whole number >= 0, got {steps!r}")
+        _put(schedule, name, count)
+    warmup_steps, total_steps = schedule.warmup_steps, getattr(schedule, "total_steps", None)
     if total_steps is not None and (total_steps < 1 or total_steps < warmup_steps):
         text = f"expected at least 1 and warmup_steps ({warmup_steps}), got {total_steps}"
         raise OptionError(f"total_steps: {text}")
+
+
+def _put(schedule: Any, name: str, number: float) -> None:
+    """Give a field of a frozen class a plain number, which takes on the precision of a step."""
+    object.__setattr__(schedule, name, number)

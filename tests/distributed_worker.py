@@ -139,20 +139,28 @@ def raised(call):
     return everywhere(None)
 
 
-def main(suite, rank, world, store):
+def main(suite, rank, world, path):
     rank, world = int(rank), int(world)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    store = dist.FileStore(path, world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     for name, measured in importlib.import_module(suite).measure(world):
         if rank == 0:
             print(json.dumps([name, measured]), flush=True)
-    dist.barrier()  # or gloo may abort in a process that is still at work
-    dist.destroy_process_group()
+    # Not by a barrier of gloo: that is over here while others are still at it.
+    store.set(f"{rank} is done", "")
+    store.wait([f"{other} is done" for other in range(world)])
 
 
 if __name__ == "__main__":
+    code = 1
     try:
         main(*sys.argv[1:])
+        code = 0
     except BaseException:
         traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)  # at once: the others wait for this process
+    # At once. After a failure the others wait for this process; and where nothing failed, gloo's
+    # threads may still hold what has to be given back to an interpreter that is being taken down,
+    # which ends in std::terminate.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

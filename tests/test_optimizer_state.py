@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import to_library, to_numpy
+from conftest import need, to_library, to_numpy
 from test_optimizer import G, W, random_tree, steps
 
 from lars_tree import (
@@ -233,6 +234,62 @@ def test_each_subtree_may_have_a_schedule():
     np.testing.assert_allclose(new.b, w.b - 0.25 * g.b, rtol=1e-14)
 
 
+class Halving(NamedTuple):
+    """A schedule that is a tuple, too."""
+
+    rate: float
+
+    def __call__(self, step):
+        return self.rate / 2**step
+
+
+class Table(dict):
+    """A schedule that is a dict, too."""
+
+    def __call__(self, step):
+        return self[step]
+
+
+@pytest.mark.parametrize(
+    "schedule", [Halving(0.5), Table({0: 0.5, 1: 0.25})], ids=["tuple", "dict"]
+)
+@pytest.mark.parametrize("place", ["shared", "in a dict", "in a list"])
+def test_a_callable_of_any_type_is_a_schedule(place, schedule):
+    wrap = {"shared": lambda x, _: x, "in a dict": lambda *x: dict(zip("ab", x, strict=True))}
+    wrap = wrap.get(place, lambda *x: list(x))
+    w = {"a": W, "b": W} if place != "in a list" else [W, W]
+    opt = Lars(wrap(schedule, 0.5), 0.0, adapt=False)
+    new, state = steps(opt, w, [wrap(G, G)] * 2)
+    first = new["a"] if isinstance(new, dict) else new[0]
+    np.testing.assert_allclose(first, W - 0.75 * G, rtol=1e-15)
+    assert int(state.step) == 2
+
+
+def test_a_class_of_attrs_is_a_schedule_where_it_can_be_called():
+    attrs = need("attrs")
+    cls = attrs.make_class("Schedule", ["rate"], class_body={"__call__": lambda self, _: self.rate})
+    new, _ = steps(Lars(cls(0.5), 0.0, adapt=False), W, [G])
+    np.testing.assert_allclose(new, W - 0.5 * G, rtol=1e-15)
+    kind = attrs.make_class("Weights", ["a", "b"])
+    new, _ = steps(Lars(kind(lambda step: 0.5, 0.25), 0.0, adapt=False), kind(W, W), [kind(G, G)])
+    np.testing.assert_allclose([new.a, new.b], [W - 0.5 * G, W - 0.25 * G], rtol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("w", lambda w: Lars(0.1).init(w)),
+        ("lr", lambda lr: Lars(lr)),
+        ("eps", lambda eps: Lars(0.1, eps=eps)),
+    ],
+)
+def test_a_nest_that_holds_itself_is_named(name, call):
+    tree = {"a": {"b": 0.5}}
+    tree["a"]["c"] = tree["a"]
+    with pytest.raises(StructureError, match=f"{name} holds itself\n  a/c: expected a tree"):
+        call(tree)
+
+
 @pytest.mark.parametrize(
     ("make", "kind", "says"),
     [
@@ -261,5 +318,16 @@ def test_a_schedule_that_gives_no_rate_is_refused_before_anything_is_written():
 
 def test_repr_shows_what_is_not_as_usual():
     assert repr(Lars(0.1)) == "Lars(0.1)"
-    shown = repr(Lars(Constant(0.1), nesterov=True, decay_lambda=1e-4))
-    assert shown == "Lars(Constant(rate=0.1, warmup_steps=0), nesterov=True, decay_lambda=0.0001)"
+    opt = Lars(Constant(0.1), nesterov=True, decay_lambda=1e-4)
+    shown = "Lars(Constant(rate=0.1, warmup_steps=0), nesterov=True, decay_lambda=0.0001)"
+    assert repr(opt) == repr(pickle.loads(pickle.dumps(opt))) == shown
+    assert repr(pickle.loads(pickle.dumps(Lars(0.1)))) == "Lars(0.1)"
+
+
+def test_repr_takes_one_line():
+    adapt = Container(a={"b": True}, c=[False, np.True_])
+    lr = Container(a=0.1, c=np.array([[0.1], [0.2]]))
+    shown = "Lars({'a': 0.1, 'c': array([[0.1], [0.2]])}, "
+    assert (
+        repr(Lars(lr, adapt=adapt)) == shown + "adapt={'a': {'b': True}, 'c': [False, np.True_]})"
+    )

@@ -12,7 +12,7 @@ from conftest import need
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lars_tree import OptionError
+from lars_tree import Lars, OptionError
 from lars_tree.schedules import Constant, Cosine, Polynomial
 
 EACH = [
@@ -104,6 +104,36 @@ def test_they_are_values(schedule):
         schedule.warmup_steps = 3
 
 
+@pytest.mark.parametrize("number", [np.int64, np.uint8, np.array], ids=lambda x: x.__name__)
+def test_numbers_of_numpy_are_as_good_as_plain_ones(number):
+    """Also under jit, where they would bring their own precision in."""
+    rate = np.float32(0.5)
+    for plain, other in [
+        (Constant(0.5, 7), Constant(rate, number(7))),
+        (
+            Polynomial(0.5, 100, 20, 2.0, 0.5),
+            Polynomial(rate, number(100), number(20), rate * 4, rate),
+        ),
+        (Cosine(0.5, 100, 20, 0.5), Cosine(rate, number(100), number(20), rate)),
+    ]:
+        assert repr(other) == repr(plain)
+        assert other == plain
+        assert type(other(3)) is float
+        jax = need("jax")
+        with jax.enable_x64(True):
+            step = jax.numpy.int32(3)
+            assert jax.jit(other)(step).dtype == jax.jit(plain)(step).dtype
+
+
+def test_a_warm_up_starts_from_nothing_and_can_be_shifted():
+    schedule = Polynomial(1.0, 100, warmup_steps=4)
+    assert schedule(0) == 0
+    x = np.ones(1)
+    for lr, expected in ((schedule, 1.0), (lambda step: schedule(step + 1), 0.75)):
+        opt = Lars(lr)
+        assert opt.update(x, x, opt.init(x))[0] == expected
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -116,6 +146,17 @@ def test_they_are_values(schedule):
         (lambda: Polynomial("1", 10), "peak: expected a finite number >= 0, got '1'"),
         (lambda: Polynomial(1.0, 10, power=math.inf), "power: expected a finite number"),
         (lambda: Cosine(1.0, True), "total_steps: expected a whole number >= 0, got True"),
+        (lambda: Cosine(1.0, np.True_), "total_steps: expected a whole number >= 0, got np.True_"),
+        (
+            lambda: Cosine(1.0, np.int64(-3)),
+            r"total_steps: expected a whole number >= 0, got np.int64",
+        ),
+        (
+            lambda: Constant(np.float32("nan")),
+            r"rate: expected a finite number >= 0, got np.float32",
+        ),
+        (lambda: Constant(np.True_), "rate: expected a finite number >= 0, got np.True_"),
+        (lambda: Constant(1j), "rate: expected a finite number >= 0, got 1j"),
         (lambda: Cosine(True, 10), "peak: expected a finite number >= 0, got True"),
     ],
 )
