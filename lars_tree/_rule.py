@@ -53,7 +53,11 @@ def coefficients(
     w_norm: Number, dcdw_norm: Number, rule: Rule, where: Callable[..., Any], one: Number = 1
 ) -> tuple[Number, Number]:
     """What to multiply dcdw and w by, so that their sum is the step."""
-    rate = rule.lr * trust_ratio(w_norm, dcdw_norm, rule, where, one)
+    return _along_both(trust_ratio(w_norm, dcdw_norm, rule, where, one), rule)
+
+
+def _along_both(ratio: Number, rule: Rule) -> tuple[Number, Number]:
+    rate = rule.lr * ratio
     return rate / rule.grad_scale, rate * rule.decay_lambda
 
 
@@ -151,13 +155,17 @@ def step(ops: Ops, w: Any, dcdw: Any, rule: Rule, velocity: Any = None) -> tuple
             eps=ops.like(rule.eps, scale) / scale,
             grad_scale=rule.grad_scale * (scale / dcdw_norm.scale),
         )
-        # A scaled ratio is nowhere near 2**100: where this bound holds, nothing is clipped anyway.
-        one = scale / ops.maximum(w_norm.scale, scale * 2.0**-100)
-        on_dcdw, on_w = coefficients(w_norm.scaled, dcdw_norm.scaled, scaled, ops.where, one)
+        # A scaled ratio is nowhere near these bounds: at one of them it is still told apart from 1.
+        one = ops.maximum(scale / ops.maximum(w_norm.scale, scale * 2.0**-100), 2.0**-100)
+        ratio = trust_ratio(w_norm.scaled, dcdw_norm.scaled, scaled, ops.where, one)
+        # Where it is 1 the step has nothing to do with norms, nor with their scales.
+        is_one = ratio == one
+        pairs = zip(_along_both(1, rule), _along_both(ratio, scaled), strict=True)
+        on_dcdw, on_w = (ops.where(is_one, plain, adapted) for plain, adapted in pairs)
         # The scale comes last: a subnormal number times anything has few digits left.
-        dcdw, on_dcdw = on_dcdw * dcdw, w_norm.scale
+        dcdw, on_dcdw = on_dcdw * dcdw, ops.where(is_one, dcdw_norm.scale, w_norm.scale)
     else:
-        on_dcdw, on_w = coefficients(None, None, rule, ops.where)
+        on_dcdw, on_w = _along_both(1, rule)
     if rule.maximize:
         on_dcdw = -on_dcdw
     if velocity is None:

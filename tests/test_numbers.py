@@ -6,6 +6,7 @@ Bounds in ulps of max(|w|, |u|) at each element: 1 for float16, bfloat16 and flo
 from __future__ import annotations
 
 import itertools
+from functools import cache
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from conftest import need, to_numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lars_tree import lars_update
+from lars_tree import Lars, lars_update
 
 # A result halfway between two neighbours may round either way: hence the last bit of slack.
 BOUNDS = {"float16": 1 + 1e-6, "bfloat16": 1 + 1e-6, "float32": 1 + 1e-6, "float64": 4}
@@ -232,3 +233,52 @@ def test_array_operations_keep_the_bounds(library_name, name, decay):
         new = to_numpy(lars_update(*ours, 0.1, **options))
         step = reference.lars(w.tolist(), g.tolist(), 0.1, decay_lambda=decay)
         assert reference.worst_error(new.tolist(), w.tolist(), step, name) <= BOUNDS[name]
+
+
+@cache
+def compiled(clip, decay):
+    opt = Lars(1.0, trust_coefficient=0.1, trust_clip=clip, decay_lambda=decay)
+    return need("jax").jit(lambda w, g: opt.update(w, g, opt.init(w))[1].velocity)
+
+
+def stepped_from_rest(way, w, g, options):
+    """The velocity after one step by `_rule.step`: what the weights moved by, all digits of it."""
+    from conftest import to_library
+
+    if way == "foreach":  # many tensors as one, as on accelerators
+        torch = need("torch")
+        optimizer = need("lars_tree.torch").Lars
+        names = {"decay_lambda": "weight_decay"}
+        given = {names.get(name, name): x for name, x in options.items()}
+        w = torch.nn.Parameter(torch.tensor(w))
+        w.grad = torch.tensor(g)
+        stepping = optimizer([w], lr=1.0, trust_coefficient=0.1, foreach=True, **given)
+        stepping.step()
+        return to_numpy(stepping.state[w]["momentum_buffer"])
+    opt = Lars(1.0, trust_coefficient=0.1, stop_gradients=way != "torch", **options)
+    if way != "jit":
+        w, g = (to_library(way, x) for x in (w, g))
+        w = w.requires_grad_() if way == "torch" else w
+        return to_numpy(opt.update(w, g, opt.init(w))[1].velocity)
+    jax = need("jax")
+    with jax.enable_x64(True):
+        w, g = map(jax.numpy.asarray, (w, g))
+        return to_numpy(compiled(clip=options["trust_clip"], decay=options["decay_lambda"])(w, g))
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|underflow) encountered:RuntimeWarning")
+@pytest.mark.parametrize("way", ["numpy", "foreach", "torch", "strict", "jit"])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_a_velocity_has_its_digits_where_the_weights_hide_them(way, decay):
+    """The shortest steps of the longest weights, and the longest steps of none at all."""
+    rng = np.random.default_rng(7)
+    grid = [-960, 0, 1000]
+    for w_exponent, g_exponent, clip in itertools.product([None, *grid], grid, [False, True]):
+        w, g = np.abs([random_array(rng, "float64", e or 0, 5) for e in (w_exponent, g_exponent)])
+        w *= w_exponent is not None
+        options = {"decay_lambda": decay, "trust_clip": clip}
+        step = reference.lars(w.tolist(), g.tolist(), 1.0, trust_coefficient=0.1, **options)
+        expected = [float(x) for x in step.u]
+        actual = stepped_from_rest(way, w, g, options)
+        case = f"{w_exponent}, {g_exponent}, {clip}"
+        np.testing.assert_allclose(actual, expected, rtol=2e-15, atol=1e-300, err_msg=case)
