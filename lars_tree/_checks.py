@@ -6,6 +6,7 @@ One function a question; each looks at one leaf and reports what it finds. Struc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -103,6 +104,30 @@ def _belongs(argument: str, leaf: Leaf, x: Any) -> Iterator[Fault]:
         if None not in (ours, theirs) and ours != theirs:
             text = f"expected an array on {_device(ours)} as in w, got one on {_device(theirs)}"
             yield Fault(errors.BackendError, argument, headline, text)
+        yield from _spread(argument, leaf, x)
+
+
+def _spread(argument: str, leaf: Leaf, x: Any) -> Iterator[Fault]:
+    """Whether x is spread over the same processes as the weights, and what is written as they."""
+    ours, theirs = leaf.backend.facts(leaf.w), leaf.backend.facts(x)
+    headline = f"{argument} is not laid out over the processes as w is"
+    fits = ours.layout == theirs.layout
+    if argument not in ("out", "state"):
+        # A number is the same in all processes, for weights that are spread over them too.
+        is_number = theirs.layout is None and math.prod(theirs.shape) == 1
+        meshes = [facts.layout and facts.layout.mesh for facts in (ours, theirs)]
+        headline = f"{argument} and w are not spread over the same processes"
+        fits = is_number or meshes[0] == meshes[1]
+    if not fits:
+        text = f"expected {_layout(ours)}, got {_layout(theirs)}"
+        yield Fault(errors.BackendError, argument, headline, text)
+
+
+def _layout(facts: Facts) -> str:
+    if facts.layout is None:
+        return f"a plain tensor of shape {facts.shape}"
+    mesh, placements = facts.layout
+    return f"a DTensor of shape {facts.shape} with placements {placements} over {mesh}"
 
 
 def _device(device: Any) -> str:
@@ -142,7 +167,11 @@ def _rates(leaf: Leaf) -> Iterator[Fault]:
         name = _options.called(field)
         if not isinstance(value, np.ndarray):  # one in CPU memory serves every library
             yield from _belongs(name, leaf, value)
-        yield from _broadcasts(name, leaf.backend.facts(leaf.w), backend.facts(value))
+        ours, theirs = leaf.backend.facts(leaf.w), backend.facts(value)
+        if ours.layout is not None and math.prod(theirs.shape) != 1:
+            text = f"expected one number for a DTensor, got an array of shape {theirs.shape}"
+            yield Fault(errors.ShapeError, name, f"{name} does not broadcast to w", text)
+        yield from _broadcasts(name, ours, theirs)
 
 
 def _layer_axis(leaf: Leaf) -> Iterator[Fault]:

@@ -206,6 +206,7 @@ def faults(mesh):
     yield "partial state", {"raised": raised(move(partial))}
     yield "plain dcdw", {"raised": raised(update_by(whole_dcdw["rows"]))}
     yield "turned state", {"raised": raised(move(distribute(rows, mesh, [S1])))}
+    yield from rates(w, whole_w, dcdw, whole_dcdw, mesh)
     yield "w after faults", {"same": everywhere(all(_same(x, whole_w[k]) for k, x in w.items()))}
     for name, x in {
         "partial": partial,
@@ -217,6 +218,40 @@ def faults(mesh):
         refused = raised(update(out={"a": out}))
         same = all(_same(x, whole_w[key]) for key, x in out.items() if x is not partial)
         yield f"{name} out", {"raised": refused, "same": everywhere(same)}
+
+
+def rates(w, whole_w, dcdw, whole_dcdw, mesh):
+    """Rates that are arrays, and what is spread over processes where the weights are not."""
+    one = torch.tensor(0.1, dtype=torch.float64)
+    given = {"of no axes": distribute(one, mesh, [R]), "of one axis": one.reshape(1)}
+    expected = lars_update(whole_w, whole_dcdw, 0.1)
+    for name, lr in {**given, "in each process": one.clone()}.items():
+        new = lars_update(w, dcdw, lr)
+        close = [torch.allclose(part(x), _part(expected[key], x)) for key, x in new.items()]
+        yield f"lr {name}", {"same": everywhere(all(close))}
+
+    def update(out=None, lr=0.1, g=whole_dcdw["rows"]):
+        plain = {"columns": whole_w["columns"], "plain": whole_w["rows"]}
+        grads = {"columns": whole_dcdw["columns"], "plain": g}
+        return lambda: lars_update({"a": plain}, {"a": grads}, lr, out=out)
+
+    each = {"a": {"columns": 0.1, "rows": torch.full((7, 1), 0.1)}}
+    refused = raised(lambda: lars_update({"a": w}, {"a": dcdw}, each))
+    yield "lr for each row", {"raised": refused}
+    yield "dcdw for plain w", {"raised": raised(update(g=dcdw["rows"]))}
+    each = torch.arange(7.0).reshape(7, 1)
+    ways = [{"a": {"columns": 0.1, "plain": lr}} for lr in (distribute(each, mesh, [S0]), each)]
+    one, other = (update(lr=lr)()["a"]["plain"] for lr in ways)
+    yield "lr for plain w", {"same": everywhere(torch.equal(one, other))}
+    columns = whole_w["columns"].clone()
+    out = {"a": {"columns": columns, "plain": distribute(whole_w["rows"], mesh, [S0])}}
+    refused = raised(update(out=out))
+    same = torch.equal(columns, whole_w["columns"])
+    yield "out for plain w", {"raised": refused, "same": everywhere(same)}
+
+
+def _part(whole, like):
+    return part(distribute(whole, like.device_mesh, like.placements))
 
 
 def _same(x, whole):

@@ -82,9 +82,22 @@ def check_faults(found, world):
         assert found[f"partial {argument}"]["raised"] == [expected] * world
     expected = ["OutError", ["a/rows"], "out cannot be written to"]
     assert found["partial out"]["raised"] == [expected] * world
-    for name in ("plain dcdw", "turned state", "plain out", "turned out", "replicated out"):
-        assert [kind for kind, *_ in found[name]["raised"]] == ["BackendError"] * world, name
-    for name in ("w after faults", "partial out", "plain out", "turned out", "replicated out"):
+    elsewhere = ("plain dcdw", "turned state", "plain out", "turned out", "replicated out")
+    for name in (*elsewhere, "dcdw for plain w", "out for plain w"):
+        kinds = [[kind, paths] for kind, paths, _ in found[name]["raised"]]
+        assert kinds == [["BackendError", ["a/plain" if "plain w" in name else "a/rows"]]] * world
+    refused = ["ShapeError", ["a/rows"], "lr does not broadcast to w"]
+    assert found["lr for each row"]["raised"] == [refused] * world
+    for name in ("of no axes", "of one axis", "in each process", "for plain w"):
+        assert found[f"lr {name}"]["same"] == [True] * world, name
+    for name in (
+        "w after faults",
+        "out for plain w",
+        "partial out",
+        "plain out",
+        "turned out",
+        "replicated out",
+    ):
         assert found[name]["same"] == [True] * world, name
 
 

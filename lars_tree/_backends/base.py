@@ -42,6 +42,14 @@ class Facts(NamedTuple):
     kind: Kind
     dtype: Any
     device: Hashable
+    layout: Layout | None = None  # over processes, of what is spread over some
+
+
+class Layout(NamedTuple):
+    """How the parts of an array are spread over processes."""
+
+    mesh: Hashable
+    placements: Hashable
 
 
 class Leaf(NamedTuple):

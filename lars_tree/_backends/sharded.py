@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lars_tree import errors
-from lars_tree._backends.base import Leaf, New
+from lars_tree._backends.base import Layout, Leaf, New
 from lars_tree._backends.tensors import Layer, Tensors, TensorsOps, layers, step_layers, wide
 from lars_tree._rule import Norm
 
@@ -29,6 +29,11 @@ def is_sharded(x: Any) -> bool:
     """Whether x is a DTensor, if there are any."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
+
+
+def layout(x: Any) -> Layout | None:
+    """How x is spread over processes; None for a plain tensor."""
+    return Layout(x.device_mesh, x.placements) if is_sharded(x) else None
 
 
 def partial_fault(x: Any) -> str | None:
@@ -66,13 +71,16 @@ class _Shard(NamedTuple):
 def _shard(leaf: Leaf, new: New) -> _Shard:
     w, axis = leaf.w, leaf.rule.layer_axis
     for argument, x in (("out", new.w), ("state", new.velocity)):
-        if x is not None and not (is_sharded(x) and _layout(x) == _layout(w)):
+        if x is not None and layout(x) != layout(w):
             headline = f"{argument} is not laid out over the processes as w is"
             text = f"expected {_described(w)}, got {_described(x)}"
             raise errors.error(errors.BackendError, argument, headline, [((), text)])
     if w.device_mesh.get_coordinate() is None:  # this process has no part in it
         return _Shard([], [], False)
-    local = leaf._replace(w=w.to_local(), dcdw=_gradient(leaf.dcdw, w))
+    options = leaf.rule._asdict()
+    numbers = {name: _number(x) for name, x in options.items() if hasattr(x, "shape")}
+    rule = leaf.rule._replace(**numbers)
+    local = leaf._replace(w=w.to_local(), dcdw=_gradient(leaf.dcdw, w), rule=rule)
     groups = [
         w.device_mesh.get_group(dim)
         for dim, placement in enumerate(w.placements)
@@ -87,7 +95,7 @@ def _shard(leaf: Leaf, new: New) -> _Shard:
 def _gradient(dcdw: Any, w: Any) -> Tensor:
     """The part of a gradient that belongs to the shard of w."""
     if not is_sharded(dcdw):
-        if dcdw.ndim == 0:
+        if dcdw.numel() == 1:
             return dcdw
         headline = "dcdw and w mix plain tensors and DTensor"
         text = f"expected {_described(w)}, got {_described(dcdw)}"
@@ -98,8 +106,9 @@ def _gradient(dcdw: Any, w: Any) -> Tensor:
     return dcdw.to_local()
 
 
-def _layout(x: Any) -> tuple[Any, Any]:
-    return x.device_mesh, x.placements
+def _number(x: Any) -> Tensor:
+    """An option of one element, which may be spread over processes too."""
+    return whole(torch.as_tensor(x)).reshape(())
 
 
 def _described(x: Any) -> str:

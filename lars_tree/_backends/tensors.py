@@ -7,6 +7,7 @@ the device. Under `torch.compile` tensors are stepped one by one: the compiler j
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -17,6 +18,13 @@ from lars_tree import _rule
 from lars_tree._backends.arrays import NamespaceOps
 from lars_tree._backends.base import Leaf, New
 from lars_tree._rule import Rule
+
+
+def writing_to(tensors: list[Tensor]) -> AbstractContextManager[None]:
+    """Where nothing is recorded; torch lets inference tensors be written to in their mode alone."""
+    infers = any(map(Tensor.is_inference, tensors))
+    context: AbstractContextManager[None] = torch.inference_mode() if infers else torch.no_grad()
+    return context
 
 
 class TorchOps(NamespaceOps):

@@ -9,7 +9,6 @@ subclasses of Tensor, rates with a shape) goes leaf by leaf.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from itertools import filterfalse
 from typing import Any
 
@@ -18,11 +17,11 @@ import torch
 from torch import Tensor
 
 from lars_tree import _native
-from lars_tree._backends import cpu
+from lars_tree._backends import cpu, sharded
 from lars_tree._backends.arrays import ArraysBackend
 from lars_tree._backends.base import Backend, Columns, Facts, Kind, Leaf, New, Values
-from lars_tree._backends.sharded import is_sharded, partial_fault, shard_of, step_shards, whole
-from lars_tree._backends.tensors import TorchOps, layers, step_layers
+from lars_tree._backends.sharded import is_sharded, shard_of, step_shards, whole
+from lars_tree._backends.tensors import TorchOps, layers, step_layers, writing_to
 from lars_tree._memory import is_mapped_read_only
 
 _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -72,7 +71,7 @@ class TorchBackend(ArraysBackend):
             or x.dtype == torch.bool
         ):
             kind = Kind.INTEGER
-        return Facts(tuple(x.shape), kind, x.dtype, x.device)
+        return Facts(tuple(x.shape), kind, x.dtype, x.device, sharded.layout(x))
 
     def values(self, x: Tensor) -> Values:
         if _is_wrapped(x):
@@ -80,7 +79,7 @@ class TorchBackend(ArraysBackend):
         return Values.HERE if x.device.type == "cpu" else Values.FAR
 
     def to_numpy(self, x: Tensor) -> np.ndarray[Any, Any]:
-        x = x.detach().resolve_conj().resolve_neg().cpu()
+        x = whole(x.detach()).resolve_conj().resolve_neg().cpu()
         # A copy: see `_view` for what becomes of a storage that numpy() was called on.
         return np.asarray((x.double() if x.dtype == torch.bfloat16 else x.clone()).numpy())
 
@@ -102,7 +101,7 @@ class TorchBackend(ArraysBackend):
         if x.device.type == "meta":
             return "a tensor on the meta device, which holds no data"
         if is_sharded(x):
-            return partial_fault(x)
+            return sharded.partial_fault(x)
         if _is_plain(x) and x.untyped_storage().nbytes() < _bytes_needed(x):
             return "a tensor whose storage was freed"
         return None
@@ -193,7 +192,7 @@ class TorchBackend(ArraysBackend):
             leaf = leaves[i]
             cpu.update(_view(leaf.w), _view(leaf.dcdw), _view(w), leaf.rule, moving)
         if targets:
-            with _writing_to(targets):
+            with writing_to(targets):
                 torch._foreach_copy_(targets, values)
         for i, leaf in enumerate(leaves):
             if leaf.out is not None and news[i].w is not leaf.out:
@@ -213,7 +212,7 @@ class TorchBackend(ArraysBackend):
         options = [x for x in rule if isinstance(x, (Tensor, np.ndarray))]
         if w.device.type == "cpu" and not is_sharded(w):
             return not any(isinstance(x, Tensor) for x in options)
-        return all(x.ndim == 0 for x in options)
+        return is_sharded(w) or all(x.ndim == 0 for x in options)
 
     def _arrays(self, leaf: Leaf) -> New:
         stops = leaf.rule.stop_gradients
@@ -233,7 +232,7 @@ class TorchBackend(ArraysBackend):
 
     def write(self, out: Tensor, x: Tensor) -> None:
         x = x.detach()
-        with _writing_to([out]):
+        with writing_to([out]):
             out.copy_(x)
 
 
@@ -264,13 +263,6 @@ def step_in_place(leaves: list[Leaf], unless: Tensor | None = None) -> None:
         ]
     if targets:
         torch._foreach_copy_(targets, values)
-
-
-def _writing_to(tensors: list[Tensor]) -> AbstractContextManager[None]:
-    """Where nothing is recorded; torch lets inference tensors be written to in their mode alone."""
-    infers = any(map(Tensor.is_inference, tensors))
-    context: AbstractContextManager[None] = torch.inference_mode() if infers else torch.no_grad()
-    return context
 
 
 def _targets(leaf: Leaf) -> New:
