@@ -89,7 +89,7 @@ class Lars:
         try:
             _options.check({"lr": _without_schedules(lr, lambda _: 0.0), **given})
         except RecursionError:
-            raise explained({"lr": lr, **given}) from None
+            raise _tree.explained({"lr": lr, **given}) from None
         self.lr = lr
         self.options = {**_DEFAULTS, **given}
 
