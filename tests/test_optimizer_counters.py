@@ -111,6 +111,10 @@ def of_the_velocity(state, w):
 
 
 def of_the_weights(state, w):
+    state["step"] = w[1:].view(np.int64).reshape(())
+
+
+def skipped_of_the_weights(state, w):
     state["skipped"] = w[1:].view(np.int32)[1:].reshape(())
 
 
@@ -118,13 +122,19 @@ SHARING = {
     the_same: "skipped: it shares memory with step",
     a_view: "skipped: it shares memory with step",
     of_the_velocity: "step: it shares memory with a of state",
-    of_the_weights: "skipped: it shares memory with a of out",
+    of_the_weights: "step: it shares memory with a of out",
+    skipped_of_the_weights: "skipped: it shares memory with a of out",
 }
 
 
-@pytest.mark.parametrize("share", SHARING, ids=lambda f: f.__name__)
-def test_counters_that_share_memory_are_refused_in_place(share):
-    opt = Lars(0.1, nonfinite="skip")  # the long way; see below for the quick one
+LONG_AND_QUICK = [(share, "skip") for share in SHARING]
+# The quick way has no skips, and does not look at their count.
+LONG_AND_QUICK += [(share, "propagate") for share in SHARING if share is not skipped_of_the_weights]
+
+
+@pytest.mark.parametrize(("share", "nonfinite"), LONG_AND_QUICK)
+def test_counters_that_share_memory_are_refused_in_place(share, nonfinite):
+    opt = Lars(0.1, nonfinite=nonfinite)
     w = {"a": W.copy()}
     state = opt.init(w)
     inner = {"step": state.step, "skipped": state.skipped, "velocity": state.velocity.a}

@@ -330,7 +330,7 @@ LARS_TARGET void move(const double* w, const G* dcdw, double* velocity, double* 
                                         by, motion);
             weights[i] = result.w;
             velocities[i] = result.velocity;
-            beyond |= sign_if_beyond(result.w) | sign_if_beyond(result.velocity);
+            beyond |= sign_if_beyond(result.w);  // which it is wherever the velocity is
         }
         if (beyond >> 63) {
             move_carefully(w + start, dcdw + start, velocity + start, out + start, block, by,

@@ -143,6 +143,12 @@ public:
         return true;
     }
 
+    // Adds a number that is written, and that no array may overlap.
+    void write_number(std::int64_t* x) {
+        const char* start = reinterpret_cast<char*>(x);
+        written.push_back({start, start + sizeof *x});
+    }
+
     bool overlap() { return lars::overlap(written, read); }
 
     void step(std::size_t threads, InstructionSet set) const {
@@ -234,6 +240,7 @@ PyObject* update(PyObject*, PyObject* args) {
             if (!counted) Py_RETURN_NONE;
         }
         Leaves leaves(reader);
+        if (counted) leaves.write_number(counted);
         for (Py_ssize_t i = 0; i < count; ++i) {
             if (i + ahead < count) {  // the arrays of a large tree are in no cache
                 prefetch(PyList_GetItem(ws, i + ahead));
