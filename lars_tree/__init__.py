@@ -1,14 +1,16 @@
 """Update a whole nest of weights in one call, by Layer-wise Adaptive Rate Scaling (LARS).
 
-import lars_tree as lt
+Weights are a Container or any other nest, of any array library; gradients are matched by key:
 
-w = lt.Container(encoder={"kernel": k, "bias": b}, head=h)     # numpy, torch, jax, ...
-w = w.lars_update(grads, 0.1, decay_lambda=1e-4)                # a new Container
-w.lars_update(grads, 0.1, out=w)                                # in place
+    import lars_tree as lt
 
-opt = lt.Lars(lt.schedules.Polynomial(0.1, total_steps=1000), momentum=0.9)
-state = opt.init(w)
-w, state = opt.update(w, grads, state)
+    w = lt.Container(encoder={"kernel": k, "bias": b}, head=h)     # numpy, torch, jax, ...
+    w = w.lars_update(grads, 0.1, decay_lambda=1e-4)                # a new Container
+    w.lars_update(grads, 0.1, out=w)                                # in place
+
+    opt = lt.Lars(lt.schedules.Polynomial(0.1, total_steps=1000), momentum=0.9)
+    state = opt.init(w)
+    w, state = opt.update(w, grads, state)
 """
 
 from lars_tree import schedules

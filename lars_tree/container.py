@@ -227,7 +227,8 @@ class Container(Arithmetic, dict[Any, Any]):
 
         Raises:
             StructureError: one of the rest is no prefix of this Container.
-            Whatever fn raises gets a note with the path of the leaf.
+
+        Whatever fn raises gets a note with the path of the leaf.
         """
         columns = [
             _tree.broadcast(f"argument {i}", self, tree, to="the Container")

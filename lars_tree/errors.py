@@ -10,6 +10,21 @@ import reprlib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+__all__ = [
+    "BackendError",
+    "DtypeError",
+    "LarsTreeError",
+    "LeafError",
+    "NonFiniteError",
+    "OptionError",
+    "OutError",
+    "PathAttributeError",
+    "PathKeyError",
+    "ShapeError",
+    "StateError",
+    "StructureError",
+]
+
 Path = tuple[Hashable, ...]
 
 MOST_LINES = 10

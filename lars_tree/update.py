@@ -98,7 +98,8 @@ def lars_update(
         OutError: `out` cannot be written to: read-only, immutable, of another shape or dtype,
             overlapping itself, or with two leaves that share memory.
         NonFiniteError: nonfinite="raise", and a new weight would be NaN or infinite.
-        All are LarsTreeError. Whatever is raised, nothing was written.
+
+    All are LarsTreeError. Whatever is raised, nothing was written.
 
     Source: You, Gitman, Ginsburg (2017), arXiv:1708.03888, Algorithm 1.
     """

@@ -6,23 +6,21 @@ import doctest
 import importlib
 import pkgutil
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import need
+from examples import FLAGS, NOT_RUN, ROOT, blocks, run_page
 
 import lars_tree
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(lars_tree.__path__, "lars_tree.")
     if not module.name.startswith("lars_tree._backends.")
 ]
 NAMES = {"np": np, "lt": lars_tree} | {name: getattr(lars_tree, name) for name in lars_tree.__all__}
-FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -34,25 +32,63 @@ def test_docstrings(name, tmp_path, monkeypatch):
     assert doctest.testmod(module, extraglobs=NAMES, optionflags=FLAGS).failed == 0
 
 
-def failures(text, name):
-    """How many examples of a Markdown page fail; fences end an output as blank lines do."""
-    lines = ["" if line.startswith("```") else line for line in text.splitlines()]
-    test = doctest.DocTestParser().get_doctest("\n".join(lines), {}, name, name, 0)
-    return doctest.DocTestRunner(optionflags=FLAGS).run(test).failed
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_pages(page, tmp_path, monkeypatch):
+    """Every block of code runs, and shows what it says."""
     monkeypatch.chdir(tmp_path)
-    text = page.read_text()
-    for library in ("torch", "jax", "dask.array", "optree", "safetensors"):
-        if f"import {library}" in text:
-            need(library)
-    assert failures(text, page.name) == 0
+    run_page(page.read_text(), page.name, tmp_path)
 
 
-def test_a_wrong_example_would_be_seen():
-    assert failures("```pycon\n>>> 1 + 1\n3\n```\n", "page") == 1
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ("```pycon\n>>> 1 + 1\n3\n```", "page, line 1"),
+        ("```pycon\n1 + 1\n```", "no prompt"),
+        ("```python\nassert 1 == 2\n```", ""),
+        ("```python\n# python a.py\nassert 1 == 2, 'it ran'\n```", "it ran"),
+        ("```bash\npip install nothing-of-this-is-run\nfalse\n```", "page, line 1: false"),
+        ("```console\n$ echo a\na\n$ echo b\nc\n```", "expected\nc\ngot\nb"),
+        ("```rust\n```", "unknown language 'rust'"),
+        ("```\n1 + 1\n```", "unknown language ''"),
+        ("```text\n", "without an end"),
+        (">>> 1 + 1", "outside"),
+    ],
+)
+def test_a_wrong_block_is_seen(page, message, tmp_path):
+    with pytest.raises(AssertionError) as error:
+        run_page(page, "page", tmp_path)
+    assert message in str(error.value)
+
+
+def test_blocks_of_a_page_share_names_and_a_directory(tmp_path):
+    page = """
+        ```python
+        from pathlib import Path
+        path = Path.cwd()
+        ```
+        ```pycon
+        >>> _ = path.joinpath("name").write_text("there")
+        ```
+        ```console
+        $ cat name
+        there
+        ```"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        run_page(page, "page", tmp_path)
+
+
+@pytest.mark.parametrize("pattern", NOT_RUN)
+def test_each_exemption_is_used(pattern):
+    """So that none outlives the block that it was made for."""
+    lines = [
+        line
+        for page in PAGES
+        for block in blocks(page.read_text())
+        if block.language == "bash"
+        for line in block.text.splitlines()
+    ]
+    assert any(re.fullmatch(pattern, line) for line in lines)
 
 
 def test_links_between_pages_lead_somewhere():

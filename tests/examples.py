@@ -1,0 +1,170 @@
+"""The blocks of code in a Markdown page: found, and run in the order in which they stand.
+
+The language of its fence says how a block runs. All blocks of a page share names and a directory.
+
+    pycon    as a doctest
+    python   as it stands; if it begins with the comment of a command, such as `# python step.py`, it
+             is written to the file that the command ends with, and the command is run
+    bash     line by line; see NOT_RUN
+    console  lines that begin with `$ ` are commands, those below what they print
+    text     not at all: a drawing or a formula
+
+There is no other language. Code that is neither in a fence nor indented is not known as such.
+"""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from conftest import need
+
+ROOT = Path(__file__).parent.parent
+FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+
+# Commands in pages that the tests do not run, and why.
+NOT_RUN = {
+    r"(\.venv/bin/|\$plain/venv/bin/)?pip install .*": "sets up an environment",
+    r"python3\.11 -m venv .*": "sets up an environment; .ci/run runs those of the README",
+    r"git (clone|tag|push) .*": "needs a repository elsewhere",
+    r"(\.venv/bin/)?python -m benchmarks.*": "takes minutes",
+}
+
+# What is compared with, and is in none of the extras: where one is missing, also on CI, the page is
+# skipped from the block on that needs it.
+PEERS = {"ivy", "optax", "pytorch_optimizer", "timm"}
+
+
+class Block(NamedTuple):
+    """A block of code: the language of its fence, what is in it, and the line of the fence."""
+
+    language: str
+    text: str
+    line: int
+
+
+def blocks(page: str) -> list[Block]:
+    """The fenced blocks of a page."""
+    found = []
+    opened: tuple[str, str, int] | None = None
+    lines: list[str] = []
+    for number, line in enumerate(page.splitlines(), 1):
+        fence = re.fullmatch(r"( *)(?:```+|~~~+)(.*)", line)
+        if fence and opened is None:
+            opened, lines = (fence[1], fence[2].strip(), number), []
+        elif fence:
+            assert opened is not None
+            assert not fence[2].strip(), f"line {number}: a fence within a block"
+            found.append(Block(opened[1], "\n".join(lines) + "\n", opened[2]))
+            opened = None
+        elif opened is not None:
+            lines.append(line.removeprefix(opened[0]))
+        else:
+            assert ">>> " not in line, f"line {number}: a prompt outside of a block"
+    assert opened is None, f"line {opened[2]}: a block without an end"
+    return found
+
+
+def run_page(page: str, name: str, directory: Path) -> None:
+    """Run all blocks of a page in a directory; skip from the first on that needs what is missing."""
+    names: dict[str, Any] = {"__name__": name}
+    for block in blocks(page):
+        where = f"{name}, line {block.line}"
+        assert block.language in LANGUAGES, f"{where}: unknown language {block.language!r}"
+        LANGUAGES[block.language](block, where, names, directory)
+
+
+def _pycon(block: Block, where: str, names: dict[str, Any], directory: Path) -> None:
+    test = doctest.DocTestParser().get_doctest(block.text, {}, where, where, block.line)
+    assert test.examples, f"{where}: no prompt"
+    _need_imports("".join(example.source for example in test.examples))
+    test.globs = names
+    results = doctest.DocTestRunner(optionflags=FLAGS).run(test, clear_globs=False)
+    assert results.failed == 0, f"{where}: see above"
+
+
+def _python(block: Block, where: str, names: dict[str, Any], directory: Path) -> None:
+    _need_imports(block.text)
+    command = re.match(r"# ((?:python|torchrun) .*?(\w+\.py))\n", block.text)
+    if command:
+        (directory / command[2]).write_text(block.text)
+        _run(command[1], where, directory)
+    else:
+        code = compile("\n" * block.line + block.text, where, "exec", dont_inherit=True)
+        exec(code, names)
+
+
+def _bash(block: Block, where: str, names: dict[str, Any], directory: Path) -> None:
+    for command in _commands(block.text):
+        if not is_exempt(command):
+            _run(command, where, directory)
+
+
+def _console(block: Block, where: str, names: dict[str, Any], directory: Path) -> None:
+    assert block.text.startswith("$ "), f"{where}: no prompt"
+    for part in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]:
+        command, _, expected = part.partition("\n")
+        actual = _run(command, where, directory)
+        same = doctest.OutputChecker().check_output(expected, actual, FLAGS)
+        assert same, f"{where}: expected\n{expected}got\n{actual}"
+
+
+LANGUAGES = {
+    "bash": _bash,
+    "console": _console,
+    "pycon": _pycon,
+    "python": _python,
+    "text": lambda *_: None,
+}
+
+
+def _commands(text: str) -> list[str]:
+    """The commands of a block: its lines, joined where they end in a backslash, no comments."""
+    lines = text.replace("\\\n", "").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def is_exempt(command: str) -> bool:
+    """Whether a command is not run: because of NOT_RUN, or because .ci/run runs the very same."""
+    ours = (ROOT / ".ci" / "run").read_text().splitlines()
+    return command in ours or any(re.fullmatch(pattern, command) for pattern in NOT_RUN)
+
+
+def _run(command: str, where: str, directory: Path) -> str:
+    """What a command prints; its errors too."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    result = subprocess.run(
+        ["bash", "-c", command],
+        cwd=directory,
+        env=os.environ | {"PATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert result.returncode == 0, f"{where}: {command}\n{result.stdout}"
+    return result.stdout
+
+
+def _need_imports(source: str) -> None:
+    """Skip, or fail on CI, if something is missing that the source imports."""
+    for node in ast.walk(ast.parse(source)):
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module or ""]
+        for module in modules:
+            top = module.partition(".")[0]
+            if top in PEERS:
+                if find_spec(top) is None:
+                    pytest.skip(f"{top} is not installed: from here on the page was not run")
+            else:
+                need(module if top == "lars_tree" else top)
