@@ -13,6 +13,8 @@ Weights are a Container or any other nest, of any array library; gradients are m
     w, state = opt.update(w, grads, state)
 """
 
+from typing import TYPE_CHECKING
+
 from lars_tree import schedules
 from lars_tree._native import native_available
 from lars_tree._native.threads import get_num_threads, set_num_threads
@@ -36,7 +38,7 @@ from lars_tree.errors import (
 from lars_tree.optimizer import Lars
 from lars_tree.update import lars_update
 
-__version__ = "0.1.0"
+__version__: str
 
 __all__ = [
     "Array",
@@ -61,3 +63,15 @@ __all__ = [
     "schedules",
     "set_num_threads",
 ]
+
+if not TYPE_CHECKING:  # for a type checker there would be no unknown name
+
+    def __getattr__(name: str) -> str:
+        if name != "__version__":
+            raise AttributeError(f"module 'lars_tree' has no attribute {name!r}")
+        from importlib.metadata import PackageNotFoundError, version  # takes a while
+
+        try:
+            return version("lars-tree")
+        except PackageNotFoundError:  # a source tree that is not installed
+            return "0+unknown"

@@ -3,8 +3,8 @@
 The language of its fence says how a block runs. All blocks of a page share names and a directory.
 
     pycon    as a doctest
-    python   as it stands; if it begins with the comment of a command, such as `# python step.py`, it
-             is written to the file that the command ends with, and the command is run
+    python   as it stands; if it begins with the comment of a command, such as `# python step.py`,
+             it is written to the file that the command ends with, and the command is run
     bash     line by line; see NOT_RUN
     console  lines that begin with `$ ` are commands, those below what they print
     text     not at all: a drawing or a formula
@@ -74,7 +74,7 @@ def blocks(page: str) -> list[Block]:
 
 
 def run_page(page: str, name: str, directory: Path) -> None:
-    """Run all blocks of a page in a directory; skip from the first on that needs what is missing."""
+    """Run all blocks of a page in a directory, up to the first that needs what is missing."""
     names: dict[str, Any] = {"__name__": name}
     for block in blocks(page):
         where = f"{name}, line {block.line}"

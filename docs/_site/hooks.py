@@ -1,8 +1,8 @@
 """What the site shows of files outside docs/, and the pages of the API.
 
 README, CHANGELOG and CONTRIBUTING become pages as they are; links between them and docs/ lead to
-the same place on the site as in the repository. Each public module has a page with all the names in
-its `__all__`, each documented once. The build fails for a name without a docstring, and for a module
+the same place on the site as in the repository. Each public module has a page with the names in its
+`__all__`, each documented once. The build fails for a name without a docstring, and for a module
 that is neither public nor known to be part of another one. Nothing is imported: Griffe reads the
 sources, so torch is not needed.
 """
@@ -20,7 +20,11 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 PACKAGE = "lars_tree"
-PAGES = {"README.md": "index.md", "CHANGELOG.md": "changes.md", "CONTRIBUTING.md": "contributing.md"}
+PAGES = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changes.md",
+    "CONTRIBUTING.md": "contributing.md",
+}
 
 # Modules without a page: what is public in them is a name of lars_tree, or the command.
 INNER = {"array", "cli", "container", "demo", "optimizer", "update"}
