@@ -74,4 +74,4 @@ if not TYPE_CHECKING:  # for a type checker there would be no unknown name
         try:
             return version("lars-tree")
         except PackageNotFoundError:  # a source tree that is not installed
-            return "0+unknown"
+            return "0.0.0+unknown"
