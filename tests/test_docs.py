@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 from conftest import need
-from examples import FLAGS, NOT_RUN, ROOT, blocks, run_page
+from examples import FLAGS, NOT_RUN, ROOT, blocks, is_exempt, run_page
 
 import lars_tree
 
@@ -76,6 +76,13 @@ def test_blocks_of_a_page_share_names_and_a_directory(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         run_page(page, "page", tmp_path)
+
+
+def test_only_listed_commands_are_not_run():
+    assert is_exempt(".venv/bin/mypy")  # .ci/run has this very line
+    assert not is_exempt(".venv/bin/mypy --version")
+    assert is_exempt("python -m benchmarks --write")
+    assert not is_exempt("lars-tree demo")
 
 
 @pytest.mark.parametrize("pattern", NOT_RUN)

@@ -10,6 +10,7 @@ sources, so torch is not needed.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,28 @@ def public(package: griffe.Module) -> list[griffe.Module]:
     for module in found:
         if module.exports is None:
             raise PluginError(f"{module.path} has no __all__: give it one, or add it to INNER here")
-    missing = [f"{x.path}.{name}" for x in found for name in names(x) if not docstring(x[name])]
-    missing += [module.path for module in found if not module.has_docstring]
+    missing = [path for module in found for path in undocumented(module)]
     if missing:
-        raise PluginError(f"public names without a docstring: {', '.join(sorted(missing))}")
+        raise PluginError(f"no docstring, or not there: {', '.join(missing)}")
     return found
+
+
+def undocumented(module: griffe.Module) -> Iterator[str]:
+    """The module, its public names, and their public methods, where they have no docstring."""
+    if not module.has_docstring:
+        yield module.path
+    for name in names(module):
+        if name not in module.members:
+            yield f"{module.path}.{name}"
+            continue
+        item = target(module[name])
+        if not item.has_docstring:
+            yield f"{module.path}.{name}"
+        if item.is_class:
+            for method in item.members.values():
+                is_method = method.is_function or "property" in method.labels
+                if is_method and not method.name.startswith("_") and not method.has_docstring:
+                    yield method.path
 
 
 def names(module: griffe.Module) -> list[str]:
@@ -90,10 +108,9 @@ def names(module: griffe.Module) -> list[str]:
     return sorted(str(name) for name in module.exports or [])
 
 
-def docstring(item: griffe.Object | griffe.Alias) -> str:
-    """The docstring of a name, or of what it stands for."""
-    target = item.final_target if item.is_alias else item
-    return target.docstring.value if target.docstring else ""
+def target(item: griffe.Object | griffe.Alias) -> griffe.Object:
+    """What a name stands for."""
+    return item.final_target if item.is_alias else item
 
 
 def page(module: griffe.Module, modules: list[griffe.Module]) -> str:
@@ -101,8 +118,7 @@ def page(module: griffe.Module, modules: list[griffe.Module]) -> str:
     ours, elsewhere = [], []
     homes = {other.path for other in modules} - {module.path}
     for name in names(module):
-        item = module[name]
-        home = item.final_target.path if item.is_alias else item.path
+        home = target(module[name]).path
         if home in homes:
             elsewhere.append(f"[{name}]({home}.md)")
         elif (parent := home.rpartition(".")[0]) in homes:

@@ -1,0 +1,130 @@
+"""The site builds strictly, shows every public name, and takes nothing from elsewhere."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shutil
+import subprocess
+import sys
+import types
+
+import pytest
+from conftest import need
+from examples import ROOT
+
+PACKAGE = ROOT / "lars_tree"
+
+need("mkdocs")
+need("mkdocstrings_handlers.python")
+
+
+def build(root, site):
+    return subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The directory of the built site."""
+    directory = tmp_path_factory.mktemp("site")
+    result = build(ROOT, directory)
+    assert result.returncode == 0, result.stderr
+    return directory
+
+
+def test_every_public_name_is_shown(site):
+    pages = {path.stem: path.read_text() for path in (site / "api").glob("*.html")}
+    ids = set(re.findall(r'id="([\w.]+)"', "".join(pages.values())))
+    assert {
+        "lars_tree",
+        "lars_tree.errors",
+        "lars_tree.schedules",
+        "lars_tree.torch",
+    } <= pages.keys()
+    for module_name, text in pages.items():
+        if module_name == "lars_tree.torch":
+            need("torch")
+        module = importlib.import_module(module_name)
+        for name in module.__all__:
+            value = getattr(module, name)
+            if isinstance(value, types.ModuleType):
+                assert value.__name__ in pages
+            else:
+                assert {f"{module_name}.{name}", f"{value.__module__}.{name}"} & ids, name
+            assert re.search(rf">{name}<", text), f"{name} is not on the page of {module_name}"
+
+
+def test_nothing_is_loaded_from_elsewhere(site):
+    """Links may lead anywhere; what a browser asks for by itself is here."""
+    tags = r"<(?:script|img|link|iframe|source|object)\b"
+    loads = tags + r"[^>]*?(?:src|href|data)=\"?((?:https?:)?//[^\" >]+)"
+    for path in site.rglob("*.html"):
+        assert re.findall(loads, path.read_text()) == [], path.name
+    for path in [*site.rglob("*.css"), *site.rglob("*.svg")]:
+        found = re.findall(r"(?:url\(|@import )[\"']?((?:https?:)?//[^\"')]+)", path.read_text())
+        assert found == [], path.name
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of all that the site is made of, to be spoilt."""
+    root = tmp_path / "root"
+    shutil.copytree(ROOT / "docs", root / "docs")
+    shutil.copytree(PACKAGE, root / "lars_tree", ignore=shutil.ignore_patterns("*.so", "*.pyc"))
+    for path in [*ROOT.glob("*.md"), ROOT / "mkdocs.yml"]:
+        shutil.copy(path, root)
+    return root
+
+
+def append(path, text):
+    path.write_text(path.read_text() + text)
+
+
+def test_broken_links_fail_the_build(copy, tmp_path):
+    targets = ["no.md", "errors.md#no", "api/lars_tree.md#lars_tree.no", "../LICENSE"]
+    links = "".join(f"[a]({target})\n" for target in targets) + "![a](images/no.svg)\n"
+    append(copy / "docs" / "rule.md", f"\n{links}")
+    append(copy / "README.md", "\n[a](docs/rule.md#nowhere)\n")
+    (copy / "docs" / "stray.md").write_text("# A page that the navigation lacks\n")
+    result = build(copy, tmp_path / "site")
+    assert result.returncode != 0
+    for target in [*targets, "images/no.svg", "rule.md#nowhere", "stray.md"]:
+        assert target in result.stderr
+
+
+UNDOCUMENTED = {
+    "a name without a docstring": ('"Bare"', "class Bare: pass", "schedules.Bare"),
+    "a name that is not there": ('"Bare"', "", "schedules.Bare"),
+    "a method without a docstring": ('"A"', 'class A:\n "A"\n def b(self): 0', "schedules.A.b"),
+    "a property without a docstring": (
+        '"A"',
+        'class A:\n "A"\n @property\n def b(self): 0',
+        "schedules.A.b",
+    ),
+    "a docstring that cannot be read": (
+        '"a"',
+        'def a():\n "A\\n\\nRaises:\\n  b"',
+        "lars_tree/schedules.py",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", UNDOCUMENTED)
+def test_undocumented_names_fail_the_build(fault, copy, tmp_path):
+    name, code, message = UNDOCUMENTED[fault]
+    append(copy / "lars_tree" / "schedules.py", f"\n__all__ += [{name}]\n{code}\n")
+    result = build(copy, tmp_path / "site")
+    assert result.returncode != 0
+    assert message in result.stderr
+
+
+def test_a_module_of_which_nothing_is_known_fails_the_build(copy, tmp_path):
+    (copy / "lars_tree" / "fresh.py").write_text('"""Fresh."""\n')
+    result = build(copy, tmp_path / "site")
+    assert result.returncode != 0
+    assert "lars_tree.fresh has no __all__" in result.stderr
