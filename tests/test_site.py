@@ -90,11 +90,18 @@ def test_broken_links_fail_the_build(copy, tmp_path):
     links = "".join(f"[a]({target})\n" for target in targets) + "![a](images/no.svg)\n"
     append(copy / "docs" / "rule.md", f"\n{links}")
     append(copy / "README.md", "\n[a](docs/rule.md#nowhere)\n")
-    (copy / "docs" / "stray.md").write_text("# A page that the navigation lacks\n")
     result = build(copy, tmp_path / "site")
     assert result.returncode != 0
-    for target in [*targets, "images/no.svg", "rule.md#nowhere", "stray.md"]:
-        assert target in result.stderr
+    warnings = [line for line in result.stderr.splitlines() if line.startswith("WARNING")]
+    for target in [*targets, "images/no.svg", "rule.md#nowhere"]:
+        assert any(target in line for line in warnings), target
+
+
+def test_a_page_that_the_navigation_lacks_fails_the_build(copy, tmp_path):
+    (copy / "docs" / "stray.md").write_text("# Stray\n")
+    result = build(copy, tmp_path / "site")
+    assert result.returncode != 0
+    assert "stray.md" in result.stderr
 
 
 UNDOCUMENTED = {
