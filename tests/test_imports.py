@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -119,3 +121,14 @@ def test_no_file_is_longer_than_400_lines_or_wider_than_100_columns():
     assert {"module.cpp", "loops.hpp", "update.py", "reference.py"} <= lines.keys()
     assert {name for name, found in lines.items() if len(found) > 400} == set()
     assert {name for name, found in lines.items() if max(map(len, found), default=0) > 100} == set()
+
+
+def test_the_version_is_that_of_the_metadata(monkeypatch):
+    assert lars_tree.__version__ == metadata.version("lars-tree")
+    monkeypatch.setattr(metadata, "version", Mock(side_effect=metadata.PackageNotFoundError))
+    assert lars_tree.__version__ == "0.0.0+unknown"
+
+
+def test_there_are_no_other_names():
+    with pytest.raises(AttributeError, match="'lars_tree' has no attribute 'lars'"):
+        _ = lars_tree.lars
