@@ -13,6 +13,7 @@ from typing import Any
 __all__ = [
     "BackendError",
     "DtypeError",
+    "FileError",
     "LarsTreeError",
     "LeafError",
     "NonFiniteError",
