@@ -158,8 +158,8 @@ if __name__ == "__main__":
         code = 0
     except BaseException:
         traceback.print_exc()
-    # At once. After a failure the others wait for this process; and where nothing failed, threads of
-    # gloo may still be at work, which an interpreter that is being taken down does not suffer.
+    # At once. After a failure the others wait for this process; and where nothing failed, threads
+    # of gloo may still be at work, which an interpreter that is being taken down does not suffer.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
