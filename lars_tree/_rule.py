@@ -147,16 +147,8 @@ def step(ops: Ops, w: Any, dcdw: Any, rule: Rule, velocity: Any = None) -> tuple
     decays = not is_zero(rule.decay_lambda)
     if rule.adapt:
         w_norm, dcdw_norm = ops.norms(w, dcdw, rule.layer_axis)
-        scale = ops.maximum(dcdw_norm.scale / rule.grad_scale, rule.decay_lambda * w_norm.scale)
-        scale = ops.power_of_two(ops.maximum(scale, rule.eps))
+        scaled, _, one = _scaled(ops, w_norm, dcdw_norm, rule)
         dcdw = dcdw / dcdw_norm.scale
-        scaled = rule._replace(
-            decay_lambda=rule.decay_lambda * w_norm.scale / scale,
-            eps=ops.like(rule.eps, scale) / scale,
-            grad_scale=rule.grad_scale * (scale / dcdw_norm.scale),
-        )
-        # A scaled ratio is nowhere near these bounds: at one of them it is still told apart from 1.
-        one = ops.maximum(scale / ops.maximum(w_norm.scale, scale * 2.0**-100), 2.0**-100)
         ratio = trust_ratio(w_norm.scaled, dcdw_norm.scaled, scaled, ops.where, one)
         # Where it is 1 the step has nothing to do with norms, nor with their scales.
         is_one = ratio == one
@@ -172,3 +164,49 @@ def step(ops: Ops, w: Any, dcdw: Any, rule: Rule, velocity: Any = None) -> tuple
         return apply(w, dcdw, on_dcdw, on_w if decays else None), None
     change = along(w, dcdw, on_dcdw, on_w if decays else None)
     return move(w, velocity, change, rule)
+
+
+def _scaled(ops: Ops, w_norm: Norm, dcdw_norm: Norm, rule: Rule) -> tuple[Rule, Any, Any]:
+    """The rule for norms scaled to be near 1, the scale of its denominator, and a ratio of 1."""
+    # A norm of 0 has the scale 1, which must not count beside those of others.
+    moves = dcdw_norm.scaled != 0
+    scale = ops.where(moves, dcdw_norm.scale / rule.grad_scale, 0)
+    scale = ops.maximum(scale, rule.decay_lambda * w_norm.scale)
+    scale = ops.power_of_two(ops.maximum(scale, rule.eps))
+    scaled = rule._replace(
+        decay_lambda=rule.decay_lambda * w_norm.scale / scale,
+        eps=ops.like(rule.eps, scale) / scale,
+        grad_scale=rule.grad_scale * ops.where(moves, scale / dcdw_norm.scale, 1),
+    )
+    # A scaled ratio is nowhere near these bounds: at one of them it is still told apart from 1.
+    one = ops.maximum(scale / ops.maximum(w_norm.scale, scale * 2.0**-100), 2.0**-100)
+    return scaled, scale, one
+
+
+class Measured(NamedTuple):
+    """What the step of a layer is made of, all without the scale of the loss.
+
+    `unclipped` is what the ratio would be without `trust_clip`.
+    """
+
+    w_norm: Any
+    g_norm: Any
+    ratio: Any
+    unclipped: Any
+
+
+def measure(ops: Ops, w: Any, dcdw: Any, rule: Rule) -> Measured:
+    """The norms and the ratio of `step`, with the axes that the norms have."""
+    w_norm, dcdw_norm = ops.norms(w, dcdw, rule.layer_axis)
+    scaled, scale, one = _scaled(ops, w_norm, dcdw_norm, rule)
+
+    def ratio(rule: Rule) -> Any:
+        found = trust_ratio(w_norm.scaled, dcdw_norm.scaled, rule, ops.where, one)
+        return ops.where(found == one, 1, found * (w_norm.scale / scale))
+
+    return Measured(
+        w_norm.scaled * w_norm.scale,
+        dcdw_norm.scaled * (dcdw_norm.scale / rule.grad_scale),
+        ratio(scaled),
+        ratio(scaled._replace(trust_clip=False)),
+    )

@@ -1,18 +1,24 @@
-"""How a Container looks: as text, as HTML, in sums."""
+"""How a Container looks: as text, as a tree in a terminal or a notebook, in sums.
+
+Nothing here looks at the elements of an array. `_html.py` writes the tree for a notebook.
+"""
 
 from __future__ import annotations
 
 import reprlib
+from collections import deque
 from collections.abc import Iterable
-from itertools import islice
-from math import prod
+from dataclasses import dataclass
+from itertools import groupby, islice
+from types import NoneType
 from typing import Any, NamedTuple
 
 from lars_tree import _backends, _tree, errors
-from lars_tree.array import unwrap
+from lars_tree.array import Array, unwrap
 
 _MOST_LINES = 40
-_MOST_ROWS = 1000
+_MOST_ROWS = 500
+_MOST_CHILDREN = 100
 
 
 class Totals(NamedTuple):
@@ -25,16 +31,33 @@ class Totals(NamedTuple):
 
 def totals(leaves: Iterable[Any]) -> Totals:
     """The number of leaves that hold something, of their elements, and of their bytes."""
-    count = parameters = size = 0
-    for x in map(unwrap, leaves):
-        if x is None:
-            continue
-        count += 1
-        backend = _backends.find(x)
-        if backend is not None and not backend.fault(x):
-            parameters += prod(x.shape)
-            size += getattr(x, "nbytes", 0)
-    return Totals(count, parameters, size)
+    return _Sizes(list(leaves)).of(slice(None))
+
+
+class _Sizes:
+    """The sizes of all leaves side by side: runs of one type are measured at once."""
+
+    def __init__(self, leaves: list[Any]) -> None:
+        self.present: list[int] = []
+        self.parameters: list[int] = []
+        self.bytes: list[int] = []
+        for cls, run in groupby(leaves, type):
+            if cls is Array:
+                for x in run:
+                    self._add(type(x.data), [x.data])
+            else:
+                self._add(cls, list(run))
+
+    def _add(self, cls: type, xs: list[Any]) -> None:
+        backend = _backends.find(xs[0])
+        nothing = [0] * len(xs)
+        parameters, sizes = backend.sizes(xs) if backend is not None else (nothing, nothing)
+        self.present += nothing if cls is NoneType else [1] * len(xs)
+        self.parameters += parameters
+        self.bytes += sizes
+
+    def of(self, places: slice) -> Totals:
+        return Totals(*(sum(x[places]) for x in (self.present, self.parameters, self.bytes)))
 
 
 def leaf(x: Any) -> str:
@@ -54,8 +77,12 @@ def leaf(x: Any) -> str:
 def summary(leaves: Iterable[Any]) -> str:
     """'3 leaves, 20 parameters, 160 bytes'."""
     total = totals(leaves)
+    return f"{_counted(total)}, {_size(total.bytes)}"
+
+
+def _counted(total: Totals) -> str:
     plural = "leaf" if total.leaves == 1 else "leaves"
-    return f"{total.leaves:,} {plural}, {total.parameters:,} parameters, {_size(total.bytes)}"
+    return f"{total.leaves:,} {plural}, {total.parameters:,} parameters"
 
 
 def _size(count: int) -> str:
@@ -83,34 +110,87 @@ def _clipped(name: str, most: int = 60) -> str:
 
 
 def html(container: Any) -> str:
-    """A tree that folds. Keys are escaped: they may come from anywhere."""
-    from html import escape
+    """A tree that folds."""
+    from lars_tree import _html  # only notebooks need it
 
     try:
-        return _html(container)
+        return _html.page(rows(container, _MOST_ROWS, _MOST_CHILDREN))
     except RecursionError:
-        return f"<pre>{escape(text(container))}</pre>"
+        return _html.plain(text(container))
 
 
-def _html(container: Any) -> str:
-    from html import escape
+def rich_tree(container: Any) -> Any:
+    """A tree for `rich.print`."""
+    from rich.text import Text
+    from rich.tree import Tree
 
-    rows = iter(range(_MOST_ROWS))
+    def label(row: Row) -> Text:
+        # Not a string: rich would read markup in it.
+        return Text.assemble((row.name, "bold"), "  ", row.what, "  ", (row.size, "dim"))
 
-    def item(key: Any, node: Any, is_open: bool) -> str:
-        if next(rows, None) is None:
-            return ""
-        name = escape(str(key))
-        if _tree.is_leaf(node):
-            return f"<div><b>{name}</b> <span>{escape(leaf(node))}</span></div>"
-        inside = "".join(item(k, child, False) for k, child in _tree.children(node))
-        head = f"<summary><b>{name}</b> <span>{summary(_tree.leaves(node))}</span></summary>"
-        return f"<details{' open' if is_open else ''}>{head}{inside}</details>"
+    def grow(branch: Tree, row: Row) -> Tree:
+        for child in row.children or ():
+            grow(branch.add(label(child)), child)
+        if row.hidden:
+            branch.add(Text(row.more, "dim"))
+        return branch
 
-    tree = item(type(container).__name__, container, True)
-    more = "" if next(rows, None) is not None else f"<div>first {_MOST_ROWS:,} rows</div>"
-    style = (
-        "<style>.lars-tree{font-family:monospace}.lars-tree span{opacity:.65}"
-        ".lars-tree details>*:not(summary){margin-left:1.5em}</style>"
-    )
-    return f'{style}<div class="lars-tree">{tree}{more}</div>'
+    try:
+        root = rows(container, _MOST_LINES, _MOST_LINES)
+        return grow(Tree(label(root)), root)
+    except RecursionError:
+        return Text(text(container))
+
+
+@dataclass
+class Row:
+    """A node or a leaf as a tree shows it: its name, what it is, its bytes, and what is below.
+
+    `children` is None for a leaf, and `hidden` counts those that there is no room for. Names and
+    words are text of any kind, to be escaped.
+    """
+
+    name: str
+    what: str
+    size: str
+    children: list[Row] | None = None
+    hidden: int = 0
+
+    @property
+    def more(self) -> str:
+        """What stands for the children that are not shown."""
+        return f"... and {self.hidden:,} more" if self.children else f"{self.hidden:,} not shown"
+
+
+def rows(container: Any, most: int, most_children: int) -> Row:
+    """The rows of a tree: those near the root first, at most `most`, `most_children` to a node."""
+    leaves = _tree.leaves(container)
+    sizes = _Sizes(leaves)
+
+    def of_node(name: str, start: int, count: int) -> Row:
+        summed = sizes.of(slice(start, start + count))
+        return Row(name, _counted(summed), _size(summed.bytes))
+
+    def of_leaf(name: str, x: Any, start: int) -> Row:
+        is_array = _backends.find(unwrap(x)) is not None
+        return Row(name, leaf(x), _size(sizes.bytes[start]) if is_array else "")
+
+    root = of_node(type(container).__name__, 0, len(leaves))
+    waiting = deque([(root, container, 0)])
+    room = most - 1
+    while waiting:
+        row, node, start = waiting.popleft()
+        children = list(_tree.children(node))
+        shown = children[: min(most_children, room)]
+        row.children, row.hidden = [], len(children) - len(shown)
+        room -= len(shown)
+        for key, child in shown:
+            name = _clipped(errors.path_string((key,)))
+            count = len(_tree.leaves(child))
+            is_leaf = _tree.is_leaf(child)
+            below = of_leaf(name, child, start) if is_leaf else of_node(name, start, count)
+            row.children.append(below)
+            if not is_leaf:
+                waiting.append((below, child, start))
+            start += count
+    return root

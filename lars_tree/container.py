@@ -311,6 +311,9 @@ class Container(Arithmetic, dict[Any, Any]):
     def _repr_html_(self) -> str:
         return _show.html(self)
 
+    def __rich__(self) -> Any:
+        return _show.rich_tree(self)
+
     def lars_update(
         self,
         dcdw: Any,

@@ -102,14 +102,19 @@ def error(
 ) -> LarsTreeError:
     """An exception of the given kind, its message made of a headline and a line for each path."""
     lines = list(lines)
+    exception = kind(message(argument, headline, lines))
+    exception.argument = argument
+    exception.paths = tuple(path for path, _ in lines)
+    return exception
+
+
+def message(argument: str, headline: str, lines: Sequence[Line]) -> str:
+    """A headline and a line for each path, ten of them and then a count."""
     shown = [f"\n  {path_string(path) or argument}: {text}" for path, text in lines[:MOST_LINES]]
     rest = len(lines) - len(shown)
     if rest:
         shown.append(f"\n  and {rest} more")
-    exception = kind(headline + "".join(shown))
-    exception.argument = argument
-    exception.paths = tuple(path for path, _ in lines)
-    return exception
+    return headline + "".join(shown)
 
 
 def file_error(file: object, text: str, name: str | None = None) -> LarsTreeError:

@@ -160,13 +160,11 @@ def _update(
     plain = _update_plain(columns)
     if plain is not None:
         return _result(w, out, state, *plain, True)
-    _refuse_surplus(w, dcdw, old, dcdws, "dcdw")
     if outs is not None:
         _refuse_surplus(w, out, old, outs, "out")
     if velocities is not None:
         _refuse_surplus(w, state["velocity"], old, velocities, "state")
-    leaves = _arrays(columns, paths)
-    _checks.check(leaves, paths)
+    leaves = checked(w, dcdw, columns, paths)
     if out is not None:
         _counters.check_apart(state, leaves, paths)
     with nullcontext() if out is None else _memory.uninterrupted():
@@ -179,6 +177,14 @@ def _update(
         if velocities is not None:
             new_velocities[leaf.place] = _wrapped(new.velocity, velocities[leaf.place])
     return _result(w, out, state, new_ws, new_velocities, taken)
+
+
+def checked(w: Any, dcdw: Any, columns: Columns, paths: Paths) -> list[Leaf]:
+    """The leaves that hold arrays, with nothing wrong with them."""
+    _refuse_surplus(w, dcdw, columns.ws, columns.dcdws, "dcdw")
+    leaves = _arrays(columns, paths)
+    _checks.check(leaves, paths)
+    return leaves
 
 
 def _wrapped(new: Any, old: Any) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,6 +52,14 @@ def need(module: str) -> Any:
     if CI:
         return importlib.import_module(module)
     return pytest.importorskip(module, reason=f"{module} is not installed")
+
+
+def need_program(name: str) -> str:
+    """Where a program is; where it is missing the test is skipped, or fails on CI."""
+    path = shutil.which(name)
+    if path is None:
+        (pytest.fail if CI else pytest.skip)(f"{name} is not installed")
+    return str(path)
 
 
 def to_library(name: str, x: Any) -> Any:

@@ -129,6 +129,19 @@ def test_tensors(world, tmp_path):
 
 
 @pytest.mark.parametrize("world", [2, 4])
+def test_ratios(world, tmp_path):
+    """All processes get the ratios of whole parameters, and of all layers, by the same bits."""
+    found = measured("distributed_ratios", world, tmp_path)
+    some = found.pop("some processes")["known"]
+    assert some == [[i < world // 2] * 2 for i in range(world)]
+    assert len(found) == 3 * (4 if world == 2 else 6)
+    for name, case in found.items():
+        assert case["error"] <= 1e-12, name
+        assert case["off"] <= (1e-6 if "float" in name else 1e-5), name
+        assert case["bits"] == case["bits"][:1] * world, name
+
+
+@pytest.mark.parametrize("world", [2, 4])
 def test_models(world, tmp_path):
     found = measured("distributed_models", world, tmp_path)
     assert len(found) == (16 if world == 2 else 20)

@@ -14,7 +14,7 @@ import numpy as np
 
 from lars_tree import _rule
 from lars_tree._backends.base import Array, Backend, Leaf, New
-from lars_tree._rule import Norm, Rule
+from lars_tree._rule import Measured, Norm, Rule
 
 
 class NamespaceOps:
@@ -113,6 +113,15 @@ class ArraysBackend(Backend):
         """The weights after one step in the dtype of w, and the velocity in its own."""
         if 0 in w.shape:
             return New(self.copy(w, rule.stop_gradients), velocity)
+        wide = None if velocity is None else self.widen(velocity, w)
+        with np.errstate(all="ignore"):  # for libraries that are made of numpy
+            new = _rule.step(self.ops(w), *self._widened(w, dcdw, rule), wide)
+        return New(
+            self.narrow(new[0], w), None if velocity is None else self.narrow(new[1], velocity)
+        )
+
+    def _widened(self, w: Array, dcdw: Array, rule: Rule) -> tuple[Array, Array, Rule]:
+        """All in the type to compute with, the gradient in the shape of w."""
         names = (*_rule.NUMBERS, *_rule.MOTION_NUMBERS)
         values = {name: getattr(rule, name) for name in names}
         numbers: dict[str, Any] = {
@@ -120,12 +129,23 @@ class ArraysBackend(Backend):
             for name, value in values.items()
         }
         dcdw = self.ops(w).xp.broadcast_to(self.widen(dcdw, w), w.shape)
-        wide = None if velocity is None else self.widen(velocity, w)
-        with np.errstate(all="ignore"):  # for libraries that are made of numpy
-            new = _rule.step(self.ops(w), self.widen(w, w), dcdw, rule._replace(**numbers), wide)
-        return New(
-            self.narrow(new[0], w), None if velocity is None else self.narrow(new[1], velocity)
-        )
+        return self.widen(w, w), dcdw, rule._replace(**numbers)
+
+    def measure_leaf(self, w: Array, dcdw: Array, rule: Rule) -> Measured:
+        """What the step of one leaf is made of."""
+        axis = rule.layer_axis
+        shape = () if axis is None else (w.shape[axis],)
+        w, dcdw, rule = self._widened(w, dcdw, rule)
+        ops = self.ops(w)
+        if 0 in w.shape:  # a maximum over nothing is an error; their norms are 0, and so ratio is 1
+            zeros = ops.xp.reshape(ops.sum(abs(w), _other_axes(w, axis)), shape)
+            return Measured(zeros, zeros, zeros + 1, zeros + 1)
+        with np.errstate(all="ignore"):
+            measured = _rule.measure(ops, w, dcdw, rule)
+        return Measured(*(ops.xp.reshape(x, shape) for x in measured))
+
+    def measure(self, leaves: list[Leaf]) -> list[Measured]:
+        return [self.measure_leaf(leaf.w, leaf.dcdw, leaf.rule) for leaf in leaves]
 
     def update(self, leaves: list[Leaf]) -> list[New]:
         news = [self.step(leaf.w, leaf.dcdw, leaf.rule, leaf.velocity) for leaf in leaves]

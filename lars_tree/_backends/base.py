@@ -6,11 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from enum import Enum
 from functools import cache
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lars_tree._rule import Rule
+from lars_tree._rule import Measured, Rule
 
 Array = Any
 
@@ -133,6 +134,17 @@ class Backend(ABC):
         """
 
     @abstractmethod
+    def measure(self, leaves: list[Leaf]) -> list[Measured]:
+        """What their steps are made of, by the code that makes them: arrays where the leaves are.
+
+        Each is 0-d, or a vector where the leaf has a layer axis. Every leaf has a gradient.
+        """
+
+    def fetch(self, xs: list[Array]) -> list[np.ndarray[Any, Any]]:
+        """The elements of arrays with known values, waiting for them once."""
+        return [self.to_numpy(x) for x in xs]
+
+    @abstractmethod
     def all_finite(self, xs: list[Array]) -> Any:
         """A truth value, or a 0-d array of one where values are not here."""
 
@@ -167,6 +179,15 @@ class Backend(ABC):
     def out_fault(self, x: Array) -> str | None:
         """Why nothing can be written to x; None if it can."""
         return None
+
+    def sizes(self, xs: list[Array]) -> tuple[list[int], list[int]]:
+        """The numbers of elements and of bytes, as arrays of one type declare them; 0 if unknown.
+
+        May be called for 100,000 of them.
+        """
+        usable = [None if self.fault(x) else x for x in xs]
+        counts = [0 if x is None else prod(x.shape) for x in usable]
+        return counts, [getattr(x, "nbytes", 0) for x in usable]
 
     def memory(self, x: Array) -> np.ndarray[Any, Any] | None:
         """An array at the same addresses, for arithmetic with addresses alone; None if unknown."""

@@ -21,7 +21,7 @@ from lars_tree import _native, _rule
 from lars_tree._backends import bfloat16
 from lars_tree._backends.base import Columns
 from lars_tree._backends.wide import Wide, fast_two_sum, two_sum
-from lars_tree._rule import Rule
+from lars_tree._rule import Measured, Rule
 
 Array = np.ndarray[Any, Any]
 Precision = type[np.floating[Any]]  # the type in which to compute: float64 or longdouble
@@ -72,8 +72,7 @@ def _update_layer(arrays: dict[str, Array], rule: Rule) -> None:
     """One step over arrays of one shape, by their names in `update`."""
     if "lr" not in arrays and _update_plain(arrays, rule):
         return
-    long = any(_is_long(arrays[name].dtype) for name in ("w", "dcdw"))
-    precision: Precision = np.longdouble if long else np.float64
+    precision = _precision(arrays["w"], arrays["dcdw"])
     flat = {name: _flat(x) for name, x in _in_memory_order(arrays).items()}
     on_dcdw, on_w = _coefficients(flat["w"], flat["dcdw"], precision, rule)
     factor, exponent = on_dcdw.split()
@@ -116,15 +115,49 @@ def _update_plain(arrays: dict[str, Array], rule: Rule) -> bool:
     return _native.update(columns, types=(np.ndarray,), as_bits=True) is not None
 
 
+def measure(w: Array, dcdw: Array, rule: Rule) -> Measured:
+    """The numbers that `update` steps by: doubles without axes, or a vector for a layer axis."""
+    dcdw = np.broadcast_to(dcdw, w.shape)
+    if isinstance(rule.lr, np.ndarray):
+        rule = rule._replace(lr=1.0)
+    with np.errstate(all="ignore"):
+        if rule.layer_axis is None:
+            return Measured(*map(np.float64, _measure_layer(w, dcdw, rule)))
+        w, dcdw = (np.moveaxis(x, rule.layer_axis, 0) for x in (w, dcdw))
+        layers = [_measure_layer(w[i, ...], dcdw[i, ...], rule) for i in range(len(w))]
+    return Measured(*np.array(layers, np.float64).reshape(-1, 4).T.copy())
+
+
+def _measure_layer(w: Array, dcdw: Array, rule: Rule) -> tuple[float, ...]:
+    flat = {name: _flat(x) for name, x in _in_memory_order({"w": w, "dcdw": dcdw}).items()}
+    number, rule = _in_numbers(flat["w"], flat["dcdw"], rule)
+    precision = _precision(w, dcdw)
+    w_norm, dcdw_norm = (_norm(x, precision, number) for x in flat.values())
+    ratio, unclipped = (
+        _rule.trust_ratio(w_norm, dcdw_norm, each, _choose, number(1))
+        for each in (rule, rule._replace(trust_clip=False))
+    )
+    numbers = (w_norm, dcdw_norm / rule.grad_scale, ratio, unclipped)
+    return tuple(map(float, numbers))
+
+
+def _precision(w: Array, dcdw: Array) -> Precision:
+    return np.longdouble if _is_long(w.dtype) or _is_long(dcdw.dtype) else np.float64
+
+
 def _coefficients(w: Any, dcdw: Any, precision: Precision, rule: Rule) -> tuple[Wide, Wide]:
+    number, rule = _in_numbers(w, dcdw, rule)
+    w_norm, dcdw_norm = (_norm(x, precision, number) if rule.adapt else None for x in (w, dcdw))
+    on_dcdw, on_w = _rule.coefficients(w_norm, dcdw_norm, rule, _choose, number(1))
+    return (on_dcdw, on_w) if number is Wide else (Wide(on_dcdw), Wide(on_w))
+
+
+def _in_numbers(w: Any, dcdw: Any, rule: Rule) -> tuple[Any, Rule]:
+    """The kind of number to compute norms and coefficients in, and the rule in such numbers."""
     numbers = {name: getattr(rule, name) for name in _rule.NUMBERS}
     short = all(_dtype(x).itemsize <= (8 if _dtype(x).kind == "c" else 4) for x in (w, dcdw))
     number: Any = float if short and all(map(_is_moderate, numbers.values())) else Wide
-    numbers = {name: number(value) for name, value in numbers.items()}
-    w_norm, dcdw_norm = (_norm(x, precision, number) if rule.adapt else None for x in (w, dcdw))
-    rule = rule._replace(**numbers)
-    on_dcdw, on_w = _rule.coefficients(w_norm, dcdw_norm, rule, _choose, number(1))
-    return (on_dcdw, on_w) if number is Wide else (Wide(on_dcdw), Wide(on_w))
+    return number, rule._replace(**{name: number(value) for name, value in numbers.items()})
 
 
 def _is_moderate(x: float) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import dask
 import dask.array as da
 import numpy as np
 
@@ -37,6 +38,9 @@ class DaskBackend(ArraysBackend):
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         return np.asarray(x)
+
+    def fetch(self, xs: list[Array]) -> list[np.ndarray[Any, Any]]:
+        return [np.asarray(x) for x in dask.compute(*xs)]
 
     def full(self, number: complex, like: Array) -> Array:
         is_complex = isinstance(number, complex) or like.dtype.kind == "c"

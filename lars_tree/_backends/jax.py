@@ -17,7 +17,7 @@ from lars_tree._backends import cpu
 from lars_tree._backends.arrays import ArraysBackend, NamespaceOps
 from lars_tree._backends.base import Backend, Facts, Kind, Leaf, New, Values, kind_of_numpy
 from lars_tree._backends.numpy import raw
-from lars_tree._rule import Rule
+from lars_tree._rule import Measured, Rule
 
 Array = Any
 
@@ -95,16 +95,25 @@ class JaxBackend(ArraysBackend):
     def step(self, w: Array, dcdw: Array, rule: Rule, velocity: Array | None = None) -> New:
         if not jnp.iscomplexobj(w):
             return super().step(w, dcdw, rule, velocity)
-        # As pairs of real numbers: complex numbers of double precision have no derivatives unless
-        # jax_enable_x64 is set, as their backward pass runs outside of our context.
-        axis = None if rule.layer_axis is None else rule.layer_axis % w.ndim
-        lr = rule.lr[..., None] if getattr(rule.lr, "ndim", 0) else rule.lr
-        w, dcdw, velocity = (
-            None if x is None else jnp.stack([jnp.real(x), jnp.imag(x)], -1)
-            for x in (w, dcdw, velocity)
-        )
-        pairs = super().step(w, dcdw, rule._replace(lr=lr, layer_axis=axis), velocity)
+        pairs = super().step(*_as_pairs(w, dcdw, rule), _as_pair(velocity))
         return New(*(None if x is None else jax.lax.complex(x[..., 0], x[..., 1]) for x in pairs))
+
+    def measure_leaf(self, w: Array, dcdw: Array, rule: Rule) -> Measured:
+        if jnp.iscomplexobj(w):
+            w, dcdw, rule = _as_pairs(w, dcdw, rule)
+        return super().measure_leaf(w, dcdw, rule)
+
+    def measure(self, leaves: list[Leaf]) -> list[Measured]:
+        # float64 where JAX has it, or the weights are: elsewhere JAX warns of such arrays.
+        usual = jnp.zeros(()).dtype
+        with jax.enable_x64(True):
+            dtypes = [jnp.promote_types(usual, jnp.finfo(leaf.w.dtype).dtype) for leaf in leaves]
+            measured = [_measure(leaf) for leaf in leaves]
+            pairs = zip(measured, dtypes, strict=True)
+            return [Measured(*(x.astype(dtype) for x in each)) for each, dtype in pairs]
+
+    def fetch(self, xs: list[Array]) -> list[np.ndarray[Any, Any]]:
+        return [np.asarray(x) for x in jax.device_get(xs)]
 
     def all_finite(self, xs: list[Array]) -> Any:
         if any(map(_is_traced, xs)):
@@ -121,8 +130,7 @@ class JaxBackend(ArraysBackend):
 
 def _update(leaf: Leaf) -> New:
     w, dcdw, velocity, rule = leaf.w, leaf.dcdw, leaf.velocity, leaf.rule
-    arrays = [w, dcdw] if velocity is None else [w, dcdw, velocity]
-    if all(map(_in_cpu_memory, arrays)) and not any(isinstance(x, jax.Array) for x in rule):
+    if _steps_in_cpu_memory(leaf):
         new = np.empty(w.shape, w.dtype)
         moving = None if velocity is None else np.array(velocity)
         cpu.update(raw(np.asarray(w)), raw(np.asarray(dcdw)), raw(new), rule, moving)
@@ -141,6 +149,36 @@ def _zeros(shape: tuple[int, ...], dtype: Any, w: Array, sharding: Any) -> Array
         return jnp.zeros(shape, dtype, device=sharding)
     with jax.default_device(next(iter(w.devices()))):
         return jnp.zeros(shape, dtype)
+
+
+def _measure(leaf: Leaf) -> Measured:
+    w, dcdw, rule = leaf.w, leaf.dcdw, leaf.rule
+    if _steps_in_cpu_memory(leaf):
+        measured = cpu.measure(raw(np.asarray(w)), raw(np.asarray(dcdw)), rule)
+        with jax.default_device(next(iter(w.devices()))):
+            return Measured(*(jnp.asarray(x) for x in measured))
+    measured = _BACKEND.measure_leaf(w, _laid_out(dcdw, w), rule)
+    return measured if not rule.stop_gradients else Measured(*map(jax.lax.stop_gradient, measured))
+
+
+def _steps_in_cpu_memory(leaf: Leaf) -> bool:
+    arrays = [x for x in (leaf.w, leaf.dcdw, leaf.velocity) if x is not None]
+    return all(map(_in_cpu_memory, arrays)) and not any(isinstance(x, jax.Array) for x in leaf.rule)
+
+
+def _as_pairs(w: Array, dcdw: Array, rule: Rule) -> tuple[Array, Array, Rule]:
+    """Complex arrays as pairs of real numbers.
+
+    Complex numbers of double precision have no derivatives unless jax_enable_x64 is set, as their
+    backward pass runs outside of our context.
+    """
+    axis = None if rule.layer_axis is None else rule.layer_axis % w.ndim
+    lr = rule.lr[..., None] if getattr(rule.lr, "ndim", 0) else rule.lr
+    return _as_pair(w), _as_pair(dcdw), rule._replace(lr=lr, layer_axis=axis)
+
+
+def _as_pair(x: Array | None) -> Array | None:
+    return None if x is None else jnp.stack([jnp.real(x), jnp.imag(x)], -1)
 
 
 def _put(x: np.ndarray[Any, Any], like: Array) -> Array:

@@ -18,6 +18,7 @@ from lars_tree._backends.base import (
     is_bfloat16,
     kind_of_numpy,
 )
+from lars_tree._rule import Measured
 
 Array = np.ndarray[Any, Any]
 
@@ -53,6 +54,9 @@ class NumpyBackend(Backend):
             return "a numpy scalar, which is immutable: use the returned value"
         return None if x.flags.writeable else "read-only"
 
+    def sizes(self, xs: list[Array]) -> tuple[list[int], list[int]]:
+        return [x.size for x in xs], [x.nbytes for x in xs]
+
     def memory(self, x: Array) -> Array | None:
         return np.asarray(x) if isinstance(x, np.ndarray) else None
 
@@ -80,6 +84,9 @@ class NumpyBackend(Backend):
         moving = None if velocity is None else raw(velocity)
         cpu.update(raw(leaf.w), raw(leaf.dcdw), raw(new), leaf.rule, moving)
         return New(new[()] if isinstance(leaf.w, np.generic) else new, velocity)
+
+    def measure(self, leaves: list[Leaf]) -> list[Measured]:
+        return [cpu.measure(raw(leaf.w), raw(leaf.dcdw), leaf.rule) for leaf in leaves]
 
     def all_finite(self, xs: list[Array]) -> bool:
         return all(bool(np.isfinite(x).all()) for x in xs)

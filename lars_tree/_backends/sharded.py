@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +17,17 @@ from torch import Tensor
 
 from lars_tree import errors
 from lars_tree._backends.base import Layout, Leaf, New
-from lars_tree._backends.tensors import Layer, Tensors, TensorsOps, layers, step_layers, wide
-from lars_tree._rule import Norm
+from lars_tree._backends.tensors import (
+    Layer,
+    Tensors,
+    TensorsOps,
+    layers,
+    measure_layers,
+    of_leaf,
+    step_layers,
+    wide,
+)
+from lars_tree._rule import Measured, Norm
 
 # Squares of float64 numbers overflow or vanish unless the numbers are scaled by one of these: by
 # which, is known when they have been added up (Blue 1978, doi:10.1145/355769.355771).
@@ -60,12 +70,56 @@ def step_shards(leaves: list[Leaf], news: list[New]) -> tuple[list[Tensor], list
         return step_layers(_with_norms(shards), _WholeNorms)
 
 
+def measure_shards(leaves: list[Leaf]) -> list[Measured]:
+    """What the steps of leaves with DTensor weights are made of, the same in all processes."""
+    # Norms are wanted of all, adapted or not.
+    shards = [_shard(leaf, New(leaf.w))._replace(needs_norms=True) for leaf in leaves]
+    with torch.no_grad():
+        found = iter(measure_layers(_with_norms(shards), _WholeNorms))
+        local = [list(islice(found, len(shard.layers))) for shard in shards]
+        return [_gathered(*pair) for pair in zip(leaves, local, strict=True)]
+
+
+def _gathered(leaf: Leaf, measured: list[Measured]) -> Measured:
+    """Of the whole leaf, where each process has some of its layers; NaN where it has no part."""
+    w, axis = leaf.w, leaf.rule.layer_axis
+    if w.device_mesh.get_coordinate() is None:
+        shape = () if axis is None else (w.shape[axis],)
+        return Measured(*[torch.full(shape, torch.nan, device=w.device)] * 4)
+    if axis is None:
+        return measured[0]
+    tensor = sys.modules["torch.distributed.tensor"]
+    empty = [torch.zeros(0, dtype=torch.float64, device=w.device)] * 4
+    vectors = of_leaf(measured, leaf.rule) if measured else Measured(*empty)
+    placements = [
+        _along_axis_0(placement)
+        if getattr(placement, "dim", None) == axis % w.ndim
+        else tensor.Replicate()
+        for placement in w.placements
+    ]
+    shape = torch.Size(w.shape[axis : axis + 1 or None])
+    return Measured(
+        *(
+            tensor.DTensor.from_local(
+                x.double(), w.device_mesh, placements, run_check=False, shape=shape, stride=(1,)
+            ).full_tensor()
+            for x in vectors
+        )
+    )
+
+
+def _along_axis_0(placement: Any) -> Any:
+    # Strided ones, of FSDP over tensor parallelism, also have a factor.
+    factor = getattr(placement, "split_factor", None)
+    return type(placement)(0) if factor is None else type(placement)(0, split_factor=factor)
+
+
 class _Shard(NamedTuple):
     """The layers of one leaf in this process, and the groups that hold the others of them."""
 
     layers: list[Layer]
     groups: list[Any]
-    adapt: bool
+    needs_norms: bool
 
 
 def _shard(leaf: Leaf, new: New) -> _Shard:
@@ -119,7 +173,7 @@ def _described(x: Any) -> str:
 def _with_norms(shards: list[_Shard]) -> Iterator[tuple[Layer, Tensor | None]]:
     """The layers with the norms of w and dcdw, of the whole of them, where these are needed."""
     # Also those without a layer here: all processes of a group must add up the same.
-    adapting = [shard for shard in shards if shard.adapt]
+    adapting = [shard for shard in shards if shard.needs_norms]
     given = [layer for shard in adapting for layer in shard.layers]
     squares = list(_squares(given).split([len(shard.layers) for shard in adapting]))
     groups = {group.group_name: group for shard in adapting for group in shard.groups}
@@ -137,7 +191,7 @@ def _with_norms(shards: list[_Shard]) -> Iterator[tuple[Layer, Tensor | None]]:
     norms = iter(_roots(torch.cat(squares)) if adapting else ())
     for shard in shards:
         for layer in shard.layers:
-            yield layer, next(norms) if layer.rule.adapt else None
+            yield layer, next(norms) if shard.needs_norms else None
 
 
 def _squares(given: list[Layer]) -> Tensor:

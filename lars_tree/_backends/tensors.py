@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from itertools import repeat
+from itertools import islice, repeat
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lars_tree import _rule
 from lars_tree._backends.arrays import NamespaceOps
 from lars_tree._backends.base import Leaf, New
-from lars_tree._rule import Rule
+from lars_tree._rule import Measured, Rule
 
 
 def writing_to(tensors: list[Tensor]) -> AbstractContextManager[None]:
@@ -124,23 +125,60 @@ def step_layers(
         given: Layers, each with something for `ops`.
         ops: The operations for layers that are stepped together, made from what came with them.
     """
-    groups: dict[Hashable, list[tuple[Layer, Any]]] = {}
-    for layer, extra in given:
-        if layer.w.numel():
-            groups.setdefault(_group(layer), []).append((layer, extra))
     targets: list[Tensor] = []
     values: list[Tensor] = []
+    pairs = [(layer, extra) for layer, extra in given if layer.w.numel()]
     with torch.no_grad():
-        for group in groups.values():
-            members, extras = (list(column) for column in zip(*group, strict=True))
+        for places in _groups(pairs):
+            members, extras = zip(*(pairs[i] for i in places), strict=True)
             if torch.compiler.is_compiling():
                 some = [_step_one(layer) for layer in members]
             else:
-                some = [_step_group(members, ops(extras))]
-            for places, numbers in some:
-                targets += places
+                some = [_step_group(list(members), ops(list(extras)))]
+            for outs, numbers in some:
+                targets += outs
                 values += numbers
     return targets, values
+
+
+def measure_layers(
+    given: Iterable[tuple[Layer, Any]], ops: Callable[[list[Any]], TensorsOps] = lambda _: _OPS
+) -> list[Measured]:
+    """What the steps of layers that have elements are made of, as `step_layers` makes them."""
+    pairs = list(given)
+    measured: list[Any] = [None] * len(pairs)
+    with torch.no_grad():
+        for places in _groups(pairs):
+            members, extras = zip(*(pairs[i] for i in places), strict=True)
+            w, dcdw, rule = _joined(list(members))
+            vectors = _rule.measure(ops(list(extras)), w, dcdw, rule)
+            numbers = zip(*(vector.unbind() for vector in vectors), strict=True)
+            for i, each in zip(places, numbers, strict=True):
+                measured[i] = Measured(*each)
+    return measured
+
+
+def measure_leaves(leaves: list[Leaf]) -> list[Measured]:
+    """The same for whole leaves."""
+    split = [layers(leaf, New(leaf.w)) for leaf in leaves]
+    found = iter(measure_layers((layer, None) for some in split for layer in some))
+    pairs = zip(leaves, split, strict=True)
+    return [of_leaf(list(islice(found, len(some))), leaf.rule) for leaf, some in pairs]
+
+
+def of_leaf(measured: list[Measured], rule: Rule) -> Measured:
+    """Of the layers of a leaf: vectors where it has a layer axis."""
+    if rule.layer_axis is None:
+        return measured[0]
+    return Measured(*(torch.stack(numbers) for numbers in zip(*measured, strict=True)))
+
+
+def _groups(pairs: list[tuple[Layer, Any]]) -> Iterable[list[int]]:
+    """The places of those layers that are stepped together."""
+    groups: dict[Hashable, list[int]] = {}
+    for i, (layer, _) in enumerate(pairs):
+        groups.setdefault(_group(layer), []).append(i)
+    return groups.values()
 
 
 def _group(layer: Layer) -> Hashable:
@@ -152,17 +190,22 @@ def _group(layer: Layer) -> Hashable:
 
 
 def _step_group(group: list[Layer], ops: TensorsOps) -> tuple[list[Tensor], list[Tensor]]:
+    w, dcdw, rule = _joined(group)
     dtype = wide(group[0])
-    w, dcdw = (Tensors([x.to(dtype) for x in xs]) for xs in list(zip(*group, strict=True))[:2])
     targets = [layer.out for layer in group]
     velocity = None
     velocities = [layer.velocity for layer in group if layer.velocity is not None]
     if velocities:
         velocity = Tensors([x.to(dtype) for x in velocities])
         targets += velocities
-    rule = _one_rule([layer.rule for layer in group], w.tensors[0])
     stepped = _rule.step(ops, w, dcdw, rule, velocity)
     return targets, [x for many in stepped if many is not None for x in many.tensors]
+
+
+def _joined(group: list[Layer]) -> tuple[Tensors, Tensors, Rule]:
+    dtype = wide(group[0])
+    w, dcdw = (Tensors([x.to(dtype) for x in xs]) for xs in list(zip(*group, strict=True))[:2])
+    return w, dcdw, _one_rule([layer.rule for layer in group], w.tensors[0])
 
 
 def _step_one(layer: Layer) -> tuple[list[Tensor], list[Tensor]]:
@@ -190,3 +233,16 @@ def _one_rule(rules: list[Rule], like: Tensor) -> Rule:
 
     names = (*_rule.NUMBERS, *_rule.MOTION_NUMBERS)
     return rules[0]._replace(**{name: merged(name) for name in names})
+
+
+def fetched(xs: list[Tensor]) -> list[np.ndarray[Any, Any]]:
+    """The numbers of small real tensors: one copy, and one wait, for each device."""
+    places: dict[torch.device, list[int]] = {}
+    for i, x in enumerate(xs):
+        places.setdefault(x.device, []).append(i)
+    found: dict[int, np.ndarray[Any, Any]] = {}
+    for here in places.values():
+        flat = torch.cat([xs[i].double().reshape(-1) for i in here]).cpu().numpy()
+        parts = np.split(flat, np.cumsum([xs[i].numel() for i in here])[:-1])
+        found |= {i: x.reshape(xs[i].shape) for i, x in zip(here, parts, strict=True)}
+    return [found[i] for i in range(len(xs))]

@@ -8,7 +8,7 @@ subclasses of Tensor, rates with a shape) goes leaf by leaf.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import filterfalse
 from typing import Any
 
@@ -18,23 +18,29 @@ from torch import Tensor
 
 from lars_tree import _native
 from lars_tree._backends import cpu, sharded
+from lars_tree._backends.addresses import NUMPY_TYPES, Address, bytes_needed, view
 from lars_tree._backends.arrays import ArraysBackend
 from lars_tree._backends.base import Backend, Columns, Facts, Kind, Leaf, New, Values
-from lars_tree._backends.sharded import is_sharded, shard_of, step_shards, whole
-from lars_tree._backends.tensors import TorchOps, layers, step_layers, writing_to
+from lars_tree._backends.sharded import (
+    is_sharded,
+    measure_shards,
+    shard_of,
+    step_shards,
+    whole,
+)
+from lars_tree._backends.tensors import (
+    TorchOps,
+    fetched,
+    layers,
+    measure_leaves,
+    step_layers,
+    writing_to,
+)
 from lars_tree._memory import is_mapped_read_only
+from lars_tree._rule import Measured
 
 _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COMPLEX = (torch.complex64, torch.complex128)
-_NUMPY_TYPES = {
-    torch.float16: "f2",
-    torch.bfloat16: "u2",
-    torch.float32: "f4",
-    torch.float64: "f8",
-    torch.complex64: "c8",
-    torch.complex128: "c16",
-}
-
 
 _TYPES = (Tensor, torch.nn.Parameter)  # of plain tensors
 
@@ -80,7 +86,7 @@ class TorchBackend(ArraysBackend):
 
     def to_numpy(self, x: Tensor) -> np.ndarray[Any, Any]:
         x = whole(x.detach()).resolve_conj().resolve_neg().cpu()
-        # A copy: see `_view` for what becomes of a storage that numpy() was called on.
+        # A copy: see `view` for what becomes of a storage that numpy() was called on.
         return np.asarray((x.double() if x.dtype == torch.bfloat16 else x.clone()).numpy())
 
     def full(self, number: complex, like: Tensor) -> Tensor:
@@ -102,7 +108,7 @@ class TorchBackend(ArraysBackend):
             return "a tensor on the meta device, which holds no data"
         if is_sharded(x):
             return sharded.partial_fault(x)
-        if _is_plain(x) and x.untyped_storage().nbytes() < _bytes_needed(x):
+        if _is_plain(x) and x.untyped_storage().nbytes() < bytes_needed(x):
             return "a tensor whose storage was freed"
         return None
 
@@ -112,13 +118,19 @@ class TorchBackend(ArraysBackend):
         # Memory that is not torch's own. torch does not keep the flag of a read-only numpy array,
         # but a write into pages that are mapped for reading alone ends the process.
         foreign = _is_plain(x) and x.device.type == "cpu" and not x.untyped_storage().resizable()
-        if foreign and is_mapped_read_only(x.untyped_storage().data_ptr(), _bytes_needed(x)):
+        if foreign and is_mapped_read_only(x.untyped_storage().data_ptr(), bytes_needed(x)):
             return "read-only: it shares memory that is mapped for reading alone"
         return None
 
+    def sizes(self, xs: list[Tensor]) -> tuple[list[int], list[int]]:
+        if torch.nn.parameter.is_lazy(xs[0]):
+            return [0] * len(xs), [0] * len(xs)
+        counts = [x.numel() for x in xs]
+        return counts, [count * x.itemsize for count, x in zip(counts, xs, strict=True)]
+
     def memory(self, x: Tensor) -> np.ndarray[Any, Any] | None:
         try:
-            return np.asarray(_Address(shard_of(x)))
+            return np.asarray(Address(shard_of(x)))
         except RuntimeError:  # of tensors that stand for others and have no memory of their own
             return None
 
@@ -154,7 +166,7 @@ class TorchBackend(ArraysBackend):
         if counted is not None:
             if not _is_plain_counter(counted):
                 return None
-            columns = columns._replace(counter=np.asarray(_Address(counted, "i8")))
+            columns = columns._replace(counter=np.asarray(Address(counted, "i8")))
 
         def begin(written: list[Tensor]) -> None:
             _bump_versions(written if counted is None else [*written, counted])
@@ -188,9 +200,9 @@ class TorchBackend(ArraysBackend):
         # What could run out of memory has run; from here on it is written.
         for i in in_cpu_memory:
             w, velocity = news[i]
-            moving = None if velocity is None else _view(velocity)
+            moving = None if velocity is None else view(velocity)
             leaf = leaves[i]
-            cpu.update(_view(leaf.w), _view(leaf.dcdw), _view(w), leaf.rule, moving)
+            cpu.update(view(leaf.w), view(leaf.dcdw), view(w), leaf.rule, moving)
         if targets:
             with writing_to(targets):
                 torch._foreach_copy_(targets, values)
@@ -198,6 +210,28 @@ class TorchBackend(ArraysBackend):
             if leaf.out is not None and news[i].w is not leaf.out:
                 self.written(leaf, news[i])
         return [_returned(leaf, new) for leaf, new in zip(leaves, news, strict=True)]
+
+    def measure(self, leaves: list[Leaf]) -> list[Measured]:
+        found: dict[int, Measured] = {}
+        elsewhere: dict[Callable[[list[Leaf]], list[Measured]], list[int]] = {}
+        for i, leaf in enumerate(leaves):
+            if not self._is_plain_step(leaf):
+                stops = leaf.rule.stop_gradients
+                with torch.set_grad_enabled(torch.is_grad_enabled() and not stops):
+                    found[i] = self.measure_leaf(leaf.w, leaf.dcdw, leaf.rule)
+            elif is_sharded(leaf.w):
+                elsewhere.setdefault(measure_shards, []).append(i)
+            elif leaf.w.is_cpu or not leaf.w.numel():
+                measured = cpu.measure(view(leaf.w), view(leaf.dcdw), leaf.rule)
+                found[i] = Measured(*(torch.as_tensor(x, device=leaf.w.device) for x in measured))
+            else:
+                elsewhere.setdefault(measure_leaves, []).append(i)
+        for measure, places in elsewhere.items():
+            found |= zip(places, measure([leaves[i] for i in places]), strict=True)
+        return [Measured(*map(whole, found[i])) for i in range(len(leaves))]
+
+    def fetch(self, xs: list[Tensor]) -> list[np.ndarray[Any, Any]]:
+        return fetched([whole(x.detach()) for x in xs])
 
     def _is_plain_step(self, leaf: Leaf) -> bool:
         """Whether memory may be stepped as it is, with nothing to record."""
@@ -325,7 +359,7 @@ def looks_right(leaves: list[Leaf]) -> bool:
                 return False
         if velocity is not None and velocity.dtype != BACKEND.velocity_dtype(w):
             return False
-        if w.dtype not in _NUMPY_TYPES or not (axis is None or -w.ndim <= axis < w.ndim):
+        if w.dtype not in NUMPY_TYPES or not (axis is None or -w.ndim <= axis < w.ndim):
             return False
         local = shard_of(w)
         if type(local) in _TYPES and local.numel():
@@ -354,39 +388,6 @@ def _is_wrapped(x: Tensor) -> bool:
 def _has_tangent(x: Tensor) -> bool:
     in_forward_mode = torch.autograd.forward_ad._current_level >= 0
     return in_forward_mode and torch.autograd.forward_ad.unpack_dual(x).tangent is not None
-
-
-def _bytes_needed(x: Tensor) -> int:
-    if x.numel() == 0:
-        return 0
-    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
-    return int((x.storage_offset() + last + 1) * x.element_size())
-
-
-def _view(x: Tensor) -> np.ndarray[Any, Any]:
-    """A numpy view for `cpu.update`: bfloat16 as the bits it is.
-
-    Not by `x.numpy()`: that makes the storage one that can never be resized or freed again.
-    """
-    x = x.detach().resolve_conj().resolve_neg()
-    if not x.numel():
-        return np.empty(x.shape, _NUMPY_TYPES[x.dtype])
-    return np.asarray(_Address(x, _NUMPY_TYPES[x.dtype]))
-
-
-class _Address:
-    """The memory of a tensor as numpy describes it; without a type, not to be read."""
-
-    def __init__(self, x: Tensor, typestr: str | None = None) -> None:
-        size = x.element_size()
-        self._keep = x  # the view that numpy makes keeps this object, and so the memory
-        self.__array_interface__ = {
-            "version": 3,
-            "shape": tuple(x.shape),
-            "strides": tuple(stride * size for stride in x.stride()),
-            "typestr": typestr or f"|V{size}",
-            "data": (x.data_ptr(), typestr is None),
-        }
 
 
 BACKEND = TorchBackend()

@@ -1,0 +1,191 @@
+"""TrustHistory: trust ratios over a run, kept where they are until they are looked at."""
+
+from __future__ import annotations
+
+import operator
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lars_tree import _backends, _tree, errors
+from lars_tree._backends.base import Values
+from lars_tree._measure import fetch, is_traced, layer_paths, traced_error
+from lars_tree.array import unwrap
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+class TrustRatioWarning(UserWarning):
+    """Some layers have a trust ratio that is 0, not finite, or clipped; names their paths."""
+
+
+def warn(headline: str, lines: list[errors.Line]) -> None:
+    """Warn whoever called the package of these layers, if there are any."""
+    if lines:
+        # The first caller outside of the package.
+        level, frame = 1, sys._getframe(0)
+        while frame is not None and frame.f_globals.get("__package__") == __package__:
+            level, frame = level + 1, frame.f_back  # type: ignore[assignment]
+        text = errors.message("w", headline, lines)
+        warnings.warn(text, TrustRatioWarning, stacklevel=level)
+
+
+class TrustHistory:
+    """The trust ratios of each layer over the steps of a run.
+
+    >>> from lars_tree.report import TrustHistory, trust_ratios
+    >>> w = Container(kernel=np.array([3.0, 4.0]), bias=np.array([0.0]))
+    >>> history = TrustHistory()
+    >>> for step in range(3):
+    ...     g = w.map(lambda x: x + 1)
+    ...     history.record(trust_ratios(w, g, 0.1))
+    ...     w = w.lars_update(g, 0.1)
+    >>> history
+    TrustHistory: 2 layers, 3 steps from 0 to 2
+    >>> history.ratios["kernel"].round(4)
+    array([0.7809, 0.7624, 0.7428])
+
+    `record` is cheap: it keeps the arrays, on their device, and waits for nothing. Their values are
+    fetched, all at once, when they are looked at.
+
+    Memory is bounded: when more than `capacity` steps have been recorded, every other one is
+    dropped, and from then on only each second step is kept, and so on. So the steps that are there
+    always span the whole run evenly.
+
+    Args:
+        capacity: How many steps to keep at most, at least 2.
+
+    Raises:
+        OptionError: capacity is none.
+    """
+
+    def __init__(self, capacity: int = 1000) -> None:
+        if capacity < 2:
+            raise errors.OptionError(f"capacity has to be a whole number above 1, got {capacity!r}")
+        self.capacity = capacity
+        self._like: Any = None
+        self._steps: list[int] = []
+        self._rows: list[list[Any]] = []
+        self._fetched = 0  # rows before this one hold values of numpy
+        self._stride = 1
+        self._seen = 0
+        self._next = 0
+
+    def record(self, ratios: Any, step: int | None = None) -> None:
+        """Keep the ratios of one step.
+
+        Args:
+            ratios: What `trust_ratios` returned; also from within a function under `jax.jit`, which
+                has to return them. A layer without a ratio (None) has a gap here.
+            step: Its number; one more than the last one if it is left out.
+
+        Raises:
+            StructureError: The nest is not that of the first record.
+            LeafError: The values are traced.
+        """
+        step = self._next if step is None else operator.index(step)
+        self._next = step + 1
+        if self._like is None:
+            self._like = _tree.rebuild(ratios, [None] * len(_tree.leaves(ratios)))
+        row = [
+            _kept(x)
+            for x in _tree.broadcast(
+                "ratios", self._like, ratios, exact=True, to="those of the first record"
+            )
+        ]
+        if self._seen % self._stride == 0:
+            self._rows.append(row)
+            self._steps.append(step)
+        self._seen += 1
+        if len(self._rows) > self.capacity:
+            self._fetched = (self._fetched + 1) // 2
+            self._rows, self._steps = self._rows[::2], self._steps[::2]
+            self._stride *= 2
+
+    @property
+    def steps(self) -> np.ndarray[Any, Any]:
+        """The numbers of the steps that are there."""
+        return np.array(self._steps, np.int64)
+
+    @property
+    def ratios(self) -> dict[str, np.ndarray[Any, Any]]:
+        """By the path of each layer, its ratio at each of the `steps`; NaN where it had none."""
+        return {errors.path_string(path): column for path, column, _ in self._columns()}
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the ratios over the steps: a line for each layer, for many layers a heat map.
+
+        Args:
+            ax: Where to draw; a new figure otherwise, which pyplot does not know of: save it by
+                `history.plot().figure.savefig(path)`.
+
+        Returns:
+            The axes. Needs matplotlib.
+
+        Warns:
+            TrustRatioWarning: naming the layers whose ratio was 0 or not finite at some step; a
+                logarithmic axis has no place for these.
+        """
+        from lars_tree import _plots
+
+        columns = self._columns()
+        faults: list[errors.Line] = []
+        for path, column, present in columns:
+            odd = present & ~(np.isfinite(column) & (column > 0))
+            if odd.any():
+                kinds = " or ".join(f"{x:g}" for x in np.unique(column[odd]))
+                faults.append((path, f"ratio is {kinds} at {odd.sum()} of {len(odd)} steps"))
+        warn("some layers have odd trust ratios", faults)
+        return _plots.draw(self.steps, self.ratios, ax)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __repr__(self) -> str:
+        if not self._steps:
+            return "TrustHistory: nothing recorded"
+        layers = sum(len(list(layer_paths((), x))) for x in self._firsts() if x is not None)
+        counted = f"{layers:,} layer{'' if layers == 1 else 's'}"
+        steps = f"{len(self):,} step{'' if len(self) == 1 else 's'}"
+        return f"TrustHistory: {counted}, {steps} from {self._steps[0]:,} to {self._steps[-1]:,}"
+
+    def _firsts(self) -> list[Any]:
+        """For each leaf the first that was recorded; None if nothing was."""
+        columns = zip(*self._rows, strict=True)
+        return [next((x for x in column if x is not None), None) for column in columns]
+
+    def _columns(self) -> list[tuple[errors.Path, np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+        """For each layer its path, its ratios, and where it has one."""
+        self._fetch()
+        found = []
+        leaves = zip(self._firsts(), zip(*self._rows, strict=True), strict=True)
+        for (path, _), (first, rows) in zip(_tree.walk(self._like), leaves, strict=False):
+            if first is None:
+                continue
+            present = np.array([x is not None for x in rows])
+            gap = np.full(first.shape, np.nan)
+            table = np.stack([gap if x is None else x for x in rows]).reshape(len(rows), -1)
+            for layer, column in zip(layer_paths(path, first), table.T, strict=True):
+                found.append((layer, column, present))
+        return found
+
+    def _fetch(self) -> None:
+        rows = self._rows[self._fetched :]
+        values = iter(fetch("ratios", [x for row in rows for x in row if x is not None]))
+        self._rows[self._fetched :] = [
+            [None if x is None else next(values) for x in row] for row in rows
+        ]
+        self._fetched = len(self._rows)
+
+
+def _kept(x: Any) -> Any:
+    """A ratio as it is; but one that is lazy would keep all that it is to be computed from."""
+    x = unwrap(x)
+    if is_traced(x):
+        raise traced_error("ratios")
+    backend = _backends.find(x)
+    is_lazy = backend is not None and backend.values(x) is Values.LATER
+    return fetch("ratios", [x])[0] if is_lazy else x

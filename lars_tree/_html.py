@@ -1,0 +1,86 @@
+"""HTML for notebooks: trees that fold and tables, in the colours of the page around them.
+
+All text is escaped: keys may come from anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lars_tree._show import Row
+
+# JupyterLab and VS Code say what their colours are. Elsewhere we paint the background as well, so
+# that it always goes with the text.
+_DARK = "--lt-ink:#e6edf3;--lt-muted:#a3acb6;--lt-line:#3d444d;--lt-page:#0d1117"
+_LIGHT = "--lt-ink:#1f2328;--lt-muted:#59636e;--lt-line:#d1d9e0;--lt-page:#ffffff"
+_STYLE = f"""<style>
+.lars-tree{{{_LIGHT}}}
+@media (prefers-color-scheme:dark){{.lars-tree{{{_DARK}}}}}
+html[theme=dark] .lars-tree,[data-theme=dark] .lars-tree{{{_DARK}}}
+html[theme=light] .lars-tree,[data-theme=light] .lars-tree{{{_LIGHT}}}
+.lars-tree{{
+color:var(--jp-content-font-color1,var(--vscode-editor-foreground,var(--lt-ink)));
+background:var(--jp-layout-color0,var(--vscode-editor-background,var(--lt-page)));
+font:13px/1.6 var(--jp-code-font-family,ui-monospace,Menlo,Consolas,monospace);
+padding:.4em .6em;max-width:64em;overflow-x:auto}}
+.lars-tree i{{font-style:normal;
+color:var(--jp-content-font-color2,var(--vscode-descriptionForeground,var(--lt-muted)))}}
+.lars-tree summary{{cursor:pointer;display:list-item;white-space:pre}}
+.lars-tree div{{white-space:pre}}
+.lars-tree details>*:not(summary){{margin-left:.45em;padding-left:1em;
+border-left:1px solid var(--jp-border-color2,var(--lt-line))}}
+.lars-tree details>div{{padding-left:2.1em!important}}
+.lars-tree b{{margin-right:1em}}
+.lars-tree i{{margin-left:1em}}
+.lars-tree table{{border-collapse:collapse;margin:0;font:inherit;color:inherit}}
+.lars-tree th,.lars-tree td{{padding:.1em .8em;text-align:right;background:none;color:inherit;
+white-space:pre}}
+.lars-tree th{{border-bottom:1px solid var(--jp-border-color2,var(--lt-line))}}
+.lars-tree .text{{text-align:left}}
+</style>"""
+
+
+def page(root: Row) -> str:
+    """A tree of rows; only the first node is unfolded."""
+    return _scoped(_details(root, "<details open>"))
+
+
+def plain(text: str) -> str:
+    """Text as it is."""
+    return _scoped(f"<div>{escape(text)}</div>")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: Sequence[bool]) -> str:
+    """A table; `texts` says which columns hold words, the others hold numbers."""
+    marks = [' class="text"' if is_text else "" for is_text in texts]
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        pairs = zip(cells, marks, strict=True)
+        return "".join(f"<{tag}{mark}>{escape(cell)}</{tag}>" for cell, mark in pairs)
+
+    body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
+    return _scoped(
+        f"<table><thead><tr>{line(head, 'th')}</tr></thead><tbody>{body}</tbody></table>"
+    )
+
+
+def _scoped(inside: str) -> str:
+    return f'{_STYLE}<div class="lars-tree">{inside}</div>'
+
+
+def _details(row: Row, tag: str = "<details>") -> str:
+    parts = [tag, "<summary>", _words(row), "</summary>"]
+    for child in row.children or ():
+        is_leaf = child.children is None
+        parts.append(f"<div>{_words(child)}</div>" if is_leaf else _details(child))
+    if row.hidden:
+        parts += ["<div><i>", row.more, "</i></div>"]
+    return "".join([*parts, "</details>"])
+
+
+def _words(row: Row) -> str:
+    size = f"<i>{escape(row.size)}</i>" if row.size else ""
+    return f"<b>{escape(row.name)}</b>{escape(row.what)}{size}"

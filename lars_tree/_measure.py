@@ -1,0 +1,102 @@
+"""What the steps of a nest are made of, measured by the code that takes them; nothing is written.
+
+Also what reports need of such numbers: the paths of the layers, and one wait for all values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lars_tree import _backends, _nonfinite, _options, _tree, errors
+from lars_tree._backends.base import Backend, Columns, Leaf, Values
+from lars_tree._rule import Measured
+from lars_tree.array import unwrap
+from lars_tree.update import checked
+
+
+class Step(NamedTuple):
+    """The step of one leaf, before it is taken; its norm, where that was asked for."""
+
+    leaf: Leaf
+    measured: Measured
+    norm: Any = None
+
+
+def measure(
+    w: Any, dcdw: Any, options: dict[str, Any], with_steps: bool = False
+) -> list[Step | None]:
+    """For each leaf what `lars_update` makes its step of; None where the weights stay as they are.
+
+    Nothing waits for a device, and all works under `jax.jit`. `with_steps` computes the steps too,
+    one leaf at a time.
+    """
+    try:
+        old = _tree.leaves(w)
+        dcdws = _tree.broadcast("dcdw", w, dcdw)
+        columns = Columns(old, dcdws, None, _options.resolve(w, options, len(old)))
+        leaves = checked(w, dcdw, columns, lambda: [path for path, _ in _tree.walk(w)])
+    except RecursionError:
+        raise _tree.explained({"w": w, "dcdw": dcdw, **options}) from None
+    found: list[Step | None] = [None] * len(old)
+    moving = [leaf for leaf in leaves if leaf.dcdw is not None]
+    for backend, group in _nonfinite.by_backend(moving).items():
+        for leaf, measured in zip(group, backend.measure(group), strict=True):
+            found[leaf.place] = Step(leaf, measured, _norm(leaf) if with_steps else None)
+    return found
+
+
+def _norm(leaf: Leaf) -> Any:
+    """Of the step itself: what a velocity at rest takes in."""
+    backend, rule = leaf.backend, leaf.rule._replace(momentum=0.0, stop_gradients=True)
+    rest = backend.zeros(leaf.w, backend.velocity_dtype(leaf.w))
+    step = backend.update([leaf._replace(rule=rule, velocity=rest)])[0].velocity
+    return backend.measure([leaf._replace(rule=rule, w=step, dcdw=step)])[0].w_norm
+
+
+def layer_paths(path: errors.Path, numbers: Any) -> Iterator[errors.Path]:
+    """The path of each layer of a leaf; with an index where the leaf stacks them."""
+    shape = getattr(numbers, "shape", ())
+    if not shape:
+        yield path
+    for i in range(shape[0] if shape else 0):
+        last = f"{path[-1] if path else ''}[{i}]"
+        yield (*path[:-1], last)
+
+
+def fetch(argument: str, numbers: list[Any]) -> list[np.ndarray[Any, Any]]:
+    """The values of numbers of any library, waiting for each of these once.
+
+    Raises:
+        LeafError: some are traced, and have no values yet, or are no numbers.
+    """
+    places: dict[Backend | None, list[int]] = {}
+    numbers = [unwrap(x) for x in numbers]
+    for i, x in enumerate(numbers):
+        places.setdefault(_backends.find(x), []).append(i)
+    found: dict[int, np.ndarray[Any, Any]] = {}
+    for backend, here in places.items():
+        some = [numbers[i] for i in here]
+        if backend is None:
+            arrays = [np.asarray(x) for x in some]
+        elif any(is_traced(x) for x in some):
+            raise traced_error(argument)
+        else:
+            arrays = backend.fetch(some)
+        found |= {i: np.asarray(x, np.float64) for i, x in zip(here, arrays, strict=True)}
+    return [found[i] for i in range(len(numbers))]
+
+
+def is_traced(x: Any) -> bool:
+    """Whether x stands for a value that this call will never see."""
+    backend = _backends.find(x)
+    return backend is not None and backend.values(x) is Values.LATER and backend.records(x)
+
+
+def traced_error(argument: str) -> errors.LarsTreeError:
+    """What to say of such."""
+    text = "expected values, got what stands for them while they are traced: return it from there"
+    headline = f"{argument} is not known yet"
+    return errors.error(errors.LeafError, argument, headline, [((), text)])
