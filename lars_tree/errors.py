@@ -108,19 +108,17 @@ def error(
     return exception
 
 
-def message(argument: str, headline: str, lines: Sequence[Line]) -> str:
-    """A headline and a line for each path, ten of them and then a count."""
-    shown = [f"\n  {path_string(path) or argument}: {text}" for path, text in lines[:MOST_LINES]]
-    rest = len(lines) - len(shown)
-    if rest:
-        shown.append(f"\n  and {rest} more")
-    return headline + "".join(shown)
-
-
 def file_error(file: object, text: str, name: str | None = None) -> LarsTreeError:
     """A FileError about a file, or about its entry of this name."""
     path = () if name is None else (name,)
     return error(FileError, "path", f"path {str(file)!r} cannot be read", [(path, text)])
+
+
+def message(argument: str, headline: str, lines: Sequence[Line]) -> str:
+    """A headline, then a line for each path up to a number of them."""
+    shown = [f"\n  {path_string(path) or argument}: {text}" for path, text in lines[:MOST_LINES]]
+    rest = len(lines) - len(shown)
+    return headline + "".join(shown) + (f"\n  and {rest} more" if rest else "")
 
 
 def path_string(path: Path) -> str:

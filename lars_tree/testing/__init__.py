@@ -1,0 +1,46 @@
+"""For tests of optimizers: strategies of hypothesis, assertions on nests, and the laws of the rule.
+
+Strategies make weights, gradients and options (`strategies.py`, `trees.py`), assertions compare
+two nests leaf by leaf (`assertions.py`), and `check_update_laws` holds any update function to the
+laws (`laws.py`, `check.py`). The tests of this package are written with them.
+"""
+
+try:
+    import hypothesis as _  # noqa: F401
+except ModuleNotFoundError as error:
+    hint = "lars_tree.testing needs hypothesis: pip install 'lars-tree[testing]'"
+    raise ModuleNotFoundError(hint, name=error.name) from None
+
+from lars_tree.testing.assertions import assert_close_ulp, assert_identical
+from lars_tree.testing.check import LawError, check_update_laws
+from lars_tree.testing.laws import LAWS, RULE_LAWS, TREE_LAWS
+from lars_tree.testing.strategies import arrays, layers, options
+from lars_tree.testing.trees import (
+    containers,
+    keys,
+    nests,
+    prefixes_of,
+    shuffled,
+    weights_and_gradients,
+)
+from lars_tree.testing.trial import Trial
+
+__all__ = [
+    "LAWS",
+    "RULE_LAWS",
+    "TREE_LAWS",
+    "LawError",
+    "Trial",
+    "arrays",
+    "assert_close_ulp",
+    "assert_identical",
+    "check_update_laws",
+    "containers",
+    "keys",
+    "layers",
+    "nests",
+    "options",
+    "prefixes_of",
+    "shuffled",
+    "weights_and_gradients",
+]

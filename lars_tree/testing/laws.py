@@ -1,0 +1,255 @@
+"""The laws of an update: each is a function of a `Trial`, which draws what the law is about.
+
+A law asserts, so that it is broken by an AssertionError; any other error of the update breaks it
+too. `TREE_LAWS` are about nests and memory: they hold for every optimizer without a state.
+`RULE_LAWS` are about the numbers of LARS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from lars_tree import _backends, _tree, errors
+from lars_tree.array import unwrap
+from lars_tree.testing import _arrays, _exact
+from lars_tree.testing.assertions import assert_close_ulp, assert_identical, differences
+from lars_tree.testing.trees import shuffled
+from lars_tree.testing.trial import Trial, at, mapped
+
+Law = Callable[[Trial], None]
+
+RATES = st.sampled_from([0.5, 0.125])
+DECAYS = st.sampled_from([0.0, 0.5])
+# Results of the right formula in the arithmetic of any format are closer than this.
+FORMULA_ULP = 16
+
+
+def same(actual: Any, expected: Any) -> None:
+    """Assert that two results are identical; numpy's scalars may stand for 0-d arrays."""
+    assert_identical(actual, expected, check_type=False)
+
+
+def _times(factor: float, tree: Any) -> Any:
+    return mapped(lambda x: _arrays.times(x, factor), tree)
+
+
+# ---- Nests and memory
+
+
+def keeps_the_structure(trial: Trial) -> None:
+    """The result has the node types, key order, libraries, dtypes and shapes of the weights."""
+    w, dcdw = trial.pair()
+    new = trial(w, dcdw, 0.5)
+    lines = list(differences(new, w, check_type=False, values=False))
+    for (path, x), y in zip(_tree.walk(w), _tree.leaves(new), strict=not lines):
+        libraries = [getattr(_backends.find(unwrap(z)), "name", None) for z in (x, y)]
+        if libraries[0] != libraries[1]:
+            lines.append((path, f"expected an array of {libraries[0]}, got {errors.describe(y)}"))
+    assert not lines, errors.message("actual", "the result is not like w", lines)
+
+
+def leaves_its_inputs_alone(trial: Trial) -> None:
+    """Neither weights nor gradients are modified."""
+    w, dcdw = trial.pair()
+    before = _arrays.copied([w, dcdw])
+    trial.update(w, dcdw, 0.5)
+    for name, now, then in (("w", w, before[0]), ("dcdw", dcdw, before[1])):
+        lines = list(differences(now, then, check_type=True))
+        assert not lines, errors.message(name, f"{name} was modified", lines)
+
+
+def matches_by_key(trial: Trial) -> None:
+    """Each gradient goes to the weights of its key, in whatever order the keys come."""
+    w, dcdw = trial.pair()
+    other = trial.draw(shuffled(dcdw), "dcdw in another order")
+    same(trial(w, other, 0.5), trial(w, dcdw, 0.5))
+
+
+def takes_each_layer_on_its_own(trial: Trial) -> None:
+    """Every layer is stepped as if it were alone: nothing is shared by the whole network."""
+    w, dcdw = trial.pair()
+    new = trial(w, dcdw, 0.5)
+    alone = [
+        trial({"layer": x}, {"layer": g}, 0.5)["layer"]
+        for x, g in zip(_tree.leaves(w), _tree.leaves(dcdw), strict=True)
+    ]
+    same(new, _tree.rebuild(w, alone))
+
+
+def depends_on_its_arguments_alone(trial: Trial) -> None:
+    """The same arguments give the same result, whatever was stepped in between."""
+    w, dcdw = trial.pair()
+    first = trial(w, dcdw, 0.5)
+    trial(_times(4, w), dcdw, 0.5)
+    same(trial(w, dcdw, 0.5), first)
+
+
+def leaves_weights_without_a_gradient(trial: Trial) -> None:
+    """Where the gradient is None the weights stay as they are, decay included."""
+    w, dcdw = trial.pair()
+    count = len(_tree.leaves(dcdw))
+    missing = trial.draw(st.lists(st.booleans(), min_size=count, max_size=count), "missing")
+    partly = _tree.rebuild(
+        dcdw, [None if no else g for no, g in zip(missing, _tree.leaves(dcdw), strict=True)]
+    )
+    new, full = (trial(w, g, 0.5, decay_lambda=0.5) for g in (partly, dcdw))
+    choices = zip(missing, _tree.leaves(w), _tree.leaves(full), strict=True)
+    same(new, _tree.rebuild(w, [x if no else y for no, x, y in choices]))
+
+
+def is_the_same_in_place(trial: Trial) -> None:
+    """With out=w the same numbers are written into the arrays of w, and w comes back.
+
+    Nothing is asked of JAX, whose arrays cannot be written to.
+    """
+    if trial.domain.library == "jax":
+        return
+    w, dcdw = trial.pair()
+    expected = trial(w, dcdw, 0.5)
+    target = _arrays.copied(w)
+    arrays = _tree.leaves(target)
+    result = trial.update(target, _arrays.copied(dcdw), 0.5, out=target)
+    assert result is target, f"expected w itself, got {errors.describe(result)}"
+    same(_tree.rebuild(w, arrays), expected)
+    kept = all(x is y for x, y in zip(_tree.leaves(target), arrays, strict=True))
+    assert kept, "w holds other arrays than before"
+
+
+def stands_still_at_rate_zero(trial: Trial) -> None:
+    """A rate of 0 changes no weight."""
+    w, dcdw = trial.pair()
+    assert_close_ulp(trial(w, dcdw, 0.0), w, 0)
+
+
+# ---- The numbers of LARS
+
+
+def does_not_see_the_scale_of_the_gradient(trial: Trial) -> None:
+    """A power of two times the gradient gives the same step, to the last bit.
+
+    ratio * g is the same: unless there is an eps that nobody asked for.
+    """
+    w, dcdw = trial.pair()
+    factor = trial.power("power of two")
+    same(trial(w, _times(factor, dcdw), 0.5), trial(w, dcdw, 0.5))
+
+
+def scales_with_the_weights(trial: Trial) -> None:
+    """A power of two times the weights gives as many times the step, to the last bit."""
+    w, dcdw = trial.pair()
+    factor = trial.power("power of two")
+    new = trial(_times(factor, w), dcdw, 0.5)
+    same(new, _times(factor, trial(w, dcdw, 0.5)))
+
+
+def is_linear_in_the_rate(trial: Trial) -> None:
+    """Four times the rate is four times the step."""
+    w, dcdw = trial.pair()
+    rate = trial.draw(RATES, "lr")
+    one, four = trial(w, dcdw, rate), trial(w, dcdw, 4 * rate)
+    old, new = (mapped(lambda x: _arrays.to_numpy(x).astype(float), tree) for tree in (w, one))
+    steps = mapped(lambda x, y: 4 * (x - y), old, new)
+    expected = mapped(lambda x, u: x - u, old, steps)
+    scale = mapped(lambda x, u: np.maximum(abs(x), abs(u)), old, steps)
+    assert_close_ulp(four, expected, 2 * FORMULA_ULP, scale)
+
+
+def trains_zero_weights(trial: Trial) -> None:
+    """Where the weights are 0, ratio is 1: a layer that starts at zeros trains."""
+    w, dcdw = trial.pair()
+    zeros = _times(0, w)
+    trial.assert_rule(trial(zeros, dcdw, 0.5), zeros, dcdw, 0.5, 0.0, FORMULA_ULP)
+
+
+def stands_still_without_a_gradient(trial: Trial) -> None:
+    """Where the gradient is 0 and nothing decays the weights stay: 0 / 0 makes no NaN."""
+    w, dcdw = trial.pair()
+    assert_close_ulp(trial(w, _times(0, dcdw), 0.5), w, 0)
+
+
+def follows_the_rule(trial: Trial) -> None:
+    """Without decay a step is lr * trust_coefficient * |w| / |g| * g, of plain numbers."""
+    w, dcdw = trial.pair()
+    rate = trial.draw(RATES, "lr")
+    trial.assert_rule(trial(w, dcdw, rate), w, dcdw, rate, 0.0, FORMULA_ULP)
+
+
+def decays_as_in_the_paper(trial: Trial) -> None:
+    """The step is lr * ratio * (g + decay * w), with ratio |w| / (|g| + decay * |w|)."""
+    w, dcdw = trial.pair()
+    rate = trial.draw(RATES, "lr")
+    decay = trial.draw(st.sampled_from([0.5, 2.0, 0.125]), "decay_lambda")
+    new = trial(w, dcdw, rate, decay_lambda=decay)
+    trial.assert_rule(new, w, dcdw, rate, decay, FORMULA_ULP)
+
+
+def is_exact(trial: Trial) -> None:
+    """Moderate numbers come within the last places of the exact step: see `ulp`."""
+    w, dcdw = trial.pair("moderate")
+    rate, decay = trial.draw(RATES, "lr"), trial.draw(DECAYS, "decay_lambda")
+    trial.assert_rule(trial(w, dcdw, rate, decay_lambda=decay), w, dcdw, rate, decay, None)
+
+
+def is_exact_over_the_whole_range(trial: Trial) -> None:
+    """Numbers of all sizes do, up to the largest and down to subnormal ones."""
+    w, dcdw = trial.pair("extreme")
+    rate, decay = trial.draw(RATES, "lr"), trial.draw(DECAYS, "decay_lambda")
+    trial.assert_rule(trial(w, dcdw, rate, decay_lambda=decay), w, dcdw, rate, decay, None)
+
+
+def is_exact_in_long_layers(trial: Trial) -> None:
+    """Norms of long layers do: sums in float32 or shorter lose what counts.
+
+    All numbers of one side are equal, which is the worst case: their rounding errors add up. The
+    other side has one number, so that its norm is known.
+    """
+    dtype = trial.draw(st.sampled_from(list(trial.domain.dtypes)), "dtype")
+    count = trial.draw(st.integers(40_000, 100_000), "elements")
+    value = trial.draw(st.integers(129, 255), "128 times the number") / 128
+    long_side = trial.draw(st.sampled_from(["w", "dcdw"]), "long side")
+    many, one = np.full(count, value, np.float32), np.zeros(count, np.float32)
+    one[0] = value
+    w, dcdw = (many, one) if long_side == "w" else (one, many)
+    arrays = [_in_library(x, dtype, trial.domain.library) for x in (w, dcdw)]
+    new = at(trial({"a": arrays[0]}, {"a": arrays[1]}, 1.0), ("a",))
+    norms = _exact.norm([value], count), _exact.norm([value])
+    norms = norms if long_side == "w" else norms[::-1]
+    exact = _exact.step(
+        w[:2].tolist(), dcdw[:2].tolist(), 1.0, 0.0, trial.domain.trust_coefficient, norms
+    )
+    wanted, scale = (np.array(x, object) for x in exact)
+    assert_close_ulp(new[:2], wanted, trial.ulp(arrays[0]), scale)
+
+
+def _in_library(x: Any, dtype: str, library: str) -> Any:
+    bits = _arrays.bits_of_bfloat16(x) if _arrays.is_bfloat16(dtype) else x.astype(dtype)
+    return _arrays.to_library(bits, dtype, library)
+
+
+TREE_LAWS: tuple[Law, ...] = (
+    keeps_the_structure,
+    leaves_its_inputs_alone,
+    matches_by_key,
+    takes_each_layer_on_its_own,
+    depends_on_its_arguments_alone,
+    leaves_weights_without_a_gradient,
+    is_the_same_in_place,
+    stands_still_at_rate_zero,
+)
+RULE_LAWS: tuple[Law, ...] = (
+    does_not_see_the_scale_of_the_gradient,
+    scales_with_the_weights,
+    is_linear_in_the_rate,
+    trains_zero_weights,
+    stands_still_without_a_gradient,
+    follows_the_rule,
+    decays_as_in_the_paper,
+    is_exact,
+    is_exact_over_the_whole_range,
+    is_exact_in_long_layers,
+)
+LAWS = TREE_LAWS + RULE_LAWS
