@@ -30,8 +30,16 @@ class Format(NamedTuple):
 
 def name_of(dtype: Any) -> str:
     """'float32' of whatever names it: a dtype of any library, a type, a string such as '>f4'."""
-    text = str(dtype).removeprefix("torch.")
-    return text if text == "bfloat16" else np.dtype(dtype if text == str(dtype) else text).name
+    plain = numpy_name(dtype)
+    return "bfloat16" if plain == "bfloat16" else np.dtype(plain).name
+
+
+def numpy_name(dtype: Any) -> Any:
+    """What numpy takes for a dtype, byte order kept; 'bfloat16' for that, which it may not know."""
+    text = str(dtype)
+    if text.endswith("bfloat16"):
+        return "bfloat16"
+    return text.removeprefix("torch.") if text.startswith("torch.") else dtype
 
 
 def format_of(name: str) -> Format:

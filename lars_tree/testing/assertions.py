@@ -125,7 +125,7 @@ def _element_difference(actual: Any, expected: Any) -> str:
 
 
 def _format_name(x: Any) -> str:
-    return _arrays.name_of(unwrap(x).dtype)
+    return _arrays.name_of(getattr(unwrap(x), "dtype", float))
 
 
 def _parts(x: Array) -> Array:
@@ -146,10 +146,15 @@ def _text(whole: Array, a: Array, e: Array, at: Any, count: int, off: str, how: 
 
 
 def _number(x: Any) -> str:
-    return f"{x:.17g}" if isinstance(x, Decimal) else str(x)
+    if not isinstance(x, Decimal):
+        return str(x)
+    near = float(x)
+    return str(near) if near and math.isfinite(near) else f"{x:.3g}"
 
 
-def assert_close_ulp(actual: Any, expected: Any, ulp: float = 1, scale: Any = None) -> None:
+def assert_close_ulp(
+    actual: Any, expected: Any, ulp: float = 1, scale: Any = None, *, dtype: Any = None
+) -> None:
     """Assert that every element is within so many ulps (units in the last place) of the expected.
 
     An ulp is the distance of neighbouring numbers, in the format of `actual`, at the size of the
@@ -172,6 +177,7 @@ def assert_close_ulp(actual: Any, expected: Any, ulp: float = 1, scale: Any = No
         scale: At what size an ulp is measured instead: a prefix of `expected`, of numbers or
             arrays that broadcast. For w - u, the larger of |w| and |u|: what cancels may not be
             asked back.
+        dtype: The format that an ulp is of, if not that of `actual`.
 
     Raises:
         AssertionError: naming every path that differs, and of each array the worst element.
@@ -182,11 +188,11 @@ def assert_close_ulp(actual: Any, expected: Any, ulp: float = 1, scale: Any = No
     actuals = _tree.broadcast("actual", expected, actual, exact=True)
     scales = _tree.broadcast("scale", expected, scale)
     rows = zip(_tree.walk(expected), actuals, scales, strict=True)
-    lines = ((path, _distance(a, e, ulp, size)) for (path, e), a, size in rows)
+    lines = ((path, _distance(a, e, ulp, size, dtype)) for (path, e), a, size in rows)
     _raise(f"actual is not within {ulp:g} ulp of expected", ((p, t) for p, t in lines if t))
 
 
-def _distance(actual: Any, expected: Any, ulp: float, scale: Any) -> str:
+def _distance(actual: Any, expected: Any, ulp: float, scale: Any, dtype: Any) -> str:
     if actual is None or expected is None:
         return "" if actual is expected else _expected(expected, actual)
     a, e = (_arrays.to_numpy(x) for x in (actual, expected))
@@ -200,9 +206,7 @@ def _distance(actual: Any, expected: Any, ulp: float, scale: Any) -> str:
     sizes = y if scale is None else np.broadcast_to(_arrays.to_numpy(scale), a.shape)
     if scale is not None and x.ndim > a.ndim:
         sizes = sizes[..., None]
-    form = _arrays.format_of(
-        _format_name(actual) if hasattr(unwrap(actual), "dtype") else "float64"
-    )
+    form = _arrays.format_of(_format_name(actual) if dtype is None else _arrays.name_of(dtype))
     off = _ulp.errors(x, y, sizes, form)
     far = ~(off <= ulp)
     if not far.any():

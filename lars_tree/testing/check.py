@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -129,6 +130,10 @@ def _broken(
     return None
 
 
+# What hypothesis says first of an example: only the draws below it differ.
+_HEADER = re.compile(r"^[^\n]*\(\n\s*data=data\(\.\.\.\),\n\)\n?")
+
+
 def _law_error(update: Update, broken: dict[str, Exception], laws: dict[str, Law]) -> LawError:
     name = getattr(update, "__name__", None) or repr(update)
     plural = "a law" if len(broken) == 1 else f"{len(broken)} laws"
@@ -136,8 +141,8 @@ def _law_error(update: Update, broken: dict[str, Exception], laws: dict[str, Law
     for law, error in broken.items():
         doc = (laws[law].__doc__ or "").strip().partition("\n")[0]
         kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-        notes = [note for note in getattr(error, "__notes__", []) if note.strip()]
-        body = "\n".join([doc, f"{kind}{error}", *notes])
+        notes = [_HEADER.sub("", note) for note in getattr(error, "__notes__", [])]
+        body = "\n".join(filter(None, [doc, f"{kind}{error}", *notes]))
         parts.append(f"{law}\n{textwrap.indent(body, '  ')}")
     error = LawError("\n\n".join(parts))
     error.laws = broken

@@ -155,7 +155,7 @@ def is_linear_in_the_rate(trial: Trial) -> None:
     steps = mapped(lambda x, y: 4 * (x - y), old, new)
     expected = mapped(lambda x, u: x - u, old, steps)
     scale = mapped(lambda x, u: np.maximum(abs(x), abs(u)), old, steps)
-    assert_close_ulp(four, expected, 2 * FORMULA_ULP, scale)
+    trial.assert_close(four, w, expected, scale, 2 * FORMULA_ULP)
 
 
 def trains_zero_weights(trial: Trial) -> None:
@@ -222,7 +222,7 @@ def is_exact_in_long_layers(trial: Trial) -> None:
         w[:2].tolist(), dcdw[:2].tolist(), 1.0, 0.0, trial.domain.trust_coefficient, norms
     )
     wanted, scale = (np.array(x, object) for x in exact)
-    assert_close_ulp(new[:2], wanted, trial.ulp(arrays[0]), scale)
+    assert_close_ulp(new[:2], wanted, trial.ulp(arrays[0]), scale, dtype=dtype)
 
 
 def _in_library(x: Any, dtype: str, library: str) -> Any:

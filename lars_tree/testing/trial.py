@@ -59,7 +59,8 @@ class Domain:
         )
         keys = st.sampled_from("abc") | st.sampled_from(trees.ODD_KEYS)
         if not self.nested:
-            return st.dictionaries(keys, layers, max_size=4).map(_flat)
+            pairs = st.dictionaries(keys, layers, max_size=4)
+            return strategies.drawn(lambda draw: _flat(draw(pairs)))
         nests = trees.weights_and_gradients(
             layers, keys=keys, node_types=self.node_types, max_leaves=4
         )
@@ -121,13 +122,31 @@ class Trial:
             decay_lambda: The decay.
             ulp: The most that an element may be off; None is what the domain says for its dtype.
         """
-        for (path, x), g in zip(_tree.walk(w), _tree.leaves(dcdw), strict=True):
+        wanted: list[Any] = []
+        scale: list[Any] = []
+        for x, g in zip(_tree.leaves(w), _tree.leaves(dcdw), strict=True):
             old, gradient = (_arrays.to_numpy(y).ravel().tolist() for y in (x, g))
             exact = _exact.step(old, gradient, lr, decay_lambda, self.domain.trust_coefficient)
+            for values, found in zip(exact, (wanted, scale), strict=True):
+                found.append(_objects(values, tuple(x.shape)))
+        self.assert_close(new, w, _tree.rebuild(w, wanted), _tree.rebuild(w, scale), ulp)
+
+    def assert_close(self, new: Any, w: Any, expected: Any, scale: Any, ulp: float | None) -> None:
+        """Assert that weights are as expected, in ulps of the format of `w`, whatever they are in.
+
+        Args:
+            new: The weights after the step.
+            w: The weights before.
+            expected: What they should be.
+            scale: The size at which an ulp is measured, of each element.
+            ulp: As in `assert_rule`.
+        """
+        for (path, x), y, size in zip(
+            _tree.walk(w), _tree.leaves(expected), _tree.leaves(scale), strict=True
+        ):
+            actual, wanted, sizes = (nested(path, z) for z in (at(new, path), y, size))
             most = self.ulp(x) if ulp is None else ulp
-            actual = at(new, path)
-            wanted, scale = (nested(path, _objects(y, tuple(x.shape))) for y in exact)
-            assert_close_ulp(nested(path, actual), wanted, most, scale)
+            assert_close_ulp(actual, wanted, most, sizes, dtype=x.dtype)
 
     def ulp(self, x: Any) -> float:
         """How far off the domain lets the elements of such an array be."""

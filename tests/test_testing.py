@@ -1,0 +1,299 @@
+"""lars_tree.testing: what the strategies make, and what they shrink to. Its assertions: below."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import OrderedDict, defaultdict
+
+import numpy as np
+import pytest
+from conftest import need
+from hypothesis import Phase, find, given, settings
+from hypothesis import strategies as st
+from hypothesis.errors import NoSuchExample
+
+import lars_tree.testing as testing
+from lars_tree import Array, Container, _tree, lars_update
+from lars_tree.testing import assert_identical
+
+MANY = settings(max_examples=600, derandomize=True, phases=[Phase.generate, Phase.shrink])
+
+
+def least(strategy, condition=lambda x: True):
+    """The least value that hypothesis finds; raises if there is none."""
+    return find(strategy, condition, settings=MANY)
+
+
+def size(x):
+    return np.abs(x.astype(np.float64)).max(initial=0)
+
+
+# ---- Arrays
+
+EACH = {
+    "0-d": lambda x: x.ndim == 0,
+    "empty": lambda x: x.size == 0,
+    "empty, of two axes": lambda x: x.size == 0 and x.ndim == 2,
+    "Fortran order": lambda x: x.flags.f_contiguous and not x.flags.c_contiguous,
+    "negative strides": lambda x: x.size > 1 and min(x.strides) < 0,
+    "gaps": lambda x: x.size > 1 and not x.flags.forc and min(x.strides) > 0,
+    "zeros": lambda x: x.size > 1 and not x.any(),
+    "negative zero": lambda x: x.size and (np.signbit(x) & (x == 0)).any(),
+    "equal elements": lambda x: x.size > 1 and x.all() and (x == x.flat[0]).all(),
+    "equal magnitudes": lambda x: x.size == 2 and x.any() and x.flat[0] == -x.flat[1],
+    "several sizes": lambda x: size(x) > 1e6 * np.abs(x[x != 0]).min(initial=np.inf),
+}
+
+
+@pytest.mark.parametrize("what", EACH)
+def test_arrays_of_each_kind_are_made(what):
+    shapes = st.sampled_from([(), (2,), (0, 2), (2, 2)])
+    x = least(testing.arrays(st.sampled_from(["float32", "float64"]), shapes), EACH[what])
+    assert EACH[what](x)
+    assert x.flags.writeable
+
+
+FORMATS = {
+    "float16": (2.0**-24, 65504.0),
+    "bfloat16": (2.0**-133, 3.38e38),
+    "float32": (2.0**-149, 3.4e38),
+    "float64": (2.0**-1074, 1.79e308),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_whole_range_of_each_format_is_covered(name):
+    """Arrays with all elements near any exponent: by thirds of the range, and subnormal."""
+    if name == "bfloat16":
+        need("ml_dtypes")
+    smallest, largest = (np.log2(x) for x in FORMATS[name])
+    arrays = testing.arrays(name, (2,))
+    for third in range(3):
+        low = smallest + (largest - smallest) * third / 3
+        high = smallest + (largest - smallest) * (third + 1) / 3
+
+        def within(x, low=low, high=high):
+            with np.errstate(divide="ignore"):
+                exponents = np.log2(np.abs(x.astype(np.float64)))
+            return (low <= exponents).all() and (exponents <= high).all()
+
+        assert least(arrays, within).dtype.name == name
+    assert 0 < size(least(arrays, lambda x: 0 < size(x) < 64 * FORMATS[name][0])) < 1e-5
+    assert size(least(arrays, lambda x: size(x) > FORMATS[name][1] / 64)) <= largest_of(name)
+
+
+def largest_of(name):
+    return float(need("ml_dtypes").finfo(name).max if name == "bfloat16" else np.finfo(name).max)
+
+
+@given(testing.arrays())
+def test_elements_are_finite_by_default(x):
+    assert np.isfinite(x.astype(np.float64)).all()
+
+
+def test_arrays_shrink_to_zeros_in_c_order():
+    x = least(testing.arrays(), lambda x: x.size > 3)
+    assert (x.dtype, x.size, x.any(), x.flags.c_contiguous) == (np.float64, 4, False, True)
+    assert least(testing.arrays()).shape == ()
+    assert least(testing.arrays(shape=(2,)), lambda x: x[0] > 0).tolist()[0] == 1
+
+
+@pytest.mark.parametrize("dtype", [">f4", np.float16, np.dtype("complex64"), "complex128"])
+def test_other_dtypes(dtype):
+    x = least(
+        testing.arrays(dtype, (2,)), lambda x: x.all() and (x.imag.all() or x.dtype.kind == "f")
+    )
+    assert x.dtype == np.dtype(dtype)
+
+
+def test_arguments_may_be_strategies_and_elements_ones_own():
+    elements = st.sampled_from([1.0, np.nan])
+    arrays = testing.arrays("float32", st.sampled_from([(3,), (2, 2)]), elements=elements)
+    assert least(arrays).tolist() == [1, 1, 1]
+    assert np.isnan(least(arrays, lambda x: x.ndim == 2 and np.isnan(x).all())).all()
+    complexes = testing.arrays("complex64", (1,), elements=st.just(1 + 2j))
+    assert least(complexes).tolist() == [1 + 2j]
+    plain = testing.arrays(layouts=["C"])
+    with pytest.raises(NoSuchExample):
+        least(plain, lambda x: not x.flags.c_contiguous)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_tensors(name):
+    torch = need("torch")
+    arrays = testing.arrays(getattr(torch, name), library="torch")
+    x = least(arrays, lambda x: x.ndim == 2 and not x.is_contiguous() and x.any())
+    assert (x.dtype, type(x)) == (getattr(torch, name), torch.Tensor)
+    tiny = least(arrays, lambda x: 0 < x.double().abs().sum() < 64 * FORMATS[name][0])
+    assert tiny.any()
+    y = least(arrays, lambda x: x.numel() > 1)
+    assert (tuple(y.shape), y.any().item(), y.is_contiguous()) == ((2,), False, True)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_jax_arrays(name):
+    jax = need("jax")
+    x = least(testing.arrays(name, library="jax"), lambda x: x.ndim == 2 and x.size > 1)
+    assert isinstance(x, jax.Array)
+    assert (x.dtype.name, np.asarray(x).any()) == (name, False)
+    tiny = testing.arrays(name, (1,), library="jax")
+    assert least(tiny, lambda x: 0 < size(np.asarray(x)) < 64 * FORMATS[name][0]).shape == (1,)
+
+
+def test_libraries_may_be_mixed():
+    torch = need("torch")
+    either = testing.arrays(library=st.sampled_from(["numpy", "torch"]), shape=(1,))
+    nest = least(
+        testing.nests(either, node_types=[list]),
+        lambda nest: len({type(x) for x in _tree.leaves(nest)}) == 2,
+    )
+    assert sorted(type(x).__module__ for x in nest) == ["numpy", "torch"]
+    w, g = least(testing.layers(library=st.just("torch"), shape=(1,)), lambda pair: pair[0].any())
+    assert (type(w), w.dtype) == (torch.Tensor, g.dtype)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_no_library_is_imported_but_the_one_that_was_asked_for(library):
+    if library == "torch":
+        need("torch")
+    code = f"""if 1:
+        import sys, warnings
+        from hypothesis import find
+        from lars_tree.testing import arrays, check_update_laws
+        find(arrays(library={library!r}), lambda x: True)
+        print({{"torch", "jax"}} & set(sys.modules))"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (found.stdout.strip(), found.returncode) == (
+        "set()" if library == "numpy" else "{'torch'}",
+        0,
+    ), found.stderr
+
+
+def test_without_hypothesis_one_line_says_what_to_install():
+    code = """if 1:
+        import sys
+        sys.modules["hypothesis"] = None
+        import lars_tree.testing"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    hint = "lars_tree.testing needs hypothesis: pip install 'lars-tree[testing]'"
+    assert found.stderr.splitlines()[-1] == f"ModuleNotFoundError: {hint}"
+    assert "During handling" not in found.stderr
+
+
+# ---- Nests
+
+
+def test_odd_keys_are_made():
+    made = set()
+
+    @settings(max_examples=1000, derandomize=True)
+    @given(testing.nests(st.just(1), node_types=[Container]))
+    def collect(nest):
+        made.update(key for path, _ in _tree.walk(nest) for key in path)
+
+    collect()
+    assert made >= {"a", 0, -1, *testing.trees.ODD_KEYS}
+    assert any(isinstance(key, str) and len(key) > 2 and not key.isascii() for key in made)
+
+
+@pytest.mark.parametrize("cls", testing.trees.NODE_TYPES, ids=lambda cls: cls.__name__)
+def test_nodes_of_each_type_are_made(cls):
+    node = least(testing.nests(st.just(1)), lambda nest: type(nest) is cls and len(nest) > 1)
+    assert type(node) is cls
+    inner = least(
+        testing.nests(st.just(1)),
+        lambda nest: type(nest) is dict and [type(x) for x in nest.values()] == [cls],
+    )
+    assert list(inner) == ["a"]
+
+
+def test_nodes_of_ones_own():
+    attrs = need("attrs")
+    pair = attrs.make_class("Pair", ["one", "two"])
+    assert least(testing.nests(st.just(1), node_types=[pair]), lambda x: x != 1) == pair(1, 1)
+
+
+def test_nests_shrink_to_the_least():
+    assert _tree.leaves(least(testing.nests())) in ([], [0])
+    assert least(testing.nests(), _tree.is_leaf).tolist() == 0
+    assert least(testing.containers()) == Container()
+    w = least(testing.containers(), lambda w: len(w.leaves()) > 1)
+    assert w.paths() == [("a",), ("b",)]
+    assert [x.tolist() for x in w.leaves()] == [0, 0]
+    ones = testing.containers(st.just(1))
+    assert least(ones, lambda w: any(len(path) > 2 for path in w.paths())).leaves() == [1]
+
+
+def is_tied(nest):
+    found = _tree.leaves(nest)
+    return len({id(x) for x in found}) < len(found)
+
+
+def test_leaves_are_tied_only_when_asked_for():
+    objects = st.builds(object)
+    w = least(testing.containers(objects, tied=True), is_tied)
+    assert w.a is w.b
+    two = testing.containers(objects, tied=True)
+    assert least(two, lambda w: len(w.leaves()) > 1 and not is_tied(w))
+    with pytest.raises(NoSuchExample):
+        least(testing.containers(objects), is_tied)
+
+
+@given(testing.weights_and_gradients(shuffle_keys=True))
+def test_gradients_are_what_an_update_takes(pair):
+    w, dcdw = pair
+    new = lars_update(w, dcdw, 0.1)
+    assert [path for path, _ in _tree.walk(new)] == [path for path, _ in _tree.walk(w)]
+
+
+def test_weights_and_gradients_of_each_kind_are_made():
+    pairs = testing.weights_and_gradients(shuffle_keys=True, node_types=[dict])
+    a, b = least(pairs, lambda p: isinstance(p[0], dict) and list(p[0]) != list(p[1]))
+    assert a.keys() == b.keys()
+    assert least(pairs, lambda p: p[0] is not None and p[1] is None)[1] is None
+    assert least(pairs, lambda p: p[0] is None) == (None, None)
+    broadcast = testing.layers(broadcast=True)
+    w, g = least(broadcast, lambda p: p[0].shape != p[1].shape)
+    assert (w.ndim, g.shape) == (1, ())
+    assert least(testing.layers(), lambda p: p[0].shape == p[1].shape == (2,))
+    kept = testing.weights_and_gradients(testing.layers(shape=()), node_types=[dict])
+    with pytest.raises(NoSuchExample):
+        least(kept, lambda p: isinstance(p[0], dict) and list(p[0]) != list(p[1]))
+
+
+TREE = Container(a={"b": 1, "items": [2, 3]}, c=(4, OrderedDict(d=5)), e=defaultdict(list, f=6))
+
+
+@given(testing.prefixes_of(TREE))
+def test_a_prefix_is_one(prefix):
+    _tree.broadcast("lr", TREE, prefix)
+
+
+def test_all_prefixes_are_made():
+    prefixes = testing.prefixes_of(TREE, st.just(0))
+    assert least(prefixes) == 0
+    assert least(prefixes, lambda p: p != 0).to_dict() == {"a": 0, "c": 0, "e": 0}
+    assert least(prefixes, lambda p: p != 0 and set(p.paths()) == set(TREE.paths()))
+    assert least(prefixes, lambda p: p != 0 and list(p) == ["e", "c", "a"])
+    assert least(prefixes, lambda p: p != 0 and p["a"] != 0 and list(p["a"]) == ["items", "b"])
+
+
+def test_options_are_those_of_the_update():
+    assert least(testing.options()) == {}
+    found = least(testing.options(), lambda options: len(options) == 6)
+    assert found.keys() == testing.strategies.OPTIONS.keys()
+    assert lars_update(np.array([3.0, 4.0]), np.ones(2), 0.1, **found).shape == (2,)
+    assert least(testing.options("eps"), lambda options: options.get("eps")) == {"eps": 1e-8}
+
+
+@given(testing.weights_and_gradients())
+def test_what_is_made_equals_itself_and_no_other(pair):
+    w, _ = pair
+    assert_identical(w, w)
+    assert_identical(lars_update(w, None, 0.1), w)
+
+
+def test_wrapped_arrays_are_leaves():
+    w = least(testing.nests(testing.arrays(shape=(1,)).map(Array), node_types=[list]), bool)
+    assert type(w[0] if isinstance(w, list) else w) is Array
