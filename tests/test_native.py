@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from lars_tree import _native, lars_update
 from lars_tree._backends import bfloat16
+from lars_tree.testing import assert_identical
 
 if _native.kernel is None and (not CI or os.environ.get("LARS_TREE_NATIVE") == "0"):
     pytest.skip("the native kernel was not built, or is turned off", allow_module_level=True)
@@ -85,16 +86,6 @@ def run(code, **variables):
 
 def dtype_of(name):
     return need("ml_dtypes").bfloat16 if name == "bfloat16" else np.dtype(name)
-
-
-def assert_same_bits(actual, expected):
-    """NaN is NaN, whatever its payload and sign."""
-    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
-    real = REAL.get(actual.dtype.name, actual.dtype)
-    a, b = (np.ascontiguousarray(x).reshape(-1).view(real) for x in (actual, expected))
-    bits = [x.view(f"u{a.itemsize}") for x in (a, b)]
-    at = np.flatnonzero((bits[0] != bits[1]) & ~(np.isnan(a) & np.isnan(b)))
-    assert not at.size, (at.size, [(int(i), a[i], b[i]) for i in at[:3]])
 
 
 def random_array(rng, name, shape, place=0.5, spread=2, special=(), order="C"):
@@ -177,7 +168,7 @@ def test_the_kernel_gives_the_bits_of_its_twin(pair, lr, options, way, instructi
         out = None
     actual = by_kernel(w, g, lr, out=out, instruction_set=instruction_set, **options)
     assert out is None or actual is out
-    assert_same_bits(actual, expected)
+    assert_identical(actual, expected)
     for x, old in zip((w, g), before, strict=True):
         assert x is out or x.tobytes() == old.tobytes()
     assert out is not None or expected.strides == actual.strides
@@ -216,7 +207,7 @@ def test_instruction_sets_and_threads_give_the_same_bits(w, g):
                 patch.setattr(_native.threads, "_chosen", threads)
                 new = by_kernel(w, g, 3.0, instruction_set=instruction_set, **options)
             for actual, twin in zip(new, expected, strict=True):
-                assert_same_bits(actual, twin)
+                assert_identical(actual, twin)
             assert np.isfinite(new[0]).any()
 
 
@@ -235,7 +226,7 @@ def test_bfloat16_next_to_the_midpoints_of_its_neighbours(factor, instruction_se
             lr = abs(factor) * 2.0**-8 * (1 + off)
             options = {"adapt": False, "instruction_set": instruction_set}
             actual = by_kernel(w, g, lr, **options)
-            assert_same_bits(actual, without_kernel(w, g, lr, adapt=False))
+            assert_identical(actual, without_kernel(w, g, lr, adapt=False))
             if j is None:
                 assert (actual.view(np.uint16)[tie] % 2 == 0).all()
 
@@ -250,7 +241,7 @@ def test_bfloat16_of_any_numbers(spread, instruction_set):
         for lr, decay in ((0.1, 0.0), (rng.random(), 1e-4), (1.0, 0.0), (1e-28, 0.1), (30.0, 1e29)):
             options = {"decay_lambda": decay, "adapt": bool(rng.integers(2))}
             actual = by_kernel(w, g, lr, instruction_set=instruction_set, **options)
-            assert_same_bits(actual, without_kernel(w, g, lr, **options))
+            assert_identical(actual, without_kernel(w, g, lr, **options))
 
 
 @pytest.mark.parametrize("instruction_set", SETS)
@@ -259,10 +250,10 @@ def test_every_number_of_sixteen_bits_is_read_and_written(name, instruction_set)
     w = np.arange(2**16, dtype=np.uint16).view(dtype_of(name))
     for lr in (0.0, 0.5):
         options = {"adapt": False, "instruction_set": instruction_set}
-        assert_same_bits(by_kernel(w, np.zeros_like(w), lr, **options), w)
+        assert_identical(by_kernel(w, np.zeros_like(w), lr, **options), w)
     wide = w[np.isfinite(w)].astype(np.float64)
     read = by_kernel(np.copysign(0, wide), -w[np.isfinite(w)], 1.0, adapt=False)
-    assert_same_bits(read, wide)
+    assert_identical(read, wide)
 
 
 @pytest.mark.parametrize("instruction_set", SETS)
@@ -282,4 +273,4 @@ def test_doubles_are_rounded_once_to_nearest_even(name, instruction_set):
     with np.errstate(over="ignore"):
         expected = x.astype(name) if name != "bfloat16" else bfloat16.encode(x).view(w.dtype)
     actual = by_kernel(w, -x, 1.0, adapt=False, instruction_set=instruction_set)
-    assert_same_bits(actual, expected)
+    assert_identical(actual, expected)

@@ -17,7 +17,6 @@ from test_native import (
     SETS,
     SPECIALS,
     arrays,
-    assert_same_bits,
     dtype_of,
     patched,
     random_array,
@@ -28,6 +27,7 @@ from lars_tree import _native, _tree, update
 from lars_tree._backends.base import Columns
 from lars_tree._backends.numpy import backend_of
 from lars_tree._rule import Rule
+from lars_tree.testing import assert_identical
 
 # Signalling NaN are among the numbers.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -71,7 +71,7 @@ def assert_same_step(actual, expected):
     """Of trees: the same bits in weights and velocities, and one step counted."""
     for x, y in zip(actual[:2], expected[:2], strict=True):
         for leaf, twin in zip(_tree.leaves(x), _tree.leaves(y), strict=True):
-            assert_same_bits(leaf, twin)
+            assert_identical(leaf, twin)
     assert actual[2] == expected[2] == 1
     assert actual[2].dtype == np.int64
 
@@ -209,7 +209,7 @@ def test_to_maximize_is_to_go_along_the_negated_gradient(names):
         up, down = (
             update_plain([w], [x], None, [r])[0] for x, r in zip((g, -g), rules, strict=True)
         )
-        assert_same_bits(up[0], down[0])
+        assert_identical(up[0], down[0])
 
 
 BIG = 2.0**1023

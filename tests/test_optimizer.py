@@ -10,7 +10,7 @@ import reference
 from conftest import need, to_library, to_numpy
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from test_laws import NESTS, OPTIONS, leaves, walk
+from test_laws import LAYERS, NESTS, walk
 
 from lars_tree import (
     Array,
@@ -19,6 +19,7 @@ from lars_tree import (
     lars_update,
 )
 from lars_tree.schedules import Polynomial
+from lars_tree.testing import assert_identical, options
 
 W, G = np.array([3.0, 4.0]), np.array([0.4, 0.3])
 
@@ -120,17 +121,16 @@ def test_the_whole_range_of_float64(w_exponent, g_exponent):
 # ---- Laws
 
 
-@given(pair=NESTS, options=OPTIONS, momentum=st.sampled_from([0, 0.0]))
+@given(pair=NESTS, options=options(), momentum=st.sampled_from([0, 0.0]))
 def test_without_momentum_it_is_lars_update_to_the_bit(pair, options, momentum):
     w, g = pair
     new, state = steps(Lars(0.1, momentum, **options), w, [g])
     expected = lars_update(w, g, 0.1, **options)
-    for (_, x), (_, y) in zip(walk(new), walk(expected), strict=True):
-        assert (x is None and y is None) or (x.tobytes(), x.dtype) == (y.tobytes(), y.dtype)
+    assert_identical(new, expected)
     assert state.keys() == {"step", "skipped"}
 
 
-@given(pair=NESTS, options=OPTIONS, nesterov=st.booleans())
+@given(pair=NESTS, options=options(), nesterov=st.booleans())
 def test_the_first_step_moves_by_the_step_of_lars_update(pair, options, nesterov):
     """From rest v = u, to the bit that w - u shows: and with nesterov 1 + m times that."""
     w, g = pair
@@ -165,13 +165,12 @@ def test_in_place_is_out_of_place(pair, nesterov):
         assert result[0] is out
         assert result[1] is state
     for actual, wanted in [(out, expected), (state, after)]:
-        for (_, x), (_, y) in zip(walk(actual), walk(wanted), strict=True):
-            assert (x is None and y is None) or x.tobytes() == y.tobytes()
+        assert_identical(actual, wanted)
     now = [x for _, x in walk(state) if x is not None]
     assert all(x is y for x, y in zip(arrays, now, strict=True))
 
 
-@given(leaf=leaves(), nesterov=st.booleans())
+@given(leaf=LAYERS, nesterov=st.booleans())
 def test_neither_weights_nor_state_nor_gradients_are_modified(leaf, nesterov):
     w, g = leaf
     opt = Lars(0.1, 0.9, nesterov)

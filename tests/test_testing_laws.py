@@ -1,4 +1,4 @@
-"""check_update_laws: the package keeps the laws, and each seeded mistake breaks the one it should."""
+"""check_update_laws: lars_update keeps all laws, and each seeded mistake breaks its own."""
 
 from __future__ import annotations
 
@@ -204,21 +204,17 @@ IN_PLACE = {"is_the_same_in_place": "it has no out"}
 
 def test_the_right_update_breaks_none_and_one_mistake_only_its_law():
     """So that it is the mistake which was seen, and not the rest of the function."""
-    common = {"nested": False, "dtypes": ["float32", "bfloat16"], "settings": QUICK}
-    if "bfloat16" in common["dtypes"]:
-        need("ml_dtypes")
+    common = {"nested": False, "dtypes": ["float32"], "settings": QUICK}
     with np.errstate(all="ignore"):
         check_update_laws(layer_by_layer(step), exclude=NONE, **common)
         for update, name in [
             (layer_by_layer(modified_gradient), "leaves_its_inputs_alone"),
             (layer_by_layer(promoted_dtype), "keeps_the_structure"),
             (matched_by_order, "matches_by_key"),
-            (sorted_keys, "keeps_the_structure"),
         ]:
-            out = {} if "layer" in update.__qualname__ else IN_PLACE
             chosen = [law for law in LAWS if not law.__name__.startswith("is_exact")]
             with pytest.raises(LawError) as caught:
-                check_update_laws(update, laws=chosen, exclude=NONE | out, **common)
+                check_update_laws(update, laws=chosen, exclude=NONE | IN_PLACE, **common)
             assert list(caught.value.laws) == [name]
 
 

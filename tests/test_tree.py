@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import itertools
 from types import MappingProxyType
 
 import numpy as np
@@ -14,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lars_tree import Container, StructureError, _tree, lars_update
+from lars_tree.testing import prefixes_of
 
 Point = collections.namedtuple("Point", "x y")
 
@@ -149,18 +149,15 @@ def test_a_key_that_is_named_like_a_method_hides_nothing():
 
 @given(NESTS, st.data())
 def test_a_prefix_broadcasts_as_dm_tree_does(nest, data):
-    """Cut the nest at random nodes; each cut has a number, which all leaves below it get."""
-    numbers = itertools.count(1)
-
-    def cut(node):
-        return next(numbers) if not dm_tree.is_nested(node) or data.draw(st.booleans()) else None
-
-    prefix = dm_tree.traverse(cut, nest)
+    """All leaves below a cut get what stands there."""
+    prefix = data.draw(prefixes_of(nest, st.integers(1, 99)))
     expected = dm_tree.map_structure_up_to(
         prefix, lambda value, part: dm_tree.map_structure(lambda _: value, part), prefix, nest
     )
     actual = _tree.rebuild(nest, _tree.broadcast("lr", nest, prefix))
-    assert_same(actual, expected)
+    dm_tree.assert_same_structure(actual, expected)
+    assert dm_tree.flatten_with_path(actual) == dm_tree.flatten_with_path(expected)
+    assert [path for path, _ in _tree.walk(actual)] == [path for path, _ in _tree.walk(nest)]
 
 
 @given(DICTS, DICTS)
