@@ -204,7 +204,8 @@ IN_PLACE = {"is_the_same_in_place": "it has no out"}
 
 def test_the_right_update_breaks_none_and_one_mistake_only_its_law():
     """So that it is the mistake which was seen, and not the rest of the function."""
-    common = {"nested": False, "dtypes": ["float32"], "settings": QUICK}
+    quick = settings(QUICK, max_examples=15)
+    common = {"nested": False, "dtypes": ["float32"], "settings": quick}
     with np.errstate(all="ignore"):
         check_update_laws(layer_by_layer(step), exclude=NONE, **common)
         for update, name in [
