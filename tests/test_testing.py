@@ -202,7 +202,7 @@ def test_nodes_of_each_type_are_made(cls):
     node = least(testing.nests(st.just(1)), lambda nest: type(nest) is cls and len(nest) > 1)
     assert type(node) is cls
     inner = least(
-        testing.nests(st.just(1)),
+        testing.nests(st.just(1), node_types=[dict, cls]),
         lambda nest: type(nest) is dict and [type(x) for x in nest.values()] == [cls],
     )
     assert list(inner) == ["a"]
