@@ -240,6 +240,8 @@ TREE_LAWS: tuple[Law, ...] = (
     is_the_same_in_place,
     stands_still_at_rate_zero,
 )
+"""Those of nests and memory: they hold for every optimizer without a state."""
+
 RULE_LAWS: tuple[Law, ...] = (
     does_not_see_the_scale_of_the_gradient,
     scales_with_the_weights,
@@ -252,4 +254,7 @@ RULE_LAWS: tuple[Law, ...] = (
     is_exact_over_the_whole_range,
     is_exact_in_long_layers,
 )
+"""Those of the numbers of LARS."""
+
 LAWS = TREE_LAWS + RULE_LAWS
+"""All laws, in the order in which they are checked."""
