@@ -55,17 +55,17 @@ class NamespaceOps:
         return x / (2 * mantissa)
 
     def where(self, condition: Array, a: Any, b: Any) -> Array:
-        like = a if hasattr(a, "dtype") else b
+        like = b if _is_number(a) else a
         return self.xp.where(condition, self.like(a, like), self.like(b, like))
 
     def maximum(self, a: Any, b: Any) -> Array:
-        like = a if hasattr(a, "dtype") else b
+        like = b if _is_number(a) else a
         a, b = self.like(a, like), self.like(b, like)
         return self.xp.where(a > b, a, b)
 
     def like(self, number: Any, x: Array) -> Array:
         """A number as a 0-d array that does not change the dtype of x; an array as it is."""
-        return number if hasattr(number, "dtype") else self.one(x) * number
+        return self.one(x) * number if _is_number(number) else number
 
     def one(self, x: Array) -> Array:
         return self.xp.ones((), dtype=x.dtype)
@@ -171,3 +171,8 @@ class ArraysBackend(Backend):
 
     def write(self, out: Array, x: Array) -> None:
         out[...] = x
+
+
+def _is_number(x: Any) -> bool:
+    """Whether x is a number of Python, or one that torch.compile traces, which has no dtype."""
+    return isinstance(x, (int, float, complex))
