@@ -114,9 +114,13 @@ def containers(
         tied: As in `nests`.
     """
     types = (Container, list, tuple)
+    flat = strategies.arrays() if leaves is None else leaves
     inner = nests(leaves, keys=keys, node_types=types, max_leaves=max_leaves)
-    root = st.dictionaries(_keys() if keys is None else keys, inner, max_size=3).map(Container)
-    return root.flatmap(_tied) if tied else root
+    known = _keys() if keys is None else keys
+    # Two ways, as hypothesis finds from one to the other better than from nested to flat.
+    roots = [st.dictionaries(known, values, max_size=3) for values in (flat, inner)]
+    made = st.one_of(roots).map(Container)
+    return made.flatmap(_tied) if tied else made
 
 
 class _Pair:
