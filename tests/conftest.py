@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,3 +96,11 @@ def library(request: pytest.FixtureRequest) -> Library:
     """Each array library that is installed."""
     need(request.param.module)
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def subnormal_numbers() -> Iterator[None]:
+    """No test, and nothing that one imports, may leave subnormal numbers flushed to zero."""
+    yield
+    smallest = np.float64(5e-324)
+    assert smallest * 1 > 0
