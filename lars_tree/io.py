@@ -6,7 +6,6 @@ What is in the files is what other programs expect: each array under the keys of
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -15,14 +14,13 @@ from typing import Any
 import numpy as np
 
 from lars_tree import errors
-from lars_tree._files import arrays, names, npz, safetensors
+from lars_tree._files import arrays, formats, names, npz, safetensors
 from lars_tree._files.replacing import Path, replacing
 from lars_tree.array import unwrap
 from lars_tree.container import Container
 
 __all__ = ["from_state_dict", "load", "metadata", "open", "save", "to_state_dict"]
 
-_STRUCTURE = "lars_tree.structure"  # the key of the metadata that is ours
 _FROM_NUMPY: dict[str, Callable[[Any], Any]] = {
     "numpy": lambda x: x,
     "torch": arrays.to_torch,
@@ -66,13 +64,13 @@ def save(path: Path, tree: Any, *, metadata: Mapping[str, str] | None = None) ->
         OptionError: metadata is not made of strings.
         OSError: the file cannot be written. In all cases the old file is as it was.
     """
-    format_ = _format(path)
+    format_ = formats.find(path)
     leaves, structure = names.flatten(tree)
     entries = arrays.check(leaves)
-    _check_format(format_, leaves, entries)
+    formats.check(format_, entries, {name: where for name, (where, _) in leaves.items()})
     kept = _checked(metadata)
     if structure is not None:
-        kept[_STRUCTURE] = structure
+        kept[formats.STRUCTURE] = structure
     with replacing(path) as file:
         format_.write(file, entries, kept)
 
@@ -106,7 +104,7 @@ def load(path: Path, *, library: str = "numpy") -> Container:
         text = f"library is not known: expected 'numpy', 'torch' or 'jax', got {library!r}"
         raise errors.error(errors.OptionError, "library", text, [])
     found = {}
-    if _format(path) is npz:
+    if formats.find(path) is npz:
         read, kept = npz.read(path)
         for name, x in read.items():
             with _naming(path, name):
@@ -156,7 +154,7 @@ def open(path: Path, mode: str = "r") -> Container:  # noqa: A001
     if mode not in ("r", "r+"):
         text = f"mode is not known: expected 'r' or 'r+', got {mode!r}"
         raise errors.error(errors.OptionError, "mode", text, [])
-    if _format(path) is npz:
+    if formats.find(path) is npz:
         raise errors.file_error(path, "expected a .safetensors file: an .npz cannot be mapped")
     with safetensors.opened(path, "rb" if mode == "r" else "r+b") as view:
         mapped = np.memmap(view.file, np.uint8, "r" if mode == "r" else "r+")
@@ -174,12 +172,12 @@ def metadata(path: Path) -> dict[str, str]:
         FileError: the file is malformed.
         OSError: the file cannot be opened.
     """
-    if _format(path) is npz:
+    if formats.find(path) is npz:
         kept = npz.read(path, only=names.RESERVED)[1]
     else:
         with safetensors.opened(path) as view:
             kept = view.metadata
-    return {name: text for name, text in kept.items() if name != _STRUCTURE}
+    return {name: text for name, text in kept.items() if name != formats.STRUCTURE}
 
 
 def from_state_dict(state_dict: Mapping[str, Any]) -> Container:
@@ -211,32 +209,14 @@ def to_state_dict(tree: Any) -> dict[str, Any]:
     return {name: unwrap(leaf) for name, (_, leaf) in names.flatten(tree)[0].items()}
 
 
-def _format(path: Path) -> Any:
-    """The module that reads and writes files with such a name."""
-    suffix = os.path.splitext(os.fspath(path))[1]
-    formats = {".safetensors": safetensors, ".npz": npz}
-    if suffix not in formats:
-        raise errors.file_error(path, "expected a name that ends in .safetensors or .npz")
-    return formats[suffix]
-
-
-def _check_format(format_: Any, leaves: Any, entries: dict[str, arrays.Entry]) -> None:
-    """Refuse dtypes that the format does not have."""
-    faults = [(leaves[name][0], format_.unwritable(x.dtype)) for name, x in entries.items()]
-    faults = [(path, text) for path, text in faults if text]
-    if faults:
-        headline = "tree holds something that cannot be saved"
-        raise errors.error(errors.DtypeError, "tree", headline, faults)
-
-
 def _checked(metadata: Mapping[str, str] | None) -> dict[str, str]:
     kept = dict(metadata or {})
     for pair in kept.items():
         if not all(isinstance(x, str) and names.is_text(x) for x in pair):
             text = f"metadata is not made of strings: expected str for str, got {pair!r}"
             raise errors.error(errors.OptionError, "metadata", text, [])
-    if _STRUCTURE in kept:
-        text = f"metadata has the name {_STRUCTURE!r}, which `save` needs for itself"
+    if formats.STRUCTURE in kept:
+        text = f"metadata has the name {formats.STRUCTURE!r}, which `save` needs for itself"
         raise errors.error(errors.OptionError, "metadata", text, [])
     return kept
 
@@ -254,6 +234,6 @@ def _naming(path: Path, name: str) -> Iterator[None]:
 
 def _tree(path: Path, found: dict[str, Any], kept: dict[str, str]) -> Container:
     try:
-        return Container(names.unflatten(found, kept.get(_STRUCTURE)))
+        return Container(names.unflatten(found, kept.get(formats.STRUCTURE)))
     except ValueError as error:
         raise errors.file_error(path, str(error)) from None

@@ -45,6 +45,7 @@ LAYERS = [
     ["_measure"],
     ["update"],
     ["_checks", "_compare", "_counters", "_nonfinite"],
+    ["_files.formats"],
     ["_files.npz", "_files.safetensors"],
     ["_files.arrays", "_options", "_show"],
     ["_html"],

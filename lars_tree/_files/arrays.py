@@ -42,6 +42,14 @@ class Entry(NamedTuple):
         return prod(self.shape) * self.dtype.itemsize
 
 
+class Lazy(Entry):
+    """An entry of which only the dtype and the shape are known: `leaf` makes the elements."""
+
+    def fetch(self) -> Array:
+        """The elements, made now; they are kept nowhere."""
+        return np.asarray(self.leaf(), dtype=self.dtype, order="C")
+
+
 def check(leaves: Mapping[str, tuple[Path, Any]]) -> dict[str, Entry]:
     """What is to be written for these (path, leaf) pairs; nothing is copied yet.
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
 
 from lars_tree import errors
 from lars_tree._files import names
-from lars_tree._files.arrays import Array, Entry, is_extension
+from lars_tree._files.arrays import Array, Entry, Lazy, is_extension
 from lars_tree._files.replacing import Path
 
 _SUFFIX = ".npy"
@@ -52,6 +54,66 @@ def read(path: Path, only: str | None = None) -> tuple[dict[str, Array], dict[st
         FileError: the file is malformed, or an array in it is of a kind that is not read.
         OSError: as the built-in `open` does.
     """
+    with opened(path) as view:
+        wanted = [name for name in view.members if only in (None, name)]
+        arrays = {name: view.read(name) for name in wanted if name != names.RESERVED}
+        return arrays, view.metadata
+
+
+class View(NamedTuple):
+    """An archive whose directory is valid, open for reading, in the order of that."""
+
+    path: Path
+    archive: zipfile.ZipFile
+    members: dict[str, zipfile.ZipInfo]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The strings that were saved with the arrays."""
+        if names.RESERVED not in self.members:
+            return {}
+        return _metadata(self.path, self.read(names.RESERVED))
+
+    def entries(self) -> dict[str, Lazy]:
+        """What the arrays are. Each is read from the file, as long as it is open, when fetched."""
+
+        def entry(name: str) -> Lazy:
+            with self._member(name) as (shape, _, dtype, _):
+                return Lazy(dtype.newbyteorder("<"), shape, lambda: self.read(name))
+
+        return {name: entry(name) for name in self.members if name != names.RESERVED}
+
+    def read(self, name: str) -> Array:
+        """Read an array.
+
+        Raises:
+            FileError: it is malformed, or of a kind that is not read.
+        """
+        with self._member(name) as (shape, fortran_order, dtype, stream):
+            data = np.empty(prod(shape) * dtype.itemsize, np.uint8)
+            if stream.readinto(data.data) != data.size:
+                raise ValueError("its data is truncated")
+            if dtype.kind == "b" and data.size and data.max() > 1:
+                raise ValueError("expected truth values of 0 or 1")
+            return data.view(dtype).reshape(shape, order="F" if fortran_order else "C")
+
+    @contextmanager
+    def _member(self, name: str) -> Iterator[_Header]:
+        try:
+            with _opened_member(self.archive, self.members[name]) as header:
+                yield header
+        except Exception as error:
+            raise errors.file_error(self.path, str(error), name) from error
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[View]:
+    """Open an archive and check its directory.
+
+    Raises:
+        FileError: the file is malformed.
+        OSError: as the built-in `open` does.
+    """
     with open(path, "rb") as file:
         try:
             archive = zipfile.ZipFile(file)
@@ -60,15 +122,7 @@ def read(path: Path, only: str | None = None) -> tuple[dict[str, Array], dict[st
             raise errors.file_error(
                 path, f"it is no zip archive that can be read: {error}"
             ) from error
-        arrays = {}
-        for name, member in members.items():
-            if only in (None, name):
-                try:
-                    arrays[name] = _read(archive, member)
-                except Exception as error:
-                    raise errors.file_error(path, str(error), name) from error
-    text = arrays.pop(names.RESERVED, None)
-    return arrays, {} if text is None else _metadata(path, text)
+        yield View(path, archive, members)
 
 
 def _members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
@@ -85,7 +139,12 @@ def _members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
     return members
 
 
-def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Array:
+_Header = tuple[tuple[int, ...], bool, np.dtype[Any], Any]
+
+
+@contextmanager
+def _opened_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[_Header]:
+    """The shape, whether it is in Fortran's order, the dtype, and the stream of the elements."""
     if info.compress_type not in _METHODS:
         raise ValueError("expected an entry that is stored or deflated")
     if info.file_size > info.compress_size * _MOST_INFLATED:
@@ -104,12 +163,7 @@ def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Array:
         size = prod(shape) * dtype.itemsize
         if size != info.file_size - stream.tell() or min(shape, default=0) < 0:
             raise ValueError(f"expected {size} bytes for {dtype} {shape}")
-        data = np.empty(size, np.uint8)
-        if stream.readinto(data.data) != size:
-            raise ValueError("its data is truncated")
-        if dtype.kind == "b" and data.size and data.max() > 1:
-            raise ValueError("expected truth values of 0 or 1")
-        return data.view(dtype).reshape(shape, order="F" if fortran_order else "C")
+        yield shape, fortran_order, dtype, stream
 
 
 def _metadata(path: Path, text: Array) -> dict[str, str]:

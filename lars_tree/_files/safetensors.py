@@ -22,7 +22,7 @@ import numpy as np
 
 from lars_tree import errors
 from lars_tree._files import names
-from lars_tree._files.arrays import Array, Entry, dtype_named
+from lars_tree._files.arrays import Array, Entry, Lazy, dtype_named
 from lars_tree._files.replacing import Path
 
 _TYPES = {
@@ -108,6 +108,17 @@ class View(NamedTuple):
     places: dict[str, Place]
     metadata: dict[str, str]
 
+    def entries(self) -> dict[str, Lazy]:
+        """What the arrays are. Each is read from the file, as long as it is open, when fetched."""
+
+        def entry(name: str, place: Place) -> Lazy:
+            def read() -> Array:
+                return self.read(name, np.empty(place.size, np.uint8))
+
+            return Lazy(self.dtype(name), place.shape, read)
+
+        return {name: entry(name, place) for name, place in self.places.items()}
+
     def read(self, name: str, memory: Array) -> Array:
         """Read an array to this memory, as many bytes as it has.
 
@@ -122,19 +133,27 @@ class View(NamedTuple):
             raise errors.file_error(self.path, text, name)
         return self.array(name, memory)
 
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """The dtype of the array of this name.
+
+        Raises:
+            FileError: numpy has no such type.
+        """
+        short = self.places[name].dtype
+        dtype = _dtype(short)
+        if dtype is None:
+            text = f"numpy and ml_dtypes have no {short}"
+            raise errors.file_error(self.path, text, name)
+        return dtype
+
     def array(self, name: str, memory: Array) -> Array:
         """The array of this name over the memory that has its bytes.
 
         Raises:
             FileError: a type or a shape that numpy does not have.
         """
-        place = self.places[name]
-        dtype = _dtype(place.dtype)
-        if dtype is None:
-            text = f"numpy and ml_dtypes have no {place.dtype}"
-            raise errors.file_error(self.path, text, name)
         try:
-            array: Array = memory.view(dtype).reshape(place.shape)
+            array: Array = memory.view(self.dtype(name)).reshape(self.places[name].shape)
         except ValueError as error:  # an empty array with axes that are too long
             raise errors.file_error(self.path, str(error), name) from error
         return array

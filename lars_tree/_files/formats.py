@@ -1,0 +1,79 @@
+"""The formats, by the names of files; and trees in files of which nothing has been read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lars_tree import errors
+from lars_tree._files import names, npz, safetensors
+from lars_tree._files.arrays import Entry, Lazy
+from lars_tree._files.replacing import Path
+
+STRUCTURE = "lars_tree.structure"  # the key of the metadata that is ours
+
+
+def find(path: Path) -> Any:
+    """The module that reads and writes files with such a name.
+
+    Raises:
+        FileError: none does.
+    """
+    suffix = os.path.splitext(os.fspath(path))[1]
+    formats = {".safetensors": safetensors, ".npz": npz}
+    if suffix not in formats:
+        raise errors.file_error(path, "expected a name that ends in .safetensors or .npz")
+    return formats[suffix]
+
+
+def check(format_: Any, entries: Mapping[str, Entry], paths: Mapping[str, errors.Path]) -> None:
+    """Refuse dtypes that the format does not have.
+
+    Raises:
+        DtypeError: naming the leaves.
+    """
+    faults = [(paths[name], format_.unwritable(x.dtype)) for name, x in entries.items()]
+    faults = [(path, text) for path, text in faults if text]
+    if faults:
+        headline = "tree holds something that cannot be saved"
+        raise errors.error(errors.DtypeError, "tree", headline, faults)
+
+
+class Stored(NamedTuple):
+    """A tree in a file that is open.
+
+    Attributes:
+        tree: Arrays of the right dtype and shape, which have no memory and no meaning.
+        entries: By the name of each leaf, where to fetch it.
+        metadata: All of it, the structure too.
+    """
+
+    tree: dict[Any, Any]
+    entries: dict[str, Lazy]
+    metadata: dict[str, str]
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Stored]:
+    """Open a file, and check all but the elements.
+
+    Raises:
+        FileError: the file is malformed.
+        OSError: as the built-in `open` does.
+    """
+    with find(path).opened(path) as view:
+        entries, metadata = view.entries(), view.metadata
+        try:
+            blanks = {name: _blank(entry) for name, entry in entries.items()}
+            tree = names.unflatten(blanks, metadata.get(STRUCTURE))
+        except ValueError as error:
+            raise errors.file_error(path, str(error)) from None
+        yield Stored(tree, entries, metadata)
+
+
+def _blank(entry: Entry) -> np.ndarray[Any, Any]:
+    return np.broadcast_to(np.empty((), entry.dtype), entry.shape)
