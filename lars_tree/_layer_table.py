@@ -47,9 +47,13 @@ class LayerTable:
         return iter(self.records)
 
     def __repr__(self) -> str:
-        lines = [_HEAD, *self._cells()]
-        rest = len(lines) - 1 - _MOST_LINES
-        lines = lines[: 1 + _MOST_LINES]
+        return self.to_text(_MOST_LINES)
+
+    def to_text(self, most: int | None = None) -> str:
+        """The table in plain text, with all layers or the first of them."""
+        cells = self._cells()
+        lines = [_HEAD, *cells[:most]]
+        rest = len(cells) + 1 - len(lines)
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         shown = [
             "  ".join(

@@ -1,17 +1,14 @@
-"""The `lars-tree` command: what it takes and what it returns. Each subcommand lives elsewhere.
+"""The `lars-tree` command: how it starts and ends. What it takes is in `_commands/parser.py`.
 
-To add one: a function from its arguments to the exit status, and a parser that names it.
+0 is success; `diff` returns 1 for files that differ; 2 is an error, of which one line on stderr
+says what is wrong; 130 is Ctrl-C.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import math
 import sys
-from collections.abc import Callable, Sequence
-
-import lars_tree
+from collections.abc import Sequence
+from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,74 +16,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
         argv: The arguments; None takes those of the process.
-
-    Raises:
-        SystemExit: 0 after --help and --version, 2 on bad arguments.
     """
-    arguments = _parser().parse_args(argv)
-    status: int = arguments.run(arguments)
+    try:
+        import click
+    except ModuleNotFoundError:
+        return _fail("lars-tree", "click is not installed: pip install 'lars-tree[cli]'")
+    from lars_tree._commands.parser import commands
+
+    for stream in (sys.stdout, sys.stderr):  # keys may be of any script
+        _show_any_character(stream)
+    try:
+        status: int = commands.main(argv, "lars-tree", standalone_mode=False)
+    except click.exceptions.Abort:  # Ctrl-C
+        return 130
+    except click.UsageError as error:
+        return _fail(error.ctx.command_path if error.ctx else "lars-tree", error.format_message())
+    except click.ClickException as error:
+        return _fail("lars-tree", error.format_message())
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lars-tree", description="Layer-wise Adaptive Rate Scaling over nests of weights."
-    )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {lars_tree.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    demo = commands.add_parser(
-        "demo",
-        help="train a network on handwritten digits",
-        description="Train a small network on handwritten digits, by LARS and by plain SGD.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    demo.set_defaults(run=_demo)
-    seed = _number(int, lambda x: 0 <= x < 2**32, "a whole number from 0 to 2**32 - 1")
-    count = _number(int, lambda x: x > 0, "a whole number above 0")
-    rate = _number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
-    for name, kind, default, meaning in (
-        ("--seed", seed, 0, "seed of the split, the first weights and the order of the images"),
-        ("--epochs", count, 40, "passes over the training images"),
-        ("--batch", count, 512, "images a step; there are 1437"),
-        ("--rate", rate, 0.1, "first learning rate; it falls linearly to 0"),
-    ):
-        demo.add_argument(name, type=kind, default=default, help=meaning, metavar="X")
-    return parser
+def _show_any_character(stream: Any) -> None:
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
 
 
-def _number(
-    kind: type[int] | type[float], holds: Callable[[float], bool], meaning: str
-) -> Callable[[str], float]:
-    """A type of arguments: numbers for which something holds."""
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not holds(value):
-            raise argparse.ArgumentTypeError(f"expected {meaning}, got {text!r}")
-        return value
-
-    return parse
-
-
-def _demo(arguments: argparse.Namespace) -> int:
-    from lars_tree import demo
-
-    try:
-        for library in ("rich", "sklearn"):
-            importlib.import_module(library)
-    except ModuleNotFoundError as error:
-        sys.stderr.write(
-            f"lars-tree demo: {error.name} is not installed: pip install 'lars-tree[demo]'\n"
-        )
-        return 2
-    demo.run(
-        seed=arguments.seed, epochs=arguments.epochs, batch=arguments.batch, rate=arguments.rate
-    )
-    return 0
+def _fail(name: str, message: str) -> int:
+    headline, *lines = message.splitlines()
+    rest = "; ".join(line.strip() for line in lines)
+    sys.stderr.write(f"{name}: {headline}{': ' if rest else ''}{rest}\n")
+    return 2
 
 
 if __name__ == "__main__":

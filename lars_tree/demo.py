@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -163,10 +163,10 @@ def _layers(w: Container, g: Container, adapt: Container, decay: Container) -> l
     return layers
 
 
-def run(*, seed: int, epochs: int, batch: int, rate: float) -> None:
-    """Train by LARS and by SGD, and print both, and the layers as LARS saw them.
+def run(*, seed: int, epochs: int, batch: int, rate: float) -> tuple[str, dict[str, Any]]:
+    """Train by LARS and by SGD: both, and the layers as LARS saw them, as text and as a record.
 
-    What goes to stdout depends on the arguments alone; progress and time go to stderr.
+    These depend on the arguments alone; progress and time go to stderr.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TimeElapsedColumn
@@ -197,7 +197,15 @@ def run(*, seed: int, epochs: int, batch: int, rate: float) -> None:
         f"{weights} weights in one Container. Seed {seed}, epochs {epochs}, batch {batch}."
     )
     tables = _accuracies(lars, sgd), "", _last_step(lars.layers)
-    Console(highlight=False).print(intro, "", *tables, sep="\n")
+    console = Console(highlight=False)
+    with console.capture() as printed:
+        console.print(intro, "", *tables, sep="\n")
+    record = {"rate": rate, **recipe, "parameters": weights, "lars": _record(lars)}
+    return printed.get().rstrip("\n"), record | {"sgd": list(map(_record, sgd))}
+
+
+def _record(trained: Trained) -> dict[str, Any]:
+    return trained._asdict() | {"layers": [layer._asdict() for layer in trained.layers]}
 
 
 def _accuracies(lars: Trained, sgd: list[Trained]) -> Table:

@@ -29,8 +29,12 @@ HEAVY = {
 
 # Each module may import those in lower rows.
 LAYERS = [
+    ["__main__"],
     ["cli"],
-    ["demo"],
+    ["_commands.parser"],
+    ["_commands.bench", "_commands.diff", "_commands.show", "_commands.update", "demo"],
+    ["_commands.output", "_commands.steps"],
+    ["_commands"],
     ["__init__"],
     ["testing"],
     ["testing.check"],

@@ -1,0 +1,10 @@
+"""`python -m lars_tree` is `lars-tree`."""
+
+from __future__ import annotations
+
+import sys
+
+from lars_tree.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
