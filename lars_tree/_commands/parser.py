@@ -195,8 +195,9 @@ def update(weights: str, grads: str, rates: Any, out: str | None, in_place: bool
 def diff(a: str, b: str) -> Output:
     """Say where the trees in two files differ.
 
-    Compared are keys, shapes, dtypes, elements. For elements the largest |b - a| / |a|. The exit status is 0 if they are equal, 1 if they
-    differ. Metadata and the order of keys do not count.
+    Compared are keys, shapes, dtypes and elements, for which it says the largest |b - a| / |a|;
+    not metadata, nor the order of keys. The exit status is 0 if all is equal, 1 if something
+    differs.
     """
     from lars_tree._commands import diff
 
