@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ from lars_tree.cli import main
 @pytest.fixture
 def libraries(monkeypatch):
     """What the demo needs, and no terminal to suit."""
+    need("click")
     need("rich")
     need("sklearn")
     for name in ("COLUMNS", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
@@ -125,9 +127,18 @@ def test_a_missing_library_is_one_line_that_says_how_to_get_it(
 
 
 def test_the_command_imports_no_library_before_it_needs_it():
-    code = "import sys, lars_tree.cli, lars_tree.demo; print({'rich', 'sklearn'} & {*sys.modules})"
+    code = """if 1:
+        import sys, lars_tree.cli, lars_tree.demo
+        print({'click', 'rich', 'safetensors', 'sklearn'} & {*sys.modules})"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_without_click_it_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "click", None)
+    assert main(["demo"]) == 2
+    expected = "lars-tree: click is not installed: pip install 'lars-tree[cli]'\n"
+    assert capsys.readouterr() == ("", expected)
 
 
 BAD = {
@@ -135,24 +146,85 @@ BAD = {
     "--epochs": ["0", "nan"],
     "--batch": ["-1", "1.5"],
     "--rate": ["0", "nan", "inf", "x"],
-    "--what": ["1"],
 }
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [[], ["dmeo"], *(["demo", name, value] for name in BAD for value in BAD[name])],
-    ids=" ".join,
+    ("name", "value"), [(name, value) for name in BAD for value in BAD[name]], ids=str
 )
-def test_bad_arguments_exit_with_2_and_a_reason(arguments, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(arguments)
-    assert exit_.value.code == 2
-    assert "error: " in capsys.readouterr().err
+def test_bad_values_exit_with_2_and_a_line_that_says_what_was_expected(name, value, capsys):
+    need("click")
+    assert main(["demo", name, value]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert re.fullmatch(
+        rf"lars-tree demo: .*'{name}': expected a .* number .*, got '{value}'\n", err
+    )
 
 
-def test_version_is_that_of_the_package(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(["--version"])
-    assert exit_.value.code == 0
-    assert capsys.readouterr().out == f"lars-tree {__version__}\n"
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], r"lars-tree: Missing command\."),
+        (["shw"], r"lars-tree: .*'shw'.*"),
+        (["--what"], r"lars-tree: .*--what.*"),
+        (["demo", "--what"], r"lars-tree demo: .*--what.*"),
+        (["demo", "what"], r"lars-tree demo: .*what.*"),
+        (["update", "w.npz"], r"lars-tree update: Missing argument 'GRADS'\."),
+        (["show", "w.npz", "--lr", "x"], r"lars-tree show: .*'x' is not a valid float\."),
+        (["bench", "--rounds", "0"], r"lars-tree bench: .*expected a whole number above 0.*"),
+    ],
+)
+def test_bad_arguments_exit_with_2_and_a_line(arguments, expected, capsys):
+    need("click")
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(expected + "\n", err)
+
+
+@pytest.mark.parametrize("module", ["lars_tree", "lars_tree.cli"])
+def test_version_is_that_of_the_package(module):
+    need("click")
+    command = [sys.executable, "-m", module, "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == (f"lars-tree {__version__}\n", "")
+
+
+def test_help_has_each_subcommand_and_how_to_complete(capsys):
+    need("click")
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert set(re.findall(r"^  (\w+)  +[A-Z].*[A-Za-z]\.$", out, re.MULTILINE)) == {
+        "bench", "demo", "diff", "show", "update"
+    }  # fmt: skip
+    assert "_LARS_TREE_COMPLETE=bash_source" in out
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell):
+    need("click")
+    command = [sys.executable, "-m", "lars_tree"]
+
+    def printed(what, **more):
+        environment = os.environ | {"_LARS_TREE_COMPLETE": f"{shell}_{what}"} | more
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    assert "_LARS_TREE_COMPLETE" in printed("source")
+    words = {"COMP_WORDS": "lars-tree up", "COMP_CWORD": "up" if shell == "fish" else "1"}
+    assert "update" in printed("complete", **words)
+    assert "bench" not in printed("complete", **words)
+
+
+def test_the_demo_as_json_has_the_numbers_of_its_tables(libraries, capsys):
+    main(["demo", "--epochs", "1"])
+    text = capsys.readouterr().out
+    main(["demo", "--epochs", "1", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert f"{found['parameters']} weights" in text
+    assert f"{found['lars']['held_out_accuracy']:.4f} │" in text
+    assert [run["rate"] for run in found["sgd"]] == [0.1, *demo.SGD_RATES]
+    for layer in found["lars"]["layers"]:
+        assert re.search(rf"{layer['path']} .* {layer['ratio']:.4g} ", text)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
@@ -61,7 +62,7 @@ def _subcommand(group: click.Group, extra: str = "cli") -> Callable[[Callable[..
             output = _run(function, extra, arguments)
             text = output.as_json() if as_json else output.text
             if text:
-                click.echo(text)
+                click.echo(text, sys.stdout)
             return output.status
 
         option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -104,15 +105,10 @@ def commands() -> None:
 
 def _with_rates(required: bool) -> Callable[[Any], Any]:
     """The options of the rule, gathered to `rates`."""
+    lr: dict[str, Any] = {"required": True} if required else {"default": 1.0}
     shared = ("decay_lambda", "trust_coefficient", "eps", "grad_scale", "trust_clip")
     options = [
-        click.option(
-            "--lr",
-            type=float,
-            required=required,
-            default=None if required else 1.0,
-            help="Rate. The step is in proportion to it.",
-        ),
+        click.option("--lr", type=float, help="Rate: the step is in proportion to it.", **lr),
         click.option("--decay-lambda", type=float, default=0.0, help="Weight decay."),
         click.option("--trust-coefficient", type=float, default=1.0, help="The paper's eta."),
         click.option("--eps", type=float, default=0.0, help="Added to the denominator."),

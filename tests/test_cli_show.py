@@ -1,0 +1,248 @@
+"""lars-tree show, diff and bench: what they say, and to whom."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from math import inf, nan, prod
+
+import numpy as np
+import pytest
+from conftest import need
+
+from lars_tree import Container, io, native_available, report
+from lars_tree.cli import main
+
+bfloat16 = need("ml_dtypes").bfloat16
+for library in ("click", "rich", "safetensors"):
+    need(library)
+
+from lars_tree._commands import bench  # noqa: E402
+from lars_tree._commands.diff import Change, compared  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+W = Container(
+    encoder={"kernel": np.full((3, 4), 2, "f4"), "bias": np.zeros(4, bfloat16)},
+    blocks=[{"w": np.array([3.0, 4.0])}, None],
+)
+
+
+def printed(capsys, *arguments, status=0):
+    assert main([str(x) for x in arguments]) == status
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def as_json(capsys, *arguments, status=0):
+    """The document that is printed: valid JSON, which Python's parser is not strict about."""
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    out = printed(capsys, *arguments, "--json", status=status)
+    assert out.count("\n") == 1
+    return json.loads(out, parse_constant=refuse)
+
+
+def test_show_lists_what_is_in_a_file(capsys):
+    io.save("w.safetensors", W, metadata={"step": "1"})
+    assert printed(capsys, "show", "w.safetensors") == (
+        "w.safetensors: 3 leaves, 18 parameters, 72 bytes\n"
+        "  encoder/kernel  float32 (3, 4)\n"
+        "  encoder/bias    bfloat16 (4,)\n"
+        "  blocks/0/w      float64 (2,)\n"
+        "  blocks/1        None\n"
+    )
+    found = as_json(capsys, "show", "w.safetensors")
+    assert found["metadata"] == {"step": "1"}
+    assert (found["leaves"], found["parameters"], found["bytes"]) == (3, 18, 72)
+    assert found["tree"][1:] == [
+        {"path": "encoder/bias", "shape": [4], "dtype": "bfloat16", "parameters": 4, "bytes": 8},
+        {"path": "blocks/0/w", "shape": [2], "dtype": "float64", "parameters": 2, "bytes": 16},
+        {"path": "blocks/1", "shape": None, "dtype": None, "parameters": 0, "bytes": 0},
+    ]
+
+
+def test_show_reads_no_elements(capsys):
+    """A file of 1 TiB, nothing of which is on the disk."""
+    text = b'{"w":{"dtype":"F32","shape":[274877906944],"data_offsets":[0,1099511627776]}}'
+    with open("w.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + (1 << 40))
+    assert "  w  float32 (274877906944,)\n" in printed(capsys, "show", "w.safetensors")
+
+
+def test_show_lists_all_leaves_of_a_large_tree(capsys):
+    io.save("w.npz", {str(i): np.ones(1) for i in range(500)})
+    lines = printed(capsys, "show", "w.npz").splitlines()
+    assert len(lines) == 501
+    lines = printed(capsys, "show", "w.npz", "--grads", "w.npz").splitlines()
+    assert len(lines) == 502
+    assert lines[-1].split()[0] == "499"
+
+
+@pytest.mark.parametrize("grads", ["g.npz", "g.safetensors"])
+def test_show_with_gradients_is_the_table_of_the_layers(grads, capsys):
+    w = {"encoder": W.encoder.to_dict(), "head": np.array([3.0, 4.0]), "kept": np.ones(2, "f4")}
+    g = {"encoder": {"kernel": np.ones((3, 4)), "bias": np.full(4, 2.0)}, "head": 1e-3 * np.ones(2)}
+    g["kept"] = None
+    io.save("w.safetensors", w)
+    io.save(grads, g)
+    options = ["--lr", 0.3, "--decay-lambda", 0.1, "--trust-clip", "--lr-for", "head=2"]
+    arguments = ["show", "w.safetensors", "--grads", grads, *options, "--no-adapt", "*/kernel"]
+    rates = {"encoder": 0.3, "head": 2.0, "kept": 0.3}
+    adapt = {"encoder": {"kernel": False, "bias": True}, "head": True, "kept": True}
+    with pytest.warns(report.TrustRatioWarning):
+        expected = report.layer_table(w, g, rates, decay_lambda=0.1, trust_clip=True, adapt=adapt)
+    assert printed(capsys, *arguments) == f"{expected!r}\n"
+    found = as_json(capsys, *arguments)["layers"]
+    assert [x["path"] for x in found] == ["encoder/kernel", "encoder/bias", "head", "kept"]
+    assert found[1]["relative_step"] == "Infinity"
+    assert found[2]["clipped"]
+    numbers = ("w_norm", "g_norm", "ratio")
+    assert [[x[name] for name in numbers] for x in found] == [
+        [x[name] for name in numbers] for x in expected
+    ]
+
+
+def test_the_rates_of_show_are_checked_as_those_of_an_update(capsys):
+    io.save("w.npz", {"a": np.ones(2)})
+    assert main(["show", "w.npz", "--grads", "w.npz", "--lr-for", "b=1"]) == 2
+    assert capsys.readouterr().err.startswith("lars-tree show: lr_for matches no leaf")
+
+
+def test_keys_that_a_terminal_cannot_show():
+    io.save("w.npz", {"ключ": np.ones(2), "a/b\nc": np.ones(2)})
+    command = [sys.executable, "-m", "lars_tree", "show", "w.npz"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert done.stdout.decode("ascii").splitlines()[1:] == [
+        f"  {name}  float64 (2,)" for name in (r"\u043a\u043b\u044e\u0447    ", r"'a/b\nc'")
+    ]
+
+
+@pytest.mark.parametrize("arguments", [["show", "w.npz"], ["diff", "w.npz", "v.npz"], ["--help"]])
+def test_a_reader_that_goes_away_is_no_error(arguments):
+    io.save("w.npz", {"a": np.ones(1)})
+    io.save("v.npz", {"a": np.zeros(1)})
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "lars_tree", *arguments]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_equal_files_do_not_differ(suffix, capsys):
+    w = {"a": np.array([nan, 0.0, inf]), "b": {"c": np.ones((2, 3), "f4"), "d": np.zeros((0, 2))}}
+    io.save(f"a{suffix}", w, metadata={"step": "1"})
+    io.save("b.safetensors", {"b": dict(reversed(w["b"].items())), "a": w["a"] * [1, -1, 1]})
+    assert printed(capsys, "diff", f"a{suffix}", "b.safetensors") == ""
+    found = as_json(capsys, "diff", f"a{suffix}", "b.safetensors")
+    assert found["equal"]
+    assert [leaf["changed"] for leaf in found["leaves"]] == [0, 0, 0]
+
+
+def test_diff_says_how_much_each_leaf_changed(capsys):
+    w = {"a": np.array([1.0, 2, 4]), "b": {"c": np.ones((2, 3), "f4"), "d": np.zeros(4, bfloat16)}}
+    new = {"a": np.array([1.0, 2.5, 5]), "b": {"c": w["b"]["c"], "d": np.array([0, 0, 3, 0], "f4")}}
+    io.save("a.safetensors", w)
+    io.save("b.npz", new)
+    assert printed(capsys, "diff", "a.safetensors", "b.npz", status=1) == (
+        "2 of 3 leaves that both have differ\n"
+        "  a    2 of 3 elements differ, by up to 0.25 of |a|\n"
+        "  b/d  bfloat16 (4,) in A, float32 (4,) in B; "
+        "1 of 4 elements differ, by up to inf of |a|\n"
+    )
+    found = as_json(capsys, "diff", "a.safetensors", "b.npz", status=1)
+    assert [leaf["largest_relative_change"] for leaf in found["leaves"]] == [0.25, 0, "Infinity"]
+    assert [leaf["changed"] for leaf in found["leaves"]] == [2, 0, 1]
+    assert not found["equal"]
+
+
+@pytest.mark.parametrize(
+    ("other", "line"),
+    [
+        ({"a": {"bias": 0, "kernel": 1}, "c": 2}, "/  missing 'b'; unexpected 'c'"),
+        ({"a": {"bais": 0, "kernel": 1}, "b": 2}, "a  missing 'bias'; unexpected 'bais' (did you"),
+        ({"a": 0, "b": 2}, "a  expected a dict with keys 'bias', 'kernel', got an array of shape"),
+        ({"a": {"bias": 0, "kernel": 1}, "b": [2, 2]}, "b  expected an array of shape (2,), got a"),
+        ({"a": {"bias": 0, "kernel": 1}, "b": None}, "b  float64 (2,) in A, None in B"),
+        ({"a": {"bias": 2, "kernel": 1}, "b": 2}, "a/bias  float64 (0,) in A, float64 (2,) in B"),
+        ({"a": {"bias": 0, "kernel": np.ones(1, "f4")}, "b": 2}, "float64 (1,) in A, float32 (1,)"),
+    ],
+)
+def test_diff_says_where_the_structure_differs(other, line, capsys):
+    def filled(node):
+        return Container(node).map(lambda n: np.ones(n) if isinstance(n, int) else n)
+
+    io.save("a.npz", filled({"a": {"bias": 0, "kernel": 1}, "b": 2}))
+    io.save("b.npz", filled(other))
+    assert line in printed(capsys, "diff", "a.npz", "b.npz", status=1)
+    assert not as_json(capsys, "diff", "a.npz", "b.npz", status=1)["equal"]
+
+
+def test_diff_of_what_cannot_be_read_is_an_error(capsys):
+    io.save("a.npz", {"a": np.ones(1)})
+    assert main(["diff", "a.npz", "b.npz"]) == 2
+    assert capsys.readouterr() == ("", "lars-tree diff: b.npz: No such file or directory\n")
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        (np.array([1.0, nan]), np.array([1.0, 2.0]), (1, nan)),
+        (np.array([nan, 1.0, 1.0]), np.array([0.0, 1.0, 3.0]), (2, nan)),
+        (np.array([0.0, 1.0]), np.array([1e-300, 1.0]), (1, inf)),
+        (np.array([1e308]), np.array([-1e307]), (1, 1.1)),
+        (np.array([1 + 1j, 2]), np.array([1 - 1j, 2]), (1, 2 / 2**0.5)),
+        (np.array([True, False]), np.array([False, False]), (1, 1)),
+        (np.array([200], "u1"), np.array([100], "u1"), (1, 0.5)),
+        (np.array([2**62], "i8"), np.array([2**62 + 1], "i8"), (1, 0)),
+        (np.array([1, 2], "f4"), np.array([1, 2]), (0, 0)),
+        (np.array([1, 2], bfloat16), np.array([1, 3], "f2"), (1, 0.5)),
+    ],
+)
+def test_relative_changes(a, b, expected):
+    count, largest = compared(a, b)
+    assert count == expected[0]
+    assert largest == pytest.approx(expected[1], nan_ok=True, rel=1e-15)
+
+
+def test_changes_are_those_of_all_blocks(monkeypatch):
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((7, 9))
+    b = np.where(rng.random(a.shape) < 0.5, a, rng.standard_normal(a.shape))
+    monkeypatch.setattr("lars_tree._commands.diff._BLOCK", 4)
+    expected = Change(int(np.sum(a != b)), float(np.max(np.abs(b - a) / np.abs(a))))
+    assert compared(a, b) == expected
+
+
+def test_bench_has_the_weights_of_resnet50():
+    """25,557,032 parameters (torchvision) in 53 convolutions, their norms, and the last layer."""
+    shapes = list(bench.resnet50())
+    assert sum(map(prod, shapes)) == 25_557_032
+    assert len(shapes) == 53 * 3 + 2
+
+
+def test_bench_times_an_update_beside_the_same_bytes(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "resnet50", lambda: [(300, 1000), (7,)])
+    monkeypatch.setattr(bench, "_REST", 0)
+    found = as_json(capsys, "bench", "--rounds", 3)
+    assert (found["leaves"], found["parameters"], found["bytes"]) == (2, 300_007, 3 * 4 * 300_007)
+    assert found["kernel"] == native_available()
+    for prefix in ("", "limit_"):
+        gigabytes = found[f"{prefix}gigabytes_per_second"] * found[f"{prefix}milliseconds"] / 1e3
+        assert gigabytes * 1e9 == pytest.approx(found["bytes"])
+    text = printed(capsys, "bench", "--rounds", 3)
+    assert re.search(r"lars_update in place +[\d.]+ ms +[\d.]+ GB/s\n  limit +[\d.]+ ms", text)

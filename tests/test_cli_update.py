@@ -1,0 +1,380 @@
+"""lars-tree update: the numbers of lars_update, in a file that is replaced in one step."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import need
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import lars_tree
+from lars_tree import Container, io, lars_update
+from lars_tree.cli import main
+
+bfloat16 = need("ml_dtypes").bfloat16
+need("click")
+need("rich")
+need("safetensors")
+
+DTYPES = [np.dtype(x) for x in ("f2", bfloat16, "f4", "f8", "c8")]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(lars_tree.__file__).parents[1])}
+
+
+def random(shape, dtype, rng):
+    return np.asarray(rng.standard_normal(shape) * 10.0 ** rng.integers(-3, 4), dtype)
+
+
+def trees(rng, dtypes=DTYPES):
+    """Weights and gradients with nodes of all kinds, and leaves that take all kinds of steps."""
+    shapes = dict(zip("vwxyz", [(3, 4), (5,), (), (0, 2), (2, 1, 3)], strict=True))
+    w = {
+        "encoder": {key: random(shapes[key], rng.choice(dtypes), rng) for key in shapes},
+        "list": [random((2, 2), "f4", rng), None, {"a.b": random((3,), "f8", rng)}],
+        7: random((2, 3), "f4", rng),
+        "kept": {"count": np.array(3), "w": np.ones(2)},
+    }  # fmt: skip
+    g = {
+        "encoder": {key: random(x.shape, x.dtype, rng) for key, x in w["encoder"].items()},
+        "list": [random((2, 1), "f8", rng), None, {"a.b": random((), "f4", rng)}],
+        7: random((2, 3), "f8", rng),
+        "kept": None,
+    }
+    return w, g
+
+
+def assert_same_bits(a, b):
+    a, b = Container(a), Container(b)
+    assert a.paths() == b.paths()
+    for x, y in zip(a.leaves(), b.leaves(), strict=True):
+        if x is None:
+            assert y is None
+        else:
+            assert (x.dtype, x.shape) == (y.dtype, y.shape)
+            assert x.tobytes() == y.tobytes()
+
+
+def run(*arguments):
+    assert main([str(x) for x in ("update", *arguments)]) == 0
+
+
+OPTIONS = {
+    "decay_lambda": 0.01,
+    "trust_coefficient": 0.5,
+    "eps": 1e-3,
+    "grad_scale": 8.0,
+    "trust_clip": True,
+}
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    names=st.sets(st.sampled_from(list(OPTIONS))),
+    suffixes=st.tuples(*[st.sampled_from([".safetensors", ".npz"])] * 3),
+)
+def test_the_update_of_a_file_is_that_of_the_trees_to_the_bit(seed, names, suffixes, tmp_path):
+    dtypes = DTYPES if ".npz" not in suffixes else [x for x in DTYPES if x != bfloat16]
+    w, g = trees(np.random.default_rng(seed), dtypes)
+    files = [tmp_path / (name + suffix) for name, suffix in zip("wgo", suffixes, strict=True)]
+    io.save(files[0], w, metadata={"step": "9"})
+    io.save(files[1], g)
+    arguments = [*files[:2], "--lr", 0.3, "-o", files[2]]
+    for name in names:
+        option = "--" + name.replace("_", "-")
+        arguments += [option] if name == "trust_clip" else [option, OPTIONS[name]]
+    run(*arguments)
+    expected = lars_update(w, g, 0.3, **{name: OPTIONS[name] for name in names})
+    assert_same_bits(io.load(files[2]), expected)
+    assert io.metadata(files[2]) == {"step": "9"}
+    assert_same_bits(io.load(files[0]), w)
+
+
+def test_files_of_numpy_in_any_order_of_memory_and_bytes(tmp_path):
+    rng = np.random.default_rng(0)
+    w = {"a": np.asfortranarray(random((40, 30), "f4", rng)), "b": random((9,), ">f4", rng)}
+    g = {"a": np.asfortranarray(random((40, 30), "f4", rng)), "b": random((9,), ">f8", rng)}
+    np.savez(tmp_path / "w.npz", **w)
+    np.savez_compressed(tmp_path / "g.npz", **g)
+    run(tmp_path / "w.npz", tmp_path / "g.npz", "--lr", 0.1, "-o", tmp_path / "o.safetensors")
+    expected = lars_update(io.load(tmp_path / "w.npz"), io.load(tmp_path / "g.npz"), 0.1)
+    found = io.load(tmp_path / "o.safetensors")
+    assert np.array_equal(found.a, expected.a)
+    assert np.array_equal(found.b, expected.b)
+    assert np.count_nonzero(found.a != w["a"]) == w["a"].size
+
+
+def test_gradients_of_a_prefix_hold_for_all_below(tmp_path):
+    w = {"a": {"b": np.ones(3), "c": np.full(2, 2.0)}, "d": np.ones(2)}
+    g = {"a": np.array(0.5), "d": np.ones(2)}
+    io.save(tmp_path / "w.npz", w)
+    io.save(tmp_path / "g.npz", g)
+    run(tmp_path / "w.npz", tmp_path / "g.npz", "--lr", 0.1, "-o", tmp_path / "o.npz")
+    assert_same_bits(io.load(tmp_path / "o.npz"), lars_update(w, g, 0.1))
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """w.safetensors and g.safetensors in the working directory, and what is in them."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(5)
+    w = Container(
+        encoder={"kernel": random((3, 4), "f4", rng), "bias": random((4,), "f4", rng)},
+        head={"kernel": random((4, 2), "f4", rng), "bias": random((2,), bfloat16, rng)},
+    )
+    g = w.map(lambda x: random(x.shape, x.dtype, rng))
+    io.save("w.safetensors", w)
+    io.save("g.safetensors", g)
+    return w, g
+
+
+FILES = ["w.safetensors", "g.safetensors"]
+
+
+def test_patterns_give_leaves_their_rates_and_take_them_out_of_the_adaptation(files):
+    w, g = files
+    arguments = ["--lr-for", "*=0.5", "--lr-for", "enc*=0.25", "--lr-for", "*/k?rnel=2"]
+    run(*FILES, "--lr", 0.1, *arguments, "--no-adapt", "*/bias", "-o", "o.safetensors")
+    rates = {"encoder": {"kernel": 2.0, "bias": 0.25}, "head": {"kernel": 2.0, "bias": 0.5}}
+    adapt = w.map(lambda path, _: path[-1] == "kernel", with_path=True)
+    assert_same_bits(io.load("o.safetensors"), lars_update(w, g, rates, adapt=adapt))
+
+
+def test_in_place_replaces_the_weights(files):
+    w, g = files
+    os.chmod(FILES[0], 0o640)
+    run(*FILES, "--lr", 0.1, "--in-place")
+    assert_same_bits(io.load(FILES[0]), lars_update(w, g, 0.1))
+    assert os.stat(FILES[0]).st_mode & 0o777 == 0o640
+    assert sorted(os.listdir()) == sorted(FILES)
+
+
+def test_json_says_what_was_written(files, capsys):
+    run(*FILES, "--lr", 0.1, "-o", "o.safetensors", "--json")
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert json.loads(out) == {
+        "weights": FILES[0],
+        "gradients": FILES[1],
+        "out": "o.safetensors",
+        "leaves": 4,
+        "parameters": 26,
+        "bytes": 26 * 4 - 4,
+    }
+
+
+BAD_GRADIENTS = {
+    "a misspelt key": ({"encoder": "bais"}, "missing 'bias'; unexpected 'bais' (did you mean 'bia"),
+    "a missing node": ({"head": None}, "missing 'head'"),
+    "a wrong shape": (np.ones((4, 3), "f4"), "encoder/kernel: expected a shape that broadcasts to"),
+    "integers": (np.ones((3, 4), "i4"), "encoder/kernel: expected float16, bfloat16, float32"),
+    "complex numbers": (np.ones((3, 4), "c8"), "encoder/kernel: expected real as in w (float32)"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_GRADIENTS)
+@pytest.mark.parametrize("where", [["-o", "o.safetensors"], ["--in-place"]])
+def test_gradients_that_do_not_fit_change_nothing(fault, where, files, capsys):
+    change, message = BAD_GRADIENTS[fault]
+    g = files[1].to_dict()
+    if fault == "a misspelt key":
+        g["encoder"]["bais"] = g["encoder"].pop("bias")
+    elif fault == "a missing node":
+        del g["head"]
+    else:
+        g["encoder"]["kernel"] = change
+    io.save("g.safetensors", g)
+    refused(["update", *FILES, "--lr", "0.1", *where], message, capsys)
+
+
+BAD_OPTIONS = [
+    (["--lr", "nan"], "lr: expected a finite number >= 0, got nan"),
+    (["--lr", "-1"], "lr: expected a finite number >= 0, got -1.0"),
+    (["--lr", "1", "--eps", "inf"], "eps: expected a finite number >= 0, got inf"),
+    (["--lr", "1", "--grad-scale", "0"], "grad_scale: expected a finite number > 0, got 0.0"),
+    (["--lr", "1", "--lr-for", "*=-1"], "*: expected a finite number >= 0, got -1.0"),
+    (["--lr", "1", "--lr-for", "*=-1", "--lr-for", "**=1"], "expected a finite number >= 0"),
+    (["--lr", "1", "--lr-for", "encoder"], "expected PATTERN=RATE, got 'encoder'"),
+    (["--lr", "1", "--lr-for", "*=x"], "expected PATTERN=RATE, got '*=x'"),
+    (["--lr", "1", "--lr-for", "hed/bias=1"], "got 'hed/bias' (did you mean 'head/bias'?)"),
+    (["--lr", "1", "--no-adapt", "bias"], "no_adapt matches no leaf: expected a pattern of paths"),
+    ([], "Missing option '--lr'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=lambda x: " ".join(x)[:30])
+def test_options_that_do_not_fit_change_nothing(options, message, files, capsys):
+    refused(["update", *FILES, *options, "--in-place"], message, capsys)
+
+
+BAD_FILES = [
+    (["w.safetensors", "no.npz"], ["--in-place"], "no.npz: No such file or directory"),
+    (FILES, ["-o", "no/o.safetensors"], "no: No such file or directory"),
+    (FILES, ["-o", "o.txt"], "expected a name that ends in .safetensors or .npz"),
+    (FILES, ["-o", "o.npz"], "head/bias: npz has no bfloat16"),
+    (FILES, ["-o", "o.npz", "--in-place"], "expected one of -o OUT and --in-place"),
+    (FILES, [], "expected one of -o OUT and --in-place"),
+    (["w.safetensors", "torn.safetensors"], ["--in-place"], "'torn.safetensors' cannot be read"),
+    (["w.safetensors", "torn.npz"], ["-o", "o.safetensors"], "'torn.npz' cannot be read"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("files_", "where", "message"), BAD_FILES)
+def test_files_that_cannot_be_read_or_written_change_nothing(files_, where, message, files, capsys):
+    for name, source in (("torn.safetensors", "g.safetensors"), ("torn.npz", "g.npz")):
+        if source == "g.npz":
+            np.savez(source, a=np.ones(9))
+        Path(name).write_bytes(Path(source).read_bytes()[:-9])
+    refused(["update", *files_, "--lr", "1", *where], message, capsys)
+
+
+def test_a_leaf_that_is_torn_is_seen_when_its_turn_comes(files, capsys):
+    """What is in an archive is checked when it is read: by then a part has been written."""
+    w = {"a": np.ones(9, "f4"), "b": np.ones(9, "f4")}
+    io.save("w.npz", w)
+    io.save("g.npz", w)
+    data = bytearray(Path("g.npz").read_bytes())
+    end = data.rindex(np.ones(9, "f4").tobytes())
+    data[end] ^= 1
+    Path("g.npz").write_bytes(data)
+    refused(["update", "w.npz", "g.npz", "--lr", "1", "-o", "w.npz"], "b: Bad CRC-32", capsys)
+
+
+def refused(arguments, message, capsys):
+    """Exit status 2, one line that has this message, and all files as they were."""
+    before = {name: Path(name).read_bytes() for name in os.listdir()}
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("lars-tree update: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert {name: Path(name).read_bytes() for name in os.listdir()} == before
+
+
+def test_a_bar_is_drawn_in_a_terminal_alone(files, monkeypatch, capsys):
+    for terminal, bar in ((True, "100/100 bytes"), (False, "")):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        run(*FILES, "--lr", 1, "-o", "o.safetensors")
+        out, err = capsys.readouterr()
+        assert bar in err
+        assert bool(bar) == bool(err)
+        assert out == "o.safetensors: 4 leaves, 26 parameters, 100 bytes\n"
+
+
+def big_files(directory, leaves, size):
+    """Weights and gradients of which all elements of a leaf are alike, and a small old file."""
+    for name, value in (("w", 2.0), ("g", 1.0)):
+        x = np.full(size, value, "f4")
+        io.save(directory / f"{name}.safetensors", {f"l{i}": x for i in range(leaves)})
+    io.save(directory / "o.safetensors", {"old": np.ones(3)})
+
+
+COMMAND = [
+    sys.executable,
+    "-m",
+    "lars_tree",
+    "update",
+    *FILES,
+    "--lr",
+    "0.5",
+    "-o",
+    "o.safetensors",
+]
+
+
+def stopped(directory, fraction, number):
+    """An update that gets a signal when this fraction of the file has been written."""
+    total = (directory / "w.safetensors").stat().st_size
+    process = subprocess.Popen(
+        COMMAND,
+        cwd=directory,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    sizes = [-1]
+    while process.poll() is None and sizes[0] < fraction * total:
+        sizes = [x.stat().st_size for x in strays(directory)] or [-1]
+        time.sleep(0.0005)
+    process.send_signal(number)
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+def strays(directory):
+    return list(directory.glob(".lars_tree-*.tmp"))
+
+
+def test_a_kill_at_any_moment_leaves_the_old_file_or_the_new(tmp_path):
+    big_files(tmp_path, 32, 1 << 19)
+    old = (tmp_path / "o.safetensors").read_bytes()
+    ends = []
+    for i in range(16):
+        (tmp_path / "o.safetensors").write_bytes(old)
+        status, out, _ = stopped(tmp_path, i / 14, signal.SIGKILL)
+        found = io.load(tmp_path / "o.safetensors")
+        if "old" in found:
+            assert (tmp_path / "o.safetensors").read_bytes() == old
+        else:
+            assert len(found) == 32
+            assert {float(x) for leaf in found.leaves() for x in (leaf.min(), leaf.max())} == {1.0}
+        ends.append(("old" in found, len(strays(tmp_path))))
+        assert ends[-1][1] <= 1  # the one before was cleared
+        assert (status, bool(out)) in ((-signal.SIGKILL, False), (-signal.SIGKILL, True), (0, True))
+    assert (True, 1) in ends  # it came while the file was being written
+    assert (False, 0) in ends
+    subprocess.run(COMMAND, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, check=True)
+    assert strays(tmp_path) == []
+
+
+@pytest.mark.parametrize("fraction", [0, 0.5])
+def test_ctrl_c_exits_with_130_and_leaves_no_temporary_file(fraction, tmp_path):
+    big_files(tmp_path, 64, 1 << 20)
+    old = (tmp_path / "o.safetensors").read_bytes()
+    status, out, err = stopped(tmp_path, fraction, signal.SIGINT)
+    assert (status, out, err.strip()) == (130, "", "")
+    assert (tmp_path / "o.safetensors").read_bytes() == old
+    assert strays(tmp_path) == []
+
+
+@pytest.mark.parametrize("native", ["0", "1"])
+def test_memory_is_bounded_by_the_largest_leaf(native, tmp_path):
+    """256 MiB in leaves of 16 MiB: at most three leaves and 200 MiB, less than the file."""
+    code = """if 1:
+        import json, re, sys
+        from lars_tree.cli import main
+        leaf, count = 1 << 24, 16
+        spans = [[leaf * i, leaf * (i + 1)] for i in range(count)]
+        header = {str(i): {"dtype": "F32", "shape": [leaf >> 2], "data_offsets": span}
+                  for i, span in enumerate(spans)}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        for name in ("w.safetensors", "g.safetensors"):
+            with open(name, "wb") as file:
+                file.write(len(text).to_bytes(8, "little") + text)
+                file.truncate(8 + len(text) + leaf * count)
+        assert main(["update", "w.safetensors", "g.safetensors", "--lr", "1", "--in-place"]) == 0
+        print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])"""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"LARS_TREE_NATIVE": native},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stdout.split()[-1])
+    assert peak << 10 <= 3 * (1 << 24) + (200 << 20) < 256 << 20
