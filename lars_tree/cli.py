@@ -16,6 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
         argv: The arguments; None takes those of the process.
+
+    Raises:
+        SystemExit: 1, without a word, where the reader of stdout has gone away.
     """
     try:
         import click

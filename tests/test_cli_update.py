@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -304,10 +305,12 @@ def stopped(directory, fraction, number):
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    sizes = [-1]
-    while process.poll() is None and sizes[0] < fraction * total:
-        sizes = [x.stat().st_size for x in strays(directory)] or [-1]
+    written = -1
+    while process.poll() is None and written < fraction * total:
         time.sleep(0.0005)
+        for stray in strays(directory):
+            with suppress(FileNotFoundError):  # it has just been renamed
+                written = stray.stat().st_size
     process.send_signal(number)
     out, err = process.communicate()
     return process.returncode, out, err

@@ -80,8 +80,6 @@ def _run(function: Callable[..., Output], extra: str, arguments: dict[str, Any])
     except ModuleNotFoundError as error:
         text = f"{error.name} is not installed: pip install 'lars-tree[{extra}]'"
         raise click.UsageError(text, context) from None
-    except BrokenPipeError:
-        raise
     except OSError as error:
         text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         raise click.UsageError(text, context) from None
