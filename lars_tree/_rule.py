@@ -168,9 +168,12 @@ def step(ops: Ops, w: Any, dcdw: Any, rule: Rule, velocity: Any = None) -> tuple
 
 def _scaled(ops: Ops, w_norm: Norm, dcdw_norm: Norm, rule: Rule) -> tuple[Rule, Any, Any]:
     """The rule for norms scaled to be near 1, the scale of its denominator, and a ratio of 1."""
+    # The scale of a gradient may leave the range with that of the loss: before, it is near enough.
+    unscaled = dcdw_norm.scale / rule.grad_scale
+    in_range = (unscaled > 0) & (unscaled < float("inf"))
     # A norm of 0 has the scale 1, which must not count beside those of others.
     moves = dcdw_norm.scaled != 0
-    scale = ops.where(moves, dcdw_norm.scale / rule.grad_scale, 0)
+    scale = ops.where(moves, ops.where(in_range, unscaled, dcdw_norm.scale), 0)
     scale = ops.maximum(scale, rule.decay_lambda * w_norm.scale)
     scale = ops.power_of_two(ops.maximum(scale, rule.eps))
     scaled = rule._replace(

@@ -236,8 +236,8 @@ def test_array_operations_keep_the_bounds(library_name, name, decay):
 
 
 @cache
-def compiled(clip, decay):
-    opt = Lars(1.0, trust_coefficient=0.1, trust_clip=clip, decay_lambda=decay)
+def compiled(**options):
+    opt = Lars(1.0, trust_coefficient=0.1, **options)
     return need("jax").jit(lambda w, g: opt.update(w, g, opt.init(w))[1].velocity)
 
 
@@ -249,10 +249,11 @@ def stepped_from_rest(way, w, g, options):
         torch = need("torch")
         optimizer = need("lars_tree.torch").Lars
         names = {"decay_lambda": "weight_decay"}
-        given = {names.get(name, name): x for name, x in options.items()}
+        given = {names.get(name, name): x for name, x in options.items() if name != "grad_scale"}
         w = torch.nn.Parameter(torch.tensor(w))
         w.grad = torch.tensor(g)
         stepping = optimizer([w], lr=1.0, trust_coefficient=0.1, foreach=True, **given)
+        stepping.grad_scale = torch.tensor(options.get("grad_scale", 1.0), dtype=torch.float64)
         stepping.step()
         return to_numpy(stepping.state[w]["momentum_buffer"])
     opt = Lars(1.0, trust_coefficient=0.1, stop_gradients=way != "torch", **options)
@@ -263,11 +264,14 @@ def stepped_from_rest(way, w, g, options):
     jax = need("jax")
     with jax.enable_x64(True):
         w, g = map(jax.numpy.asarray, (w, g))
-        return to_numpy(compiled(clip=options["trust_clip"], decay=options["decay_lambda"])(w, g))
+        return to_numpy(compiled(**options)(w, g))
+
+
+WAYS = pytest.mark.parametrize("way", ["numpy", "foreach", "torch", "strict", "jit"])
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|underflow) encountered:RuntimeWarning")
-@pytest.mark.parametrize("way", ["numpy", "foreach", "torch", "strict", "jit"])
+@WAYS
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_a_velocity_has_its_digits_where_the_weights_hide_them(way, decay):
     """The shortest steps of the longest weights, and the longest steps of none at all."""
@@ -281,4 +285,20 @@ def test_a_velocity_has_its_digits_where_the_weights_hide_them(way, decay):
         expected = [float(x) for x in step.u]
         actual = stepped_from_rest(way, w, g, options)
         case = f"{w_exponent}, {g_exponent}, {clip}"
+        np.testing.assert_allclose(actual, expected, rtol=2e-15, atol=1e-300, err_msg=case)
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|underflow) encountered:RuntimeWarning")
+@WAYS
+@pytest.mark.parametrize(("g_exponent", "grad_scale"), [(-1010, 2.0**80), (1010, 2.0**-80)])
+def test_the_loss_scale_may_take_a_gradient_out_of_range(way, g_exponent, grad_scale):
+    """The gradient is no number of its format without the scale, but the step is one."""
+    rng = np.random.default_rng(8)
+    for w_exponent, decay, clip in itertools.product([0, 900], [0.0, 1e-4], [False, True]):
+        w, g = (random_array(rng, "float64", e, 5) for e in (w_exponent, g_exponent))
+        options = {"decay_lambda": decay, "trust_clip": clip, "grad_scale": grad_scale}
+        step = reference.lars(w.tolist(), g.tolist(), 1.0, trust_coefficient=0.1, **options)
+        expected = [float(x) for x in step.u]
+        actual = stepped_from_rest(way, w, g, options)
+        case = f"{w_exponent}, {decay}, {clip}"
         np.testing.assert_allclose(actual, expected, rtol=2e-15, atol=1e-300, err_msg=case)
