@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from numbers import Real
+from operator import index
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from lars_tree import _checks, _options
 from lars_tree._backends.base import Leaf
 from lars_tree._backends.torch import BACKEND, is_in_cpu_memory, looks_right, step_in_place
-from lars_tree._rule import Rule
+from lars_tree._rule import MOTION_NUMBERS, NUMBERS, Rule
 from lars_tree.errors import LarsTreeError, Path, enumerated
 from lars_tree.update import advance
 
@@ -35,7 +35,7 @@ class Batch:
 
     def options(self, grad_scale: Any) -> dict[str, Any]:
         """The options of the rule, by their names there."""
-        group, lr = self.group, self.group["lr"]
+        group, lr, axis = self.group, self.group["lr"], self.group["layer_axis"]
         if isinstance(lr, Tensor) and lr.ndim:
             lr = lr.reshape(())
         taken_in = 1.0 if self.is_first else 1.0 - group["dampening"]
@@ -46,22 +46,23 @@ class Batch:
             **moving,
             "decay_lambda": group["weight_decay"],
             "grad_scale": grad_scale,
+            "layer_axis": None if axis is None else index(axis),
         }
 
     def leaves(self, grad_scale: Any) -> list[Leaf]:
         """The parameters as what a backend steps."""
-        options = {
-            name: float(x) if isinstance(x, Real) and not isinstance(x, bool) else x
-            for name, x in self.options(1.0 if grad_scale is None else grad_scale).items()
-        }
-        rule = Rule(**{**options, "layer_axis": self.group["layer_axis"]})
+        options = self.options(1.0 if grad_scale is None else grad_scale)
+        for name in (*NUMBERS, *MOTION_NUMBERS):
+            if not isinstance(options[name], Tensor):  # numpy has some, too
+                options[name] = float(options[name])
+        rule = Rule(**options)
         return [Leaf(0, p, grad, p, rule, BACKEND, buffer) for _, p, grad, buffer in self.rows]
 
 
 # What is called the same here and in the rule.
 _SHARED = (
     *("momentum", "nesterov", "trust_coefficient", "eps"),
-    *("trust_clip", "adapt", "maximize", "layer_axis"),
+    *("trust_clip", "adapt", "maximize"),
 )
 
 

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lars_tree._backends.torch import BACKEND, is_in_cpu_memory
-from lars_tree._memory import uninterrupted
+from lars_tree._memory import serialised, uninterrupted
 from lars_tree._torch_batches import (
     Batch,
     check_elsewhere,
@@ -188,13 +188,18 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grad_scale, found_inf = (getattr(self, x, None) for x in ("grad_scale", "found_inf"))
+        # Of threads that step the same parameters, one makes their buffers.
+        with nullcontext() if torch.compiler.is_compiling() else serialised():
+            self._step(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        return loss
+
+    def _step(self, grad_scale: Any, found_inf: Any) -> None:
         here, elsewhere = self._batches()
         first = any(batch.is_first for batch in here + elsewhere)
         if found_inf is not None and (here or any(batch.is_undamped for batch in elsewhere)):
             # What is in CPU memory cannot wait to know, and only a step that is taken is the first.
             if found_inf:
-                return loss
+                return
             found_inf = None
         compiling = torch.compiler.is_compiling()
         leaves = [leaf for batch in elsewhere for leaf in batch.leaves(grad_scale)]
@@ -209,7 +214,6 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
             if elsewhere:
                 step_elsewhere(leaves, elsewhere, found_inf)
                 self._keep_buffers(elsewhere)
-        return loss
 
     def _batches(self) -> tuple[list[Batch], list[Batch]]:
         """What there is to be stepped in CPU memory, and elsewhere."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import signal
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -90,6 +91,10 @@ def lose_dtype(opt, p):
     opt.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=torch.float16)
 
 
+def lose_tensor(opt, p):
+    opt.state[p]["momentum_buffer"] = np.zeros(4)
+
+
 def lose_axis(opt, p):
     opt.param_groups[-1]["layer_axis"] = 2
 
@@ -105,6 +110,7 @@ def lose_gradient(opt, p):
     [
         (lose_shape, "expected a velocity"),
         (lose_dtype, "expected a velocity"),
+        (lose_tensor, "expected a torch array"),
         (lose_axis, "layer_axis is no axis"),
         (lose_gradient, "dcdw does not broadcast"),
     ],
@@ -124,7 +130,7 @@ def test_an_error_names_the_parameters_and_nothing_is_written(spoil, says, forea
     assert "1.weight" in note
     assert same(net.parameters(), before[0])
     for each, old in zip(opt.state_dict()["state"].values(), before[1].values(), strict=True):
-        assert torch.equal(each["momentum_buffer"], old["momentum_buffer"])
+        assert np.array_equal(each["momentum_buffer"], old["momentum_buffer"])
 
 
 @FOREACH
@@ -140,6 +146,28 @@ def test_parameters_that_share_memory_are_refused(momenta, foreach):
         Lars(groups, foreach=foreach).step()
     assert caught.value.__notes__ == ["parameters: param_groups[1]['params'][0]"]
     assert x.tolist() == [1, 1, 1, 1]
+
+
+@FOREACH
+def test_steps_of_many_threads_are_all_taken(foreach):
+    """The first ones too: all of them move one buffer."""
+    p = torch.nn.Parameter(torch.zeros(20_000))
+    p.grad = -torch.ones_like(p)
+    opt = Lars([p], 1.0, momentum=1.0, adapt=False, foreach=foreach)
+    start = threading.Barrier(4)
+
+    def work():
+        start.wait()
+        for _ in range(40):
+            opt.step()
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert opt.state[p]["momentum_buffer"].unique().tolist() == [-160]
+    assert p.unique().tolist() == [160 * 161 / 2]
 
 
 def interrupted_at(line, call):

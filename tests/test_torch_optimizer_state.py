@@ -175,9 +175,21 @@ def test_options_may_be_numbers_of_numpy(foreach):
     p, q = parameter(), parameter()
     scheduled = Lars([p], 0.1, foreach=foreach)
     scheduled.param_groups[0].update(lr=np.float32(0.25), weight_decay=np.float64(0.5))
+    scheduled.param_groups[0].update(momentum=np.array(0.9))
     scheduled.step()
     Lars([q], 0.25, weight_decay=0.5).step()
     assert p.tolist() == pytest.approx(q.tolist(), rel=1e-12)
+
+
+@FOREACH
+@pytest.mark.parametrize("make", [np.int64, torch.tensor])
+def test_an_axis_may_be_any_index(foreach, make):
+    results = []
+    for axis in (-1, make(-1)):
+        p = parameter([W, W], [G, W])
+        Lars([p], 0.25, layer_axis=axis, foreach=foreach).step()
+        results.append(p)
+    assert same(results[:1], results[1:])
 
 
 @FOREACH
