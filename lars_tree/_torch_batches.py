@@ -13,8 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from lars_tree import _checks, _options
+from lars_tree._backends.addresses import NUMPY_TYPES
 from lars_tree._backends.base import Leaf
-from lars_tree._backends.torch import BACKEND, is_in_cpu_memory, looks_right, step_in_place
+from lars_tree._backends.sharded import is_sharded, layout, partial_fault, shard_of
+from lars_tree._backends.torch import BACKEND, PLAIN_TYPES, is_in_cpu_memory, step_in_place
 from lars_tree._rule import MOTION_NUMBERS, NUMBERS, Rule
 from lars_tree.errors import LarsTreeError, Path, enumerated
 from lars_tree.update import advance
@@ -109,10 +111,40 @@ def check_elsewhere(leaves: list[Leaf], batches: list[Batch]) -> None:
     """Check what is in CPU memory after all, or looks wrong: on a device the checks take longer
     than the step.
     """
-    suspects = leaves if not looks_right(leaves) else [x for x in leaves if is_in_cpu_memory(x.w)]
+    suspects = leaves if not _look_right(leaves) else [x for x in leaves if is_in_cpu_memory(x.w)]
     paths: list[Path] = [(batch.name, i) for batch in batches for i in range(len(batch.rows))]
     places = {id(leaf): place for place, leaf in enumerate(leaves)}
     _checks.check([x._replace(place=places[id(x)]) for x in suspects], lambda: paths)
+
+
+def _look_right(leaves: list[Leaf]) -> bool:
+    """Whether tensors fit together, as far as can be told at once and without an error.
+
+    What is wrong is for the checks to say; that two of them overlap, but do not start at one
+    address, is not seen.
+    """
+    starts = []
+    for leaf in leaves:
+        w, velocity, axis = leaf.w, leaf.velocity, leaf.rule.layer_axis
+        place = _place(w)
+        for x in (leaf.dcdw, w if velocity is None else velocity):
+            if not isinstance(x, Tensor) or _place(x) != place:
+                return False
+        expected = (BACKEND.velocity_dtype(w), layout(w))
+        if velocity is not None and (velocity.dtype, layout(velocity)) != expected:
+            return False
+        if is_sharded(w) and partial_fault(w):
+            return False
+        if w.dtype not in NUMPY_TYPES or not (axis is None or -w.ndim <= axis < w.ndim):
+            return False
+        local = shard_of(w)
+        if type(local) in PLAIN_TYPES and local.numel():
+            starts.append(local.data_ptr())
+    return len(starts) == len(set(starts))
+
+
+def _place(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.device, x.is_complex(), is_sharded(x) and x.device_mesh
 
 
 def step_elsewhere(leaves: list[Leaf], batches: list[Batch], found_inf: Tensor | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from distributed_worker import all_reduces, compare, everywhere
+from distributed_worker import all_reduces, compare, everywhere, raised
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -117,8 +118,39 @@ def resumed(dtype, mesh, way):
     return {**facts, **compared(sharded, plain, fresh, theirs)}
 
 
+def refused(mesh):
+    """What cannot be stepped, beside a parameter in CPU memory and a DTensor: all stay as they were."""
+    whole = torch.arange(1.0, 13).reshape(4, 3)
+
+    def spread(placement):
+        return distribute_tensor(whole.clone(), mesh, [placement], src_data_rank=None)
+
+    def partial():
+        return DTensor.from_local(whole.clone(), mesh, [Partial()])
+
+    for name, x, grad, buffer in (
+        ("plain gradient", spread(Shard(0)), whole.clone(), None),
+        ("plain buffer", spread(Shard(0)), spread(Shard(0)), whole.clone()),
+        ("turned buffer", spread(Shard(0)), spread(Shard(0)), spread(Shard(1))),
+        ("partial parameter", partial(), partial(), None),
+    ):
+        params = [torch.nn.Parameter(x) for x in (whole.clone(), spread(Shard(0)), x)]
+        for p, g in zip(params, (whole, spread(Shard(0)), grad), strict=True):
+            p.grad = g
+        for momentum in (0.9, 0.0) if buffer is None else (0.9,):
+            for foreach in (None, False):
+                ours = Lars(params, 0.1, momentum, foreach=foreach)
+                if buffer is not None:
+                    ours.state[params[2]]["momentum_buffer"] = buffer
+                found = raised(ours.step)
+                same = [torch.equal(params[0], whole), torch.equal(params[1].full_tensor(), whole)]
+                yield f"{name}, {momentum}, {foreach}", {"raised": found, "same": everywhere(same)}
+
+
 def measure(world):
     line = init_device_mesh("cpu", (world,))
+    for name, found in refused(line):
+        yield f"refused, {name}", found
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         for name in OPTIONS if dtype == torch.float64 else ("momentum", "nesterov"):
             yield f"{name}, {dtype}", case(dtype, OPTIONS[name], line)

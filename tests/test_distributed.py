@@ -144,6 +144,14 @@ def test_ratios(world, tmp_path):
 @pytest.mark.parametrize("world", [2, 4])
 def test_models(world, tmp_path):
     found = measured("distributed_models", world, tmp_path)
+    refused = [found.pop(name) for name in list(found) if name.startswith("refused")]
+    assert len(refused) == 12
+    for case in refused:
+        kinds = [
+            [kind in ("BackendError", "LeafError"), len(paths)] for kind, paths, _ in case["raised"]
+        ]
+        assert kinds == [[True, 1]] * world
+        assert case["same"] == [[True, True]] * world
     assert len(found) == (16 if world == 2 else 20)
     assert wrong(found) == {}
     for name, case in found.items():

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lars_tree import _native
 from lars_tree._backends import cpu, sharded
-from lars_tree._backends.addresses import NUMPY_TYPES, Address, bytes_needed, view
+from lars_tree._backends.addresses import Address, bytes_needed, view
 from lars_tree._backends.arrays import ArraysBackend
 from lars_tree._backends.base import Backend, Columns, Facts, Kind, Leaf, New, Values
 from lars_tree._backends.sharded import (
@@ -42,7 +42,7 @@ from lars_tree._rule import Measured
 _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COMPLEX = (torch.complex64, torch.complex128)
 
-_TYPES = (Tensor, torch.nn.Parameter)  # of plain tensors
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # of plain tensors
 
 
 def _exchange() -> tuple[Any, ...] | None:
@@ -174,7 +174,7 @@ class TorchBackend(ArraysBackend):
         with torch.no_grad():
             results = _native.update(
                 columns,
-                types=_TYPES,
+                types=PLAIN_TYPES,
                 make=torch.empty_like,
                 copy=torch.clone,
                 begin=begin if columns.outs is not None else None,
@@ -335,43 +335,19 @@ def _leaf_like(new: Tensor, w: Tensor) -> Tensor:
 
 def _is_plain(x: Tensor) -> bool:
     """Whether x has memory of its own, that may be read and written behind torch's back."""
-    if type(x) not in _TYPES or _is_wrapped(x):
+    if type(x) not in PLAIN_TYPES or _is_wrapped(x):
         return False
     return not _is_watched()
 
 
 def is_in_cpu_memory(x: Tensor) -> bool:
     """Whether x is a plain tensor there."""
-    return type(x) in _TYPES and x.is_cpu
-
-
-def looks_right(leaves: list[Leaf]) -> bool:
-    """Whether tensors fit together, as far as can be told at once and without an error.
-
-    What is wrong is for the checks to say; that two of them overlap, but do not start at one
-    address, is not seen.
-    """
-    starts = []
-    for leaf in leaves:
-        w, velocity, axis = leaf.w, leaf.velocity, leaf.rule.layer_axis
-        for x in (leaf.dcdw, w if velocity is None else velocity):
-            if not isinstance(x, Tensor) or x.is_complex() != w.is_complex():
-                return False
-            if (x.shape, x.device) != (w.shape, w.device):
-                return False
-        if velocity is not None and velocity.dtype != BACKEND.velocity_dtype(w):
-            return False
-        if w.dtype not in NUMPY_TYPES or not (axis is None or -w.ndim <= axis < w.ndim):
-            return False
-        local = shard_of(w)
-        if type(local) in _TYPES and local.numel():
-            starts.append(local.data_ptr())
-    return len(starts) == len(set(starts))
+    return type(x) in PLAIN_TYPES and x.is_cpu
 
 
 def _is_plain_counter(x: Any) -> bool:
     is_number = type(x) is Tensor and x.dtype == torch.int64 and x.numel() == 1
-    return is_number and x.device.type == "cpu" and BACKEND.fault(x) is None
+    return is_number and x.is_cpu and BACKEND.fault(x) is None
 
 
 def _is_watched() -> bool:
