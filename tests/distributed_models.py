@@ -119,7 +119,7 @@ def resumed(dtype, mesh, way):
 
 
 def refused(mesh):
-    """What cannot be stepped, beside a parameter in CPU memory and a DTensor: all stay as they were."""
+    """What cannot be stepped, beside two parameters that could: neither of these is written to."""
     whole = torch.arange(1.0, 13).reshape(4, 3)
 
     def spread(placement):
