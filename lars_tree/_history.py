@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
 import sys
 import warnings
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,16 +61,15 @@ class TrustHistory:
         capacity: How many steps to keep at most, at least 2.
 
     Raises:
-        OptionError: capacity is none.
+        OptionError: capacity is no whole number, or below 2.
     """
 
     def __init__(self, capacity: int = 1000) -> None:
-        if capacity < 2:
-            raise errors.OptionError(f"capacity has to be a whole number above 1, got {capacity!r}")
-        self.capacity = capacity
+        self.capacity = errors.whole_number("capacity", capacity, least=2)
         self._like: Any = None
         self._steps: list[int] = []
         self._rows: list[list[Any]] = []
+        self._shapes: list[tuple[int, ...] | None] = []  # by leaf; None as long as it had no ratio
         self._fetched = 0  # rows before this one hold values of numpy
         self._stride = 1
         self._seen = 0
@@ -84,18 +85,18 @@ class TrustHistory:
 
         Raises:
             StructureError: The nest is not that of the first record.
-            LeafError: The values are traced.
+            LeafError: The values are traced, or no numbers; or a leaf has more or fewer layers than
+                before. In all cases nothing is recorded.
         """
         step = self._next if step is None else operator.index(step)
-        self._next = step + 1
-        if self._like is None:
-            self._like = _tree.rebuild(ratios, [None] * len(_tree.leaves(ratios)))
-        row = [
-            _kept(x)
-            for x in _tree.broadcast(
-                "ratios", self._like, ratios, exact=True, to="those of the first record"
-            )
-        ]
+        like, shapes = self._like, self._shapes
+        if like is None:
+            like = _tree.rebuild(ratios, [None] * len(_tree.leaves(ratios)))
+            shapes = [None] * len(_tree.leaves(like))
+        given = _tree.broadcast("ratios", like, ratios, exact=True, to="those of the first record")
+        paths = (path for path, _ in _tree.walk(like))
+        row = [_kept(path, x) for path, x in zip(paths, given, strict=True)]
+        self._like, self._shapes, self._next = like, _common(like, shapes, row), step + 1
         if self._seen % self._stride == 0:
             self._rows.append(row)
             self._steps.append(step)
@@ -147,28 +148,23 @@ class TrustHistory:
     def __repr__(self) -> str:
         if not self._steps:
             return "TrustHistory: nothing recorded"
-        layers = sum(len(list(layer_paths((), x))) for x in self._firsts() if x is not None)
+        layers = sum(prod(shape) for shape in self._shapes if shape is not None)
         counted = f"{layers:,} layer{'' if layers == 1 else 's'}"
         steps = f"{len(self):,} step{'' if len(self) == 1 else 's'}"
         return f"TrustHistory: {counted}, {steps} from {self._steps[0]:,} to {self._steps[-1]:,}"
-
-    def _firsts(self) -> list[Any]:
-        """For each leaf the first that was recorded; None if nothing was."""
-        columns = zip(*self._rows, strict=True)
-        return [next((x for x in column if x is not None), None) for column in columns]
 
     def _columns(self) -> list[tuple[errors.Path, np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
         """For each layer its path, its ratios, and where it has one."""
         self._fetch()
         found = []
-        leaves = zip(self._firsts(), zip(*self._rows, strict=True), strict=True)
-        for (path, _), (first, rows) in zip(_tree.walk(self._like), leaves, strict=False):
-            if first is None:
+        leaves = zip(self._shapes, zip(*self._rows, strict=True), strict=True)
+        for (path, _), (shape, rows) in zip(_tree.walk(self._like), leaves, strict=False):
+            if shape is None:
                 continue
             present = np.array([x is not None for x in rows])
-            gap = np.full(first.shape, np.nan)
+            gap = np.full(shape, np.nan)
             table = np.stack([gap if x is None else x for x in rows]).reshape(len(rows), -1)
-            for layer, column in zip(layer_paths(path, first), table.T, strict=True):
+            for layer, column in zip(layer_paths(path, shape), table.T, strict=True):
                 found.append((layer, column, present))
         return found
 
@@ -181,11 +177,29 @@ class TrustHistory:
         self._fetched = len(self._rows)
 
 
-def _kept(x: Any) -> Any:
+def _kept(path: errors.Path, x: Any) -> Any:
     """A ratio as it is; but one that is lazy would keep all that it is to be computed from."""
     x = unwrap(x)
+    backend = _backends.find(x)
+    if backend is None and x is not None:
+        if not isinstance(x, numbers.Real):
+            text = f"expected a number or an array, got {errors.describe(x)}"
+            raise errors.error(errors.LeafError, "ratios", "ratios are no numbers", [(path, text)])
+        return np.asarray(x, np.float64)
     if is_traced(x):
         raise traced_error("ratios")
-    backend = _backends.find(x)
     is_lazy = backend is not None and backend.values(x) is Values.LATER
     return fetch("ratios", [x])[0] if is_lazy else x
+
+
+def _common(like: Any, shapes: list[Any], row: list[Any]) -> list[Any]:
+    """The shape of each leaf: that of its first ratios, which those of a later row have too."""
+    new = [x if x is None else tuple(x.shape) for x in row]
+    pairs = list(zip(shapes, new, strict=True))
+    differing = [i for i, (a, b) in enumerate(pairs) if None not in (a, b) and a != b]
+    if differing:
+        paths = [path for path, _ in _tree.walk(like)]
+        text = "expected ratios of shape {} as before, got {}"
+        lines = [(paths[i], text.format(*pairs[i])) for i in differing]
+        raise errors.error(errors.LeafError, "ratios", "ratios have other shapes", lines)
+    return [b if a is None else a for a, b in pairs]

@@ -5,7 +5,6 @@ Also what reports need of such numbers: the paths of the layers, and one wait fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,14 +55,12 @@ def _norm(leaf: Leaf) -> Any:
     return backend.measure([leaf._replace(rule=rule, w=step, dcdw=step)])[0].w_norm
 
 
-def layer_paths(path: errors.Path, numbers: Any) -> Iterator[errors.Path]:
-    """The path of each layer of a leaf; with an index where the leaf stacks them."""
-    shape = getattr(numbers, "shape", ())
+def layer_paths(path: errors.Path, shape: tuple[int, ...]) -> list[errors.Path]:
+    """The path of each layer of a leaf with ratios of this shape: with an index if it has axes."""
     if not shape:
-        yield path
-    for i in range(shape[0] if shape else 0):
-        last = f"{path[-1] if path else ''}[{i}]"
-        yield (*path[:-1], last)
+        return [path]
+    last = path[-1] if path else ""
+    return [(*path[:-1], f"{last}[{i}]") for i in range(shape[0])]
 
 
 def fetch(argument: str, numbers: list[Any]) -> list[np.ndarray[Any, Any]]:

@@ -33,7 +33,7 @@ def draw(steps: Array, ratios: dict[str, Array], ax: Axes | None) -> Axes:
         ax = _new_axes(8.0, height)
     (_heat_map if is_map else _lines)(ax, steps, shown)
     ax.set_xlabel("step")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.set_title("Trust ratios", loc="left")
     return ax
 

@@ -6,6 +6,7 @@ expected and what was found. Knows no arrays beyond their `shape`, and no librar
 
 from __future__ import annotations
 
+import operator
 import reprlib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
@@ -112,6 +113,18 @@ def file_error(file: object, text: str, name: str | None = None) -> LarsTreeErro
     """A FileError about a file, or about its entry of this name."""
     path = () if name is None else (name,)
     return error(FileError, "path", f"path {str(file)!r} cannot be read", [(path, text)])
+
+
+def whole_number(argument: str, x: Any, least: int) -> int:
+    """The number as an int; an OptionError where it is none, or too small."""
+    try:
+        number = None if type(x).__name__ == "bool" else operator.index(x)  # numpy's bool too
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        text = f"{argument}: expected a whole number >= {least}, got {x!r}"
+        raise error(OptionError, argument, text, [])
+    return number
 
 
 def message(argument: str, headline: str, lines: Sequence[Line]) -> str:

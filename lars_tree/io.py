@@ -62,6 +62,7 @@ def save(path: Path, tree: Any, *, metadata: Mapping[str, str] | None = None) ->
         LeafError, DtypeError: a leaf is no array, or of a dtype that the format does not have:
             safetensors has no complex128, .npz no bfloat16.
         OptionError: metadata is not made of strings.
+        FileError: the name ends in neither .safetensors nor .npz.
         OSError: the file cannot be written. In all cases the old file is as it was.
     """
     format_ = formats.find(path)
@@ -189,11 +190,18 @@ def from_state_dict(state_dict: Mapping[str, Any]) -> Container:
     >>> list(to_state_dict(w))
     ['0.weight', '0.bias']
 
-    The tensors are those of the module: `lars_update(w, g, lr, out=w)` trains it.
+    The tensors are those of the module: `lars_update(w, g, lr, out=w)` trains it. Where a module
+    has buffers that are not to be trained, such as the counts of a BatchNorm, take
+    `dict(module.named_parameters())`.
 
     Raises:
+        StructureError: state_dict is no mapping.
         PathKeyError: names collide, such as 'a' and 'a.b'.
     """
+    if not isinstance(state_dict, Mapping):
+        lines = [((), f"expected a mapping of names, got {errors.describe(state_dict)}")]
+        text = "state_dict cannot be nested"
+        raise errors.error(errors.StructureError, "state_dict", text, lines)
     return Container.from_flat(state_dict, sep=".")
 
 

@@ -146,7 +146,7 @@ def layer_table(
         axis = step.leaf.rule.layer_axis
         if axis is not None:
             shape = tuple(np.delete(shape, axis).tolist())
-        layers = layer_paths(path, columns[..., 0])
+        layers = layer_paths(path, columns.shape[:-1])
         for layer, (*measured, norm) in zip(layers, columns.reshape(-1, 5).tolist(), strict=True):
             records.append(_record(layer, shape, dtype, Measured(*measured), norm))
             faults += [(layer, text) for text in _faults(Measured(*measured))]
@@ -217,12 +217,14 @@ class ScalarCallback:
         writer: A `SummaryWriter` of torch or tensorboardX, or the like.
         tag: What stands before the path of each layer.
         every: Which steps to write: those that this number divides.
+
+    Raises:
+        OptionError: `every` is no whole number, or below 1.
     """
 
     def __init__(self, writer: Any, tag: str = "trust_ratio", every: int = 1) -> None:
-        if every < 1:
-            raise errors.OptionError(f"every has to be a whole number above 0, got {every!r}")
-        self.writer, self.tag, self.every = writer, tag, every
+        self.writer, self.tag = writer, tag
+        self.every = errors.whole_number("every", every, least=1)
 
     def __call__(self, ratios: Any, step: int) -> None:
         """Write the ratios, a nest as `trust_ratios` returns it, of this step."""
@@ -230,7 +232,7 @@ class ScalarCallback:
             return
         given = [(path, x) for path, x in _tree.walk(ratios) if x is not None]
         values = fetch("ratios", [x for _, x in given])
-        for (path, x), each in zip(given, values, strict=True):
-            for layer, value in zip(layer_paths(path, unwrap(x)), each.reshape(-1), strict=True):
+        for (path, _), each in zip(given, values, strict=True):
+            for layer, value in zip(layer_paths(path, each.shape), each.reshape(-1), strict=True):
                 tag = "/".join(filter(None, [self.tag, errors.path_string(layer)]))
                 self.writer.add_scalar(tag, float(value), step)

@@ -12,7 +12,6 @@ starts at a third of the rate). To move from the first step on, shift a schedule
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
@@ -22,7 +21,7 @@ import numpy as np
 
 from lars_tree import _backends
 from lars_tree._backends.base import Values
-from lars_tree.errors import OptionError
+from lars_tree.errors import OptionError, whole_number
 
 __all__ = ["Constant", "Cosine", "Polynomial"]
 
@@ -189,14 +188,7 @@ def _check_rates(schedule: Any, *names: str) -> None:
 
 def _check_steps(schedule: Any, *names: str) -> None:
     for name in names:
-        steps = getattr(schedule, name)
-        try:
-            count = -1 if isinstance(steps, (bool, np.bool_)) else operator.index(steps)
-        except TypeError:
-            count = -1
-        if count < 0:
-            raise OptionError(f"{name}: expected a whole number >= 0, got {steps!r}")
-        _put(schedule, name, count)
+        _put(schedule, name, whole_number(name, getattr(schedule, name), least=0))
     warmup_steps, total_steps = schedule.warmup_steps, getattr(schedule, "total_steps", None)
     if total_steps is not None and (total_steps < 1 or total_steps < warmup_steps):
         text = f"expected at least 1 and warmup_steps ({warmup_steps}), got {total_steps}"

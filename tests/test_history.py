@@ -74,6 +74,26 @@ def test_keys_match_by_name_and_another_nest_is_refused():
     assert {k: x.tolist() for k, x in history.ratios.items()} == {"b": [1, 3], "a": [2, 4]}
 
 
+@pytest.mark.parametrize(
+    ("odd", "text"),
+    [
+        ({"a": {"b": "0.5"}, "c": 1.0}, "a/b: expected a number or an array, got a str"),
+        ({"a": {"b": np.ones(2)}, "c": 1.0}, r"a/b: expected ratios of shape \(\) as before"),
+        ({"a": {"b": 1.0}, "c": np.ones(3)}, r"c: expected ratios of shape \(2,\) as before"),
+    ],
+)
+def test_what_cannot_stand_beside_the_others_is_refused_and_not_counted(odd, text):
+    history = TrustHistory()
+    history.record({"a": {"b": 1.0}, "c": None})
+    history.record({"a": {"b": None}, "c": np.array([2.0, 3.0])})
+    with pytest.raises(LeafError, match=text) as caught:
+        history.record(odd)
+    assert caught.value.argument == "ratios"
+    history.record({"a": {"b": 4}, "c": None})
+    assert history.steps.tolist() == [0, 1, 2]
+    np.testing.assert_array_equal(history.ratios["a/b"], [1, np.nan, 4])
+
+
 @given(st.integers(2, 9), st.integers(0, 200))
 def test_memory_is_bounded_and_what_is_kept_spans_the_run_evenly(capacity, count):
     history = recorded(count, capacity=capacity)
@@ -102,9 +122,9 @@ def test_reading_in_between_changes_nothing(read_at):
     assert history.ratios["layer/k1"].tolist() == (history.steps + 1).tolist()
 
 
-@pytest.mark.parametrize("capacity", [0, 1, -3])
+@pytest.mark.parametrize("capacity", [0, 1, -3, 2.5, "9", True])
 def test_a_capacity_that_keeps_nothing_is_refused(capacity):
-    with pytest.raises(OptionError, match="capacity has to be"):
+    with pytest.raises(OptionError, match="capacity: expected a whole number >= 2, got"):
         TrustHistory(capacity=capacity)
 
 
@@ -176,6 +196,12 @@ def test_few_layers_are_lines_over_a_logarithmic_axis():
         assert line.get_ydata().tolist() == column.tolist()
     assert [text.get_text() for text in ax.get_legend().get_texts()] == list(history.ratios)
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("step", "ratio")
+
+
+@pytest.mark.parametrize("count", [2, 13])
+def test_steps_are_whole_numbers_also_where_there_is_but_one(count):
+    ticks = axes_of(recorded(1, count)).get_xticks()
+    assert [x for x in ticks if x != int(x)] == []
 
 
 def test_lines_can_be_told_apart():
@@ -281,5 +307,6 @@ def test_steps_that_are_not_written_are_not_waited_for():
             raise AssertionError
 
     ScalarCallback(Writer(), every=10)({"a": Never()}, 5)
-    with pytest.raises(OptionError, match="every has to be"):
-        ScalarCallback(Writer(), every=0)
+    for every in (0, 0.5, None):
+        with pytest.raises(OptionError, match="every: expected a whole number >= 1, got"):
+            ScalarCallback(Writer(), every=every)

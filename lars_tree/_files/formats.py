@@ -14,6 +14,7 @@ from lars_tree._files import names, npz, safetensors
 from lars_tree._files.arrays import Entry, Lazy
 from lars_tree._files.replacing import Path
 
+_FORMATS: dict[str, Any] = {".safetensors": safetensors, ".npz": npz}
 STRUCTURE = "lars_tree.structure"  # the key of the metadata that is ours
 
 
@@ -24,10 +25,10 @@ def find(path: Path) -> Any:
         FileError: none does.
     """
     suffix = os.path.splitext(os.fspath(path))[1]
-    formats = {".safetensors": safetensors, ".npz": npz}
-    if suffix not in formats:
-        raise errors.file_error(path, "expected a name that ends in .safetensors or .npz")
-    return formats[suffix]
+    if suffix not in _FORMATS:
+        lines = [((), "expected a name that ends in .safetensors or .npz")]
+        raise errors.error(errors.FileError, "path", f"path {str(path)!r} names no format", lines)
+    return _FORMATS[suffix]
 
 
 def check(format_: Any, entries: Mapping[str, Entry], paths: Mapping[str, errors.Path]) -> None:
@@ -36,8 +37,12 @@ def check(format_: Any, entries: Mapping[str, Entry], paths: Mapping[str, errors
     Raises:
         DtypeError: naming the leaves.
     """
-    faults = [(paths[name], format_.unwritable(x.dtype)) for name, x in entries.items()]
-    faults = [(path, text) for path, text in faults if text]
+    faults = []
+    for name, entry in entries.items():
+        if not format_.has(entry.dtype):
+            others = [suffix for suffix, other in _FORMATS.items() if other.has(entry.dtype)]
+            hint = f": save it as {others[0]}" if others else ""
+            faults.append((paths[name], f"{format_.NAME} has no {entry.dtype}{hint}"))
     if faults:
         headline = "tree holds something that cannot be saved"
         raise errors.error(errors.DtypeError, "tree", headline, faults)

@@ -22,14 +22,16 @@ from lars_tree._files import names
 from lars_tree._files.arrays import Array, Entry, Lazy, is_extension
 from lars_tree._files.replacing import Path
 
+NAME = "npz"
+
 _SUFFIX = ".npy"
 _MOST_INFLATED = 1032  # how many bytes deflate can make of one
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
-def unwritable(dtype: np.dtype[Any]) -> str | None:
-    """What to say of a dtype that the format does not have."""
-    return f"npz has no {dtype}: save it as .safetensors" if is_extension(dtype) else None
+def has(dtype: np.dtype[Any]) -> bool:
+    """Whether the format has this dtype."""
+    return not is_extension(dtype)
 
 
 def write(file: BinaryIO, entries: dict[str, Entry], metadata: dict[str, str]) -> None:

@@ -25,6 +25,8 @@ from lars_tree._files import names
 from lars_tree._files.arrays import Array, Entry, Lazy, dtype_named
 from lars_tree._files.replacing import Path
 
+NAME = "safetensors"
+
 _TYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -52,9 +54,9 @@ _LONGEST_HEADER = 100_000_000  # that of the package
 _ALIGNMENT = 8
 
 
-def unwritable(dtype: np.dtype[Any]) -> str | None:
-    """What to say of a dtype that the format does not have."""
-    return None if _short(dtype) else f"safetensors has no {dtype}"
+def has(dtype: np.dtype[Any]) -> bool:
+    """Whether the format has this dtype."""
+    return _short(dtype) is not None
 
 
 @cache
