@@ -148,10 +148,9 @@ class TrustHistory:
     def __repr__(self) -> str:
         if not self._steps:
             return "TrustHistory: nothing recorded"
-        layers = sum(prod(shape) for shape in self._shapes if shape is not None)
-        counted = f"{layers:,} layer{'' if layers == 1 else 's'}"
-        steps = f"{len(self):,} step{'' if len(self) == 1 else 's'}"
-        return f"TrustHistory: {counted}, {steps} from {self._steps[0]:,} to {self._steps[-1]:,}"
+        count = sum(prod(shape) for shape in self._shapes if shape is not None)
+        layers, steps = errors.counted(count, "layer"), errors.counted(len(self), "step")
+        return f"TrustHistory: {layers}, {steps} from {self._steps[0]:,} to {self._steps[-1]:,}"
 
     def _columns(self) -> list[tuple[errors.Path, np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
         """For each layer its path, its ratios, and where it has one."""

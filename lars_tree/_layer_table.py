@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from lars_tree import errors
+
 _MOST_LINES = 60
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>|&~$#])")
 
@@ -97,8 +99,8 @@ class LayerTable:
 
     def _title(self) -> str:
         parameters = sum(record["parameters"] for record in self.records)
-        count = len(self.records)
-        return f"{count:,} layer{'' if count == 1 else 's'}, {parameters:,} parameters"
+        layers = errors.counted(len(self.records), "layer")
+        return f"{layers}, {errors.counted(parameters, 'parameter')}"
 
     def _cells(self) -> list[list[str]]:
         return [[_cell(record, column.key) for column in _COLUMNS] for record in self.records]

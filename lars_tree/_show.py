@@ -81,13 +81,15 @@ def summary(leaves: Iterable[Any]) -> str:
 
 
 def _counted(total: Totals) -> str:
-    plural = "leaf" if total.leaves == 1 else "leaves"
-    return f"{total.leaves:,} {plural}, {total.parameters:,} parameters"
+    leaves = errors.counted(total.leaves, "leaf", "leaves")
+    return f"{leaves}, {errors.counted(total.parameters, 'parameter')}"
 
 
 def _size(count: int) -> str:
     power = min(3, (len(str(count)) - 1) // 3)
-    return f"{count / 1000**power:,.4g} {('bytes', 'kB', 'MB', 'GB')[power]}"
+    if not power:
+        return errors.counted(count, "byte")
+    return f"{count / 1000**power:,.4g} {('kB', 'MB', 'GB')[power - 1]}"
 
 
 def text(container: Any) -> str:

@@ -177,11 +177,16 @@ def describe(node: Any) -> str:
         keys = enumerated(map(repr, node))
         return f"{article} {name} with keys {keys}" if keys else f"an empty {name}"
     if isinstance(node, (list, tuple)):
-        return f"{article} {name} of {len(node)} item{'' if len(node) == 1 else 's'}"
+        return f"{article} {name} of {counted(len(node), 'item')}"
     shape = getattr(node, "shape", None)
     if isinstance(shape, tuple):
         return f"an array of shape {tuple(shape)}"
     return f"{article} {name}"
+
+
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """'1 leaf', '2,000 leaves'; without `plural`, an s is added."""
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def enumerated(words: Iterable[str], most: int = 5) -> str:

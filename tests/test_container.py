@@ -362,6 +362,12 @@ def test_repr_has_a_header_and_a_line_for_each_leaf(w):
     assert (w.num_leaves(), w.num_parameters(), w.num_bytes()) == (4, 21, 164)
 
 
+def test_one_is_not_many():
+    assert repr(Container(a=np.ones(1, bool))).splitlines()[0] == (
+        "Container: 1 leaf, 1 parameter, 1 byte"
+    )
+
+
 def test_repr_is_capped():
     lines = repr(Container({f"k{i}": np.ones(1) for i in range(100_000)})).splitlines()
     assert lines[0] == "Container: 100,000 leaves, 100,000 parameters, 800 kB"

@@ -16,15 +16,11 @@ from lars_tree import (
     Container,
     DtypeError,
     FileError,
-    Lars,
     LeafError,
     OptionError,
     StructureError,
     io,
-    lars_update,
-    schedules,
 )
-from lars_tree.testing import assert_identical
 
 ml_dtypes = need("ml_dtypes")
 package = need("safetensors.numpy")
@@ -239,62 +235,6 @@ def test_foreign_names_are_split(tmp_path):
     package.save_file({"a.b.c": np.ones(2), "a.b": np.zeros(2)}, path)
     with pytest.raises(FileError, match=r"'a\.b(\.c)?' "):
         io.load(path)
-
-
-def test_a_flat_state_dict_comes_back_as_it_was(file):
-    flat = {"0.weight": np.ones(2), "0.bias": np.zeros(2), "1.weight": np.ones(1)}
-    io.save(file, flat)
-    assert_same(io.load(file), Container(flat))
-
-
-def test_state_dict(tmp_path):
-    torch = need("torch")
-    module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
-    w = io.from_state_dict(module.state_dict())
-    assert w["0"].weight.data_ptr() == module[0].weight.data_ptr()
-    lars_update(
-        w, w.map(lambda x: torch.ones_like(x) if x.is_floating_point() else None), 0.5, out=w
-    )
-    io.save(tmp_path / "w.safetensors", w)
-    other = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
-    loaded = io.load(tmp_path / "w.safetensors", library="torch")
-    assert not other.load_state_dict(io.to_state_dict(loaded)).missing_keys
-    for name, x in module.state_dict().items():
-        assert torch.equal(other.state_dict()[name], x)
-    assert list(io.to_state_dict({"a": [Array(np.ones(1)), None], "b": {}})) == ["a.0"]
-    with pytest.raises(StructureError, match="state_dict: expected a mapping of names, got a Seq"):
-        io.from_state_dict(module)
-    with pytest.raises(StructureError, match="a/b: its name"):
-        io.to_state_dict({"a.b": np.ones(1), "a": {"b": np.ones(1)}})
-
-
-def test_the_state_of_an_optimizer_goes_on(file):
-    w = Container(a=np.array([3.0, 4.0]), b=[np.ones(2, np.float32)])
-    g, opt = w.map(np.ones_like), Lars(0.1)
-    w, state = opt.update(w, g, opt.init(w))
-    io.save(file, {"w": w, "state": state})
-    loaded = io.load(file)
-    assert_same(loaded.state, state)
-    expected, actual = opt.update(w, g, state), opt.update(loaded.w, g, loaded.state)
-    assert_same(actual, expected)
-
-
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-def test_a_run_of_torch_goes_on_in_torch(dtype, tmp_path):
-    torch = need("torch")
-    w = Container(a=torch.tensor([3.0, 4.0]), b=[torch.ones(2)]).map(
-        lambda x: x.to(getattr(torch, dtype))
-    )
-    g, opt = w.map(lambda x: 0.3 * x), Lars(schedules.Polynomial(0.1, 10, warmup_steps=2))
-    state = opt.init(w)
-    for _ in range(3):
-        w, state = opt.update(w, g, state)
-    io.save(tmp_path / "run.safetensors", {"w": w, "state": state})
-    loaded = io.load(tmp_path / "run.safetensors", library="torch")
-    assert_identical([loaded.w, loaded.state], [w, state])
-    expected = opt.update(w, g, state)
-    assert_identical(opt.update(loaded.w, g, loaded.state, out=loaded.w), expected)
-    assert loaded.state.step.tolist() == 4  # written to where it is
 
 
 class Point(tuple):

@@ -142,7 +142,8 @@ def _text(whole: Array, a: Array, e: Array, at: Any, count: int, off: str, how: 
     where = f"at [{shown}] " if shown else ""
     verb = how or ("differs" if count == 1 else "differ")
     values = f"{part}{_number(a[index])}, expected {_number(e[index])}"
-    return f"{count} of {whole.size} element{'s' * (whole.size != 1)} {verb}: {where}{values}{off}"
+    elements = errors.counted(whole.size, "element")
+    return f"{count:,} of {elements} {verb}: {where}{values}{off}"
 
 
 def _number(x: Any) -> str:
