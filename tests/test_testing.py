@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import OrderedDict, defaultdict
+from random import Random
 
 import numpy as np
 import pytest
@@ -225,6 +226,18 @@ def test_nests_shrink_to_the_least():
     assert least(ones, lambda w: any(len(path) > 2 for path in w.paths())).leaves() == [1]
 
 
+def test_containers_shrink_to_flat_ones_from_wherever_hypothesis_begins():
+    profile = settings(MANY, derandomize=False, database=None)
+    for seed in range(12):
+        w = find(
+            testing.containers(),
+            lambda w: len(w.leaves()) > 1,
+            settings=profile,
+            random=Random(seed),
+        )
+        assert w.paths() == [("a",), ("b",)]
+
+
 def is_tied(nest):
     found = _tree.leaves(nest)
     return len({id(x) for x in found}) < len(found)
@@ -285,6 +298,30 @@ def test_options_are_those_of_the_update():
     assert found.keys() == testing.strategies.OPTIONS.keys()
     assert lars_update(np.array([3.0, 4.0]), np.ones(2), 0.1, **found).shape == (2,)
     assert least(testing.options("eps"), lambda options: options.get("eps")) == {"eps": 1e-8}
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (
+            lambda: testing.arrays(library="tensorflow"),
+            "library: expected one of 'numpy', 'torch', 'jax'",
+        ),
+        (lambda: testing.layers(library="np"), "library: expected one of"),
+        (
+            lambda: testing.arrays(layouts=["c"]),
+            "layouts: expected one of 'C', 'F', 'reversed', 'gaps'",
+        ),
+        (lambda: testing.layers(layouts=["gap"]), r"got 'gap' \(did you mean 'gaps'\?\)"),
+        (
+            lambda: testing.options("eps", "decay"),
+            "names: expected one of 'decay_lambda', .*, got 'decay'",
+        ),
+    ],
+)
+def test_what_cannot_be_made_is_refused_before_anything_is_drawn(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()
 
 
 @given(testing.weights_and_gradients())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_testing import FORMATS, least
 
 import lars_tree.testing as testing
-from lars_tree import Array, Container
+from lars_tree import Array, Container, StructureError
 from lars_tree.testing import assert_close_ulp, assert_identical
 
 
@@ -105,6 +105,11 @@ def test_scale_dtype_and_overflow():
     assert_close_ulp(np.float32([np.inf]), np.array([1e300]), 0)
     assert "inf ulp off" in message(assert_close_ulp, NAN, np.ones(1), 1e9)
     assert_close_ulp(NAN, NAN, 0)
+    assert "at [0] 1.0, expected 0.0, inf ulp off" in message(
+        assert_identical, np.ones(1), np.zeros(1)
+    )
+    with pytest.raises(StructureError, match="scale does not match expected"):
+        assert_close_ulp({"a": w}, {"a": w}, scale={"b": 1.0})
 
 
 def test_structure_counts_for_closeness_too():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 
 import numpy as np
 import pytest
@@ -273,6 +274,21 @@ def test_excluded_laws_need_a_name_and_a_reason():
         check_update_laws(lars_update, exclude={"follow_the_rule": "typing error"})
     with pytest.raises(ValueError, match="follows_the_rule: expected the reason, got ''"):
         check_update_laws(lars_update, exclude={"follows_the_rule": ""})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "text"),
+    [
+        ({"library": "tensorflow"}, ValueError, "library: expected one of 'numpy', 'torch', 'jax'"),
+        ({"dtypes": [np.int32]}, ValueError, "dtypes: expected one of 'float64', .*, got 'int32'"),
+        ({"laws": ["is_exact"]}, ValueError, "laws: expected functions .*, got 'is_exact'"),
+        ({"library": "torch"}, ModuleNotFoundError, "torch"),
+    ],
+)
+def test_wrong_arguments_are_no_broken_laws(arguments, kind, text, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
+    with pytest.raises(kind, match=text):
+        check_update_laws(lars_update, **arguments)
 
 
 def test_the_trust_coefficient_and_the_bound_can_be_chosen():

@@ -6,12 +6,13 @@ needs no ml_dtypes. A library is imported when an array of it is asked for, neve
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lars_tree import _backends, _tree
+from lars_tree import _backends, _tree, errors
 from lars_tree.array import unwrap
 
 Array = np.ndarray[Any, Any]
@@ -26,6 +27,14 @@ class Format(NamedTuple):
     bits: int
     smallest: int
     largest: int
+
+
+def check_known(argument: str, x: Any, known: Sequence[str]) -> None:
+    """A ValueError unless x is one of these names."""
+    if x not in known:
+        expected = errors.enumerated(map(repr, known), most=len(known))
+        hint = errors.did_you_mean(x, known)
+        raise ValueError(f"{argument}: expected one of {expected}, got {x!r}{hint}")
 
 
 def name_of(dtype: Any) -> str:

@@ -32,8 +32,8 @@ def errors(actual: Array, expected: Array, scale: Array, form: Format) -> Array:
     a, e = _clipped(actual, form), _clipped(expected, form)
     with np.errstate(all="ignore"):
         off = np.where(a == e, WIDE(0), np.abs(a - e)) / _ulp(scale, form)
-    off = np.where(np.isnan(a) & np.isnan(e), WIDE(0), off)
-    return np.where(np.isnan(off), np.inf, off).astype(np.float64)
+        off = np.where(np.isnan(a) & np.isnan(e), WIDE(0), off)
+        return np.where(np.isnan(off), np.inf, off).astype(np.float64)
 
 
 def _clipped(x: Array, form: Format) -> Array:

@@ -187,7 +187,7 @@ def assert_close_ulp(
     if mismatch:
         raise AssertionError(errors.message("actual", "actual does not match expected", mismatch))
     actuals = _tree.broadcast("actual", expected, actual, exact=True)
-    scales = _tree.broadcast("scale", expected, scale)
+    scales = _tree.broadcast("scale", expected, scale, to="expected")
     rows = zip(_tree.walk(expected), actuals, scales, strict=True)
     lines = ((path, _distance(a, e, ulp, size, dtype)) for (path, e), a, size in rows)
     _raise(f"actual is not within {ulp:g} ulp of expected", ((p, t) for p, t in lines if t))

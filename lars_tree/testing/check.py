@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import hypothesis
@@ -85,11 +86,16 @@ def check_update_laws(
 
     Raises:
         LawError: An AssertionError, which names the laws that are broken, each with an example.
-        ValueError: There is no law of a name in `exclude`, or it has no reason.
+        ValueError: There is no such law, library or dtype, or a name in `exclude` has no reason.
+        ModuleNotFoundError: The library is not installed.
     """
     excluded = dict(exclude or {})
     _check_names(excluded, laws)
+    _arrays.check_known("library", library, _arrays.LIBRARIES)
+    import_module(library)  # if it is missing no law is broken
     names = [_arrays.name_of(x) for x in dtypes or _arrays.names_for(library)]
+    for name in names:
+        _arrays.check_known("dtypes", name, _arrays.names_for(library))
     bounds = ULP if ulp is None else dict.fromkeys(ULP, ulp)
     domain = Domain(library, names, node_types, nested, trust_coefficient, bounds)
     chosen = [law for law in laws if law.__name__ not in excluded]
@@ -100,6 +106,9 @@ def check_update_laws(
 
 
 def _check_names(excluded: dict[str, str], laws: Sequence[Law]) -> None:
+    for law in laws:
+        if not callable(law):
+            raise ValueError(f"laws: expected functions such as those of LAWS, got {law!r}")
     known = [law.__name__ for law in laws]
     for name, reason in excluded.items():
         if name not in known:

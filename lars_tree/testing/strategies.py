@@ -48,8 +48,11 @@ def arrays(
         library: "numpy", "torch" or "jax", or a strategy; imported only when asked for.
         layouts: Which of "C", "F", "reversed" (negative strides) and "gaps" memory may have. Those
             that a library has not are left out: torch cannot reverse, JAX has "C" alone.
+
+    Raises:
+        ValueError: There is no such library or layout.
     """
-    libraries, shapes = _strategy(library), SHAPES if shape is None else _strategy(shape)
+    libraries, shapes = _libraries(library, layouts), SHAPES if shape is None else _strategy(shape)
 
     def make(draw: Draw) -> Any:
         one = draw(libraries)
@@ -63,6 +66,14 @@ SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)
 
 def _strategy(value: Any) -> Strategy:
     return value if isinstance(value, st.SearchStrategy) else st.just(value)
+
+
+def _libraries(library: Any, layouts: Sequence[str]) -> Strategy:
+    if not isinstance(library, st.SearchStrategy):
+        _arrays.check_known("library", library, _arrays.LIBRARIES)
+    for layout in layouts:
+        _arrays.check_known("layouts", layout, _arrays.LAYOUTS)
+    return _strategy(library)
 
 
 def _dtype(draw: Draw, dtype: Any, library: str) -> Any:
@@ -129,8 +140,11 @@ def layers(
         library: As in `arrays`.
         layouts: As in `arrays`, for each of both.
         broadcast: The gradient may have fewer axes than w, and broadcast to it.
+
+    Raises:
+        ValueError: As for `arrays`.
     """
-    libraries, shapes = _strategy(library), SHAPES if shape is None else _strategy(shape)
+    libraries, shapes = _libraries(library, layouts), SHAPES if shape is None else _strategy(shape)
 
     def make(draw: Draw) -> tuple[Any, Any]:
         one = draw(libraries)
@@ -158,5 +172,10 @@ def options(*names: str) -> Strategy:
     Args:
         *names: Of "decay_lambda", "trust_coefficient", "eps", "adapt", "trust_clip" and
             "grad_scale"; all of them, if none is named.
+
+    Raises:
+        ValueError: There is no option of such a name.
     """
+    for name in names:
+        _arrays.check_known("names", name, list(OPTIONS))
     return st.fixed_dictionaries({}, optional={name: OPTIONS[name] for name in names or OPTIONS})
