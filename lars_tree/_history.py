@@ -94,8 +94,7 @@ class TrustHistory:
             like = _tree.rebuild(ratios, [None] * len(_tree.leaves(ratios)))
             shapes = [None] * len(_tree.leaves(like))
         given = _tree.broadcast("ratios", like, ratios, exact=True, to="those of the first record")
-        paths = (path for path, _ in _tree.walk(like))
-        row = [_kept(path, x) for path, x in zip(paths, given, strict=True)]
+        row = [_kept(x) for x in given]
         self._like, self._shapes, self._next = like, _common(like, shapes, row), step + 1
         if self._seen % self._stride == 0:
             self._rows.append(row)
@@ -176,29 +175,33 @@ class TrustHistory:
         self._fetched = len(self._rows)
 
 
-def _kept(path: errors.Path, x: Any) -> Any:
+def _kept(x: Any) -> Any:
     """A ratio as it is; but one that is lazy would keep all that it is to be computed from."""
     x = unwrap(x)
     backend = _backends.find(x)
-    if backend is None and x is not None:
-        if not isinstance(x, numbers.Real):
-            text = f"expected a number or an array, got {errors.describe(x)}"
-            raise errors.error(errors.LeafError, "ratios", "ratios are no numbers", [(path, text)])
-        return np.asarray(x, np.float64)
+    if backend is None:
+        return np.asarray(x, np.float64) if isinstance(x, numbers.Real) else x
     if is_traced(x):
         raise traced_error("ratios")
-    is_lazy = backend is not None and backend.values(x) is Values.LATER
-    return fetch("ratios", [x])[0] if is_lazy else x
+    return fetch("ratios", [x])[0] if backend.values(x) is Values.LATER else x
 
 
 def _common(like: Any, shapes: list[Any], row: list[Any]) -> list[Any]:
     """The shape of each leaf: that of its first ratios, which those of a later row have too."""
-    new = [x if x is None else tuple(x.shape) for x in row]
-    pairs = list(zip(shapes, new, strict=True))
-    differing = [i for i, (a, b) in enumerate(pairs) if None not in (a, b) and a != b]
-    if differing:
-        paths = [path for path, _ in _tree.walk(like)]
-        text = "expected ratios of shape {} as before, got {}"
-        lines = [(paths[i], text.format(*pairs[i])) for i in differing]
-        raise errors.error(errors.LeafError, "ratios", "ratios have other shapes", lines)
-    return [b if a is None else a for a, b in pairs]
+    found = list(shapes)
+    odd: dict[int, str] = {}
+    for i, x in enumerate(row):
+        if x is None:
+            continue
+        shape = getattr(x, "shape", None)
+        if shape is None:
+            odd[i] = f"expected a number or an array, got {errors.describe(x)}"
+        elif found[i] is None:
+            found[i] = shape
+        elif found[i] != shape:
+            odd[i] = f"expected ratios of shape {tuple(found[i])} as before, got {tuple(shape)}"
+    if odd:
+        paths = [path for path, _ in _tree.walk(like)]  # only errors need them
+        lines = [(paths[i], text) for i, text in odd.items()]
+        raise errors.error(errors.LeafError, "ratios", "ratios cannot be recorded", lines)
+    return found

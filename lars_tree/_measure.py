@@ -67,7 +67,7 @@ def fetch(argument: str, numbers: list[Any]) -> list[np.ndarray[Any, Any]]:
     """The values of numbers of any library, waiting for each of these once.
 
     Raises:
-        LeafError: some are traced, and have no values yet, or are no numbers.
+        LeafError: some are traced, and have no values yet.
     """
     places: dict[Backend | None, list[int]] = {}
     numbers = [unwrap(x) for x in numbers]
