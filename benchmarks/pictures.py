@@ -7,6 +7,7 @@ Chromium with its driver for the picture of a notebook.
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import tempfile
 from itertools import pairwise
@@ -68,7 +69,9 @@ def _table(w: Container, g: Container, path: Path) -> None:
 
     console = Console(width=96, record=True, file=io.StringIO())
     console.print(layer_table(w, g, RATE, decay_lambda=DECAY))
-    console.save_svg(str(path), title="layer_table(w, g, 0.1, decay_lambda=1e-4)")
+    svg = console.export_svg(title="layer_table(w, g, 0.1, decay_lambda=1e-4)")
+    # Without the fonts that rich would load from elsewhere.
+    path.write_text(re.sub(r"\n *@font-face \{.*?\}", "", svg, flags=re.DOTALL))
 
 
 def _notebook(w: Container, path: Path) -> None:

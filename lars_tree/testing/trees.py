@@ -102,10 +102,8 @@ def containers(
 
     >>> from hypothesis import find
     >>> from lars_tree.testing import containers
-    >>> find(containers(), lambda w: len(w.leaves()) > 1)
-    Container: 2 leaves, 2 parameters, 16 bytes
-      a  float64 ()
-      b  float64 ()
+    >>> find(containers(), lambda w: len(w.leaves()) > 1).paths()
+    [('a',), ('b',)]
 
     Args:
         leaves: As in `nests`.
