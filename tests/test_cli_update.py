@@ -280,30 +280,23 @@ def big_files(directory, leaves, size):
     io.save(directory / "o.safetensors", {"old": np.ones(3)})
 
 
-COMMAND = [
-    sys.executable,
-    "-m",
-    "lars_tree",
-    "update",
-    *FILES,
-    "--lr",
-    "0.5",
-    "-o",
-    "o.safetensors",
-]
+ARGUMENTS = ["update", *FILES, "--lr", "0.5", "-o", "o.safetensors"]
+COMMAND = [sys.executable, "-m", "lars_tree", *ARGUMENTS]
+# The same where tests are run in the background, and a process would start with Ctrl-C ignored.
+START = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+START += "runpy.run_module('lars_tree', run_name='__main__', alter_sys=True)"
 
 
 def stopped(directory, fraction, number):
     """An update that gets a signal when this fraction of the file has been written."""
     total = (directory / "w.safetensors").stat().st_size
     process = subprocess.Popen(
-        COMMAND,
+        [sys.executable, "-c", START, *ARGUMENTS],
         cwd=directory,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     written = -1
     while process.poll() is None and written < fraction * total:

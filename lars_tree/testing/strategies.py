@@ -118,8 +118,9 @@ def _reals(
     form = _arrays.format_of(name)
     near_one = st.sampled_from([0.0, 1.0, -1.0]) | st.floats(-2, 2, width=width)  # ties are common
     x = draw(hnp.arrays(stored, shape, elements=near_one))
-    exponents = st.integers(form.smallest - form.bits + 1, form.largest - 1)
-    return np.asarray(np.ldexp(x, draw(st.just(0) | exponents)))
+    least, most = form.smallest - form.bits + 1, form.largest - 1
+    ends = st.sampled_from([least, form.smallest, most])
+    return np.asarray(np.ldexp(x, draw(st.just(0) | ends | st.integers(least, most))))
 
 
 def layers(
