@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
-from collections.abc import Iterator
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,6 +98,27 @@ def library(request: pytest.FixtureRequest) -> Library:
     """Each array library that is installed."""
     need(request.param.module)
     return request.param
+
+
+def interrupted_at(line: int, folder: str, call: Callable[[], Any]) -> bool:
+    """Make a call, with Ctrl-C at that line of what it runs in a folder; whether it had so many."""
+    lines = iter(range(line, -1, -1))
+
+    def trace(frame: Any, event: str, arg: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(folder):
+            return None
+        if event == "line" and next(lines, None) == 0:
+            signal.raise_signal(signal.SIGINT)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    return next(lines, None) is None
 
 
 @pytest.fixture(autouse=True)

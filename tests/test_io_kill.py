@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import need
+from conftest import interrupted_at, need
 
 import lars_tree
 from lars_tree import Container, io
@@ -215,6 +215,20 @@ def test_after_an_exception_there_is_the_old_file_alone(error, tmp_path, monkeyp
     monkeypatch.undo()
     assert io.load(path) == Container(a=np.ones(3))
     assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files not closed
+def test_ctrl_c_at_any_line_leaves_no_temporary_file(tmp_path):
+    path, line, seen = tmp_path / "w.safetensors", 0, set()
+    folder = str(Path(replacing.__file__).parent)
+    while True:
+        io.save(path, {"a": np.ones(3)})
+        if not interrupted_at(line, folder, lambda: io.save(path, {"a": np.zeros(3)})):
+            break
+        assert os.listdir(tmp_path) == [path.name], line
+        seen.add(io.load(path).a.any())
+        line += 1
+    assert seen == {False, True}
 
 
 def test_a_full_disk_leaves_the_old_file_alone(tmp_path):

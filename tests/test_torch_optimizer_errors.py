@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import signal
-import sys
 import threading
 
 import numpy as np
 import pytest
-from conftest import need
+from conftest import interrupted_at, need
 
 from lars_tree import LarsTreeError
 
@@ -170,27 +168,6 @@ def test_steps_of_many_threads_are_all_taken(foreach):
     assert p.unique().tolist() == [160 * 161 / 2]
 
 
-def interrupted_at(line, call):
-    """Make a call, with Ctrl-C at that line of its Python code; whether it had so many lines."""
-    lines = iter(range(line, -1, -1))
-
-    def trace(frame, event, arg):
-        if not frame.f_code.co_filename.startswith(lars_tree.__path__[0]):
-            return None
-        if event == "line" and next(lines, None) == 0:
-            signal.raise_signal(signal.SIGINT)
-        return trace
-
-    sys.settrace(trace)
-    try:
-        call()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(None)
-    return next(lines, None) is None
-
-
 @pytest.mark.parametrize("foreach", [None, True])
 def test_ctrl_c_comes_before_a_first_step_or_after_it(foreach):
     def stepped(line=None):
@@ -200,7 +177,7 @@ def test_ctrl_c_comes_before_a_first_step_or_after_it(foreach):
         opt = Lars(groups, 0.1, dampening=0.5, trust_coefficient=0.1, foreach=foreach)
         for p in params:
             p.grad = torch.ones(3)
-        reached = line is None or interrupted_at(line, opt.step)
+        reached = line is None or interrupted_at(line, lars_tree.__path__[0], opt.step)
         buffers = [opt.state[p].get("momentum_buffer") for p in params]
         return params, opt, buffers, reached
 

@@ -41,20 +41,24 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     directory = os.path.dirname(target)
     mode = _mode_of(target)
     _clear_strays(directory)
-    file = _locked_file(directory)
-    try:
+    name = os.path.join(directory, f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}")
+    file = None
+    try:  # from before it is there: Ctrl-C may come at any moment
+        file = _locked_file(name)
         if mode is not None:
-            os.chmod(file.name, mode)
+            os.chmod(name, mode)
         yield file
         file.flush()
         os.fsync(file.fileno())
         if fcntl is None:
             file.close()
-        os.replace(file.name, target)
+        os.replace(name, target)
     except BaseException:
         with suppress(OSError):  # such as that of a full disk, again
-            file.close()
-        os.unlink(file.name)
+            if file is not None:
+                file.close()
+        with suppress(FileNotFoundError):
+            os.unlink(name)
         raise
     file.close()
     _sync_directory(directory)
@@ -75,10 +79,9 @@ def _mode_of(target: str) -> int | None:
     return stat.S_IMODE(mode)
 
 
-def _locked_file(directory: str) -> BinaryIO:
-    """A new temporary file that nobody else takes for a stray."""
+def _locked_file(name: str) -> BinaryIO:
+    """A new file of this name that nobody else takes for a stray."""
     while True:
-        name = os.path.join(directory, f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}")
         file: BinaryIO = open(name, "x+b")  # noqa: SIM115
         # Another saver may have locked and cleared it before this one could lock it.
         if _lock(file.fileno(), wait=True) is None or _is_at(name, file.fileno()):
