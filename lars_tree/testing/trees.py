@@ -192,9 +192,11 @@ def _reordered(draw: Draw, node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     new = copy.copy(node)
-    dict.clear(new)
+    # By the class that keeps the order: a Container takes keys for paths, OrderedDict has a list.
+    plain = OrderedDict if isinstance(node, OrderedDict) else dict
+    plain.clear(new)
     for key, child in draw(st.permutations(list(_tree.children(node)))):
-        dict.__setitem__(new, key, child)
+        plain.__setitem__(new, key, child)
     return new
 
 
