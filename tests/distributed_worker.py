@@ -158,8 +158,9 @@ if __name__ == "__main__":
         code = 0
     except BaseException:
         traceback.print_exc()
-    # At once. After a failure the others wait for this process; and where nothing failed, threads
-    # of gloo may still be at work, which an interpreter that is being taken down does not suffer.
+    # At once. After a failure the others wait for this process; and where nothing failed, a thread
+    # of gloo may still have to release a tensor, which aborts an interpreter that is being taken
+    # down (pytorch issue 190489).
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -92,11 +92,17 @@ def _pycon(block: Block, where: str, names: dict[str, Any], directory: Path) -> 
     assert results.failed == 0, f"{where}: see above"
 
 
+# A thread of gloo that releases a tensor while Python is being taken down aborts the process
+# (pytorch issue 190489). A barrier makes that rare; on a busy machine it is still seen.
+GLOO_SETTLES = "\nimport time\n\ntime.sleep(1)\n"
+
+
 def _python(block: Block, where: str, names: dict[str, Any], directory: Path) -> None:
     _need_imports(block.text)
     command = re.match(r"# ((?:python|torchrun) .*?(\w+\.py))\n", block.text)
     if command:
-        (directory / command[2]).write_text(block.text)
+        end = GLOO_SETTLES if command[1].startswith("torchrun") else ""
+        (directory / command[2]).write_text(block.text + end)
         _run(command[1], where, directory)
     else:
         code = compile("\n" * block.line + block.text, where, "exec", dont_inherit=True)
