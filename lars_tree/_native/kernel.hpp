@@ -60,6 +60,7 @@ struct Layer {
 };
 
 const int lanes = 16;
+const int most_streams = 4;     // arrays, or parts of them, that are read by turns
 const std::size_t block = 128;  // elements that are stepped at a time, where that matters
 
 // The step is on_dcdw * dcdw + on_w * w, the last only where it `decays`. dcdw is to be multiplied
@@ -82,6 +83,10 @@ struct Motion {
 inline Pair add(Pair a, Pair b) {
     Pair sum = two_sum(a.high, b.high);
     return {sum.high, sum.low + (a.low + b.low)};
+}
+
+inline void add_to(double* a, const double* b) {
+    for (int lane = 0; lane < lanes; ++lane) a[lane] += b[lane];
 }
 
 // The sum of all lanes, by pairs of neighbours.
@@ -135,14 +140,15 @@ inline bool double_is_enough(const Rule& rule) {
 // ---- The loops, for each instruction set
 
 struct Loops {
-    typedef Pair (*Sum)(const void* x, std::size_t size, double scale, double rest);
+    typedef void (*SumSquares)(const void* const* arrays, int count, std::size_t size,
+                               double scale, double rest, double (*totals)[lanes]);
     typedef double (*Largest)(const void* x, std::size_t size);
     typedef void (*Apply)(const void* w, const void* dcdw, void* out, std::size_t size,
                           const Coefficients& by);
     typedef void (*Move)(const void* w, const void* dcdw, void* velocity, void* out,
                          std::size_t size, const Coefficients& by, const Motion& motion);
 
-    Sum sum_of_squares[formats], sum_of_scaled_squares[formats];
+    SumSquares sum_squares[formats], sum_scaled_squares[formats];
     Largest largest[formats];
     Apply apply[formats][formats];  // by the formats of w and dcdw
     Move move[formats][formats];
@@ -229,12 +235,34 @@ struct Vector {
     }
 
     const char* at(std::size_t i) const { return data + i * item_size(format); }
-
-    Pair sum(const Loops::Sum* sums, std::size_t i, double scale = 1, double rest = 1) const {
-        std::size_t chunk = chunk_size(size), start = i * chunk;
-        return sums[format](at(start), std::min(chunk, size - start), scale, rest);
-    }
 };
+
+// The sums of squares of a chunk of both arrays of a layer. A whole chunk is read in two places.
+inline void sum_chunk(const Loops& loops, const Vector& w, const Vector& dcdw, std::size_t i,
+                      Pair& w_sum, Pair& dcdw_sum) {
+    const std::size_t chunk = chunk_size(w.size), start = i * chunk;
+    const int parts = start + chunk <= w.size ? 2 : 1;
+    const std::size_t size = parts == 2 ? chunk / 2 : w.size - start;
+    // Those of w before those of dcdw, whose format may be another.
+    const void* arrays[most_streams];
+    double sums[most_streams][lanes];
+    for (int part = 0; part < parts; ++part) {
+        arrays[part] = w.at(start + part * size);
+        arrays[parts + part] = dcdw.at(start + part * size);
+    }
+    if (w.format == dcdw.format) {
+        loops.sum_squares[w.format](arrays, 2 * parts, size, 1, 1, sums);
+    } else {
+        loops.sum_squares[w.format](arrays, parts, size, 1, 1, sums);
+        loops.sum_squares[dcdw.format](arrays + parts, parts, size, 1, 1, sums + parts);
+    }
+    if (parts == 2) {
+        add_to(sums[0], sums[1]);
+        add_to(sums[2], sums[3]);
+    }
+    w_sum = sum_of_lanes(sums[0]);
+    dcdw_sum = sum_of_lanes(sums[parts]);
+}
 
 inline Pair sum(const Vector& x, const Pair* sums) {
     Pair total = {0, 0};
@@ -258,7 +286,12 @@ inline Wide norm(const Loops& loops, const Vector& x, const Pair* sums) {
     double scale = std::ldexp(1, -exponent / 2), rest = std::ldexp(1, -exponent + exponent / 2);
     total = {0, 0};
     for (std::size_t i = 0; i < chunks(x.size); ++i) {
-        total = add(total, x.sum(loops.sum_of_scaled_squares, i, scale, rest));
+        const std::size_t chunk = chunk_size(x.size), start = i * chunk;
+        const void* data = x.at(start);
+        double lane_sums[1][lanes];
+        loops.sum_scaled_squares[x.format](&data, 1, std::min(chunk, x.size - start), scale, rest,
+                                           lane_sums);
+        total = add(total, sum_of_lanes(lane_sums[0]));
     }
     Wide root = sqrt(Wide(fast_two_sum(total.high, total.low)));
     root.exponent += exponent;

@@ -17,15 +17,18 @@ LARS_TARGET inline void square(const T* row, double scale, double rest, double* 
     }
 }
 
-LARS_TARGET inline void add_to(double* a, const double* b) {
-    for (int lane = 0; lane < lanes; ++lane) a[lane] += b[lane];
+// Of some arrays, the sums of subtrees of rows that still lack a neighbour, from large to small:
+// one for each bit of the number of rows so far.
+typedef double Subtrees[64][most_streams][lanes];
+
+LARS_TARGET inline void merge(Subtrees& sums, int& depth, int count) {
+    --depth;
+    for (int k = 0; k < count; ++k) add_to(sums[depth - 1][k], sums[depth][k]);
 }
 
 // Adds the last subtree to its neighbour, if that is there, and so on: as in counting on by one.
-LARS_TARGET inline void merge(double (*sums)[lanes], int& depth, std::size_t subtrees_before) {
-    for (; subtrees_before & 1; subtrees_before >>= 1, --depth) {
-        add_to(sums[depth - 2], sums[depth - 1]);
-    }
+LARS_TARGET inline void carry(Subtrees& sums, int& depth, int count, std::size_t subtrees_before) {
+    for (; subtrees_before & 1; subtrees_before >>= 1) merge(sums, depth, count);
 }
 
 // Squares of 2^Level rows, added by pairs of neighbours. All at once, in registers: compilers make
@@ -51,33 +54,40 @@ struct Rows<T, Scaled, 1> {
     }
 };
 
+// The squares of some arrays of the same size, summed up for each lane. They are read by turns, as
+// memory serves several streams at once faster than one after the other.
 template <class T, bool Scaled>
-LARS_TARGET Pair sum_of_squares(const void* data, std::size_t size, double scale, double rest) {
-    const T* x = static_cast<const T*>(data);
-    // Sums of subtrees of rows that still lack a neighbour, from large to small: one for each bit
-    // of the number of rows so far.
-    double sums[64][lanes];
+LARS_TARGET void sum_squares(const void* const* arrays, int count, std::size_t size, double scale,
+                             double rest, double (*totals)[lanes]) {
+    Subtrees sums;
     int depth = 0;
     std::size_t rows = 0, i = 0;
-    const int level = 4, many = 1 << level;
+    const int level = 3, many = 1 << level;
     for (; size - i >= many * lanes; i += many * lanes) {
-        Rows<T, Scaled, level>::sum(x + i, scale, rest, sums[depth++]);
-        merge(sums, depth, rows / many);
+        for (int k = 0; k < count; ++k) {
+            const T* x = static_cast<const T*>(arrays[k]) + i;
+            Rows<T, Scaled, level>::sum(x, scale, rest, sums[depth][k]);
+        }
+        ++depth;
+        carry(sums, depth, count, rows / many);
         rows += many;
     }
     for (; i < size; i += lanes) {
-        T last[lanes] = {};  // as if zeros followed
-        const T* row = x + i;
-        if (size - i < lanes) {
-            std::memcpy(last, row, (size - i) * sizeof(T));
-            row = last;
+        for (int k = 0; k < count; ++k) {
+            const T* row = static_cast<const T*>(arrays[k]) + i;
+            T last[lanes] = {};  // as if zeros followed
+            if (size - i < lanes) {
+                std::memcpy(last, row, (size - i) * sizeof(T));
+                row = last;
+            }
+            square<T, Scaled>(row, scale, rest, sums[depth][k]);
         }
-        square<T, Scaled>(row, scale, rest, sums[depth++]);
-        merge(sums, depth, rows);
+        ++depth;
+        carry(sums, depth, count, rows);
         rows += 1;
     }
-    for (; depth > 1; --depth) add_to(sums[depth - 2], sums[depth - 1]);
-    return size ? sum_of_lanes(sums[0]) : Pair{0, 0};
+    while (depth > 1) merge(sums, depth, count);
+    for (int k = 0; k < count; ++k) std::memcpy(totals[k], sums[0][k], sizeof totals[k]);
 }
 
 template <class T>
@@ -368,8 +378,8 @@ inline void enter(Loops& to, Format format, Format dcdw_format) {
 
 template <class T>
 inline void enter(Loops& to, Format format) {
-    to.sum_of_squares[format] = sum_of_squares<T, false>;
-    to.sum_of_scaled_squares[format] = sum_of_squares<T, true>;
+    to.sum_squares[format] = sum_squares<T, false>;
+    to.sum_scaled_squares[format] = sum_squares<T, true>;
     to.largest[format] = largest<T>;
     enter<T, Half>(to, format, float16);
     enter<T, Brain>(to, format, bfloat16);

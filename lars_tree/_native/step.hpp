@@ -141,8 +141,7 @@ private:
     }
 
     void sum_squares(const Layer& layer, std::size_t i, Pair* w_sums, Pair* dcdw_sums) const {
-        w_sums[i] = weights(layer).sum(loops.sum_of_squares, i);
-        dcdw_sums[i] = gradients(layer).sum(loops.sum_of_squares, i);
+        sum_chunk(loops, weights(layer), gradients(layer), i, w_sums[i], dcdw_sums[i]);
     }
 
     void share(const Layer& layer, Progress& now, std::size_t thread) {
