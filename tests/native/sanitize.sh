@@ -78,7 +78,7 @@ PYTHON
 library() { gcc -print-file-name="lib$1.so"; }
 tests=(tests/test_native*.py tests/test_memory.py tests/test_numbers.py tests/test_errors.py)
 run env -u LARS_TREE_NATIVE LD_PRELOAD="$(library asan) $(library ubsan)" PYTHONMALLOC=malloc \
-    PYTHONPATH="$work" PYTHONDONTWRITEBYTECODE=1 HYPOTHESIS_PROFILE=default \
+    PYTHONPATH="$work" PYTHONDONTWRITEBYTECODE=1 HYPOTHESIS_PROFILE=repeatable \
     "$python" -m pytest -q -n 2 -p sanitized -p no:cacheprovider \
     -k "not jit and not compiled and not array_operations" "${tests[@]}" tests/native
 echo "No sanitizer reported anything"
