@@ -238,8 +238,8 @@ struct Vector {
 };
 
 // The sums of squares of a chunk of both arrays of a layer. A whole chunk is read in two places.
-inline void sum_chunk(const Loops& loops, const Vector& w, const Vector& dcdw, std::size_t i,
-                      Pair& w_sum, Pair& dcdw_sum) {
+inline void sum_both(const Loops& loops, const Vector& w, const Vector& dcdw, std::size_t i,
+                     Pair& w_sum, Pair& dcdw_sum) {
     const std::size_t chunk = chunk_size(w.size), start = i * chunk;
     const int parts = start + chunk <= w.size ? 2 : 1;
     const std::size_t size = parts == 2 ? chunk / 2 : w.size - start;
@@ -285,8 +285,8 @@ inline Wide norm(const Loops& loops, const Vector& x, const Pair* sums) {
     std::frexp(largest, &exponent);
     double scale = std::ldexp(1, -exponent / 2), rest = std::ldexp(1, -exponent + exponent / 2);
     total = {0, 0};
-    for (std::size_t i = 0; i < chunks(x.size); ++i) {
-        const std::size_t chunk = chunk_size(x.size), start = i * chunk;
+    const std::size_t chunk = chunk_size(x.size);
+    for (std::size_t start = 0; start < x.size; start += chunk) {
         const void* data = x.at(start);
         double lane_sums[1][lanes];
         loops.sum_scaled_squares[x.format](&data, 1, std::min(chunk, x.size - start), scale, rest,

@@ -141,7 +141,7 @@ private:
     }
 
     void sum_squares(const Layer& layer, std::size_t i, Pair* w_sums, Pair* dcdw_sums) const {
-        sum_chunk(loops, weights(layer), gradients(layer), i, w_sums[i], dcdw_sums[i]);
+        sum_both(loops, weights(layer), gradients(layer), i, w_sums[i], dcdw_sums[i]);
     }
 
     void share(const Layer& layer, Progress& now, std::size_t thread) {

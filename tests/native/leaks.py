@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import sys
+from numbers import Number
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +29,18 @@ def check(call, given, calls=CALLS):
     """Call it many times; `given` are the objects whose references are counted."""
     call()  # fills caches
     gc.collect()
-    counted = [*given, None, True, False, NotImplemented, np.ndarray, ValueError, RuntimeError]
-    before = [sys.getrefcount(x) for x in counted]
+    # Constants are shared with all that is loaded, which may let go of some ("propagate", once).
+    own = [x for x in given if not isinstance(x, Number | str)]
+    shared = [x for x in given if isinstance(x, Number | str)]
+    shared += [None, True, False, NotImplemented, np.ndarray, ValueError, RuntimeError]
+    before = [sys.getrefcount(x) for x in own], [sys.getrefcount(x) for x in shared]
     objects = len(gc.get_objects())
     for _ in range(calls):
         call()
     gc.collect()
-    # To a tenth: numbers are shared with all that is loaded, which may let go of some.
-    for x, count in zip(counted, before, strict=True):
+    counts = [sys.getrefcount(x) for x in own]
+    assert counts == before[0], (counts, before[0])
+    for x, count in zip(shared, before[1], strict=True):
         assert abs(sys.getrefcount(x) - count) < calls // 10, x
     assert len(gc.get_objects()) - objects < calls // 10
     if SANITIZED:
