@@ -26,6 +26,7 @@ class Options(TypedDict, total=False):
     eps: Any
     adapt: Any
     trust_clip: Any
+    joint_norm: Any
     grad_scale: Any
     nonfinite: Any
     layer_axis: Any
@@ -39,6 +40,7 @@ DEFAULTS: dict[str, Any] = {
     "eps": 0.0,
     "adapt": True,
     "trust_clip": False,
+    "joint_norm": False,
     "grad_scale": 1.0,
     "nonfinite": "propagate",
     "layer_axis": None,
@@ -236,11 +238,13 @@ _CHECKS: dict[str, Callable[[Any, bool], Any]] = {
     "grad_scale": _positive,
     "adapt": _flag,
     "trust_clip": _flag,
+    "joint_norm": _flag,
     "nonfinite": _nonfinite,
     "layer_axis": _axis,
     "stop_gradients": _flag,
     "momentum": _number,
     "rate": _number,
+    "dampening": _number,
     "nesterov": _flag,
     "maximize": _flag,
 }

@@ -3,6 +3,9 @@
     ratio = trust_coefficient * |w| / (|g| + decay_lambda * |w| + eps),   g = dcdw / grad_scale
     w_new = w - lr * ratio * (g + decay_lambda * w)
 
+With `joint_norm` the denominator is |g + decay_lambda * w| + eps. That is the step of the same
+formula, without decay, along the gradient g + decay_lambda * w: see `joint`.
+
 The step is linear in dcdw and w, with two coefficients that depend on norms alone. So it is made of
 `coefficients`, which works with any kind of number (floats and `Wide` in `_backends/cpu.py`, arrays
 elsewhere), and `apply`. `step` joins them for libraries that compute with whole arrays.
@@ -11,6 +14,8 @@ With momentum a velocity v takes the step u in, and moves the weights (`along`, 
 
     v_new = momentum * v + u
     w_new = w - rate * v_new,   or with nesterov   w - rate * (u + momentum * v_new)
+
+where the velocity takes in u = (1 - dampening) * lr * ratio * (g + decay_lambda * w).
 
 Knows nothing of nests (`_tree.py`) or of grouping (`update.py`). `_native/kernel.hpp` states the
 rule again for CPU memory, and `tests/reference.py`, independently, in mpmath:
@@ -30,7 +35,8 @@ class Rule(NamedTuple):
 
     The kernel reads the fields by their places. Those from `momentum` on matter where there is a
     velocity. `lr` is in what the velocity takes in, as in the paper, `rate` in what it moves the
-    weights by, as in torch. `maximize` turns the gradient round, not the decay.
+    weights by, as in torch: their product is the rate that `trust_clip` refers to. `maximize` turns
+    the gradient round, not the decay.
     """
 
     lr: Any
@@ -47,6 +53,8 @@ class Rule(NamedTuple):
     rate: Any = 1.0
     nesterov: bool = False
     maximize: bool = False
+    joint_norm: bool = False
+    dampening: Any = 0.0
 
 
 def coefficients(
@@ -57,7 +65,7 @@ def coefficients(
 
 
 def _along_both(ratio: Number, rule: Rule) -> tuple[Number, Number]:
-    rate = rule.lr * ratio
+    rate = rule.lr * ratio * (1 - rule.dampening)
     return rate / rule.grad_scale, rate * rule.decay_lambda
 
 
@@ -70,14 +78,24 @@ def trust_ratio(
     """
     if not rule.adapt:
         return one
-    denominator = dcdw_norm / rule.grad_scale + rule.decay_lambda * w_norm + rule.eps
-    # A layer initialised to zeros must train, and one without a gradient has nowhere to go: both
-    # have ratio 1. Dividing by 1 there keeps NaN out of the derivative of the other branch.
-    undefined = (w_norm == 0) | (denominator == 0)
+    # A layer initialised to zeros must train, and one without a gradient takes its plain decay:
+    # both have ratio 1. Dividing by 1 there keeps NaN out of the derivative of the other branch.
+    undefined = (w_norm == 0) | (dcdw_norm == 0)
+    denominator = dcdw_norm / rule.grad_scale
+    if not rule.joint_norm:  # else it is the norm of the sum
+        denominator = denominator + rule.decay_lambda * w_norm
+    denominator = denominator + rule.eps
     ratio = rule.trust_coefficient * w_norm / where(undefined, 1, denominator)
-    if rule.trust_clip:  # LARC: the local rate lr * ratio never exceeds lr
-        ratio = where(ratio > one, one, ratio)
+    if rule.trust_clip:  # LARC: the local rate is min(ratio, rate), which is rate times the result
+        rate = rule.lr * rule.rate * one
+        is_lower = rate > ratio
+        ratio = where(is_lower, ratio / where(is_lower, rate, one) * one, one)
     return where(undefined, one, ratio)
+
+
+def is_joint(rule: Rule) -> bool:
+    """Whether the norm of g + decay_lambda * w is asked for, and is not that of g."""
+    return rule.joint_norm and rule.adapt and not is_zero(rule.decay_lambda)
 
 
 def apply(w: Any, dcdw: Any, on_dcdw: Number, on_w: Number | None) -> Any:
@@ -103,7 +121,7 @@ def is_zero(number: Any) -> bool:
 
 
 NUMBERS = ("lr", "decay_lambda", "trust_coefficient", "eps", "grad_scale")
-MOTION_NUMBERS = ("momentum", "rate")
+MOTION_NUMBERS = ("momentum", "rate", "dampening")
 
 
 class Ops(Protocol):
@@ -111,6 +129,9 @@ class Ops(Protocol):
 
     def norms(self, w: Any, dcdw: Any, layer_axis: int | None) -> tuple[Norm, Norm]:
         """2-norms of both over all axes but layer_axis, these kept with length 1."""
+
+    def largest(self, x: Any, layer_axis: int | None) -> Any:
+        """The largest magnitude over the same axes, a constant to differentiation."""
 
     def power_of_two(self, x: Any) -> Any:
         """A power of two within a factor of two of x > 0, else 1; a constant to differentiation."""
@@ -144,6 +165,7 @@ def step(ops: Ops, w: Any, dcdw: Any, rule: Rule, velocity: Any = None) -> tuple
     the step along dcdw scales like w, the part along w not at all. So norms are scaled to be near
     1, where no square can overflow or vanish, and scaling by powers of two changes no bit.
     """
+    dcdw, rule = joint(ops, w, dcdw, rule)
     decays = not is_zero(rule.decay_lambda)
     if rule.adapt:
         w_norm, dcdw_norm = ops.norms(w, dcdw, rule.layer_axis)
@@ -164,6 +186,30 @@ def step(ops: Ops, w: Any, dcdw: Any, rule: Rule, velocity: Any = None) -> tuple
         return apply(w, dcdw, on_dcdw, on_w if decays else None), None
     change = along(w, dcdw, on_dcdw, on_w if decays else None)
     return move(w, velocity, change, rule)
+
+
+def joint(ops: Ops, w: Any, dcdw: Any, rule: Rule) -> tuple[Any, Rule]:
+    """The gradient dcdw + decay * w and the rule without decay, where `joint_norm` asks for that.
+
+    Without decay the norm of the gradient is the denominator. The sum is scaled to be near 1, so
+    that nothing overflows; the scale goes into that of the loss.
+    """
+    if not is_joint(rule):
+        return dcdw, rule
+    decay = rule.decay_lambda * rule.grad_scale
+    w_largest, dcdw_largest = (ops.largest(x, rule.layer_axis) for x in (w, dcdw))
+    w_scale = ops.power_of_two(w_largest)
+    decay_scale = decay * ops.where(w_largest > 0, w_scale, 0)
+    scale = ops.power_of_two(ops.maximum(decay_scale, dcdw_largest))
+    scale = ops.maximum(scale, 2.0**-100)  # its inverse must not overflow
+    signed = -scale if rule.maximize else scale
+    total = dcdw / signed + (decay_scale / scale) * (w / w_scale)
+    return total, without_decay(rule)._replace(grad_scale=rule.grad_scale / scale)
+
+
+def without_decay(rule: Rule) -> Rule:
+    """The rule for the sum of dcdw and decay_lambda * grad_scale * w, in the place of dcdw."""
+    return rule._replace(decay_lambda=0.0, maximize=False, joint_norm=False)
 
 
 def _scaled(ops: Ops, w_norm: Norm, dcdw_norm: Norm, rule: Rule) -> tuple[Rule, Any, Any]:
@@ -201,6 +247,10 @@ class Measured(NamedTuple):
 def measure(ops: Ops, w: Any, dcdw: Any, rule: Rule) -> Measured:
     """The norms and the ratio of `step`, with the axes that the norms have."""
     w_norm, dcdw_norm = ops.norms(w, dcdw, rule.layer_axis)
+    g_norm = dcdw_norm.scaled * (dcdw_norm.scale / rule.grad_scale)
+    if is_joint(rule):
+        dcdw, rule = joint(ops, w, dcdw, rule)
+        w_norm, dcdw_norm = ops.norms(w, dcdw, rule.layer_axis)
     scaled, scale, one = _scaled(ops, w_norm, dcdw_norm, rule)
 
     def ratio(rule: Rule) -> Any:
@@ -209,7 +259,7 @@ def measure(ops: Ops, w: Any, dcdw: Any, rule: Rule) -> Measured:
 
     return Measured(
         w_norm.scaled * w_norm.scale,
-        dcdw_norm.scaled * (dcdw_norm.scale / rule.grad_scale),
+        g_norm,
         ratio(scaled),
         ratio(scaled._replace(trust_clip=False)),
     )

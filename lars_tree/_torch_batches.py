@@ -40,12 +40,13 @@ class Batch:
         group, lr, axis = self.group, self.group["lr"], self.group["layer_axis"]
         if isinstance(lr, Tensor) and lr.ndim:
             lr = lr.reshape(())
-        taken_in = 1.0 if self.is_first else 1.0 - group["dampening"]
-        moving = {"lr": taken_in, "rate": lr} if self.moves else {"lr": lr, "rate": 1.0}
+        moving = {"lr": 1.0, "rate": lr} if self.moves else {"lr": lr, "rate": 1.0}
+        is_damped = self.moves and not self.is_first
         return {
             **_options.DEFAULTS,
             **{name: group[name] for name in _SHARED},
             **moving,
+            "dampening": group["dampening"] if is_damped else 0.0,
             "decay_lambda": group["weight_decay"],
             "grad_scale": grad_scale,
             "layer_axis": None if axis is None else index(axis),
@@ -64,7 +65,7 @@ class Batch:
 # What is called the same here and in the rule.
 _SHARED = (
     *("momentum", "nesterov", "trust_coefficient", "eps"),
-    *("trust_clip", "adapt", "maximize"),
+    *("trust_clip", "joint_norm", "adapt", "maximize"),
 )
 
 

@@ -40,8 +40,8 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
         buffer = momentum * buffer + (1 - dampening) * d
         p      = p - lr * buffer,    or with nesterov    p = p - lr * (d + momentum * buffer)
 
-    |.| is the 2-norm over the parameter, over all shards of a DTensor. Where |p| or the denominator
-    is 0, ratio is 1. As in `torch.optim.SGD` the rate multiplies the buffer, so a new rate acts at
+    |.| is the 2-norm over the parameter, over all shards of a DTensor. Where |p| or |g| is 0, ratio
+    is 1. As in `torch.optim.SGD` the rate multiplies the buffer, so a new rate acts at
     once, and the first step is not dampened; at a constant rate it is the paper's rule.
 
     >>> import torch
@@ -69,7 +69,9 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
         nesterov: Look ahead; needs a momentum and no dampening.
         trust_coefficient: The paper's eta.
         eps: Added to the denominator.
-        trust_clip: True (LARC): ratio is never above 1.
+        trust_clip: True (LARC, as in apex and timm): lr is an upper bound of lr * ratio, which is
+            then min(ratio, lr).
+        joint_norm: True: the denominator is |g + weight_decay * p| + eps.
         adapt: False: ratio is 1, which makes it SGD, as for biases and norm layers.
         foreach: True to take multi-tensor operations on the CPU too, as exact as on accelerators;
             False to take parameters one by one on accelerators.
@@ -94,8 +96,9 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
         nesterov: bool = False,
         *,
         trust_coefficient: float = 0.001,
-        eps: float = 0.0,
+        eps: float = 1e-8,
         trust_clip: bool = False,
+        joint_norm: bool = False,
         adapt: bool = True,
         foreach: bool | None = None,
         maximize: bool = False,
@@ -110,6 +113,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
             "trust_coefficient": trust_coefficient,
             "eps": eps,
             "trust_clip": trust_clip,
+            "joint_norm": joint_norm,
             "adapt": adapt,
             "foreach": foreach,
             "maximize": maximize,
@@ -274,7 +278,7 @@ def _check(options: dict[str, Any], waits: bool = True) -> None:
         raise ValueError(f"Invalid dampening: {options['dampening']}")
     if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-    for name in ("nesterov", "trust_clip", "adapt", "maximize"):
+    for name in ("nesterov", "trust_clip", "joint_norm", "adapt", "maximize"):
         if not isinstance(options[name], bool):
             raise ValueError(f"Invalid {name}: expected True or False, got {options[name]!r}")
     axis = options["layer_axis"]

@@ -38,6 +38,7 @@ def lars_update(
     eps: Any = 0.0,
     adapt: Any = True,
     trust_clip: Any = False,
+    joint_norm: Any = False,
     grad_scale: Any = 1.0,
     nonfinite: Any = "propagate",
     layer_axis: Any = None,
@@ -49,7 +50,8 @@ def lars_update(
         ratio = trust_coefficient * |w| / (|g| + decay_lambda * |w| + eps)
         w_new = w - lr * ratio * (g + decay_lambda * w)
 
-    |.| is the 2-norm over the layer. Where |w| or the denominator is 0, ratio is 1.
+    |.| is the 2-norm over the layer. Where |w| or |g| is 0, ratio is 1. With decay this is not what
+    ivy computes, which divides the rate by decay_lambda * |w| alone: see the page on the rule.
 
     >>> w = Container(kernel=np.array([3.0, 4.0]), bias=np.array([0.0]))
     >>> g = Container(kernel=np.array([0.0, 10.0]), bias=np.array([1.0]))
@@ -79,7 +81,10 @@ def lars_update(
         trust_coefficient: The paper's eta, a pure number >= 0; recipes use 0.001.
         eps: Added to the denominator, in units of the gradient.
         adapt: False: ratio is 1, plain SGD with decay, as for biases and norm layers.
-        trust_clip: True (LARC): ratio is never above 1.
+        trust_clip: True (LARC): the local rate is min(ratio, lr), where it was lr * ratio: lr is an
+            upper bound. Where ratio is 1 because a norm is 0, it is lr.
+        joint_norm: True: the denominator is |g + decay_lambda * w| + eps, as in SimCLR, BYOL and
+            optax; ratio is 1 where |w| or that norm is 0.
         grad_scale: The loss scale that dcdw still carries, > 0.
         nonfinite: What to do when a new weight would be NaN or infinite. "propagate" writes it,
             "raise" raises before anything is written, "skip" leaves all weights as they are.
@@ -111,6 +116,7 @@ def lars_update(
         "grad_scale": grad_scale,
         "adapt": adapt,
         "trust_clip": trust_clip,
+        "joint_norm": joint_norm,
         "nonfinite": nonfinite,
         "layer_axis": layer_axis,
         "stop_gradients": stop_gradients,

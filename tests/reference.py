@@ -44,21 +44,25 @@ def lars(
     eps: float = 0.0,
     adapt: bool = True,
     trust_clip: bool = False,
+    joint_norm: bool = False,
     grad_scale: float = 1.0,
+    maximize: bool = False,
 ) -> Step:
     """One step of one layer, given as a flat sequence of floats or complex numbers."""
     w = [_exact(x) for x in w]
-    g = [_exact(x) / mpf(grad_scale) for x in dcdw]
+    g = [(-1 if maximize else 1) * _exact(x) / mpf(grad_scale) for x in dcdw]
     beta = mpf(decay_lambda)
-    below = norm(g) + beta * norm(w) + mpf(eps)
-    if not adapt or norm(w) == 0 or below == 0:
-        ratio = mpf(1)
-    else:
+    decayed = [gi + beta * wi for wi, gi in zip(w, g, strict=True)]
+    below = norm(decayed) if joint_norm else norm(g)
+    ratio = None  # not defined
+    if adapt and norm(w) != 0 and below != 0:
+        below += mpf(eps) + (0 if joint_norm else beta * norm(w))
         ratio = mpf(trust_coefficient) * norm(w) / below
-        if trust_clip:
-            ratio = min(ratio, mpf(1))
     rates = [mpf(lr)] * len(w) if isinstance(lr, float) else [mpf(float(x)) for x in lr]
-    u = [rate * ratio * (gi + beta * wi) for rate, gi, wi in zip(rates, g, w, strict=True)]
+    local = rates
+    if ratio is not None:
+        local = [min(ratio, rate) if trust_clip else rate * ratio for rate in rates]
+    u = [rate * x for rate, x in zip(local, decayed, strict=True)]
     return Step(u, [wi - ui for wi, ui in zip(w, u, strict=True)], ratio)
 
 

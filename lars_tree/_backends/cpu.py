@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lars_tree import _native, _rule
 from lars_tree._backends import bfloat16
 from lars_tree._backends.base import Columns
-from lars_tree._backends.wide import Wide, fast_two_sum, two_sum
+from lars_tree._backends.wide import SPLITTER, Wide, fast_two_sum, two_product, two_sum
 from lars_tree._rule import Measured, Rule
 
 Array = np.ndarray[Any, Any]
@@ -74,7 +74,18 @@ def _update_layer(arrays: dict[str, Array], rule: Rule) -> None:
         return
     precision = _precision(arrays["w"], arrays["dcdw"])
     flat = {name: _flat(x) for name, x in _in_memory_order(arrays).items()}
-    on_dcdw, on_w = _coefficients(flat["w"], flat["dcdw"], precision, rule)
+    norms = _norms(flat["w"], flat["dcdw"], precision, rule)
+    limit = math.inf
+    if "lr" in flat and rule.trust_clip and rule.adapt:
+        limit = _largest_rate(norms, rule)
+        rule = rule._replace(adapt=False)
+    on_dcdw, on_w = _coefficients(norms, rule)
+    if norms.total is not None and ("lr" in flat or float(on_w) > 1):
+        # g and decay * w may cancel, and what is left is stepped far along.
+        flat["dcdw"] = norms.total
+        on_dcdw, rule = on_dcdw.scaled(norms.total.exponent), rule._replace(
+            decay_lambda=0.0, maximize=False
+        )
     factor, exponent = on_dcdw.split()
     by: list[Any] = [_rounded(factor, precision), None]
     if rule.maximize:
@@ -87,7 +98,8 @@ def _update_layer(arrays: dict[str, Array], rule: Rule) -> None:
         here = by
         if "lr" in read:
             # complex: a real and an imaginary part for each rate
-            each = np.repeat(read["lr"], read["w"].size // max(1, read["lr"].size))
+            rates = np.minimum(read["lr"], limit)
+            each = np.repeat(rates, read["w"].size // max(1, rates.size))
             here = [each * number if number is not None else None for number in by]
         new = _stepped(read, here, exponent, rule)
         if checked and not all(np.isfinite(x).all() for x in new.values()):
@@ -118,8 +130,8 @@ def _update_plain(arrays: dict[str, Array], rule: Rule) -> bool:
 def measure(w: Array, dcdw: Array, rule: Rule) -> Measured:
     """The numbers that `update` steps by: doubles without axes, or a vector for a layer axis."""
     dcdw = np.broadcast_to(dcdw, w.shape)
-    if isinstance(rule.lr, np.ndarray):
-        rule = rule._replace(lr=1.0)
+    if isinstance(rule.lr, np.ndarray):  # which matters to trust_clip
+        rule = rule._replace(lr=float(np.max(rule.lr, initial=0)))
     with np.errstate(all="ignore"):
         if rule.layer_axis is None:
             return Measured(*map(np.float64, _measure_layer(w, dcdw, rule)))
@@ -130,34 +142,134 @@ def measure(w: Array, dcdw: Array, rule: Rule) -> Measured:
 
 def _measure_layer(w: Array, dcdw: Array, rule: Rule) -> tuple[float, ...]:
     flat = {name: _flat(x) for name, x in _in_memory_order({"w": w, "dcdw": dcdw}).items()}
-    number, rule = _in_numbers(flat["w"], flat["dcdw"], rule)
     precision = _precision(w, dcdw)
-    w_norm, dcdw_norm = (_norm(x, precision, number) for x in flat.values())
+    norms = _norms(flat["w"], flat["dcdw"], precision, rule._replace(adapt=True))
+    g_norm = norms.dcdw
+    if _rule.is_joint(rule):
+        g_norm = _norms(flat["w"], flat["dcdw"], precision, Rule(0.0)).dcdw
     ratio, unclipped = (
-        _rule.trust_ratio(w_norm, dcdw_norm, each, _choose, number(1))
+        _rule.trust_ratio(norms.w, norms.dcdw, norms.numbers(each), _choose, norms.number(1))
         for each in (rule, rule._replace(trust_clip=False))
     )
-    numbers = (w_norm, dcdw_norm / rule.grad_scale, ratio, unclipped)
-    return tuple(map(float, numbers))
+    return tuple(map(float, (norms.w, g_norm / Wide(rule.grad_scale), ratio, unclipped)))
 
 
 def _precision(w: Array, dcdw: Array) -> Precision:
     return np.longdouble if _is_long(w.dtype) or _is_long(dcdw.dtype) else np.float64
 
 
-def _coefficients(w: Any, dcdw: Any, precision: Precision, rule: Rule) -> tuple[Wide, Wide]:
-    number, rule = _in_numbers(w, dcdw, rule)
-    w_norm, dcdw_norm = (_norm(x, precision, number) if rule.adapt else None for x in (w, dcdw))
-    on_dcdw, on_w = _rule.coefficients(w_norm, dcdw_norm, rule, _choose, number(1))
-    return (on_dcdw, on_w) if number is Wide else (Wide(on_dcdw), Wide(on_w))
+class _Norms(NamedTuple):
+    """The norms of a layer, and the kind of number that they are and its coefficients are to be.
+
+    With `joint_norm` that of dcdw is the norm of `total`; without adaptation there are none.
+    """
+
+    number: Any
+    w: Any = None
+    dcdw: Any = None
+    total: Total | None = None
+
+    def numbers(self, rule: Rule) -> Rule:
+        """The rule in such numbers."""
+        names = (*_rule.NUMBERS, "rate")
+        return rule._replace(**{name: self.number(getattr(rule, name)) for name in names})
 
 
-def _in_numbers(w: Any, dcdw: Any, rule: Rule) -> tuple[Any, Rule]:
-    """The kind of number to compute norms and coefficients in, and the rule in such numbers."""
-    numbers = {name: getattr(rule, name) for name in _rule.NUMBERS}
+def _norms(w: Any, dcdw: Any, precision: Precision, rule: Rule) -> _Norms:
+    number = _number(w, dcdw, rule)
+    if not rule.adapt:
+        return _Norms(number)
+    w_norm = _norm(w, precision, number)
+    if not _rule.is_joint(rule):
+        return _Norms(number, w_norm, _norm(dcdw, precision, number))
+    total = Total(w, dcdw, precision, rule)
+    return _Norms(number, w_norm, *_norm_of_total(total, number))
+
+
+def _coefficients(norms: _Norms, rule: Rule) -> tuple[Wide, Wide]:
+    numbers = norms.numbers(rule)
+    one = norms.number(1)
+    found = _rule.coefficients(norms.w, norms.dcdw, numbers, _choose, one)
+    on_dcdw, on_w = (x if norms.number is Wide else Wide(x) for x in found)
+    return on_dcdw, on_w
+
+
+def _largest_rate(norms: _Norms, rule: Rule) -> float:
+    """What LARC limits the rates of elements to."""
+    if norms.w == 0 or norms.dcdw == 0:
+        return math.inf
+    numbers = norms.numbers(rule._replace(trust_clip=False))
+    return float(_rule.trust_ratio(norms.w, norms.dcdw, numbers, _choose, norms.number(1)))
+
+
+class Total:
+    """dcdw + decay_lambda * grad_scale * w, of which `joint_norm` takes the norm; read in pieces.
+
+    As if each element was rounded once, also where the two cancel. It is to be multiplied by
+    2**exponent, which is 0 unless the sum was scaled to stay in range.
+    """
+
+    def __init__(
+        self, w: Any, dcdw: Any, precision: Precision, rule: Rule, exponent: int | None = None
+    ) -> None:
+        self.arrays = w, dcdw, precision, rule
+        self.precision = precision
+        self.dtype = _dtype(w)
+        decay = Wide(rule.decay_lambda) * Wide(rule.grad_scale)
+        self.shifts, self.exponent = (0, 0), exponent or 0
+        if exponent is not None:
+            self.shifts = decay.exponent - exponent, -exponent
+            decay = decay.scaled(-decay.exponent)
+        self.high, self.low = (np.ldexp(x, decay.exponent) for x in (decay.high, decay.low))
+
+    def __len__(self) -> int:
+        return len(self.arrays[0])
+
+    def __getitem__(self, piece: slice) -> Array:
+        *arrays, precision, rule = self.arrays
+        w, dcdw = (_read(x, piece, precision) for x in arrays)
+        w, dcdw = (
+            np.ldexp(x, shift) if shift else x
+            for x, shift in zip((w, dcdw), self.shifts, strict=True)
+        )
+        splitter = SPLITTER if precision is np.float64 else 2.0**32 + 1
+        product, error = two_product(self.high, w, splitter)
+        total, rest = two_sum(-dcdw if rule.maximize else dcdw, product)
+        exact: Array = total + (rest + (error + self.low * w))
+        return np.where(np.isfinite(total), exact, total)
+
+    def scaled(self) -> Total | None:
+        """The same sum without overflow or underflow; None where elements are not finite."""
+        *arrays, precision, rule = self.arrays
+        largest = [_largest(x, precision) for x in arrays]
+        if not np.isfinite(largest).all():
+            return None
+        decay = Wide(rule.decay_lambda) * Wide(rule.grad_scale)
+        bounds = zip(largest, (decay.exponent + 1, 0), strict=True)
+        exponents = [int(np.frexp(x)[1]) + exponent for x, exponent in bounds if x]
+        return Total(*self.arrays, exponent=max(exponents, default=0) - _TOTAL_EXPONENT)
+
+
+# Where scaled sums have their largest elements: squares are in range, and small elements too.
+_TOTAL_EXPONENT = 480
+
+
+def _norm_of_total(total: Total, number: Any) -> tuple[Any, Total]:
+    if number is float:
+        return _norm(total, total.precision, float), total
+    scaled = total.scaled()
+    if scaled is None:  # infinite, or NaN
+        return Wide(math.sqrt(_sum_of_squares(total, total.precision, lambda x: x)[0])), total
+    squares = _sum_of_squares(scaled, scaled.precision, lambda x: x)
+    return _wide(squares).sqrt().scaled(scaled.exponent), scaled
+
+
+def _number(w: Any, dcdw: Any, rule: Rule) -> Any:
+    """The kind of number to compute norms and coefficients in."""
+    names = (*_rule.NUMBERS, *(["rate"] if rule.trust_clip else []))
     short = all(_dtype(x).itemsize <= (8 if _dtype(x).kind == "c" else 4) for x in (w, dcdw))
-    number: Any = float if short and all(map(_is_moderate, numbers.values())) else Wide
-    return number, rule._replace(**{name: number(value) for name, value in numbers.items()})
+    is_moderate = all(_is_moderate(getattr(rule, name)) for name in names)
+    return float if short and is_moderate else Wide
 
 
 def _is_moderate(x: float) -> bool:
@@ -174,15 +286,20 @@ def _norm(flat: Any, precision: Precision, number: Any) -> Any:
         return math.sqrt(total[0])
     if _SAFE_SUM[0] < total[0] < _SAFE_SUM[1]:
         return _wide(total).sqrt()
-    largest = precision(0)
-    for piece in _pieces(flat):
-        values = np.abs(_read(flat, piece, precision))
-        largest = np.maximum(largest, np.max(values, initial=0))
+    largest = _largest(flat, precision)
     if largest == 0 or not np.isfinite(largest):
         return Wide(float(largest))
     exponent = int(np.frexp(largest)[1])
     total = _sum_of_squares(flat, precision, lambda x: np.ldexp(x, -exponent))
     return _wide(total).sqrt().scaled(exponent)
+
+
+def _largest(flat: Any, precision: Precision) -> Any:
+    largest = precision(0)
+    for piece in _pieces(flat):
+        values = np.abs(_read(flat, piece, precision))
+        largest = np.maximum(largest, np.max(values, initial=0))
+    return largest
 
 
 def _sum_of_squares(

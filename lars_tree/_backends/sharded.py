@@ -8,14 +8,14 @@ to be known of the other processes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lars_tree import errors
+from lars_tree import _rule, errors
 from lars_tree._backends.base import Layout, Leaf, New
 from lars_tree._backends.tensors import (
     Layer,
@@ -66,7 +66,7 @@ def whole(x: Any) -> Tensor:
 def step_shards(leaves: list[Leaf], news: list[New]) -> tuple[list[Tensor], list[Tensor]]:
     """Where to write, and what, for one step of leaves with DTensor weights."""
     with torch.no_grad():
-        shards = [_shard(*pair) for pair in zip(leaves, news, strict=True)]
+        shards = [_joined(_shard(*pair)) for pair in zip(leaves, news, strict=True)]
         return step_layers(_with_norms(shards), _WholeNorms)
 
 
@@ -75,9 +75,28 @@ def measure_shards(leaves: list[Leaf]) -> list[Measured]:
     # Norms are wanted of all, adapted or not.
     shards = [_shard(leaf, New(leaf.w))._replace(needs_norms=True) for leaf in leaves]
     with torch.no_grad():
-        found = iter(measure_layers(_with_norms(shards), _WholeNorms))
+        measured = list(measure_layers(_with_norms(map(_joined, shards)), _WholeNorms))
+        if any(_rule.is_joint(leaf.rule) for leaf in leaves):
+            # The denominators are norms of sums: those of gradients alone are measured as well.
+            pairs = zip(measured, measure_layers(_with_norms(shards), _WholeNorms), strict=True)
+            measured = [each._replace(g_norm=plain.g_norm) for each, plain in pairs]
+        found = iter(measured)
         local = [list(islice(found, len(shard.layers))) for shard in shards]
         return [_gathered(*pair) for pair in zip(leaves, local, strict=True)]
+
+
+def _joined(shard: _Shard) -> _Shard:
+    """With dcdw + decay * w in the place of gradients where `joint_norm` takes the norm of that."""
+    return shard._replace(layers=[_total(layer) for layer in shard.layers])
+
+
+def _total(layer: Layer) -> Layer:
+    rule = layer.rule
+    if not _rule.is_joint(rule):
+        return layer
+    w, dcdw = (x.to(wide(layer)) for x in (layer.w, layer.dcdw))
+    total = (-dcdw if rule.maximize else dcdw) + rule.decay_lambda * rule.grad_scale * w
+    return layer._replace(dcdw=total, rule=_rule.without_decay(rule))
 
 
 def _gathered(leaf: Leaf, measured: list[Measured]) -> Measured:
@@ -170,8 +189,9 @@ def _described(x: Any) -> str:
     return f"{kind} of shape {tuple(x.shape)}"
 
 
-def _with_norms(shards: list[_Shard]) -> Iterator[tuple[Layer, Tensor | None]]:
+def _with_norms(shards: Iterable[_Shard]) -> Iterator[tuple[Layer, Tensor | None]]:
     """The layers with the norms of w and dcdw, of the whole of them, where these are needed."""
+    shards = list(shards)
     # Also those without a layer here: all processes of a group must add up the same.
     adapting = [shard for shard in shards if shard.needs_norms]
     given = [layer for shard in adapting for layer in shard.layers]

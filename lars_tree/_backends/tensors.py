@@ -184,7 +184,7 @@ def _groups(pairs: list[tuple[Layer, Any]]) -> Iterable[list[int]]:
 def _group(layer: Layer) -> Hashable:
     """Equal for layers that are stepped together."""
     rule = layer.rule
-    flags = rule.adapt, rule.trust_clip, rule.nesterov, rule.maximize
+    flags = rule.adapt, rule.trust_clip, rule.joint_norm, rule.nesterov, rule.maximize
     decays = not _rule.is_zero(rule.decay_lambda)  # a decay of 0 makes no NaN of infinite weights
     return layer.w.device, wide(layer), layer.velocity is None, flags, decays
 

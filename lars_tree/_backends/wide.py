@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-_SPLITTER = 2.0**27 + 1
+SPLITTER = 2.0**27 + 1  # of double: it has 53 bits
 
 
 def two_sum(a: Any, b: Any) -> tuple[Any, Any]:
@@ -26,10 +26,10 @@ def fast_two_sum(a: Any, b: Any) -> tuple[Any, Any]:
     return total, b - (total - a)
 
 
-def _two_product(a: float, b: float) -> tuple[float, float]:
-    """The rounded product and its error, exactly (Dekker, Veltkamp)."""
+def two_product(a: Any, b: Any, splitter: float = SPLITTER) -> tuple[Any, Any]:
+    """The rounded product and its error, exactly (Dekker, Veltkamp); for arrays too."""
     product = a * b
-    a_big, b_big = _SPLITTER * a, _SPLITTER * b
+    a_big, b_big = splitter * a, splitter * b
     a_high, b_high = a_big - (a_big - a), b_big - (b_big - b)
     a_low, b_low = a - a_high, b - b_high
     error = ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
@@ -57,10 +57,11 @@ class Wide:
     def _is_plain(self) -> bool:
         return self.high != 0 and math.isfinite(self.high)
 
-    def __mul__(self, other: Wide) -> Wide:
+    def __mul__(self, other: Wide | float) -> Wide:
+        other = other if isinstance(other, Wide) else Wide(float(other))
         if not (self._is_plain and other._is_plain):
             return Wide(self.high * other.high)
-        product, error = _two_product(self.high, other.high)
+        product, error = two_product(self.high, other.high)
         error += self.high * other.low + self.low * other.high
         return Wide(*fast_two_sum(product, error), self.exponent + other.exponent)
 
@@ -69,7 +70,7 @@ class Wide:
         if not (self._is_plain and other._is_plain):
             return Wide(_ieee_divide(self.high, other.high))
         quotient = self.high / other.high
-        product, error = _two_product(quotient, other.high)
+        product, error = two_product(quotient, other.high)
         rest = ((self.high - product) - error) + self.low - quotient * other.low
         pair = fast_two_sum(quotient, rest / other.high)
         return Wide(*pair, self.exponent - other.exponent)
@@ -96,7 +97,7 @@ class Wide:
         odd = self.exponent % 2
         high, low = (2 * self.high, 2 * self.low) if odd else (self.high, self.low)
         root = math.sqrt(high)
-        square, error = _two_product(root, root)
+        square, error = two_product(root, root)
         rest = ((high - square) - error) + low
         return Wide(*fast_two_sum(root, rest / (2 * root)), (self.exponent - odd) // 2)
 

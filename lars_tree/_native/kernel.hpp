@@ -6,7 +6,7 @@
 //     ratio = trust_coefficient * |w| / (|g| + decay_lambda * |w| + eps)
 //     w_new = w - lr * ratio * (g + decay_lambda * w)
 //
-// which is linear in w and dcdw, with two coefficients that are made of norms. So a layer is read
+// (with joint_norm the denominator is |g + decay_lambda * w| + eps) which is linear in w and dcdw, with two coefficients that are made of norms. So a layer is read
 // twice: once to sum the squares of w and dcdw, once to apply the coefficients. With momentum the
 // velocity takes in the step in that second pass, and moves the weights.
 //
@@ -45,6 +45,20 @@ struct Rule {
     bool adapt, trust_clip;
     double momentum, rate;
     bool nesterov, maximize;
+    bool joint_norm;
+    double dampening;
+
+    // Whether the norm of g + decay_lambda * w is asked for, and is not that of g.
+    bool is_joint() const { return joint_norm && adapt && decay_lambda != 0; }
+};
+
+// How to add decay_lambda * grad_scale * w to dcdw, of which joint_norm takes the norm: the factor
+// of w is (high + low) * 2^w_shift. The sum is to be multiplied by 2^exponent, which is 0 unless it
+// was scaled to stay in range.
+struct Addition {
+    double high, low;
+    int w_shift, dcdw_shift, exponent;
+    bool maximize;
 };
 
 // Dense arrays of the same size, in the same memory order; `out` may be w or dcdw. Complex numbers
@@ -69,6 +83,7 @@ struct Coefficients {
     double on_w, on_dcdw;
     int exponent;
     bool decays;
+    bool along_total;  // whether dcdw stands for its sum with decay_lambda * grad_scale * w
 
     double kept() const { return decays ? 1 - on_w : 1; }  // what is left of w
 };
@@ -110,21 +125,33 @@ template <class Number>
 inline Number trust_ratio(Number w_norm, Number dcdw_norm, const Rule& rule) {
     const Number one = 1;
     if (!rule.adapt) return one;
-    Number denominator = dcdw_norm / Number(rule.grad_scale) +
-                         Number(rule.decay_lambda) * w_norm + Number(rule.eps);
-    bool undefined = is_zero(w_norm) || is_zero(denominator);
-    Number ratio = Number(rule.trust_coefficient) * w_norm / (undefined ? one : denominator);
-    if (rule.trust_clip && ratio > one) ratio = one;
-    return undefined ? one : ratio;
+    if (is_zero(w_norm) || is_zero(dcdw_norm)) return one;
+    Number denominator = dcdw_norm / Number(rule.grad_scale);
+    // With joint_norm it is the norm of the sum.
+    if (!rule.joint_norm) denominator = denominator + Number(rule.decay_lambda) * w_norm;
+    denominator = denominator + Number(rule.eps);
+    Number ratio = Number(rule.trust_coefficient) * w_norm / denominator;
+    if (!rule.trust_clip) return ratio;
+    const Number rate = Number(rule.lr) * Number(rule.rate);
+    return rate > ratio ? ratio / rate : one;
 }
 
+// `exponent` is that of a sum, see Addition.
 template <class Number>
-inline Coefficients coefficients(Number w_norm, Number dcdw_norm, const Rule& rule) {
-    Number rate = Number(rule.lr) * trust_ratio(w_norm, dcdw_norm, rule);
-    Split on_dcdw = split(rate / Number(rule.grad_scale));
+inline Coefficients coefficients(Number w_norm, Number dcdw_norm, const Rule& rule,
+                                 int exponent = 0) {
+    Number rate = Number(rule.lr) * trust_ratio(w_norm, dcdw_norm, rule) *
+                  Number(1 - rule.dampening);
     const double on_w = rounded(rate * Number(rule.decay_lambda));
-    const double factor = rule.maximize ? -on_dcdw.factor : on_dcdw.factor;
-    return {on_w, factor, on_dcdw.exponent, rule.decay_lambda != 0};
+    const Number on_dcdw = rate / Number(rule.grad_scale);
+    // g and decay_lambda * w may cancel, and what is left is stepped far along.
+    if (rule.is_joint() && on_w > 1) {
+        const Split on_total = split(scaled(on_dcdw, exponent));
+        return {0, on_total.factor, on_total.exponent, false, true};
+    }
+    const Split by = split(on_dcdw);
+    return {on_w, rule.maximize ? -by.factor : by.factor, by.exponent, rule.decay_lambda != 0,
+            false};
 }
 
 inline bool is_moderate(double x) {
@@ -134,7 +161,8 @@ inline bool is_moderate(double x) {
 // Whether norms of numbers that are shorter than double make no coefficient that leaves its range.
 inline bool double_is_enough(const Rule& rule) {
     return is_moderate(rule.lr) && is_moderate(rule.decay_lambda) && is_moderate(rule.eps) &&
-           is_moderate(rule.trust_coefficient) && is_moderate(rule.grad_scale);
+           is_moderate(rule.trust_coefficient) && is_moderate(rule.grad_scale) &&
+           (!rule.trust_clip || is_moderate(rule.rate));
 }
 
 // ---- The loops, for each instruction set
@@ -148,10 +176,15 @@ struct Loops {
     typedef void (*Move)(const void* w, const void* dcdw, void* velocity, void* out,
                          std::size_t size, const Coefficients& by, const Motion& motion);
 
+    // Adds decay_lambda * w to a gradient, as doubles.
+    typedef void (*Join)(const void* w, const void* dcdw, double* total, std::size_t size,
+                         const Addition& by);
+
     SumSquares sum_squares[formats], sum_scaled_squares[formats];
     Largest largest[formats];
     Apply apply[formats][formats];  // by the formats of w and dcdw
     Move move[formats][formats];
+    Join join[formats][formats];
 };
 
 #if defined(_MSC_VER)
@@ -235,20 +268,23 @@ struct Vector {
     }
 
     const char* at(std::size_t i) const { return data + i * item_size(format); }
+
+    Vector part(std::size_t start, std::size_t length) const {
+        return {at(start), std::min(length, size - start), format};
+    }
 };
 
-// The sums of squares of a chunk of both arrays of a layer. A whole chunk is read in two places.
-inline void sum_both(const Loops& loops, const Vector& w, const Vector& dcdw, std::size_t i,
+// The sums of squares of w and dcdw: of a chunk of both. A whole chunk is read in two places.
+inline void sum_both(const Loops& loops, const Vector& w, const Vector& dcdw, bool is_whole,
                      Pair& w_sum, Pair& dcdw_sum) {
-    const std::size_t chunk = chunk_size(w.size), start = i * chunk;
-    const int parts = start + chunk <= w.size ? 2 : 1;
-    const std::size_t size = parts == 2 ? chunk / 2 : w.size - start;
+    const int parts = is_whole ? 2 : 1;
+    const std::size_t size = w.size / parts;
     // Those of w before those of dcdw, whose format may be another.
     const void* arrays[most_streams];
     double sums[most_streams][lanes];
     for (int part = 0; part < parts; ++part) {
-        arrays[part] = w.at(start + part * size);
-        arrays[parts + part] = dcdw.at(start + part * size);
+        arrays[part] = w.at(part * size);
+        arrays[parts + part] = dcdw.at(part * size);
     }
     if (w.format == dcdw.format) {
         loops.sum_squares[w.format](arrays, 2 * parts, size, 1, 1, sums);
@@ -296,6 +332,39 @@ inline Wide norm(const Loops& loops, const Vector& x, const Pair* sums) {
     Wide root = sqrt(Wide(fast_two_sum(total.high, total.low)));
     root.exponent += exponent;
     return root;
+}
+
+// ---- The sum of g and decay_lambda * w
+
+// Where scaled sums have their largest elements: squares are in range, and small elements too.
+const int total_exponent = 480;
+
+// Numbers shorter than double, with moderate options, are added as they are; of others the sum is
+// scaled, unless elements are not finite.
+inline Addition addition(const Loops& loops, const Vector& w, const Vector& dcdw,
+                         const Rule& rule) {
+    const Wide decay = Wide(rule.decay_lambda) * Wide(rule.grad_scale);
+    const int decay_exponent = static_cast<int>(decay.exponent);
+    Addition by = {std::ldexp(decay.high, decay_exponent), std::ldexp(decay.low, decay_exponent),
+                   0, 0, 0, rule.maximize};
+    if (w.format != float64 && dcdw.format != float64 && double_is_enough(rule)) return by;
+    const double w_most = loops.largest[w.format](w.data, w.size);
+    const double dcdw_most = loops.largest[dcdw.format](dcdw.data, dcdw.size);
+    if (!std::isfinite(w_most) || !std::isfinite(dcdw_most)) return by;
+    int w_exponent, dcdw_exponent;
+    std::frexp(w_most, &w_exponent);
+    std::frexp(dcdw_most, &dcdw_exponent);
+    w_exponent += decay_exponent + 1;
+    const int most = w_most == 0 && dcdw_most == 0 ? 0
+                     : w_most == 0                 ? dcdw_exponent
+                     : dcdw_most == 0              ? w_exponent
+                                                   : std::max(w_exponent, dcdw_exponent);
+    by.exponent = most - total_exponent;
+    by.high = decay.high;
+    by.low = decay.low;
+    by.w_shift = decay_exponent - by.exponent;
+    by.dcdw_shift = -by.exponent;
+    return by;
 }
 
 }  // namespace lars

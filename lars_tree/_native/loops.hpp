@@ -368,12 +368,49 @@ LARS_TARGET void move(const void* w, const void* dcdw, void* velocity, void* out
     }
 }
 
+// dcdw + decay * w as if each element was rounded once, also where the two cancel.
+template <class T, class G>
+LARS_TARGET void join(const T* w, const G* dcdw, double* total, std::size_t size, double high,
+                      double low, double sign) {
+    LARS_INDEPENDENT
+    for (std::size_t i = 0; i < size; ++i) {
+        const double weight = read(w[i]);
+        const Pair product = two_product(high, weight);
+        const Pair sum = two_sum(sign * read(dcdw[i]), product.high);
+        const double exact = sum.high + (sum.low + (product.low + low * weight));
+        total[i] = std::isfinite(sum.high) ? exact : sum.high;
+    }
+}
+
+template <class T, class G>
+LARS_TARGET void join(const void* w, const void* dcdw, double* total, std::size_t size,
+                      const Addition& by) {
+    const T* weights = static_cast<const T*>(w);
+    const G* gradients = static_cast<const G*>(dcdw);
+    const double sign = by.maximize ? -1 : 1;
+    if (!by.w_shift && !by.dcdw_shift) {
+        join(weights, gradients, total, size, by.high, by.low, sign);
+        return;
+    }
+    double scaled_w[block], scaled_dcdw[block];
+    for (std::size_t start = 0; start < size; start += block) {
+        const std::size_t length = std::min(block, size - start);
+        for (std::size_t i = 0; i < length; ++i) {
+            const double weight = read(weights[start + i]), gradient = read(gradients[start + i]);
+            scaled_w[i] = std::ldexp(weight, by.w_shift);
+            scaled_dcdw[i] = std::ldexp(gradient, by.dcdw_shift);
+        }
+        join(scaled_w, scaled_dcdw, total + start, length, by.high, by.low, sign);
+    }
+}
+
 // The table of what is above.
 
 template <class T, class G>
 inline void enter(Loops& to, Format format, Format dcdw_format) {
     to.apply[format][dcdw_format] = apply<T, G>;
     to.move[format][dcdw_format] = move<T, G>;
+    to.join[format][dcdw_format] = join<T, G>;
 }
 
 template <class T>

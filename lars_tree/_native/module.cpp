@@ -24,7 +24,7 @@ bool read_rule(PyObject* fields, Rule& rule) {
         double& number;
     } numbers[] = {{0, rule.lr},   {1, rule.decay_lambda}, {2, rule.trust_coefficient},
                    {3, rule.eps},  {4, rule.grad_scale},   {10, rule.momentum},
-                   {11, rule.rate}};
+                   {11, rule.rate},   {15, rule.dampening}};
     for (const auto& to : numbers) {
         PyObject* number = PyTuple_GetItem(fields, to.place);
         if (!number || !PyFloat_Check(number)) return false;
@@ -32,6 +32,7 @@ bool read_rule(PyObject* fields, Rule& rule) {
     }
     rule.nesterov = PyTuple_GetItem(fields, 12) == Py_True;
     rule.maximize = PyTuple_GetItem(fields, 13) == Py_True;
+    rule.joint_norm = PyTuple_GetItem(fields, 14) == Py_True;
     rule.adapt = PyTuple_GetItem(fields, 5) == Py_True;
     rule.trust_clip = PyTuple_GetItem(fields, 6) == Py_True;
     PyObject* nonfinite = PyTuple_GetItem(fields, 7);

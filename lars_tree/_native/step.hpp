@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <exception>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -46,12 +47,19 @@ struct Counter {
     char padding[56];  // no two counters in one line of the cache
 };
 
+// How a layer is stepped; the addition matters with joint_norm.
+struct Plan {
+    Coefficients by;
+    Addition addition;
+};
+
 // How far the threads are with a larger layer.
 struct Progress {
     std::unique_ptr<Counter[]> to_sum, to_apply;  // one for each thread
     std::atomic<std::size_t> summed{0};
     std::atomic<bool> ready{false};
-    Coefficients by;
+    std::once_flag is_joining;
+    Plan plan;
 };
 
 class Step {
@@ -64,6 +72,10 @@ public:
             bool is_large = layers[i].size > whole;
             (is_large ? large : small).push_back(i);
             if (is_large) longest = std::max(longest, chunks(layers[i].size));
+            if (layers[i].rule->is_joint()) {
+                total_size = std::max(total_size, std::min(layers[i].size,
+                                                           chunk_size(layers[i].size)));
+            }
         }
         // More threads than this would take longer to start than they save.
         threads = std::min(most_threads, 1 + elements / (2 * whole));
@@ -74,6 +86,7 @@ public:
         }
         w_sums.resize(longest);
         dcdw_sums.resize(longest);
+        totals.resize(threads * total_size);
     }
 
     // What each thread does until no work is left.
@@ -87,7 +100,7 @@ public:
             const std::size_t end = std::min(start + batch, small.size());
             for (std::size_t i = start; i < end; ++i) {
                 if (i + 2 < small.size()) prefetch(layers[small[i + 2]]);
-                alone(layers[small[i]]);
+                alone(layers[small[i]], thread);
             }
         }
     }
@@ -120,8 +133,8 @@ private:
     }
 
     // The coefficients of a layer, given the sums of squares of each chunk of w and dcdw.
-    Coefficients coefficients_of(const Layer& layer, const Pair* w_sums,
-                                 const Pair* dcdw_sums) const {
+    Coefficients coefficients_of(const Layer& layer, const Pair* w_sums, const Pair* dcdw_sums,
+                                 const Addition& addition) const {
         const Rule& rule = *layer.rule;
         const Vector w = weights(layer), dcdw = gradients(layer);
         if (!rule.adapt) return coefficients<Wide>(0, 0, rule);
@@ -129,40 +142,62 @@ private:
             return coefficients<double>(std::sqrt(sum(w, w_sums).high),
                                         std::sqrt(sum(dcdw, dcdw_sums).high), rule);
         }
-        return coefficients<Wide>(norm(loops, w, w_sums), norm(loops, dcdw, dcdw_sums), rule);
+        const Wide w_norm = norm(loops, w, w_sums);
+        if (!rule.is_joint()) return coefficients(w_norm, norm(loops, dcdw, dcdw_sums), rule);
+        const Wide total_norm = scaled(sqrt(Wide(sum(dcdw, dcdw_sums))), addition.exponent);
+        return coefficients(w_norm, total_norm, rule, addition.exponent);
     }
 
-    void alone(const Layer& layer) const {
+    void join(Plan& plan, const Layer& layer) const {
+        if (!layer.rule->is_joint()) return;
+        plan.addition = addition(loops, weights(layer), gradients(layer), *layer.rule);
+    }
+
+    void alone(const Layer& layer, std::size_t thread) {
         Pair w_sums[whole / smallest_chunk], dcdw_sums[whole / smallest_chunk];
+        Plan plan = {};
+        join(plan, layer);
         for (std::size_t i = 0; layer.rule->adapt && i < chunks(layer.size); ++i) {
-            sum_squares(layer, i, w_sums, dcdw_sums);
+            sum_squares(layer, i, w_sums, dcdw_sums, plan, thread);
         }
-        apply(layer, coefficients_of(layer, w_sums, dcdw_sums), 0, layer.size);
+        plan.by = coefficients_of(layer, w_sums, dcdw_sums, plan.addition);
+        apply(layer, plan, 0, layer.size);
     }
 
-    void sum_squares(const Layer& layer, std::size_t i, Pair* w_sums, Pair* dcdw_sums) const {
-        sum_both(loops, weights(layer), gradients(layer), i, w_sums[i], dcdw_sums[i]);
+    void sum_squares(const Layer& layer, std::size_t i, Pair* w_sums, Pair* dcdw_sums,
+                     const Plan& plan, std::size_t thread) {
+        const std::size_t chunk = chunk_size(layer.size);
+        const Vector w = weights(layer).part(i * chunk, chunk);
+        Vector dcdw = gradients(layer).part(i * chunk, chunk);
+        if (layer.rule->is_joint()) {
+            double* total = totals.data() + thread * total_size;
+            loops.join[w.format][dcdw.format](w.data, dcdw.data, total, w.size, plan.addition);
+            dcdw = {reinterpret_cast<const char*>(total), w.size, float64};
+        }
+        sum_both(loops, w, dcdw, w.size == chunk, w_sums[i], dcdw_sums[i]);
     }
 
     void share(const Layer& layer, Progress& now, std::size_t thread) {
         const std::size_t count = chunks(layer.size), chunk = chunk_size(layer.size);
-        Coefficients by;
+        Plan plan = {};
         if (!layer.rule->adapt) {
-            by = coefficients_of(layer, nullptr, nullptr);
+            plan.by = coefficients_of(layer, nullptr, nullptr, plan.addition);
         } else {
+            std::call_once(now.is_joining, [&] { join(now.plan, layer); });
             const auto sum_chunk = [&](std::size_t start, std::size_t, std::size_t i) {
-                sum_squares(layer, start + i, w_sums.data(), dcdw_sums.data());
+                sum_squares(layer, start + i, w_sums.data(), dcdw_sums.data(), now.plan, thread);
                 if (now.summed.fetch_add(1) + 1 < count) return;
-                now.by = coefficients_of(layer, w_sums.data(), dcdw_sums.data());
+                now.plan.by = coefficients_of(layer, w_sums.data(), dcdw_sums.data(),
+                                              now.plan.addition);
                 now.ready.store(true, std::memory_order_release);
             };
             for_chunks(now.to_sum.get(), count, thread, sum_chunk);
             while (!now.ready.load(std::memory_order_acquire)) std::this_thread::yield();
-            by = now.by;
+            plan = now.plan;
         }
         const auto apply_chunk = [&](std::size_t start, std::size_t length, std::size_t i) {
             const std::size_t first = (start + length - 1 - i) * chunk;
-            apply(layer, by, first, std::min(chunk, layer.size - first));
+            apply(layer, plan, first, std::min(chunk, layer.size - first));
         };
         for_chunks(now.to_apply.get(), count, thread, apply_chunk);
     }
@@ -179,20 +214,35 @@ private:
         }
     }
 
-    void apply(const Layer& layer, const Coefficients& by, std::size_t start,
-               std::size_t size) const {
+    void apply(const Layer& layer, const Plan& plan, std::size_t start, std::size_t size) const {
         const char *w = weights(layer).at(start), *dcdw = gradients(layer).at(start);
+        if (!plan.by.along_total) {
+            apply(layer, w, dcdw, layer.dcdw_format, plan.by, start, size);
+            return;
+        }
+        double total[block];
+        for (std::size_t i = 0; i < size; i += block) {
+            const std::size_t length = std::min(block, size - i);
+            w = weights(layer).at(start + i);
+            dcdw = gradients(layer).at(start + i);
+            loops.join[layer.w_format][layer.dcdw_format](w, dcdw, total, length, plan.addition);
+            apply(layer, w, total, float64, plan.by, start + i, length);
+        }
+    }
+
+    void apply(const Layer& layer, const void* w, const void* dcdw, Format dcdw_format,
+               const Coefficients& by, std::size_t start, std::size_t size) const {
         const Format format = layer.w_format;
         char* out = static_cast<char*>(layer.out) + start * Vector::item_size(format);
         if (!layer.velocity) {
-            loops.apply[format][layer.dcdw_format](w, dcdw, out, size, by);
+            loops.apply[format][dcdw_format](w, dcdw, out, size, by);
             return;
         }
         const Rule& rule = *layer.rule;
         char* velocity = static_cast<char*>(layer.velocity) +
                          start * Vector::item_size(velocity_format(format));
-        loops.move[format][layer.dcdw_format](w, dcdw, velocity, out, size, by,
-                                              {rule.momentum, rule.rate, rule.nesterov});
+        loops.move[format][dcdw_format](w, dcdw, velocity, out, size, by,
+                                        {rule.momentum, rule.rate, rule.nesterov});
     }
 
     const Layer* layers;
@@ -201,6 +251,8 @@ private:
     std::size_t elements = 0;
     std::unique_ptr<Progress[]> progress;
     std::vector<Pair> w_sums, dcdw_sums;
+    std::vector<double> totals;  // a chunk for each thread
+    std::size_t total_size = 0;
     std::atomic<std::size_t> next_small{0};
 };
 

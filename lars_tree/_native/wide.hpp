@@ -106,6 +106,13 @@ inline Split split(Wide x) {
                         -5000, std::min<std::int64_t>(5000, x.exponent)))};
 }
 
+// x * 2^exponent; doubles are scaled by nothing.
+inline double scaled(double x, int) { return x; }
+inline Wide scaled(Wide x, int exponent) {
+    if (x.is_plain()) x.exponent += exponent;
+    return x;
+}
+
 inline Wide operator*(Wide a, Wide b) {
     if (!a.is_plain() || !b.is_plain()) return Wide(a.high * b.high);
     Pair product = two_product(a.high, b.high);
