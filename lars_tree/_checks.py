@@ -25,13 +25,17 @@ class Fault(NamedTuple):
     text: str
 
 
-def check(leaves: list[Leaf], paths: Callable[[], list[errors.Path]]) -> None:
+def check(
+    leaves: list[Leaf], paths: Callable[[], list[errors.Path]], broadcasts: bool = True
+) -> None:
     """Raise what is wrong with the arrays of these leaves: one kind of error, all its paths.
+
+    `broadcasts` says whether gradients may have other shapes than their weights.
 
     Raises:
         LarsTreeError: of the kind found first.
     """
-    found = [(leaf, fault) for leaf in leaves for fault in _faults(leaf)]
+    found = [(leaf, fault) for leaf in leaves for fault in _faults(leaf, broadcasts)]
     if not found:
         found = list(_shared_memory(leaves, paths))
     if found:
@@ -42,9 +46,10 @@ def check(leaves: list[Leaf], paths: Callable[[], list[errors.Path]]) -> None:
         raise errors.error(*first[:3], same)
 
 
-def _faults(leaf: Leaf) -> Iterator[Fault]:
+def _faults(leaf: Leaf, broadcasts: bool) -> Iterator[Fault]:
     """The first fault of a leaf."""
-    step = (_weights, _gradient, _rates, _layer_axis, _looking)
+    shape = () if broadcasts else (_same_shape,)
+    step = (_weights, _gradient, *shape, _rates, _layer_axis, _looking)
     for question in (*(step if leaf.dcdw is not None else (_data,)), _velocity, _out):
         fault = next(question(leaf), None)
         if fault is not None:
@@ -86,6 +91,14 @@ def _gradient(leaf: Leaf) -> Iterator[Fault]:
         text = f"expected {ours.kind.value} as in w ({ours.dtype}), got {theirs.dtype}"
         yield Fault(errors.DtypeError, "dcdw", headline, text)
     yield from _broadcasts("dcdw", ours, theirs)
+
+
+def _same_shape(leaf: Leaf) -> Iterator[Fault]:
+    ours, theirs = (leaf.backend.facts(x).shape for x in (leaf.w, leaf.dcdw))
+    if ours != theirs:
+        headline = "dcdw has another shape than w"
+        text = f"expected shape {ours} as in w, got {theirs}"
+        yield Fault(errors.ShapeError, "dcdw", headline, text)
 
 
 def _belongs(argument: str, leaf: Leaf, x: Any) -> Iterator[Fault]:

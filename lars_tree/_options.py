@@ -47,12 +47,30 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+# Of optimizers, which have the names and defaults of the field.
+OPTIMIZER_DEFAULTS: dict[str, Any] = {
+    "weight_decay": 0,
+    **{name: x for name, x in DEFAULTS.items() if name != "decay_lambda"},
+    "trust_coefficient": 0.001,
+    "eps": 1e-8,
+}
+
+# What the rule calls those that have another name here.
+_FIELDS = {"weight_decay": "decay_lambda"}
+
+
 def called(name: str) -> str:
     """What users call an option of the rule: what is `rate` there is the lr of torch optimizers."""
     return "lr" if name == "rate" else name
 
 
-_CALLED_ELSEWHERE = {"weight_decay": "decay_lambda", "eta": "trust_coefficient"}
+_CALLED_ELSEWHERE = {
+    "weight_decay": "decay_lambda",
+    "decay_lambda": "weight_decay",
+    "eta": "trust_coefficient",
+    "trust_coeff": "trust_coefficient",
+    "always_adapt": "adapt",
+}
 
 
 class _Unfit(Exception):
@@ -70,11 +88,12 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
     shared: dict[str, Any] = {}
     columns: dict[str, list[Any]] = {}
     for name, given in options.items():
+        field = _FIELDS.get(name, name)
         if _tree.is_leaf(given):
-            shared[name] = _checked(name, [((), given)], keep_history)[0]
+            shared[field] = _checked(name, [((), given)], keep_history)[0]
         else:
             values = _checked(name, list(_tree.walk(given)), keep_history)
-            columns[name] = _tree.broadcast(name, tree, _tree.rebuild(given, values))
+            columns[field] = _tree.broadcast(name, tree, _tree.rebuild(given, values))
     if not columns:
         return [Rule(**shared)] * count
     _refuse_gaps(tree, columns)
@@ -100,15 +119,16 @@ def check(options: dict[str, Any]) -> None:
         _checked(name, list(_tree.walk(given)), keep_history=False)
 
 
-def check_names(options: Mapping[str, Any]) -> None:
+def check_names(options: Mapping[str, Any], known: Mapping[str, Any] = DEFAULTS) -> None:
     """Raise for a keyword that is no option, as Python itself does.
 
     Raises:
         TypeError: with what may have been meant.
     """
-    for name in options.keys() - DEFAULTS.keys():
+    for name in options.keys() - known.keys():
         elsewhere = _CALLED_ELSEWHERE.get(name)
-        hint = f" (it is {elsewhere!r} here)" if elsewhere else errors.did_you_mean(name, DEFAULTS)
+        is_known = elsewhere in known
+        hint = f" (it is {elsewhere!r} here)" if is_known else errors.did_you_mean(name, known)
         raise TypeError(f"got an unexpected keyword argument {name!r}{hint}")
 
 
@@ -233,6 +253,7 @@ def _axis(value: Any, keep_history: bool) -> int | None:
 _CHECKS: dict[str, Callable[[Any, bool], Any]] = {
     "lr": _rate,
     "decay_lambda": _number,
+    "weight_decay": _number,
     "trust_coefficient": _number,
     "eps": _number,
     "grad_scale": _positive,

@@ -115,7 +115,9 @@ def check_elsewhere(leaves: list[Leaf], batches: list[Batch]) -> None:
     suspects = leaves if not _look_right(leaves) else [x for x in leaves if is_in_cpu_memory(x.w)]
     paths: list[Path] = [(batch.name, i) for batch in batches for i in range(len(batch.rows))]
     places = {id(leaf): place for place, leaf in enumerate(leaves)}
-    _checks.check([x._replace(place=places[id(x)]) for x in suspects], lambda: paths)
+    _checks.check(
+        [x._replace(place=places[id(x)]) for x in suspects], lambda: paths, broadcasts=False
+    )
 
 
 def _look_right(leaves: list[Leaf]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
-from lars_tree import _compare, _paths, _pytrees, _show, _tree, errors
+from lars_tree import _compare, _options, _paths, _pytrees, _show, _tree, errors
 from lars_tree._operators import Arithmetic
 from lars_tree.errors import Path, PathAttributeError, PathKeyError, path_string
 from lars_tree.update import lars_update
@@ -348,6 +348,7 @@ class Container(Arithmetic, dict[Any, Any]):
         Raises:
             LarsTreeError: as `lars_tree.lars_update` does; nothing was written then.
         """
+        _options.check_names(options)
         return lars_update(  # type: ignore[no-any-return]
             self,
             dcdw,

@@ -27,14 +27,15 @@ if TYPE_CHECKING:
 class Lars:
     """LARS with momentum, over a nest of weights.
 
-    For the step u of `lars_update`, and a velocity v that starts at zero,
+    For the step u of `lars_update`, with `weight_decay` as its decay_lambda, and a velocity v that
+    starts at zero,
 
         v = momentum * v + u
         w = w - v,    or with nesterov    w = w - (u + momentum * v)
 
     >>> w = Container(kernel=np.array([3.0, 4.0]), bias=np.array([0.0]))
     >>> g = Container(kernel=np.array([0.0, 10.0]), bias=np.array([1.0]))
-    >>> opt = Lars(0.1, momentum=0.5)
+    >>> opt = Lars(0.1, momentum=0.5, trust_coefficient=1.0, eps=0.0)
     >>> state = opt.init(w)
     >>> w, state = opt.update(w, g, state)      # kernel: ratio 5 / 10, a step of 0.05 * [0, 10]
     >>> w.kernel, state.velocity.kernel, int(state.step)
@@ -57,7 +58,10 @@ class Lars:
             which is 0 at first, such as those in `lars_tree.schedules`; also within a Container.
         momentum: What is left of the velocity after each step, a number >= 0.
         nesterov: Look ahead: the velocity is applied as it will be after one more such gradient.
-        decay_lambda: Weight decay, as in `lars_update`.
+        weight_decay: Weight decay: the decay_lambda of `lars_update`.
+        trust_coefficient: As in `lars_update`, but 0.001, as in the paper and in other packages.
+        eps: As in `lars_update`, but 1e-8, so that the rounding noise of a gradient that should be
+            0 makes no step of full length.
         stop_gradients: As in `lars_update`; False keeps the history of the velocity too.
         **options: The further options of `lars_update`. All but `lr` are fixed for all steps; each
             may be a Container or dict that is a prefix of w.
@@ -74,18 +78,22 @@ class Lars:
         momentum: Any = 0.9,
         nesterov: Any = False,
         *,
-        decay_lambda: Any = 0,
+        weight_decay: Any = 0,
+        trust_coefficient: Any = 0.001,
+        eps: Any = 1e-8,
         stop_gradients: Any = True,
         **options: Unpack[Options],
     ) -> None:
+        _options.check_names(options, _options.OPTIMIZER_DEFAULTS)
         given = {
             "momentum": momentum,
             "nesterov": nesterov,
-            "decay_lambda": decay_lambda,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "eps": eps,
             "stop_gradients": stop_gradients,
             **options,
         }
-        _options.check_names(options)
         try:
             _options.check({"lr": _without_schedules(lr, lambda _: 0.0), **given})
         except RecursionError:
@@ -168,7 +176,7 @@ class Lars:
         raise errors.error(errors.StateError, "state", headline, [((), text)])
 
 
-_DEFAULTS = {"momentum": 0.9, "nesterov": False, **_options.DEFAULTS}
+_DEFAULTS = {"momentum": 0.9, "nesterov": False, **_options.OPTIMIZER_DEFAULTS}
 
 
 def _zeros(x: Any) -> Any:

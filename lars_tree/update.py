@@ -170,7 +170,8 @@ def _update(
         _refuse_surplus(w, out, old, outs, "out")
     if velocities is not None:
         _refuse_surplus(w, state["velocity"], old, velocities, "state")
-    leaves = checked(w, dcdw, columns, paths)
+    # An optimizer has a state, and gradients of the shapes of their weights.
+    leaves = checked(w, dcdw, columns, paths, broadcasts=not state)
     if out is not None:
         _counters.check_apart(state, leaves, paths)
     with nullcontext() if out is None else _memory.uninterrupted():
@@ -185,11 +186,16 @@ def _update(
     return _result(w, out, state, new_ws, new_velocities, taken)
 
 
-def checked(w: Any, dcdw: Any, columns: Columns, paths: Paths) -> list[Leaf]:
-    """The leaves that hold arrays, with nothing wrong with them."""
+def checked(
+    w: Any, dcdw: Any, columns: Columns, paths: Paths, broadcasts: bool = True
+) -> list[Leaf]:
+    """The leaves that hold arrays, with nothing wrong with them.
+
+    `broadcasts` says whether gradients may have other shapes than their weights.
+    """
     _refuse_surplus(w, dcdw, columns.ws, columns.dcdws, "dcdw")
     leaves = _arrays(columns, paths)
-    _checks.check(leaves, paths)
+    _checks.check(leaves, paths, broadcasts)
     return leaves
 
 

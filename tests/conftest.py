@@ -32,6 +32,12 @@ settings.register_profile("long", max_examples=10_000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if CI else "default"))
 
 
+def unit_lars(*args: Any, decay_lambda: Any = 0, **options: Any) -> lars_tree.Lars:
+    """A `Lars` with the names and defaults of `lars_update`, to take the same steps."""
+    given = {"weight_decay": decay_lambda, "trust_coefficient": 1.0, "eps": 0.0, **options}
+    return lars_tree.Lars(*args, **given)
+
+
 class Library(NamedTuple):
     """An array library as the tests see it."""
 

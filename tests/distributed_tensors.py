@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from conftest import unit_lars as Lars
 from distributed_worker import (
     all_reduces,
     communication,
@@ -20,7 +21,7 @@ from distributed_worker import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from lars_tree import Lars, lars_update
+from lars_tree import lars_update
 
 R, S0, S1 = Replicate(), Shard(0), Shard(1)
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import need
+from conftest import unit_lars as Lars
 
-from lars_tree import Lars, lars_update
+from lars_tree import lars_update
 
 dask = need("dask")
 da = need("dask.array")

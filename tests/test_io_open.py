@@ -9,9 +9,10 @@ import textwrap
 import numpy as np
 import pytest
 from conftest import need
+from conftest import unit_lars as Lars
 from test_io import assert_same
 
-from lars_tree import Container, FileError, Lars, OutError, io, lars_update
+from lars_tree import Container, FileError, OutError, io, lars_update
 
 ml_dtypes = need("ml_dtypes")
 need("safetensors")

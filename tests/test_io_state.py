@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from conftest import need
+from conftest import unit_lars as Lars
 
-from lars_tree import Array, Container, Lars, StructureError, io, lars_update, schedules
+from lars_tree import Array, Container, StructureError, io, lars_update, schedules
 from lars_tree.testing import assert_identical
 
 need("ml_dtypes")

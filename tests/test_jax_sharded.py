@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from conftest import need
+from conftest import unit_lars as Lars
 
-from lars_tree import Lars, lars_update
+from lars_tree import lars_update
 
 jax = need("jax")
 jnp = jax.numpy

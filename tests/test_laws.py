@@ -34,10 +34,16 @@ class Pair:
 
 DTYPES = st.sampled_from(["float16", "float32", "float64", ">f4", "complex64"])
 LAYERS = layers(DTYPES, broadcast=True)
-NESTS = weights_and_gradients(
-    LAYERS | st.just((None, None)),
-    node_types=[Container, dict, OrderedDict, defaultdict, list, tuple, Point, Pair],
-)
+
+
+def nests(layers):
+    return weights_and_gradients(
+        layers | st.just((None, None)),
+        node_types=[Container, dict, OrderedDict, defaultdict, list, tuple, Point, Pair],
+    )
+
+
+NESTS = nests(LAYERS)
 
 
 def walk(tree, path=()):

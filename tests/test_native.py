@@ -120,6 +120,7 @@ OPTIONS = st.fixed_dictionaries(
         "grad_scale": st.sampled_from([1e-3, 0.1, 3.0, 65536.0, 1e-200]),
         "adapt": st.booleans(),
         "trust_clip": st.booleans(),
+        "joint_norm": st.booleans(),
     },
 )
 SPECIALS = st.sampled_from([(), (), (), (0.0, -0.0), (np.inf,), (np.nan, -np.inf)])
@@ -197,9 +198,23 @@ def trees():
     yield "largest", largest, largest  # the step is longer than the largest number
 
 
-@pytest.mark.parametrize(("w", "g"), [pytest.param(w, g, id=name) for name, w, g in trees()])
-def test_instruction_sets_and_threads_give_the_same_bits(w, g):
-    options = {"decay_lambda": 1e-4, "trust_coefficient": 0.5}
+def sums():
+    """Trees whose gradients and decay add up, or all but cancel, to a sum of which the norm is."""
+    found = {name: (w, g) for name, w, g in trees()}
+    for name in ("few", "large float32", "large float64", "overflow", "subnormal", "largest"):
+        w, g = found[name]
+        yield name, w, g
+        if name not in ("subnormal", "largest"):  # whose steps would be 0, or beyond the format
+            yield f"{name}, cancelling", w, [(x * -1e-4).astype(x.dtype) for x in w]
+
+
+@pytest.mark.parametrize(
+    ("w", "g", "joint"),
+    [pytest.param(w, g, False, id=name) for name, w, g in trees()]
+    + [pytest.param(w, g, True, id=f"joint, {name}") for name, w, g in sums()],
+)
+def test_instruction_sets_and_threads_give_the_same_bits(w, g, joint):
+    options = {"decay_lambda": 1e-4, "trust_coefficient": 0.5, "joint_norm": joint}
     expected = without_kernel(w, g, 3.0, **options)
     for instruction_set in SETS:
         for threads in (1, 2, 3, 8):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from conftest import unit_lars as Lars
 from test_native import dtype_of
 from test_native_momentum import assert_same_step, by_kernel, by_twin, step, update_plain
 
-from lars_tree import Lars, LarsTreeError, OutError, _native, _tree, update
+from lars_tree import LarsTreeError, OutError, _native, _tree, update
 from lars_tree._backends.base import Columns
 from lars_tree._rule import Rule
 

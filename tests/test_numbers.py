@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import reference
 from conftest import need, to_numpy
+from conftest import unit_lars as Lars
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lars_tree import Lars, lars_update
+from lars_tree import lars_update
 
 # A result halfway between two neighbours may round either way: hence the last bit of slack.
 BOUNDS = {"float16": 1 + 1e-6, "bfloat16": 1 + 1e-6, "float32": 1 + 1e-6, "float64": 4}
@@ -73,6 +74,9 @@ def test_the_error_is_bounded_over_the_whole_range_of_exponents(name, decay):
         {"trust_clip": True},
         {"grad_scale": 65536.0, "decay_lambda": 1e-4, "eps": 1e-6},
         {"trust_clip": True, "grad_scale": 1e-3, "trust_coefficient": 10.0},
+        {"joint_norm": True, "decay_lambda": 1e-4, "trust_clip": True, "eps": 1e-8},
+        {"joint_norm": True, "decay_lambda": 3.0, "grad_scale": 0.1},
+        {"joint_norm": True, "decay_lambda": 1e-200},
     ],
     ids=str,
 )
@@ -82,6 +86,33 @@ def test_the_error_is_bounded_for_every_option(name, options):
         w = random_array(rng, name, w_exponent, 5)
         g = random_array(rng, name, g_exponent, 5)
         assert error(w, g, 0.1, name, **options) <= BOUNDS[name]
+
+
+@pytest.mark.parametrize("decay", [1e-4, 0.1, 3.0])
+@pytest.mark.parametrize("name", reference.FORMATS)
+def test_the_norm_of_a_sum_is_exact_where_the_sum_cancels(name, decay):
+    """g is -decay * w but for its rounding, or for a small part: a dot product would lose that."""
+    rng = np.random.default_rng(9)
+    for exponent, part in itertools.product(exponents(name, 7)[1:-1], [0, 1e-12, 1e-6, 1e-2]):
+        w = random_array(rng, name, exponent, 5)
+        g = (-decay * w.astype(float) * (1 + part * rng.normal(size=5))).astype(w.dtype)
+        if not np.isfinite(g.astype(float)).all():
+            continue
+        options = {"joint_norm": True, "decay_lambda": decay}
+        assert error(w, g, 0.1, name, **options) <= BOUNDS[name]
+
+
+def test_plain_values_of_the_options_of_the_denominator():
+    w, g = np.array([3.0, 4.0]), np.array([0.4, 0.3])
+    joint = lars_update(w, g, 0.1, decay_lambda=0.1, joint_norm=True)
+    assert joint.round(3).tolist() == [2.646, 3.646]
+    larc = {"trust_coefficient": 0.02, "trust_clip": True}
+    assert np.allclose(lars_update(w / 10, g, 0.1, **larc), w / 10 - 0.02 * g, rtol=1e-15)
+    assert np.allclose(lars_update(w, g, 0.1, **larc), w - 0.1 * g, rtol=1e-15)
+    assert lars_update(w, g, 0.0, **larc).tolist() == [3.0, 4.0]
+    assert np.allclose(lars_update(0 * w, g, 0.1, **larc), -0.1 * g, rtol=1e-15)
+    decays = {"decay_lambda": 0.01, "trust_coefficient": 1e-3}
+    assert np.allclose(lars_update(w, 0 * g, 0.1, **decays), [2.997, 3.996], rtol=1e-15)
 
 
 @pytest.mark.parametrize("name", reference.FORMATS)
@@ -135,8 +166,10 @@ def test_a_rate_for_each_element(size, data, decay):
     numbers = st.lists(finite["float32"], min_size=size, max_size=size)
     w, g = (np.array(data.draw(numbers), np.float32) for _ in range(2))
     lr = np.array(data.draw(st.lists(rates, min_size=size, max_size=size)))
-    new = lars_update(w, g, lr, decay_lambda=decay)
-    step = reference.lars(w.tolist(), g.tolist(), lr, decay_lambda=decay)
+    options = {"decay_lambda": decay, "joint_norm": data.draw(st.booleans())}
+    options["trust_clip"] = data.draw(st.booleans())
+    new = lars_update(w, g, lr, **options)
+    step = reference.lars(w.tolist(), g.tolist(), lr, **options)
     assert reference.worst_error(new.tolist(), w.tolist(), step, "float32") <= BOUNDS["float32"]
 
 
@@ -196,29 +229,32 @@ def test_bfloat16_is_rounded_to_nearest_even_like_the_reference():
     assert np.array_equal(extremes, [np.inf, -np.inf, np.nan, np.inf, -np.inf], equal_nan=True)
 
 
-@pytest.mark.parametrize("decay", [0.0, 1e-4, 0.1])
+@pytest.mark.parametrize(
+    ("decay", "joint"), [(0.0, False), (1e-4, False), (0.1, False), (0.1, True)]
+)
 @pytest.mark.parametrize("name", reference.FORMATS)
-def test_jit_keeps_the_bounds_where_xla_keeps_the_numbers(name, decay):
+def test_jit_keeps_the_bounds_where_xla_keeps_the_numbers(name, decay, joint):
     """XLA flushes subnormal numbers to zero on the CPU, so these stay out."""
     jax = need("jax")
     rng = np.random.default_rng(5)
     bits, smallest, largest = reference.FORMATS[name]
     with jax.enable_x64(True):
-        update = jax.jit(lambda w, g, lr: lars_update(w, g, lr, decay_lambda=decay))
+        options = {"decay_lambda": decay, "joint_norm": joint}
+        update = jax.jit(lambda w, g, lr: lars_update(w, g, lr, **options))
         grid = [int(e) for e in np.linspace(smallest + bits + 3, largest - 4, 6)]
         for w_exponent, g_exponent in itertools.product(grid, repeat=2):
             w, g = (random_array(rng, name, e, 5) for e in (w_exponent, g_exponent))
             new = to_numpy(update(w, g, 0.1))
             flat = [x.astype(float).tolist() for x in (new, w, g)]
-            step = reference.lars(flat[1], flat[2], 0.1, decay_lambda=decay)
+            step = reference.lars(flat[1], flat[2], 0.1, **options)
             assert reference.worst_error(flat[0], flat[1], step, name) <= BOUNDS[name]
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @pytest.mark.parametrize("library_name", ["torch", "dask", "strict"])
-@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize(("decay", "joint"), [(0.0, False), (0.1, False), (0.1, True)])
 @pytest.mark.parametrize("name", ["float32", "float64"])
-def test_array_operations_keep_the_bounds(library_name, name, decay):
+def test_array_operations_keep_the_bounds(library_name, name, decay, joint):
     """The way that autograd, Dask and other libraries take: `_rule.step`."""
     from conftest import to_library
 
@@ -226,12 +262,13 @@ def test_array_operations_keep_the_bounds(library_name, name, decay):
     for w_exponent, g_exponent in itertools.product(exponents(name, 6), repeat=2):
         w, g = (random_array(rng, name, e, 5) for e in (w_exponent, g_exponent))
         ours = [to_library(library_name, x) for x in (w, g)]
-        options = {"decay_lambda": decay}
+        options = {"decay_lambda": decay, "joint_norm": joint}
+        given = options
         if library_name == "torch":
             ours[0].requires_grad_()
-            options["stop_gradients"] = False
-        new = to_numpy(lars_update(*ours, 0.1, **options))
-        step = reference.lars(w.tolist(), g.tolist(), 0.1, decay_lambda=decay)
+            given = {**options, "stop_gradients": False}
+        new = to_numpy(lars_update(*ours, 0.1, **given))
+        step = reference.lars(w.tolist(), g.tolist(), 0.1, **options)
         assert reference.worst_error(new.tolist(), w.tolist(), step, name) <= BOUNDS[name]
 
 
@@ -252,7 +289,7 @@ def stepped_from_rest(way, w, g, options):
         given = {names.get(name, name): x for name, x in options.items() if name != "grad_scale"}
         w = torch.nn.Parameter(torch.tensor(w))
         w.grad = torch.tensor(g)
-        stepping = optimizer([w], lr=1.0, trust_coefficient=0.1, foreach=True, **given)
+        stepping = optimizer([w], 1.0, trust_coefficient=0.1, eps=0.0, foreach=True, **given)
         stepping.grad_scale = torch.tensor(options.get("grad_scale", 1.0), dtype=torch.float64)
         stepping.step()
         return to_numpy(stepping.state[w]["momentum_buffer"])
@@ -272,15 +309,15 @@ WAYS = pytest.mark.parametrize("way", ["numpy", "foreach", "torch", "strict", "j
 
 @pytest.mark.filterwarnings("ignore:(overflow|underflow) encountered:RuntimeWarning")
 @WAYS
-@pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_a_velocity_has_its_digits_where_the_weights_hide_them(way, decay):
+@pytest.mark.parametrize(("decay", "joint"), [(0.0, False), (0.1, False), (0.1, True)])
+def test_a_velocity_has_its_digits_where_the_weights_hide_them(way, decay, joint):
     """The shortest steps of the longest weights, and the longest steps of none at all."""
     rng = np.random.default_rng(7)
     grid = [-960, 0, 1000]
     for w_exponent, g_exponent, clip in itertools.product([None, *grid], grid, [False, True]):
         w, g = np.abs([random_array(rng, "float64", e or 0, 5) for e in (w_exponent, g_exponent)])
         w *= w_exponent is not None
-        options = {"decay_lambda": decay, "trust_clip": clip}
+        options = {"decay_lambda": decay, "trust_clip": clip, "joint_norm": joint}
         step = reference.lars(w.tolist(), g.tolist(), 1.0, trust_coefficient=0.1, **options)
         expected = [float(x) for x in step.u]
         actual = stepped_from_rest(way, w, g, options)

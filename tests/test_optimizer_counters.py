@@ -8,9 +8,10 @@ import itertools
 import numpy as np
 import pytest
 from conftest import need, to_library
+from conftest import unit_lars as Lars
 from test_optimizer import G, W
 
-from lars_tree import Container, Lars, OutError, StateError
+from lars_tree import Container, OutError, StateError
 
 OPT = Lars(0.1)
 

@@ -8,9 +8,10 @@ import warnings
 import numpy as np
 import pytest
 from conftest import need
+from conftest import unit_lars as Lars
 from test_optimizer import G, W, steps
 
-from lars_tree import DtypeError, Lars, LeafError
+from lars_tree import DtypeError, LeafError
 
 # ---- Inference tensors: torch lets nothing but itself, in their own mode, write to them
 

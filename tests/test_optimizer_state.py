@@ -9,11 +9,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from conftest import need, to_library, to_numpy
+from conftest import unit_lars as Lars
 from test_optimizer import G, W, random_tree, steps
 
+import lars_tree
 from lars_tree import (
+    Array,
     Container,
-    Lars,
     LarsTreeError,
     LeafError,
     NonFiniteError,
@@ -21,6 +23,7 @@ from lars_tree import (
     OutError,
     StateError,
     StructureError,
+    lars_update,
 )
 from lars_tree.schedules import Constant
 
@@ -297,10 +300,17 @@ def test_a_nest_that_holds_itself_is_named(name, call):
         (lambda: Lars(0.1, momentum=-1), OptionError, "momentum: expected a finite number >= 0"),
         (lambda: Lars(0.1, momentum=None), OptionError, "momentum: expected"),
         (lambda: Lars(0.1, nesterov=1), OptionError, "nesterov: expected True or False"),
-        (lambda: Lars(0.1, decay_lambda=np.nan), OptionError, "decay_lambda: expected"),
+        (lambda: Lars(0.1, decay_lambda=np.nan), OptionError, "weight_decay: expected"),
         (lambda: Lars(0.1, adapt={"a": 3}), OptionError, "a: expected True or False"),
         (lambda: Lars(0.1, epsilon=1e-8), TypeError, "unexpected keyword argument 'epsilon'"),
-        (lambda: Lars(0.1, weight_decay=1e-4), TypeError, "it is 'decay_lambda' here"),
+        (lambda: lars_tree.Lars(0.1, decay_lambda=1e-4), TypeError, "it is 'weight_decay' here"),
+        (lambda: lars_update(W, G, 0.1, weight_decay=1e-4), TypeError, "weight_decay"),
+        (
+            lambda: Container(a=W).lars_update(W, 1, weight_decay=1),
+            TypeError,
+            "'decay_lambda' here",
+        ),
+        (lambda: Array(W).lars_update(W, 1, weight_decay=1), TypeError, "'decay_lambda' here"),
         (lambda: Lars(0.1, trust_coeficient=1), TypeError, "did you mean 'trust_coefficient'"),
     ],
 )
@@ -317,11 +327,11 @@ def test_a_schedule_that_gives_no_rate_is_refused_before_anything_is_written():
 
 
 def test_repr_shows_what_is_not_as_usual():
-    assert repr(Lars(0.1)) == "Lars(0.1)"
-    opt = Lars(Constant(0.1), nesterov=True, decay_lambda=1e-4)
-    shown = "Lars(Constant(rate=0.1, warmup_steps=0), nesterov=True, decay_lambda=0.0001)"
+    assert repr(lars_tree.Lars(0.1)) == "Lars(0.1)"
+    opt = lars_tree.Lars(Constant(0.1), nesterov=True, weight_decay=1e-4)
+    shown = "Lars(Constant(rate=0.1, warmup_steps=0), nesterov=True, weight_decay=0.0001)"
     assert repr(opt) == repr(pickle.loads(pickle.dumps(opt))) == shown
-    assert repr(pickle.loads(pickle.dumps(Lars(0.1)))) == "Lars(0.1)"
+    assert repr(pickle.loads(pickle.dumps(lars_tree.Lars(0.1)))) == "Lars(0.1)"
 
 
 def test_repr_takes_one_line():
@@ -329,5 +339,6 @@ def test_repr_takes_one_line():
     lr = Container(a=0.1, c=np.array([[0.1], [0.2]]))
     shown = "Lars({'a': 0.1, 'c': array([[0.1], [0.2]])}, "
     assert (
-        repr(Lars(lr, adapt=adapt)) == shown + "adapt={'a': {'b': True}, 'c': [False, np.True_]})"
+        repr(lars_tree.Lars(lr, adapt=adapt))
+        == shown + "adapt={'a': {'b': True}, 'c': [False, np.True_]})"
     )

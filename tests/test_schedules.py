@@ -9,10 +9,11 @@ import pickle
 import numpy as np
 import pytest
 from conftest import need
+from conftest import unit_lars as Lars
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lars_tree import Lars, OptionError
+from lars_tree import OptionError
 from lars_tree.schedules import Constant, Cosine, Polynomial
 
 EACH = [

@@ -96,7 +96,7 @@ def test_at_a_constant_rate_it_is_the_papers_rule(nesterov):
     net, w = model(dtype=torch.float64), model(dtype=torch.float64)
     opt = Lars(net.parameters(), 0.5, nesterov=nesterov, weight_decay=0.01)
     train(net, opt)
-    ours = lars_tree.Lars(0.5, nesterov=nesterov, decay_lambda=0.01, trust_coefficient=0.001)
+    ours = lars_tree.Lars(0.5, nesterov=nesterov, weight_decay=0.01)
     tree = lars_tree.Container(dict(w.named_parameters()))
     state = ours.init(tree)
     generator = torch.Generator().manual_seed(1)

@@ -83,8 +83,9 @@ def _update_layer(arrays: dict[str, Array], rule: Rule) -> None:
     if norms.total is not None and ("lr" in flat or float(on_w) > 1):
         # g and decay * w may cancel, and what is left is stepped far along.
         flat["dcdw"] = norms.total
-        on_dcdw, rule = on_dcdw.scaled(norms.total.exponent), rule._replace(
-            decay_lambda=0.0, maximize=False
+        on_dcdw, rule = (
+            on_dcdw.scaled(norms.total.exponent),
+            rule._replace(decay_lambda=0.0, maximize=False),
         )
     factor, exponent = on_dcdw.split()
     by: list[Any] = [_rounded(factor, precision), None]

@@ -104,14 +104,15 @@ def commands() -> None:
 def _with_rates(required: bool) -> Callable[[Any], Any]:
     """The options of the rule, gathered to `rates`."""
     lr: dict[str, Any] = {"required": True} if required else {"default": 1.0}
-    shared = ("decay_lambda", "trust_coefficient", "eps", "grad_scale", "trust_clip")
+    shared = ("decay_lambda", "trust_coefficient", "eps", "grad_scale", "trust_clip", "joint_norm")
     options = [
         click.option("--lr", type=float, help="Rate: the step is in proportion to it.", **lr),
         click.option("--decay-lambda", type=float, default=0.0, help="Weight decay."),
         click.option("--trust-coefficient", type=float, default=1.0, help="The paper's eta."),
         click.option("--eps", type=float, default=0.0, help="Added to the denominator."),
         click.option("--grad-scale", type=float, default=1.0, help="Of the loss; divided out."),
-        click.option("--trust-clip", is_flag=True, help="LARC: no ratio above 1."),
+        click.option("--trust-clip", is_flag=True, help="LARC: lr bounds the local rate."),
+        click.option("--joint-norm", is_flag=True, help="Norm of g + decay * w, not of each."),
         click.option(
             "--lr-for",
             type=_pair,
