@@ -70,11 +70,18 @@ def _along_both(ratio: Number, rule: Rule) -> tuple[Number, Number]:
 
 
 def trust_ratio(
-    w_norm: Number, dcdw_norm: Number, rule: Rule, where: Callable[..., Any], one: Number = 1
+    w_norm: Number,
+    dcdw_norm: Number,
+    rule: Rule,
+    where: Callable[..., Any],
+    one: Number = 1,
+    *,
+    bounded: bool = True,
 ) -> Number:
     """How far a layer may go, in units of its gradient; norms may be None where adapt is False.
 
-    `one` is a ratio of 1 in the units of the norms, for callers that scale them.
+    `one` is a ratio of 1 in the units of the norms, for callers that scale them. Unless `bounded`,
+    it is what `trust_clip` limits to 1.
     """
     if not rule.adapt:
         return one
@@ -88,8 +95,8 @@ def trust_ratio(
     ratio = rule.trust_coefficient * w_norm / where(undefined, 1, denominator)
     if rule.trust_clip:  # LARC: the local rate is min(ratio, rate), which is rate times the result
         rate = rule.lr * rule.rate * one
-        is_lower = rate > ratio
-        ratio = where(is_lower, ratio / where(is_lower, rate, one) * one, one)
+        relative = ratio / where(rate == 0, one, rate) * one
+        ratio = where(ratio > rate, one, relative) if bounded else relative
     return where(undefined, one, ratio)
 
 
@@ -235,7 +242,7 @@ def _scaled(ops: Ops, w_norm: Norm, dcdw_norm: Norm, rule: Rule) -> tuple[Rule, 
 class Measured(NamedTuple):
     """What the step of a layer is made of, all without the scale of the loss.
 
-    `unclipped` is what the ratio would be without `trust_clip`.
+    `unclipped` is the ratio that `trust_clip` limits to 1.
     """
 
     w_norm: Any
@@ -253,13 +260,14 @@ def measure(ops: Ops, w: Any, dcdw: Any, rule: Rule) -> Measured:
         w_norm, dcdw_norm = ops.norms(w, dcdw, rule.layer_axis)
     scaled, scale, one = _scaled(ops, w_norm, dcdw_norm, rule)
 
-    def ratio(rule: Rule) -> Any:
-        found = trust_ratio(w_norm.scaled, dcdw_norm.scaled, rule, ops.where, one)
+    def ratio(bounded: bool) -> Any:
+        norms = w_norm.scaled, dcdw_norm.scaled
+        found = trust_ratio(*norms, scaled, ops.where, one, bounded=bounded)
         return ops.where(found == one, 1, found * (w_norm.scale / scale))
 
     return Measured(
         w_norm.scaled * w_norm.scale,
         g_norm,
-        ratio(scaled),
-        ratio(scaled._replace(trust_clip=False)),
+        ratio(bounded=True),
+        ratio(bounded=False),
     )

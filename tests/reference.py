@@ -23,7 +23,8 @@ FORMATS = {
 
 
 class Step(NamedTuple):
-    """The exact step u and the exact new weights w - u, elementwise."""
+    """The exact step u and the exact new weights w - u, elementwise; and the ratio, by which the
+    (largest) rate is multiplied."""
 
     u: list
     w_new: list
@@ -63,6 +64,10 @@ def lars(
     if ratio is not None:
         local = [min(ratio, rate) if trust_clip else rate * ratio for rate in rates]
     u = [rate * x for rate, x in zip(local, decayed, strict=True)]
+    if ratio is None or (trust_clip and ratio >= max(rates)):
+        ratio = mpf(1)
+    elif trust_clip:
+        ratio /= max(rates)
     return Step(u, [wi - ui for wi, ui in zip(w, u, strict=True)], ratio)
 
 

@@ -60,28 +60,33 @@ def same(xs, ys):
         {"adapt": False, "weight_decay": 0.1, "maximize": True},
         {"maximize": True, "weight_decay": 0.5, "nesterov": True},
         {"trust_clip": True, "trust_coefficient": 10.0},
+        {"trust_clip": True, "dampening": 0.25},
+        {"trust_clip": True, "momentum": 0.0},
+        {"joint_norm": True, "weight_decay": 0.5, "dampening": 0.25},
+        {"joint_norm": True, "weight_decay": 0.5, "maximize": True},
+        {"joint_norm": True, "weight_decay": 3.0, "trust_coefficient": 0.5, "maximize": True},
     ],
     ids=str,
 )
 def test_each_step_against_the_exact_rule(options, foreach):
     """The buffer takes in the step at rate 1, the rate multiplies the buffer."""
-    defaults = {"trust_coefficient": 0.1, "momentum": 0.9}
+    defaults = {"trust_coefficient": 0.1, "momentum": 0.9, "eps": 0.0}
     options = {**defaults, **options}
     p = parameter()
     opt = Lars([p], lr=0.5, foreach=foreach, **options)
     rng = np.random.default_rng(0)
     w, v = W, [0.0, 0.0]
     sign = -1 if options.get("maximize") else 1
-    names = {"trust_coefficient", "eps", "adapt", "trust_clip"}
+    names = {"trust_coefficient", "eps", "adapt", "trust_clip", "joint_norm"}
     rule = {name: value for name, value in options.items() if name in names}
     for i in range(4):
         g = rng.normal(size=2)
         p.grad = torch.as_tensor(g)
         opt.step()
         taken_in = 1.0 - (options.get("dampening", 0.0) if i else 0.0)
-        step = reference.lars(
-            w, (sign * g).tolist(), taken_in, decay_lambda=options.get("weight_decay", 0.0), **rule
-        )
+        decay = options.get("weight_decay", 0.0)
+        step = reference.lars(w, (sign * g).tolist(), 0.5, decay_lambda=decay, **rule)
+        step = step._replace(u=[taken_in * x / 0.5 for x in step.u])
         moved = reference.move(w, v, step, options["momentum"], "nesterov" in options, 0.5)
         w, v = ([float(x) for x in xs] for xs in (moved.w_new, moved.v_new))
         np.testing.assert_allclose(p.detach(), w, rtol=1e-14)

@@ -145,14 +145,13 @@ def _measure_layer(w: Array, dcdw: Array, rule: Rule) -> tuple[float, ...]:
     flat = {name: _flat(x) for name, x in _in_memory_order({"w": w, "dcdw": dcdw}).items()}
     precision = _precision(w, dcdw)
     norms = _norms(flat["w"], flat["dcdw"], precision, rule._replace(adapt=True))
-    g_norm = norms.dcdw
-    if _rule.is_joint(rule):
-        g_norm = _norms(flat["w"], flat["dcdw"], precision, Rule(0.0)).dcdw
-    ratio, unclipped = (
-        _rule.trust_ratio(norms.w, norms.dcdw, norms.numbers(each), _choose, norms.number(1))
-        for each in (rule, rule._replace(trust_clip=False))
-    )
-    return tuple(map(float, (norms.w, g_norm / Wide(rule.grad_scale), ratio, unclipped)))
+    numbers = norms.w, norms.dcdw, norms.numbers(rule), _choose, norms.number(1)
+    ratio, unclipped = (_rule.trust_ratio(*numbers, bounded=bounded) for bounded in (True, False))
+    if norms.total is not None:  # whose norm is not that of the gradient
+        separate = rule._replace(adapt=True, joint_norm=False)
+        norms = _norms(flat["w"], flat["dcdw"], precision, separate)
+    g_norm = norms.dcdw / norms.number(rule.grad_scale)
+    return tuple(map(float, (norms.w, g_norm, ratio, unclipped)))
 
 
 def _precision(w: Array, dcdw: Array) -> Precision:

@@ -133,7 +133,7 @@ inline Number trust_ratio(Number w_norm, Number dcdw_norm, const Rule& rule) {
     Number ratio = Number(rule.trust_coefficient) * w_norm / denominator;
     if (!rule.trust_clip) return ratio;
     const Number rate = Number(rule.lr) * Number(rule.rate);
-    return rate > ratio ? ratio / rate : one;
+    return ratio > rate ? one : ratio / (is_zero(rate) ? one : rate);
 }
 
 // `exponent` is that of a sum, see Addition.
