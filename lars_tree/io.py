@@ -43,7 +43,9 @@ def save(path: Path, tree: Any, *, metadata: Mapping[str, str] | None = None) ->
 
     The old file, if any, is replaced in one step: a reader, a crash or a kill at any moment finds
     the old file or the new one, and what is on the disk is synced before it counts. A temporary
-    file that a killed process left in the directory is cleared by the next save there.
+    file that a killed process left in the directory is cleared by the next save there. Nobody else
+    can open the temporary file. Permissions, owner, group, extended attributes and ACL stay, where
+    the system allows it.
 
     Arrays may be of any library, on any device, in any memory order, and `Array`s. They are copied
     to CPU memory, and made contiguous, one at a time. Each is written in full: tied weights come
@@ -63,7 +65,8 @@ def save(path: Path, tree: Any, *, metadata: Mapping[str, str] | None = None) ->
             safetensors has no complex128, .npz no bfloat16.
         OptionError: metadata is not made of strings.
         FileError: the name ends in neither .safetensors nor .npz.
-        OSError: the file cannot be written. In all cases the old file is as it was.
+        OSError: the file cannot be written. In all cases the old file is as it was, except where
+            the message says that the new file is in place, but its directory could not be synced.
     """
     format_ = formats.find(path)
     leaves, structure = names.flatten(tree)
@@ -163,7 +166,7 @@ def open(path: Path, mode: str = "r") -> Container:  # noqa: A001
             name: view.array(name, mapped[place.start : place.start + place.size])
             for name, place in view.places.items()
         }
-        return _tree(path, found, view.metadata)
+    return _tree(path, found, view.metadata)
 
 
 def metadata(path: Path) -> dict[str, str]:
