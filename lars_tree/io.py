@@ -176,11 +176,10 @@ def metadata(path: Path) -> dict[str, str]:
         FileError: the file is malformed.
         OSError: the file cannot be opened.
     """
-    if formats.find(path) is npz:
-        kept = npz.read(path, only=names.RESERVED)[1]
-    else:
-        with safetensors.opened(path) as view:
-            kept = view.metadata
+    with formats.find(path).opened(path) as view:
+        kept = view.metadata
+        with _naming(path):
+            names.check(view.names, kept.get(formats.STRUCTURE))
     return {name: text for name, text in kept.items() if name != formats.STRUCTURE}
 
 
@@ -233,8 +232,8 @@ def _checked(metadata: Mapping[str, str] | None) -> dict[str, str]:
 
 
 @contextmanager
-def _naming(path: Path, name: str) -> Iterator[None]:
-    """Say which entry a ValueError is about."""
+def _naming(path: Path, name: str | None = None) -> Iterator[None]:
+    """Say which file, and which entry, a ValueError is about."""
     try:
         yield
     except errors.FileError:
@@ -244,7 +243,7 @@ def _naming(path: Path, name: str) -> Iterator[None]:
 
 
 def _tree(path: Path, found: dict[str, Any], kept: dict[str, str]) -> Container:
-    try:
-        return Container(names.unflatten(found, kept.get(formats.STRUCTURE)))
-    except ValueError as error:
-        raise errors.file_error(path, str(error)) from None
+    with _naming(path):
+        tree = names.unflatten(found, kept.get(formats.STRUCTURE), Container)
+    assert isinstance(tree, Container)
+    return tree
