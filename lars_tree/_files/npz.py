@@ -173,9 +173,11 @@ def _opened_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[
 
 def _metadata(path: Path, text: Array) -> dict[str, str]:
     try:
-        metadata = names.parsed(text.item())
+        # Not by item(): numpy makes strings of code points that do not exist.
+        codes = text.astype(text.dtype.newbyteorder("<")).tobytes()
+        metadata = names.parsed(codes.decode("utf-32-le").rstrip("\0"))
         if isinstance(metadata, dict) and all(isinstance(x, str) for x in metadata.values()):
             return metadata
-    except (TypeError, ValueError):
+    except ValueError:
         pass
     raise errors.file_error(path, "expected a JSON object of strings", names.RESERVED)
