@@ -37,7 +37,6 @@ def structured(structure, names=("a.0",)):
 
 ONE = json.dumps(F32).encode()
 DEEP = b"[" * 100_000
-CLOSED = b"[" * 20_000 + b"]" * 20_000
 
 SAFETENSORS = {
     "empty": b"",
@@ -61,8 +60,6 @@ SAFETENSORS = {
     "metadata a list": safetensors({"__metadata__": []}, b""),
     "metadata null": safetensors({"__metadata__": None}, b""),
     "metadata null, then arrays": safetensors({"__metadata__": None, "a": F32}),
-    "nested, ignored": safetensors(b'{"a": {"x": ' + CLOSED + b", " + ONE[1:] + b"}"),
-    "a long number, ignored": safetensors(b'{"a": {"x": ' + b"9" * 5000 + b", " + ONE[1:] + b"}"),
     "no dtype": safetensors({"a": {"shape": [1], "data_offsets": [0, 4]}}),
     "unknown dtype": safetensors({"a": entry("F33")}),
     "dtype a number": safetensors({"a": entry(1)}),
@@ -268,7 +265,7 @@ def bombs():
 
 NPZ = {name: archive(("a.npy", content)) for name, content in bombs()}
 NPZ |= {f"deflated {k}": archive(("a.npy", x), method=8) for k, x in bombs() if len(x) > 5}
-NO_TEXT = npy(np.array("{}")).replace("{}".encode("utf-32-le"), b"\xff" * 8)
+NO_TEXT = npy(np.array('{"a":"x"}')).replace("x".encode("utf-32-le"), b"\xff\xff\xff\0")
 GOOD = archive(("a.npy", npy()), ("b.npy", npy()))
 NPZ |= {
     "empty file": b"",
