@@ -60,7 +60,7 @@ def save(path: Path, tree: Any, *, metadata: Mapping[str, str] | None = None) ->
 
     Raises:
         StructureError: two leaves have the same name; a key is neither str nor int; a node is of a
-            class that could not be made again, such as a namedtuple.
+            class that could not be made again, such as a namedtuple; more than 100 levels.
         LeafError, DtypeError: a leaf is no array, or of a dtype that the format does not have:
             safetensors has no complex128, .npz no bfloat16.
         OptionError: metadata is not made of strings.
@@ -99,8 +99,8 @@ def load(path: Path, *, library: str = "numpy") -> Container:
         another structure: a state_dict that was saved comes back with its own flat names.
 
     Raises:
-        FileError: the file is malformed, names in it collide (a leaf 'a' and one 'a.b'), or the
-            library does not have the dtype of an array in it.
+        FileError: the file is malformed, names in it collide (a leaf 'a' and one 'a.b'), the tree
+            has more than 100 levels, or the library does not have the dtype of an array in it.
         OptionError: the library is not one of these.
         OSError: the file cannot be opened.
     """
