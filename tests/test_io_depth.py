@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import tracemalloc
@@ -97,6 +98,17 @@ def test_depth_does_not_depend_on_the_stack_of_the_caller(path):
     assert at(frames, lambda: io.load(path)).num_leaves() == 1
     with pytest.raises(StructureError, match="expected at most 100 levels"):
         at(frames, lambda: io.save(path, {"a": tree}))
+
+
+def test_a_good_file_is_not_called_malformed_where_the_stack_is_nearly_full(path):
+    io.save(path, deep("dict of dots", DEEPEST, np.ones(1)))
+
+    def at(frames, call):
+        return call() if frames == 0 else at(frames - 1, call)
+
+    io.load(path)
+    with pytest.raises(RecursionError):
+        at(sys.getrecursionlimit() - len(inspect.stack(0)) - 80, lambda: io.load(path))
 
 
 def test_names_are_split_to_the_same_depth(tmp_path):
