@@ -25,6 +25,14 @@ def split(key: Any) -> Path:
     return tuple(key.split("/")) if isinstance(key, str) else (key,)
 
 
+def is_special(name: str) -> bool:
+    """Whether it is a name of Python's protocols, such as __setstate__, which is never a key.
+
+    Libraries call what they find under it, and the keys of a file may come from anybody.
+    """
+    return name.startswith("__") and name.endswith("__")
+
+
 def find(root: dict[Any, Any], key: Any) -> Any:
     """What is at a key or path; MISSING if nothing is."""
     if dict.__contains__(root, key):

@@ -86,7 +86,6 @@ def register(cls: type, make: Make) -> None:
             from_dumpable_context=Keys,
             flatten_with_keys_fn=flatten_with_keys,
         )
-        torch.serialization.add_safe_globals([cls])
 
     def with_optree(optree: Any) -> None:
         def flatten_with_entries(
@@ -122,7 +121,6 @@ def register_wrapper(cls: type, data: str) -> None:
     def with_torch(torch: Any) -> None:
         pytree = sys.modules["torch.utils._pytree"]
         pytree.register_pytree_node(cls, flatten, lambda children, _: unflatten(None, children))
-        torch.serialization.add_safe_globals([cls])
 
     def with_optree(optree: Any) -> None:
         optree.register_pytree_node(
@@ -132,6 +130,14 @@ def register_wrapper(cls: type, data: str) -> None:
     when_imported("jax", lambda jax: jax.tree_util.register_pytree_node(cls, flatten, unflatten))
     when_imported("torch", with_torch)
     when_imported("optree", with_optree)
+
+
+def trust_in_files(cls: type) -> None:
+    """Let `torch.load(weights_only=True)` call this class with whatever a file says.
+
+    Only for our own classes: the constructor of a user's subclass may do anything.
+    """
+    when_imported("torch", lambda torch: torch.serialization.add_safe_globals([cls]))
 
 
 def when_imported(name: str, hook: Callable[[ModuleType], None]) -> None:

@@ -88,6 +88,8 @@ class Container(Arithmetic, dict[Any, Any]):
         _paths.remove(self, key)
 
     def __getattr__(self, name: str) -> Any:
+        if _paths.is_special(name):
+            raise PathAttributeError(f"no attribute {name!r}; a key is read as w[{name!r}]")
         if dict.__contains__(self, name):
             return dict.__getitem__(self, name)
         raise _paths.missing_error(PathAttributeError, self, (name,))
@@ -103,7 +105,7 @@ class Container(Arithmetic, dict[Any, Any]):
         dict.__delitem__(self, name)
 
     def _refuse_method(self, name: str) -> None:
-        if hasattr(type(self), name):
+        if hasattr(type(self), name) or _paths.is_special(name):
             text = f"{name!r} is an attribute of Container itself: write w[{name!r}] for the key"
             raise PathAttributeError(text)
 
@@ -387,3 +389,4 @@ def _make_known(cls: type[Container]) -> None:
 
 
 _make_known(Container)
+_pytrees.trust_in_files(Container)

@@ -112,7 +112,15 @@ def error(
 def file_error(file: object, text: str, name: str | None = None) -> LarsTreeError:
     """A FileError about a file, or about its entry of this name."""
     path = () if name is None else (name,)
-    return error(FileError, "path", f"path {str(file)!r} cannot be read", [(path, text)])
+    line = tuple(map(_shortened, path)), _shortened(text)
+    exception = error(FileError, "path", f"path {str(file)!r} cannot be read", [line])
+    exception.paths = (path,)
+    return exception
+
+
+def _shortened(text: str, most: int = 1000) -> str:
+    """The text without its middle, if it is long: names in files may have any length."""
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}"
 
 
 def whole_number(argument: str, x: Any, least: int) -> int:

@@ -43,7 +43,9 @@ def save(path: Path, tree: Any, *, metadata: Mapping[str, str] | None = None) ->
 
     The old file, if any, is replaced in one step: a reader, a crash or a kill at any moment finds
     the old file or the new one, and what is on the disk is synced before it counts. A temporary
-    file that a killed process left in the directory is cleared by the next save there.
+    file that a killed process left in the directory is cleared by the next save there. Nobody else
+    can open the temporary file. Permissions, owner, group, extended attributes and ACL stay, where
+    the system allows it.
 
     Arrays may be of any library, on any device, in any memory order, and `Array`s. They are copied
     to CPU memory, and made contiguous, one at a time. Each is written in full: tied weights come
@@ -58,12 +60,13 @@ def save(path: Path, tree: Any, *, metadata: Mapping[str, str] | None = None) ->
 
     Raises:
         StructureError: two leaves have the same name; a key is neither str nor int; a node is of a
-            class that could not be made again, such as a namedtuple.
+            class that could not be made again, such as a namedtuple; more than 100 levels.
         LeafError, DtypeError: a leaf is no array, or of a dtype that the format does not have:
             safetensors has no complex128, .npz no bfloat16.
         OptionError: metadata is not made of strings.
         FileError: the name ends in neither .safetensors nor .npz.
-        OSError: the file cannot be written. In all cases the old file is as it was.
+        OSError: the file cannot be written. In all cases the old file is as it was, except where
+            the message says that the new file is in place, but its directory could not be synced.
     """
     format_ = formats.find(path)
     leaves, structure = names.flatten(tree)
@@ -96,8 +99,8 @@ def load(path: Path, *, library: str = "numpy") -> Container:
         another structure: a state_dict that was saved comes back with its own flat names.
 
     Raises:
-        FileError: the file is malformed, names in it collide (a leaf 'a' and one 'a.b'), or the
-            library does not have the dtype of an array in it.
+        FileError: the file is malformed, names in it collide (a leaf 'a' and one 'a.b'), the tree
+            has more than 100 levels, or the library does not have the dtype of an array in it.
         OptionError: the library is not one of these.
         OSError: the file cannot be opened.
     """
@@ -163,7 +166,7 @@ def open(path: Path, mode: str = "r") -> Container:  # noqa: A001
             name: view.array(name, mapped[place.start : place.start + place.size])
             for name, place in view.places.items()
         }
-        return _tree(path, found, view.metadata)
+    return _tree(path, found, view.metadata)
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -173,11 +176,10 @@ def metadata(path: Path) -> dict[str, str]:
         FileError: the file is malformed.
         OSError: the file cannot be opened.
     """
-    if formats.find(path) is npz:
-        kept = npz.read(path, only=names.RESERVED)[1]
-    else:
-        with safetensors.opened(path) as view:
-            kept = view.metadata
+    with formats.find(path).opened(path) as view:
+        kept = view.metadata
+        with _naming(path):
+            names.check(view.names, kept.get(formats.STRUCTURE))
     return {name: text for name, text in kept.items() if name != formats.STRUCTURE}
 
 
@@ -230,8 +232,8 @@ def _checked(metadata: Mapping[str, str] | None) -> dict[str, str]:
 
 
 @contextmanager
-def _naming(path: Path, name: str) -> Iterator[None]:
-    """Say which entry a ValueError is about."""
+def _naming(path: Path, name: str | None = None) -> Iterator[None]:
+    """Say which file, and which entry, a ValueError is about."""
     try:
         yield
     except errors.FileError:
@@ -241,7 +243,7 @@ def _naming(path: Path, name: str) -> Iterator[None]:
 
 
 def _tree(path: Path, found: dict[str, Any], kept: dict[str, str]) -> Container:
-    try:
-        return Container(names.unflatten(found, kept.get(formats.STRUCTURE)))
-    except ValueError as error:
-        raise errors.file_error(path, str(error)) from None
+    with _naming(path):
+        tree = names.unflatten(found, kept.get(formats.STRUCTURE), Container)
+    assert isinstance(tree, Container)
+    return tree

@@ -65,6 +65,7 @@ LAYERS = [
     ["_native"],
     ["_native.threads"],
     ["_files.replacing", "errors"],
+    ["_files.permissions"],
     ["_files"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -58,6 +58,8 @@ SAFETENSORS = {
     "nested metadata": safetensors(b'{"__metadata__": {"a": ' + DEEP + b"}}"),
     "metadata of numbers": safetensors({"__metadata__": {"a": 1}}, b""),
     "metadata a list": safetensors({"__metadata__": []}, b""),
+    "metadata null": safetensors({"__metadata__": None}, b""),
+    "metadata null, then arrays": safetensors({"__metadata__": None, "a": F32}),
     "no dtype": safetensors({"a": {"shape": [1], "data_offsets": [0, 4]}}),
     "unknown dtype": safetensors({"a": entry("F33")}),
     "dtype a number": safetensors({"a": entry(1)}),
@@ -160,7 +162,9 @@ def test_malformed_for_other_libraries(case, library, tmp_path):
 def test_odd_but_valid(tmp_path):
     path = tmp_path / "w.safetensors"
     odd = "../../é\n\0/'\""
-    path.write_bytes(safetensors({odd: entry(extra=1), "e": entry(shape=[0], offsets=[4, 4])}))
+    path.write_bytes(
+        safetensors({odd: entry(extra=entry(dtype=1)), "e": entry(shape=[0], offsets=[4, 4])})
+    )
     assert list(io.load(path)) == ["", "e"]
     path.write_bytes(safetensors(b"{}", b""))
     assert io.load(path) == io.open(path) == Container()
@@ -261,6 +265,7 @@ def bombs():
 
 NPZ = {name: archive(("a.npy", content)) for name, content in bombs()}
 NPZ |= {f"deflated {k}": archive(("a.npy", x), method=8) for k, x in bombs() if len(x) > 5}
+NO_TEXT = npy(np.array('{"a":"x"}')).replace("x".encode("utf-32-le"), b"\xff\xff\xff\0")
 GOOD = archive(("a.npy", npy()), ("b.npy", npy()))
 NPZ |= {
     "empty file": b"",
@@ -281,6 +286,8 @@ NPZ |= {
     "metadata a list": archive(("__metadata__.npy", npy(np.array("[]")))),
     "metadata nested": archive(("__metadata__.npy", npy(np.array("[" * 100_000)))),
     "metadata an array": archive(("__metadata__.npy", npy())),
+    "metadata twice": archive(("__metadata__.npy", npy(np.array('{"a": "1", "a": "2"}')))),
+    "metadata of no characters": archive(("__metadata__.npy", NO_TEXT)),
     "text": archive(("a.npy", npy(np.array("text")))),
     "a leaf and a node": archive(("a.npy", npy()), ("a.b.npy", npy())),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
 from typing import Any, BinaryIO, NamedTuple
@@ -49,17 +49,15 @@ def _write(archive: zipfile.ZipFile, name: str, array: Array) -> None:
         npy.write_array(stream, array, allow_pickle=False)
 
 
-def read(path: Path, only: str | None = None) -> tuple[dict[str, Array], dict[str, str]]:
-    """All arrays by name, and the metadata; with `only`, just the entry of this name if any.
+def read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """All arrays by name, and the metadata.
 
     Raises:
         FileError: the file is malformed, or an array in it is of a kind that is not read.
         OSError: as the built-in `open` does.
     """
     with opened(path) as view:
-        wanted = [name for name in view.members if only in (None, name)]
-        arrays = {name: view.read(name) for name in wanted if name != names.RESERVED}
-        return arrays, view.metadata
+        return {name: view.read(name) for name in view.names}, view.metadata
 
 
 class View(NamedTuple):
@@ -68,6 +66,11 @@ class View(NamedTuple):
     path: Path
     archive: zipfile.ZipFile
     members: dict[str, zipfile.ZipInfo]
+
+    @property
+    def names(self) -> Iterable[str]:
+        """The names of the arrays."""
+        return [name for name in self.members if name != names.RESERVED]
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -83,7 +86,7 @@ class View(NamedTuple):
             with self._member(name) as (shape, _, dtype, _):
                 return Lazy(dtype.newbyteorder("<"), shape, lambda: self.read(name))
 
-        return {name: entry(name) for name in self.members if name != names.RESERVED}
+        return {name: entry(name) for name in self.names}
 
     def read(self, name: str) -> Array:
         """Read an array.
@@ -170,9 +173,11 @@ def _opened_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[
 
 def _metadata(path: Path, text: Array) -> dict[str, str]:
     try:
-        metadata = json.loads(text.item())
-        if all(isinstance(x, str) for pair in metadata.items() for x in pair):
-            return dict(metadata)
-    except (AttributeError, RecursionError, TypeError, ValueError):
+        # Not by item(): numpy makes strings of code points that do not exist.
+        codes = text.astype(text.dtype.newbyteorder("<")).tobytes()
+        metadata = names.parsed(codes.decode("utf-32-le").rstrip("\0"))
+        if isinstance(metadata, dict) and all(isinstance(x, str) for x in metadata.values()):
+            return metadata
+    except ValueError:
         pass
     raise errors.file_error(path, "expected a JSON object of strings", names.RESERVED)

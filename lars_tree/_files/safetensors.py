@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from io import BufferedReader
@@ -110,6 +111,11 @@ class View(NamedTuple):
     places: dict[str, Place]
     metadata: dict[str, str]
 
+    @property
+    def names(self) -> Iterable[str]:
+        """The names of the arrays."""
+        return self.places
+
     def entries(self) -> dict[str, Lazy]:
         """What the arrays are. Each is read from the file, as long as it is open, when fetched."""
 
@@ -193,19 +199,23 @@ def _check(path: Path) -> None:
 def _parsed(path: Path, file: BufferedReader) -> tuple[dict[str, Place], dict[str, str]]:
     length = int.from_bytes(file.read(8), "little")
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for i, key in enumerate(keys) if key in keys[:i])
-            raise errors.file_error(path, "the header has this name twice", twice)
+    def place(found: dict[str, Any]) -> Any:
+        """The place of an array, made at once, as that takes less memory; others as they are."""
+        match found:
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
+                return Place(sys.intern(dtype), tuple(shape), 8 + length + start, end - start)
         return found
 
-    header = json.loads(file.read(length), object_pairs_hook=unique)
-    metadata = header.pop(names.RESERVED, {})
-    places = {}
-    for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        shape = tuple(entry["shape"])
-        places[name] = Place(entry["dtype"], shape, 8 + length + start, end - start)
-    return places, metadata
+    try:
+        header = names.parsed(file.read(length).decode(), place)
+        metadata = header.pop(names.RESERVED, {})
+        if not all(isinstance(x, Place) for x in header.values()):
+            raise ValueError("it changed while it was read")
+    except names.TwiceError as error:
+        raise errors.file_error(path, "the header has this name twice", error.name) from None
+    except (AttributeError, ValueError) as error:
+        raise errors.file_error(path, f"its header cannot be read: {error}") from error
+    if not isinstance(metadata, dict):  # the package takes null too
+        text = f"expected an object of strings, got {metadata!r}"
+        raise errors.file_error(path, text, names.RESERVED)
+    return header, metadata
