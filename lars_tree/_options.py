@@ -7,7 +7,7 @@ them; whether they suit the arrays of a leaf is the business of `_checks.py`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from numbers import Complex, Number, Real
 from typing import Any, TypedDict
 
@@ -29,6 +29,7 @@ class Options(TypedDict, total=False):
     grad_scale: Any
     nonfinite: Any
     layer_axis: Any
+    axis_name: Any
 
 
 # Of all but the rate, as the signature of `lars_update` has them.
@@ -42,6 +43,7 @@ DEFAULTS: dict[str, Any] = {
     "grad_scale": 1.0,
     "nonfinite": "propagate",
     "layer_axis": None,
+    "axis_name": None,
 }
 
 
@@ -68,6 +70,8 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
     shared: dict[str, Any] = {}
     columns: dict[str, list[Any]] = {}
     for name, given in options.items():
+        if name == "axis_name":
+            given = _with_tuples_as_leaves(given)
         if _tree.is_leaf(given):
             shared[name] = _checked(name, [((), given)], keep_history)[0]
         else:
@@ -95,6 +99,8 @@ def check(options: dict[str, Any]) -> None:
         OptionError: naming the option and where in it the value is.
     """
     for name, given in options.items():
+        if name == "axis_name":
+            given = _with_tuples_as_leaves(given)
         _checked(name, list(_tree.walk(given)), keep_history=False)
 
 
@@ -127,9 +133,9 @@ def _checked(name: str, values: list[tuple[errors.Path, Any]], keep_history: boo
 
 
 def _refuse_gaps(tree: Any, columns: dict[str, list[Any]]) -> None:
-    """None as the value for real weights is an error; only layer_axis has a meaning for it."""
+    """None as the value for real weights is an error, but for options that have it as a value."""
     for name, column in columns.items():
-        if name == "layer_axis" or all(value is not None for value in column):
+        if DEFAULTS.get(name, 0) is None or all(value is not None for value in column):
             continue
         leaves = zip(_tree.walk(tree), column, strict=True)
         faults = [
@@ -228,6 +234,43 @@ def _axis(value: Any, keep_history: bool) -> int | None:
         raise _Unfit("an axis or None") from None
 
 
+class _Tuple:
+    """A tuple that is one value, not a node: the names of several mesh axes."""
+
+    def __init__(self, items: tuple[Any, ...]) -> None:
+        self.items = items
+
+    def __repr__(self) -> str:
+        return repr(self.items)
+
+
+def _with_tuples_as_leaves(node: Any) -> Any:
+    """A prefix that matches the same weights as `node`, in which tuples are leaves."""
+    if type(node) is tuple:
+        return _Tuple(node)
+    if _tree.is_leaf(node):
+        return node
+    new = {key: _with_tuples_as_leaves(child) for key, child in _tree.children(node)}
+    return list(new.values()) if isinstance(node, list) else new
+
+
+def _mesh_axes(value: Any, keep_history: bool) -> frozenset[Any] | None:
+    if value is None:
+        return None
+    names = value.items if isinstance(value, _Tuple) else (value,)
+    if not all(map(_is_axis_name, names)):
+        raise _Unfit("the name of a mesh axis, a tuple of names, or None")
+    return frozenset(names or ((),))
+
+
+def _is_axis_name(x: Any) -> bool:
+    """JAX takes any hashable name, but for None, and takes integers for axes of the array."""
+    if isinstance(x, tuple):
+        return not x  # () says that there are no further axes
+    is_other = x is None or isinstance(x, int) or _backends.find(x) is not None
+    return isinstance(x, Hashable) and not is_other
+
+
 _CHECKS: dict[str, Callable[[Any, bool], Any]] = {
     "lr": _rate,
     "decay_lambda": _number,
@@ -238,6 +281,7 @@ _CHECKS: dict[str, Callable[[Any, bool], Any]] = {
     "trust_clip": _flag,
     "nonfinite": _nonfinite,
     "layer_axis": _axis,
+    "axis_name": _mesh_axes,
     "stop_gradients": _flag,
     "momentum": _number,
     "rate": _number,
