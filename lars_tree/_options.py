@@ -69,9 +69,8 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
     keep_history = any(value is not True for value in _tree.leaves(options["stop_gradients"]))
     shared: dict[str, Any] = {}
     columns: dict[str, list[Any]] = {}
-    for name, given in options.items():
-        if name == "axis_name":
-            given = _with_tuples_as_leaves(given)
+    for name, value in options.items():
+        given = _readable(name, value)
         if _tree.is_leaf(given):
             shared[name] = _checked(name, [((), given)], keep_history)[0]
         else:
@@ -99,9 +98,7 @@ def check(options: dict[str, Any]) -> None:
         OptionError: naming the option and where in it the value is.
     """
     for name, given in options.items():
-        if name == "axis_name":
-            given = _with_tuples_as_leaves(given)
-        _checked(name, list(_tree.walk(given)), keep_history=False)
+        _checked(name, list(_tree.walk(_readable(name, given))), keep_history=False)
 
 
 def check_names(options: Mapping[str, Any]) -> None:
@@ -242,6 +239,11 @@ class _Tuple:
 
     def __repr__(self) -> str:
         return repr(self.items)
+
+
+def _readable(name: str, given: Any) -> Any:
+    """An option as a prefix whose leaves are its values."""
+    return _with_tuples_as_leaves(given) if name == "axis_name" else given
 
 
 def _with_tuples_as_leaves(node: Any) -> Any:
