@@ -218,8 +218,14 @@ def _manual_axes(x: Array, state: str) -> frozenset[Any]:
         return frozenset()
     kind = jax.typeof(x)
     # Before JAX 0.10 only one state was known.
-    axes = getattr(kind, "vma", frozenset()) if state == "varying" else frozenset()
+    axes: frozenset[Any] = getattr(kind, "vma", frozenset()) if state == "varying" else frozenset()
     return getattr(getattr(kind, "manual_axis_type", None), state, axes)
+
+
+def _varying_over(x: Array, axes: tuple[Any, ...]) -> Array:
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, axes, to="varying")
+    return jax.lax.pvary(x, axes)  # JAX 0.8
 
 
 def _in_order(axes: Iterable[Any]) -> tuple[Any, ...]:
@@ -276,7 +282,7 @@ def _laid_out(x: Array, w: Array) -> Array:
         return jax.device_put(x, w.sharding) if w.committed and x.sharding != w.sharding else x
     missing = _BACKEND.varying(w) - _BACKEND.varying(x)
     if missing:  # collectives want all their axes to be in one state
-        x = jax.lax.pcast(x, _in_order(missing), to="varying")
+        x = _varying_over(x, _in_order(missing))
     ours = jax.typeof(w).sharding
     if jax.typeof(x).sharding == ours or jax.sharding.AxisType.Explicit not in ours.mesh.axis_types:
         return x  # the compiler chooses
