@@ -243,7 +243,10 @@ def test_layers_of_their_own_on_each_device():
     """A population: one network on each device."""
     w, g = tree(0)["rows"], tree(1)["rows"]
     for axes in ((), {"a": ()}):
-        step = lambda w, g, axes=axes: lars_update({"a": w}, {"a": g}, 0.1, axis_name=axes)  # noqa: E731
+
+        def step(w, g, axes=axes):
+            return lars_update({"a": w}, {"a": g}, 0.1, axis_name=axes)
+
         new = on_line(step, w, g)["a"]
         parts = zip(np.split(w, 4), np.split(g, 4), strict=True)
         expected = np.concatenate([lars_update(*pair, 0.1) for pair in parts])
