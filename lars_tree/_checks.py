@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lars_tree import _backends, _memory, _options, errors
-from lars_tree._backends.base import FLOATING, Backend, Facts, Leaf, Values
+from lars_tree._backends.base import FLOATING, Backend, Facts, Leaf, Values, named
 
 
 class Fault(NamedTuple):
@@ -49,7 +49,7 @@ def check(
 def _faults(leaf: Leaf, broadcasts: bool) -> Iterator[Fault]:
     """The first fault of a leaf."""
     shape = () if broadcasts else (_same_shape,)
-    step = (_weights, _gradient, *shape, _rates, _layer_axis, _looking)
+    step = (_weights, _gradient, *shape, _rates, _layer_axis, _mesh_axes, _looking)
     for question in (*(step if leaf.dcdw is not None else (_data,)), _velocity, _out):
         fault = next(question(leaf), None)
         if fault is not None:
@@ -118,6 +118,7 @@ def _belongs(argument: str, leaf: Leaf, x: Any) -> Iterator[Fault]:
             text = f"expected an array on {_device(ours)} as in w, got one on {_device(theirs)}"
             yield Fault(errors.BackendError, argument, headline, text)
         yield from _spread(argument, leaf, x)
+        yield from _varies(argument, leaf, x)
 
 
 def _spread(argument: str, leaf: Leaf, x: Any) -> Iterator[Fault]:
@@ -133,6 +134,18 @@ def _spread(argument: str, leaf: Leaf, x: Any) -> Iterator[Fault]:
         fits = is_number or meshes[0] == meshes[1]
     if not fits:
         text = f"expected {_layout(ours)}, got {_layout(theirs)}"
+        yield Fault(errors.BackendError, argument, headline, text)
+
+
+def _varies(argument: str, leaf: Leaf, x: Any) -> Iterator[Fault]:
+    """Whether x differs between devices of a `jax.shard_map` that hold the same weights."""
+    axes = leaf.backend.varying(x) - leaf.backend.varying(leaf.w)
+    if axes:
+        headline = f"{argument} differs between devices that hold the same weights"
+        text = f"expected the same {argument} on all devices of {named(axes)}, over which w does"
+        text += " not vary, got one that varies"
+        if argument == "dcdw":
+            text += ": average gradients with jax.lax.pmean first"
         yield Fault(errors.BackendError, argument, headline, text)
 
 
@@ -193,6 +206,13 @@ def _layer_axis(leaf: Leaf) -> Iterator[Fault]:
         headline = "layer_axis is no axis of the weights"
         text = f"expected an axis of an array of {ndim} dimensions, got {axis}"
         yield Fault(errors.OptionError, "layer_axis", headline, text)
+
+
+def _mesh_axes(leaf: Leaf) -> Iterator[Fault]:
+    fault = leaf.backend.axis_fault(leaf.w, leaf.rule)
+    if fault:
+        headline = "axis_name does not fit the weights"
+        yield Fault(errors.OptionError, "axis_name", headline, fault)
 
 
 def _looking(leaf: Leaf) -> Iterator[Fault]:

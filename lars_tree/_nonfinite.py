@@ -37,7 +37,8 @@ def guard(leaves: list[Leaf], results: dict[int, New], paths: Paths) -> tuple[di
         return results, True
     values = {leaf.backend.values(leaf.w) for leaf in steps}
     if values != {Values.HERE} and set(watched) == set(by_backend(steps)) and len(flags) == 1:
-        flag = flags[0]  # stays on its device, and unknown where it is traced
+        # It stays on its device, and unknown where it is traced.
+        flag = steps[0].backend.on_all_shards(flags[0], steps)
     elif Values.LATER in values:
         headline = "nonfinite cannot skip: the values are not known yet"
         text = "expected arrays of one library where some are traced or lazy"

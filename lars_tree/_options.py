@@ -7,7 +7,7 @@ them; whether they suit the arrays of a leaf is the business of `_checks.py`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from numbers import Complex, Number, Real
 from typing import Any, TypedDict
 
@@ -30,6 +30,7 @@ class Options(TypedDict, total=False):
     grad_scale: Any
     nonfinite: Any
     layer_axis: Any
+    axis_name: Any
 
 
 # Of all but the rate, as the signature of `lars_update` has them.
@@ -44,6 +45,7 @@ DEFAULTS: dict[str, Any] = {
     "grad_scale": 1.0,
     "nonfinite": "propagate",
     "layer_axis": None,
+    "axis_name": None,
 }
 
 
@@ -87,8 +89,8 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
     keep_history = any(value is not True for value in _tree.leaves(options["stop_gradients"]))
     shared: dict[str, Any] = {}
     columns: dict[str, list[Any]] = {}
-    for name, given in options.items():
-        field = _FIELDS.get(name, name)
+    for name, value in options.items():
+        field, given = _FIELDS.get(name, name), _readable(name, value)
         if _tree.is_leaf(given):
             shared[field] = _checked(name, [((), given)], keep_history)[0]
         else:
@@ -116,7 +118,7 @@ def check(options: dict[str, Any]) -> None:
         OptionError: naming the option and where in it the value is.
     """
     for name, given in options.items():
-        _checked(name, list(_tree.walk(given)), keep_history=False)
+        _checked(name, list(_tree.walk(_readable(name, given))), keep_history=False)
 
 
 def check_names(options: Mapping[str, Any], known: Mapping[str, Any] = DEFAULTS) -> None:
@@ -149,9 +151,9 @@ def _checked(name: str, values: list[tuple[errors.Path, Any]], keep_history: boo
 
 
 def _refuse_gaps(tree: Any, columns: dict[str, list[Any]]) -> None:
-    """None as the value for real weights is an error; only layer_axis has a meaning for it."""
+    """None as the value for real weights is an error, but for options that have it as a value."""
     for name, column in columns.items():
-        if name == "layer_axis" or all(value is not None for value in column):
+        if DEFAULTS.get(name, 0) is None or all(value is not None for value in column):
             continue
         leaves = zip(_tree.walk(tree), column, strict=True)
         faults = [
@@ -250,6 +252,48 @@ def _axis(value: Any, keep_history: bool) -> int | None:
         raise _Unfit("an axis or None") from None
 
 
+class _Tuple:
+    """A tuple that is one value, not a node: the names of several mesh axes."""
+
+    def __init__(self, items: tuple[Any, ...]) -> None:
+        self.items = items
+
+    def __repr__(self) -> str:
+        return repr(self.items)
+
+
+def _readable(name: str, given: Any) -> Any:
+    """An option as a prefix whose leaves are its values."""
+    return _with_tuples_as_leaves(given) if name == "axis_name" else given
+
+
+def _with_tuples_as_leaves(node: Any) -> Any:
+    """A prefix that matches the same weights as `node`, in which tuples are leaves."""
+    if type(node) is tuple:
+        return _Tuple(node)
+    if _tree.is_leaf(node):
+        return node
+    new = {key: _with_tuples_as_leaves(child) for key, child in _tree.children(node)}
+    return list(new.values()) if isinstance(node, list) else new
+
+
+def _mesh_axes(value: Any, keep_history: bool) -> frozenset[Any] | None:
+    if value is None:
+        return None
+    names = value.items if isinstance(value, _Tuple) else (value,)
+    if not all(map(_is_axis_name, names)):
+        raise _Unfit("the name of a mesh axis, a tuple of names, or None")
+    return frozenset(names or ((),))
+
+
+def _is_axis_name(x: Any) -> bool:
+    """JAX takes any hashable name, but for None, and takes integers for axes of the array."""
+    if isinstance(x, tuple):
+        return not x  # () says that there are no further axes
+    is_other = x is None or isinstance(x, int) or _backends.find(x) is not None
+    return isinstance(x, Hashable) and not is_other
+
+
 _CHECKS: dict[str, Callable[[Any, bool], Any]] = {
     "lr": _rate,
     "decay_lambda": _number,
@@ -262,6 +306,7 @@ _CHECKS: dict[str, Callable[[Any, bool], Any]] = {
     "joint_norm": _flag,
     "nonfinite": _nonfinite,
     "layer_axis": _axis,
+    "axis_name": _mesh_axes,
     "stop_gradients": _flag,
     "momentum": _number,
     "rate": _number,

@@ -36,7 +36,8 @@ class Rule(NamedTuple):
     The kernel reads the fields by their places. Those from `momentum` on matter where there is a
     velocity. `lr` is in what the velocity takes in, as in the paper, `rate` in what it moves the
     weights by, as in torch: their product is the rate that `trust_clip` refers to. `maximize` turns
-    the gradient round, not the decay.
+    the gradient round, not the decay. Among the names of `axis_name` () says that along all other
+    mesh axes each device has whole layers.
     """
 
     lr: Any
@@ -55,6 +56,7 @@ class Rule(NamedTuple):
     maximize: bool = False
     joint_norm: bool = False
     dampening: Any = 0.0
+    axis_name: frozenset[Any] | None = None
 
 
 def coefficients(
@@ -237,6 +239,11 @@ def _scaled(ops: Ops, w_norm: Norm, dcdw_norm: Norm, rule: Rule) -> tuple[Rule, 
     # A scaled ratio is nowhere near these bounds: at one of them it is still told apart from 1.
     one = ops.maximum(scale / ops.maximum(w_norm.scale, scale * 2.0**-100), 2.0**-100)
     return scaled, scale, one
+
+
+def mesh_axes(rule: Rule) -> frozenset[Any]:
+    """The mesh axes over which norms are summed."""
+    return (rule.axis_name or frozenset()) - {()}
 
 
 class Measured(NamedTuple):

@@ -1,7 +1,8 @@
 """Schedules: the learning rate as a function of the step.
 
 Any callable of the step is one; these are those of the recipes. Given a number they return a float;
-given an array whose value is not known yet (under `jax.jit`, or lazy) an array.
+given an array with a shape, or one whose value is not known yet (under `jax.jit`, or lazy), an
+array. A step may lie between two whole numbers, and so does the rate.
 
 The first step has number 0, so with a warm-up, which starts from 0, it moves nothing: as in timm,
 whose `warmup_lr_init` is 0 by default, and in optax with an `init_value` of 0 (torch's `LinearLR`
@@ -12,6 +13,7 @@ starts at a third of the rate). To move from the first step on, shift a schedule
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
@@ -144,10 +146,17 @@ def _flat(t: Any, xp: Any) -> Any:
 
 
 def value(step: Any) -> Any:
-    """A step as a plain number, or as it is where its value is not at hand."""
+    """A step as an int, or as a float if it is not of an integer type.
+
+    An array stays as it is if it has a shape, or if its value is not known yet.
+    """
     backend = _backends.find(step)
-    known = backend is None or backend.values(step) is Values.HERE
-    return int(step) if known else step
+    if backend is not None and (backend.values(step) is not Values.HERE or step.shape):
+        return step
+    try:
+        return operator.index(step)
+    except TypeError:
+        return float(step)
 
 
 def _at(
@@ -165,11 +174,20 @@ def _at(
     backend = _backends.find(step)
     if backend is not None:
         xp = backend.namespace(step)
+        step = _floating(step, xp)
         clip = lambda x: xp.clip(x, 0.0, 1.0)  # noqa: E731
     warm = clip(step / warmup_steps) if warmup_steps else 1.0
     share = left(clip((step - warmup_steps) / max(1, total_steps - warmup_steps)), xp)
     # While it warms up the share is 1. As a sum of two products it gives peak and end exactly.
     return warm * (share * peak + (1 - share) * end)
+
+
+def _floating(step: Any, xp: Any) -> Any:
+    """As a float that can count: small integers overflow, and half precision ends at 2048."""
+    step = step / 1
+    if getattr(step.dtype, "itemsize", 4) < 4:
+        step = step.astype(xp.float32) if hasattr(step, "astype") else step.to(xp.float32)
+    return step
 
 
 def _clipped(x: float) -> float:

@@ -42,6 +42,7 @@ def lars_update(
     grad_scale: Any = 1.0,
     nonfinite: Any = "propagate",
     layer_axis: Any = None,
+    axis_name: Any = None,
 ) -> Any:
     """Take one LARS step on every array of a nest of weights.
 
@@ -89,6 +90,8 @@ def lars_update(
         nonfinite: What to do when a new weight would be NaN or infinite. "propagate" writes it,
             "raise" raises before anything is written, "skip" leaves all weights as they are.
         layer_axis: The axis along which an array stacks layers: each index has its own ratio.
+        axis_name: JAX, inside `shard_map`: the mesh axes over which an array is sharded, a name or
+            a tuple of names. Norms are summed over them. (): each device has whole layers.
 
     Returns:
         The new weights, in the types, key order, dtypes, shapes and devices of w; `out` if given.
@@ -119,6 +122,7 @@ def lars_update(
         "joint_norm": joint_norm,
         "nonfinite": nonfinite,
         "layer_axis": layer_axis,
+        "axis_name": axis_name,
         "stop_gradients": stop_gradients,
     }
     return advance(w, dcdw, out, options, {})[0]
@@ -163,7 +167,8 @@ def _update(
         velocities = _tree.broadcast("state", w, state["velocity"], exact=True, at=at)
     rules = _options.resolve(w, options, len(old))
     columns = Columns(old, dcdws, outs, rules, velocities, state.get("step") if outs else None)
-    plain = _update_plain(columns)
+    # The kernel does not read axis_name: the general path refuses it where it has no meaning.
+    plain = _update_plain(columns) if options.get("axis_name") in (None, ()) else None
     if plain is not None:
         return _result(w, out, state, *plain, True)
     if outs is not None:

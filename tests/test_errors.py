@@ -61,6 +61,8 @@ INPUTS = {
     "eps has a shape": (option("eps", np.ones(3)), OptionError, "eps"),
     "layer_axis is out of range": (option("layer_axis", 2), OptionError, "layer_axis"),
     "layer_axis is no integer": (option("layer_axis", 0.5), OptionError, "layer_axis"),
+    "axis_name is no name": (option("axis_name", 0), OptionError, "axis_name"),
+    "axis_name outside of shard_map": (option("axis_name", "x"), OptionError, "axis_name"),
     "nonfinite is misspelt": (option("nonfinite", "rais"), OptionError, "nonfinite"),
     "adapt is no bool": (option("adapt", 1), OptionError, "adapt"),
     "trust_clip is no bool": (option("trust_clip", "yes"), OptionError, "trust_clip"),

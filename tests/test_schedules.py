@@ -164,3 +164,54 @@ def test_a_warm_up_starts_from_nothing_and_can_be_shifted():
 def test_values_that_make_no_schedule_are_refused(make, says):
     with pytest.raises(OptionError, match=says):
         make()
+
+
+STEPS = (-1.5, 0.5, 3.0, 6.75, 7.0, 20.5, 60.25, 99.5, 1000.0, math.inf)
+
+
+@pytest.mark.parametrize("schedule", EACH, ids=repr)
+def test_a_fractional_step_has_one_rate_in_every_library(schedule):
+    """Eagerly, where it was that of the whole step below, and traced."""
+    jax, torch = need("jax"), need("torch")
+    expected = [schedule(step) for step in STEPS]
+    assert all(isinstance(rate, float) for rate in expected)
+    for make in (np.float64, np.float32, np.float16, np.array, torch.tensor, jax.numpy.asarray):
+        assert [schedule(make(step)) for step in STEPS] == pytest.approx(expected, rel=1e-3)
+    near = pytest.approx(expected, rel=1e-5, abs=1e-6)
+    for dtype in ("float32", "float16"):
+        steps = np.array(STEPS, dtype)  # exact in each
+        assert jax.jit(jax.vmap(schedule))(steps).tolist() == near
+        rates = lambda step: torch.as_tensor(schedule(step), dtype=torch.float32)  # noqa: E731
+        assert torch.func.vmap(rates)(torch.from_numpy(steps)).tolist() == near
+
+
+def test_rates_between_two_steps_lie_on_the_curve():
+    assert Polynomial(1.0, total_steps=10)(0.5) == 0.95**2
+    assert Constant(1.0, warmup_steps=10)(0.5) == 0.05
+    assert Cosine(1.0, total_steps=10)(2.5) == pytest.approx((1 + math.sqrt(0.5)) / 2)
+
+
+@pytest.mark.parametrize("schedule", EACH, ids=repr)
+@given(step=st.integers(-10, 2**60))
+def test_whole_numbers_keep_their_bits_as_floats(schedule, step):
+    if int(float(step)) == step:
+        assert schedule(float(step)) == schedule(step)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint32", "float16", "bfloat16"])
+def test_steps_of_few_bits_do_not_overflow(dtype):
+    """3 - 20 in an unsigned type, 200 in int8, 70,000 in float16."""
+    jax = need("jax")
+    for schedule in (Polynomial(10.0, 100, 20, end=1.0), Cosine(2.0, 70_000, 200)):
+        step = jax.numpy.asarray(3, dtype)
+        assert float(jax.jit(schedule)(step)) == pytest.approx(schedule(3), rel=1e-6)
+        assert schedule(step) == schedule(3)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax.numpy"])
+def test_arrays_of_steps_have_arrays_of_rates(library):
+    xp, schedule = need(library), Polynomial(10.0, 100, 20, end=1.0)
+    for shape in ((3,), (1,)):
+        rates = schedule(xp.full(shape, 60))
+        assert rates.shape == shape
+        assert rates.tolist() == pytest.approx([schedule(60)] * shape[0])

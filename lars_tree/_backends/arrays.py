@@ -23,6 +23,10 @@ class NamespaceOps:
     def __init__(self, xp: Any) -> None:
         self.xp = xp
 
+    def over(self, mesh_axes: frozenset[Any]) -> NamespaceOps:
+        """The same, with sums and maxima also over these mesh axes."""
+        return self
+
     def norms(self, w: Array, dcdw: Array, layer_axis: int | None) -> tuple[Norm, Norm]:
         return self.scaled_norm(w, layer_axis), self.scaled_norm(dcdw, layer_axis)
 
@@ -114,8 +118,9 @@ class ArraysBackend(Backend):
         if 0 in w.shape:
             return New(self.copy(w, rule.stop_gradients), velocity)
         wide = None if velocity is None else self.widen(velocity, w)
+        ops = self.ops(w).over(_rule.mesh_axes(rule))
         with np.errstate(all="ignore"):  # for libraries that are made of numpy
-            new = _rule.step(self.ops(w), *self._widened(w, dcdw, rule), wide)
+            new = _rule.step(ops, *self._widened(w, dcdw, rule), wide)
         return New(
             self.narrow(new[0], w), None if velocity is None else self.narrow(new[1], velocity)
         )
@@ -136,7 +141,7 @@ class ArraysBackend(Backend):
         axis = rule.layer_axis
         shape = () if axis is None else (w.shape[axis],)
         w, dcdw, rule = self._widened(w, dcdw, rule)
-        ops = self.ops(w)
+        ops = self.ops(w).over(_rule.mesh_axes(rule))
         if getattr(rule.lr, "ndim", 0):  # it matters to trust_clip, which has one ratio to report
             rule = rule._replace(lr=ops.xp.max(rule.lr))
         if 0 in w.shape:  # a maximum over nothing is an error; their norms are 0, and so ratio is 1

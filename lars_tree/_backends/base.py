@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from enum import Enum
 from functools import cache
 from math import prod
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lars_tree._rule import Measured, Rule
+from lars_tree._rule import Measured, Rule, mesh_axes
 
 Array = Any
 
@@ -189,6 +189,19 @@ class Backend(ABC):
         counts = [0 if x is None else prod(x.shape) for x in usable]
         return counts, [getattr(x, "nbytes", 0) for x in usable]
 
+    def axis_fault(self, w: Array, rule: Rule) -> str | None:
+        """What is wrong with the option axis_name for weights w; None if it is right."""
+        axes = mesh_axes(rule)
+        return f"expected None for an array of {self.name}, got {named(axes)}" if axes else None
+
+    def varying(self, x: Array) -> frozenset[Any]:
+        """The mesh axes of a surrounding `jax.shard_map` over which x is known to vary."""
+        return frozenset()
+
+    def on_all_shards(self, flag: Any, leaves: list[Leaf]) -> Any:
+        """A flag of `all_finite`, true where it is true for all shards of these leaves."""
+        return flag
+
     def memory(self, x: Array) -> np.ndarray[Any, Any] | None:
         """An array at the same addresses, for arithmetic with addresses alone; None if unknown."""
         return None
@@ -196,6 +209,11 @@ class Backend(ABC):
     def records(self, x: Array) -> bool:
         """Whether the history of x is being recorded for differentiation."""
         return False
+
+
+def named(axes: Iterable[Hashable]) -> str:
+    """The names of mesh axes, for a message."""
+    return " and ".join(sorted(map(repr, axes)))
 
 
 @cache

@@ -7,6 +7,7 @@ whether or not jax_enable_x64 is set.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -15,21 +16,48 @@ import numpy as np
 
 from lars_tree._backends import cpu
 from lars_tree._backends.arrays import ArraysBackend, NamespaceOps
-from lars_tree._backends.base import Backend, Facts, Kind, Leaf, New, Values, kind_of_numpy
+from lars_tree._backends.base import (
+    Backend,
+    Facts,
+    Kind,
+    Leaf,
+    New,
+    Values,
+    kind_of_numpy,
+    named,
+)
 from lars_tree._backends.numpy import raw
-from lars_tree._rule import Measured, Rule
+from lars_tree._rule import Measured, Rule, mesh_axes
 
 Array = Any
 
 
 class JaxOps(NamespaceOps):
-    """jax.numpy, where a constant is what `stop_gradient` makes."""
+    """jax.numpy, where a constant is what `stop_gradient` makes.
+
+    Inside `shard_map` each device computes with its shard: sums and maxima go over mesh axes too.
+    """
+
+    def __init__(self, axes: tuple[Any, ...] = ()) -> None:
+        super().__init__(jnp)
+        self.axes = axes
+
+    def over(self, mesh_axes: frozenset[Any]) -> JaxOps:
+        return JaxOps(_in_order(mesh_axes)) if mesh_axes else self
 
     def constant(self, x: Array) -> Array:
         return jax.lax.stop_gradient(x)
 
+    def sum(self, x: Array, axes: tuple[int, ...]) -> Array:
+        x = super().sum(x, axes)
+        return jax.lax.psum(x, self.axes) if self.axes else x
 
-_OPS = JaxOps(jnp)
+    def max(self, x: Array, axes: tuple[int, ...]) -> Array:
+        x = super().max(x, axes)
+        return jax.lax.pmax(x, self.axes) if self.axes else x
+
+
+_OPS = JaxOps()
 
 
 class JaxBackend(ArraysBackend):
@@ -61,7 +89,25 @@ class JaxBackend(ArraysBackend):
     def fault(self, x: Array) -> str | None:
         if not _is_traced(x) and x.is_deleted():
             return "an array that was deleted or donated"
+        unreduced = _manual_axes(x, "unreduced")
+        if unreduced:
+            return f"partial sums over the mesh axis {named(unreduced)}: reduce them first"
         return None
+
+    def axis_fault(self, w: Array, rule: Rule) -> str | None:
+        axes = mesh_axes(rule)
+        if axes and not _is_traced(w):
+            return f"expected None outside of jax.shard_map, got {named(axes)}"
+        return _axis_fault(self.varying(w), axes, rule)
+
+    def varying(self, x: Array) -> frozenset[Any]:
+        return _manual_axes(x, "varying")
+
+    def on_all_shards(self, flag: Any, leaves: list[Leaf]) -> Any:
+        if isinstance(flag, bool):
+            return flag
+        axes = self.varying(flag).union(*(mesh_axes(leaf.rule) for leaf in leaves))
+        return jax.lax.pmin(flag.astype(jnp.int32), _in_order(axes)) > 0 if axes else flag
 
     def out_fault(self, x: Array) -> str | None:
         return "a jax array, which is immutable: leave out `out` and use the returned value"
@@ -143,6 +189,50 @@ def _update(leaf: Leaf) -> New:
     return New(*(None if x is None else jax.lax.stop_gradient(x) for x in stepped))
 
 
+def _axis_fault(varying: frozenset[Any], axes: frozenset[Any], rule: Rule) -> str | None:
+    """What is wrong with sums over these axes for weights that vary over those, if that is known.
+
+    Nothing is known under `pmap`, `vmap` and `shard_map(check_vma=False)`.
+    """
+    for name in _in_order(axes):
+        try:
+            index = jax.lax.axis_index(name)
+        except NameError:
+            return f"expected an axis of a surrounding jax.shard_map, got {name!r}"
+        if _manual_axes(index, "varying") and name not in varying:
+            text = "over which the weights are the same on all devices, so that one is all there is"
+            return f"expected axes over which the weights are sharded, got {name!r}, {text}"
+    unnamed = varying - axes
+    if not unnamed or not rule.adapt or () in (rule.axis_name or ()):
+        return None
+    return (
+        f"expected all mesh axes over which layers are sharded, and () if each device along"
+        f" {named(unnamed)} has whole layers; got {named(axes) or None}, and weights that vary over"
+        f" {named(varying)}"
+    )
+
+
+def _manual_axes(x: Array, state: str) -> frozenset[Any]:
+    """The mesh axes of a surrounding `shard_map` with regard to which x is in this state."""
+    if not _is_traced(x):
+        return frozenset()
+    kind = jax.typeof(x)
+    # Before JAX 0.10 only one state was known.
+    axes: frozenset[Any] = getattr(kind, "vma", frozenset()) if state == "varying" else frozenset()
+    return getattr(getattr(kind, "manual_axis_type", None), state, axes)
+
+
+def _varying_over(x: Array, axes: tuple[Any, ...]) -> Array:
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, axes, to="varying")
+    return jax.lax.pvary(x, axes)  # JAX 0.8
+
+
+def _in_order(axes: Iterable[Any]) -> tuple[Any, ...]:
+    """The same in each process."""
+    return tuple(sorted(axes, key=repr))
+
+
 def _zeros(shape: tuple[int, ...], dtype: Any, w: Array, sharding: Any) -> Array:
     """Zeros where w is, and bound to that as w is, so that a compiled step serves the next one."""
     if w.committed:
@@ -190,6 +280,9 @@ def _laid_out(x: Array, w: Array) -> Array:
     x = jnp.broadcast_to(x, w.shape)
     if not _is_traced(x) and not _is_traced(w):
         return jax.device_put(x, w.sharding) if w.committed and x.sharding != w.sharding else x
+    missing = _BACKEND.varying(w) - _BACKEND.varying(x)
+    if missing:  # collectives want all their axes to be in one state
+        x = _varying_over(x, _in_order(missing))
     ours = jax.typeof(w).sharding
     if jax.typeof(x).sharding == ours or jax.sharding.AxisType.Explicit not in ours.mesh.axis_types:
         return x  # the compiler chooses
