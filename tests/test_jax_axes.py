@@ -7,8 +7,9 @@ from collections import namedtuple
 import numpy as np
 import pytest
 from conftest import need
+from conftest import unit_lars as Lars
 
-from lars_tree import BackendError, Container, Lars, LeafError, OptionError, lars_update
+from lars_tree import BackendError, Container, LeafError, OptionError, lars_update
 from lars_tree._options import DEFAULTS, resolve
 from lars_tree._rule import mesh_axes
 from lars_tree._tree import leaves
@@ -37,6 +38,7 @@ AXES["across"] = ("x", ())
 OPTIONS = {  # the same for whole weights
     "decay_lambda": 0.01,
     "trust_clip": {name: name == "both" for name in LEAVES},
+    "joint_norm": {name: name in ("both", "rows") for name in LEAVES},
     "adapt": {name: name != "plain" for name in LEAVES},
     "layer_axis": {name: axis for name, (*_, axis) in LEAVES.items()},
 }
