@@ -16,7 +16,8 @@ from lars_tree import _checks, _options
 from lars_tree._backends.addresses import NUMPY_TYPES
 from lars_tree._backends.base import Leaf
 from lars_tree._backends.sharded import is_sharded, layout, partial_fault, shard_of
-from lars_tree._backends.torch import BACKEND, PLAIN_TYPES, is_in_cpu_memory, step_in_place
+from lars_tree._backends.stand_ins import PLAIN_TYPES
+from lars_tree._backends.torch import BACKEND, is_in_cpu_memory, step_in_place
 from lars_tree._rule import MOTION_NUMBERS, NUMBERS, Rule
 from lars_tree.errors import LarsTreeError, Path, enumerated
 from lars_tree.update import advance

@@ -15,7 +15,16 @@ import numpy as np
 
 from lars_tree._backends import cpu
 from lars_tree._backends.arrays import ArraysBackend, NamespaceOps
-from lars_tree._backends.base import Backend, Facts, Kind, Leaf, New, Values, kind_of_numpy
+from lars_tree._backends.base import (
+    MOST_AXES,
+    Backend,
+    Facts,
+    Kind,
+    Leaf,
+    New,
+    Values,
+    kind_of_numpy,
+)
 from lars_tree._backends.numpy import raw
 from lars_tree._rule import Measured, Rule
 
@@ -59,6 +68,10 @@ class JaxBackend(ArraysBackend):
         return jax.lax.stop_gradient(x) if stop_gradients else x
 
     def fault(self, x: Array) -> str | None:
+        if not isinstance(x, jax.Array):  # a tracer of something else
+            return "a reference to an array: read it first, as x[...]"
+        if x.ndim > MOST_AXES:
+            return f"an array of {x.ndim} axes, where numpy has {MOST_AXES} at most"
         if not _is_traced(x) and x.is_deleted():
             return "an array that was deleted or donated"
         return None

@@ -91,7 +91,10 @@ class StandardBackend(ArraysBackend):
 _BACKENDS: dict[str, StandardBackend] = {}
 
 
-def backend_of(x: Any) -> Backend:
-    """The backend for the namespace of x."""
-    xp = array_api_compat.array_namespace(x)
-    return _BACKENDS.setdefault(xp.__name__, StandardBackend(xp))
+def backend_of(x: Any) -> Backend | None:
+    """The backend for the namespace of x; None where x claims to have one, and does not."""
+    try:
+        xp = array_api_compat.array_namespace(x)
+        return _BACKENDS.setdefault(xp.__name__, StandardBackend(xp))
+    except Exception:  # whatever the method of an unknown class raises
+        return None
