@@ -258,7 +258,7 @@ def _arrays(columns: Columns, paths: Paths) -> list[Leaf]:
         elif moves and velocity is None and _needs_velocity(backend, x, columns.rules[place], dcdw):
             strangers["state"].append((paths()[place], "expected a velocity, got None"))
         else:
-            if isinstance(dcdw, (int, float, complex)) and not isinstance(dcdw, bool):
+            if issubclass(type(dcdw), (int, float, complex)) and not isinstance(dcdw, bool):
                 dcdw = backend.full(_machine_number(dcdw), x)
             leaves.append(Leaf(place, x, dcdw, out, columns.rules[place], backend, velocity))
     for argument, lines in strangers.items():

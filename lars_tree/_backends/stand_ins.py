@@ -53,6 +53,17 @@ def stand_in_fault(x: Tensor) -> str | None:
     return None
 
 
+def address(x: Tensor) -> int | None:
+    """Where the memory of x starts; None if x stands for others, and has no memory of its own."""
+    if isinstance(x, FakeTensor):  # which warns of being asked
+        return None
+    try:
+        start = int(x.data_ptr())
+    except RuntimeError:
+        return None
+    return start if start or not x.numel() else None
+
+
 def mapped_fault(x: Tensor) -> str | None:
     """What x is, if its memory is mapped for reading alone; None otherwise.
 
@@ -61,13 +72,10 @@ def mapped_fault(x: Tensor) -> str | None:
     """
     if torch.compiler.is_compiling():
         return None
-    try:
-        storage = x.untyped_storage() if x.is_cpu and x.data_ptr() else None
-    except (NotImplementedError, RuntimeError):  # x stands for another tensor
-        return None
-    if storage is None or storage.resizable():  # memory of torch's own
+    start = address(x) if x.is_cpu else None
+    if start is None or x.untyped_storage().resizable():  # memory of torch's own
         return None
     length = bytes_needed(x) - x.storage_offset() * x.element_size()
-    if is_mapped_read_only(x.data_ptr(), max(length, 0)):
+    if is_mapped_read_only(start, max(length, 0)):
         return "read-only: it shares memory that is mapped for reading alone"
     return None

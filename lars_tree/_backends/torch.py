@@ -39,6 +39,7 @@ from lars_tree._backends.sharded import (
 )
 from lars_tree._backends.stand_ins import (
     PLAIN_TYPES,
+    address,
     is_watched,
     is_wrapped,
     mapped_fault,
@@ -143,12 +144,7 @@ class TorchBackend(ArraysBackend):
 
     def memory(self, x: Tensor) -> np.ndarray[Any, Any] | None:
         local = shard_of(x)
-        try:
-            # Tensors that stand for others have no memory of their own: an error, or address 0.
-            known = local.data_ptr() != 0 or not local.numel()
-        except RuntimeError:
-            known = False
-        return np.asarray(Address(local)) if known else None
+        return None if address(local) is None else np.asarray(Address(local))
 
     def records(self, x: Tensor) -> bool:
         return (torch.is_grad_enabled() and x.requires_grad) or _has_tangent(x)
