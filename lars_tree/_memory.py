@@ -79,6 +79,12 @@ def _share(a: Array, b: Array) -> bool:
         return True
 
 
+def span(x: Array) -> tuple[int, int]:
+    """The address of the first byte of an array, and the number of bytes up to its last one."""
+    start, end = byte_bounds(x)
+    return start, end - start if x.size else 0
+
+
 def is_mapped_read_only(address: int, size: int) -> bool:
     """Whether part of this memory is mapped for reading alone, where the system tells (Linux)."""
     maps = Path("/proc/self/maps")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.lib.array_utils import byte_bounds
 
 from lars_tree import _native
 from lars_tree._backends import cpu
@@ -19,7 +18,7 @@ from lars_tree._backends.base import (
     is_bfloat16,
     kind_of_numpy,
 )
-from lars_tree._memory import is_foreign, is_mapped_read_only
+from lars_tree._memory import is_foreign, is_mapped_read_only, span
 from lars_tree._rule import Measured
 
 Array = np.ndarray[Any, Any]
@@ -56,7 +55,7 @@ class NumpyBackend(Backend):
             return "a numpy scalar, which is immutable: use the returned value"
         if not x.flags.writeable:
             return "read-only"
-        if is_foreign(x) and is_mapped_read_only(*_span(x)):
+        if is_foreign(x) and is_mapped_read_only(*span(x)):
             return "read-only: it shares memory that is mapped for reading alone"
         return None
 
@@ -102,12 +101,6 @@ class NumpyBackend(Backend):
 
     def write(self, out: Array, x: Array) -> None:
         np.asarray(out)[...] = x
-
-
-def _span(x: Array) -> tuple[int, int]:
-    """The address of the first byte of an array, and the number of bytes up to its last one."""
-    start, end = byte_bounds(x)
-    return start, end - start if x.size else 0
 
 
 def _empty_like(w: Array) -> Array:
