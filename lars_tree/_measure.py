@@ -37,7 +37,9 @@ def measure(
         old = _tree.leaves(w)
         dcdws = _tree.broadcast("dcdw", w, dcdw)
         columns = Columns(old, dcdws, None, _options.resolve(w, options, len(old)))
-        leaves = checked(w, dcdw, columns, lambda: [path for path, _ in _tree.walk(w)])
+        if len(dcdws) != len(old):
+            raise _tree.changed()
+        leaves = checked(w, dcdw, columns, lambda: _tree.paths(w, len(old)))
     except RecursionError:
         raise _tree.explained({"w": w, "dcdw": dcdw, **options}) from None
     found: list[Step | None] = [None] * len(old)

@@ -75,6 +75,8 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
             columns[name] = _tree.broadcast(name, tree, _tree.rebuild(given, values))
     if not columns:
         return [Rule(**shared)] * count
+    if any(len(column) != count for column in columns.values()):
+        raise _tree.changed()
     _refuse_gaps(tree, columns)
     rows = zip(*columns.values(), strict=True)
     # Most leaves share their values, and checked values live as long as their columns.

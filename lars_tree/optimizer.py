@@ -121,12 +121,11 @@ class Lars:
         """
         try:
             leaves = _tree.leaves(w)
-            _checks.check_weights(
-                list(map(unwrap, leaves)), lambda: [path for path, _ in _tree.walk(w)]
-            )
+            bare = list(map(unwrap, leaves))
+            _checks.check_weights(bare, lambda: _tree.paths(w, len(bare)))
         except RecursionError:
             raise _tree.explained({"w": w}) from None
-        arrays = [x for x in map(unwrap, leaves) if x is not None]
+        arrays = [x for x in bare if x is not None]
         first = arrays[0] if arrays else np.empty(0)
         backend = _backends.find(first)
         assert backend is not None

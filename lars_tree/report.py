@@ -83,7 +83,10 @@ def trust_ratios(
     given = _given(lr, decay_lambda, stop_gradients, options)
     ratios = []
     steps = measure(w, dcdw, given)
-    for old, step in zip(_tree.leaves(w), steps, strict=True):
+    leaves = _tree.leaves(w)
+    if len(leaves) != len(steps):
+        raise _tree.changed()
+    for old, step in zip(leaves, steps, strict=True):
         ratio = None if step is None else step.measured.ratio
         ratios.append(Array(ratio) if isinstance(old, Array) and step is not None else ratio)
     return _tree.rebuild(w, ratios)
@@ -133,7 +136,10 @@ def layer_table(
     numbers = iter(fetch("w", known))
     records: list[dict[str, Any]] = []
     faults: list[errors.Line] = []
-    for (path, old), step in zip(_tree.walk(w), steps, strict=True):
+    leaves = list(_tree.walk(w))
+    if len(leaves) != len(steps):
+        raise _tree.changed()
+    for (path, old), step in zip(leaves, steps, strict=True):
         x = unwrap(old)
         backend = _backends.find(x)
         if backend is None:

@@ -144,7 +144,7 @@ def _update(
 ) -> tuple[Any, State]:
     @cache
     def paths() -> list[errors.Path]:
-        return [path for path, _ in _tree.walk(w)]
+        return _tree.paths(w, len(old))
 
     old = _tree.leaves(w)
     dcdws = _tree.broadcast("dcdw", w, dcdw)
@@ -157,6 +157,9 @@ def _update(
         velocities = _tree.broadcast("state", w, state["velocity"], exact=True, at=at)
     rules = _options.resolve(w, options, len(old))
     columns = Columns(old, dcdws, outs, rules, velocities, state.get("step") if outs else None)
+    for column in (dcdws, outs, velocities):
+        if column is not None and len(column) != len(old):
+            raise _tree.changed()
     plain = _update_plain(columns)
     if plain is not None:
         return _result(w, out, state, *plain, True)
