@@ -139,7 +139,9 @@ def _look_right(leaves: list[Leaf]) -> bool:
         if w.dtype not in NUMPY_TYPES or not (axis is None or -w.ndim <= axis < w.ndim):
             return False
         local = shard_of(w)
-        if type(local) in PLAIN_TYPES and local.numel():
+        if type(local) not in PLAIN_TYPES:
+            return False  # it may stand for another one
+        if local.numel():
             starts.append(local.data_ptr())
     return len(starts) == len(set(starts))
 

@@ -258,6 +258,23 @@ def test_fake_tensors_are_computed_with_in_their_mode():
     assert type(OPT.init(real).velocity) is type(real)
 
 
+@pytest.mark.parametrize("leaf", ["ZeroTensor", "FakeTensor", "functional", "freed"])
+@pytest.mark.parametrize("role", ["parameter", "gradient"])
+def test_the_optimizer_of_torch_refuses_them_too(role, leaf):
+    torch = need("torch")
+    from lars_tree.torch import Lars as Optimizer
+
+    def step():
+        given = {"parameter": plain("torch"), "gradient": plain("torch")}
+        given[role] = WITHOUT_DATA[leaf][0]()
+        w = torch.nn.Parameter(given["parameter"])
+        w.grad = given["gradient"]
+        Optimizer([torch.nn.Parameter(plain("torch")), w], lr=0.1).step()
+
+    with pytest.raises(LeafError, match="expected dense data"):
+        step()
+
+
 def test_functional_tensors_are_computed_with_in_their_transform():
     torch = need("torch")
     w, expected = plain("torch"), lars_update(plain("torch"), 1.0, 0.1)
