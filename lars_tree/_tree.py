@@ -167,7 +167,10 @@ def walk(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Leaf]]:
 def rebuild(tree: Tree, new_leaves: Iterable[Leaf]) -> Tree:
     """A nest like `tree` with other leaves, given in the order of `leaves`."""
     remaining = iter(new_leaves)
-    new = _fill(tree, remaining)
+    try:
+        new = _fill(tree, remaining)
+    except StopIteration:
+        raise changed() from None
     if next(remaining, NOTHING) is not NOTHING:
         raise changed()
     return new
@@ -196,10 +199,7 @@ def _fill(node: Tree, remaining: Iterator[Leaf]) -> Tree:
     # Not a closure: one that calls itself keeps all leaves alive until garbage is collected.
     kind = _kind(node)
     if kind == _LEAF:
-        leaf = next(remaining, NOTHING)
-        if leaf is NOTHING:
-            raise changed()
-        return leaf
+        return next(remaining)
     if kind == _PLAIN_DICT and type(node) in MAKERS:  # the quickest way, for most nodes
         filled = {key: _fill(child, remaining) for key, child in dict.items(node)}
         return MAKERS[type(node)](filled)
