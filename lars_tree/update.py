@@ -156,7 +156,9 @@ def _update(
         at = ("velocity",)
         velocities = _tree.broadcast("state", w, state["velocity"], exact=True, at=at)
     rules = _options.resolve(w, options, len(old))
-    columns = Columns(old, dcdws, outs, rules, velocities, state.get("step") if outs else None)
+    columns = Columns(
+        old, dcdws, outs, rules, velocities, unwrap(state.get("step")) if outs else None
+    )
     for column in (dcdws, outs, velocities):
         if column is not None and len(column) != len(old):
             raise _tree.changed()
@@ -211,17 +213,18 @@ def _result(
 def _counted(counter: Any, name: str, taken: Any) -> Any:
     """A counter after a step that was taken, or was not; `taken` may be an array, not known yet."""
     if isinstance(taken, bool):
-        counted = counter + int(taken is (name == "step"))
+        counted = unwrap(counter) + int(taken is (name == "step"))
     else:
-        counted = counter + (taken if name == "step" else ~taken)
-    return np.asarray(counted) if isinstance(counted, np.generic) else counted
+        counted = unwrap(counter) + (taken if name == "step" else ~taken)
+    return _wrapped(np.asarray(counted) if isinstance(counted, np.generic) else counted, counter)
 
 
 def _count_in_place(state: State, taken: Any) -> None:
     for name in _counters.NAMES:
-        backend = _backends.find(state.get(name))
+        counter = unwrap(state.get(name))
+        backend = _backends.find(counter)
         if backend is not None:
-            backend.write(state[name], _counted(state[name], name, taken))
+            backend.write(counter, _counted(counter, name, taken))
 
 
 def _update_plain(columns: Columns) -> tuple[list[Any], list[Any]] | None:
