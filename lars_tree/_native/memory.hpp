@@ -207,7 +207,7 @@ private:
         to.ndim = buffer.ndim;
         to.shape = buffer.shape;
         std::copy(buffer.strides, buffer.strides + buffer.ndim, to.strides);
-        return !writable || is_own(x, buffer) || is_writable(to.data, buffer.len);
+        return !writable || !buffer.len || is_own(x, buffer) || is_writable(to.data, buffer.len);
     }
 
     // Whether numpy allocated the memory of an array, or of the array that it is a view of. Other
@@ -215,7 +215,7 @@ private:
     bool is_own(PyObject* x, const Py_buffer& buffer) const {
         const int owns_data = 4;  // NPY_ARRAY_OWNDATA
         const auto* fields = reinterpret_cast<const ArrayFields*>(x);
-        if (fields->data != buffer.buf || fields->ndim != buffer.ndim) return false;  // bits of x
+        if (fields->data != buffer.buf || fields->ndim != buffer.ndim) return false;
         while (fields->base) {
             if (!has_plain_type(fields->base)) return false;
             fields = reinterpret_cast<const ArrayFields*>(fields->base);
