@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,15 +36,42 @@ def check(
     Raises:
         LarsTreeError: of the kind found first.
     """
-    found = [(leaf, fault) for leaf in leaves for fault in _faults(leaf, broadcasts)]
+    found = [(leaf.place, fault) for leaf in leaves for fault in _faults(leaf, broadcasts)]
     if not found:
-        found = list(_shared_memory(leaves, paths))
+        found = [(leaf.place, fault) for leaf, fault in _shared_memory(leaves, paths)]
+    _raise(found, paths)
+
+
+def check_weights(leaves: list[Any], paths: Callable[[], list[errors.Path]]) -> None:
+    """Raise what is wrong with weights alone: what no step takes, whatever the gradients.
+
+    None, and arrays of numbers or words that are not floating point, may stand among weights: they
+    never move.
+
+    Raises:
+        LarsTreeError: of the kind found first.
+    """
+    places = enumerate(leaves)
+    _raise([(place, fault) for place, x in places for fault in islice(_unfit(x), 1)], paths)
+
+
+def _raise(found: list[tuple[int, Fault]], paths: Callable[[], list[errors.Path]]) -> None:
     if found:
         first = found[0][1]
-        same = [
-            (paths()[leaf.place], fault.text) for leaf, fault in found if fault[:3] == first[:3]
-        ]
+        same = [(paths()[place], fault.text) for place, fault in found if fault[:3] == first[:3]]
         raise errors.error(*first[:3], same)
+
+
+def _unfit(x: Any) -> Iterator[Fault]:
+    if x is None:
+        return
+    backend = _backends.find(x)
+    if backend is None:
+        yield _not_an_array("w", x)
+        return
+    yield from _faulty("w", backend, x)
+    if getattr(backend.facts(x).dtype, "hasobject", False):
+        yield from _unusable("w", backend, x)
 
 
 def _faults(leaf: Leaf, broadcasts: bool) -> Iterator[Fault]:
@@ -64,6 +92,12 @@ def _weights(leaf: Leaf) -> Iterator[Fault]:
 def _data(leaf: Leaf) -> Iterator[Fault]:
     """Weights without a gradient may be of any dtype, but must be there to be copied."""
     yield from _faulty("w", leaf.backend, leaf.w)
+
+
+def _not_an_array(argument: str, x: Any) -> Fault:
+    headline = f"{argument} holds something that is no array"
+    text = f"expected an array, got {errors.describe(x)}"
+    return Fault(errors.LeafError, argument, headline, text)
 
 
 def _faulty(argument: str, backend: Backend, x: Any) -> Iterator[Fault]:
@@ -106,9 +140,7 @@ def _belongs(argument: str, leaf: Leaf, x: Any) -> Iterator[Fault]:
     backend = _backends.find(x)
     headline = f"{argument} and w are arrays of different libraries or devices"
     if backend is None:
-        headline = f"{argument} holds something that is no array"
-        text = f"expected an array, got {errors.describe(x)}"
-        yield Fault(errors.LeafError, argument, headline, text)
+        yield _not_an_array(argument, x)
     elif backend is not leaf.backend:
         text = f"expected a {leaf.backend.name} array as in w, got one of {backend.name}"
         yield Fault(errors.BackendError, argument, headline, text)
@@ -161,11 +193,10 @@ def _device(device: Any) -> str:
 
 
 def _broadcasts(argument: str, ours: Facts, theirs: Facts) -> Iterator[Fault]:
-    try:
-        fits = np.broadcast_shapes(ours.shape, theirs.shape) == ours.shape
-    except ValueError:
-        fits = False
-    if not fits:
+    # Not by numpy.broadcast_shapes, which knows no more than 32 axes. Each is 1 or as in w.
+    extra = len(ours.shape) - len(theirs.shape)
+    pairs = zip(ours.shape[max(extra, 0) :], theirs.shape, strict=False)
+    if extra < 0 or not all(theirs in (1, ours) for ours, theirs in pairs):
         headline = f"{argument} does not broadcast to w"
         text = f"expected a shape that broadcasts to {ours.shape}, got {theirs.shape}"
         yield Fault(errors.ShapeError, argument, headline, text)

@@ -9,6 +9,7 @@ import numpy as np
 
 from lars_tree import _backends, _memory, errors
 from lars_tree._backends.base import Kind, Leaf
+from lars_tree.array import unwrap
 
 NAMES = ("step", "skipped")
 
@@ -23,7 +24,7 @@ def check(state: dict[str, Any], written: bool) -> None:
         StateError: one is no integer array without axes, or is too short.
         OutError: one is to be written to, and cannot be, or shares memory with the other.
     """
-    counters = {name: state[name] for name in NAMES if name in state}
+    counters = {name: unwrap(state[name]) for name in NAMES if name in state}
     for name, x in counters.items():
         text = _fault(x)
         if text:
@@ -51,7 +52,7 @@ def check_apart(
     targets = [(leaf, "out", leaf.out) for leaf in leaves if leaf.out is not None]
     targets += [(leaf, "state", leaf.velocity) for leaf, *_ in targets if leaf.velocity is not None]
     for name in state.keys() & set(NAMES) if targets else ():
-        found = _sharing(state[name], [x for *_, x in targets])
+        found = _sharing(unwrap(state[name]), [x for *_, x in targets])
         if found:
             leaf, argument, _ = targets[found[0]]
             path = errors.path_string(paths()[leaf.place]) or "the array"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 import operator
 import sys
 import warnings
@@ -13,7 +12,7 @@ import numpy as np
 
 from lars_tree import _backends, _tree, errors
 from lars_tree._backends.base import Values
-from lars_tree._measure import fetch, is_traced, layer_paths, traced_error
+from lars_tree._measure import fetch, is_traced, layer_paths, traced_error, unreadable
 from lars_tree.array import unwrap
 
 if TYPE_CHECKING:
@@ -178,9 +177,11 @@ class TrustHistory:
 def _kept(x: Any) -> Any:
     """A ratio as it is; but one that is lazy would keep all that it is to be computed from."""
     x = unwrap(x)
+    if x is None or unreadable(x):  # for `_common` to say
+        return x
     backend = _backends.find(x)
     if backend is None:
-        return np.asarray(x, np.float64) if isinstance(x, numbers.Real) else x
+        return np.asarray(x, np.float64)
     if is_traced(x):
         raise traced_error("ratios")
     return fetch("ratios", [x])[0] if backend.values(x) is Values.LATER else x
@@ -193,9 +194,10 @@ def _common(like: Any, shapes: list[Any], row: list[Any]) -> list[Any]:
     for i, x in enumerate(row):
         if x is None:
             continue
-        shape = getattr(x, "shape", None)
-        if shape is None:
-            odd[i] = f"expected a number or an array, got {errors.describe(x)}"
+        text = unreadable(x)
+        shape: tuple[int, ...] = () if text else x.shape
+        if text is not None:
+            odd[i] = text
         elif found[i] is None:
             found[i] = shape
         elif found[i] != shape:

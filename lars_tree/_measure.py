@@ -5,6 +5,7 @@ Also what reports need of such numbers: the paths of the layers, and one wait fo
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +37,9 @@ def measure(
         old = _tree.leaves(w)
         dcdws = _tree.broadcast("dcdw", w, dcdw)
         columns = Columns(old, dcdws, None, _options.resolve(w, options, len(old)))
-        leaves = checked(w, dcdw, columns, lambda: [path for path, _ in _tree.walk(w)])
+        if len(dcdws) != len(old):
+            raise _tree.changed()
+        leaves = checked(w, dcdw, columns, lambda: _tree.paths(w, len(old)))
     except RecursionError:
         raise _tree.explained({"w": w, "dcdw": dcdw, **options}) from None
     found: list[Step | None] = [None] * len(old)
@@ -84,6 +87,19 @@ def fetch(argument: str, numbers: list[Any]) -> list[np.ndarray[Any, Any]]:
             arrays = backend.fetch(some)
         found |= {i: np.asarray(x, np.float64) for i, x in zip(here, arrays, strict=True)}
     return [found[i] for i in range(len(numbers))]
+
+
+def unreadable(x: Any) -> str | None:
+    """What was expected of ratios, where x is not such, or can never be read; None where it can."""
+    backend = _backends.find(x)
+    if backend is None:
+        is_number = issubclass(type(x), Real)
+        return None if is_number else f"expected a number or an array, got {errors.describe(x)}"
+    fault = backend.fault(x)
+    if fault:
+        return f"expected dense data, got {fault}"
+    shape = tuple(backend.facts(x).shape)
+    return f"expected a number or a vector, got shape {shape}" if len(shape) > 1 else None
 
 
 def is_traced(x: Any) -> bool:

@@ -98,6 +98,8 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
             columns[field] = _tree.broadcast(name, tree, _tree.rebuild(given, values))
     if not columns:
         return [Rule(**shared)] * count
+    if any(len(column) != count for column in columns.values()):
+        raise _tree.changed()
     _refuse_gaps(tree, columns)
     rows = zip(*columns.values(), strict=True)
     # Most leaves share their values, and checked values live as long as their columns.
@@ -198,12 +200,12 @@ def _positive(value: Any, keep_history: bool) -> Any:
 def _rate(value: Any, keep_history: bool) -> Any:
     """A float, a numpy array, or an array whose values may not be looked at."""
     wanted = "a finite number >= 0"
-    if isinstance(value, (bool, np.timedelta64)):
+    if _is(value, bool, np.timedelta64):
         raise _Unfit(wanted)
     # decimal.Decimal is a Number, but registers as nothing more.
-    if isinstance(value, Real) or (isinstance(value, Number) and not isinstance(value, Complex)):
+    if _is(value, Real) or (_is(value, Number) and not _is(value, Complex)):
         try:
-            number = float(value)  # type: ignore[arg-type]
+            number = float(value)
         except (OverflowError, ValueError):  # beyond double; a signalling NaN
             number = np.inf
         if not 0 <= number < np.inf:
@@ -225,8 +227,13 @@ def _rate(value: Any, keep_history: bool) -> Any:
     return float(numbers) if numbers.shape == () else numbers
 
 
+def _is(value: Any, *classes: type) -> bool:
+    """As isinstance, by the real type: `__class__` may say something else."""
+    return issubclass(type(value), classes)
+
+
 def _flag(value: Any, keep_history: bool) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
+    if not _is(value, bool, np.bool_):
         raise _Unfit("True or False")
     return bool(value)
 
@@ -234,8 +241,8 @@ def _flag(value: Any, keep_history: bool) -> bool:
 _NONFINITE = ("propagate", "raise", "skip")
 
 
-def _nonfinite(value: Any, keep_history: bool) -> str:
-    if not isinstance(value, str) or value not in _NONFINITE:
+def _nonfinite(value: Any, keep_history: bool) -> Any:
+    if not _is(value, str) or value not in _NONFINITE:
         hint = errors.did_you_mean(value, _NONFINITE)
         raise _Unfit("'propagate', 'raise' or 'skip'" + hint)
     return value
@@ -244,7 +251,7 @@ def _nonfinite(value: Any, keep_history: bool) -> str:
 def _axis(value: Any, keep_history: bool) -> int | None:
     if value is None:
         return None
-    if isinstance(value, (bool, np.bool_)):
+    if _is(value, bool, np.bool_):
         raise _Unfit("an axis or None")
     try:
         return operator.index(value)

@@ -16,7 +16,8 @@ from lars_tree import _checks, _options
 from lars_tree._backends.addresses import NUMPY_TYPES
 from lars_tree._backends.base import Leaf
 from lars_tree._backends.sharded import is_sharded, layout, partial_fault, shard_of
-from lars_tree._backends.torch import BACKEND, PLAIN_TYPES, is_in_cpu_memory, step_in_place
+from lars_tree._backends.stand_ins import PLAIN_TYPES
+from lars_tree._backends.torch import BACKEND, is_in_cpu_memory, step_in_place
 from lars_tree._rule import MOTION_NUMBERS, NUMBERS, Rule
 from lars_tree.errors import LarsTreeError, Path, enumerated
 from lars_tree.update import advance
@@ -141,7 +142,9 @@ def _look_right(leaves: list[Leaf]) -> bool:
         if w.dtype not in NUMPY_TYPES or not (axis is None or -w.ndim <= axis < w.ndim):
             return False
         local = shard_of(w)
-        if type(local) in PLAIN_TYPES and local.numel():
+        if type(local) not in PLAIN_TYPES:
+            return False  # it may stand for another one
+        if local.numel():
             starts.append(local.data_ptr())
     return len(starts) == len(set(starts))
 

@@ -26,6 +26,8 @@ Leaf = Any
 _LEAF, _PLAIN_DICT, _DICT, _SEQUENCE, _NAMED, _FIELDS, _FOREIGN = range(7)
 _KINDS: dict[type, int] = {list: _SEQUENCE, tuple: _SEQUENCE, dict: _PLAIN_DICT}
 
+NOTHING = object()
+
 # How to make a dict of exactly this type from a dict or from items; others are copied and refilled.
 MAKERS: dict[type, Callable[[Any], Any]] = {dict: dict}
 
@@ -164,7 +166,33 @@ def walk(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Leaf]]:
 
 def rebuild(tree: Tree, new_leaves: Iterable[Leaf]) -> Tree:
     """A nest like `tree` with other leaves, given in the order of `leaves`."""
-    return _fill(tree, iter(new_leaves))
+    remaining = iter(new_leaves)
+    try:
+        new = _fill(tree, remaining)
+    except StopIteration:
+        raise changed() from None
+    if next(remaining, NOTHING) is not NOTHING:
+        raise changed()
+    return new
+
+
+def changed(argument: str = "w") -> errors.LarsTreeError:
+    """What to say of a nest that no longer has the leaves that were found in it."""
+    headline = f"{argument} was changed while it was read, as another thread may do"
+    text = "expected the same leaves until the end of the call"
+    return errors.error(errors.StructureError, argument, headline, [((), text)])
+
+
+def paths(tree: Tree, count: int) -> list[Path]:
+    """The paths of the leaves, of which there were so many.
+
+    Raises:
+        StructureError: now there are more or fewer.
+    """
+    found = [path for path, _ in walk(tree)]
+    if len(found) != count:
+        raise changed()
+    return found
 
 
 def _fill(node: Tree, remaining: Iterator[Leaf]) -> Tree:
@@ -191,9 +219,6 @@ def map_leaves(
             error.add_note(f"at {errors.path_string(path)}")
             raise
     return results
-
-
-NOTHING = object()
 
 
 def pick(tree: Tree, kept: Iterator[bool]) -> Tree:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from lars_tree import _pytrees
+from lars_tree import _backends, _pytrees, errors
 from lars_tree._operators import Arithmetic
 
 if TYPE_CHECKING:
@@ -28,14 +28,24 @@ class Array(Arithmetic):
     >>> 2 * w > 7
     Array([False,  True])
 
+    It has no `__array_namespace__`, as the functions of a library take only native arrays: pass
+    `.data` to them.
+
     Args:
         data: The native array, which is not copied; an Array gives its own.
+
+    Raises:
+        LeafError: data is not an array of a library, such as a list or a number.
     """
 
     __slots__ = ("_data",)
 
     def __init__(self, data: Any) -> None:
         self._data = unwrap(data)
+        if _backends.find(self._data) is None:
+            text = f"expected an array of a library, got {errors.describe(data)}"
+            text += ": make it an array first, for example with numpy.asarray"
+            raise errors.error(errors.LeafError, "data", "data is not an array", [((), text)])
 
     @property
     def data(self) -> Any:
@@ -112,9 +122,9 @@ class Array(Arithmetic):
         )
 
     def _operate(self, operation: Callable[..., Any], *operands: Any) -> Any:
-        if any(isinstance(operand, dict) for operand in operands):
+        if any(issubclass(type(operand), dict) for operand in operands):
             return NotImplemented  # a Container takes the array for each of its leaves
-        return Array(operation(*map(unwrap, operands)))
+        return _wrapped(operation(*map(unwrap, operands)))
 
     def __lt__(self, other: Any) -> Any:
         return self._operate(operator.lt, self, other)
@@ -136,8 +146,8 @@ class Array(Arithmetic):
 
     __hash__ = None  # type: ignore[assignment]  # comparisons are elementwise
 
-    def __getitem__(self, key: Any) -> Array:
-        return Array(self._data[unwrap(key)])
+    def __getitem__(self, key: Any) -> Any:
+        return _wrapped(self._data[unwrap(key)])
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self._data[unwrap(key)] = unwrap(value)
@@ -145,8 +155,8 @@ class Array(Arithmetic):
     def __len__(self) -> int:
         return len(self._data)
 
-    def __iter__(self) -> Iterator[Array]:
-        return map(Array, self._data)
+    def __iter__(self) -> Iterator[Any]:
+        return map(_wrapped, self._data)
 
     def __bool__(self) -> bool:
         return bool(self._data)
@@ -183,17 +193,20 @@ class Array(Arithmetic):
     def __dlpack_device__(self) -> Any:
         return self._data.__dlpack_device__()
 
-    def __array_namespace__(self, *, api_version: str | None = None) -> Any:
-        """The namespace of the native array, for its own arrays: pass `.data` to its functions."""
-        return self._data.__array_namespace__(api_version=api_version)
-
     def __copy__(self) -> Array:
-        return Array(self._data)
+        new: Array = object.__new__(Array)  # in a tree of JAX or torch, data may be a placeholder
+        new._data = self._data
+        return new
 
 
 def unwrap(x: Any) -> Any:
     """The native array of an Array; anything else as it is."""
-    return x._data if isinstance(x, Array) else x
+    return x._data if issubclass(type(x), Array) else x
+
+
+def _wrapped(x: Any) -> Any:
+    """An Array of an array; what an operation may return instead, such as a bool, as it is."""
+    return x if _backends.find(x) is None else Array(x)
 
 
 _pytrees.register_wrapper(Array, "_data")

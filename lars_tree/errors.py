@@ -181,12 +181,16 @@ def describe(node: Any) -> str:
         return "None"
     name = type(node).__name__
     article = "an" if name[0].lower() in "aeiou" else "a"
-    if isinstance(node, Mapping):
+    # By the real type, as `__class__` may say something else.
+    if issubclass(type(node), Mapping):
         keys = enumerated(map(repr, node))
         return f"{article} {name} with keys {keys}" if keys else f"an empty {name}"
-    if isinstance(node, (list, tuple)):
+    if issubclass(type(node), (list, tuple)):
         return f"{article} {name} of {counted(len(node), 'item')}"
-    shape = getattr(node, "shape", None)
+    try:
+        shape = getattr(node, "shape", None)
+    except Exception:  # of a lazy parameter, or a proxy whose object is gone
+        shape = None
     if isinstance(shape, tuple):
         return f"an array of shape {tuple(shape)}"
     return f"{article} {name}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lars_tree import _backends, _counters, _options, _tree, errors, schedules
+from lars_tree import _backends, _checks, _counters, _options, _tree, errors, schedules
 from lars_tree._backends.base import FLOATING
 from lars_tree._rule import is_zero
 from lars_tree.array import Array, unwrap
@@ -124,12 +124,16 @@ class Lars:
 
         Raises:
             StructureError: w holds itself.
+            LarsTreeError: as `update` does for weights that cannot be updated, such as a leaf that
+                is not an array, or one without data.
         """
         try:
             leaves = _tree.leaves(w)
+            bare = list(map(unwrap, leaves))
+            _checks.check_weights(bare, lambda: _tree.paths(w, len(bare)))
         except RecursionError:
             raise _tree.explained({"w": w}) from None
-        arrays = [x for x in map(unwrap, leaves) if _backends.find(x) is not None]
+        arrays = [x for x in bare if x is not None]
         first = arrays[0] if arrays else np.empty(0)
         backend = _backends.find(first)
         assert backend is not None

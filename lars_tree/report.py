@@ -18,7 +18,7 @@ import numpy as np
 from lars_tree import _backends, _options, _tree, errors
 from lars_tree._history import TrustHistory, TrustRatioWarning, warn
 from lars_tree._layer_table import LayerTable
-from lars_tree._measure import fetch, layer_paths, measure
+from lars_tree._measure import fetch, layer_paths, measure, unreadable
 from lars_tree._rule import Measured
 from lars_tree.array import Array, unwrap
 
@@ -83,7 +83,10 @@ def trust_ratios(
     given = _given(lr, decay_lambda, stop_gradients, options)
     ratios = []
     steps = measure(w, dcdw, given)
-    for old, step in zip(_tree.leaves(w), steps, strict=True):
+    leaves = _tree.leaves(w)
+    if len(leaves) != len(steps):
+        raise _tree.changed()
+    for old, step in zip(leaves, steps, strict=True):
         ratio = None if step is None else step.measured.ratio
         ratios.append(Array(ratio) if isinstance(old, Array) and step is not None else ratio)
     return _tree.rebuild(w, ratios)
@@ -133,7 +136,10 @@ def layer_table(
     numbers = iter(fetch("w", known))
     records: list[dict[str, Any]] = []
     faults: list[errors.Line] = []
-    for (path, old), step in zip(_tree.walk(w), steps, strict=True):
+    leaves = list(_tree.walk(w))
+    if len(leaves) != len(steps):
+        raise _tree.changed()
+    for (path, old), step in zip(leaves, steps, strict=True):
         x = unwrap(old)
         backend = _backends.find(x)
         if backend is None:
@@ -227,10 +233,18 @@ class ScalarCallback:
         self.every = errors.whole_number("every", every, least=1)
 
     def __call__(self, ratios: Any, step: int) -> None:
-        """Write the ratios, a nest as `trust_ratios` returns it, of this step."""
+        """Write the ratios, a nest as `trust_ratios` returns it, of this step.
+
+        Raises:
+            LeafError: a leaf is not a number or an array, or an array without data.
+        """
         if step % self.every:
             return
-        given = [(path, x) for path, x in _tree.walk(ratios) if x is not None]
+        given = [(path, unwrap(x)) for path, x in _tree.walk(ratios) if x is not None]
+        faults = [(path, text) for path, x in given if (text := unreadable(x))]
+        if faults:
+            headline = "ratios holds something that cannot be written"
+            raise errors.error(errors.LeafError, "ratios", headline, faults)
         values = fetch("ratios", [x for _, x in given])
         for (path, _), each in zip(given, values, strict=True):
             for layer, value in zip(layer_paths(path, each.shape), each.reshape(-1), strict=True):

@@ -154,7 +154,7 @@ def _update(
 ) -> tuple[Any, State]:
     @cache
     def paths() -> list[errors.Path]:
-        return [path for path, _ in _tree.walk(w)]
+        return _tree.paths(w, len(old))
 
     old = _tree.leaves(w)
     dcdws = _tree.broadcast("dcdw", w, dcdw)
@@ -166,7 +166,12 @@ def _update(
         at = ("velocity",)
         velocities = _tree.broadcast("state", w, state["velocity"], exact=True, at=at)
     rules = _options.resolve(w, options, len(old))
-    columns = Columns(old, dcdws, outs, rules, velocities, state.get("step") if outs else None)
+    columns = Columns(
+        old, dcdws, outs, rules, velocities, unwrap(state.get("step")) if outs else None
+    )
+    for column in (dcdws, outs, velocities):
+        if column is not None and len(column) != len(old):
+            raise _tree.changed()
     # The kernel does not read axis_name: the general path refuses it where it has no meaning.
     plain = _update_plain(columns) if options.get("axis_name") in (None, ()) else None
     if plain is not None:
@@ -225,17 +230,18 @@ def _result(
 def _counted(counter: Any, name: str, taken: Any) -> Any:
     """A counter after a step that was taken, or was not; `taken` may be an array, not known yet."""
     if isinstance(taken, bool):
-        counted = counter + int(taken is (name == "step"))
+        counted = unwrap(counter) + int(taken is (name == "step"))
     else:
-        counted = counter + (taken if name == "step" else ~taken)
-    return np.asarray(counted) if isinstance(counted, np.generic) else counted
+        counted = unwrap(counter) + (taken if name == "step" else ~taken)
+    return _wrapped(np.asarray(counted) if isinstance(counted, np.generic) else counted, counter)
 
 
 def _count_in_place(state: State, taken: Any) -> None:
     for name in _counters.NAMES:
-        backend = _backends.find(state.get(name))
+        counter = unwrap(state.get(name))
+        backend = _backends.find(counter)
         if backend is not None:
-            backend.write(state[name], _counted(state[name], name, taken))
+            backend.write(counter, _counted(counter, name, taken))
 
 
 def _update_plain(columns: Columns) -> tuple[list[Any], list[Any]] | None:
@@ -275,7 +281,7 @@ def _arrays(columns: Columns, paths: Paths) -> list[Leaf]:
         elif moves and velocity is None and _needs_velocity(backend, x, columns.rules[place], dcdw):
             strangers["state"].append((paths()[place], "expected a velocity, got None"))
         else:
-            if isinstance(dcdw, (int, float, complex)) and not isinstance(dcdw, bool):
+            if issubclass(type(dcdw), (int, float, complex)) and not isinstance(dcdw, bool):
                 dcdw = backend.full(_machine_number(dcdw), x)
             leaves.append(Leaf(place, x, dcdw, out, columns.rules[place], backend, velocity))
     for argument, lines in strangers.items():

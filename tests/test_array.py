@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import pickle
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from conftest import LIBRARIES, need, to_library, to_numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lars_tree import Array, Container, LarsTreeError, StructureError, lars_update
+from lars_tree import Array, Container, LarsTreeError, LeafError, StructureError, lars_update
 
 A = np.array([[3.0, 4.0, 0.5], [-1.0, 2.0, 8.0]], np.float32)
 B = np.array([[0.5, -2.0, 1.0], [4.0, 0.25, -1.0]], np.float32)
@@ -175,10 +176,51 @@ def test_dlpack_hands_its_memory_on():
     assert torch.from_dlpack(Array(x)).data_ptr() == x.ctypes.data
 
 
-def test_its_namespace_is_that_of_the_array():
-    strict = need("array_api_strict")
-    assert Array(A).__array_namespace__() is np
-    assert Array(strict.asarray(A)).__array_namespace__() is strict
+def test_it_claims_no_namespace_as_functions_take_native_arrays_alone():
+    compat = need("array_api_compat")
+    assert not hasattr(Array(A), "__array_namespace__")
+    assert not compat.is_array_api_obj(Array(A))
+    with pytest.raises(TypeError, match="not a supported array type"):
+        compat.array_namespace(Array(A))
+    assert compat.array_namespace(Array(A).data).sum(Array(A).data) == A.sum()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: [1.0, 2.0],
+        lambda: (1.0, 2.0),
+        lambda: 1.0,
+        lambda: None,
+        lambda: "relu",
+        lambda: {"a": A},
+        lambda: Container(a=A),
+        lambda: memoryview(A),
+        lambda: Mock(spec=np.ndarray),
+        lambda: need("scipy.sparse").csr_array(A),
+    ],
+    ids=lambda make: type(make()).__name__,
+)
+def test_what_is_not_an_array_is_refused(make):
+    with pytest.raises(LeafError, match=r"(?s)data is not an array.*numpy\.asarray") as caught:
+        Array(make())
+    assert (caught.value.argument, caught.value.paths) == ("data", ((),))
+
+
+def test_operations_that_give_no_array_give_what_the_array_gives():
+    torch = need("torch")
+    assert (Array(torch.ones(2)) == None) is False  # noqa: E711
+    mixed = Array(np.array([A, "x", None], dtype=object))
+    assert (mixed[1], list(mixed)[2]) == ("x", None)
+    assert_native(mixed[0], A)
+    assert_native(Array(np.ones(2))[0], np.float64(1))
+
+
+def test_placeholders_of_tree_libraries_are_kept():
+    jax = need("jax")
+    made = jax.tree.map(lambda _: None, Array(A))
+    assert type(made) is Array
+    assert made.data is copy.copy(made).data is None
 
 
 @pytest.mark.parametrize("name", PICKLED)

@@ -7,11 +7,11 @@ import warnings
 
 import numpy as np
 import pytest
-from conftest import need
+from conftest import need, to_library
 from conftest import unit_lars as Lars
 from test_optimizer import G, W, steps
 
-from lars_tree import DtypeError, LeafError
+from lars_tree import Array, DtypeError, LeafError
 
 # ---- Inference tensors: torch lets nothing but itself, in their own mode, write to them
 
@@ -140,3 +140,16 @@ def test_velocities_are_made_on_the_device_of_weights_that_may_still_move():
 
 
 OPT = Lars(0.1)
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_counters_may_be_arrays_of_ours(name):
+    opt, w, g = Lars(0.1), to_library(name, W), to_library(name, G)
+    state = opt.init(w)
+    for counter in ("step", "skipped"):
+        state[counter] = Array(state[counter])
+    for _ in range(2):
+        _, state = opt.update(w, g, state)
+        opt.update(w, g, state, out=w)
+    assert [type(state[counter]) for counter in ("step", "skipped")] == [Array, Array]
+    assert (int(state.step), int(state.skipped)) == (4, 0)

@@ -1,8 +1,9 @@
 """Array libraries: one module each, and the table that finds it by the type of a leaf.
 
 Nothing is imported that the user has not imported: the table is looked up in `sys.modules` only.
-To add a library: a module with a `backend_of`, a row here, a row in `tests/conftest.py`. One that
-follows the array API standard needs neither module nor row here.
+Only the real type of an object counts: what `__class__` says of it may be a lie, and C code that
+believes it crashes. To add a library: a module with a `backend_of`, a row here, a row in
+`tests/conftest.py`. One that follows the array API standard needs neither module nor row here.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from typing import Any
+from weakref import ref
 
 from lars_tree._backends.base import Backend
 
@@ -19,33 +21,46 @@ _TABLE = [
     ("numpy", "generic", "numpy"),
     ("torch", "Tensor", "torch"),
     ("jax", "Array", "jax"),
+    ("jax.core", "Tracer", "jax"),
     ("dask.array", "Array", "dask"),
     ("cupy", "ndarray", "standard"),
 ]
 
-_CACHE: dict[type, Backend | None] = {}
+# Of classes that their modules keep alive anyway.
+_CACHE: dict[type, Backend | None] = {type(None): None}
+# Of all others, by their ids: each entry goes when its class is freed.
+_OTHERS: dict[int, tuple[ref[type], Backend | None]] = {}
 
 
 def find(x: Any) -> Backend | None:
-    """The backend for an array, None if x is no array of a known library."""
+    """The backend for an array, None if x is not an array of a known library."""
     cls = type(x)
-    try:
+    if cls in _CACHE:
         return _CACHE[cls]
-    except KeyError:
-        return _CACHE.setdefault(cls, _look_up(x))
+    known = _OTHERS.get(id(cls))
+    return known[1] if known is not None else _remembered(cls, _look_up(x))
+
+
+def _remembered(cls: type, backend: Backend | None) -> Backend | None:
+    module = sys.modules.get(cls.__module__)
+    if getattr(module, "__dict__", {}).get(cls.__qualname__) is cls:
+        return _CACHE.setdefault(cls, backend)
+    key = id(cls)
+    _OTHERS[key] = (ref(cls, lambda _: _OTHERS.pop(key, None)), backend)
+    return backend
 
 
 def _look_up(x: Any) -> Backend | None:
     for module, name, ours in _TABLE:
         # Dotted look-ups find nothing while the library is still being imported.
         cls = getattr(sys.modules.get(module), name, None)
-        if cls is not None and isinstance(x, cls):
+        if cls is not None and issubclass(type(x), cls):
             return _load(ours, x)
     if hasattr(type(x), "__array_namespace__"):
         return _load("standard", x)
     return None
 
 
-def _load(name: str, x: Any) -> Backend:
-    backend: Backend = import_module(f"lars_tree._backends.{name}").backend_of(x)
+def _load(name: str, x: Any) -> Backend | None:
+    backend: Backend | None = import_module(f"lars_tree._backends.{name}").backend_of(x)
     return backend

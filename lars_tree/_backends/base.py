@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable
 from enum import Enum
-from functools import cache
+from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -24,6 +24,9 @@ class Kind(Enum):
     INTEGER = "integer"
     OTHER = "other"
 
+
+# Of an array: as many as numpy has.
+MOST_AXES = 64
 
 FLOATING = (Kind.REAL, Kind.COMPLEX)
 
@@ -216,7 +219,7 @@ def named(axes: Iterable[Hashable]) -> str:
     return " and ".join(sorted(map(repr, axes)))
 
 
-@cache
+@lru_cache(256)  # not all: programs make structured dtypes as they go
 def kind_of_numpy(dtype: np.dtype[Any]) -> Kind:
     """The kind of a numpy dtype, the extension type bfloat16 included."""
     if dtype.kind == "f" or (is_bfloat16(dtype) and dtype.isnative):
@@ -226,7 +229,7 @@ def kind_of_numpy(dtype: np.dtype[Any]) -> Kind:
     return Kind.INTEGER if dtype.kind in "iu" else Kind.OTHER
 
 
-@cache
+@lru_cache(256)
 def is_bfloat16(dtype: np.dtype[Any]) -> bool:
     """Whether this is the type of ml_dtypes, which numpy can hold but not compute with."""
     return dtype.name == "bfloat16"

@@ -346,10 +346,15 @@ def _rounded(x: Wide, precision: Precision) -> Any:
 
 
 def _in_memory_order(arrays: dict[str, Array]) -> dict[str, Array]:
-    """The arrays with their axes in the order in which the memory of the weights runs."""
+    """The arrays with their axes in the order in which the memory of the weights runs.
+
+    Without those of length 1: numpy's flat iterator knows 32 axes, where an array may have 64.
+    """
     w = arrays["w"]
-    axes = sorted(range(w.ndim), key=lambda axis: -abs(w.strides[axis]))
-    return {name: np.asarray(x).transpose(axes) for name, x in arrays.items()}
+    ones = tuple(axis for axis, length in enumerate(w.shape) if length == 1)
+    strides = [abs(w.strides[axis]) for axis in range(w.ndim) if w.shape[axis] != 1]
+    axes = sorted(range(len(strides)), key=lambda axis: -strides[axis])
+    return {name: np.asarray(x).squeeze(ones).transpose(axes) for name, x in arrays.items()}
 
 
 def _flat(x: Array) -> Any:

@@ -24,6 +24,8 @@ class DaskOps(NamespaceOps):
 
 _OPS = DaskOps(da)
 
+_MOST_AXES = 32  # more cannot be rechunked
+
 
 class DaskBackend(ArraysBackend):
     """Lazy arrays, whose elements are not looked at."""
@@ -58,6 +60,8 @@ class DaskBackend(ArraysBackend):
     def fault(self, x: Array) -> str | None:
         if any(math.isnan(length) for length in x.shape):
             return "a dask array of unknown shape: call its compute_chunk_sizes() first"
+        if x.ndim > _MOST_AXES:
+            return f"a dask array of {x.ndim} axes, where Dask computes with {_MOST_AXES} at most"
         return None
 
     def out_fault(self, x: Array) -> str | None:

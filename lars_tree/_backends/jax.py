@@ -17,6 +17,7 @@ import numpy as np
 from lars_tree._backends import cpu
 from lars_tree._backends.arrays import ArraysBackend, NamespaceOps
 from lars_tree._backends.base import (
+    MOST_AXES,
     Backend,
     Facts,
     Kind,
@@ -87,6 +88,10 @@ class JaxBackend(ArraysBackend):
         return jax.lax.stop_gradient(x) if stop_gradients else x
 
     def fault(self, x: Array) -> str | None:
+        if not isinstance(x, jax.Array):  # a tracer of something else
+            return "a reference to an array: read it first, as x[...]"
+        if x.ndim > MOST_AXES:
+            return f"an array of {x.ndim} axes, where numpy has {MOST_AXES} at most"
         if not _is_traced(x) and x.is_deleted():
             return "an array that was deleted or donated"
         unreduced = _manual_axes(x, "unreduced")

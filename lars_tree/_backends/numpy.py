@@ -18,6 +18,7 @@ from lars_tree._backends.base import (
     is_bfloat16,
     kind_of_numpy,
 )
+from lars_tree._memory import is_foreign, is_mapped_read_only, span
 from lars_tree._rule import Measured
 
 Array = np.ndarray[Any, Any]
@@ -52,7 +53,11 @@ class NumpyBackend(Backend):
     def out_fault(self, x: Array) -> str | None:
         if isinstance(x, np.generic):
             return "a numpy scalar, which is immutable: use the returned value"
-        return None if x.flags.writeable else "read-only"
+        if not x.flags.writeable:
+            return "read-only"
+        if is_foreign(x) and is_mapped_read_only(*span(x)):
+            return "read-only: it shares memory that is mapped for reading alone"
+        return None
 
     def sizes(self, xs: list[Array]) -> tuple[list[int], list[int]]:
         return [x.size for x in xs], [x.nbytes for x in xs]

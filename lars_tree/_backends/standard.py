@@ -9,6 +9,7 @@ import numpy as np
 
 from lars_tree._backends.arrays import ArraysBackend, NamespaceOps
 from lars_tree._backends.base import Backend, Facts, Kind, Values
+from lars_tree._memory import is_mapped_read_only, span
 
 Array = Any
 
@@ -72,7 +73,11 @@ class StandardBackend(ArraysBackend):
         return self.xp.float32 if "float16" in str(w.dtype) else w.dtype
 
     def out_fault(self, x: Array) -> str | None:
-        return None if array_api_compat.is_writeable_array(x) else "immutable or read-only"
+        if not array_api_compat.is_writeable_array(x):
+            return "immutable or read-only"
+        if self.values(x) is Values.HERE and _is_mapped_read_only(x):
+            return "read-only: it shares memory that is mapped for reading alone"
+        return None
 
     def ops(self, x: Array) -> StandardOps:
         return StandardOps(self.xp)
@@ -88,10 +93,22 @@ class StandardBackend(ArraysBackend):
         return self.xp.astype(x, w.dtype)
 
 
+def _is_mapped_read_only(x: Array) -> bool:
+    """Whether the library has wrapped such memory of another one; where it tells."""
+    try:
+        memory = np.from_dlpack(x)
+    except (BufferError, TypeError, ValueError, RuntimeError, AttributeError):
+        return False
+    return is_mapped_read_only(*span(memory))
+
+
 _BACKENDS: dict[str, StandardBackend] = {}
 
 
-def backend_of(x: Any) -> Backend:
-    """The backend for the namespace of x."""
-    xp = array_api_compat.array_namespace(x)
-    return _BACKENDS.setdefault(xp.__name__, StandardBackend(xp))
+def backend_of(x: Any) -> Backend | None:
+    """The backend for the namespace of x; None where x claims to have one, and does not."""
+    try:
+        xp = array_api_compat.array_namespace(x)
+        return _BACKENDS.setdefault(xp.__name__, StandardBackend(xp))
+    except Exception:  # whatever the method of an unknown class raises
+        return None

@@ -20,13 +20,30 @@ from lars_tree import _native
 from lars_tree._backends import cpu, sharded
 from lars_tree._backends.addresses import Address, bytes_needed, view
 from lars_tree._backends.arrays import ArraysBackend
-from lars_tree._backends.base import Backend, Columns, Facts, Kind, Leaf, New, Values
+from lars_tree._backends.base import (
+    MOST_AXES,
+    Backend,
+    Columns,
+    Facts,
+    Kind,
+    Leaf,
+    New,
+    Values,
+)
 from lars_tree._backends.sharded import (
     is_sharded,
     measure_shards,
     shard_of,
     step_shards,
     whole,
+)
+from lars_tree._backends.stand_ins import (
+    PLAIN_TYPES,
+    address,
+    is_watched,
+    is_wrapped,
+    mapped_fault,
+    stand_in_fault,
 )
 from lars_tree._backends.tensors import (
     TorchOps,
@@ -36,13 +53,10 @@ from lars_tree._backends.tensors import (
     step_layers,
     writing_to,
 )
-from lars_tree._memory import is_mapped_read_only
 from lars_tree._rule import Measured
 
 _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COMPLEX = (torch.complex64, torch.complex128)
-
-PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # of plain tensors
 
 
 def _exchange() -> tuple[Any, ...] | None:
@@ -80,7 +94,7 @@ class TorchBackend(ArraysBackend):
         return Facts(tuple(x.shape), kind, x.dtype, x.device, sharded.layout(x))
 
     def values(self, x: Tensor) -> Values:
-        if _is_wrapped(x):
+        if is_wrapped(x):
             return Values.LATER
         return Values.HERE if x.device.type == "cpu" else Values.FAR
 
@@ -106,6 +120,11 @@ class TorchBackend(ArraysBackend):
             return f"a sparse or nested tensor ({x.layout}): make it dense first"
         if x.device.type == "meta":
             return "a tensor on the meta device, which holds no data"
+        if x.ndim > MOST_AXES:
+            return f"a tensor of {x.ndim} axes, where numpy has {MOST_AXES} at most"
+        stand_in = stand_in_fault(x)
+        if stand_in:
+            return stand_in
         if is_sharded(x):
             return sharded.partial_fault(x)
         if _is_plain(x) and x.untyped_storage().nbytes() < bytes_needed(x):
@@ -115,12 +134,7 @@ class TorchBackend(ArraysBackend):
     def out_fault(self, x: Tensor) -> str | None:
         if x.is_conj() or x.is_neg():
             return "a lazily conjugated or negated view: resolve it first"
-        # Memory that is not torch's own. torch does not keep the flag of a read-only numpy array,
-        # but a write into pages that are mapped for reading alone ends the process.
-        foreign = _is_plain(x) and x.device.type == "cpu" and not x.untyped_storage().resizable()
-        if foreign and is_mapped_read_only(x.untyped_storage().data_ptr(), bytes_needed(x)):
-            return "read-only: it shares memory that is mapped for reading alone"
-        return None
+        return mapped_fault(shard_of(x))
 
     def sizes(self, xs: list[Tensor]) -> tuple[list[int], list[int]]:
         if torch.nn.parameter.is_lazy(xs[0]):
@@ -129,10 +143,8 @@ class TorchBackend(ArraysBackend):
         return counts, [count * x.itemsize for count, x in zip(counts, xs, strict=True)]
 
     def memory(self, x: Tensor) -> np.ndarray[Any, Any] | None:
-        try:
-            return np.asarray(Address(shard_of(x)))
-        except RuntimeError:  # of tensors that stand for others and have no memory of their own
-            return None
+        local = shard_of(x)
+        return None if address(local) is None else np.asarray(Address(local))
 
     def records(self, x: Tensor) -> bool:
         return (torch.is_grad_enabled() and x.requires_grad) or _has_tangent(x)
@@ -160,7 +172,7 @@ class TorchBackend(ArraysBackend):
         return torch.float32 if w.dtype.itemsize == 2 else w.dtype
 
     def update_plain(self, columns: Columns) -> tuple[list[Any], list[Any]] | None:
-        if _EXCHANGE is None or _is_watched() or torch._C._functorch.peek_interpreter_stack():
+        if _EXCHANGE is None or is_watched() or torch._C._functorch.peek_interpreter_stack():
             return None
         counted = columns.counter
         if counted is not None:
@@ -239,7 +251,7 @@ class TorchBackend(ArraysBackend):
         tensors = [
             x for x in (w, leaf.dcdw, leaf.out, leaf.velocity, *rule) if isinstance(x, Tensor)
         ]
-        if not all(_is_plain(x) or (is_sharded(x) and not _is_watched()) for x in tensors):
+        if not all(_is_plain(x) or (is_sharded(x) and not is_watched()) for x in tensors):
             return False
         if not rule.stop_gradients and any(map(self.records, tensors)):
             return False
@@ -311,7 +323,7 @@ def _returned(leaf: Leaf, new: New) -> New:
     if leaf.out is not None:
         _bump_versions(x for x in (leaf.out, leaf.velocity) if x is not None)
         return New(leaf.out, leaf.velocity)
-    if not leaf.rule.stop_gradients or _is_wrapped(new.w):
+    if not leaf.rule.stop_gradients or is_wrapped(new.w):
         return new
     return new._replace(w=_leaf_like(new.w, leaf.w))
 
@@ -335,9 +347,9 @@ def _leaf_like(new: Tensor, w: Tensor) -> Tensor:
 
 def _is_plain(x: Tensor) -> bool:
     """Whether x has memory of its own, that may be read and written behind torch's back."""
-    if type(x) not in PLAIN_TYPES or _is_wrapped(x):
+    if type(x) not in PLAIN_TYPES or is_wrapped(x):
         return False
-    return not _is_watched()
+    return not is_watched()
 
 
 def is_in_cpu_memory(x: Tensor) -> bool:
@@ -348,19 +360,6 @@ def is_in_cpu_memory(x: Tensor) -> bool:
 def _is_plain_counter(x: Any) -> bool:
     is_number = type(x) is Tensor and x.dtype == torch.int64 and x.numel() == 1
     return is_number and x.is_cpu and BACKEND.fault(x) is None
-
-
-def _is_watched() -> bool:
-    """Whether someone traces or intercepts torch's operations, and so must see them."""
-    seen = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return bool(seen or torch._C._len_torch_dispatch_stack())
-
-
-def _is_wrapped(x: Tensor) -> bool:
-    """Whether x stands for the argument of a torch.func transform; one that compiles sees none."""
-    return not torch.compiler.is_compiling() and bool(
-        torch._C._functorch.is_functorch_wrapped_tensor(x)
-    )
 
 
 def _has_tangent(x: Tensor) -> bool:

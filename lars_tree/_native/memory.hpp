@@ -105,6 +105,17 @@ inline bool is_writable(char* data, std::size_t bytes) {
     return true;
 }
 
+// How every numpy array begins: part of numpy's binary interface (ndarraytypes.h), by which each
+// extension module reads arrays.
+struct ArrayFields {
+    PyObject head;
+    char* data;
+    int ndim;
+    Py_ssize_t *shape, *strides;
+    PyObject *base, *dtype;
+    int flags;
+};
+
 // How the arrays of one library are read.
 class Reader {
 public:
@@ -196,7 +207,20 @@ private:
         to.ndim = buffer.ndim;
         to.shape = buffer.shape;
         std::copy(buffer.strides, buffer.strides + buffer.ndim, to.strides);
-        return true;
+        return !writable || !buffer.len || is_own(x, buffer) || is_writable(to.data, buffer.len);
+    }
+
+    // Whether numpy allocated the memory of an array, or of the array that it is a view of. Other
+    // owners may have mapped theirs for reading alone without numpy knowing.
+    bool is_own(PyObject* x, const Py_buffer& buffer) const {
+        const int owns_data = 4;  // NPY_ARRAY_OWNDATA
+        const auto* fields = reinterpret_cast<const ArrayFields*>(x);
+        if (fields->data != buffer.buf || fields->ndim != buffer.ndim) return false;
+        while (fields->base) {
+            if (!has_plain_type(fields->base)) return false;
+            fields = reinterpret_cast<const ArrayFields*>(fields->base);
+        }
+        return fields->flags & owns_data;
     }
 
     bool read_tensor(PyObject* x, bool writable, Memory& to) const {
