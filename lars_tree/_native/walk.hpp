@@ -10,7 +10,9 @@ namespace lars {
 // What _tree.py calls the kinds of nodes.
 enum Kind { leaf_kind = 0, plain_dict_kind = 1 };
 
-const int deepest = 500;
+// Levels that are walked here. They take 10 KB of the stack of a thread, which may be small
+// (threading.stack_size); Python walks the levels below on the heap, up to its recursion limit.
+const int deepest = 32;
 
 class Walk {
 public:
@@ -60,14 +62,15 @@ private:
         if (kind == plain_dict_kind && depth < deepest) {
             const Locked lock(node);
             PyObject *key, *child;
-            Py_ssize_t place = 0;
+            Py_ssize_t place = 0, seen = 0;
             const Py_ssize_t size = PyDict_Size(node);
             while (PyDict_Next(node, &place, &key, &child)) {
+                if (seen++ == size) return changed();
                 Owned held(Py_NewRef(child));
                 if (!collect(child, depth + 1)) return false;
                 if (PyDict_Size(node) != size) return changed();
             }
-            return true;
+            return seen == size || changed();
         }
         if (is_sequence(node) && depth < deepest) {
             const Locked lock(node);
@@ -89,20 +92,22 @@ private:
             const Py_ssize_t size = PyDict_Size(node);
             if (PyDict_Size(prefix) != size) return 0;
             PyObject *key, *child, *other_key, *other;
-            Py_ssize_t place = 0, other_place = 0;
+            Py_ssize_t place = 0, other_place = 0, seen = 0;
             while (PyDict_Next(node, &place, &key, &child)) {
+                if (seen++ == size) return changed(), -1;
                 Owned held_key(Py_NewRef(key)), held(Py_NewRef(child));
                 // Nests that were made alike have their keys in the same order.
                 if (!PyDict_Next(prefix, &other_place, &other_key, &other) || other_key != key) {
                     other = call_python(PyDict_GetItemWithError, prefix, key);
-                    if (!other) return PyErr_Occurred() ? -1 : 0;
+                    if (!other && PyErr_Occurred()) return -1;
+                    if (!other) return PyDict_Size(prefix) == size ? 0 : (changed(), -1);
                 }
                 Owned held_other(Py_NewRef(other));
                 const int matched = match(child, other, exact, depth + 1);
                 if (matched != 1) return matched;
                 if (PyDict_Size(node) != size || PyDict_Size(prefix) != size) return changed(), -1;
             }
-            return 1;
+            return seen == size || changed() ? 1 : -1;
         }
         if (is_sequence(node) && is_sequence(prefix) && depth < deepest) {
             const Locked lock(node), other_lock(prefix);
