@@ -45,33 +45,37 @@ def tree(size, count, make=dict):
     return make({i: make(a=np.ones(size, np.float32)) for i in range(count)})
 def in_place():
     w, g = tree(300_000, 3), tree(300_000, 3)
-    while True:
-        lars_update(w, g, 1e-6, out=w)
+    return lambda: lars_update(w, g, 1e-6, out=w)
 def into_new_arrays():
     w, g = tree(300_000, 3), tree(300_000, 3)
-    while True:
-        lars_update(w, g, 1e-6)
+    return lambda: lars_update(w, g, 1e-6)
 def walked_in_python():
     w, g = [tree(10, 60), tree(10, 60, Walked)], [tree(10, 60), tree(10, 60, Walked)]
-    while True:
-        lars_update(w, g, 1e-6, out=w)
+    return lambda: lars_update(w, g, 1e-6, out=w)
 def momentum():
     w, g = tree(30_000, 20), tree(30_000, 20)
     optimizer = Lars(0.1)
     state = optimizer.init(w)
-    while True:
-        w, state = optimizer.update(w, g, state)
+    return lambda: optimizer.update(w, g, state)
 def run(work, threads):
     sys.setswitchinterval(1e-5)
+    running = threading.Barrier(threads + 1)
+    def loop():
+        update = work()
+        update()
+        running.wait()
+        while True:
+            update()
     for _ in range(threads):
-        threading.Thread(target=work, daemon=True).start()
-    time.sleep(0.05)
+        threading.Thread(target=loop, daemon=True).start()
+    running.wait()
+    time.sleep(0.01)
 """
 
 
 def test_a_daemon_thread_inside_an_update_does_not_crash_the_exit():
     works = ["in_place", "into_new_arrays", "walked_in_python", "momentum"]
-    codes = [f"{EXIT}\nrun({work}, {n})" for work in works for n in (1, 1, 3)]
+    codes = [f"{EXIT}\nrun({work}, {threads})" for work in works for threads in (1, 2, 4)]
     processes = [start(code) for code in codes]
     assert [result(process) for process in processes] == [(0, "", "")] * len(codes)
 
