@@ -55,7 +55,9 @@ inline void prefetch(const void* object) {
 class Buffer {
 public:
     Buffer() { view.obj = nullptr; }
-    ~Buffer() { call_python(PyBuffer_Release, &view); }
+    ~Buffer() {
+        if (view.obj) call_python(PyBuffer_Release, &view);
+    }
     Buffer(const Buffer&) = delete;
     Py_buffer view;
 };
@@ -260,7 +262,10 @@ PyObject* update(PyObject*, PyObject* args) {
             const Arrays given = {PyList_GetItem(ws, i), PyList_GetItem(dcdws, i), item(outs, i),
                                   item(velocities, i)};
             PyObject* rule = PyList_GetItem(rules, i);
-            if (PyErr_Occurred()) return nullptr;  // a list has become shorter
+            if (!given.w || !given.dcdw || !rule) return nullptr;  // a list has become shorter
+            if ((in_place && !given.out) || (velocities != Py_None && !given.velocity)) {
+                return nullptr;
+            }
             const bool is_kept = given.dcdw == Py_None && given.w != Py_None;
             const bool moves = given.velocity && given.velocity != Py_None;
             if (given.w == Py_None && given.dcdw == Py_None && !moves &&

@@ -20,6 +20,9 @@ namespace lars {
 // must not touch Python objects. So unwinding is stopped here, in the innermost frame: the thread
 // sleeps until the process ends, which does not wait for it. Python 3.14 does the same itself.
 template <class Function, class... Arguments>
+#if defined(__GNUC__)
+__attribute__((always_inline)) inline  // else the function is called by its address
+#endif
 auto call_python(Function function, Arguments... arguments) -> decltype(function(arguments...)) {
     try {
         return function(arguments...);
@@ -44,7 +47,7 @@ public:
 
 private:
     void release() {
-        call_python([this] { Py_XDECREF(object); });
+        if (object) call_python([this] { Py_DECREF(object); });
     }
 
     PyObject* object;

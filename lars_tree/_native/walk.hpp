@@ -105,9 +105,9 @@ private:
                 Owned held_other(Py_NewRef(other));
                 const int matched = match(child, other, exact, depth + 1);
                 if (matched != 1) return matched;
-                if (PyDict_Size(node) != size || PyDict_Size(prefix) != size) return changed(), -1;
+                if (PyDict_Size(node) != size) return changed(), -1;
             }
-            return seen == size || changed() ? 1 : -1;
+            return (seen == size && PyDict_Size(prefix) == size) || changed() ? 1 : -1;
         }
         if (is_sequence(node) && is_sequence(prefix) && depth < deepest) {
             const Locked lock(node), other_lock(prefix);
