@@ -262,10 +262,7 @@ PyObject* update(PyObject*, PyObject* args) {
             const Arrays given = {PyList_GetItem(ws, i), PyList_GetItem(dcdws, i), item(outs, i),
                                   item(velocities, i)};
             PyObject* rule = PyList_GetItem(rules, i);
-            if (!given.w || !given.dcdw || !rule) return nullptr;  // a list has become shorter
-            if ((in_place && !given.out) || (velocities != Py_None && !given.velocity)) {
-                return nullptr;
-            }
+            if (PyErr_Occurred()) return nullptr;  // a list has become shorter
             const bool is_kept = given.dcdw == Py_None && given.w != Py_None;
             const bool moves = given.velocity && given.velocity != Py_None;
             if (given.w == Py_None && given.dcdw == Py_None && !moves &&
@@ -281,8 +278,7 @@ PyObject* update(PyObject*, PyObject* args) {
             if (given.w == Py_None || is_kept) Py_RETURN_NONE;
             Made made;
             const bool plain = leaves.add(given, makers, rule, made);
-            if (PyErr_Occurred()) return nullptr;
-            if (!plain) Py_RETURN_NONE;
+            if (!plain) return PyErr_Occurred() ? nullptr : Py_NewRef(Py_None);
             if (in_place) {
                 if (!append(written, given.out)) return nullptr;
                 if (moves && !append(written, given.velocity)) return nullptr;
