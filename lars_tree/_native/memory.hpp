@@ -147,7 +147,7 @@ public:
         if (!done) {
             for (PyObject* expected : {PyExc_BufferError, PyExc_TypeError, PyExc_ValueError,
                                        PyExc_RuntimeError, PyExc_AttributeError}) {
-                if (PyErr_Occurred() && PyErr_ExceptionMatches(expected)) PyErr_Clear();
+                if (PyErr_Occurred() && PyErr_ExceptionMatches(expected)) call_python(PyErr_Clear);
             }
             return false;
         }
@@ -156,8 +156,8 @@ public:
 
     // Where an array of one int64 has its number, to be written to; null if that is not plain.
     std::int64_t* read_counter(PyObject* x, Py_buffer& buffer) const {
-        if (PyObject_GetBuffer(x, &buffer, PyBUF_WRITABLE | PyBUF_FORMAT) != 0) {
-            PyErr_Clear();
+        if (call_python(PyObject_GetBuffer, x, &buffer, PyBUF_WRITABLE | PyBUF_FORMAT) != 0) {
+            call_python(PyErr_Clear);
             return nullptr;
         }
         const char* format = buffer.format ? buffer.format : "B";
@@ -177,13 +177,15 @@ private:
     bool read_buffer(PyObject* x, bool writable, Memory& to, Py_buffer& buffer) const {
         const int flags = PyBUF_STRIDES | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0);
         bool are_bits = as_bits == Py_True;
-        if (PyObject_GetBuffer(x, &buffer, flags) != 0) {
+        if (call_python(PyObject_GetBuffer, x, &buffer, flags) != 0) {
             if (as_bits == Py_None || are_bits || !PyErr_ExceptionMatches(PyExc_ValueError)) {
                 return false;
             }
-            PyErr_Clear();
-            Owned bits(PyObject_CallFunctionObjArgs(as_bits, x, nullptr));
-            if (!bits || bits == Py_None || PyObject_GetBuffer(bits, &buffer, flags) != 0) {
+            call_python(PyErr_Clear);
+            Owned bits(call_python(PyObject_CallFunctionObjArgs, as_bits, x, nullptr));
+            PyObject* viewed = bits;
+            if (!viewed || viewed == Py_None ||
+                call_python(PyObject_GetBuffer, viewed, &buffer, flags) != 0) {
                 return false;
             }
             are_bits = true;
@@ -228,7 +230,7 @@ private:
         DLTensor tensor;
         const int cpu = 1, real = 2, brain = 4;
         if (!api || sizeof(Py_ssize_t) != sizeof(std::int64_t)) return false;
-        if (api->tensor_from_object(x, &tensor) != 0) return false;
+        if (call_python(api->tensor_from_object, x, &tensor) != 0) return false;
         if (tensor.device_type != cpu || tensor.vector_lanes != 1 || tensor.ndim > 64) return false;
         if (tensor.code == brain && tensor.bits == 16) {
             to.format = bfloat16;
@@ -247,28 +249,33 @@ private:
             const std::int64_t stride = tensor.strides ? tensor.strides[axis] : to.size;
             to.strides[axis] = stride * to.item_size;
         }
-        return to.size == 0 || (!is_true(is_neg, x) && is_held(x, writable, to));
+        return to.size == 0 || (gives(Py_False, is_neg, x) && is_held(x, writable, to));
     }
 
     // Whether the storage of a tensor without gaps has all of its memory, as it may have been freed
     // or cut short, and whether it can be written to, if it is memory that is not torch's own.
     bool is_held(PyObject* x, bool writable, const Memory& memory) const {
-        Owned storage(PyObject_CallFunctionObjArgs(untyped_storage, x, nullptr));
+        Owned storage(call_python(PyObject_CallFunctionObjArgs, untyped_storage, x, nullptr));
         if (!storage) return false;
-        const long long offset = number(storage_offset, x), room = number(nbytes, storage);
+        const long long offset = number(storage_offset, x);
+        if (!memory.data || offset < 0) return false;
+        const long long room = number(nbytes, storage);
         const long long needed = (offset + static_cast<long long>(memory.size)) * memory.item_size;
-        if (!memory.data || offset < 0 || room < needed) return false;
-        return !writable || is_true(resizable, storage) || is_writable(memory.data, memory.bytes());
+        if (room < needed) return false;
+        if (!writable || gives(Py_True, resizable, storage)) return true;
+        return !PyErr_Occurred() && is_writable(memory.data, memory.bytes());
     }
 
     static long long number(PyObject* method, PyObject* x) {
-        Owned result(PyObject_CallFunctionObjArgs(method, x, nullptr));
-        return result ? PyLong_AsLongLong(result) : -1;
+        Owned result(call_python(PyObject_CallFunctionObjArgs, method, x, nullptr));
+        PyObject* found = result;
+        return found ? call_python(PyLong_AsLongLong, found) : -1;
     }
 
-    static bool is_true(PyObject* method, PyObject* x) {
-        Owned result(PyObject_CallFunctionObjArgs(method, x, nullptr));
-        return result == Py_True;
+    // Whether the method gives this bool; false too with an exception set.
+    static bool gives(PyObject* expected, PyObject* method, PyObject* x) {
+        Owned result(call_python(PyObject_CallFunctionObjArgs, method, x, nullptr));
+        return result == expected;
     }
 
     PyObject *types = nullptr, *as_bits = nullptr;

@@ -56,7 +56,9 @@ inline void prefetch(const void* object) {
 class Buffer {
 public:
     Buffer() { view.obj = nullptr; }
-    ~Buffer() { PyBuffer_Release(&view); }
+    ~Buffer() {
+        if (view.obj) call_python(PyBuffer_Release, &view);
+    }
     Buffer(const Buffer&) = delete;
     Py_buffer view;
 };
@@ -72,6 +74,11 @@ struct Makers {
     PyObject *make, *copy;
 };
 
+// What they made for a leaf.
+struct Made {
+    Owned out, velocity;
+};
+
 // All leaves of one call, read and checked.
 class Leaves {
 public:
@@ -79,7 +86,7 @@ public:
 
     // Adds a leaf, without touching its memory; false if it is not plain, or with an exception set.
     // Where there is no `out`, new arrays are made: `made` then owns them, also when it fails.
-    bool add(const Arrays& given, const Makers& makers, PyObject* fields, Arrays& made) {
+    bool add(const Arrays& given, const Makers& makers, PyObject* fields, Made& made) {
         Memory weights, gradients, results, moving = {};
         Buffer of_w, of_dcdw, of_out, of_velocity, of_copy;
         Arrays to = given;
@@ -97,10 +104,13 @@ public:
             return false;
         }
         if (!given.out) {
-            to.out = made.out = PyObject_CallFunctionObjArgs(makers.make, given.w, nullptr);
+            made.out.reset(
+                call_python(PyObject_CallFunctionObjArgs, makers.make, given.w, nullptr));
             if (!made.out) return false;
+            to.out = made.out;
             if (to.velocity) {
-                made.velocity = PyObject_CallFunctionObjArgs(makers.copy, to.velocity, nullptr);
+                made.velocity.reset(
+                    call_python(PyObject_CallFunctionObjArgs, makers.copy, to.velocity, nullptr));
                 if (!made.velocity) return false;
                 if (!read_velocity(made.velocity, true, weights, moving, of_copy.view)) {
                     return false;
@@ -161,7 +171,7 @@ private:
         if (fields == last) return true;  // most often one for all leaves
         rules.emplace_back();
         last = fields;
-        return read_rule(fields, rules.back());
+        return call_python([&] { return read_rule(fields, rules.back()); });
     }
 
     bool read_velocity(PyObject* x, bool writable, const Memory& weights, Memory& to,
@@ -188,7 +198,7 @@ private:
 // A list of one item for each leaf, or None.
 bool is_column(PyObject* list, Py_ssize_t count) {
     if (list == Py_None || (PyList_Check(list) && PyList_Size(list) == count)) return true;
-    PyErr_SetString(PyExc_ValueError, "expected lists of one length");
+    call_python(PyErr_SetString, PyExc_ValueError, "expected lists of one length");
     return false;
 }
 
@@ -196,6 +206,8 @@ bool is_column(PyObject* list, Py_ssize_t count) {
 PyObject* item(PyObject* list, Py_ssize_t i) {
     return list == Py_None ? nullptr : PyList_GetItem(list, i);
 }
+
+bool append(PyObject* list, PyObject* x) { return call_python(PyList_Append, list, x) == 0; }
 
 const char update_doc[] =
     "update(ws, dcdws, outs, rules, velocities, counter, make, copy, begin, types, tensors,\n"
@@ -228,10 +240,10 @@ PyObject* update(PyObject*, PyObject* args) {
             if (!is_column(list, count)) return nullptr;
         }
         // New arrays are put into lists of their own, which own them.
-        Owned new_ws(in_place ? Py_NewRef(outs) : PyList_New(count));
-        Owned new_velocities(in_place || velocities == Py_None ? Py_NewRef(velocities)
-                                                               : PyList_New(count));
-        Owned written(PyList_New(0));
+        const bool new_moves = !in_place && velocities != Py_None;
+        Owned new_ws(in_place ? Py_NewRef(outs) : call_python(PyList_New, 0));
+        Owned new_velocities(new_moves ? call_python(PyList_New, 0) : Py_NewRef(velocities));
+        Owned written(call_python(PyList_New, 0));
         if (!new_ws || !new_velocities || !written) return nullptr;
         Buffer of_counter;
         std::int64_t* counted = nullptr;
@@ -250,14 +262,14 @@ PyObject* update(PyObject*, PyObject* args) {
             }
             const Arrays given = {PyList_GetItem(ws, i), PyList_GetItem(dcdws, i), item(outs, i),
                                   item(velocities, i)};
+            PyObject* rule = PyList_GetItem(rules, i);
+            if (PyErr_Occurred()) return nullptr;  // a list has become shorter
             const bool is_kept = given.dcdw == Py_None && given.w != Py_None;
             const bool moves = given.velocity && given.velocity != Py_None;
-            if (!in_place && given.velocity && !moves) {
-                PyList_SetItem(new_velocities, i, Py_NewRef(Py_None));
-            }
             if (given.w == Py_None && given.dcdw == Py_None && !moves &&
                 (!in_place || given.out == Py_None)) {  // nothing there
-                if (!in_place) PyList_SetItem(new_ws, i, Py_NewRef(Py_None));
+                if (!in_place && !append(new_ws, Py_None)) return nullptr;
+                if (new_moves && !append(new_velocities, Py_None)) return nullptr;
                 continue;
             }
             if (is_kept && in_place && given.out == given.w) {
@@ -265,34 +277,37 @@ PyObject* update(PyObject*, PyObject* args) {
                 continue;
             }
             if (given.w == Py_None || is_kept) Py_RETURN_NONE;
-            Arrays made = {};
-            const bool plain = leaves.add(given, makers, PyList_GetItem(rules, i), made);
-            if (made.out) PyList_SetItem(new_ws, i, made.out);
-            if (made.velocity) PyList_SetItem(new_velocities, i, made.velocity);
-            if (PyErr_Occurred()) return nullptr;
-            if (!plain) Py_RETURN_NONE;
-            if (in_place && PyList_Append(written, given.out) != 0) return nullptr;
-            if (in_place && moves && PyList_Append(written, given.velocity) != 0) return nullptr;
+            Made made;
+            const bool plain = leaves.add(given, makers, rule, made);
+            if (!plain) return PyErr_Occurred() ? nullptr : Py_NewRef(Py_None);
+            if (in_place) {
+                if (!append(written, given.out)) return nullptr;
+                if (moves && !append(written, given.velocity)) return nullptr;
+            } else {
+                if (!append(new_ws, made.out)) return nullptr;
+                if (new_moves && !append(new_velocities, moves ? made.velocity : Py_None)) {
+                    return nullptr;
+                }
+            }
         }
         if (leaves.overlap()) Py_RETURN_NONE;
         if (begin != Py_None) {
             PyObject* list = written;
-            if (!Owned(PyObject_CallFunctionObjArgs(begin, list, nullptr))) return nullptr;
+            Owned begun(call_python(PyObject_CallFunctionObjArgs, begin, list, nullptr));
+            if (!begun) return nullptr;
         }
-        bool failed = false;
-        Py_BEGIN_ALLOW_THREADS
-        try {
-            leaves.step(threads > 0 ? threads : 1, static_cast<InstructionSet>(set));
-        } catch (const std::bad_alloc&) {
-            failed = true;
-        }
-        Py_END_ALLOW_THREADS
-        if (failed) return PyErr_NoMemory();
-        if (counted) ++*counted;  // no signal is handled between this and the step
+        // From the step on, nothing can fail, and no signal is handled.
         PyObject *of_ws = new_ws, *of_velocities = new_velocities;
-        return PyTuple_Pack(2, of_ws, of_velocities);
+        Owned results(call_python(PyTuple_Pack, 2, of_ws, of_velocities));
+        if (!results) return nullptr;
+        {
+            Unlocked others_run;
+            leaves.step(threads > 0 ? threads : 1, static_cast<InstructionSet>(set));
+        }
+        if (counted) ++*counted;
+        return Py_NewRef(results);
     } catch (const std::bad_alloc&) {
-        return PyErr_NoMemory();
+        return call_python(PyErr_NoMemory);
     }
 }
 

@@ -8,18 +8,48 @@
 #endif
 #include <Python.h>
 
+#include <chrono>
+#include <thread>
+
 namespace lars {
+
+// Calls a function of Python that may run code or release the GIL; all of them are called this way.
+//
+// Before Python 3.14, a daemon thread that asks for the GIL while the interpreter exits is ended by
+// pthread_exit, which may unwind C++ frames like an exception. Without the GIL their destructors
+// must not touch Python objects. So unwinding is stopped here, in the innermost frame: the thread
+// sleeps until the process ends, which does not wait for it. Python 3.14 does the same itself.
+template <class Function, class... Arguments>
+#if defined(__GNUC__)
+__attribute__((always_inline)) inline  // else the function is called by its address
+#endif
+auto call_python(Function function, Arguments... arguments) -> decltype(function(arguments...)) {
+    try {
+        return function(arguments...);
+    } catch (...) {  // C functions throw nothing else
+        for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+    }
+}
 
 // A reference that is given back at the end of its scope.
 class Owned {
 public:
-    explicit Owned(PyObject* object) : object(object) {}
-    ~Owned() { Py_XDECREF(object); }
+    explicit Owned(PyObject* object = nullptr) : object(object) {}
+    ~Owned() { release(); }
     Owned(const Owned&) = delete;
     Owned& operator=(const Owned&) = delete;
     operator PyObject*() const { return object; }
 
+    void reset(PyObject* other) {
+        release();
+        object = other;
+    }
+
 private:
+    void release() {
+        if (object) call_python([this] { Py_DECREF(object); });
+    }
+
     PyObject* object;
 };
 
@@ -27,8 +57,8 @@ private:
 class Locked {
 public:
 #if defined(Py_GIL_DISABLED)
-    explicit Locked(PyObject* object) { PyCriticalSection_Begin(&section, object); }
-    ~Locked() { PyCriticalSection_End(&section); }
+    explicit Locked(PyObject* object) { call_python(PyCriticalSection_Begin, &section, object); }
+    ~Locked() { call_python(PyCriticalSection_End, &section); }
 
 private:
     PyCriticalSection section;
@@ -37,6 +67,18 @@ private:
 #endif
     Locked(const Locked&) = delete;
     Locked& operator=(const Locked&) = delete;
+};
+
+// Lets other threads run Python until the end of its scope.
+class Unlocked {
+public:
+    Unlocked() : state(PyEval_SaveThread()) {}
+    ~Unlocked() { call_python(PyEval_RestoreThread, state); }
+    Unlocked(const Unlocked&) = delete;
+    Unlocked& operator=(const Unlocked&) = delete;
+
+private:
+    PyThreadState* state;
 };
 
 }  // namespace lars

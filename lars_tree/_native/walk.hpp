@@ -10,7 +10,9 @@ namespace lars {
 // What _tree.py calls the kinds of nodes.
 enum Kind { leaf_kind = 0, plain_dict_kind = 1 };
 
-const int deepest = 500;
+// Levels that are walked here. They take 10 KB of the stack of a thread, which may be small
+// (threading.stack_size); Python walks the levels below on the heap, up to its recursion limit.
+const int deepest = 32;
 
 class Walk {
 public:
@@ -20,7 +22,7 @@ public:
     // Appends the leaves of the node; false with an exception set.
     bool collect(PyObject* node, int depth = 0) {
         const long kind = kind_of_node(node);
-        if (kind == leaf_kind) return PyList_Append(found, node) == 0;
+        if (kind == leaf_kind) return append(node);
         return kind >= 0 && collect_children(node, kind, depth);
     }
 
@@ -30,7 +32,7 @@ public:
         const long kind = kind_of_node(node), prefix_kind = kind_of_node(prefix);
         if (kind < 0 || prefix_kind < 0) return -1;
         if (kind == leaf_kind && prefix_kind == leaf_kind) {
-            return PyList_Append(found, prefix) == 0 ? 1 : -1;
+            return append(prefix) ? 1 : -1;
         }
         if (kind == leaf_kind) return 0;
         return match_children(node, kind, prefix, prefix_kind, exact, depth);
@@ -41,39 +43,46 @@ private:
         PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(node));
         if (type == last_leaf_type) return leaf_kind;  // most nodes, and most often of one type
         const long kind = look_up(node, type);
-        if (kind == leaf_kind) last_leaf_type = type;
+        if (kind == leaf_kind) last_leaf_type.reset(Py_NewRef(type));
         return kind;
     }
 
     long look_up(PyObject* node, PyObject* type) {
-        PyObject* known = PyDict_GetItemWithError(kinds, type);
-        if (known) return PyLong_AsLong(known);
+        PyObject* known = call_python(PyDict_GetItemWithError, kinds, type);
+        if (known) return call_python(PyLong_AsLong, known);
         if (PyErr_Occurred()) return -1;
-        Owned kind(PyObject_CallFunctionObjArgs(kind_of, node, nullptr));
-        return kind ? PyLong_AsLong(kind) : -1;
+        Owned kind(call_python(PyObject_CallFunctionObjArgs, kind_of, node, nullptr));
+        PyObject* number = kind;
+        return kind ? call_python(PyLong_AsLong, number) : -1;
     }
+
+    bool append(PyObject* x) { return call_python(PyList_Append, found, x) == 0; }
 
     bool collect_children(PyObject* node, long kind, int depth) {
         if (kind == plain_dict_kind && depth < deepest) {
             const Locked lock(node);
             PyObject *key, *child;
-            Py_ssize_t place = 0;
+            Py_ssize_t place = 0, seen = 0;
             const Py_ssize_t size = PyDict_Size(node);
             while (PyDict_Next(node, &place, &key, &child)) {
+                if (seen++ == size) return changed();
                 Owned held(Py_NewRef(child));
                 if (!collect(child, depth + 1)) return false;
                 if (PyDict_Size(node) != size) return changed();
             }
-            return true;
+            return seen == size || changed();
         }
         if (is_sequence(node) && depth < deepest) {
-            for (Py_ssize_t i = 0; i < PySequence_Size(node); ++i) {
-                Owned child(PySequence_GetItem(node, i));
+            const Locked lock(node);
+            const Py_ssize_t size = PySequence_Size(node);
+            for (Py_ssize_t i = 0; i < size; ++i) {
+                Owned child(call_python(PySequence_GetItem, node, i));
                 if (!child || !collect(child, depth + 1)) return false;
+                if (PySequence_Size(node) != size) return changed();
             }
             return true;
         }
-        return Owned(PyObject_CallFunctionObjArgs(other_nodes, node, found, nullptr));
+        return Owned(call_python(PyObject_CallFunctionObjArgs, other_nodes, node, found, nullptr));
     }
 
     int match_children(PyObject* node, long kind, PyObject* prefix, long prefix_kind, bool exact,
@@ -83,32 +92,40 @@ private:
             const Py_ssize_t size = PyDict_Size(node);
             if (PyDict_Size(prefix) != size) return 0;
             PyObject *key, *child, *other_key, *other;
-            Py_ssize_t place = 0, other_place = 0;
+            Py_ssize_t place = 0, other_place = 0, seen = 0;
             while (PyDict_Next(node, &place, &key, &child)) {
+                if (seen++ == size) return changed(), -1;
                 Owned held_key(Py_NewRef(key)), held(Py_NewRef(child));
                 // Nests that were made alike have their keys in the same order.
                 if (!PyDict_Next(prefix, &other_place, &other_key, &other) || other_key != key) {
-                    other = PyDict_GetItemWithError(prefix, key);
-                    if (!other) return PyErr_Occurred() ? -1 : 0;
+                    other = call_python(PyDict_GetItemWithError, prefix, key);
+                    if (!other && PyErr_Occurred()) return -1;
+                    if (!other) return PyDict_Size(prefix) == size ? 0 : (changed(), -1);
                 }
                 Owned held_other(Py_NewRef(other));
                 const int matched = match(child, other, exact, depth + 1);
                 if (matched != 1) return matched;
-                if (PyDict_Size(node) != size) return changed() ? 1 : -1;
+                if (PyDict_Size(node) != size) return changed(), -1;
             }
-            return 1;
+            return (seen == size && PyDict_Size(prefix) == size) || changed() ? 1 : -1;
         }
         if (is_sequence(node) && is_sequence(prefix) && depth < deepest) {
-            if (PySequence_Size(node) != PySequence_Size(prefix)) return 0;
-            for (Py_ssize_t i = 0; i < PySequence_Size(node); ++i) {
-                Owned child(PySequence_GetItem(node, i)), other(PySequence_GetItem(prefix, i));
+            const Locked lock(node), other_lock(prefix);
+            const Py_ssize_t size = PySequence_Size(node);
+            if (PySequence_Size(prefix) != size) return 0;
+            for (Py_ssize_t i = 0; i < size; ++i) {
+                Owned child(call_python(PySequence_GetItem, node, i));
+                Owned other(call_python(PySequence_GetItem, prefix, i));
                 const int matched = child && other ? match(child, other, exact, depth + 1) : -1;
                 if (matched != 1) return matched;
+                if (PySequence_Size(node) != size || PySequence_Size(prefix) != size) {
+                    return changed(), -1;
+                }
             }
             return 1;
         }
-        Owned matched(PyObject_CallFunctionObjArgs(other_nodes, node, prefix, found,
-                                                   exact ? Py_True : Py_False, nullptr));
+        Owned matched(call_python(PyObject_CallFunctionObjArgs, other_nodes, node, prefix, found,
+                                  exact ? Py_True : Py_False, nullptr));
         return matched ? matched == Py_True : -1;
     }
 
@@ -117,12 +134,12 @@ private:
     }
 
     static bool changed() {
-        PyErr_SetString(PyExc_RuntimeError, "a nest of weights was changed while it was read");
+        call_python(PyErr_SetString, PyExc_RuntimeError, "a tree was changed while it was read");
         return false;
     }
 
     PyObject *kinds, *kind_of, *other_nodes, *found;
-    PyObject* last_leaf_type = nullptr;  // kept alive by `kinds`
+    Owned last_leaf_type;
 };
 
 }  // namespace lars
