@@ -34,8 +34,8 @@ def norm(x):
 
 def step(w, g, lr, decay, w_norm=None, g_norm=None):
     w_norm = norm(w) if w_norm is None else w_norm
-    below = (norm(g) if g_norm is None else g_norm) + decay * w_norm
-    ratio = w_norm / below if w_norm and below else 1.0
+    g_norm = norm(g) if g_norm is None else g_norm
+    ratio = w_norm / (g_norm + decay * w_norm) if w_norm and g_norm else 1.0
     new = w.astype(np.float64) - lr * ratio * (g.astype(np.float64) + decay * w)
     return np.asarray(new).astype(w.dtype)
 
@@ -93,6 +93,10 @@ def promoted_dtype(w, g, lr, decay):
 
 def frozen_zeros(w, g, lr, decay):
     return step(w, g, lr, decay) if norm(w) else w.copy()
+
+
+def ratio_of_decay_alone(w, g, lr, decay):
+    return step(w, g, lr, decay, g_norm=max(norm(g), 1e-300))
 
 
 def plain_sgd(w, g, lr, decay):
@@ -169,6 +173,7 @@ MISTAKES = [
     (layer_by_layer(plain_sgd), laws.follows_the_rule),
     (layer_by_layer(squared_rate), laws.is_linear_in_the_rate),
     (layer_by_layer(nan_of_no_gradient), laws.stands_still_without_a_gradient),
+    (layer_by_layer(ratio_of_decay_alone), laws.decays_plainly_without_a_gradient),
     (layer_by_layer(least_rate), laws.stands_still_at_rate_zero),
     (other_arrays_in_place, laws.is_the_same_in_place),
     (layer_by_layer(decay_without_a_gradient), laws.leaves_weights_without_a_gradient),
@@ -302,6 +307,22 @@ def test_the_trust_coefficient_and_the_bound_can_be_chosen():
     long = [laws.is_exact_in_long_layers]
     check_update_laws(rough, laws=long, nested=False, dtypes=["float32"], ulp=1e5, settings=QUICK)
     assert broken(rough, laws=long, ulp=4)
+
+
+def test_optimizers_that_take_the_norm_of_the_sum_keep_the_laws_of_that():
+    def ours(w, dcdw, lr, **options):
+        return lars_update(w, dcdw, lr, joint_norm=True, **options)
+
+    check_update_laws(ours, joint_norm=True)
+    broken_by_ours = broken(ours).laws
+    assert "decays_as_in_the_paper" in broken_by_ours
+    assert "follows_the_rule" not in broken_by_ours  # without decay both are the same
+    joint = layer_by_layer(norm_of_the_sum)
+    check_update_laws(joint, laws=CLOSE, joint_norm=True, nested=False, settings=QUICK)
+    assert list(broken(layer_by_layer(step), laws=CLOSE, joint_norm=True).laws)
+
+
+CLOSE = [laws.decays_as_in_the_paper, laws.decays_plainly_without_a_gradient]
 
 
 def test_laws_of_ones_own():

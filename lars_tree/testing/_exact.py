@@ -22,16 +22,21 @@ def step(
     decay_lambda: float,
     trust_coefficient: float,
     norms: tuple[Decimal, Decimal] | None = None,
+    joint_norm: bool = False,
 ) -> Exact:
-    """One step of one layer; `norms` are given where w and dcdw are a part of it."""
+    """One step of one layer; `norms` are given where w and dcdw are a part of it.
+
+    With `joint_norm` the second one is that of dcdw + decay_lambda * w.
+    """
     with localcontext(CONTEXT):
         ws, gs, rate, decay = _exact(w), _exact(dcdw), Decimal(lr), Decimal(decay_lambda)
-        w_norm, g_norm = norms or (norm(w), norm(dcdw))
-        below = g_norm + decay * w_norm
+        decayed = [g + decay * x for x, g in zip(ws, gs, strict=True)]
+        w_norm, below = norms or (_norm(ws), _norm(decayed if joint_norm else gs))
         ratio = Decimal(1)
         if w_norm and below:
+            below = below if joint_norm else below + decay * w_norm
             ratio = Decimal(trust_coefficient) * w_norm / below
-        steps = [rate * ratio * (g + decay * x) for x, g in zip(ws, gs, strict=True)]
+        steps = [rate * ratio * x for x in decayed]
         pairs = list(zip(ws, steps, strict=True))
         return Exact([x - u for x, u in pairs], [max(abs(x), abs(u)) for x, u in pairs])
 
@@ -39,7 +44,11 @@ def step(
 def norm(values: list[float], times: int = 1) -> Decimal:
     """The 2-norm of the values, each of them as many times."""
     with localcontext(CONTEXT):
-        return (times * sum((x * x for x in _exact(values)), Decimal(0))).sqrt()
+        return _norm(_exact(values), times)
+
+
+def _norm(values: list[Decimal], times: int = 1) -> Decimal:
+    return (times * sum((x * x for x in values), Decimal(0))).sqrt()
 
 
 def _exact(values: list[float]) -> list[Decimal]:

@@ -43,6 +43,7 @@ def check_update_laws(
     node_types: Sequence[type] = (dict, list, tuple, Container),
     nested: bool = True,
     trust_coefficient: float = 1.0,
+    joint_norm: bool = False,
     ulp: float | None = None,
     settings: hypothesis.settings | None = None,
 ) -> None:
@@ -79,6 +80,8 @@ def check_update_laws(
         node_types: Types of the nodes of w and dcdw, as in `nests`.
         nested: False: w and dcdw are flat dicts of arrays.
         trust_coefficient: The one with which the function steps.
+        joint_norm: Whether its denominator is |g + decay_lambda * w|, as that of optax, and not
+            |g| + decay_lambda * |w|.
         ulp: How far off the exact step an element may be where laws are about exactness, in units
             in the last place of the larger of |w| and |step|. None is 1, and 4 for float64.
         settings: Of hypothesis, such as `settings(max_examples=20, derandomize=True)`. None takes
@@ -97,7 +100,7 @@ def check_update_laws(
     for name in names:
         _arrays.check_known("dtypes", name, _arrays.names_for(library))
     bounds = ULP if ulp is None else dict.fromkeys(ULP, ulp)
-    domain = Domain(library, names, node_types, nested, trust_coefficient, bounds)
+    domain = Domain(library, names, node_types, nested, trust_coefficient, joint_norm, bounds)
     chosen = [law for law in laws if law.__name__ not in excluded]
     found = {law.__name__: _broken(law, update, domain, settings) for law in chosen}
     broken = {name: error for name, error in found.items() if error is not None}

@@ -171,6 +171,17 @@ def stands_still_without_a_gradient(trial: Trial) -> None:
     assert_close_ulp(trial(w, _times(0, dcdw), 0.5), w, 0)
 
 
+def decays_plainly_without_a_gradient(trial: Trial) -> None:
+    """Where the gradient is 0, ratio is 1: the step is lr * decay * w, not lr * trust * w.
+
+    With `joint_norm` the ratio is that of |w| to |decay * w|.
+    """
+    w, dcdw = trial.pair()
+    zeros = _times(0, dcdw)
+    new = trial(w, zeros, 0.5, decay_lambda=0.125)
+    trial.assert_rule(new, w, zeros, 0.5, 0.125, FORMULA_ULP)
+
+
 def follows_the_rule(trial: Trial) -> None:
     """Without decay a step is lr * trust_coefficient * |w| / |g| * g, of plain numbers."""
     w, dcdw = trial.pair()
@@ -179,7 +190,10 @@ def follows_the_rule(trial: Trial) -> None:
 
 
 def decays_as_in_the_paper(trial: Trial) -> None:
-    """The step is lr * ratio * (g + decay * w), with ratio |w| / (|g| + decay * |w|)."""
+    """The step is lr * ratio * (g + decay * w), with ratio |w| / (|g| + decay * |w|).
+
+    With `joint_norm` the ratio is |w| / |g + decay * w|.
+    """
     w, dcdw = trial.pair()
     rate = trial.draw(RATES, "lr")
     decay = trial.draw(st.sampled_from([0.5, 2.0, 0.125]), "decay_lambda")
@@ -248,6 +262,7 @@ RULE_LAWS: tuple[Law, ...] = (
     is_linear_in_the_rate,
     trains_zero_weights,
     stands_still_without_a_gradient,
+    decays_plainly_without_a_gradient,
     follows_the_rule,
     decays_as_in_the_paper,
     is_exact,

@@ -163,6 +163,7 @@ OPTIONS = {
     "eps": st.sampled_from([0.0, 1e-8]),
     "adapt": st.sampled_from([True, False]),
     "trust_clip": st.booleans(),
+    "joint_norm": st.booleans(),
     "grad_scale": st.sampled_from([1.0, 1024.0]),
 }
 
@@ -171,8 +172,8 @@ def options(*names: str) -> Strategy:
     """Keywords of `lars_update`: some of those named, each with a value for all leaves.
 
     Args:
-        *names: Of "decay_lambda", "trust_coefficient", "eps", "adapt", "trust_clip" and
-            "grad_scale"; all of them, if none is named.
+        *names: Of "decay_lambda", "trust_coefficient", "eps", "adapt", "trust_clip", "joint_norm"
+            and "grad_scale"; all of them, if none is named.
 
     Raises:
         ValueError: There is no option of such a name.

@@ -33,6 +33,7 @@ class Domain:
     node_types: Sequence[type]
     nested: bool
     trust_coefficient: float
+    joint_norm: bool
     ulp: Mapping[str, float]
 
     @cached_property
@@ -126,7 +127,14 @@ class Trial:
         scale: list[Any] = []
         for x, g in zip(_tree.leaves(w), _tree.leaves(dcdw), strict=True):
             old, gradient = (_arrays.to_numpy(y).ravel().tolist() for y in (x, g))
-            exact = _exact.step(old, gradient, lr, decay_lambda, self.domain.trust_coefficient)
+            exact = _exact.step(
+                old,
+                gradient,
+                lr,
+                decay_lambda,
+                self.domain.trust_coefficient,
+                joint_norm=self.domain.joint_norm,
+            )
             for values, found in zip(exact, (wanted, scale), strict=True):
                 found.append(_objects(values, tuple(x.shape)))
         self.assert_close(new, w, _tree.rebuild(w, wanted), _tree.rebuild(w, scale), ulp)
