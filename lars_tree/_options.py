@@ -72,7 +72,7 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
             shared[name] = _checked(name, [((), given)], keep_history)[0]
         else:
             values = _checked(name, list(_tree.walk(given)), keep_history)
-            columns[name] = _tree.broadcast(name, tree, _tree.rebuild(given, values))
+            columns[name] = _tree.broadcast(name, tree, given, values=values)
     if not columns:
         return [Rule(**shared)] * count
     _refuse_gaps(tree, columns)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lars_tree import _backends, _counters, _options, _tree, errors, schedules
+from lars_tree import _backends, _counters, _nodes, _options, _tree, errors, schedules
 from lars_tree._backends.base import FLOATING
 from lars_tree._rule import is_zero
 from lars_tree.array import Array, unwrap
@@ -127,7 +127,7 @@ class Lars:
         assert backend is not None
         state = Container(step=backend.counter(first), skipped=backend.counter(first))
         if self._moves:
-            state["velocity"] = _tree.rebuild(w, [_zeros(x) for x in leaves])
+            state["velocity"] = _tree.rebuild(w, [_zeros(x) for x in leaves], "w")
         return state
 
     def update(self, w: Any, dcdw: Any, state: dict[str, Any], out: Any = None) -> tuple[Any, Any]:
@@ -197,4 +197,4 @@ def _without_schedules(lr: Any, rate: Callable[[Any], Any]) -> Any:
     if _tree.is_leaf(lr):
         return lr
     new = [_without_schedules(child, rate) for _, child in _tree.children(lr)]
-    return _tree.replace_children(lr, new)
+    return _nodes.plain(lr, new)

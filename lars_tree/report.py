@@ -86,7 +86,7 @@ def trust_ratios(
     for old, step in zip(_tree.leaves(w), steps, strict=True):
         ratio = None if step is None else step.measured.ratio
         ratios.append(Array(ratio) if isinstance(old, Array) and step is not None else ratio)
-    return _tree.rebuild(w, ratios)
+    return _tree.rebuild(w, ratios, "w")
 
 
 def layer_table(

@@ -199,10 +199,11 @@ def _result(
     new = {name: _counted(x, name, taken) for name, x in state.items() if name in _counters.NAMES}
     if "velocity" in state:
         # They are in the order of w, whose keys may be in another one than those of the state.
-        places = _tree.rebuild(w, range(len(velocities)))
-        order = _tree.broadcast("w", state["velocity"], places, exact=True, to="state")
-        new["velocity"] = _tree.rebuild(state["velocity"], [velocities[i] for i in order])
-    return _tree.rebuild(w, ws), new
+        old, places = state["velocity"], range(len(velocities))
+        order = _tree.broadcast("w", old, w, values=places, exact=True, to="state")
+        moved = [velocities[i] for i in order]
+        new["velocity"] = _tree.rebuild(old, moved, "state", at=("velocity",))
+    return _tree.rebuild(w, ws, "w"), new
 
 
 def _counted(counter: Any, name: str, taken: Any) -> Any:
