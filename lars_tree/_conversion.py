@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
-from lars_tree import _nodes, _tree
+from lars_tree import _nodes, _tree, errors
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def explained(method: Callable[P, T]) -> Callable[P, T]:
+    """The method of a Container, which says where a tree that it is given holds itself."""
+
+    @wraps(method)
+    def explaining(*arguments: P.args, **options: P.kwargs) -> T:
+        try:
+            return method(*arguments, **options)
+        except RecursionError:
+            names = ["self", *(f"argument {i}" for i in range(1, len(arguments)))]
+            error = _tree.explained(dict(zip(names, arguments, strict=True)))
+            if isinstance(error, errors.StructureError):
+                raise error from None
+            raise  # it may come from a function that the user gave
+
+    return explaining
 
 
 def taken(argument: str, value: Any, cls: Any) -> Any:
@@ -34,7 +55,7 @@ def converted(value: Any, cls: Any) -> Any:
     return value
 
 
-def plain(node: Any) -> Any:
+def plain(node: Any, _: None = None) -> Any:
     """The node with dicts for its Containers."""
     if _tree.is_leaf(node):
         return node

@@ -121,12 +121,15 @@ class CannotRebuild(Exception):
         return errors.error(errors.StructureError, argument, headline, [(path, text)])
 
 
-def each(node: Node, convert: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """convert(child, *arguments) for each child; a CannotRebuild learns the key."""
+def each(node: Node, convert: Callable[[Any, Any], Any], argument: Any = None) -> list[Any]:
+    """convert(child, argument) for each child; a CannotRebuild learns the key.
+
+    No further arguments: Python would go through the C stack to pass them on.
+    """
     values = []
     for key, child in children(node):
         try:
-            values.append(convert(child, *arguments))
+            values.append(convert(child, argument))
         except CannotRebuild as error:
             error.keys.append(key)
             raise
@@ -180,13 +183,16 @@ def plain(node: Node, values: Iterable[Any]) -> Node:
     return {key: value for (key, _), value in zip(children(node), values, strict=True)}
 
 
+Attempt = Callable[[Node, Pairs], Node]
+
+
 class _Plan(NamedTuple):
     """How to make nodes of a class: the attempts in their order.
 
     `sure`: the first one cannot fail, as the class reads and writes as the built-in class does.
     """
 
-    attempts: list[Callable[[Node, Pairs], Node]]
+    attempts: list[Attempt]
     sure: bool
 
 
@@ -198,12 +204,13 @@ def _plan(cls: type) -> _Plan:
         # A class with a `__setitem__` of its own may keep more than the items.
         writes = _is_own(cls, ("__setitem__", "append", "extend"), *_BUILT_IN)
         reads = _is_own(cls, _READING, *_BUILT_IN) and not hasattr(cls, "__copy__")
-        attempts = [_refilled, _constructed] if writes else [_constructed, _refilled]
+        attempts: list[Attempt] = [_refilled, _constructed]
+        attempts = attempts if writes else attempts[::-1]
         return _Plan(attempts, writes and reads)
     if issubclass(cls, ChainMap):
         return _Plan([], False)  # a view of several mappings, which would be one
-    attempts = [_refilled, _constructed] if hasattr(cls, "__attrs_attrs__") else [_constructed]
-    return _Plan(attempts, False)
+    fields = hasattr(cls, "__attrs_attrs__")
+    return _Plan([_refilled, _constructed] if fields else [_constructed], False)
 
 
 def _checked(node: Node, before: Pairs, pairs: Pairs) -> Node:
@@ -260,6 +267,8 @@ def _refilled(node: Node, pairs: Pairs) -> Node:
             return new
     else:
         new = _twin(node)
+        if new is None:
+            return node
     if issubclass(cls, list):
         list.__setitem__(new, slice(None), [value for _, value in pairs])
         return new
@@ -272,12 +281,15 @@ def _refilled(node: Node, pairs: Pairs) -> Node:
 
 
 def _twin(node: Node) -> Node:
-    """A copy of a dict or list that calls no method of the class."""
+    """A copy of a dict or list that calls no method of the class; None if that is not all of it."""
     base: Any = next(base for base in (OrderedDict, dict, list) if isinstance(node, base))
+    items = list(enumerate(list.__iter__(node)) if base is list else base.items(node))
+    own, read = dict(items), dict(children(node))
+    if own.keys() != read.keys() or any(read[key] is not child for key, child in items):
+        return None  # the children are elsewhere, where a copy would share them
     new = base.__new__(type(node))
-    if base is not list:
-        for key, child in base.items(node):  # in the order of the memory
-            base.__setitem__(new, key, child)
+    for key, child in () if base is list else items:  # in the order of the memory
+        base.__setitem__(new, key, child)
     return _with_attributes(new, node)
 
 

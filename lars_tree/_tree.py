@@ -63,8 +63,11 @@ def _collect_in_python(node: Tree, found: list[Leaf]) -> None:
             _collect_in_python(child, found)
 
 
+_DEEPEST = 100_000  # levels that a walk goes down whatever the recursion limit: a cycle has no end
+
+
 def _check_depth(depth: int) -> None:
-    if depth > sys.getrecursionlimit():
+    if depth > min(sys.getrecursionlimit(), _DEEPEST):
         raise RecursionError
 
 
@@ -312,9 +315,6 @@ def _difference(tree: Tree, prefix: Tree, exact: bool, hints: bool) -> tuple[str
     return errors.key_differences(mine, theirs, hints), True
 
 
-_DEEPEST_CYCLE = 100_000
-
-
 def cycle(tree: Tree) -> tuple[Path, Path] | None:
     """The path of a node that holds itself, and the path at which it does; None without one.
 
@@ -324,7 +324,7 @@ def cycle(tree: Tree) -> tuple[Path, Path] | None:
     depths = {id(tree): 0}  # of the nodes on the way down
     nodes, pending = [tree], [iter(list(children(tree)))]
     while pending:
-        if len(pending) > _DEEPEST_CYCLE:
+        if len(pending) > _DEEPEST:
             return None  # some classes make up new nodes whenever they are read, without end
         step = next(pending[-1], None)
         if step is None:

@@ -139,6 +139,7 @@ class Container(Arithmetic, dict[Any, Any]):
         del self[key]
         return value
 
+    @_conversion.explained
     def copy(self) -> Self:
         """A copy of all nodes that shares the leaves."""
         return _tree.rebuild(self, _tree.leaves(self), "self")  # type: ignore[no-any-return]
@@ -170,14 +171,17 @@ class Container(Arithmetic, dict[Any, Any]):
 
     # Leaves and shapes of nests
 
+    @_conversion.explained
     def leaves(self) -> list[Any]:
         """The leaves in order; None and empty nodes: None is a leaf, an empty node has none."""
         return _tree.leaves(self)
 
+    @_conversion.explained
     def paths(self) -> list[Path]:
         """The path of each leaf, a tuple of keys."""
         return [path for path, _ in _tree.walk(self)]
 
+    @_conversion.explained
     def unflatten(self, leaves: Iterable[Any]) -> Self:
         """A Container like this one with other leaves, given in the order of `leaves()`.
 
@@ -190,6 +194,7 @@ class Container(Arithmetic, dict[Any, Any]):
         new: Self = _tree.rebuild(self, leaves, "self")
         return new
 
+    @_conversion.explained
     def to_flat(self, sep: str = "/") -> dict[str, Any]:
         """The leaves by name, keys joined by `sep`; '.' gives the names of a state_dict.
 
@@ -223,10 +228,12 @@ class Container(Arithmetic, dict[Any, Any]):
             _paths.put_new(new, path, leaf, cls)
         return new
 
+    @_conversion.explained
     def to_dict(self) -> dict[Any, Any]:
         """Plain nested dicts, sharing the leaves."""
         return _tree.rebuilding("self", _conversion.plain, self)  # type: ignore[no-any-return]
 
+    @_conversion.explained
     def map(self, fn: Callable[..., Any], /, *rest: Any, with_path: bool = False) -> Self:
         """A Container of fn(leaf, ...) for each leaf; None, which holds nothing, stays None.
 
@@ -252,6 +259,7 @@ class Container(Arithmetic, dict[Any, Any]):
         new: Self = _tree.rebuild(self, taken, "self")
         return new
 
+    @_conversion.explained
     def filter(self, pred: Callable[[Path, Any], Any], /) -> Self:
         """The leaves for which pred(path, leaf) holds, without the nodes that this empties.
 
@@ -263,6 +271,7 @@ class Container(Arithmetic, dict[Any, Any]):
         kept = [bool(pred(path, leaf)) for path, leaf in _tree.walk(self)]
         return self._picked(kept)
 
+    @_conversion.explained
     def partition(self, pred: Callable[[Path, Any], Any], /) -> tuple[Self, Self]:
         """`filter` and its complement."""
         kept = [bool(pred(path, leaf)) for path, leaf in _tree.walk(self)]
@@ -282,10 +291,12 @@ class Container(Arithmetic, dict[Any, Any]):
 
     __hash__ = None
 
+    @_conversion.explained
     def allclose(self, other: Any, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
         """Whether the keys are the same and all |a - b| <= atol + rtol |b|."""
         return _compare.close(self, other, rtol, atol)
 
+    @_conversion.explained
     def diff(self, other: Any) -> dict[str, str]:
         """The differences from another nest: what they are, by path.
 
@@ -294,6 +305,7 @@ class Container(Arithmetic, dict[Any, Any]):
         """
         return {path_string(path): text for path, text in _compare.differences(self, other)}
 
+    @_conversion.explained
     def _operate(self, operation: Callable[..., Any], *operands: Any) -> Any:
         lead = self
         for other in operands:
@@ -309,14 +321,17 @@ class Container(Arithmetic, dict[Any, Any]):
         results = _tree.map_leaves(lambda _, *values: operation(*values), lead, *columns)
         return _tree.rebuild(lead, results, "one operand")
 
+    @_conversion.explained
     def num_leaves(self) -> int:
         """The number of leaves that hold something."""
         return sum(leaf is not None for leaf in _tree.leaves(self))
 
+    @_conversion.explained
     def num_parameters(self) -> int:
         """The number of elements of all arrays."""
         return _show.totals(_tree.leaves(self)).parameters
 
+    @_conversion.explained
     def num_bytes(self) -> int:
         """The memory of all arrays in bytes."""
         return _show.totals(_tree.leaves(self)).bytes

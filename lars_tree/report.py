@@ -230,7 +230,8 @@ class ScalarCallback:
         """Write the ratios, a nest as `trust_ratios` returns it, of this step."""
         if step % self.every:
             return
-        given = [(path, x) for path, x in _tree.walk(ratios) if x is not None]
+        with _tree.explaining({"ratios": ratios}):
+            given = [(path, x) for path, x in _tree.walk(ratios) if x is not None]
         values = fetch("ratios", [x for _, x in given])
         for (path, _), each in zip(given, values, strict=True):
             for layer, value in zip(layer_paths(path, each.shape), each.reshape(-1), strict=True):

@@ -1,4 +1,4 @@
-"""Nodes of users' classes: read as their users read them, rebuilt only where that can be checked."""
+"""Nodes of users' classes: read as their users read them, rebuilt only with a check."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from types import MappingProxyType
 import attrs
 import numpy as np
 import pytest
-from conftest import need
 
 from lars_tree import Container, Lars, StructureError, _tree, lars_update, report
 
@@ -224,7 +223,7 @@ class Pair(namedtuple("Pair", "a b")):
 @attrs.frozen
 class FrozenLayer:
     a: object
-    _b: object = attrs.field(validator=attrs.validators.instance_of(np.ndarray))
+    _b: object = attrs.field(validator=attrs.validators.not_(attrs.validators.instance_of(int)))
 
 
 @attrs.define(slots=False)
@@ -295,7 +294,7 @@ REBUILT = {
     "attrs that copy to themselves": SingleLayer,
 }
 REFUSED = {
-    "ChainMap": lambda a, b: ChainMap({"a": a}, {"b": b}),
+    "ChainMap": lambda a, b: ChainMap({"b": b}, {"a": a}),
     "UserDict with another constructor": mapping(lambda items: Rated(0.1, items)),
     "read anew": mapping(lambda items: Group("file", items)),
     "list that cannot be made": sequence(lambda items: SharedList("x", items)),
@@ -391,7 +390,7 @@ def test_gradients_options_and_out_are_only_read(any_make, monkeypatch):
     monkeypatch.setattr(_tree._nodes, "_checked", None)
     rates = any_make(np.float64(0.1), np.array(0.1))
     new = lars_update(w, any_make(G, G), rates, eps=any_make(np.ones(()), np.ones(())))
-    assert new == pytest.approx(expected)
+    assert [x.tolist() for x in new.values()] == [x.tolist() for x in expected.values()]
     ratios = report.trust_ratios(w, any_make(G, G), rates)
     assert [x.item() for x in ratios.values()] == [0.5, 0.5]
     report.TrustHistory().record(any_make(W[:1], W[:1]))
@@ -408,8 +407,8 @@ def test_in_place_the_node_is_only_read(any_make, monkeypatch):
 
 def test_schedules_in_a_node_of_any_class(any_make, monkeypatch):
     """A frozendict of schedules once became a frozendict of zeros, and nothing was trained."""
-    if any_make in (FrozenLayer, REBUILT["attrs with a converter"], REFUSED["read anew"]):
-        pytest.skip("its fields take no callables")
+    if any_make in (REBUILT["attrs with a converter"], REFUSED["read anew"]):
+        pytest.skip("it takes no callables")
     seen = []
 
     def schedule(step):
@@ -456,9 +455,13 @@ def test_a_state_that_cannot_be_rebuilt_is_refused_by_its_path():
     opt, w = Lars(0.1), {"a": W, "b": W}
     state = opt.init(w)
     dict.__setitem__(state, "velocity", ChainMap({"a": 0 * W}, {"b": 0 * W}))
-    with pytest.raises(StructureError, match="state cannot be rebuilt\n  velocity: expected a node"):
+    with pytest.raises(
+        StructureError, match="state cannot be rebuilt\n  velocity: expected a node"
+    ):
         opt.update(w, G, state)
-    opt.update({"a": W.copy(), "b": W.copy()}, G, state, out=w)  # in place it is only read
+    w = {"a": W.copy(), "b": W.copy()}
+    opt.update(w, G, state, out=w)  # in place it is only read
+    assert w["a"].tolist() == NEW
 
 
 @pytest.mark.parametrize(
@@ -471,7 +474,7 @@ def test_what_a_constructor_raises_is_told(error, raised):
                 raise error("not\nnow")
             super().__init__(items)
 
-    with pytest.raises(raised, match="Fails refuses.*ValueError: not now|not\nnow"):
+    with pytest.raises(raised, match=r"Fails refuses.*ValueError: not now|not\nnow"):
         lars_update(Fails({"a": W}, fail=False), G, 0.1)
 
 
@@ -571,9 +574,3 @@ def test_a_leaf_class_made_in_a_call_is_freed():
 def test_a_class_that_a_module_holds_is_known_to_the_kernel():
     _tree.leaves([Container(), Frozen()])
     assert {Container, Frozen} <= _tree._KINDS.keys()
-
-
-def test_torch_keeps_no_local_class_in_the_walk():
-    torch = need("torch")
-    _tree.leaves([torch.ones(1), torch.nn.Parameter(torch.ones(1))])
-    assert {torch.Tensor, torch.nn.Parameter} <= _tree._KINDS.keys()
