@@ -115,7 +115,7 @@ class Lars:
             w: The weights: a nest of arrays, or one array.
 
         Raises:
-            StructureError: w holds itself.
+            StructureError: w holds itself, or has a node that cannot be rebuilt.
         """
         try:
             leaves = _tree.leaves(w)

@@ -89,7 +89,9 @@ def lars_update(
         The new weights, in the types, key order, dtypes, shapes and devices of w; `out` if given.
 
     Raises:
-        StructureError: dcdw, out or an option does not match w; names every differing path.
+        StructureError: dcdw, out or an option does not match w; names every differing path. Or w
+            holds itself, or has a node of a class that cannot be rebuilt (only `out` needs no new
+            nodes).
         LeafError: A leaf is no array, or one that cannot be computed with (sparse, freed, meta).
         DtypeError: Weights or gradients are not floating point, or complex meets real.
         ShapeError: An array does not broadcast to its weights.

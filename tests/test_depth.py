@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lars_tree import Container, Lars, StructureError, io, lars_update, report
-from lars_tree.testing import assert_identical, assert_close_ulp
+from lars_tree.testing import assert_close_ulp, assert_identical
 
 X = np.ones(2)
 
@@ -83,7 +83,9 @@ METHODS = {
 @pytest.mark.parametrize("name", TAKE_A_TREE)
 def test_a_tree_that_holds_itself_is_refused_by_its_path(name):
     argument, act = TAKE_A_TREE[name]
-    with pytest.raises(StructureError, match="expected a tree, got the node at .* again") as caught:
+    with pytest.raises(
+        StructureError, match=r"expected a tree, got the node at .* again"
+    ) as caught:
         act(cyclic())
     assert caught.value.argument == argument
     assert caught.value.paths[0][-1] in (0, "me")
@@ -208,4 +210,4 @@ def test_trees_of_any_depth_overflow_no_stack():
     code = DEEP.replace("DEPTH", "10_000")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     lines = done.stdout.splitlines()
-    assert (done.returncode, lines[-1:]) == (0, ["done"]), lines[-1:] + [done.stderr[-2000:]]
+    assert (done.returncode, lines[-1:]) == (0, ["done"]), [*lines[-1:], done.stderr[-2000:]]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lars_tree import Container, PathKeyError, StructureError, _tree, errors, lars_update
 
-KEYS = st.text("ab/.0", max_size=3)
+KEYS = st.sampled_from(["a", "b", "a/b", "b/a", "a.b", "0", "", "/"])
 NESTS = st.dictionaries(
     KEYS,
     st.recursive(st.integers(0, 9), lambda c: st.dictionaries(KEYS, c, max_size=3), max_leaves=6),
@@ -26,8 +26,7 @@ def test_flat_names_lead_back_in_any_order(nest, sep, random):
     try:
         flat = w.to_flat(sep)
     except StructureError:
-        assert any(sep in key for path in w.paths() for key in path) or "holds the separator"
-        return
+        return  # a key holds the separator
     assert list(Container.from_flat(flat, sep).to_flat(sep)) == list(flat)
     names = list(flat)
     random.shuffle(names)
@@ -80,7 +79,7 @@ def test_hints_are_sought_only_for_the_keys_that_are_shown(compared):
 
 def test_hints_are_sought_only_for_the_nodes_that_are_shown(compared):
     w, g = ({i: {name: 1} for i in range(1000)} for name in ("bias", "bais"))
-    with pytest.raises(StructureError, match="9: missing 'bias'; unexpected 'bais' .did you") as e:
+    with pytest.raises(StructureError, match=r"9: missing 'bias'; unexpected 'bais' .did you") as e:
         _tree.broadcast("dcdw", w, g)
     assert len(e.value.paths) == 1000
     assert compared == [1] * errors.MOST_LINES
@@ -88,11 +87,11 @@ def test_hints_are_sought_only_for_the_nodes_that_are_shown(compared):
 
 def test_renamed_keys_take_linear_time():
     """A quadratic look-up would take hours for this many."""
-    w, g = ({f"{name}{i}": 1 for i in range(300_000)} for name in "ab")
-    with pytest.raises(StructureError, match="missing 'a0'.* and 299995 more; unexpected 'b0'"):
+    w, g = ({f"{name}{i}": 1 for i in range(100_000)} for name in "ab")
+    with pytest.raises(StructureError, match=r"missing 'a0'.* and 99995 more; unexpected 'b0'"):
         _tree.broadcast("dcdw", w, g)
     w = Container(w)
     assert w.get("b") is None
     assert not hasattr(w, "b")
-    with pytest.raises(PathKeyError, match="no 'b': there is 'a0', .* and 299995 more"):
+    with pytest.raises(PathKeyError, match=r"no 'b': there is 'a0', .* and 99995 more"):
         w["b"]
