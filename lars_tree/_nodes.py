@@ -218,7 +218,10 @@ def _checked(node: Node, before: Pairs, pairs: Pairs) -> Node:
     cls = type(node)
     plan = _PLANS.get(cls) or _PLANS.setdefault(cls, _plan(cls))
     reason = f"a new {cls.__name__} would not hold what is put in"
+    if not plan.attempts:
+        reason = f"a {cls.__name__} shows several mappings as one"
     for attempt in plan.attempts:
+        made = False
         try:
             new = attempt(node, pairs)
             if plan.sure and not getattr(new, "__dict__", None):
@@ -230,9 +233,8 @@ def _checked(node: Node, before: Pairs, pairs: Pairs) -> Node:
         except Exception as error:  # the class may raise anything
             text = " ".join(f"{type(error).__name__}: {error}".split())
             reason = f"{cls.__name__} refuses other children ({errors.clipped(text)})"
-            continue
         if not _holds(node, before):
-            raise CannotRebuild(f"a {cls.__name__} shares its items with its copies")
+            raise CannotRebuild(f"reading the {cls.__name__} again gives other children")
         if made:
             return new
     raise CannotRebuild(reason)

@@ -44,13 +44,23 @@ def _descend(node: Any, path: Path) -> Any:
 def _child(node: Any, key: Any) -> Any:
     if node is MISSING or _tree.is_leaf(node):
         return MISSING
-    children = node if _tree.is_plain_dict(node) else dict(_tree.children(node))
-    return dict.get(children, _own_key(children, key), MISSING)
+    return dict.get(_items(node), _own_key(node, key), MISSING)
 
 
-def _own_key(children: dict[Any, Any], key: Any) -> Any:
+def _items(node: Any) -> dict[Any, Any]:
+    return node if _tree.is_plain_dict(node) else dict(_tree.children(node))
+
+
+def _set(node: dict[Any, Any], key: Any, value: Any) -> None:
+    if _tree.is_plain_dict(node):
+        dict.__setitem__(node, key, value)  # a Container would read the key as a path
+    else:
+        node[key] = value
+
+
+def _own_key(node: Any, key: Any) -> Any:
     """The key itself, or the index that a string stands for."""
-    if isinstance(key, str) and _INDEX.fullmatch(key) and not dict.__contains__(children, key):
+    if isinstance(key, str) and _INDEX.fullmatch(key) and not dict.__contains__(_items(node), key):
         return int(key)
     return key
 
@@ -80,11 +90,11 @@ def put(root: dict[Any, Any], key: Any, value: Any, new_node: Callable[[], Any])
         node = child
     for step in path[len(path) - 1 - missing : -1]:
         parent, node = node, new_node()
-        dict.__setitem__(parent, step, node)
+        _set(parent, step, node)
     last = path[-1]
     if isinstance(node, dict):
         there = len(path) > 1 and _child(node, last) is not MISSING
-        dict.__setitem__(node, _own_key(node, last) if there else last, value)
+        _set(node, _own_key(node, last) if there else last, value)
     elif isinstance(node, list) and _child(node, last) is not MISSING:
         node[int(str(last))] = value
     else:
@@ -103,7 +113,11 @@ def remove(root: dict[Any, Any], key: Any) -> None:
     node = _descend(root, path[:-1])
     if not isinstance(node, dict):
         raise _unreachable(path, len(path) - 1, node)
-    dict.__delitem__(node, _own_key(node, path[-1]))
+    key = _own_key(node, path[-1])
+    if _tree.is_plain_dict(node):
+        dict.__delitem__(node, key)
+    else:
+        del node[key]
 
 
 def _unreachable(path: Path, depth: int, node: Any) -> LarsTreeError:

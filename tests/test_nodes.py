@@ -486,7 +486,7 @@ def test_a_constructor_may_not_change_the_old_node():
             self.data = self.shared
             self.data.update(items)
 
-    with pytest.raises(StructureError, match="shares its items"):
+    with pytest.raises(StructureError, match="reading the Shares again gives other"):
         lars_update(Shares({"a": W}), G, 0.1)
 
 
@@ -534,6 +534,19 @@ def test_a_container_takes_every_item_of_a_mapping():
         assert w.to_dict() == {"a": {"b": 1}, "c": {"d": 2}}
         assert type(w.a) is type(w.c) is Container
         assert (w | make({"e": 3})).to_dict() == {"a": {"b": 1}, "c": {"d": 2}, "e": 3}
+
+
+@pytest.mark.parametrize("make", [dict, Elsewhere, ElsewhereInAll, ElsewhereByKey, DotMapLike])
+def test_a_path_reads_and_writes_a_node_as_its_user_does(make):
+    w = Container(layers=UserList([make({"a": 1, 7: 2})]))  # a list that is not looked into
+    node = w["layers"][0]
+    w["layers/0/a"] = 3
+    w["layers/0/b/c"] = 4
+    assert type(node) is make
+    assert (node["a"], node["b"]["c"], w["layers/0/7"]) == (3, 4, 2)
+    assert w["layers/0/b/c"] == w["layers", 0, "b", "c"] == 4
+    with pytest.raises(KeyError, match="there is 'a', 7, 'b'"):
+        w["layers/0/x"]
 
 
 def test_a_text_that_is_a_sequence_of_itself_is_a_leaf():
