@@ -10,7 +10,7 @@ import numpy as np
 from lars_tree import _backends, _show, _tree
 from lars_tree._backends.base import Kind, Values, is_bfloat16
 from lars_tree.array import unwrap
-from lars_tree.errors import Line, Path
+from lars_tree.errors import Line
 
 Array = np.ndarray[Any, Any]
 Test = Callable[[Array, Array], bool]
@@ -40,12 +40,14 @@ def _equal_elements(x: Array, y: Array) -> bool:
 
 
 def _matches(a: Any, b: Any, test: Test) -> bool:
-    if _tree.is_leaf(a) and _tree.is_leaf(b):
-        return _leaf_matches(a, b, test)
-    if not _same_node(a, b):
-        return False
-    mine, theirs = dict(_tree.children(a)), dict(_tree.children(b))
-    return mine.keys() == theirs.keys() and all(_matches(mine[k], theirs[k], test) for k in mine)
+    def compare(x: Any, y: Any) -> tuple[str, bool]:
+        if x is _tree.MISSING or y is _tree.MISSING:
+            return "another key", False
+        if _tree.is_leaf(x) and _tree.is_leaf(y):
+            return ("" if _leaf_matches(x, y, test) else "another leaf"), False
+        return ("", True) if _same_node(x, y) else ("another node", False)
+
+    return next(_tree.side_by_side(a, b, compare), None) is None
 
 
 def _same_node(a: Any, b: Any) -> bool:
@@ -86,24 +88,19 @@ def _is_plain(x: Any) -> bool:
     return str(x.dtype) in _TRUTH or getattr(x.dtype, "kind", None) in set("USMm")
 
 
-def differences(a: Any, b: Any, path: Path = ()) -> Iterator[Line]:
+def differences(a: Any, b: Any) -> Iterator[Line]:
     """Where two nests differ, and how."""
+    return _tree.side_by_side(a, b, _difference)
+
+
+def _difference(a: Any, b: Any) -> tuple[str, bool]:
+    if a is _tree.MISSING or b is _tree.MISSING:
+        return ("only there" if a is _tree.MISSING else "only here"), False
     if _tree.is_leaf(a) and _tree.is_leaf(b):
-        if not _leaf_matches(a, b, _equal_elements):
-            yield path, _leaf_difference(a, b)
-        return
+        return ("" if _leaf_matches(a, b, _equal_elements) else _leaf_difference(a, b)), False
     if not _same_node(a, b):
-        yield path, f"{_show.leaf(a)} here, {_show.leaf(b)} there"
-        return
-    mine, theirs = dict(_tree.children(a)), dict(_tree.children(b))
-    for key, child in mine.items():
-        if key in theirs:
-            yield from differences(child, theirs[key], (*path, key))
-        else:
-            yield (*path, key), "only here"
-    for key in theirs:
-        if key not in mine:
-            yield (*path, key), "only there"
+        return f"{_show.leaf(a)} here, {_show.leaf(b)} there", False
+    return "", True
 
 
 def _leaf_difference(a: Any, b: Any) -> str:

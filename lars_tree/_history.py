@@ -90,7 +90,8 @@ class TrustHistory:
         step = self._next if step is None else operator.index(step)
         like, shapes = self._like, self._shapes
         if like is None:
-            like = _tree.rebuild(ratios, [None] * len(_tree.leaves(ratios)))
+            with _tree.explaining({"ratios": ratios}):
+                like = _tree.for_reading(ratios, [None] * len(_tree.leaves(ratios)))
             shapes = [None] * len(_tree.leaves(like))
         given = _tree.broadcast("ratios", like, ratios, exact=True, to="those of the first record")
         row = [_kept(x) for x in given]

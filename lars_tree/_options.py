@@ -95,7 +95,7 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
             shared[field] = _checked(name, [((), given)], keep_history)[0]
         else:
             values = _checked(name, list(_tree.walk(given)), keep_history)
-            columns[field] = _tree.broadcast(name, tree, _tree.rebuild(given, values))
+            columns[field] = _tree.broadcast(name, tree, given, values=values)
     if not columns:
         return [Rule(**shared)] * count
     if any(len(column) != count for column in columns.values()):

@@ -7,7 +7,7 @@ may be an index. Works on any nest of dicts, lists and tuples; knows no arrays.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from lars_tree import _tree, errors
@@ -52,13 +52,23 @@ def _descend(node: Any, path: Path) -> Any:
 def _child(node: Any, key: Any) -> Any:
     if node is MISSING or _tree.is_leaf(node):
         return MISSING
-    children = node if isinstance(node, dict) else dict(_tree.children(node))
-    return dict.get(children, _own_key(children, key), MISSING)
+    return dict.get(_items(node), _own_key(node, key), MISSING)
 
 
-def _own_key(children: dict[Any, Any], key: Any) -> Any:
+def _items(node: Any) -> dict[Any, Any]:
+    return node if _tree.is_plain_dict(node) else dict(_tree.children(node))
+
+
+def _set(node: dict[Any, Any], key: Any, value: Any) -> None:
+    if _tree.is_plain_dict(node):
+        dict.__setitem__(node, key, value)  # a Container would read the key as a path
+    else:
+        node[key] = value
+
+
+def _own_key(node: Any, key: Any) -> Any:
     """The key itself, or the index that a string stands for."""
-    if isinstance(key, str) and _INDEX.fullmatch(key) and not dict.__contains__(children, key):
+    if isinstance(key, str) and _INDEX.fullmatch(key) and not dict.__contains__(_items(node), key):
         return int(key)
     return key
 
@@ -88,11 +98,11 @@ def put(root: dict[Any, Any], key: Any, value: Any, new_node: Callable[[], Any])
         node = child
     for step in path[len(path) - 1 - missing : -1]:
         parent, node = node, new_node()
-        dict.__setitem__(parent, step, node)
+        _set(parent, step, node)
     last = path[-1]
     if isinstance(node, dict):
         there = len(path) > 1 and _child(node, last) is not MISSING
-        dict.__setitem__(node, _own_key(node, last) if there else last, value)
+        _set(node, _own_key(node, last) if there else last, value)
     elif isinstance(node, list) and _child(node, last) is not MISSING:
         node[int(str(last))] = value
     else:
@@ -111,7 +121,11 @@ def remove(root: dict[Any, Any], key: Any) -> None:
     node = _descend(root, path[:-1])
     if not isinstance(node, dict):
         raise _unreachable(path, len(path) - 1, node)
-    dict.__delitem__(node, _own_key(node, path[-1]))
+    key = _own_key(node, path[-1])
+    if _tree.is_plain_dict(node):
+        dict.__delitem__(node, key)
+    else:
+        del node[key]
 
 
 def _unreachable(path: Path, depth: int, node: Any) -> LarsTreeError:
@@ -131,7 +145,7 @@ def missing_error(kind: type[LarsTreeError], root: Any, path: Path) -> LarsTreeE
         node, depth = child, depth + 1
     known = [key for key, _ in _tree.children(node)]
     where = f" in {path_string(path[:depth])}" if depth else ""
-    there = f"there is {errors.enumerated(map(repr, known))}" if known else "it is empty"
+    there = f"there is {errors.enumerated(known, shown=repr)}" if known else "it is empty"
     what = "that is a leaf" if _tree.is_leaf(node) else there
     hint = errors.did_you_mean(path[depth], known)
     error = kind(f"no {path_string(path[depth : depth + 1])!r}{where}: {what}{hint}")
@@ -142,34 +156,32 @@ def missing_error(kind: type[LarsTreeError], root: Any, path: Path) -> LarsTreeE
 def flat(root: Any, sep: str, empty: Callable[[], Any]) -> dict[str, Any]:
     """The leaves by name; a node without children counts as a leaf, namely what `empty` makes."""
     found: dict[str, Any] = {}
-
-    def named(node: Any, path: Path) -> Iterator[tuple[Path, Any]]:
-        pairs = list(_tree.children(node))
-        if _tree.is_leaf(node) or not pairs:
-            yield path, node if _tree.is_leaf(node) else empty()
-        for key, child in pairs:
-            yield from named(child, (*path, key))
-
-    for path, leaf in named(root, ()):
-        if not path:
-            return {}
+    for path, node in _tree.walk(root, empty_nodes=True):
         if any(sep in str(key) for key in path):
             text = f"a key of {path_string(path)} holds the separator {sep!r}"
             raise errors.StructureError(text)
         name = sep.join(map(str, path))
         if name in found:
             raise errors.StructureError(f"two leaves have the name {name!r}")
-        found[name] = leaf
+        found[name] = node if _tree.is_leaf(node) else empty()
     return found
 
 
-def refuse_through_leaf(root: Any, path: Path) -> None:
-    """Refuse a path that another one uses already, as a leaf or as a node.
+def put_new(root: dict[Any, Any], path: Path, value: Any, new_node: Callable[[], Any]) -> None:
+    """Put a value at a path of literal keys where nothing is yet, making the nodes on the way.
 
     Raises:
-        PathKeyError: naming both.
+        PathKeyError: something is there, or the path goes through a leaf.
     """
-    for depth in range(1, len(path) + 1):
-        node = find(root, path[0]) if len(path) == 1 else _descend(root, path[:depth])
-        if node is not MISSING and (depth == len(path) or _tree.is_leaf(node)):
-            raise _unreachable(path, depth, node)
+    node: Any = root
+    for depth, key in enumerate(path[:-1], 1):
+        child = dict.get(node, key, MISSING)
+        if child is MISSING:
+            child = new_node()
+            dict.__setitem__(node, key, child)
+        if not isinstance(child, type(root)):
+            raise _unreachable(path, depth, child)
+        node = child
+    if dict.__contains__(node, path[-1]):
+        raise _unreachable(path, len(path), dict.__getitem__(node, path[-1]))
+    dict.__setitem__(node, path[-1], value)

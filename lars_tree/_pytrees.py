@@ -7,14 +7,15 @@ once or right after its own import. dm-tree needs no telling: to it a Container 
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 Items = Iterable[tuple[Hashable, Any]]
-Make = Callable[[Items], Any]
 
 
 class Keys:
@@ -51,15 +52,30 @@ def _sort_key(key: Hashable) -> tuple[str, Any]:
     return type(key).__qualname__, key if isinstance(key, (str, int, float)) else repr(key)
 
 
-def register(cls: type, make: Make) -> None:
-    """Make a dict type known to each library, now or when it is imported."""
+def register(cls: Any) -> None:
+    """Make a Container type known to each library, now or when it is imported.
 
+    A library keeps the types that it knows alive. One that is imported later is not told of types
+    that are no more.
+    """
+    known = weakref.ref(cls)
+    for name in ("jax", "torch", "optree"):
+        when_imported(name, partial(_tell, known, name))
+
+
+def _tell(known: weakref.ref[Any], name: str, library: Any) -> None:
+    cls = known()
+    if cls is not None:
+        _hooks(cls)[name](library)
+
+
+def _hooks(cls: Any) -> dict[str, Callable[[Any], None]]:
     def flatten(node: dict[Any, Any]) -> tuple[list[Any], Keys]:
         keys = Keys(node)
         return keys.flatten(node), keys
 
     def unflatten(keys: Keys, children: Iterable[Any]) -> Any:
-        return make(keys.items(children))
+        return cls._lars_tree_make(keys.items(children))
 
     def with_jax(jax: Any) -> None:
         def flatten_with_keys(node: dict[Any, Any]) -> tuple[list[Any], Keys]:
@@ -102,9 +118,7 @@ def register(cls: type, make: Make) -> None:
             namespace=optree.registry.__GLOBAL_NAMESPACE,
         )
 
-    when_imported("jax", with_jax)
-    when_imported("torch", with_torch)
-    when_imported("optree", with_optree)
+    return {"jax": with_jax, "torch": with_torch, "optree": with_optree}
 
 
 def register_wrapper(cls: type, data: str) -> None:

@@ -1,9 +1,8 @@
 """Nests of values: walk, match by key, broadcast a prefix, rebuild. Knows no arrays.
 
-Dicts (Container is one), lists, tuples, namedtuples and attrs classes are walked by short
-recursions of our own, which keep what a user's subclass adds. Further mappings and sequences go
-through dm-tree, one node at a time. A leaf is whatever is not a nest; None is a leaf that holds
-nothing.
+What a node is, how it is read and how another one is made says `_nodes.py`. A leaf is whatever is
+not a nest; None is a leaf that holds nothing. Depth is bounded by Python's recursion limit alone:
+no walk here uses the C stack for it.
 
 Matching runs twice only when it fails: a fast pass that stops at the first difference, then a slow
 one that lists them all. The fast walks over plain dicts, lists and tuples have native twins in
@@ -12,56 +11,25 @@ one that lists them all. The fast walks over plain dicts, lists and tuples have 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from lars_tree import _native, errors
+from lars_tree import _native, _nodes, errors
+from lars_tree._nodes import KINDS as _KINDS
+from lars_tree._nodes import LEAF as _LEAF
+from lars_tree._nodes import PLAIN_DICT as _PLAIN_DICT
+from lars_tree._nodes import SEQUENCE as _SEQUENCE
+from lars_tree._nodes import kind_of as _kind
 from lars_tree.errors import Line, Path
 
 Tree = Any
 Leaf = Any
 
-# A plain dict holds its items in the order of its memory, and has no other way to get at them.
-_LEAF, _PLAIN_DICT, _DICT, _SEQUENCE, _NAMED, _FIELDS, _FOREIGN = range(7)
-_KINDS: dict[type, int] = {list: _SEQUENCE, tuple: _SEQUENCE, dict: _PLAIN_DICT}
+NOTHING, MISSING = object(), object()
 
-NOTHING = object()
-
-# How to make a dict of exactly this type from a dict or from items; others are copied and refilled.
-MAKERS: dict[type, Callable[[Any], Any]] = {dict: dict}
-
-
-_ACCESS = ("__iter__", "__len__", "keys", "values", "items")
-
-
-def _kind(node: Tree) -> int:
-    cls = type(node)
-    kind = _KINDS.get(cls)
-    if kind is None:
-        kind = _classify(node)
-        _KINDS[cls] = kind
-    return kind
-
-
-def _classify(node: Tree) -> int:
-    cls = type(node)
-    if issubclass(cls, dict):
-        plain = all(getattr(cls, name) is getattr(dict, name) for name in _ACCESS)
-        return _PLAIN_DICT if plain else _DICT
-    if issubclass(cls, (str, bytes, bytearray, memoryview, range)):
-        return _LEAF  # sequences, but of nothing that could be put back
-    if hasattr(cls, "__attrs_attrs__"):
-        return _FIELDS
-    if issubclass(cls, tuple) and hasattr(cls, "_fields"):
-        return _NAMED
-    if issubclass(cls, (list, tuple)):
-        return _SEQUENCE
-    if issubclass(cls, (Mapping, Sequence)):
-        import tree
-
-        return _FOREIGN if tree.is_nested(node) else _LEAF
-    return _LEAF
+children = _nodes.children
 
 
 def is_leaf(node: Tree) -> bool:
@@ -69,67 +37,9 @@ def is_leaf(node: Tree) -> bool:
     return _kind(node) == _LEAF
 
 
-def children(node: Tree) -> Iterable[tuple[Hashable, Tree]]:
-    """The (key, child) pairs of a node: keys of a mapping, indices, names of fields."""
-    kind = _kind(node)
-    if kind in (_PLAIN_DICT, _DICT):  # through the type: a key named "items" may hide the method
-        return type(node).items(node)  # type: ignore[no-any-return]
-    if kind == _SEQUENCE:
-        return enumerate(node)
-    if kind == _FIELDS:
-        return [(field.name, getattr(node, field.name)) for field in type(node).__attrs_attrs__]
-    if kind == _NAMED:
-        return zip(node._fields, node, strict=True)
-    found: list[tuple[Hashable, Tree]] = []
-    if kind == _FOREIGN:
-        import tree  # dm-tree: only nests of other kinds need it
-
-        def visit(path: Path, child: Tree) -> Any:
-            if not path:
-                return None  # go on into the node itself
-            found.append((path[0], child))
-            return child if child is not None else tree.MAP_TO_NONE  # but no deeper
-
-        tree.traverse_with_path(visit, node)
-    return found
-
-
-def replace_children(node: Tree, values: Iterable[Tree]) -> Tree:
-    """A node of the same type and keys with other children, given in the order of `children`."""
-    cls = type(node)
-    if cls is list or cls is tuple:
-        return cls(values)
-    if cls in MAKERS:
-        return MAKERS[cls](zip(node, values, strict=True))
-    if isinstance(node, tuple):  # a namedtuple too: its own constructor may want other arguments
-        return tuple.__new__(cls, values)
-    if isinstance(node, (dict, list)) or hasattr(cls, "__attrs_attrs__"):
-        return _refilled(node, values)
-    import tree
-
-    remaining = iter(values)
-
-    def visit(path: Path, _: Tree) -> Any:
-        if not path:
-            return None
-        value = next(remaining)
-        return value if value is not None else tree.MAP_TO_NONE
-
-    return tree.traverse_with_path(visit, node)
-
-
-def _refilled(node: Tree, values: Iterable[Tree]) -> Tree:
-    """A shallow copy with other children, which keeps what else a user's class holds."""
-    new = copy.copy(node)
-    if getattr(node, "__dict__", None) is node:  # attribute access, in the way of many a class
-        new.__dict__ = new
-    if isinstance(node, list):
-        new[:] = values
-        return new
-    put: Any = dict.__setitem__ if isinstance(node, dict) else object.__setattr__
-    for (key, _), value in zip(children(node), values, strict=True):
-        put(new, key, value)
-    return new
+def is_plain_dict(node: Tree) -> bool:
+    """Whether dict's own methods read the node as its class does."""
+    return _kind(node) == _PLAIN_DICT
 
 
 def leaves(tree: Tree) -> list[Leaf]:
@@ -141,10 +51,20 @@ def leaves(tree: Tree) -> list[Leaf]:
 
 def _collect(tree: Tree, found: list[Leaf]) -> None:
     kernel = _native.in_use()
-    if kernel is None:
-        _collect_in_python(tree, found)
-    else:
-        kernel.collect(tree, found, _KINDS, _kind, _collect_in_python)
+    try:
+        if kernel is None:
+            _collect_in_python(tree, found)
+        else:
+            kernel.collect(tree, found, _KINDS, _kind, _collect_in_python)
+    except RuntimeError as error:
+        raise _explained_change(error, "w") from None
+
+
+def _explained_change(error: RuntimeError, argument: str) -> Exception:
+    """The error, in our words where it says that a node was changed while it was read."""
+    text = str(error)
+    is_change = " during iteration" in text or text == "a tree was changed while it was read"
+    return changed(argument) if is_change else error
 
 
 def _collect_in_python(node: Tree, found: list[Leaf]) -> None:
@@ -155,25 +75,61 @@ def _collect_in_python(node: Tree, found: list[Leaf]) -> None:
             _collect_in_python(child, found)
 
 
-def walk(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Leaf]]:
-    """(path, leaf) pairs, in the same order as `leaves`."""
+_DEEPEST = 100_000  # levels that a walk goes down whatever the recursion limit: a cycle has no end
+
+
+def _check_depth(depth: int) -> None:
+    if depth > min(sys.getrecursionlimit(), _DEEPEST):
+        raise RecursionError
+
+
+def walk(tree: Tree, path: Path = (), *, empty_nodes: bool = False) -> Iterator[tuple[Path, Leaf]]:
+    """(path, leaf) pairs, in the same order as `leaves`; if wanted, with nodes without children."""
     if is_leaf(tree):
         yield path, tree
-    else:
-        for key, child in children(tree):
-            yield from walk(child, (*path, key))
+        return
+    keys, pending = list(path), [iter(children(tree))]
+    while pending:
+        for key, child in pending[-1]:
+            if is_leaf(child) or (empty_nodes and not list(children(child))):
+                yield (*keys, key), child
+            else:
+                _check_depth(len(pending))
+                keys.append(key)
+                pending.append(iter(children(child)))
+                break
+        else:
+            pending.pop()
+            if pending:
+                keys.pop()
 
 
-def rebuild(tree: Tree, new_leaves: Iterable[Leaf]) -> Tree:
-    """A nest like `tree` with other leaves, given in the order of `leaves`."""
+def rebuild(tree: Tree, new_leaves: Iterable[Leaf], argument: str = "tree", at: Path = ()) -> Tree:
+    """A nest like `tree` with other leaves, given in the order of `leaves`.
+
+    `argument` is what the caller calls the tree, and `at` where in the argument it is.
+
+    Raises:
+        StructureError: naming a node that cannot be rebuilt; there are more or fewer leaves by now.
+    """
     remaining = iter(new_leaves)
     try:
-        new = _fill(tree, remaining)
+        new = rebuilding(argument, _fill, tree, remaining, at=at)
     except StopIteration:
-        raise changed() from None
+        raise changed(argument) from None
     if next(remaining, NOTHING) is not NOTHING:
-        raise changed()
+        raise changed(argument)
     return new
+
+
+def rebuilding(
+    argument: str, fill: Callable[..., Any], tree: Tree, *arguments: Any, at: Path = ()
+) -> Any:
+    """fill(tree, ...), with the path of a node that it cannot rebuild."""
+    try:
+        return fill(tree, *arguments)
+    except _nodes.CannotRebuild as error:
+        raise error.explained(argument, at) from None
 
 
 def changed(argument: str = "w") -> errors.LarsTreeError:
@@ -200,10 +156,36 @@ def _fill(node: Tree, remaining: Iterator[Leaf]) -> Tree:
     kind = _kind(node)
     if kind == _LEAF:
         return next(remaining)
-    if kind == _PLAIN_DICT and type(node) in MAKERS:  # the quickest way, for most nodes
-        filled = {key: _fill(child, remaining) for key, child in dict.items(node)}
-        return MAKERS[type(node)](filled)
-    return replace_children(node, [_fill(child, remaining) for _, child in children(node)])
+    if kind != _PLAIN_DICT or not _nodes.is_trusted(node):
+        return _nodes.replace_children(node, _nodes.each(node, _fill, remaining))
+    filled = {}
+    try:  # the quickest way, for most nodes
+        for key, child in dict.items(node):
+            filled[key] = _fill(child, remaining)
+    except _nodes.CannotRebuild as error:
+        error.keys.append(key)
+        raise
+    return filled if type(node) is dict else _nodes.container(type(node), filled)
+
+
+def replace_children(node: Tree, values: Iterable[Tree]) -> Tree:
+    """A node of the same type and keys with other children, given in the order of `children`.
+
+    Raises:
+        StructureError: it cannot be rebuilt.
+    """
+    return rebuilding("tree", _nodes.replace_children, node, values)
+
+
+def for_reading(tree: Tree, new_leaves: Iterable[Leaf]) -> Tree:
+    """A nest that reads like `tree`, with other leaves; nodes of users' classes are not rebuilt."""
+    return _fill_for_reading(tree, iter(new_leaves))
+
+
+def _fill_for_reading(node: Tree, remaining: Iterator[Leaf]) -> Tree:
+    if _kind(node) == _LEAF:
+        return next(remaining)
+    return _nodes.plain(node, _nodes.each(node, _fill_for_reading, remaining))
 
 
 def map_leaves(
@@ -226,15 +208,21 @@ def pick(tree: Tree, kept: Iterator[bool]) -> Tree:
 
     Nodes that this empties go too. A list or tuple keeps its length, with None in the gaps.
     """
-    if is_leaf(tree):
-        return tree if next(kept) else NOTHING
-    pairs = [(key, pick(child, kept)) for key, child in children(tree)]
-    some = [(key, child) for key, child in pairs if child is not NOTHING]
-    if not some:
+    return rebuilding("tree", _pick, tree, kept)
+
+
+def _pick(node: Tree, kept: Iterator[bool]) -> Tree:
+    if is_leaf(node):
+        return node if next(kept) else NOTHING
+    picked = _nodes.each(node, _pick, kept)
+    some = [child is not NOTHING for child in picked]
+    if not any(some):
         return NOTHING
-    if type(tree) in MAKERS:
-        return MAKERS[type(tree)](some)
-    return replace_children(tree, (None if child is NOTHING else child for _, child in pairs))
+    if is_plain_dict(node) and _nodes.is_trusted(node):
+        pairs = zip(node, picked, strict=True)
+        return _nodes.with_items(node, [pair for pair in pairs if pair[1] is not NOTHING])
+    values = [child if keep else None for child, keep in zip(picked, some, strict=True)]
+    return _nodes.replace_children(node, values)
 
 
 def broadcast(
@@ -242,6 +230,7 @@ def broadcast(
     tree: Tree,
     prefix: Tree,
     *,
+    values: Iterable[Leaf] | None = None,
     exact: bool = False,
     to: str = "w",
     at: Path = (),
@@ -250,20 +239,24 @@ def broadcast(
 
     `prefix` has the nodes of `tree` down to leaves that may come early, unless `exact`: these hold
     for all that lies below them. Keys are matched by name; a list matches a tuple of its length.
-    `at` is where in the argument the prefix is.
+    `values` are to be taken for the leaves of the prefix, in their order. `at` is where in the
+    argument the prefix is.
 
     Raises:
         StructureError: naming `argument`, what it goes `to`, and every path where they differ.
     """
     found: list[Leaf] = []
-    if not _match(tree, prefix, found, exact):
-        raise errors.error(
-            errors.StructureError,
-            argument,
-            f"{argument} does not match {to}",
-            differences(tree, prefix, exact, at),
-        )
-    return found
+    try:
+        given = prefix if values is None else for_reading(prefix, values)
+        if _match(tree, given, found, exact):
+            return found
+        lines = list(differences(tree, prefix, exact, at))
+    except RecursionError:
+        raise explained({to: tree, argument: prefix}) from None
+    except RuntimeError as error:
+        raise _explained_change(error, f"{to} or {argument}") from None
+    headline = f"{argument} does not match {to}"
+    raise errors.error(errors.StructureError, argument, headline, lines)
 
 
 def _match(tree: Tree, prefix: Tree, found: list[Leaf], exact: bool) -> bool:
@@ -285,8 +278,8 @@ def _match_in_python(node: Tree, prefix: Tree, found: list[Leaf], exact: bool) -
         return kind == _LEAF or not exact
     if kind == _LEAF:
         return False
-    # dict's own methods, where it is one: those of a Container read 'a/b' as a path.
-    others = prefix if isinstance(prefix, dict) else dict(children(prefix))
+    # dict's own methods: those of a Container read 'a/b' as a path.
+    others = prefix if prefix_kind == _PLAIN_DICT else dict(children(prefix))
     pairs = list(children(node))
     if len(pairs) != len(others):
         return False
@@ -298,24 +291,65 @@ def _match_in_python(node: Tree, prefix: Tree, found: list[Leaf], exact: bool) -
     return True
 
 
+def side_by_side(
+    a: Tree, b: Tree, compare: Callable[[Tree, Tree], tuple[str, bool]], path: Path = ()
+) -> Iterator[Line]:
+    """What compare(x, y) says of the nodes at each path of two nests.
+
+    It returns a text, or "" if there is nothing to say, and whether to go on into their children.
+    For a key of one of them alone, the other is MISSING.
+    """
+    text, go_on = compare(a, b)
+    if text:
+        yield path, text
+    keys, pending = list(path), [iter(_paired(a, b) if go_on else ())]
+    while pending:
+        for key, x, y in pending[-1]:
+            text, go_on = compare(x, y)
+            if text:
+                yield (*keys, key), text
+            if go_on:
+                _check_depth(len(pending))
+                keys.append(key)
+                pending.append(iter(_paired(x, y)))
+                break
+        else:
+            pending.pop()
+            if pending:
+                keys.pop()
+
+
+def _paired(a: Tree, b: Tree) -> list[tuple[Hashable, Tree, Tree]]:
+    mine, theirs = dict(children(a)), dict(children(b))
+    pairs = [(key, child, theirs.get(key, MISSING)) for key, child in mine.items()]
+    return pairs + [(key, MISSING, child) for key, child in theirs.items() if key not in mine]
+
+
 def differences(tree: Tree, prefix: Tree, exact: bool = False, path: Path = ()) -> Iterator[Line]:
     """Every place where `prefix` is no prefix of `tree`, with what was expected there."""
-    if is_leaf(prefix):
-        if exact and not is_leaf(tree):
-            yield path, f"expected {errors.describe(tree)}, got {errors.describe(prefix)}"
-        return
-    if is_leaf(tree):
-        yield path, f"expected {errors.describe(tree)}, got {errors.describe(prefix)}"
-        return
-    mine, theirs = dict(children(tree)), dict(children(prefix))
-    if mine.keys() != theirs.keys():
-        if _SEQUENCE in (_kind(tree), _kind(prefix)):
-            yield path, f"expected {errors.describe(tree)}, got {errors.describe(prefix)}"
-            return
-        yield path, errors.key_differences(list(mine), list(theirs))
-    for key, child in mine.items():
-        if key in theirs:
-            yield from differences(child, theirs[key], exact, (*path, key))
+    lines = 0
+
+    def compare(mine: Tree, theirs: Tree) -> tuple[str, bool]:
+        nonlocal lines
+        if mine is MISSING or theirs is MISSING:
+            return "", False  # that was said of their parents
+        text, go_on = _difference(mine, theirs, exact, hints=lines < errors.MOST_LINES)
+        lines += bool(text)
+        return text, go_on
+
+    return side_by_side(tree, prefix, compare, path)
+
+
+def _difference(tree: Tree, prefix: Tree, exact: bool, hints: bool) -> tuple[str, bool]:
+    kinds = _kind(tree), _kind(prefix)
+    if kinds[1] == _LEAF and (kinds[0] == _LEAF or not exact):
+        return "", False
+    mine, theirs = ([key for key, _ in children(node)] for node in (tree, prefix))
+    if _LEAF not in kinds and set(mine) == set(theirs):
+        return "", True
+    if _LEAF in kinds or _SEQUENCE in kinds:
+        return f"expected {errors.describe(tree)}, got {errors.describe(prefix)}", False
+    return errors.key_differences(mine, theirs, hints), True
 
 
 def cycle(tree: Tree) -> tuple[Path, Path] | None:
@@ -327,6 +361,8 @@ def cycle(tree: Tree) -> tuple[Path, Path] | None:
     depths = {id(tree): 0}  # of the nodes on the way down
     nodes, pending = [tree], [iter(list(children(tree)))]
     while pending:
+        if len(pending) > _DEEPEST:
+            return None  # some classes make up new nodes whenever they are read, without end
         step = next(pending[-1], None)
         if step is None:
             pending.pop()
@@ -343,6 +379,15 @@ def cycle(tree: Tree) -> tuple[Path, Path] | None:
             nodes.append(child)
             pending.append(iter(list(children(child))))
     return None
+
+
+@contextmanager
+def explaining(arguments: dict[str, Tree]) -> Iterator[None]:
+    """Say which of these arguments is too deep, where a RecursionError is raised."""
+    try:
+        yield
+    except RecursionError:
+        raise explained(arguments) from None
 
 
 def explained(arguments: dict[str, Tree]) -> Exception:

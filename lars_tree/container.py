@@ -6,10 +6,11 @@ What is about arrays is a function; the few methods that look at arrays call the
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
-from lars_tree import _compare, _options, _paths, _pytrees, _show, _tree, errors
+from lars_tree import _compare, _conversion, _options, _paths, _pytrees, _show, _tree, errors
 from lars_tree._operators import Arithmetic
 from lars_tree.errors import Path, PathAttributeError, PathKeyError, path_string
 from lars_tree.update import lars_update
@@ -56,10 +57,10 @@ class Container(Arithmetic, dict[Any, Any]):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        _make_known(cls)
+        _pytrees.register(cls)
 
     @classmethod
-    def _of(cls, items: Mapping[Any, Any] | Iterable[tuple[Hashable, Any]]) -> Self:
+    def _lars_tree_make(cls, items: Mapping[Any, Any] | Iterable[tuple[Hashable, Any]]) -> Self:
         """A Container of children that need no conversion."""
         new = cls.__new__(cls)
         dict.update(new, items)
@@ -82,7 +83,7 @@ class Container(Arithmetic, dict[Any, Any]):
         return default if found is _paths.MISSING else found
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        _paths.put(self, key, _converted(value, type(self)), type(self))
+        _paths.put(self, key, _conversion.taken("value", value, type(self)), type(self))
 
     def __delitem__(self, key: Any) -> None:
         _paths.remove(self, key)
@@ -120,8 +121,11 @@ class Container(Arithmetic, dict[Any, Any]):
 
     def update(self, mapping: Any = (), /, **keys: Any) -> None:
         """Put in all keys of a mapping or of pairs, literally, as dict.update does."""
-        for key, value in dict(mapping, **keys).items():
-            dict.__setitem__(self, key, _converted(value, type(self)))
+        items = dict(_tree.children(mapping) if isinstance(mapping, Mapping) else mapping)
+        whole = mapping if isinstance(mapping, Mapping) else items
+        with _tree.explaining({"mapping": whole, "keys": keys}):
+            taken = _tree.rebuilding("mapping", _conversion.converted, items | keys, type(self))
+        dict.update(self, taken)
 
     def setdefault(self, key: Any, default: Any = None) -> Any:
         """The value at a key or path, which is set to the default first if nothing is there."""
@@ -137,11 +141,18 @@ class Container(Arithmetic, dict[Any, Any]):
         del self[key]
         return value
 
+    @_conversion.explained
     def copy(self) -> Self:
         """A copy of all nodes that shares the leaves."""
-        return _tree.rebuild(self, _tree.leaves(self))  # type: ignore[no-any-return]
+        return _tree.rebuild(self, _tree.leaves(self), "self")  # type: ignore[no-any-return]
 
     __copy__ = copy
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        new = memo[id(self)] = type(self).__new__(type(self))
+        for key, child in dict.items(self):
+            dict.__setitem__(new, copy.deepcopy(key, memo), copy.deepcopy(child, memo))
+        return new
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (dict(self),)
@@ -162,14 +173,17 @@ class Container(Arithmetic, dict[Any, Any]):
 
     # Leaves and shapes of nests
 
+    @_conversion.explained
     def leaves(self) -> list[Any]:
         """The leaves in order; None and empty nodes: None is a leaf, an empty node has none."""
         return _tree.leaves(self)
 
+    @_conversion.explained
     def paths(self) -> list[Path]:
         """The path of each leaf, a tuple of keys."""
         return [path for path, _ in _tree.walk(self)]
 
+    @_conversion.explained
     def unflatten(self, leaves: Iterable[Any]) -> Self:
         """A Container like this one with other leaves, given in the order of `leaves()`.
 
@@ -179,9 +193,10 @@ class Container(Arithmetic, dict[Any, Any]):
         leaves, count = list(leaves), len(_tree.leaves(self))
         if len(leaves) != count:
             raise errors.StructureError(f"expected {count} leaves, got {len(leaves)}")
-        new: Self = _tree.rebuild(self, leaves)
+        new: Self = _tree.rebuild(self, leaves, "self")
         return new
 
+    @_conversion.explained
     def to_flat(self, sep: str = "/") -> dict[str, Any]:
         """The leaves by name, keys joined by `sep`; '.' gives the names of a state_dict.
 
@@ -205,17 +220,22 @@ class Container(Arithmetic, dict[Any, Any]):
         Raises:
             PathKeyError: two names are the same, or one goes through the leaf of another.
         """
+        return cls._from_flat(flat, sep, "flat")
+
+    @classmethod
+    def _from_flat(cls, flat: Mapping[Any, Any], sep: str, argument: str) -> Self:
         new = cls()
-        for name, leaf in flat.items():
+        for name, leaf in _conversion.taken(argument, flat, cls).items():
             path = tuple(name.split(sep)) if isinstance(name, str) else (name,)
-            _paths.refuse_through_leaf(new, path)
-            new[path] = leaf
+            _paths.put_new(new, path, leaf, cls)
         return new
 
+    @_conversion.explained
     def to_dict(self) -> dict[Any, Any]:
         """Plain nested dicts, sharing the leaves."""
-        return _plain(self)  # type: ignore[no-any-return]
+        return _tree.rebuilding("self", _conversion.plain, self)  # type: ignore[no-any-return]
 
+    @_conversion.explained
     def map(self, fn: Callable[..., Any], /, *rest: Any, with_path: bool = False) -> Self:
         """A Container of fn(leaf, ...) for each leaf; None, which holds nothing, stays None.
 
@@ -237,9 +257,11 @@ class Container(Arithmetic, dict[Any, Any]):
             for i, tree in enumerate(rest, 1)
         ]
         results = _tree.map_leaves(fn, self, *columns, with_path=with_path)
-        new: Self = _tree.rebuild(self, [_converted(result, type(self)) for result in results])
+        taken = [_conversion.taken("the result of fn", result, type(self)) for result in results]
+        new: Self = _tree.rebuild(self, taken, "self")
         return new
 
+    @_conversion.explained
     def filter(self, pred: Callable[[Path, Any], Any], /) -> Self:
         """The leaves for which pred(path, leaf) holds, without the nodes that this empties.
 
@@ -251,6 +273,7 @@ class Container(Arithmetic, dict[Any, Any]):
         kept = [bool(pred(path, leaf)) for path, leaf in _tree.walk(self)]
         return self._picked(kept)
 
+    @_conversion.explained
     def partition(self, pred: Callable[[Path, Any], Any], /) -> tuple[Self, Self]:
         """`filter` and its complement."""
         kept = [bool(pred(path, leaf)) for path, leaf in _tree.walk(self)]
@@ -270,10 +293,12 @@ class Container(Arithmetic, dict[Any, Any]):
 
     __hash__ = None
 
+    @_conversion.explained
     def allclose(self, other: Any, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
         """Whether the keys are the same and all |a - b| <= atol + rtol |b|."""
         return _compare.close(self, other, rtol, atol)
 
+    @_conversion.explained
     def diff(self, other: Any) -> dict[str, str]:
         """The differences from another nest: what they are, by path.
 
@@ -282,27 +307,33 @@ class Container(Arithmetic, dict[Any, Any]):
         """
         return {path_string(path): text for path, text in _compare.differences(self, other)}
 
+    @_conversion.explained
     def _operate(self, operation: Callable[..., Any], *operands: Any) -> Any:
         lead = self
         for other in operands:
             # Of two trees, one may be a prefix of the other.
             if isinstance(other, Mapping) and any(_tree.differences(self, other)):
-                lead = self if any(_tree.differences(other, self)) else _converted(other, Container)
+                lead = self
+                if not any(_tree.differences(other, self)):
+                    lead = _conversion.taken("one operand", other, Container)
         columns = [
             _tree.broadcast("one operand", lead, operand, to="the other") for operand in operands
         ]
         # The leaves of `lead` say where there is something; the operands are in their own order.
         results = _tree.map_leaves(lambda _, *values: operation(*values), lead, *columns)
-        return _tree.rebuild(lead, results)
+        return _tree.rebuild(lead, results, "one operand")
 
+    @_conversion.explained
     def num_leaves(self) -> int:
         """The number of leaves that hold something."""
         return sum(leaf is not None for leaf in _tree.leaves(self))
 
+    @_conversion.explained
     def num_parameters(self) -> int:
         """The number of elements of all arrays."""
         return _show.totals(_tree.leaves(self)).parameters
 
+    @_conversion.explained
     def num_bytes(self) -> int:
         """The memory of all arrays in bytes."""
         return _show.totals(_tree.leaves(self)).bytes
@@ -362,31 +393,5 @@ class Container(Arithmetic, dict[Any, Any]):
         )
 
 
-def _plain(node: Any) -> Any:
-    if isinstance(node, Container):
-        return {key: _plain(child) for key, child in dict.items(node)}
-    if _tree.is_leaf(node):
-        return node
-    return _tree.replace_children(node, [_plain(child) for _, child in _tree.children(node)])
-
-
-def _converted(value: Any, cls: type[Container]) -> Any:
-    """The value with its mappings, also those in lists and tuples, as Containers."""
-    if isinstance(value, Container):
-        return value
-    if isinstance(value, Mapping):
-        return cls(value)
-    if isinstance(value, (list, tuple)):
-        items = [_converted(item, cls) for item in value]
-        if any(new is not old for new, old in zip(items, value, strict=True)):
-            return _tree.replace_children(value, items)
-    return value
-
-
-def _make_known(cls: type[Container]) -> None:
-    _tree.MAKERS[cls] = cls._of
-    _pytrees.register(cls, cls._of)
-
-
-_make_known(Container)
+_pytrees.register(Container)
 _pytrees.trust_in_files(Container)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import operator
 import reprlib
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
 Path = tuple[Hashable, ...]
 
 MOST_LINES = 10
+MOST_CANDIDATES = 1000  # for a hint: comparing a name with each of a million takes minutes
 
 
 class LarsTreeError(Exception):
@@ -154,24 +156,32 @@ def _segment(key: Hashable) -> str:
 
 
 def did_you_mean(key: object, known: Iterable[object]) -> str:
-    """' (did you mean ...?)' where a known key is a near miss of `key`, otherwise ''."""
+    """' (did you mean ...?)' where one of the first known keys is a near miss, otherwise ''."""
     import difflib  # only errors need it
 
-    names = [name for name in known if isinstance(name, str)]
-    close = difflib.get_close_matches(key, names, n=1) if isinstance(key, str) else []
+    if not isinstance(key, str):
+        return ""
+    names = [name for name in islice(known, MOST_CANDIDATES) if isinstance(name, str)]
+    close = difflib.get_close_matches(key, names, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def key_differences(expected: Sequence[object], found: Sequence[object]) -> str:
-    """What is missing and what is unexpected among the keys of one node."""
-    missing = [key for key in expected if key not in found]
-    surplus = [key for key in found if key not in expected]
+def key_differences(
+    expected: Sequence[Hashable], found: Sequence[Hashable], hints: bool = True
+) -> str:
+    """What is missing and what is unexpected among the keys of one node, with hints if wanted."""
+    there, wanted = set(found), set(expected)
+    missing = [key for key in expected if key not in there]
+    surplus = [key for key in found if key not in wanted]
     parts = []
     if missing:
-        parts.append("missing " + enumerated(map(repr, missing)))
+        parts.append("missing " + enumerated(missing, shown=repr))
     if surplus:
-        hints = [repr(key) + did_you_mean(key, missing) for key in surplus]
-        parts.append("unexpected " + enumerated(hints))
+
+        def shown(key: object) -> str:
+            return repr(key) + (did_you_mean(key, missing) if hints else "")
+
+        parts.append("unexpected " + enumerated(surplus, shown=shown))
     return "; ".join(parts)
 
 
@@ -183,7 +193,7 @@ def describe(node: Any) -> str:
     article = "an" if name[0].lower() in "aeiou" else "a"
     # By the real type, as `__class__` may say something else.
     if issubclass(type(node), Mapping):
-        keys = enumerated(map(repr, node))
+        keys = enumerated(node, shown=repr)
         return f"{article} {name} with keys {keys}" if keys else f"an empty {name}"
     if issubclass(type(node), (list, tuple)):
         return f"{article} {name} of {counted(len(node), 'item')}"
@@ -201,8 +211,13 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
-def enumerated(words: Iterable[str], most: int = 5) -> str:
+def enumerated(words: Iterable[Any], most: int = 5, shown: Callable[[Any], str] = str) -> str:
     """The words with commas, at most five of them and then a count."""
     words = list(words)
     rest = len(words) - most
-    return ", ".join(words[:most]) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(map(shown, words[:most])) + (f" and {rest} more" if rest > 0 else "")
+
+
+def clipped(text: str, most: int = 80) -> str:
+    """The beginning of a long text."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."

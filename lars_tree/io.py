@@ -204,7 +204,7 @@ def from_state_dict(state_dict: Mapping[str, Any]) -> Container:
         lines = [((), f"expected a mapping of names, got {errors.describe(state_dict)}")]
         text = "state_dict cannot be nested"
         raise errors.error(errors.StructureError, "state_dict", text, lines)
-    return Container.from_flat(state_dict, sep=".")
+    return Container._from_flat(state_dict, ".", "state_dict")
 
 
 def to_state_dict(tree: Any) -> dict[str, Any]:

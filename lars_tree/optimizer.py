@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lars_tree import _backends, _checks, _counters, _options, _tree, errors, schedules
+from lars_tree import _backends, _checks, _counters, _nodes, _options, _tree, errors, schedules
 from lars_tree._backends.base import FLOATING
 from lars_tree._rule import is_zero
 from lars_tree.array import Array, unwrap
@@ -123,7 +123,7 @@ class Lars:
             w: The weights: a nest of arrays, or one array.
 
         Raises:
-            StructureError: w holds itself.
+            StructureError: w holds itself, or has a node that cannot be rebuilt.
             LarsTreeError: as `update` does for weights that cannot be updated, such as a leaf that
                 is not an array, or one without data.
         """
@@ -139,7 +139,7 @@ class Lars:
         assert backend is not None
         state = Container(step=backend.counter(first), skipped=backend.counter(first))
         if self._moves:
-            state["velocity"] = _tree.rebuild(w, [_zeros(x) for x in leaves])
+            state["velocity"] = _tree.rebuild(w, [_zeros(x) for x in leaves], "w")
         return state
 
     def update(self, w: Any, dcdw: Any, state: dict[str, Any], out: Any = None) -> tuple[Any, Any]:
@@ -209,4 +209,4 @@ def _without_schedules(lr: Any, rate: Callable[[Any], Any]) -> Any:
     if _tree.is_leaf(lr):
         return lr
     new = [_without_schedules(child, rate) for _, child in _tree.children(lr)]
-    return _tree.replace_children(lr, new)
+    return _nodes.plain(lr, new)

@@ -89,7 +89,7 @@ def trust_ratios(
     for old, step in zip(leaves, steps, strict=True):
         ratio = None if step is None else step.measured.ratio
         ratios.append(Array(ratio) if isinstance(old, Array) and step is not None else ratio)
-    return _tree.rebuild(w, ratios)
+    return _tree.rebuild(w, ratios, "w")
 
 
 def layer_table(
@@ -240,7 +240,8 @@ class ScalarCallback:
         """
         if step % self.every:
             return
-        given = [(path, unwrap(x)) for path, x in _tree.walk(ratios) if x is not None]
+        with _tree.explaining({"ratios": ratios}):
+            given = [(path, unwrap(x)) for path, x in _tree.walk(ratios) if x is not None]
         faults = [(path, text) for path, x in given if (text := unreadable(x))]
         if faults:
             headline = "ratios holds something that cannot be written"

@@ -97,7 +97,9 @@ def lars_update(
         The new weights, in the types, key order, dtypes, shapes and devices of w; `out` if given.
 
     Raises:
-        StructureError: dcdw, out or an option does not match w; names every differing path.
+        StructureError: dcdw, out or an option does not match w; names every differing path. Or w
+            holds itself, or has a node of a class that cannot be rebuilt (only `out` needs no new
+            nodes).
         LeafError: A leaf is no array, or one that cannot be computed with (sparse, freed, meta).
         DtypeError: Weights or gradients are not floating point, or complex meets real.
         ShapeError: An array does not broadcast to its weights.
@@ -221,10 +223,11 @@ def _result(
     new = {name: _counted(x, name, taken) for name, x in state.items() if name in _counters.NAMES}
     if "velocity" in state:
         # They are in the order of w, whose keys may be in another one than those of the state.
-        places = _tree.rebuild(w, range(len(velocities)))
-        order = _tree.broadcast("w", state["velocity"], places, exact=True, to="state")
-        new["velocity"] = _tree.rebuild(state["velocity"], [velocities[i] for i in order])
-    return _tree.rebuild(w, ws), new
+        old, places = state["velocity"], range(len(velocities))
+        order = _tree.broadcast("w", old, w, values=places, exact=True, to="state")
+        moved = [velocities[i] for i in order]
+        new["velocity"] = _tree.rebuild(old, moved, "state", at=("velocity",))
+    return _tree.rebuild(w, ws, "w"), new
 
 
 def _counted(counter: Any, name: str, taken: Any) -> Any:

@@ -16,7 +16,7 @@ from conftest import need
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lars_tree import Array, Container, _pytrees
+from lars_tree import Array, Container, _pytrees, _tree
 
 ROOT = Path(_pytrees.__file__).parents[1]
 KEYS = st.text("ab/.", max_size=2) | st.integers(0, 2) | st.sampled_from([1.5, None, (1, "a")])
@@ -341,6 +341,30 @@ def test_torch_load_gives_back_what_was_saved(keys):
     assert type(loaded) is Container
     assert loaded.paths() == w.paths()
     assert all(type(child) is Container for child in loaded.values())
+
+
+def test_classes_of_a_library_are_known_to_the_kernel():
+    torch, jax = need("torch"), need("jax")
+    leaves = [torch.ones(1), torch.nn.Parameter(torch.ones(1)), jax.numpy.ones(1)]
+    assert len(_tree.leaves(leaves)) == 3
+    assert set(map(type, leaves)) <= _tree._KINDS.keys()
+
+
+def test_a_subclass_that_no_library_knows_is_freed():
+    code = """
+import gc, weakref
+from lars_tree import Container
+cls = type("Local", (Container,), {})
+assert type(cls(a=cls(b=1)).copy().a) is cls
+seen = weakref.ref(cls)
+del cls
+gc.collect()
+assert seen() is None
+import optree
+assert optree.tree_leaves(Container(a=1)) == [1]
+"""
+    need("optree")
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_tied_weights_stay_tied_in_a_file():

@@ -15,7 +15,7 @@ import numpy as np
 
 from lars_tree import _backends, _show, _tree, errors
 from lars_tree.array import unwrap
-from lars_tree.errors import Line, Path
+from lars_tree.errors import Line
 from lars_tree.testing import _arrays, _ulp
 from lars_tree.testing._arrays import Array
 
@@ -42,7 +42,8 @@ def assert_identical(actual: Any, expected: Any, *, check_type: bool = True) -> 
     Raises:
         AssertionError: naming every path that differs.
     """
-    _raise("actual is not identical to expected", differences(actual, expected, check_type))
+    with _tree.explaining({"actual": actual, "expected": expected}):
+        _raise("actual is not identical to expected", differences(actual, expected, check_type))
 
 
 def _raise(headline: str, lines: Iterator[Line]) -> None:
@@ -52,28 +53,32 @@ def _raise(headline: str, lines: Iterator[Line]) -> None:
 
 
 def differences(
-    actual: Any, expected: Any, check_type: bool, values: bool = True, path: Path = ()
+    actual: Any, expected: Any, check_type: bool, values: bool = True
 ) -> Iterator[Line]:
     """Where two nests differ, and how; `values` False looks at all but the elements of arrays."""
-    if _tree.is_leaf(actual) and _tree.is_leaf(expected):
-        text = _leaf_difference(actual, expected, check_type, values)
-        if text:
-            yield path, text
-        return
-    if type(actual) is not type(expected):
-        yield path, f"expected {errors.describe(expected)}, got {errors.describe(actual)}"
-        return
-    mine, theirs = dict(_tree.children(actual)), dict(_tree.children(expected))
-    if isinstance(expected, (list, tuple)) and len(mine) != len(theirs):
-        yield path, f"expected {errors.describe(expected)}, got {errors.describe(actual)}"
-    elif mine.keys() != theirs.keys():
-        yield path, errors.key_differences(list(theirs), list(mine))
-    elif list(mine) != list(theirs):
-        orders = [errors.enumerated(map(repr, keys)) for keys in (theirs, mine)]
-        yield path, f"expected the keys in the order {orders[0]}, got {orders[1]}"
-    for key, child in theirs.items():
-        if key in mine:
-            yield from differences(mine[key], child, check_type, values, (*path, key))
+
+    def compare(wanted: Any, found: Any) -> tuple[str, bool]:
+        if wanted is _tree.MISSING or found is _tree.MISSING:
+            return "", False  # that was said of their parents
+        if _tree.is_leaf(found) and _tree.is_leaf(wanted):
+            return _leaf_difference(found, wanted, check_type, values), False
+        return _node_difference(found, wanted)
+
+    return _tree.side_by_side(expected, actual, compare)
+
+
+def _node_difference(actual: Any, expected: Any) -> tuple[str, bool]:
+    mine, theirs = ([key for key, _ in _tree.children(node)] for node in (actual, expected))
+    same_type = type(actual) is type(expected)
+    if same_type and mine == theirs:
+        return "", True
+    if not same_type or (isinstance(expected, (list, tuple)) and len(mine) != len(theirs)):
+        text = f"expected {errors.describe(expected)}, got {errors.describe(actual)}"
+        return text, same_type
+    if set(mine) != set(theirs):
+        return errors.key_differences(theirs, mine), True
+    orders = [errors.enumerated(keys, shown=repr) for keys in (theirs, mine)]
+    return f"expected the keys in the order {orders[0]}, got {orders[1]}", True
 
 
 def _leaf_difference(actual: Any, expected: Any, check_type: bool, values: bool) -> str:
@@ -183,7 +188,8 @@ def assert_close_ulp(
     Raises:
         AssertionError: naming every path that differs, and of each array the worst element.
     """
-    mismatch = list(_tree.differences(expected, actual, exact=True))
+    with _tree.explaining({"actual": actual, "expected": expected}):
+        mismatch = list(_tree.differences(expected, actual, exact=True))
     if mismatch:
         raise AssertionError(errors.message("actual", "actual does not match expected", mismatch))
     actuals = _tree.broadcast("actual", expected, actual, exact=True)

@@ -5,14 +5,13 @@ Everything shrinks towards the least: a bare leaf or an empty dict, key 'a', key
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
 
-from lars_tree import _tree
+from lars_tree import _nodes, _tree
 from lars_tree.container import Container
 from lars_tree.testing import strategies
 from lars_tree.testing.strategies import Draw, Strategy, drawn
@@ -189,15 +188,14 @@ def shuffled(tree: Any) -> Strategy:
 
 
 def _reordered(draw: Draw, node: Any) -> Any:
-    if not isinstance(node, dict):
+    """A dict of any built-in class with its keys in another order; other nodes as they are."""
+    cls = type(node)
+    if cls not in (dict, OrderedDict, defaultdict) and not _nodes.is_container(node):
         return node
-    new = copy.copy(node)
-    # By the class that keeps the order: a Container takes keys for paths, OrderedDict has a list.
-    plain = OrderedDict if isinstance(node, OrderedDict) else dict
-    plain.clear(new)
-    for key, child in draw(st.permutations(list(_tree.children(node)))):
-        plain.__setitem__(new, key, child)
-    return new
+    items = dict(draw(st.permutations(list(_tree.children(node)))))
+    if cls is defaultdict:
+        return defaultdict(node.default_factory, items)
+    return OrderedDict(items) if cls is OrderedDict else _nodes.with_items(node, items)
 
 
 def prefixes_of(tree: Any, values: Strategy | None = None) -> Strategy:

@@ -1,0 +1,294 @@
+"""Classes of nodes that users write: dicts and lists that keep, copy or read items in odd ways."""
+
+from __future__ import annotations
+
+from collections import ChainMap, Counter, OrderedDict, UserDict, UserList, defaultdict, namedtuple
+from collections.abc import Mapping, MutableMapping
+from types import MappingProxyType
+
+import attrs
+import numpy as np
+
+
+class Frozen(dict):
+    """As frozendict is: its copy is itself."""
+
+    def __setitem__(self, key, value):
+        raise TypeError("immutable")
+
+    __delitem__ = __setitem__
+
+    def __copy__(self):
+        return self
+
+
+class CopiesToItself(dict):
+    def __copy__(self):
+        return self
+
+
+class CopiesToDict(dict):
+    def __copy__(self):
+        return dict(self)
+
+
+class Elsewhere(dict):
+    """Keeps its items in an attribute, as python-benedict and DotMap do."""
+
+    def __init__(self, items=()):
+        self.store = dict(items)
+
+    def __getitem__(self, key):
+        return self.store[key]
+
+    def __setitem__(self, key, value):
+        self.store[key] = value
+
+    def items(self):
+        return self.store.items()
+
+
+class ElsewhereInAll(Elsewhere):
+    def __iter__(self):
+        return iter(self.store)
+
+    def __len__(self):
+        return len(self.store)
+
+    def keys(self):
+        return self.store.keys()
+
+    def values(self):
+        return self.store.values()
+
+
+class ElsewhereByKey(dict):
+    """Replaces only what the language calls; its `items` are those of the empty dict below."""
+
+    def __init__(self, items=()):
+        self.store = dict(items)
+
+    def __getitem__(self, key):
+        return self.store[key]
+
+    def __setitem__(self, key, value):
+        self.store[key] = value
+
+    def __iter__(self):
+        return iter(self.store)
+
+    def __len__(self):
+        return len(self.store)
+
+
+class DotMapLike(MutableMapping, OrderedDict):
+    """Makes nodes of its own of the nodes that it is given."""
+
+    def __init__(self, items=()):
+        self.store = OrderedDict()
+        for key, value in dict(items).items():
+            self.store[key] = DotMapLike(value) if isinstance(value, dict) else value
+
+    def __getitem__(self, key):
+        return self.store[key]
+
+    def __setitem__(self, key, value):
+        self.store[key] = value
+
+    def __delitem__(self, key):
+        del self.store[key]
+
+    def __iter__(self):
+        return iter(self.store)
+
+    def __len__(self):
+        return len(self.store)
+
+    def items(self):
+        return self.store.items()
+
+    def __copy__(self):
+        return type(self)(self)
+
+
+class Mirrored(dict):
+    """Has its items as attributes too, as EasyDict."""
+
+    def __init__(self, items=()):
+        for key, value in dict(items).items():
+            self[key] = value
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value)
+        object.__setattr__(self, key, value)
+
+
+class Attributes(dict):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.__dict__ = self
+
+
+class OddAttributes(Attributes):
+    def __init__(self, name, items):
+        super().__init__(items)
+
+
+class Named(dict):
+    def __init__(self, name="encoder", items=()):
+        super().__init__(items)
+        self.name = name
+
+
+class Rated(UserDict):
+    """A UserDict with another constructor."""
+
+    def __init__(self, rate, items):
+        super().__init__(items)
+        self.rate = rate
+
+
+class Group(Mapping):
+    """Reads anew each time, as a group of an h5py file does."""
+
+    def __init__(self, file, items):
+        self.file, self.stored = file, dict(items)
+
+    def __getitem__(self, key):
+        x = self.stored[key]
+        return Group(self.file, x) if isinstance(x, dict) else np.array(x)
+
+    def __iter__(self):
+        return iter(self.stored)
+
+    def __len__(self):
+        return len(self.stored)
+
+
+class ListCopiesToItself(list):
+    def __copy__(self):
+        return self
+
+
+class ListElsewhere(list):
+    def __init__(self, items=()):
+        self.store = []
+        self.extend(items)
+
+    def append(self, item):
+        self.store.append(item)
+
+    def extend(self, items):
+        self.store.extend(items)
+
+    def __iter__(self):
+        return iter(self.store)
+
+    def __len__(self):
+        return len(self.store)
+
+    def __getitem__(self, key):
+        return self.store[key]
+
+
+class SharedList(ListElsewhere):
+    """Cannot be made of its items."""
+
+    def __init__(self, name, items):
+        super().__init__(items)
+
+
+class Tagged(tuple):
+    def __new__(cls, tag, items):
+        new = super().__new__(cls, items)
+        new.tag = tag
+        return new
+
+
+class Pair(namedtuple("Pair", "a b")):
+    __slots__ = ()
+
+    def __new__(cls, both):
+        return super().__new__(cls, *both)
+
+
+@attrs.frozen
+class FrozenLayer:
+    a: object
+    _b: object = attrs.field(validator=attrs.validators.not_(attrs.validators.instance_of(int)))
+
+
+@attrs.define(slots=False)
+class ConvertedLayer:
+    a: object = attrs.field(converter=lambda x: x * 2)
+    b: object = None
+
+
+@attrs.frozen
+class SingleLayer:
+    """Its copy is itself."""
+
+    a: object
+    b: object
+
+    def __copy__(self):
+        return self
+
+
+@attrs.define
+class FixedLayer:
+    """Has a field that cannot be set."""
+
+    a: object
+    b = attrs.field()
+
+    def __init__(self, a, b):
+        self.__attrs_init__(a, None)
+        self.hidden = b
+
+    @property
+    def b(self):  # noqa: F811
+        return self.hidden
+
+
+def mapping(make):
+    return lambda a, b: make({"a": a, "b": b})
+
+
+def sequence(make):
+    return lambda a, b: make([a, b])
+
+
+REBUILT = {
+    "frozendict": mapping(Frozen),
+    "copies to itself": mapping(CopiesToItself),
+    "copies to a dict": mapping(CopiesToDict),
+    "elsewhere": mapping(Elsewhere),
+    "elsewhere in all methods": mapping(ElsewhereInAll),
+    "elsewhere by key": mapping(ElsewhereByKey),
+    "like DotMap": mapping(DotMapLike),
+    "mirrored": mapping(Mirrored),
+    "attributes": mapping(Attributes),
+    "attributes, another constructor": mapping(lambda items: OddAttributes("x", items)),
+    "another constructor": mapping(lambda items: Named("x", items)),
+    "OrderedDict": mapping(OrderedDict),
+    "defaultdict": mapping(lambda items: defaultdict(list, items)),
+    "Counter": mapping(Counter),
+    "UserDict": mapping(UserDict),
+    "proxy": mapping(MappingProxyType),
+    "list that copies to itself": sequence(ListCopiesToItself),
+    "list elsewhere": sequence(ListElsewhere),
+    "UserList": sequence(UserList),
+    "tagged": sequence(lambda items: Tagged("x", items)),
+    "namedtuple": sequence(Pair),
+    "frozen attrs": FrozenLayer,
+    "attrs with a converter": lambda a, b: ConvertedLayer(a / 2, b),
+    "attrs that copy to themselves": SingleLayer,
+}
+REFUSED = {
+    "ChainMap": lambda a, b: ChainMap({"b": b}, {"a": a}),
+    "UserDict with another constructor": mapping(lambda items: Rated(0.1, items)),
+    "read anew": mapping(lambda items: Group("file", items)),
+    "list that cannot be made": sequence(lambda items: SharedList("x", items)),
+}
+ALL = REBUILT | REFUSED
