@@ -28,7 +28,6 @@ Tree = Any
 Leaf = Any
 
 NOTHING, MISSING = object(), object()
-
 children = _nodes.children
 
 

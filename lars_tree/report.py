@@ -53,8 +53,8 @@ def trust_ratios(
 
         ratio = trust_coefficient * |w| / (|g| + decay_lambda * |w| + eps)
 
-    and 1 where `lars_update` takes 1: for adapt=False, zero weights, or a denominator of 0. With
-    `trust_clip` it is never above 1.
+    and 1 where `lars_update` takes 1: for adapt=False, and where |w| or |g| is 0. With `trust_clip`
+    it is min(ratio, lr) / lr, by which lr is multiplied, and never above 1.
 
     >>> w = Container(kernel=np.array([3.0, 4.0]), bias=np.array([0.0]))
     >>> g = Container(kernel=np.array([0.0, 10.0]), bias=np.array([1.0]))
@@ -66,7 +66,8 @@ def trust_ratios(
     Args:
         w: Weights, as in `lars_update`. Nothing is modified.
         dcdw: Gradients: the same.
-        lr: Rate: checked, but of no effect on the ratios.
+        lr: Rate: of no effect on the ratios, unless there is `trust_clip`. If it has a shape, the
+            largest one counts.
         decay_lambda: Weight decay.
         stop_gradients: False keeps the history of the ratios, where `lars_update` would.
         **options: The further options of `lars_update`; `nonfinite` is of no effect.

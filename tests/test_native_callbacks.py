@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import CI, need
 
-from lars_tree import _native, _tree
+from lars_tree import _native, _nodes, _tree
 from lars_tree._rule import Rule
 
 if _native.kernel is None and (not CI or os.environ.get("LARS_TREE_NATIVE") == "0"):
@@ -25,7 +25,7 @@ def walk(*trees, others):
     found = []
     arguments = (found, True) if len(trees) == 2 else (found,)
     call = _native.kernel.match if len(trees) == 2 else _native.kernel.collect
-    call(*trees, *arguments, {**_tree._KINDS, set: _tree._FOREIGN}, _tree._kind, others)
+    call(*trees, *arguments, {**_tree._KINDS, set: _nodes.ITEMS}, _tree._kind, others)
     return found
 
 
