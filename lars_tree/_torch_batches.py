@@ -18,6 +18,7 @@ from lars_tree._backends.base import Leaf
 from lars_tree._backends.sharded import is_sharded, layout, partial_fault, shard_of
 from lars_tree._backends.torch import BACKEND, PLAIN_TYPES, is_in_cpu_memory, step_in_place
 from lars_tree._rule import MOTION_NUMBERS, NUMBERS, Rule
+from lars_tree._writes import Writes
 from lars_tree.errors import LarsTreeError, Path, enumerated
 from lars_tree.update import advance
 
@@ -68,8 +69,10 @@ _SHARED = (
 )
 
 
-def step_in_cpu_memory(batches: list[Batch], grad_scale: float) -> None:
-    """All at once, so that all is checked before the first is written."""
+def step_in_cpu_memory(
+    batches: list[Batch], grad_scale: float, writes: Writes | None = None
+) -> None:
+    """All at once, so that all is checked before the first is written; see `advance` for writes."""
     by_batch = {batch.name: batch.options(grad_scale) for batch in batches}
     options: dict[str, Any] = {}
     for name, value in next(iter(by_batch.values())).items():
@@ -79,7 +82,7 @@ def step_in_cpu_memory(batches: list[Batch], grad_scale: float) -> None:
     params, grads, buffers = (
         {batch.name: [row[i] for row in batch.rows] for batch in batches} for i in (1, 2, 3)
     )
-    advance(params, grads, params, options, {"velocity": buffers})
+    advance(params, grads, params, options, {"velocity": buffers}, writes)
 
 
 @contextmanager
