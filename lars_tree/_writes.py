@@ -148,7 +148,8 @@ class Writes:
         # An item of the results is asked for, as the kernel returns None for what it does not take.
         results: Iterable[Any] = map(_call, first)
         taken: Iterable[Any] = map(getitem, results, repeat(0))
-        return partial(deque, chain(taken, map(_call, [*copies, *self._last, *last])), 0)
+        others: list[Call] = [*copies, *self._last, *last]
+        return partial(deque, chain(taken, map(_call, others)), 0)
 
 
 def _aside(calls: list[Call]) -> None:

@@ -209,15 +209,16 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
         with named(elsewhere):
             if not compiling:
                 check_elsewhere(leaves, elsewhere)
-        # Ctrl-C must not part a first step from its buffers.
-        writes = Writes() if first and not compiling else None
+        # Ctrl-C must not part a first step from its buffers, nor some parameters from others.
+        parts = bool(here) + bool(elsewhere) + first
+        writes = Writes() if parts > 1 and not compiling else None
         with named(here):
             if here:
                 step_in_cpu_memory(here, 1.0 if grad_scale is None else float(grad_scale), writes)
                 self._keep_buffers(here, writes)
             if elsewhere:
-                step_elsewhere(leaves, elsewhere, found_inf)
-                self._keep_buffers(elsewhere, None)
+                step_elsewhere(leaves, elsewhere, found_inf, writes)
+                self._keep_buffers(elsewhere, writes)
             if writes is not None:
                 writes.make()
 
