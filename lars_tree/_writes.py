@@ -21,7 +21,7 @@ from __future__ import annotations
 import _thread
 import operator
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain, repeat
 from operator import getitem, setitem
@@ -154,10 +154,12 @@ class Writes:
 
 def _aside(calls: list[Call]) -> None:
     """Make calls in a thread of their own, where nothing interrupts them, and wait for it."""
-    started, ended, failures = [False], _thread.allocate_lock(), []
+    started, ended = [False], _thread.allocate_lock()
+    failures: list[BaseException] = []
 
-    def work() -> None:
+    def work() -> Iterator[None]:
         try:
+            yield  # what another thread has this one raise may reach a thread that starts here
             for each in calls:
                 each()
         except BaseException as error:  # raised below
@@ -166,8 +168,10 @@ def _aside(calls: list[Call]) -> None:
             ended.release()
 
     ended.acquire()
+    worker = work()
+    next(worker)
     start: list[Call] = [
-        partial(_thread.start_new_thread, work, ()),
+        partial(_thread.start_new_thread, next, (worker, None)),
         partial(setitem, started, 0, True),
     ]
     try:
