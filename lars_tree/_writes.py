@@ -13,7 +13,7 @@ Two kinds of arrays need more:
   signal handler runs there and no other thread knows it. If there is no memory for a chunk after
   the first one was written, some chunks are stepped and others are not: nothing else can be.
 
-tests/test_writes.py lets each allocation fail, and interrupts at each line.
+tests/test_writes.py lets each allocation fail, and interrupts at each moment.
 """
 
 from __future__ import annotations
