@@ -7,9 +7,11 @@ import os
 import signal
 import sys
 from collections import deque
+from textwrap import dedent
 
 import pytest
-from test_writes import contents, in_chunks, of_momentum, of_strides, run
+from test_threads import run
+from test_writes import contents, in_chunks, of_momentum, of_strides
 
 from lars_tree import _writes
 from lars_tree._backends import cpu
@@ -83,7 +85,7 @@ def test_a_child_forked_during_an_update_has_the_handlers_of_its_parent():
     lars_tree.lars_update(w, 1.0, 0.1, out=w)
     thread.join()
     print(statuses)"""
-    assert run(code) == "[0]"
+    assert run(dedent(code)) == "[0]"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -109,7 +111,7 @@ def test_a_child_forked_during_the_first_update_can_update():
         os.kill(child, 9)
     thread.join()
     print(found[0] == child, found[1])"""
-    assert run(code) == "True 0"
+    assert run(dedent(code)) == "True 0"
 
 
 def test_the_thread_that_imported_threading_first_need_not_be_the_main_one():
@@ -124,4 +126,4 @@ def test_the_thread_that_imported_threading_first_need_not_be_the_main_one():
     _thread.start_new_thread(work, ())
     while not done: time.sleep(0.01)
     print(done[0])"""
-    assert run(code).startswith("([0.9, 0.9, 0.9, 0.9], ")
+    assert run(dedent(code)).startswith("([0.9, 0.9, 0.9, 0.9], ")
