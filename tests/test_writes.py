@@ -159,7 +159,9 @@ def interrupted_at(number, call, send):
         inside = frame.f_back is not None and frame.f_back.f_trace is not None
         if frame.f_code is not _writes.Writes.make.__code__ and not inside:
             return None
-        frame.f_trace_opcodes = frame.f_code.co_filename.startswith(FOLDER)
+        if not frame.f_code.co_filename.startswith(FOLDER):
+            return None
+        frame.f_trace_opcodes = True
         return follow
 
     sys.settrace(trace)
