@@ -17,8 +17,10 @@ from lars_tree._backends.addresses import NUMPY_TYPES
 from lars_tree._backends.base import Leaf
 from lars_tree._backends.sharded import is_sharded, layout, partial_fault, shard_of
 from lars_tree._backends.stand_ins import PLAIN_TYPES
-from lars_tree._backends.torch import BACKEND, is_in_cpu_memory, step_in_place
+from lars_tree._backends.tensors import copy_all
+from lars_tree._backends.torch import BACKEND, is_in_cpu_memory, results_in_place
 from lars_tree._rule import MOTION_NUMBERS, NUMBERS, Rule
+from lars_tree._writes import Writes
 from lars_tree.errors import LarsTreeError, Path, enumerated
 from lars_tree.update import advance
 
@@ -70,8 +72,10 @@ _SHARED = (
 )
 
 
-def step_in_cpu_memory(batches: list[Batch], grad_scale: float) -> None:
-    """All at once, so that all is checked before the first is written."""
+def step_in_cpu_memory(
+    batches: list[Batch], grad_scale: float, writes: Writes | None = None
+) -> None:
+    """All at once, so that all is checked before the first is written; see `advance` for writes."""
     by_batch = {batch.name: batch.options(grad_scale) for batch in batches}
     options: dict[str, Any] = {}
     for name, value in next(iter(by_batch.values())).items():
@@ -81,7 +85,7 @@ def step_in_cpu_memory(batches: list[Batch], grad_scale: float) -> None:
     params, grads, buffers = (
         {batch.name: [row[i] for row in batch.rows] for batch in batches} for i in (1, 2, 3)
     )
-    advance(params, grads, params, options, {"velocity": buffers})
+    advance(params, grads, params, options, {"velocity": buffers}, writes)
 
 
 @contextmanager
@@ -153,9 +157,16 @@ def _place(x: Tensor) -> tuple[Any, ...]:
     return x.shape, x.device, x.is_complex(), is_sharded(x) and x.device_mesh
 
 
-def step_elsewhere(leaves: list[Leaf], batches: list[Batch], found_inf: Tensor | None) -> None:
+def step_elsewhere(
+    leaves: list[Leaf], batches: list[Batch], found_inf: Tensor | None, writes: Writes | None
+) -> None:
     if all(batch.group["foreach"] is False for batch in batches):
-        for leaf in leaves:
-            step_in_place([leaf], found_inf)
+        pairs = [results_in_place([leaf], found_inf) for leaf in leaves]
     else:
-        step_in_place(leaves, found_inf)
+        pairs = [results_in_place(leaves, found_inf)]
+    for targets, values in pairs:
+        if writes is None:
+            copy_all(targets, values)
+        else:
+            for target, value in zip(targets, values, strict=True):
+                writes.add(BACKEND, target, value)

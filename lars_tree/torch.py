@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from inspect import signature
+from operator import setitem
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lars_tree._backends.torch import BACKEND, is_in_cpu_memory
-from lars_tree._memory import serialised, uninterrupted
+from lars_tree._memory import serialised
 from lars_tree._torch_batches import (
     Batch,
     check_elsewhere,
@@ -25,6 +27,7 @@ from lars_tree._torch_batches import (
     step_elsewhere,
     step_in_cpu_memory,
 )
+from lars_tree._writes import Writes
 from lars_tree.errors import did_you_mean
 
 __all__ = ["Lars", "param_groups"]
@@ -210,14 +213,18 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
         with named(elsewhere):
             if not compiling:
                 check_elsewhere(leaves, elsewhere)
-        # Ctrl-C must not part a first step from its buffers.
-        with uninterrupted() if first and not compiling else nullcontext(), named(here):
+        # Ctrl-C must not part a first step from its buffers, nor some parameters from others.
+        parts = bool(here) + bool(elsewhere) + first
+        writes = Writes() if parts > 1 and not compiling else None
+        with named(here):
             if here:
-                step_in_cpu_memory(here, 1.0 if grad_scale is None else float(grad_scale))
-                self._keep_buffers(here)
+                step_in_cpu_memory(here, 1.0 if grad_scale is None else float(grad_scale), writes)
+                self._keep_buffers(here, writes)
             if elsewhere:
-                step_elsewhere(leaves, elsewhere, found_inf)
-                self._keep_buffers(elsewhere)
+                step_elsewhere(leaves, elsewhere, found_inf, writes)
+                self._keep_buffers(elsewhere, writes)
+            if writes is not None:
+                writes.make()
 
     def _batches(self) -> tuple[list[Batch], list[Batch]]:
         """What there is to be stepped in CPU memory, and elsewhere."""
@@ -251,12 +258,17 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
         found = list(batches.items())
         return [x for key, x in found if key[1]], [x for key, x in found if not key[1]]
 
-    def _keep_buffers(self, batches: list[Batch]) -> None:
-        """Keep those that are new."""
+    def _keep_buffers(self, batches: list[Batch], writes: Writes | None) -> None:
+        """Keep those that are new, when the writes are made if there are any."""
         for batch in batches:
             if batch.is_first:
                 for _, p, _, buffer in batch.rows:
-                    self.state[p]["momentum_buffer"] = buffer
+                    keep = partial(setitem, self.state[p], "momentum_buffer", buffer)
+                    if writes is None:
+                        keep()
+                    else:
+                        self.state[p].setdefault("momentum_buffer")  # then it needs no memory
+                        writes.then(keep)
 
 
 def _check(options: dict[str, Any], waits: bool = True) -> None:

@@ -8,7 +8,9 @@ believes it crashes. To add a library: a module with a `backend_of`, a row here,
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from importlib import import_module
 from typing import Any
 from weakref import ref
@@ -61,6 +63,20 @@ def _look_up(x: Any) -> Backend | None:
     return None
 
 
+# A fork waits until no thread is importing a backend: that thread would not be in the child to
+# finish, and the child would wait for it.
+_importing = threading.RLock()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_importing.acquire,
+        after_in_parent=_importing.release,
+        after_in_child=_importing.release,
+    )
+
+
 def _load(name: str, x: Any) -> Backend | None:
-    backend: Backend | None = import_module(f"lars_tree._backends.{name}").backend_of(x)
+    with _importing:
+        module = import_module(f"lars_tree._backends.{name}")
+    backend: Backend | None = module.backend_of(x)
     return backend

@@ -8,7 +8,7 @@ whether or not jax_enable_x64 is set.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,9 @@ from lars_tree._backends.base import (
 )
 from lars_tree._backends.numpy import raw
 from lars_tree._rule import Measured, Rule, mesh_axes
+
+if TYPE_CHECKING:
+    from lars_tree._writes import Writes
 
 Array = Any
 
@@ -174,7 +177,7 @@ class JaxBackend(ArraysBackend):
     def narrow(self, x: Array, w: Array) -> Array:
         return x.astype(w.dtype)
 
-    def update(self, leaves: list[Leaf]) -> list[New]:
+    def update(self, leaves: list[Leaf], writes: Writes) -> list[New]:
         with jax.enable_x64(True):
             return [_update(leaf) for leaf in leaves]
 

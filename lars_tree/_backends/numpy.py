@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from lars_tree._backends.base import (
 )
 from lars_tree._memory import is_foreign, is_mapped_read_only, span
 from lars_tree._rule import Measured
+
+if TYPE_CHECKING:
+    from lars_tree._writes import Writes
 
 Array = np.ndarray[Any, Any]
 
@@ -46,7 +50,8 @@ class NumpyBackend(Backend):
         return x.copy() if not isinstance(x, np.memmap) else np.array(x)
 
     def fault(self, x: Array) -> str | None:
-        if isinstance(x, np.ma.MaskedArray):
+        # `np.ma` would import it here, where a fork might come: who has such an array has done so.
+        if isinstance(x, getattr(sys.modules.get("numpy.ma"), "MaskedArray", ())):
             return "a masked array: the rule knows no missing elements; fill them first"
         return None
 
@@ -78,16 +83,20 @@ class NumpyBackend(Backend):
             columns, types=types, make=np.empty_like, copy=np.copy, as_bits=_as_bits
         )
 
-    def update(self, leaves: list[Leaf]) -> list[New]:
-        return [self._step(leaf) for leaf in leaves]
+    def update(self, leaves: list[Leaf], writes: Writes) -> list[New]:
+        return [self._step(leaf, writes) for leaf in leaves]
 
-    def _step(self, leaf: Leaf) -> New:
+    def _step(self, leaf: Leaf, writes: Writes) -> New:
         new, velocity = leaf.out, leaf.velocity
         if new is None:
             new = _empty_like(leaf.w)
             velocity = None if velocity is None else np.array(velocity)  # a scalar's too
         moving = None if velocity is None else raw(velocity)
-        cpu.update(raw(leaf.w), raw(leaf.dcdw), raw(new), leaf.rule, moving)
+        arrays = raw(leaf.w), raw(leaf.dcdw), raw(new), leaf.rule, moving
+        if leaf.out is None:
+            cpu.update(*arrays)
+        else:
+            cpu.prepare(*arrays, writes)
         return New(new[()] if isinstance(leaf.w, np.generic) else new, velocity)
 
     def measure(self, leaves: list[Leaf]) -> list[Measured]:
@@ -101,6 +110,9 @@ class NumpyBackend(Backend):
 
     def write(self, out: Array, x: Array) -> None:
         np.asarray(out)[...] = x
+
+    def copied_memory(self, out: Array, x: Array) -> tuple[Array, Array]:
+        return raw(out), raw(x)
 
 
 def _empty_like(w: Array) -> Array:
