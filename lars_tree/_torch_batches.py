@@ -10,15 +10,18 @@ from contextlib import contextmanager
 from operator import index
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from lars_tree import _checks, _options
 from lars_tree._backends.addresses import NUMPY_TYPES
 from lars_tree._backends.base import Leaf
 from lars_tree._backends.sharded import is_sharded, layout, partial_fault, shard_of
-from lars_tree._backends.torch import BACKEND, PLAIN_TYPES, is_in_cpu_memory, step_in_place
+from lars_tree._backends.torch import BACKEND, PLAIN_TYPES, is_in_cpu_memory, results_in_place
 from lars_tree._rule import MOTION_NUMBERS, NUMBERS, Rule
-from lars_tree.errors import LarsTreeError, Path, enumerated
+from lars_tree._torch_options import adapts, number, rate
+from lars_tree.errors import Path
 from lars_tree.update import advance
 
 
@@ -37,16 +40,16 @@ class Batch:
 
     def options(self, grad_scale: Any) -> dict[str, Any]:
         """The options of the rule, by their names there."""
-        group, lr, axis = self.group, self.group["lr"], self.group["layer_axis"]
-        if isinstance(lr, Tensor) and lr.ndim:
-            lr = lr.reshape(())
-        taken_in = 1.0 if self.is_first else 1.0 - group["dampening"]
+        group, lr, axis = self.group, rate(self.group), self.group["layer_axis"]
+        taken_in = 1.0 if self.is_first else 1.0 - number(group["dampening"])
         moving = {"lr": taken_in, "rate": lr} if self.moves else {"lr": lr, "rate": 1.0}
         return {
             **_options.DEFAULTS,
             **{name: group[name] for name in _SHARED},
+            **{name: number(group[name]) for name in _SHARED_NUMBERS},
             **moving,
-            "decay_lambda": group["weight_decay"],
+            "adapt": adapts(group),
+            "decay_lambda": number(group["weight_decay"]),
             "grad_scale": grad_scale,
             "layer_axis": None if axis is None else index(axis),
         }
@@ -62,15 +65,23 @@ class Batch:
 
 
 # What is called the same here and in the rule.
-_SHARED = (
-    *("momentum", "nesterov", "trust_coefficient", "eps"),
-    *("trust_clip", "adapt", "maximize"),
-)
+_SHARED = ("nesterov", "trust_clip", "maximize", "nonfinite")
+_SHARED_NUMBERS = ("momentum", "trust_coefficient", "eps")
 
 
-def step_in_cpu_memory(batches: list[Batch], grad_scale: float) -> None:
+def step_if_finite(batches: list[Batch], grad_scale: Any) -> bool:
+    """Step all batches on any device, as their `nonfinite` says; whether they were stepped."""
+    counts = {name: np.zeros((), np.int64) for name in ("step", "skipped")}
+    step_in_cpu_memory(batches, grad_scale, counts)
+    return bool(counts["step"])
+
+
+def step_in_cpu_memory(
+    batches: list[Batch], grad_scale: Any, counts: dict[str, Any] | None = None
+) -> None:
     """All at once, so that all is checked before the first is written."""
-    by_batch = {batch.name: batch.options(grad_scale) for batch in batches}
+    scale = 1.0 if grad_scale is None else float(grad_scale)
+    by_batch = {batch.name: batch.options(scale) for batch in batches}
     options: dict[str, Any] = {}
     for name, value in next(iter(by_batch.values())).items():
         values = {batch: given[name] for batch, given in by_batch.items()}
@@ -79,32 +90,7 @@ def step_in_cpu_memory(batches: list[Batch], grad_scale: float) -> None:
     params, grads, buffers = (
         {batch.name: [row[i] for row in batch.rows] for batch in batches} for i in (1, 2, 3)
     )
-    advance(params, grads, params, options, {"velocity": buffers})
-
-
-@contextmanager
-def named(batches: list[Batch]) -> Iterator[None]:
-    """Have errors say what the optimizer's user calls the parameters."""
-    try:
-        yield
-    except LarsTreeError as error:
-        names = _names(batches, error.paths)
-        if names:
-            error.add_note(f"parameters: {enumerated(names, 10)}")
-        raise
-
-
-def _names(batches: list[Batch], paths: tuple[Path, ...]) -> list[str]:
-    """What the optimizer's user calls the parameters at these paths; options have shorter ones."""
-    by_name = {batch.name: batch for batch in batches}
-    names = []
-    for path in (path for path in paths if len(path) == 2):
-        batch: Any = by_name[str(path[0])]
-        place = batch.rows[path[1]][0]
-        known = batch.group.get("param_names")
-        numbered = f"param_groups[{batch.number}]['params'][{place}]"
-        names.append(known[place] if known else numbered)
-    return names
+    advance(params, grads, params, options, {"velocity": buffers, **(counts or {})})
 
 
 def check_elsewhere(leaves: list[Leaf], batches: list[Batch]) -> None:
@@ -147,9 +133,33 @@ def _place(x: Tensor) -> tuple[Any, ...]:
     return x.shape, x.device, x.is_complex(), is_sharded(x) and x.device_mesh
 
 
-def step_elsewhere(leaves: list[Leaf], batches: list[Batch], found_inf: Tensor | None) -> None:
-    if all(batch.group["foreach"] is False for batch in batches):
-        for leaf in leaves:
-            step_in_place([leaf], found_inf)
-    else:
-        step_in_place(leaves, found_inf)
+def results_elsewhere(
+    leaves: list[Leaf], batches: list[Batch], found_inf: Tensor | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Where to write, and what; nothing is written yet."""
+    if not all(batch.group["foreach"] is False for batch in batches):
+        return results_in_place(leaves, found_inf)
+    targets: list[Tensor] = []
+    values: list[Tensor] = []
+    for leaf in leaves:  # results are kept, in no more memory than they need
+        outs, news = results_in_place([leaf], found_inf)
+        targets += outs
+        values += [new.to(out.dtype) for out, new in zip(outs, news, strict=True)]
+    return targets, values
+
+
+def write(targets: list[Tensor], values: list[Tensor]) -> None:
+    """Write all values in one operation."""
+    if targets:
+        torch._foreach_copy_(targets, values)
+
+
+@contextmanager
+def restored_on_error(targets: list[Tensor]) -> Iterator[None]:
+    """Give tensors the values back that they have now, if there is an error."""
+    old = [x.clone() for x in targets]
+    try:
+        yield
+    except BaseException:
+        write(targets, old)
+        raise

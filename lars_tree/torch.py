@@ -6,26 +6,29 @@ accelerators, DTensor, under `torch.compile`) by multi-tensor operations that wa
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from inspect import signature
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from lars_tree import _torch_options
 from lars_tree._backends.torch import BACKEND, is_in_cpu_memory
 from lars_tree._memory import serialised, uninterrupted
 from lars_tree._torch_batches import (
     Batch,
     check_elsewhere,
-    named,
-    step_elsewhere,
+    restored_on_error,
+    results_elsewhere,
+    step_if_finite,
     step_in_cpu_memory,
+    write,
 )
-from lars_tree.errors import did_you_mean
+from lars_tree._torch_groups import param_groups, refuse_flat, refuse_swapped
+from lars_tree._torch_messages import in_terms_of_torch, name_of
+from lars_tree.errors import LarsTreeError
 
 __all__ = ["Lars", "param_groups"]
 
@@ -82,7 +85,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
     Source: You, Gitman, Ginsburg (2017), arXiv:1708.03888, Algorithm 1.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler sets grad_scale and found_inf for a step
+    skipped: int = 0
 
     def __init__(
         self,
@@ -96,10 +99,12 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
         trust_coefficient: float = 0.001,
         eps: float = 0.0,
         trust_clip: bool = False,
-        adapt: bool = True,
+        adapt: bool | str = True,
         foreach: bool | None = None,
         maximize: bool = False,
         layer_axis: int | None = None,
+        nonfinite: str = "propagate",
+        fused: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -114,25 +119,46 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
             "foreach": foreach,
             "maximize": maximize,
             "layer_axis": layer_axis,
+            "nonfinite": nonfinite,
+            "fused": fused,
         }
-        _check(defaults)
+        _torch_options.check(defaults)
         super().__init__(params, defaults)
+        self._set_amp_scaling()
+
+    def _set_amp_scaling(self) -> None:
+        """As in torch's fused optimizers: GradScaler sets grad_scale and found_inf for a step."""
+        if self.defaults["fused"]:
+            self._step_supports_amp_scaling = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as in `torch.optim.Optimizer`.
 
         Raises:
-            ValueError: A value that the rule is not defined for.
+            ValueError: A value that the rule is not defined for; a parameter that is not a layer.
         """
+        name = f"param_groups[{len(self.param_groups)}]"
         if isinstance(param_group, dict):
-            _check({**self.defaults, **param_group})
+            _torch_options.check({**self.defaults, **param_group}, name)
         super().add_param_group(param_group)
+        try:
+            refuse_flat(self.param_groups[-1], len(self.param_groups) - 1)
+        except LarsTreeError:
+            del self.param_groups[-1]
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "skipped": self.skipped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        known = set(state.get("defaults", vars(self).get("defaults", ())))
         super().__setstate__(state)
+        for name in self.defaults.keys() - known:  # torch adds some
+            del self.defaults[name]
         for group in self.param_groups:  # of an older version, or of another optimizer
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+        self._set_amp_scaling()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, as in `torch.optim.Optimizer`; also that of a `torch.optim.SGD`.
@@ -195,25 +221,75 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
 
     def _step(self, grad_scale: Any, found_inf: Any) -> None:
         here, elsewhere = self._batches()
-        first = any(batch.is_first for batch in here + elsewhere)
-        if found_inf is not None and (here or any(batch.is_undamped for batch in elsewhere)):
-            # What is in CPU memory cannot wait to know, and only a step that is taken is the first.
+        batches = here + elsewhere
+        guarded = any(batch.group["nonfinite"] != "propagate" for batch in batches)
+        known_first = here or guarded or any(batch.is_undamped for batch in elsewhere)
+        if found_inf is not None and known_first:
+            # CPU memory cannot wait for it, and only a step that is taken is the first one.
             if found_inf:
                 return
             found_inf = None
-        compiling = torch.compiler.is_compiling()
+        with in_terms_of_torch(batches):
+            if torch.compiler.is_compiling():
+                self._step_compiled(elsewhere, grad_scale, found_inf, guarded)
+            elif guarded:
+                with uninterrupted():
+                    if step_if_finite(batches, grad_scale):
+                        self._keep_buffers(batches)
+                    else:
+                        self.skipped += 1
+            else:
+                self._step_at_once(here, elsewhere, grad_scale, found_inf)
+
+    def _step_compiled(
+        self, batches: list[Batch], grad_scale: Any, found_inf: Any, guarded: bool
+    ) -> None:
+        if guarded:
+            raise RuntimeError("nonfinite must be 'propagate' in a step that is compiled")
+        leaves = [leaf for batch in batches for leaf in batch.leaves(grad_scale)]
+        write(*results_elsewhere(leaves, batches, found_inf))
+        self._keep_buffers(batches)
+
+    def _step_at_once(
+        self, here: list[Batch], elsewhere: list[Batch], grad_scale: Any, found_inf: Any
+    ) -> None:
+        """Take a step whole, or not at all: whatever is raised, and whenever Ctrl-C comes."""
         leaves = [leaf for batch in elsewhere for leaf in batch.leaves(grad_scale)]
-        with named(elsewhere):
-            if not compiling:
-                check_elsewhere(leaves, elsewhere)
-        # Ctrl-C must not part a first step from its buffers.
-        with uninterrupted() if first and not compiling else nullcontext(), named(here):
+        check_elsewhere(leaves, elsewhere)
+        # What takes memory and time comes first, and writes nothing.
+        targets, values = results_elsewhere(leaves, elsewhere, found_inf)
+        first = [batch for batch in here + elsewhere if batch.is_first]
+        parts = bool(first) + bool(here) + bool(elsewhere)
+        with (
+            uninterrupted() if parts > 1 else nullcontext(),
+            self._buffers_kept(first),
+            restored_on_error(targets if here else []),
+        ):
+            write(targets, values)
             if here:
-                step_in_cpu_memory(here, 1.0 if grad_scale is None else float(grad_scale))
-                self._keep_buffers(here)
-            if elsewhere:
-                step_elsewhere(leaves, elsewhere, found_inf)
-                self._keep_buffers(elsewhere)
+                step_in_cpu_memory(here, grad_scale)
+
+    @contextmanager
+    def _buffers_kept(self, batches: list[Batch]) -> Iterator[None]:
+        """Keep buffers that are new, unless there is an error."""
+        new = [row[1] for batch in batches for row in batch.rows]
+        unknown = [p for p in new if p not in self.state]
+        try:
+            self._keep_buffers(batches)
+            yield
+        except BaseException:
+            for p in new:
+                self.state[p].pop("momentum_buffer", None)
+            for p in unknown:
+                self.state.pop(p, None)
+            raise
+
+    def _keep_buffers(self, batches: list[Batch]) -> None:
+        """Keep those that are new."""
+        for batch in batches:
+            if batch.is_first:
+                for _, p, _, buffer in batch.rows:
+                    self.state[p]["momentum_buffer"] = buffer
 
     def _batches(self) -> tuple[list[Batch], list[Batch]]:
         """What there is to be stepped in CPU memory, and elsewhere."""
@@ -222,7 +298,10 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
         compiling = torch.compiler.is_compiling()
         for number, group in enumerate(self.param_groups):
             if not compiling:  # schedulers set what they like
-                _check(group, waits=False)
+                first_rate = group.get("initial_lr", self.defaults["lr"])
+                name = f"param_groups[{number}]"
+                _torch_options.check(group, name, waits=False, first_rate=first_rate)
+                refuse_swapped(group, number)
             moves = group["momentum"] != 0
             many = group["foreach"] or compiling
             kind = None
@@ -231,8 +310,10 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
                 if grad is None:
                     continue
                 if grad.layout is not torch.strided:
-                    raise RuntimeError("Lars does not support sparse gradients: make them dense")
-                buffer = state[p].get("momentum_buffer") if moves else None
+                    name = name_of(group, number, place)
+                    text = f"Lars does not support sparse gradients: make that of {name} dense"
+                    raise RuntimeError(text)
+                buffer = state[p].get("momentum_buffer") if moves and p in state else None
                 is_first = moves and buffer is None
                 if is_first:
                     buffer = BACKEND.zeros(p, BACKEND.velocity_dtype(p))
@@ -246,89 +327,3 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
                 rows.append((place, p, grad, buffer))
         found = list(batches.items())
         return [x for key, x in found if key[1]], [x for key, x in found if not key[1]]
-
-    def _keep_buffers(self, batches: list[Batch]) -> None:
-        """Keep those that are new."""
-        for batch in batches:
-            if batch.is_first:
-                for _, p, _, buffer in batch.rows:
-                    self.state[p]["momentum_buffer"] = buffer
-
-
-def _check(options: dict[str, Any], waits: bool = True) -> None:
-    """Raise ValueError for what the rule is not defined for.
-
-    Unless it waits, tensors on a device are not looked into.
-    """
-    lr = options["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
-    words = {"lr": "learning rate", "momentum": "momentum value"}
-    for name in ("lr", "momentum", "dampening", "weight_decay", "trust_coefficient", "eps"):
-        x = options[name]
-        if isinstance(x, Tensor) and not (waits or x.is_cpu):
-            continue
-        if isinstance(x, bool) or not 0 <= x < float("inf"):
-            raise ValueError(f"Invalid {words.get(name, name)}: {x}")
-    if options["dampening"] > 1:
-        raise ValueError(f"Invalid dampening: {options['dampening']}")
-    if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
-        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-    for name in ("nesterov", "trust_clip", "adapt", "maximize"):
-        if not isinstance(options[name], bool):
-            raise ValueError(f"Invalid {name}: expected True or False, got {options[name]!r}")
-    axis = options["layer_axis"]
-    if axis is not None and (isinstance(axis, bool) or not hasattr(axis, "__index__")):
-        raise ValueError(f"Invalid layer_axis: expected an axis or None, got {axis!r}")
-
-
-def param_groups(
-    model: torch.nn.Module,
-    *,
-    exclude: Callable[[str, Tensor], bool] | None = None,
-    **options: Any,
-) -> list[dict[str, Any]]:
-    """Parameter groups by the usual recipe: biases and norm layers without decay or adaptation.
-
-    >>> import torch
-    >>> from lars_tree.torch import Lars, param_groups
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
-    >>> groups = param_groups(model, weight_decay=1e-4)
-    >>> for group in groups:
-    ...     names = [name for name, _ in group["params"]]
-    ...     print(names, group["weight_decay"], group.get("adapt", True))
-    ['0.weight'] 0.0001 True
-    ['0.bias', '1.weight', '1.bias'] 0.0 False
-    >>> opt = Lars(groups, lr=0.1)
-
-    Args:
-        model: Its parameters that require a gradient are taken, by name.
-        exclude: Says of a name and parameter whether it is left out of decay and adaptation; by
-            default those of at most one axis, not counting `layer_axis` where that is given.
-        **options: Options of `Lars` for all groups.
-
-    Returns:
-        The groups that are not empty, the adapted parameters first.
-
-    Raises:
-        TypeError: An option is not one of `Lars`.
-        ValueError: A parameter has no shape yet.
-    """
-    known = signature(Lars).parameters.keys() - {"params"}
-    for name in options.keys() - known:
-        hint = did_you_mean(name, known)
-        raise TypeError(f"param_groups got an unexpected keyword argument {name!r}{hint}")
-    few = 1 if options.get("layer_axis") is None else 2
-    left_out = exclude or (lambda _, p: p.ndim <= few)
-    adapted: list[tuple[str, Tensor]] = []
-    others: list[tuple[str, Tensor]] = []
-    for name, p in model.named_parameters():
-        if is_lazy(p):
-            raise ValueError(f"{name} has no shape yet: run the model once to initialise it")
-        if p.requires_grad:
-            (others if left_out(name, p) else adapted).append((name, p))
-    groups = [
-        {"params": adapted, **options},
-        {"params": others, **options, "weight_decay": 0.0, "adapt": False, "layer_axis": None},
-    ]
-    return [group for group in groups if group["params"]]

@@ -283,10 +283,13 @@ def _stepped(leaves: list[Leaf], news: list[New]) -> tuple[list[Tensor], list[Te
     return targets, values
 
 
-def step_in_place(leaves: list[Leaf], unless: Tensor | None = None) -> None:
-    """Step parameters on any device, unless a number on it is not 0; nothing waits for the device.
+def results_in_place(
+    leaves: list[Leaf], unless: Tensor | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Where to write, and what, to step parameters on any device; nothing waits for the device.
 
-    Without any checks: for optimizers, which made them when they took the parameters.
+    Without any checks: for optimizers, which made them when they took the parameters. Where
+    `unless`, a number on a device, is not 0, the values are those that are there.
     """
     targets, values = _stepped(leaves, [New(leaf.out, leaf.velocity) for leaf in leaves])
     if unless is not None:
@@ -295,8 +298,7 @@ def step_in_place(leaves: list[Leaf], unless: Tensor | None = None) -> None:
             torch.where(kept[old.device], old, new.to(old.dtype))
             for old, new in zip(targets, values, strict=True)
         ]
-    if targets:
-        torch._foreach_copy_(targets, values)
+    return targets, values
 
 
 def _targets(leaf: Leaf) -> New:
