@@ -21,7 +21,7 @@ from lars_tree._backends.sharded import is_sharded, layout, partial_fault, shard
 from lars_tree._backends.torch import BACKEND, PLAIN_TYPES, is_in_cpu_memory, results_in_place
 from lars_tree._rule import MOTION_NUMBERS, NUMBERS, Rule
 from lars_tree._torch_options import adapts, number, rate
-from lars_tree.errors import Path
+from lars_tree.errors import Path, ShapeError, error
 from lars_tree.update import advance
 
 
@@ -101,6 +101,13 @@ def check_elsewhere(leaves: list[Leaf], batches: list[Batch]) -> None:
     paths: list[Path] = [(batch.name, i) for batch in batches for i in range(len(batch.rows))]
     places = {id(leaf): place for place, leaf in enumerate(leaves)}
     _checks.check([x._replace(place=places[id(x)]) for x in suspects], lambda: paths)
+    lines = [
+        (paths[places[id(x)]], f"expected {tuple(x.w.shape)}, got {tuple(x.dcdw.shape)}")
+        for x in suspects
+        if x.dcdw.shape != x.w.shape
+    ]
+    if lines:
+        raise error(ShapeError, "dcdw", "dcdw has another shape than w", lines)
 
 
 def _look_right(leaves: list[Leaf]) -> bool:

@@ -36,7 +36,7 @@ _TERMS = {
 }
 _CONVERTS = (
     "p was changed after the optimizer had stepped it, by model.double() or model.to():"
-    "\n  opt.load_state_dict(opt.state_dict()) converts the buffers, opt.state.clear() drops them"
+    "\n  opt.load_state_dict(opt.state_dict()) converts their dtypes, opt.state.clear() drops them"
 )
 
 

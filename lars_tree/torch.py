@@ -294,7 +294,8 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
     def _batches(self) -> tuple[list[Batch], list[Batch]]:
         """What there is to be stepped in CPU memory, and elsewhere."""
         batches: dict[tuple[int, bool, bool], Batch] = {}
-        state = self.state
+        known, strided = self.state.get, torch.strided
+        nothing: dict[str, Any] = {}
         compiling = torch.compiler.is_compiling()
         for number, group in enumerate(self.param_groups):
             if not compiling:  # schedulers set what they like
@@ -309,11 +310,11 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
                 grad = p.grad
                 if grad is None:
                     continue
-                if grad.layout is not torch.strided:
+                if grad.layout is not strided:
                     name = name_of(group, number, place)
                     text = f"Lars does not support sparse gradients: make that of {name} dense"
                     raise RuntimeError(text)
-                buffer = state[p].get("momentum_buffer") if moves and p in state else None
+                buffer = known(p, nothing).get("momentum_buffer") if moves else None
                 is_first = moves and buffer is None
                 if is_first:
                     buffer = BACKEND.zeros(p, BACKEND.velocity_dtype(p))
