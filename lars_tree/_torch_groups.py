@@ -73,7 +73,7 @@ def param_groups(
         hint = errors.did_you_mean(name, NAMES)
         raise TypeError(f"param_groups got an unexpected keyword argument {name!r}{hint}")
     parameters = list(model.named_parameters())
-    _refuse_flat("model", parameters)
+    _refuse_flat(parameters)
     for name, p in parameters:
         if is_lazy(p):
             raise ValueError(f"{name} has no shape yet: run the model once to initialise it")
@@ -144,30 +144,40 @@ def _is_magnitude(module: Module, name: str) -> bool:
     return stem != name and f"{stem}_v" in _own_parameters(module)
 
 
+_PARTS = "params holds parts of layers: LARS needs each layer as one tensor"
+
+
 def refuse_flat(group: dict[str, Any], number: int) -> None:
     """Raise LeafError for parameters of a group that are no longer layers."""
-    _refuse_flat("params", [(name_of(group, number, i), p) for i, p in enumerate(group["params"])])
+    _refuse_flat((name_of(group, number, i), p) for i, p in enumerate(group["params"]))
 
 
-def _refuse_flat(argument: str, parameters: Iterable[_Named]) -> None:
+def _refuse_flat(parameters: Iterable[_Named]) -> None:
     lines: list[errors.Line] = []
     for name, p in parameters:
         if getattr(p, "_fsdp_flattened", False):
-            lines.append(((name,), "flattened by FSDP1: use FSDP2, fully_shard, instead"))
+            lines.append(((name,), "flattened by FSDP1: use FSDP2 (fully_shard) instead"))
         elif hasattr(p, "ds_id"):
             lines.append(((name,), "partitioned by DeepSpeed's ZeRO-3: use FSDP2 instead"))
     if lines:
-        headline = f"{argument} holds parts of parameters: LARS needs each layer as one tensor"
-        raise errors.error(errors.LeafError, argument, headline, lines)
+        raise errors.error(errors.LeafError, "params", _PARTS, lines)
 
 
-def refuse_swapped(group: dict[str, Any], number: int) -> None:
-    """Raise LeafError where DeepSpeed has put one flat tensor in the place of a group's layers."""
+def refuse_flattened_since(group: dict[str, Any], number: int) -> None:
+    """Raise LeafError where a framework has flattened the parameters that a group was made of.
+
+    Looks at the first of them alone: it is asked at each step.
+    """
     params = group["params"]
-    if len(params) != 1 or type(params[0]) is not Tensor or params[0].ndim != 1:
+    if not params:
         return
-    if "deepspeed" in sys.modules and adapts(group):
-        headline = "params holds parts of parameters: LARS needs each layer as one tensor"
+    p = params[0]
+    if getattr(p, "_fsdp_flattened", False) or hasattr(p, "ds_id"):
+        refuse_flat(group, number)
+    # DeepSpeed puts one flat tensor, which is not a Parameter, in the place of all of a group.
+    is_flat = type(p) is Tensor and p.ndim == 1 and len(params) == 1
+    if is_flat and "deepspeed" in sys.modules and adapts(group):
         text = "flattened by DeepSpeed's ZeRO: use ZeRO stage 0, or FSDP2, instead"
-        lines = [((name_of(group, number, 0),), text)]
-        raise errors.error(errors.LeafError, "params", headline, lines)
+        raise errors.error(
+            errors.LeafError, "params", _PARTS, [((name_of(group, number, 0),), text)]
+        )

@@ -26,7 +26,7 @@ from lars_tree._torch_batches import (
     step_in_cpu_memory,
     write,
 )
-from lars_tree._torch_groups import param_groups, refuse_flat, refuse_swapped
+from lars_tree._torch_groups import param_groups, refuse_flat, refuse_flattened_since
 from lars_tree._torch_messages import in_terms_of_torch, name_of
 from lars_tree.errors import LarsTreeError
 
@@ -302,7 +302,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
                 first_rate = group.get("initial_lr", self.defaults["lr"])
                 name = f"param_groups[{number}]"
                 _torch_options.check(group, name, waits=False, first_rate=first_rate)
-                refuse_swapped(group, number)
+                refuse_flattened_since(group, number)
             moves = group["momentum"] != 0
             many = group["foreach"] or compiling
             kind = None

@@ -299,29 +299,3 @@ def test_a_cuda_graph_replays_steps():
         graph.replay()
         opts[1].step()
     torch.testing.assert_close(p, q, rtol=1e-6, atol=0)
-
-
-def test_param_groups_leave_out_vectors():
-    net = model()
-    net[0].weight.requires_grad_(False)
-    adapted, others = param_groups(net, weight_decay=0.1, trust_clip=True)
-    assert [name for name, _ in adapted["params"]] == ["2.weight"]
-    assert [name for name, _ in others["params"]] == ["0.bias", "1.weight", "1.bias", "2.bias"]
-    assert (adapted["weight_decay"], others["weight_decay"], others["adapt"]) == (0.1, 0.0, False)
-    assert adapted["trust_clip"]
-    assert others["trust_clip"]
-    (only,) = param_groups(net, exclude=lambda name, p: True)
-    assert len(only["params"]) == 5
-    with pytest.raises(TypeError, match=r"'trust_coeff'.*did you mean 'trust_coefficient'"):
-        param_groups(net, trust_coeff=1e-3)
-    stacked = torch.nn.Module()
-    stacked.kernel, stacked.bias = (torch.nn.Parameter(torch.ones(s)) for s in [(2, 3, 3), (2, 3)])
-    stacked.scale = torch.nn.Parameter(torch.tensor(2.0))
-    adapted, others = groups = param_groups(stacked, layer_axis=0, weight_decay=0.1)
-    assert [name for name, _ in others["params"]] == ["bias", "scale"]
-    opt = Lars(groups, 0.1)
-    sum(p.sum() for p in stacked.parameters()).backward()
-    opt.step()
-    assert stacked.scale.item() == pytest.approx(1.9)  # no layers there, and plain SGD
-    with pytest.raises(ValueError, match=r"^0.weight has no shape yet"):
-        param_groups(torch.nn.Sequential(torch.nn.LazyLinear(3)))
