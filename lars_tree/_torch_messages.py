@@ -35,8 +35,8 @@ _TERMS = {
     "decay_lambda": "weight_decay",
 }
 _CONVERTS = (
-    "p was changed after the optimizer had stepped it, by model.double() or model.to():"
-    "\n  opt.load_state_dict(opt.state_dict()) converts their dtypes, opt.state.clear() drops them"
+    "p was changed after the optimizer had stepped it, as by model.double() or model.to():"
+    "\n  opt.load_state_dict(opt.state_dict()) converts the buffers, opt.state.clear() drops them"
 )
 
 
@@ -71,7 +71,7 @@ def _translated(error: LarsTreeError, batches: list[Rows]) -> LarsTreeError:
     for word, term in _TERMS.items():
         words = re.sub(rf"(?<![\w'./]){word}(?![\w'./=])", term, words)
     words = paths.sub(lambda found: by_path[found[0]], words)
-    if error.argument == "state":
+    if error.argument == "state" and isinstance(error, (errors.StateError, errors.BackendError)):
         words += f"\n  {_CONVERTS}"
     translated = type(error)(words)
     translated.argument = _TERMS.get(error.argument, error.argument)

@@ -77,7 +77,7 @@ def _error(group: str, text: str) -> ValueError:
 
 
 def _is_rounding(x: Any, first: Any) -> bool:
-    return _is_real(x) and _is_number(first) and 0 <= -float(x) <= _ROUNDING * float(first)
+    return _is_real(x) and _is_number(-x) and float(-x) <= _ROUNDING * float(first)
 
 
 def _is_real(x: Any) -> bool:
