@@ -27,6 +27,8 @@ def check(
 ) -> None:
     """Raise ValueError for a value that the rule is not defined for; the message names the option.
 
+    And RuntimeError, as torch does, for `foreach` and `fused` together.
+
     Args:
         options: Those of the optimizer, or of a parameter group.
         group: The name of the group, for the message.
@@ -49,8 +51,8 @@ def check(
         raise _error(group, f"Invalid dampening: {options['dampening']}")
     if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
         raise _error(group, "Nesterov momentum requires a momentum and zero dampening")
-    if options["foreach"] and options["fused"]:
-        raise _error(group, "foreach and fused cannot both be True")
+    if options["foreach"] and options["fused"]:  # as in torch
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
 
 def rate(group: dict[str, Any]) -> Any:

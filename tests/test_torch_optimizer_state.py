@@ -113,11 +113,21 @@ def test_what_another_state_lacks_stays_as_it_is_in_each_group():
     assert (adapted["lr"], adapted["weight_decay"]) == (0.1, 0.0)
 
 
+def fused(opt):
+    """Have it take the scale of the loss itself, also where its tensors are `foreach`."""
+    opt._step_supports_amp_scaling = True
+    return opt
+
+
+ITSELF = pytest.mark.parametrize("itself", [fused, lambda opt: opt], ids=["fused", "not fused"])
+
+
 @FOREACH
-def test_the_first_step_that_is_taken_is_not_dampened(foreach):
+@ITSELF
+def test_the_first_step_that_is_taken_is_not_dampened(foreach, itself):
     """Whether one before it was skipped, or raised."""
     p = parameter()
-    opt = Lars([p], 0.1, dampening=0.5, adapt=False, foreach=foreach)
+    opt = itself(Lars([p], 0.1, dampening=0.5, adapt=False, foreach=foreach))
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.zeros(()))
     p.grad = torch.tensor([torch.inf, 0.0], dtype=torch.float64)
@@ -203,13 +213,14 @@ def test_a_rate_may_be_a_tensor(foreach, dtype):
 
 
 @FOREACH
+@ITSELF
 @pytest.mark.parametrize("unscales", [False, True])
-def test_grad_scaler_scales_are_divided_out_exactly(foreach, unscales):
+def test_grad_scaler_scales_are_divided_out_exactly(foreach, itself, unscales):
     """Scales are powers of two: the steps are those of gradients that were never scaled."""
     results = []
     for scaled in (False, True):
         net = model(dtype=torch.float64)
-        opt = Lars(param_groups(net, weight_decay=0.01), 0.5, eps=1e-3, foreach=foreach)
+        opt = itself(Lars(param_groups(net, weight_decay=0.01), 0.5, eps=1e-3, foreach=foreach))
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14, growth_interval=2, enabled=scaled)
         for i in range(4):
             opt.zero_grad()
@@ -224,9 +235,11 @@ def test_grad_scaler_scales_are_divided_out_exactly(foreach, unscales):
 
 
 @FOREACH
-def test_grad_scaler_skips_steps_with_infinite_gradients(foreach):
+@ITSELF
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip", "raise"])
+def test_grad_scaler_skips_steps_with_infinite_gradients(foreach, itself, nonfinite):
     net = model()
-    opt = Lars(net.parameters(), 0.5, foreach=foreach)
+    opt = itself(Lars(net.parameters(), 0.5, foreach=foreach, nonfinite=nonfinite))
     train(net, opt, 1)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     buffers = [opt.state[p]["momentum_buffer"] for p in net.parameters()]
@@ -238,6 +251,7 @@ def test_grad_scaler_skips_steps_with_infinite_gradients(foreach):
     assert same([*(p.detach() for p in net.parameters()), *buffers], before)
     assert scaler.get_scale() == 2.0
     assert not hasattr(opt, "found_inf")
+    assert opt.skipped == 0  # by the scaler, and not by the optimizer
 
 
 def test_compiled_steps_are_whole_graphs_that_never_look_at_values():
