@@ -2,6 +2,7 @@
 
 Parameters in CPU memory are stepped by `update.advance`, in one native call. All others (on
 accelerators, DTensor, under `torch.compile`) by multi-tensor operations that wait for no device.
+What options mean is in `_torch_options.py`, what the parameters become in `_torch_batches.py`.
 """
 
 from __future__ import annotations
@@ -58,9 +59,10 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
     >>> opt.state[p]["momentum_buffer"]
     tensor([0., 5.])
 
-    Gradients are only read. CPU parameters are checked before the first of them is written. Buffers
-    are float32 for parameters that are shorter. With `torch.amp.GradScaler` the loss scale is
-    divided out in the step itself, and steps with infinite gradients are skipped.
+    Gradients are only read. A step is taken by all parameters or by none, also when it raises or
+    Ctrl-C interrupts it. Buffers are float32 for parameters of half precision. To
+    `torch.amp.GradScaler` and to frameworks it is an optimizer like torch's own: the scaler divides
+    out the scale, and skips steps; with `fused=True` the step itself does.
 
     Args:
         params: Parameters, named parameters or parameter groups; a group may override each of the
@@ -73,14 +75,24 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
         trust_coefficient: The paper's eta.
         eps: Added to the denominator.
         trust_clip: True (LARC): ratio is never above 1.
-        adapt: False: ratio is 1, which makes it SGD, as for biases and norm layers.
+        adapt: False: ratio is 1, which makes it SGD, as for biases and norm layers. "decayed": as
+            in timm, only groups with weight decay are adapted.
         foreach: True to take multi-tensor operations on the CPU too, as exact as on accelerators;
             False to take parameters one by one on accelerators.
         maximize: Go uphill.
         layer_axis: The axis along which parameters stack layers, with a ratio for each index.
+        nonfinite: What to do when a parameter or buffer of the group would become NaN or infinite.
+            "propagate" writes it. "raise" raises, and "skip" leaves out the whole step; both look
+            at the values, and so wait for the device.
+        fused: True: the step divides out the scale of a GradScaler itself, as in torch's fused
+            optimizers; Lightning then cannot clip gradients. For all groups; not with foreach.
+
+    Attributes:
+        skipped: The number of steps that nonfinite="skip" has left out. Not in the `state_dict`.
 
     Raises:
         ValueError: A value that the rule is not defined for; no parameters.
+        LeafError: A parameter is a part of layers, as with FSDP1 and DeepSpeed's ZeRO.
 
     Source: You, Gitman, Ginsburg (2017), arXiv:1708.03888, Algorithm 1.
     """
@@ -135,7 +147,8 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
         """Add a parameter group, as in `torch.optim.Optimizer`.
 
         Raises:
-            ValueError: A value that the rule is not defined for; a parameter that is not a layer.
+            ValueError: A value that the rule is not defined for.
+            LeafError: A parameter is a part of layers, as with FSDP1.
         """
         name = f"param_groups[{len(self.param_groups)}]"
         if isinstance(param_group, dict):
@@ -206,9 +219,11 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
 
         Raises:
             RuntimeError: A gradient is sparse.
+            ValueError: An option of a group has an invalid value.
             LarsTreeError: Parameters, their gradients or buffers do not fit together, share memory,
                 or cannot be written to; none of them was then. (Of parameters on accelerators only
                 the first, and whether two start at one address, can be told without delay.)
+            NonFiniteError: nonfinite="raise", and the step would not be finite.
         """
         loss = None
         if closure is not None:
