@@ -133,7 +133,9 @@ def _own_parameters(module: Module) -> dict[str, Tensor]:
 def _is_vector_module(module: Module) -> bool:
     if isinstance(module, _VECTORS):
         return True
-    return not isinstance(module, _KERNELS) and bool(_NORM_CLASS.search(type(module).__name__))
+    # Of a scripted module the class is lost, and its name kept.
+    names = [getattr(module, "original_name", ""), *(x.__name__ for x in type(module).__mro__)]
+    return not isinstance(module, _KERNELS) and any(map(_NORM_CLASS.search, names))
 
 
 def _is_magnitude(module: Module, name: str) -> bool:

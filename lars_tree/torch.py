@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from inspect import signature
 from typing import Any
 
 import torch
@@ -168,6 +169,9 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
         super().__setstate__(state)
         for name in self.defaults.keys() - known:  # torch adds some
             del self.defaults[name]
+        for name, option in signature(Lars).parameters.items():  # an older version lacked some
+            if name != "params":
+                self.defaults.setdefault(name, option.default)
         for group in self.param_groups:  # of an older version, or of another optimizer
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -238,8 +242,9 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
         here, elsewhere = self._batches()
         batches = here + elsewhere
         guarded = any(batch.group["nonfinite"] != "propagate" for batch in batches)
-        known_first = here or guarded or any(batch.is_undamped for batch in elsewhere)
-        if found_inf is not None and known_first:
+        if found_inf is not None and (
+            here or guarded or any(batch.is_undamped for batch in elsewhere)
+        ):
             # CPU memory cannot wait for it, and only a step that is taken is the first one.
             if found_inf:
                 return

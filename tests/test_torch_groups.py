@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+import warnings
 
 import pytest
 from conftest import need
@@ -44,6 +45,12 @@ def left_out(net, **options):
     return found.get(False, [])
 
 
+def scripted(net):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(net)
+
+
 class Halved(nn.Module):
     def forward(self, x):
         return x / 2
@@ -71,6 +78,12 @@ CASES = {
     "own class": (renamed("LlamaRMSNorm", weight=(4, 4)), ["weight"]),
     "own class, 2d": (renamed("ScaleNorm2d", gain=(1, 4, 1, 1)), ["gain"]),
     "own class, with activation": (renamed("EvoNorm2dAct", v=(1, 4, 1, 1)), ["v"]),
+    "own class, derived": (renamed("Scale", type("RMSNorm", (nn.Module,), {}), g=(4, 4)), ["g"]),
+    "scripted": (scripted(nn.LayerNorm([2, 3])), ["weight", "bias"]),
+    "compiled": (
+        torch.compile(nn.LayerNorm([2, 3]), backend="eager"),
+        ["_orig_mod.weight", "_orig_mod.bias"],
+    ),
     "a kernel in spite of its name": (renamed("LinearNorm", nn.Linear, weight=(4, 4)), []),
     "normal": (renamed("Normal", weight=(4, 4)), []),
     "Attention": (

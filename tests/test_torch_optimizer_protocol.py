@@ -135,6 +135,22 @@ def test_no_key_is_added_to_groups_or_defaults(optimizer, way):
     assert opt.param_groups[0].keys() == opt.param_groups[1].keys()
 
 
+def test_a_pickle_of_an_older_version_gets_the_options_that_are_new():
+    net = model()
+    opt = Lars(net.parameters(), 0.5)
+    train(net, opt, 1)
+    state = opt.__getstate__()
+    for options in (state["defaults"], *state["param_groups"]):
+        for name in ("nonfinite", "fused"):
+            del options[name]
+    del state["skipped"]
+    old = Lars.__new__(Lars)
+    old.__setstate__(state)
+    old.step()
+    assert old.skipped == 0
+    assert old.defaults == Lars(net.parameters(), 0.5).defaults
+
+
 def test_a_key_that_was_saved_is_kept():
     net = model()
     opt = Lars([{"params": list(net.parameters()), "differentiable": False, "name": "all"}])
