@@ -28,10 +28,12 @@ from lars_tree.update import advance
 class Batch:
     """Parameters of one group that are stepped alike, with their gradients and buffers."""
 
-    def __init__(self, group: dict[str, Any], number: int, is_first: bool) -> None:
+    def __init__(self, group: dict[str, Any], number: int, is_here: bool, is_first: bool) -> None:
         self.group = group
         self.number = number
-        self.name = f"param_groups[{number}]" + (" at its first step" if is_first else "")
+        # Of no other batch.
+        self.name = f"param_groups[{number}]" + (" elsewhere" if not is_here else "")
+        self.name += " at its first step" if is_first else ""
         self.is_first = is_first
         self.moves: bool = group["momentum"] != 0
         self.is_undamped: bool = is_first and group["dampening"] != 0

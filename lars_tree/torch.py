@@ -250,22 +250,22 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
                 return
             found_inf = None
         with in_terms_of_torch(batches):
-            if torch.compiler.is_compiling():
-                self._step_compiled(elsewhere, grad_scale, found_inf, guarded)
-            elif guarded:
-                with uninterrupted():
-                    if step_if_finite(batches, grad_scale):
-                        self._keep_buffers(batches)
-                    else:
-                        self.skipped += 1
+            if guarded:
+                self._step_if_finite(batches, grad_scale)
+            elif torch.compiler.is_compiling():
+                self._step_compiled(elsewhere, grad_scale, found_inf)
             else:
                 self._step_at_once(here, elsewhere, grad_scale, found_inf)
 
-    def _step_compiled(
-        self, batches: list[Batch], grad_scale: Any, found_inf: Any, guarded: bool
-    ) -> None:
-        if guarded:
-            raise RuntimeError("nonfinite must be 'propagate' in a step that is compiled")
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]  # it looks at the values
+    def _step_if_finite(self, batches: list[Batch], grad_scale: Any) -> None:
+        with uninterrupted():
+            if step_if_finite(batches, grad_scale):
+                self._keep_buffers(batches)
+            else:
+                self.skipped += 1
+
+    def _step_compiled(self, batches: list[Batch], grad_scale: Any, found_inf: Any) -> None:
         leaves = [leaf for batch in batches for leaf in batch.leaves(grad_scale)]
         write(*results_elsewhere(leaves, batches, found_inf))
         self._keep_buffers(batches)
@@ -343,7 +343,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
                     kind = is_here, is_first
                     key = (number, *kind)
                     if key not in batches:
-                        batches[key] = Batch(group, number, is_first)
+                        batches[key] = Batch(group, *key)
                     rows = batches[key].rows
                 rows.append((place, p, grad, buffer))
         found = list(batches.items())

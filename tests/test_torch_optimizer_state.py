@@ -274,6 +274,19 @@ def test_compiled_steps_are_whole_graphs_that_never_look_at_values():
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
+def test_a_step_that_looks_at_values_is_not_compiled():
+    p = parameter(dtype=torch.float32)
+    opt = Lars([p], 0.5, nonfinite="skip")
+    step = torch.compile(opt.step, backend="eager")
+    step()
+    assert p.tolist() != W
+    before = p.detach().clone()
+    p.grad[0] = torch.nan
+    step()
+    assert torch.equal(p, before)
+    assert opt.skipped == 1
+
+
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 

@@ -137,12 +137,39 @@ def test_no_fault_in_cpu_memory_leaves_half_a_step(steps, error, monkeypatch):
     assert equal(snapshot(params, opt), snapshot(*mixed(steps + 1)))
 
 
+class Elsewhere(torch.nn.Parameter):
+    """Stepped as a parameter on an accelerator."""
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip", "raise"])
+def test_one_group_may_hold_parameters_of_both_kinds(nonfinite):
+    def made(kinds):
+        params = [kind(torch.tensor([3.0, 4.0 + i])) for i, kind in enumerate(kinds)]
+        for p in params:
+            p.grad = torch.tensor([0.4, 0.3])
+        return params, Lars(params, 0.1, trust_coefficient=0.1, nonfinite=nonfinite)
+
+    kinds = [torch.nn.Parameter, Elsewhere, torch.nn.Parameter, Elsewhere]
+    params, opt = made(kinds)
+    alike, other = made([torch.nn.Parameter] * 4)
+    for _ in range(2):
+        opt.step()
+        other.step()
+    for p, q in zip(params, alike, strict=True):
+        torch.testing.assert_close(p.data, q.data)
+    before = snapshot(params, opt)
+    for place, p in enumerate(params):
+        buffer = opt.state[p]["momentum_buffer"]
+        opt.state[p]["momentum_buffer"] = torch.zeros(3)
+        with pytest.raises(lars_tree.StateError) as caught:
+            opt.step()
+        assert caught.value.paths == ((f"param_groups[0]['params'][{place}]",),)
+        opt.state[p]["momentum_buffer"] = buffer
+        assert equal(snapshot(params, opt), before)
+
+
 def test_parameters_are_taken_one_by_one_and_written_at_once(monkeypatch):
-    """foreach=False on an accelerator, which a subclass of Tensor stands for here."""
-
-    class Elsewhere(torch.nn.Parameter):
-        pass
-
+    """foreach=False on an accelerator."""
     params = [Elsewhere(torch.ones(3)) for _ in range(3)]
     opt = Lars(params, 0.1, foreach=False)
     for p in params:
