@@ -12,6 +12,7 @@ import numpy as np
 from lars_tree import _backends, _nonfinite, _options, _tree, errors
 from lars_tree._backends.base import Backend, Columns, Leaf, Values
 from lars_tree._rule import Measured
+from lars_tree._writes import Writes
 from lars_tree.array import unwrap
 from lars_tree.update import checked
 
@@ -51,7 +52,7 @@ def _norm(leaf: Leaf) -> Any:
     """Of the step itself: what a velocity at rest takes in."""
     backend, rule = leaf.backend, leaf.rule._replace(momentum=0.0, stop_gradients=True)
     rest = backend.zeros(leaf.w, backend.velocity_dtype(leaf.w))
-    step = backend.update([leaf._replace(rule=rule, velocity=rest)])[0].velocity
+    step = backend.update([leaf._replace(rule=rule, velocity=rest)], Writes())[0].velocity
     return backend.measure([leaf._replace(rule=rule, w=step, dcdw=step)])[0].w_norm
 
 

@@ -1,4 +1,4 @@
-"""Where arrays lie in memory, and writes that nothing may interrupt.
+"""Where arrays lie in memory, and the lock of updates in place.
 
 Works on addresses alone: the arrays given here are numpy arrays that may stand for memory of any
 device, and are never read.
@@ -7,11 +7,8 @@ device, and are never read.
 from __future__ import annotations
 
 import os
-import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,48 +101,5 @@ if hasattr(os, "register_at_fork"):
 
 
 def serialised() -> threading.RLock:
-    """Hold off the in-place updates of other threads."""
+    """Hold off the in-place updates of other threads; this one may make some within."""
     return _write_lock
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold off signal handlers and the in-place updates of other threads.
-
-    A signal that comes meanwhile is handled at the end: Ctrl-C acts before an update or after it.
-    """
-    with _write_lock:
-        if threading.current_thread() is not threading.main_thread():
-            yield  # Python runs signal handlers in the main thread alone
-            return
-        pending: list[tuple[int, Any]] = []
-        handlers: dict[int, Callable[[int, Any], Any]] = {}
-        try:
-            for number in map(int, signal.valid_signals()):
-                handler = signal.getsignal(number)
-                if callable(handler):
-                    handlers[number] = handler
-                    signal.signal(number, lambda number, frame: pending.append((number, frame)))
-            yield
-        finally:
-            calls = [partial(signal.signal, *old) for old in handlers.items()]
-            _call_all(
-                calls + [partial(handlers[number], number, frame) for number, frame in pending]
-            )
-
-
-def _call_all(calls: list[Callable[[], Any]]) -> None:
-    """Make all calls, and raise what the first one to fail raised.
-
-    A handler that is back may be at work at once: a call that it interrupts is made again.
-    """
-    interrupt: BaseException | None = None
-    for call in calls:
-        try:
-            call()
-        except BaseException as error:
-            interrupt = interrupt or error
-            if call.func is signal.signal:  # type: ignore[attr-defined]
-                call()
-    if interrupt is not None:
-        raise interrupt

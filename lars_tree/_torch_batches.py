@@ -5,22 +5,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from operator import index
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from lars_tree import _checks, _options
 from lars_tree._backends.addresses import NUMPY_TYPES
 from lars_tree._backends.base import Leaf
 from lars_tree._backends.sharded import is_sharded, layout, partial_fault, shard_of
+from lars_tree._backends.tensors import copy_all
 from lars_tree._backends.torch import BACKEND, PLAIN_TYPES, is_in_cpu_memory, results_in_place
 from lars_tree._rule import MOTION_NUMBERS, NUMBERS, Rule
 from lars_tree._torch_options import adapts, number, rate
+from lars_tree._writes import Writes
 from lars_tree.errors import Path, ShapeError, error
 from lars_tree.update import advance
 
@@ -71,17 +69,20 @@ _SHARED = ("nesterov", "trust_clip", "maximize", "nonfinite")
 _SHARED_NUMBERS = ("momentum", "trust_coefficient", "eps")
 
 
-def step_if_finite(batches: list[Batch], grad_scale: Any) -> bool:
-    """Step all batches on any device, as their `nonfinite` says; whether they were stepped."""
-    counts = {name: np.zeros((), np.int64) for name in ("step", "skipped")}
-    step_in_cpu_memory(batches, grad_scale, counts)
-    return bool(counts["step"])
-
-
 def step_in_cpu_memory(
-    batches: list[Batch], grad_scale: Any, counts: dict[str, Any] | None = None
+    batches: list[Batch],
+    grad_scale: Any,
+    writes: Writes | None = None,
+    counts: dict[str, Any] | None = None,
 ) -> None:
-    """All at once, so that all is checked before the first is written."""
+    """All at once, so that all is checked before the first is written.
+
+    Args:
+        batches: Those in CPU memory; with `nonfinite`, on any device.
+        grad_scale: The scale of the loss, or None.
+        writes: As in `advance`.
+        counts: What counts the steps that `nonfinite` lets pass, and those that it skips.
+    """
     scale = 1.0 if grad_scale is None else float(grad_scale)
     by_batch = {batch.name: batch.options(scale) for batch in batches}
     options: dict[str, Any] = {}
@@ -92,7 +93,7 @@ def step_in_cpu_memory(
     params, grads, buffers = (
         {batch.name: [row[i] for row in batch.rows] for batch in batches} for i in (1, 2, 3)
     )
-    advance(params, grads, params, options, {"velocity": buffers, **(counts or {})})
+    advance(params, grads, params, options, {"velocity": buffers, **(counts or {})}, writes)
 
 
 def check_elsewhere(leaves: list[Leaf], batches: list[Batch]) -> None:
@@ -157,18 +158,10 @@ def results_elsewhere(
     return targets, values
 
 
-def write(targets: list[Tensor], values: list[Tensor]) -> None:
-    """Write all values in one operation."""
-    if targets:
-        torch._foreach_copy_(targets, values)
-
-
-@contextmanager
-def restored_on_error(targets: list[Tensor]) -> Iterator[None]:
-    """Give tensors the values back that they have now, if there is an error."""
-    old = [x.clone() for x in targets]
-    try:
-        yield
-    except BaseException:
-        write(targets, old)
-        raise
+def write(targets: list[Tensor], values: list[Tensor], writes: Writes | None = None) -> None:
+    """Write all values in one operation, or as a part of these writes."""
+    if writes is None:
+        copy_all(targets, values)
+        return
+    for target, value in zip(targets, values, strict=True):
+        writes.add(BACKEND, target, value)

@@ -7,12 +7,14 @@ torch model with their gradients in them, there is `lars_tree.torch.Lars`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lars_tree import _backends, _counters, _options, _tree, errors, schedules
+from lars_tree import _backends, _counters, _memory, _options, _tree, errors, schedules
 from lars_tree._backends.base import FLOATING
+from lars_tree._floats import in_default_floats
 from lars_tree._rule import is_zero
 from lars_tree.array import Array, unwrap
 from lars_tree.container import Container
@@ -133,6 +135,10 @@ class Lars:
     def update(self, w: Any, dcdw: Any, state: dict[str, Any], out: Any = None) -> tuple[Any, Any]:
         """Take one step: the new weights and the new state.
 
+        With `out`, the step is read, the schedules are called and all is written under the lock of
+        updates in place, so each of several threads takes a step of its own. A schedule may itself
+        make updates, but must not wait for those of another thread.
+
         Args:
             w: The weights.
             dcdw: Their gradients, as in `lars_update`.
@@ -145,9 +151,10 @@ class Lars:
             LarsTreeError: as `lars_update` does; nothing was written.
         """
         self._check_state(state)
-        _counters.check(state, written=out is not None)
-        options = {"lr": _rates(self.lr, state["step"]), **self.options}
-        new_w, new = advance(w, dcdw, out, options, state)
+        with nullcontext() if out is None else _memory.serialised():
+            _counters.check(state, written=out is not None)
+            options = {"lr": _rates(self.lr, state["step"]), **self.options}
+            new_w, new = advance(w, dcdw, out, options, state)
         if out is not None:
             return new_w, state
         return new_w, Container({name: new[name] for name in state})
@@ -187,7 +194,12 @@ def _on_one_line(x: Any) -> str:
 
 def _rates(lr: Any, step: Any) -> Any:
     step = schedules.value(unwrap(step))
-    return _without_schedules(lr, lambda schedule: schedule(step))
+    return _without_schedules(lr, lambda schedule: _rate(schedule, step))
+
+
+@in_default_floats
+def _rate(schedule: Callable[[Any], Any], step: Any) -> Any:
+    return schedule(step)
 
 
 def _without_schedules(lr: Any, rate: Callable[[Any], Any]) -> Any:

@@ -9,27 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from inspect import signature
+from operator import setitem
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lars_tree import _torch_options
 from lars_tree._backends.torch import BACKEND, is_in_cpu_memory
-from lars_tree._memory import serialised, uninterrupted
+from lars_tree._memory import serialised
 from lars_tree._torch_batches import (
     Batch,
     check_elsewhere,
-    restored_on_error,
     results_elsewhere,
-    step_if_finite,
     step_in_cpu_memory,
     write,
 )
 from lars_tree._torch_groups import param_groups, refuse_flat, refuse_flattened_since
 from lars_tree._torch_messages import in_terms_of_torch, name_of
+from lars_tree._writes import Writes
 from lars_tree.errors import LarsTreeError
 
 __all__ = ["Lars", "param_groups"]
@@ -259,11 +261,10 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]  # it looks at the values
     def _step_if_finite(self, batches: list[Batch], grad_scale: Any) -> None:
-        with uninterrupted():
-            if step_if_finite(batches, grad_scale):
-                self._keep_buffers(batches)
-            else:
-                self.skipped += 1
+        counts = {name: np.zeros((), np.int64) for name in ("step", "skipped")}
+        with self._buffers_kept(batches, lambda: bool(counts["step"])):
+            step_in_cpu_memory(batches, grad_scale, counts=counts)
+        self.skipped += int(counts["skipped"])
 
     def _step_compiled(self, batches: list[Batch], grad_scale: Any, found_inf: Any) -> None:
         leaves = [leaf for batch in batches for leaf in batch.leaves(grad_scale)]
@@ -278,31 +279,31 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
         check_elsewhere(leaves, elsewhere)
         # What takes memory and time comes first, and writes nothing.
         targets, values = results_elsewhere(leaves, elsewhere, found_inf)
-        first = [batch for batch in here + elsewhere if batch.is_first]
-        parts = bool(first) + bool(here) + bool(elsewhere)
-        with (
-            uninterrupted() if parts > 1 else nullcontext(),
-            self._buffers_kept(first),
-            restored_on_error(targets if here else []),
-        ):
-            write(targets, values)
+        parts = bool(here) + bool(elsewhere) + any(batch.is_first for batch in here + elsewhere)
+        writes = Writes() if parts > 1 else None
+        done = [parts < 2]
+        with self._buffers_kept(here + elsewhere, lambda: done[0]):
+            write(targets, values, writes)
             if here:
-                step_in_cpu_memory(here, grad_scale)
+                step_in_cpu_memory(here, grad_scale, writes)
+            if writes is not None:
+                writes.then(partial(setitem, done, 0, True))
+                writes.make()
 
     @contextmanager
-    def _buffers_kept(self, batches: list[Batch]) -> Iterator[None]:
-        """Keep buffers that are new, unless there is an error."""
-        new = [row[1] for batch in batches for row in batch.rows]
+    def _buffers_kept(self, batches: list[Batch], is_taken: Callable[[], bool]) -> Iterator[None]:
+        """Keep buffers that are new if the step is taken; or else the state is what it was."""
+        new = [row[1] for batch in batches if batch.is_first for row in batch.rows]
         unknown = [p for p in new if p not in self.state]
         try:
             self._keep_buffers(batches)
             yield
-        except BaseException:
-            for p in new:
-                self.state[p].pop("momentum_buffer", None)
-            for p in unknown:
-                self.state.pop(p, None)
-            raise
+        finally:
+            if not is_taken():
+                for p in new:
+                    self.state[p].pop("momentum_buffer", None)
+                for p in unknown:
+                    self.state.pop(p, None)
 
     def _keep_buffers(self, batches: list[Batch]) -> None:
         """Keep those that are new."""

@@ -19,6 +19,7 @@ import numpy as np
 from lars_tree import _backends, _checks, _counters, _memory, _nonfinite, _options, _tree, errors
 from lars_tree._backends.base import FLOATING, Backend, Columns, Leaf, New
 from lars_tree._rule import Rule, is_zero
+from lars_tree._writes import Writes
 from lars_tree.array import Array, unwrap
 
 State = dict[str, Any]
@@ -119,7 +120,12 @@ def lars_update(
 
 
 def advance(
-    w: Any, dcdw: Any, out: Any, options: dict[str, Any], state: State
+    w: Any,
+    dcdw: Any,
+    out: Any,
+    options: dict[str, Any],
+    state: State,
+    writes: Writes | None = None,
 ) -> tuple[Any, State]:
     """The new weights, and the state after the step: if there is `out`, the same one, written to.
 
@@ -130,9 +136,11 @@ def advance(
         options: By name: those of the `Rule`.
         state: "velocity", a nest like w, for momentum; "step" and "skipped", which count, and have
             been checked. Each may be missing.
+        writes: Where there is an `out`: what is to be written is added to these, for the caller to
+            make; by default it is written at once.
     """
     try:
-        return _update(w, dcdw, out, options, state)
+        return _update(w, dcdw, out, options, state, writes)
     except RecursionError:
         raise _tree.explained(
             {"w": w, "dcdw": dcdw, "out": out, "state": state, **options}
@@ -140,7 +148,12 @@ def advance(
 
 
 def _update(
-    w: Any, dcdw: Any, out: Any, options: dict[str, Any], state: State
+    w: Any,
+    dcdw: Any,
+    out: Any,
+    options: dict[str, Any],
+    state: State,
+    writes: Writes | None,
 ) -> tuple[Any, State]:
     @cache
     def paths() -> list[errors.Path]:
@@ -157,7 +170,7 @@ def _update(
         velocities = _tree.broadcast("state", w, state["velocity"], exact=True, at=at)
     rules = _options.resolve(w, options, len(old))
     columns = Columns(old, dcdws, outs, rules, velocities, state.get("step") if outs else None)
-    plain = _update_plain(columns)
+    plain = _update_plain(columns) if writes is None else None
     if plain is not None:
         return _result(w, out, state, *plain, True)
     if outs is not None:
@@ -167,10 +180,13 @@ def _update(
     leaves = checked(w, dcdw, columns, paths)
     if out is not None:
         _counters.check_apart(state, leaves, paths)
-    with nullcontext() if out is None else _memory.uninterrupted():
-        news, taken = _run(_checks.detach_inputs(leaves), paths)
+    written = Writes() if writes is None else writes
+    with nullcontext() if out is None else _memory.serialised():
+        news, taken = _run(_checks.detach_inputs(leaves), paths, written)
         if out is not None:
-            _count_in_place(state, taken)
+            _count_in_place(state, taken, written)
+            if writes is None:
+                written.make()
     new_ws, new_velocities = list(old), list(velocities or ())
     for leaf, new in zip(leaves, news, strict=True):
         new_ws[leaf.place] = _wrapped(new.w, old[leaf.place])
@@ -214,11 +230,11 @@ def _counted(counter: Any, name: str, taken: Any) -> Any:
     return np.asarray(counted) if isinstance(counted, np.generic) else counted
 
 
-def _count_in_place(state: State, taken: Any) -> None:
+def _count_in_place(state: State, taken: Any, writes: Writes) -> None:
     for name in _counters.NAMES:
         backend = _backends.find(state.get(name))
         if backend is not None:
-            backend.write(state[name], _counted(state[name], name, taken))
+            writes.add(backend, state[name], _counted(state[name], name, taken))
 
 
 def _update_plain(columns: Columns) -> tuple[list[Any], list[Any]] | None:
@@ -231,7 +247,7 @@ def _update_plain(columns: Columns) -> tuple[list[Any], list[Any]] | None:
     backend = next(found, None)
     if backend is None:
         return None
-    # Python handles signals when a native call is over, so there is no need to hold them off.
+    # Python handles signals when a native call is over: before this one, or after it.
     with nullcontext() if columns.outs is None else _memory.serialised():
         return backend.update_plain(columns)
 
@@ -300,34 +316,34 @@ def _refuse_surplus(w: Any, other: Any, old: list[Any], values: list[Any], argum
         raise errors.error(errors.StructureError, argument, headline, lines)
 
 
-def _run(leaves: list[Leaf], paths: Paths) -> tuple[list[New], Any]:
-    """What is new, in the order of the leaves, and whether the step was taken, or is to be.
+def _run(leaves: list[Leaf], paths: Paths, writes: Writes) -> tuple[list[New], Any]:
+    """The results in the order of the leaves, and whether the step is taken (a bool, or an array
+    that is not known yet).
 
-    The results of leaves with an `out` are written to it.
+    Those of leaves with an `out` are there when the writes are made.
     """
     guarded = any(leaf.rule.nonfinite != "propagate" for leaf in leaves if leaf.dcdw is not None)
     results: dict[int, New] = {}
     for backend, group in _nonfinite.by_backend(leaves).items():
         steps = [leaf for leaf in group if leaf.dcdw is not None]
-        news = backend.update([leaf._replace(out=None) for leaf in steps] if guarded else steps)
+        given = [leaf._replace(out=None) for leaf in steps] if guarded else steps
+        news = backend.update(given, writes)
         results |= {leaf.place: new for leaf, new in zip(steps, news, strict=True)}
     taken: Any = True
     if guarded:
         results, taken = _nonfinite.guard(leaves, results, paths)
     for leaf in leaves:
         if leaf.dcdw is None:
-            results[leaf.place] = _kept(leaf)
-        elif guarded and leaf.out is not None:
-            leaf.backend.write(leaf.out, results[leaf.place].w)
-            if leaf.velocity is not None:
-                leaf.backend.write(leaf.velocity, results[leaf.place].velocity)
+            results[leaf.place] = _kept(leaf, writes)
+        elif guarded:
+            results[leaf.place] = writes.result(leaf, results[leaf.place])
     return [results[leaf.place] for leaf in leaves], taken
 
 
-def _kept(leaf: Leaf) -> New:
+def _kept(leaf: Leaf, writes: Writes) -> New:
     """Weights without a gradient: as they are, in memory of their own; and so their velocity."""
     if leaf.out is None:
         return _nonfinite.copies(leaf)
     if leaf.out is not leaf.w:
-        leaf.backend.write(leaf.out, leaf.w)
+        writes.add(leaf.backend, leaf.out, leaf.w)
     return New(leaf.out, leaf.velocity)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import signal
 import weakref
 from collections import OrderedDict
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import need, to_library, to_numpy
 
-from lars_tree import Container, LeafError, OptionError, OutError, _memory, lars_update
+from lars_tree import Container, LeafError, OptionError, OutError, lars_update
 
 
 def freed():
@@ -210,25 +209,6 @@ def test_weights_without_a_gradient_are_copied_on_dask():
     new = lars_update(w, {"a": None}, 0.1)
     new["a"][0] = 99
     assert w["a"].compute().tolist() == [1, 1, 1]
-
-
-def test_no_signal_is_lost_when_the_handler_of_another_raises():
-    calls = []
-
-    def fail(number, frame):
-        calls.append(number)
-        raise ValueError
-
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    old = [signal.signal(number, fail) for number in numbers]
-    try:
-        with pytest.raises(ValueError), _memory.uninterrupted():
-            for number in numbers:
-                signal.raise_signal(number)
-        assert sorted(calls) == sorted(numbers)
-    finally:
-        for number, handler in zip(numbers, old, strict=True):
-            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("bad", ["Decimal('sNaN')", "np.timedelta64(3, 's')"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -129,7 +128,7 @@ def test_a_child_forked_while_another_thread_writes_can_write():
     from lars_tree import _memory
     inside, leave = threading.Event(), threading.Event()
     def hold():
-        with _memory.uninterrupted():
+        with _memory.serialised():
             inside.set(); leave.wait()
     thread = threading.Thread(target=hold); thread.start(); inside.wait()
     child = os.fork()
@@ -181,22 +180,6 @@ def run(code):
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
-
-
-def test_handlers_are_restored_when_one_of_them_raises():
-    def fail(number, frame):
-        raise ValueError("from the handler")
-
-    old = signal.signal(signal.SIGINT, fail)
-    try:
-        done = []
-        with pytest.raises(ValueError, match="from the handler"), _memory.uninterrupted():
-            signal.raise_signal(signal.SIGINT)
-            done.append("the block went on")
-        assert done
-        assert signal.getsignal(signal.SIGINT) is fail
-    finally:
-        signal.signal(signal.SIGINT, old)
 
 
 def test_a_memory_map_is_updated_in_the_file(tmp_path):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
+import time
 
 import numpy as np
 import pytest
 from conftest import need, to_library
 from test_optimizer import G, W
 
-from lars_tree import Container, Lars, OutError, StateError
+from lars_tree import Container, Lars, OutError, StateError, lars_update
 
 OPT = Lars(0.1)
 
@@ -157,3 +159,44 @@ def test_tensors_that_count_twice_are_refused_in_place():
     assert w.tolist() == W.tolist()
     _, after = OPT.update(w, torch.tensor(G), state)  # where nothing is written, nothing is lost
     assert (int(after.step), int(after.skipped)) == (1, 0)
+
+
+# ---- Schedules
+
+
+def test_each_of_many_threads_takes_a_step_of_its_own():
+    steps = []
+
+    def rate(step):
+        steps.append(int(step))
+        time.sleep(0.002)
+        return 0.1 / (1 + int(step))
+
+    w, opt = {"a": np.ones(4)}, Lars(rate, momentum=0.0)
+    state = opt.init(w)
+
+    def work():
+        for _ in range(3):
+            opt.update(w, {"a": np.ones(4)}, state, out=w)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert steps == list(range(12))
+    assert int(state["step"]) == 12
+    np.testing.assert_allclose(w["a"], np.prod(1 - 0.1 / (1 + np.arange(12))), rtol=1e-14)
+
+
+def test_a_schedule_may_make_updates():
+    other = np.ones(2)
+
+    def rate(step):
+        lars_update(other, 1.0, 0.5, out=other)
+        return 0.1
+
+    w, opt = np.ones(2), Lars(rate)
+    opt.update(w, 1.0, opt.init(w), out=w)
+    assert w.tolist() == [0.9, 0.9]
+    assert other.tolist() == [0.5, 0.5]

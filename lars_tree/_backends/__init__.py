@@ -7,7 +7,9 @@ follows the array API standard needs neither module nor row here.
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from importlib import import_module
 from typing import Any
 
@@ -46,6 +48,20 @@ def _look_up(x: Any) -> Backend | None:
     return None
 
 
+# A fork waits until no thread is importing a backend: that thread would not be in the child to
+# finish, and the child would wait for it.
+_importing = threading.RLock()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_importing.acquire,
+        after_in_parent=_importing.release,
+        after_in_child=_importing.release,
+    )
+
+
 def _load(name: str, x: Any) -> Backend:
-    backend: Backend = import_module(f"lars_tree._backends.{name}").backend_of(x)
+    with _importing:
+        module = import_module(f"lars_tree._backends.{name}")
+    backend: Backend = module.backend_of(x)
     return backend

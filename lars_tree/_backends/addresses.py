@@ -37,6 +37,14 @@ def view(x: Tensor) -> np.ndarray[Any, Any]:
     return np.asarray(Address(x, NUMPY_TYPES[x.dtype]))
 
 
+def bits(x: Tensor) -> np.ndarray[Any, Any]:
+    """A numpy view to copy to or from, of a tensor of any dtype: of its bits."""
+    x = x.detach().resolve_conj().resolve_neg()
+    size = x.element_size()
+    typestr = f"u{size}" if size <= 8 else f"c{size}"
+    return np.asarray(Address(x, typestr)) if x.numel() else np.empty(x.shape, typestr)
+
+
 class Address:
     """The memory of a tensor as numpy describes it; without a type, not to be read."""
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lars_tree import _rule
 from lars_tree._backends.base import Array, Backend, Leaf, New
 from lars_tree._rule import Measured, Norm, Rule
+
+if TYPE_CHECKING:
+    from lars_tree._writes import Writes
 
 
 class NamespaceOps:
@@ -147,18 +150,9 @@ class ArraysBackend(Backend):
     def measure(self, leaves: list[Leaf]) -> list[Measured]:
         return [self.measure_leaf(leaf.w, leaf.dcdw, leaf.rule) for leaf in leaves]
 
-    def update(self, leaves: list[Leaf]) -> list[New]:
+    def update(self, leaves: list[Leaf], writes: Writes) -> list[New]:
         news = [self.step(leaf.w, leaf.dcdw, leaf.rule, leaf.velocity) for leaf in leaves]
-        return [self.written(leaf, new) for leaf, new in zip(leaves, news, strict=True)]
-
-    def written(self, leaf: Leaf, new: New) -> New:
-        """What is new, in the memory that is to hold it if there is such."""
-        if leaf.out is None:
-            return new
-        self.write(leaf.out, new.w)
-        if leaf.velocity is not None:
-            self.write(leaf.velocity, new.velocity)
-        return New(leaf.out, leaf.velocity)
+        return [writes.result(leaf, new) for leaf, new in zip(leaves, news, strict=True)]
 
     def all_finite(self, xs: list[Array]) -> Any:
         flags = [self.ops(x).xp.all(self.ops(x).xp.isfinite(x)) for x in xs]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterable
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 from math import prod
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from lars_tree._rule import Measured, Rule
+
+if TYPE_CHECKING:
+    from lars_tree._writes import Writes
 
 Array = Any
 
@@ -127,8 +130,9 @@ class Backend(ABC):
         """A new 0-d array of integers that counts from 0, on the device of w."""
 
     @abstractmethod
-    def update(self, leaves: list[Leaf]) -> list[New]:
-        """The weights and velocities after one step, written to `out` where that is not None.
+    def update(self, leaves: list[Leaf], writes: Writes) -> list[New]:
+        """The weights and velocities after one step; those of leaves with an `out` are in memory
+        that holds them only when the writes, to which they are added, are made.
 
         Every leaf has a gradient.
         """
@@ -155,6 +159,22 @@ class Backend(ABC):
     @abstractmethod
     def write(self, out: Array, x: Array) -> None:
         """Copy the elements of x, of the same shape and dtype, into `out`."""
+
+    def writers(self, pairs: list[tuple[Array, Array]]) -> list[Callable[[], Any]]:
+        """Calls that copy x to `out`, for pairs of both; as few calls as possible."""
+        return [partial(self.write, out, x) for out, x in pairs]
+
+    def copied_memory(
+        self, out: Array, x: Array
+    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
+        """Numpy arrays of one dtype with the memory of `out` and the elements of x; None where the
+        library must copy them itself.
+        """
+        return None
+
+    def announce(self, outs: Iterable[Array]) -> None:
+        """Have the library know that arrays are written to without it."""
+        return
 
     def update_plain(self, columns: Columns) -> tuple[list[Array], list[Array]] | None:
         """The weights and velocities after one step, if all arrays are plain and in CPU memory.

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,7 +22,11 @@ from lars_tree import _native, _rule
 from lars_tree._backends import bfloat16
 from lars_tree._backends.base import Columns
 from lars_tree._backends.wide import Wide, fast_two_sum, two_sum
+from lars_tree._floats import in_default_floats
 from lars_tree._rule import Measured, Rule
+
+if TYPE_CHECKING:
+    from lars_tree._writes import Writes
 
 Array = np.ndarray[Any, Any]
 Precision = type[np.floating[Any]]  # the type in which to compute: float64 or longdouble
@@ -38,6 +43,7 @@ _SAFE_SUM = (2.0**-900, 2.0**1000)
 _MODERATE = (2.0**-100, 2.0**100)
 
 
+@in_default_floats
 def update(
     w: Array,
     dcdw: Array,
@@ -51,6 +57,34 @@ def update(
     The numbers of the rule are floats. The velocity, if any, has the shape of w, and is stepped in
     place.
     """
+    with np.errstate(all="ignore"):
+        for layer, its_rule in _layers(w, dcdw, out, rule, velocity):
+            _update_layer(layer, its_rule)
+
+
+def prepare(
+    w: Array, dcdw: Array, out: Array, rule: Rule, velocity: Array | None, writes: Writes
+) -> None:
+    """As `update`, but nothing is written before the writes are made."""
+    layers = list(_layers(w, dcdw, out, rule, velocity))
+    if all("lr" not in arrays and _is_plain(arrays, its_rule) for arrays, its_rule in layers):
+        for layer in layers:
+            writes.step(*layer)
+    elif writes.holds(out.nbytes + (0 if velocity is None else velocity.nbytes)):
+        new = np.empty_like(out)
+        moved = None if velocity is None else np.array(velocity)
+        update(w, dcdw, new, rule, moved)
+        writes.copy(out, new)
+        if velocity is not None and moved is not None:
+            writes.copy(velocity, moved)
+    else:
+        writes.step_in_chunks(partial(update, w, dcdw, out, rule, velocity))
+
+
+def _layers(
+    w: Array, dcdw: Array, out: Array, rule: Rule, velocity: Array | None
+) -> Iterator[tuple[dict[str, Array], Rule]]:
+    """The arrays of each layer, by their names in `update`, and its rule."""
     arrays = {"w": w, "dcdw": np.broadcast_to(dcdw, w.shape), "out": out}
     if velocity is not None:
         arrays["velocity"] = velocity
@@ -58,14 +92,15 @@ def update(
         arrays["lr"] = np.broadcast_to(rule.lr, w.shape)
         rule = rule._replace(lr=1.0)
     rule = rule._replace(nonfinite="propagate", stop_gradients=True)  # of no concern here
-    with np.errstate(all="ignore"):
-        if rule.layer_axis is None:
-            _update_layer(arrays, rule)
-        else:
-            stacks = {name: np.moveaxis(x, rule.layer_axis, 0) for name, x in arrays.items()}
-            for i in range(len(stacks["w"])):
-                layer = {name: stack[i, ...] for name, stack in stacks.items()}
-                _update_layer(layer, rule._replace(layer_axis=None))
+    if rule.layer_axis is None:
+        yield arrays, rule
+        return
+    stacks = {name: np.moveaxis(x, rule.layer_axis, 0) for name, x in arrays.items()}
+    for i in range(len(stacks["w"])):
+        yield (
+            {name: stack[i, ...] for name, stack in stacks.items()},
+            rule._replace(layer_axis=None),
+        )
 
 
 def _update_layer(arrays: dict[str, Array], rule: Rule) -> None:
@@ -110,11 +145,19 @@ def _stepped(read: dict[str, Array], by: list[Any], exponent: int, rule: Rule) -
 
 
 def _update_plain(arrays: dict[str, Array], rule: Rule) -> bool:
-    lists = {name: [np.asarray(x)] for name, x in arrays.items()}
-    columns = Columns(lists["w"], lists["dcdw"], lists["out"], [rule], lists.get("velocity"))
-    return _native.update(columns, types=(np.ndarray,), as_bits=True) is not None
+    return _native.update(_columns(arrays, rule), types=(np.ndarray,), as_bits=True) is not None
 
 
+def _is_plain(arrays: dict[str, Array], rule: Rule) -> bool:
+    return _native.takes(_columns(arrays, rule), types=(np.ndarray,), as_bits=True)
+
+
+def _columns(arrays: dict[str, Array], rule: Rule) -> Columns:
+    ws, dcdws, outs = ([np.asarray(arrays[name])] for name in ("w", "dcdw", "out"))
+    return Columns(ws, dcdws, outs, [rule], [arrays.get("velocity")])
+
+
+@in_default_floats
 def measure(w: Array, dcdw: Array, rule: Rule) -> Measured:
     """The numbers that `update` steps by: doubles without axes, or a vector for a layer axis."""
     dcdw = np.broadcast_to(dcdw, w.shape)

@@ -7,7 +7,7 @@ whether or not jax_enable_x64 is set.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,9 @@ from lars_tree._backends.arrays import ArraysBackend, NamespaceOps
 from lars_tree._backends.base import Backend, Facts, Kind, Leaf, New, Values, kind_of_numpy
 from lars_tree._backends.numpy import raw
 from lars_tree._rule import Measured, Rule
+
+if TYPE_CHECKING:
+    from lars_tree._writes import Writes
 
 Array = Any
 
@@ -123,7 +126,7 @@ class JaxBackend(ArraysBackend):
     def narrow(self, x: Array, w: Array) -> Array:
         return x.astype(w.dtype)
 
-    def update(self, leaves: list[Leaf]) -> list[New]:
+    def update(self, leaves: list[Leaf], writes: Writes) -> list[New]:
         with jax.enable_x64(True):
             return [_update(leaf) for leaf in leaves]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from lars_tree._backends.base import (
     kind_of_numpy,
 )
 from lars_tree._rule import Measured
+
+if TYPE_CHECKING:
+    from lars_tree._writes import Writes
 
 Array = np.ndarray[Any, Any]
 
@@ -73,16 +76,20 @@ class NumpyBackend(Backend):
             columns, types=types, make=np.empty_like, copy=np.copy, as_bits=_as_bits
         )
 
-    def update(self, leaves: list[Leaf]) -> list[New]:
-        return [self._step(leaf) for leaf in leaves]
+    def update(self, leaves: list[Leaf], writes: Writes) -> list[New]:
+        return [self._step(leaf, writes) for leaf in leaves]
 
-    def _step(self, leaf: Leaf) -> New:
+    def _step(self, leaf: Leaf, writes: Writes) -> New:
         new, velocity = leaf.out, leaf.velocity
         if new is None:
             new = _empty_like(leaf.w)
             velocity = None if velocity is None else np.array(velocity)  # a scalar's too
         moving = None if velocity is None else raw(velocity)
-        cpu.update(raw(leaf.w), raw(leaf.dcdw), raw(new), leaf.rule, moving)
+        arrays = raw(leaf.w), raw(leaf.dcdw), raw(new), leaf.rule, moving
+        if leaf.out is None:
+            cpu.update(*arrays)
+        else:
+            cpu.prepare(*arrays, writes)
         return New(new[()] if isinstance(leaf.w, np.generic) else new, velocity)
 
     def measure(self, leaves: list[Leaf]) -> list[Measured]:
@@ -96,6 +103,9 @@ class NumpyBackend(Backend):
 
     def write(self, out: Array, x: Array) -> None:
         np.asarray(out)[...] = x
+
+    def copied_memory(self, out: Array, x: Array) -> tuple[Array, Array]:
+        return raw(out), raw(x)
 
 
 def _empty_like(w: Array) -> Array:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from itertools import islice, repeat
+from itertools import filterfalse, islice, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +26,23 @@ def writing_to(tensors: list[Tensor]) -> AbstractContextManager[None]:
     infers = any(map(Tensor.is_inference, tensors))
     context: AbstractContextManager[None] = torch.inference_mode() if infers else torch.no_grad()
     return context
+
+
+def copy_all(outs: list[Tensor], xs: list[Tensor]) -> None:
+    """Copy each x to its `out`, in one call of torch."""
+    if outs:
+        with writing_to(outs):
+            torch._foreach_copy_(outs, xs)
+
+
+def bump_versions(tensors: Iterable[Tensor]) -> None:
+    """Let autograd see that tensors which it may have saved are stale."""
+    tensors = list(tensors)
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:  # some are inference tensors, which have no version
+        tracked = list(filterfalse(Tensor.is_inference, tensors))
+        torch.autograd.graph.increment_version(tracked)
 
 
 class TorchOps(NamespaceOps):

@@ -9,8 +9,8 @@ subclasses of Tensor, rates with a shape) goes leaf by leaf.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from itertools import filterfalse
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lars_tree import _native
 from lars_tree._backends import cpu, sharded
-from lars_tree._backends.addresses import Address, bytes_needed, view
+from lars_tree._backends.addresses import Address, bits, bytes_needed, view
 from lars_tree._backends.arrays import ArraysBackend
 from lars_tree._backends.base import Backend, Columns, Facts, Kind, Leaf, New, Values
 from lars_tree._backends.sharded import (
@@ -30,6 +30,8 @@ from lars_tree._backends.sharded import (
 )
 from lars_tree._backends.tensors import (
     TorchOps,
+    bump_versions,
+    copy_all,
     fetched,
     layers,
     measure_leaves,
@@ -38,6 +40,9 @@ from lars_tree._backends.tensors import (
 )
 from lars_tree._memory import is_mapped_read_only
 from lars_tree._rule import Measured
+
+if TYPE_CHECKING:
+    from lars_tree._writes import Writes
 
 _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COMPLEX = (torch.complex64, torch.complex128)
@@ -169,7 +174,7 @@ class TorchBackend(ArraysBackend):
             columns = columns._replace(counter=np.asarray(Address(counted, "i8")))
 
         def begin(written: list[Tensor]) -> None:
-            _bump_versions(written if counted is None else [*written, counted])
+            bump_versions(written if counted is None else [*written, counted])
 
         with torch.no_grad():
             results = _native.update(
@@ -185,31 +190,34 @@ class TorchBackend(ArraysBackend):
         pairs = zip(columns.ws, results[0], strict=True)
         return [None if w is None else _leaf_like(new, w) for w, new in pairs], results[1]
 
-    def update(self, leaves: list[Leaf]) -> list[New]:
+    def update(self, leaves: list[Leaf], writes: Writes) -> list[New]:
         news: list[Any] = [None] * len(leaves)
-        in_cpu_memory: list[int] = []
         elsewhere: list[int] = []
         for i, leaf in enumerate(leaves):
             if not self._is_plain_step(leaf):
-                news[i] = self._arrays(leaf)
+                news[i] = writes.result(leaf, self._arrays(leaf))
                 continue
             news[i] = _targets(leaf)
-            here = leaf.w.device.type == "cpu" and not is_sharded(leaf.w)
-            (in_cpu_memory if here else elsewhere).append(i)
-        targets, values = _stepped([leaves[i] for i in elsewhere], [news[i] for i in elsewhere])
-        # What could run out of memory has run; from here on it is written.
-        for i in in_cpu_memory:
-            w, velocity = news[i]
-            moving = None if velocity is None else view(velocity)
-            leaf = leaves[i]
-            cpu.update(view(leaf.w), view(leaf.dcdw), view(w), leaf.rule, moving)
-        if targets:
-            with writing_to(targets):
-                torch._foreach_copy_(targets, values)
-        for i, leaf in enumerate(leaves):
-            if leaf.out is not None and news[i].w is not leaf.out:
-                self.written(leaf, news[i])
+            if leaf.w.device.type == "cpu" and not is_sharded(leaf.w):
+                self._step_in_cpu_memory(leaf, news[i], writes)
+            else:
+                elsewhere.append(i)
+        pairs = _stepped([leaves[i] for i in elsewhere], [news[i] for i in elsewhere])
+        if elsewhere and leaves[elsewhere[0]].out is None:  # and so have the others none
+            copy_all(*pairs)
+        else:
+            for target, value in zip(*pairs, strict=True):
+                writes.add(self, target, value)
         return [_returned(leaf, new) for leaf, new in zip(leaves, news, strict=True)]
+
+    def _step_in_cpu_memory(self, leaf: Leaf, new: New, writes: Writes) -> None:
+        moving = None if new.velocity is None else view(new.velocity)
+        arrays = view(leaf.w), view(leaf.dcdw), view(new.w), leaf.rule, moving
+        if leaf.out is None:
+            cpu.update(*arrays)
+        else:
+            cpu.prepare(*arrays, writes)
+            writes.announce(self, (x for x in new if x is not None))
 
     def measure(self, leaves: list[Leaf]) -> list[Measured]:
         found: dict[int, Measured] = {}
@@ -269,6 +277,22 @@ class TorchBackend(ArraysBackend):
         with writing_to([out]):
             out.copy_(x)
 
+    def writers(self, pairs: list[tuple[Tensor, Tensor]]) -> list[Callable[[], Any]]:
+        dense = [(out.detach(), x.detach()) for out, x in pairs if _is_plain(out) and _is_plain(x)]
+        others = [pair for pair in pairs if not (_is_plain(pair[0]) and _is_plain(pair[1]))]
+        calls = [partial(copy_all, *map(list, zip(*dense, strict=True)))] if dense else []
+        return calls + super().writers(others)
+
+    def copied_memory(
+        self, out: Tensor, x: Tensor
+    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
+        if not all(_is_plain(tensor) and tensor.is_cpu for tensor in (out, x)):
+            return None
+        return bits(out), bits(x.detach().to(out.dtype))
+
+    def announce(self, outs: Iterable[Tensor]) -> None:
+        bump_versions(outs)
+
 
 def _stepped(leaves: list[Leaf], news: list[New]) -> tuple[list[Tensor], list[Tensor]]:
     """Where to write, and what, by multi-tensor operations: for what is not in CPU memory alone."""
@@ -311,21 +335,10 @@ def _targets(leaf: Leaf) -> New:
 
 def _returned(leaf: Leaf, new: New) -> New:
     if leaf.out is not None:
-        _bump_versions(x for x in (leaf.out, leaf.velocity) if x is not None)
         return New(leaf.out, leaf.velocity)
     if not leaf.rule.stop_gradients or _is_wrapped(new.w):
         return new
     return new._replace(w=_leaf_like(new.w, leaf.w))
-
-
-def _bump_versions(tensors: Iterable[Tensor]) -> None:
-    """Let autograd see that tensors which it may have saved are stale."""
-    tensors = list(tensors)
-    try:
-        torch.autograd.graph.increment_version(tensors)
-    except RuntimeError:  # some are inference tensors, which have no version
-        tracked = list(filterfalse(Tensor.is_inference, tensors))
-        torch.autograd.graph.increment_version(tracked)
 
 
 def _leaf_like(new: Tensor, w: Tensor) -> Tensor:

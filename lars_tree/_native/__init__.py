@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -85,3 +86,27 @@ def update(
         instruction_set,
     )
     return results
+
+
+class _Taken(Exception):
+    """The kernel is about to write."""
+
+
+def _stop(written: list[Any]) -> None:
+    raise _Taken
+
+
+def takes(columns: Any, *, types: tuple[type, ...], as_bits: Any = None) -> bool:
+    """Whether `update` would step these arrays in place; nothing is written."""
+    try:
+        update(columns, types=types, begin=_stop, as_bits=as_bits)
+    except _Taken:
+        return True
+    return False
+
+
+def deferred(columns: Any, *, types: tuple[type, ...], as_bits: Any = None) -> Callable[[], Any]:
+    """A call of the kernel that runs no Python: `update` in place, of what it `takes`."""
+    count = min(threads.get_num_threads(), sys.maxsize)
+    nothing = (None, None, None)  # no make, copy, begin
+    return partial(kernel.update, *columns, *nothing, types, None, as_bits, count, instruction_set)

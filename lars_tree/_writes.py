@@ -1,0 +1,195 @@
+"""The writes of one update in place: collected first, then made all together or not at all.
+
+Python runs signal handlers, and raises what other threads ask for, between its own instructions.
+So memory of the CPU is written by one call that executes no Python and allocates nothing: `deque`
+exhausts an iterator of calls of C functions. The native kernel comes first, which raises before it
+writes or not at all; then come copies of results that were computed before.
+
+Two kinds of arrays need more:
+
+* Those of other libraries and devices are written by these, which may fail or run Python. They come
+  before all others, and what they held is kept and put back if anything goes wrong.
+* Arrays whose results would take much memory are stepped in chunks, in a thread of their own, as no
+  signal handler runs there and no other thread knows it. If there is no memory for a chunk after
+  the first one was written, some chunks are stepped and others are not: nothing else can be.
+
+tests/test_writes.py lets each allocation fail, and interrupts at each line.
+"""
+
+from __future__ import annotations
+
+import _thread
+import operator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain, repeat
+from operator import getitem, setitem
+from typing import Any
+
+import numpy as np
+
+from lars_tree import _native
+from lars_tree._backends.base import Backend, Columns, Leaf, New
+from lars_tree._rule import Rule
+
+Array = np.ndarray[Any, Any]
+Call = Callable[[], Any]
+
+_call: Callable[[Call], Any] = operator.call
+
+# How many bytes of results may be held until they are written. Arrays beyond that, such as memory
+# maps larger than memory, are stepped in chunks.
+MOST_HELD = 2**26
+
+
+class Writes:
+    """What is to be written by one update."""
+
+    def __init__(self) -> None:
+        self._copies: list[tuple[Array, Array]] = []
+        self._steps: list[tuple[dict[str, Array], Rule]] = []
+        self._chunked: list[Call] = []
+        self._foreign: dict[Backend, list[tuple[Any, Any]]] = {}
+        self._shared: dict[Backend, list[Any]] = {}
+        self._last: list[Call] = []
+        self._room = MOST_HELD
+
+    def add(self, backend: Backend, out: Any, x: Any) -> None:
+        """Copy x, of the same shape, to `out`."""
+        memory = backend.copied_memory(out, x)
+        if memory is None:
+            self._foreign.setdefault(backend, []).append((out, x))
+        else:
+            self.copy(*memory)
+            self.announce(backend, [out])
+
+    def result(self, leaf: Leaf, new: New) -> New:
+        """Copy what is new to where it belongs if the leaf has an `out`; and where it is then."""
+        if leaf.out is None:
+            return new
+        self.add(leaf.backend, leaf.out, new.w)
+        if leaf.velocity is not None:
+            self.add(leaf.backend, leaf.velocity, new.velocity)
+        return New(leaf.out, leaf.velocity)
+
+    def announce(self, backend: Backend, outs: Iterable[Any]) -> None:
+        """Have a library know that these arrays are written to, as they are not by itself."""
+        self._shared.setdefault(backend, []).extend(outs)
+
+    def copy(self, target: Array, values: Array) -> None:
+        """Copy values to an array in CPU memory."""
+        self._copies.append((target, np.asarray(values, target.dtype)))
+
+    def step(self, arrays: dict[str, Array], rule: Rule) -> None:
+        """Step arrays by the native kernel, which takes them: by their names in `cpu.update`."""
+        self._steps.append((arrays, rule))
+
+    def holds(self, size: int) -> bool:
+        """Whether so many more bytes may be held until they are written; they are counted then."""
+        if size > self._room:
+            return False
+        self._room -= size
+        return True
+
+    def step_in_chunks(self, step: Call) -> None:
+        """Make a call that writes as it goes, to CPU memory alone."""
+        self._chunked.append(step)
+
+    def then(self, last: Call) -> None:
+        """Make a call of a C function in the end, which runs no Python and cannot fail.
+
+        >>> from functools import partial
+        >>> state = {"buffer": None}    # a key that is there already: no memory is needed
+        >>> writes = Writes()
+        >>> writes.then(partial(setitem, state, "buffer", "new"))
+        >>> writes.make()
+        >>> state
+        {'buffer': 'new'}
+        """
+        self._last.append(last)
+
+    def make(self) -> None:
+        """Write all, or raise and write nothing."""
+        done = [False]
+        foreign = [(backend, backend.writers(pairs)) for backend, pairs in self._foreign.items()]
+        writers = [write for _, writes in foreign for write in writes]
+        others = bool(self._copies or self._steps or self._chunked or self._last)
+        held: list[Call] = []
+        if len(writers) + others > 1:  # a single one needs nothing to be put back
+            for backend, pairs in self._foreign.items():
+                old = [(out, backend.copy(out, stop_gradients=True)) for out, _ in pairs]
+                held += backend.writers(old)
+        for backend, outs in self._shared.items():
+            backend.announce(outs)
+        write = self._at_once([partial(setitem, done, 0, True)])
+        try:
+            for each in writers:
+                each()
+            if self._chunked:
+                _aside([*self._chunked, write])
+            else:
+                write()
+        except BaseException:
+            if not done[0]:
+                for each in held:
+                    each()
+            raise
+
+    def _at_once(self, last: list[Call]) -> Call:
+        """A call that makes all writes to CPU memory, without Python, and then these calls."""
+        first: list[Call] = []
+        if self._steps:
+            names = ("w", "dcdw", "out", "velocity")
+            ws, dcdws, outs, velocities = ([x.get(name) for x, _ in self._steps] for name in names)
+            columns = Columns(ws, dcdws, outs, [rule for _, rule in self._steps], velocities)
+            first = [_native.deferred(columns, types=(np.ndarray,), as_bits=True)]
+        copies = [partial(setitem, target, ..., values) for target, values in self._copies]
+        # An item of the results is asked for, as the kernel returns None for what it does not take.
+        results: Iterable[Any] = map(_call, first)
+        taken: Iterable[Any] = map(getitem, results, repeat(0))
+        others: list[Call] = [*copies, *self._last, *last]
+        return partial(deque, chain(taken, map(_call, others)), 0)
+
+
+def _aside(calls: list[Call]) -> None:
+    """Make calls in a thread of their own, where nothing interrupts them, and wait for it."""
+    started, ended = [False], _thread.allocate_lock()
+    failures: list[BaseException] = []
+
+    def work() -> Iterator[None]:
+        try:
+            yield  # what another thread has this one raise may reach a thread that starts here
+            for each in calls:
+                each()
+        except BaseException as error:  # raised below
+            failures.append(error)
+        finally:
+            ended.release()
+
+    ended.acquire()
+    worker = work()
+    next(worker)
+    start: list[Call] = [
+        partial(_thread.start_new_thread, next, (worker, None)),
+        partial(setitem, started, 0, True),
+    ]
+    try:
+        deque(map(_call, start), 0)  # at once: if there is a thread, that is known
+        _wait(ended)
+    except BaseException:
+        if started[0]:
+            _wait(ended)
+        raise
+    if failures:
+        raise failures[0]
+
+
+def _wait(ended: _thread.LockType) -> None:
+    """Wait until a lock was released, also if that is interrupted: the exception is raised then."""
+    try:
+        with ended:
+            pass
+    except BaseException:
+        _wait(ended)
+        raise

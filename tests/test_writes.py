@@ -1,0 +1,308 @@
+"""Updates in place are made whole or not at all: whatever memory lacks, and whenever an exception
+comes, from a signal handler or from another thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dis
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import tracemalloc
+
+import numpy as np
+import pytest
+from conftest import need, to_library, to_numpy
+
+import lars_tree
+from lars_tree import Container, Lars, _writes, lars_update
+from lars_tree._backends import cpu
+
+FOLDER = os.path.dirname(lars_tree.__file__)
+
+
+# ---- Calls that take the general path, each with all arrays that it may write to
+
+
+def strided(start):
+    return np.stack([np.arange(start, start + 4.0), np.zeros(4)], 1)[:, 0]
+
+
+def weights():
+    return {"strided": strided(1), "dense": np.arange(3.0, 6), "other": strided(7)}
+
+
+def gradients():
+    return {"strided": np.full(4, 0.5), "dense": np.full(3, 0.25), "other": np.full(4, 0.125)}
+
+
+def of_strides():
+    w = weights()
+    return w, lambda: lars_update(w, gradients(), 0.1, decay_lambda=0.1, out=w)
+
+
+def of_rates():
+    w = weights()
+    rates = {"strided": 0.1, "dense": np.array([0.1, 0.2, 0.3]), "other": 0.1}
+    return w, lambda: lars_update(w, gradients(), rates, out=w)
+
+
+def of_momentum():
+    w, opt = weights(), Lars(0.1)
+    state = opt.init(w)
+    opt.update(w, gradients(), state, out=w)
+    return [w, state], lambda: opt.update(w, gradients(), state, out=w)
+
+
+def of_skipping():
+    w, opt = weights(), Lars(0.1, nonfinite="skip")
+    state, g = opt.init(w), gradients()
+    g["other"][1] = np.nan
+    return [w, state], lambda: opt.update(w, g, state, out=w)
+
+
+def of_raising():
+    w, opt = weights(), Lars(0.1, nonfinite="raise")
+    state = opt.init(w)
+    return [w, state], lambda: opt.update(w, gradients(), state, out=w)
+
+
+def of_kept_weights():
+    w = weights()
+    out = {key: np.zeros_like(x) for key, x in w.items()}
+    g = {**gradients(), "dense": None}
+    return out, lambda: lars_update(w, g, 0.1, out=out)
+
+
+def of_two_libraries():
+    torch = need("torch")
+    w = {**weights(), "torch": torch.ones(3), "half": torch.ones(3, dtype=torch.bfloat16)}
+    g = {**gradients(), "torch": torch.ones(3), "half": torch.ones(3, dtype=torch.bfloat16)}
+    opt = Lars(0.1)
+    state = opt.init(w)
+    return [w, state], lambda: opt.update(w, g, state, out=w)
+
+
+def of_a_tensor_as_rate():
+    torch = need("torch")
+    w = {"numpy": strided(1), "torch": torch.ones(3)}
+    rates = {"numpy": 0.1, "torch": torch.tensor([0.1, 0.2, 0.3])}
+    return w, lambda: lars_update(w, {"numpy": 1.0, "torch": torch.ones(3)}, rates, out=w)
+
+
+def of_a_library_that_writes_itself():
+    need("array_api_strict")
+    w = {"numpy": strided(1)}
+    w |= {key: to_library("array_api_strict", np.ones(3)) for key in "ab"}
+    g = {key: to_library("array_api_strict", np.full(3, 0.5)) for key in "ab"}
+    return w, lambda: lars_update(w, {**g, "numpy": 1.0}, 0.1, out=w)
+
+
+def in_chunks():
+    """Leaves whose results are too large to be held; those of `strided` still are."""
+    w = {"strided": strided(1), **{key: np.ones((40_000, 2))[:, 0] for key in "ab"}}
+    return w, lambda: lars_update(w, 1.0, 0.1, out=w)
+
+
+CASES = [
+    *(of_strides, of_rates, of_momentum, of_skipping, of_raising, of_kept_weights),
+    *(of_two_libraries, of_a_tensor_as_rate, of_a_library_that_writes_itself, in_chunks),
+]
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+
+
+def contents(trees):
+    leaves = Container({"": trees}).leaves()
+    exact = [x.double() if hasattr(x, "double") else x for x in leaves]  # numpy has no bfloat16
+    return [to_numpy(x).tobytes() for x in exact]
+
+
+@pytest.fixture(autouse=True)
+def _little_room(monkeypatch):
+    monkeypatch.setattr(_writes, "MOST_HELD", 2**18)
+
+
+# ---- Exceptions at each moment
+
+
+def sent_by_a_thread():
+    """As another thread asks this one to raise."""
+    ident = ctypes.c_ulong(threading.get_ident())
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(KeyboardInterrupt))
+
+
+def sent_by_the_system():
+    signal.raise_signal(signal.SIGINT)
+
+
+def interrupted_at(number, call, send):
+    """Make a call that is interrupted at that moment of `Writes.make`; whether there was one.
+
+    Python looks for signals when a function starts, after calls, and when a loop starts again.
+    """
+    moments = iter(range(number, -1, -1))
+    previous = {}
+
+    def follow(frame, event, _):
+        if event == "opcode":
+            before = previous.get(frame, "RESUME")
+            previous[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            looks = before.startswith(("RESUME", "CALL", "JUMP_BACKWARD", "BEFORE_WITH"))
+            if looks and next(moments, None) == 0:
+                send()
+        return trace(frame, event, _)
+
+    def trace(frame, event, _):
+        # In `make`, and in what it calls.
+        inside = frame.f_back is not None and frame.f_back.f_trace is not None
+        if frame.f_code is not _writes.Writes.make.__code__ and not inside:
+            return None
+        frame.f_trace_opcodes = frame.f_code.co_filename.startswith(FOLDER)
+        return follow
+
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    return next(moments, None) is None
+
+
+@each_case
+@pytest.mark.parametrize("send", [sent_by_a_thread, sent_by_the_system])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_exception_at_any_moment_finds_all_written_or_nothing(case, send):
+    trees, call = case()
+    before = contents(trees)
+    call()
+    after = contents(trees)
+    outcomes, moment = [], 0
+    while True:
+        trees, call = case()
+        reached = interrupted_at(moment, call, send)
+        outcomes.append(contents(trees))
+        assert outcomes[-1] in (before, after), moment
+        if not reached:
+            break
+        moment += 1
+    assert moment > 20
+    assert outcomes[0] == before
+    assert outcomes[-1] == after
+
+
+# ---- No memory
+
+WITHOUT_MEMORY = """
+import sys, _testcapi, numpy as np
+import test_writes
+from lars_tree import _writes
+from lars_tree._writes import Writes
+
+make, start = Writes.make, 0
+def without_memory(self):
+    if start:  # one failure: where all allocations fail, Python may unwind forever
+        _testcapi.set_nomemory(start, start + 1)
+    try:
+        make(self)
+    finally:
+        _testcapi.remove_mem_hooks()
+Writes.make = without_memory
+
+for name in sys.argv[1:]:
+    failed, number = True, 0
+    while failed:
+        start = 0
+        trees, call = getattr(test_writes, name)()
+        before = test_writes.contents(trees)
+        start = number = number + 1
+        try:
+            call()
+            failed = False
+        except MemoryError:
+            assert test_writes.contents(trees) == before, start
+    assert test_writes.contents(trees) != before
+    print(number)
+"""
+
+
+def test_whichever_allocation_fails_all_is_written_or_nothing():
+    pytest.importorskip("_testcapi", reason="this Python was built without its test modules")
+    cases = [of_strides, of_rates, of_momentum, of_kept_weights]
+    counts = run(WITHOUT_MEMORY, *(case.__name__ for case in cases)).split()
+    assert min(map(int, counts)) > 10
+
+
+def test_no_memory_for_one_leaf_leaves_the_others_as_they_were(monkeypatch):
+    """Where results are computed, before anything is written."""
+    trees, call = of_momentum()
+    before = contents(trees)
+    stepped = cpu._stepped
+    calls = []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise MemoryError
+        return stepped(*args)
+
+    monkeypatch.setattr(cpu, "_stepped", fail)
+    with pytest.raises(MemoryError):
+        call()
+    assert contents(trees) == before
+    call()
+    assert contents(trees) != before
+
+
+def test_what_a_library_has_written_is_put_back():
+    """Where its second write fails."""
+    need("array_api_strict")
+    trees, call = of_a_library_that_writes_itself()
+    before = contents(trees)
+    backend = lars_tree._backends.find(trees["a"])
+    write, calls = backend.write, []
+
+    def fail(out, x):
+        calls.append(out)
+        if len(calls) == 2:
+            raise OSError("the second write")
+        write(out, x)
+
+    backend.write = fail
+    try:
+        with pytest.raises(OSError, match="the second write"):
+            call()
+    finally:
+        del backend.write
+    assert calls[0] is trees["a"]
+    assert contents(trees) == before
+
+
+@pytest.mark.parametrize("rows", [1, 200_000])
+def test_strided_weights_take_little_memory(rows):
+    w, g = np.ones((rows, 20), np.float32)[:, ::2], np.ones(10, np.float32)
+    lars_update(w, g, 0.1, out=w)
+    tracemalloc.start()
+    try:
+        lars_update(w, g, 0.1, decay_lambda=0.1, out=w)
+        assert tracemalloc.get_traced_memory()[1] < 2**21
+    finally:
+        tracemalloc.stop()
+
+
+def run(code, *arguments):
+    path = os.pathsep.join([os.path.dirname(__file__), os.path.dirname(FOLDER)])
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code), *arguments],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
