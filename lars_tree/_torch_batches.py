@@ -17,6 +17,7 @@ from lars_tree._backends.sharded import is_sharded, layout, partial_fault, shard
 from lars_tree._backends.tensors import copy_all
 from lars_tree._backends.torch import BACKEND, PLAIN_TYPES, is_in_cpu_memory, results_in_place
 from lars_tree._rule import MOTION_NUMBERS, NUMBERS, Rule
+from lars_tree._torch_messages import name_of
 from lars_tree._torch_options import adapts, number, rate
 from lars_tree._writes import Writes
 from lars_tree.errors import Path, ShapeError, error
@@ -96,6 +97,15 @@ def step_in_cpu_memory(
     advance(params, grads, params, options, {"velocity": buffers, **(counts or {})}, writes)
 
 
+def refuse_other_shape(group: dict[str, Any], number: int, place: int, grad: Tensor) -> None:
+    """Raise ShapeError for a gradient that is not of the shape of its parameter."""
+    p = group["params"][place]
+    if grad.shape != p.shape:
+        text = f"expected {tuple(p.shape)}, got {tuple(grad.shape)}"
+        path = (name_of(group, number, place),)
+        raise error(ShapeError, "p.grad", "p.grad has another shape than p", [(path, text)])
+
+
 def check_elsewhere(leaves: list[Leaf], batches: list[Batch]) -> None:
     """Check what is in CPU memory after all, or looks wrong: on a device the checks take longer
     than the step.
@@ -104,13 +114,10 @@ def check_elsewhere(leaves: list[Leaf], batches: list[Batch]) -> None:
     paths: list[Path] = [(batch.name, i) for batch in batches for i in range(len(batch.rows))]
     places = {id(leaf): place for place, leaf in enumerate(leaves)}
     _checks.check([x._replace(place=places[id(x)]) for x in suspects], lambda: paths)
-    lines = [
-        (paths[places[id(x)]], f"expected {tuple(x.w.shape)}, got {tuple(x.dcdw.shape)}")
-        for x in suspects
-        if x.dcdw.shape != x.w.shape
-    ]
-    if lines:
-        raise error(ShapeError, "dcdw", "dcdw has another shape than w", lines)
+    if any(leaf.dcdw.shape != leaf.w.shape for leaf in suspects):
+        for batch in batches:
+            for place, _, grad, _ in batch.rows:
+                refuse_other_shape(batch.group, batch.number, place, grad)
 
 
 def _look_right(leaves: list[Leaf]) -> bool:

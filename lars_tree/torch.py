@@ -25,6 +25,7 @@ from lars_tree._memory import serialised
 from lars_tree._torch_batches import (
     Batch,
     check_elsewhere,
+    refuse_other_shape,
     results_elsewhere,
     step_in_cpu_memory,
     write,
@@ -337,7 +338,8 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
                     raise RuntimeError(text)
                 buffer = known(p, nothing).get("momentum_buffer") if moves else None
                 is_first = moves and buffer is None
-                if is_first:
+                if is_first:  # later, a buffer of another shape than p is seen
+                    refuse_other_shape(group, number, place, grad)
                     buffer = BACKEND.zeros(p, BACKEND.velocity_dtype(p))
                 is_here = not many and is_in_cpu_memory(p)
                 if kind != (is_here, is_first):  # most often as the one before
