@@ -107,7 +107,7 @@ _BIAS = re.compile(r"(^|_)bias$|^bias_")  # bias_k and bias_ih_l0 are of torch's
 
 
 def _usually_left_out(model: Module, few: int) -> Iterator[Tensor]:
-    """Parameters that `param_groups` leaves out; those used in several places, if in one of them."""
+    """Parameters to leave out; one that is used in several places, if it is in any of them."""
     for path, module in model.named_modules():
         owner, used_as = module, None
         if isinstance(module, ParametrizationList):  # at ...parametrizations.weight
