@@ -100,13 +100,14 @@ _KERNELS = (
     *(_ConvNd, torch.nn.Linear, torch.nn.Bilinear, torch.nn.RNNBase, torch.nn.RNNCellBase),
     *(torch.nn.Embedding, torch.nn.EmbeddingBag),
 )
-_VECTORS = (*(_NormBase, torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.RMSNorm, torch.nn.PReLU),)
+# Modules whose parameters scale and shift, whatever their shapes.
+_VECTORS = (_NormBase, torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.RMSNorm, torch.nn.PReLU)
 _NORM_CLASS = re.compile(r"norm(alization)?(act)?(\d+d)?(act)?$", re.IGNORECASE)
 _BIAS = re.compile(r"(^|_)bias$|^bias_")  # bias_k and bias_ih_l0 are of torch's own modules
 
 
 def _usually_left_out(model: Module, few: int) -> Iterator[Tensor]:
-    """Parameters that are vectors by their use: of tied ones, if they are in one place."""
+    """Parameters to leave out; one that is used in several places, if it is in any of them."""
     for path, module in model.named_modules():
         owner, used_as = module, None
         if isinstance(module, ParametrizationList):  # at ...parametrizations.weight
