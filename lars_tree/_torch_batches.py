@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from operator import index
 from typing import Any
 
@@ -20,18 +18,21 @@ from lars_tree._backends.stand_ins import PLAIN_TYPES
 from lars_tree._backends.tensors import copy_all
 from lars_tree._backends.torch import BACKEND, is_in_cpu_memory, results_in_place
 from lars_tree._rule import MOTION_NUMBERS, NUMBERS, Rule
+from lars_tree._torch_options import adapts, number, rate
 from lars_tree._writes import Writes
-from lars_tree.errors import LarsTreeError, Path, enumerated
+from lars_tree.errors import Path
 from lars_tree.update import advance
 
 
 class Batch:
     """Parameters of one group that are stepped alike, with their gradients and buffers."""
 
-    def __init__(self, group: dict[str, Any], number: int, is_first: bool) -> None:
+    def __init__(self, group: dict[str, Any], number: int, is_here: bool, is_first: bool) -> None:
         self.group = group
         self.number = number
-        self.name = f"param_groups[{number}]" + (" at its first step" if is_first else "")
+        # Of no other batch.
+        self.name = f"param_groups[{number}]" + (" elsewhere" if not is_here else "")
+        self.name += " at its first step" if is_first else ""
         self.is_first = is_first
         self.moves: bool = group["momentum"] != 0
         self.is_undamped: bool = is_first and group["dampening"] != 0
@@ -40,17 +41,17 @@ class Batch:
 
     def options(self, grad_scale: Any) -> dict[str, Any]:
         """The options of the rule, by their names there."""
-        group, lr, axis = self.group, self.group["lr"], self.group["layer_axis"]
-        if isinstance(lr, Tensor) and lr.ndim:
-            lr = lr.reshape(())
+        group, lr, axis = self.group, rate(self.group), self.group["layer_axis"]
         moving = {"lr": 1.0, "rate": lr} if self.moves else {"lr": lr, "rate": 1.0}
         is_damped = self.moves and not self.is_first
         return {
             **_options.DEFAULTS,
             **{name: group[name] for name in _SHARED},
+            **{name: number(group[name]) for name in _SHARED_NUMBERS},
             **moving,
-            "dampening": group["dampening"] if is_damped else 0.0,
-            "decay_lambda": group["weight_decay"],
+            "dampening": number(group["dampening"]) if is_damped else 0.0,
+            "adapt": adapts(group),
+            "decay_lambda": number(group["weight_decay"]),
             "grad_scale": grad_scale,
             "layer_axis": None if axis is None else index(axis),
         }
@@ -66,17 +67,26 @@ class Batch:
 
 
 # What is called the same here and in the rule.
-_SHARED = (
-    *("momentum", "nesterov", "trust_coefficient", "eps"),
-    *("trust_clip", "joint_norm", "adapt", "maximize"),
-)
+_SHARED = ("nesterov", "trust_clip", "joint_norm", "maximize", "nonfinite")
+_SHARED_NUMBERS = ("momentum", "trust_coefficient", "eps")
 
 
 def step_in_cpu_memory(
-    batches: list[Batch], grad_scale: float, writes: Writes | None = None
+    batches: list[Batch],
+    grad_scale: Any,
+    writes: Writes | None = None,
+    counts: dict[str, Any] | None = None,
 ) -> None:
-    """All at once, so that all is checked before the first is written; see `advance` for writes."""
-    by_batch = {batch.name: batch.options(grad_scale) for batch in batches}
+    """All at once, so that all is checked before the first is written.
+
+    Args:
+        batches: Those in CPU memory; with `nonfinite`, on any device.
+        grad_scale: The scale of the loss, or None.
+        writes: As in `advance`.
+        counts: What counts the steps that `nonfinite` lets pass, and those that it skips.
+    """
+    scale = 1.0 if grad_scale is None else float(grad_scale)
+    by_batch = {batch.name: batch.options(scale) for batch in batches}
     options: dict[str, Any] = {}
     for name, value in next(iter(by_batch.values())).items():
         values = {batch: given[name] for batch, given in by_batch.items()}
@@ -85,32 +95,7 @@ def step_in_cpu_memory(
     params, grads, buffers = (
         {batch.name: [row[i] for row in batch.rows] for batch in batches} for i in (1, 2, 3)
     )
-    advance(params, grads, params, options, {"velocity": buffers}, writes)
-
-
-@contextmanager
-def named(batches: list[Batch]) -> Iterator[None]:
-    """Have errors say what the optimizer's user calls the parameters."""
-    try:
-        yield
-    except LarsTreeError as error:
-        names = _names(batches, error.paths)
-        if names:
-            error.add_note(f"parameters: {enumerated(names, 10)}")
-        raise
-
-
-def _names(batches: list[Batch], paths: tuple[Path, ...]) -> list[str]:
-    """What the optimizer's user calls the parameters at these paths; options have shorter ones."""
-    by_name = {batch.name: batch for batch in batches}
-    names = []
-    for path in (path for path in paths if len(path) == 2):
-        batch: Any = by_name[str(path[0])]
-        place = batch.rows[path[1]][0]
-        known = batch.group.get("param_names")
-        numbered = f"param_groups[{batch.number}]['params'][{place}]"
-        names.append(known[place] if known else numbered)
-    return names
+    advance(params, grads, params, options, {"velocity": buffers, **(counts or {})}, writes)
 
 
 def check_elsewhere(leaves: list[Leaf], batches: list[Batch]) -> None:
@@ -157,16 +142,25 @@ def _place(x: Tensor) -> tuple[Any, ...]:
     return x.shape, x.device, x.is_complex(), is_sharded(x) and x.device_mesh
 
 
-def step_elsewhere(
-    leaves: list[Leaf], batches: list[Batch], found_inf: Tensor | None, writes: Writes | None
-) -> None:
-    if all(batch.group["foreach"] is False for batch in batches):
-        pairs = [results_in_place([leaf], found_inf) for leaf in leaves]
-    else:
-        pairs = [results_in_place(leaves, found_inf)]
-    for targets, values in pairs:
-        if writes is None:
-            copy_all(targets, values)
-        else:
-            for target, value in zip(targets, values, strict=True):
-                writes.add(BACKEND, target, value)
+def results_elsewhere(
+    leaves: list[Leaf], batches: list[Batch], found_inf: Tensor | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Where to write, and what; nothing is written yet."""
+    if not all(batch.group["foreach"] is False for batch in batches):
+        return results_in_place(leaves, found_inf)
+    targets: list[Tensor] = []
+    values: list[Tensor] = []
+    for leaf in leaves:  # results are kept, in no more memory than they need
+        outs, news = results_in_place([leaf], found_inf)
+        targets += outs
+        values += [new.to(out.dtype) for out, new in zip(outs, news, strict=True)]
+    return targets, values
+
+
+def write(targets: list[Tensor], values: list[Tensor], writes: Writes | None = None) -> None:
+    """Write all values in one operation, or as a part of these writes."""
+    if writes is None:
+        copy_all(targets, values)
+        return
+    for target, value in zip(targets, values, strict=True):
+        writes.add(BACKEND, target, value)

@@ -2,33 +2,37 @@
 
 Parameters in CPU memory are stepped by `update.advance`, in one native call. All others (on
 accelerators, DTensor, under `torch.compile`) by multi-tensor operations that wait for no device.
+What options mean is in `_torch_options.py`, what the parameters become in `_torch_batches.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from inspect import signature
 from operator import setitem
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from lars_tree import _torch_options
 from lars_tree._backends.torch import BACKEND, is_in_cpu_memory
 from lars_tree._memory import serialised
 from lars_tree._torch_batches import (
     Batch,
     check_elsewhere,
-    named,
-    step_elsewhere,
+    results_elsewhere,
     step_in_cpu_memory,
+    write,
 )
+from lars_tree._torch_groups import param_groups, refuse_flat, refuse_flattened_since
+from lars_tree._torch_messages import in_terms_of_torch, name_of
 from lars_tree._writes import Writes
-from lars_tree.errors import did_you_mean
+from lars_tree.errors import LarsTreeError
 
 __all__ = ["Lars", "param_groups"]
 
@@ -58,9 +62,10 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
     >>> opt.state[p]["momentum_buffer"]
     tensor([0., 5.])
 
-    Gradients are only read. CPU parameters are checked before the first of them is written. Buffers
-    are float32 for parameters that are shorter. With `torch.amp.GradScaler` the loss scale is
-    divided out in the step itself, and steps with infinite gradients are skipped.
+    Gradients are only read. A step is taken by all parameters or by none, also when it raises or
+    Ctrl-C interrupts it. Buffers are float32 for parameters of half precision. To
+    `torch.amp.GradScaler` and to frameworks it is an optimizer like torch's own: the scaler divides
+    out the scale, and skips steps; with `fused=True` the step itself does.
 
     Args:
         params: Parameters, named parameters or parameter groups; a group may override each of the
@@ -75,19 +80,29 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
         trust_clip: True (LARC, as in apex and timm): lr is an upper bound of lr * ratio, which is
             then min(ratio, lr).
         joint_norm: True: the denominator is |g + weight_decay * p| + eps.
-        adapt: False: ratio is 1, which makes it SGD, as for biases and norm layers.
+        adapt: False: ratio is 1, which makes it SGD, as for biases and norm layers. "decayed": as
+            in timm, only groups with weight decay are adapted.
         foreach: True to take multi-tensor operations on the CPU too, as exact as on accelerators;
             False to take parameters one by one on accelerators.
         maximize: Go uphill.
         layer_axis: The axis along which parameters stack layers, with a ratio for each index.
+        nonfinite: What to do when a parameter or buffer of the group would become NaN or infinite.
+            "propagate" writes it. "raise" raises, and "skip" leaves out the whole step; both look
+            at the values, and so wait for the device.
+        fused: True: the step divides out the scale of a GradScaler itself, as in torch's fused
+            optimizers; Lightning then cannot clip gradients. For all groups; not with foreach.
+
+    Attributes:
+        skipped: The number of steps that nonfinite="skip" has left out. Not in the `state_dict`.
 
     Raises:
         ValueError: A value that the rule is not defined for; no parameters.
+        LeafError: A parameter is a part of layers, as with FSDP1 and DeepSpeed's ZeRO.
 
     Source: You, Gitman, Ginsburg (2017), arXiv:1708.03888, Algorithm 1.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler sets grad_scale and found_inf for a step
+    skipped: int = 0
 
     def __init__(
         self,
@@ -102,10 +117,12 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
         eps: float = 1e-8,
         trust_clip: bool = False,
         joint_norm: bool = False,
-        adapt: bool = True,
+        adapt: bool | str = True,
         foreach: bool | None = None,
         maximize: bool = False,
         layer_axis: int | None = None,
+        nonfinite: str = "propagate",
+        fused: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -121,25 +138,50 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
             "foreach": foreach,
             "maximize": maximize,
             "layer_axis": layer_axis,
+            "nonfinite": nonfinite,
+            "fused": fused,
         }
-        _check(defaults)
+        _torch_options.check(defaults)
         super().__init__(params, defaults)
+        self._set_amp_scaling()
+
+    def _set_amp_scaling(self) -> None:
+        """As in torch's fused optimizers: GradScaler sets grad_scale and found_inf for a step."""
+        if self.defaults["fused"]:
+            self._step_supports_amp_scaling = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as in `torch.optim.Optimizer`.
 
         Raises:
             ValueError: A value that the rule is not defined for.
+            LeafError: A parameter is a part of layers, as with FSDP1.
         """
+        name = f"param_groups[{len(self.param_groups)}]"
         if isinstance(param_group, dict):
-            _check({**self.defaults, **param_group})
+            _torch_options.check({**self.defaults, **param_group}, name)
         super().add_param_group(param_group)
+        try:
+            refuse_flat(self.param_groups[-1], len(self.param_groups) - 1)
+        except LarsTreeError:
+            del self.param_groups[-1]
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "skipped": self.skipped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        known = set(state.get("defaults", vars(self).get("defaults", ())))
         super().__setstate__(state)
+        for name in self.defaults.keys() - known:  # torch adds some
+            del self.defaults[name]
+        for name, option in signature(Lars).parameters.items():  # an older version lacked some
+            if name != "params":
+                self.defaults.setdefault(name, option.default)
         for group in self.param_groups:  # of an older version, or of another optimizer
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+        self._set_amp_scaling()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, as in `torch.optim.Optimizer`; also that of a `torch.optim.SGD`.
@@ -187,9 +229,11 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
 
         Raises:
             RuntimeError: A gradient is sparse.
+            ValueError: An option of a group has an invalid value.
             LarsTreeError: Parameters, their gradients or buffers do not fit together, share memory,
                 or cannot be written to; none of them was then. (Of parameters on accelerators only
                 the first, and whether two start at one address, can be told without delay.)
+            NonFiniteError: nonfinite="raise", and the step would not be finite.
         """
         loss = None
         if closure is not None:
@@ -202,38 +246,88 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
 
     def _step(self, grad_scale: Any, found_inf: Any) -> None:
         here, elsewhere = self._batches()
-        first = any(batch.is_first for batch in here + elsewhere)
-        if found_inf is not None and (here or any(batch.is_undamped for batch in elsewhere)):
-            # What is in CPU memory cannot wait to know, and only a step that is taken is the first.
+        batches = here + elsewhere
+        guarded = any(batch.group["nonfinite"] != "propagate" for batch in batches)
+        if found_inf is not None and (
+            here or guarded or any(batch.is_undamped for batch in elsewhere)
+        ):
+            # CPU memory cannot wait for it, and only a step that is taken is the first one.
             if found_inf:
                 return
             found_inf = None
-        compiling = torch.compiler.is_compiling()
+        with in_terms_of_torch(batches):
+            if guarded:
+                self._step_if_finite(batches, grad_scale)
+            elif torch.compiler.is_compiling():
+                self._step_compiled(elsewhere, grad_scale, found_inf)
+            else:
+                self._step_at_once(here, elsewhere, grad_scale, found_inf)
+
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]  # it looks at the values
+    def _step_if_finite(self, batches: list[Batch], grad_scale: Any) -> None:
+        counts = {name: np.zeros((), np.int64) for name in ("step", "skipped")}
+        with self._buffers_kept(batches, lambda: bool(counts["step"])):
+            step_in_cpu_memory(batches, grad_scale, counts=counts)
+        self.skipped += int(counts["skipped"])
+
+    def _step_compiled(self, batches: list[Batch], grad_scale: Any, found_inf: Any) -> None:
+        leaves = [leaf for batch in batches for leaf in batch.leaves(grad_scale)]
+        write(*results_elsewhere(leaves, batches, found_inf))
+        self._keep_buffers(batches)
+
+    def _step_at_once(
+        self, here: list[Batch], elsewhere: list[Batch], grad_scale: Any, found_inf: Any
+    ) -> None:
+        """Take a step whole, or not at all: whatever is raised, and whenever Ctrl-C comes."""
         leaves = [leaf for batch in elsewhere for leaf in batch.leaves(grad_scale)]
-        with named(elsewhere):
-            if not compiling:
-                check_elsewhere(leaves, elsewhere)
-        # Ctrl-C must not part a first step from its buffers, nor some parameters from others.
-        parts = bool(here) + bool(elsewhere) + first
-        writes = Writes() if parts > 1 and not compiling else None
-        with named(here):
+        check_elsewhere(leaves, elsewhere)
+        # What takes memory and time comes first, and writes nothing.
+        targets, values = results_elsewhere(leaves, elsewhere, found_inf)
+        parts = bool(here) + bool(elsewhere) + any(batch.is_first for batch in here + elsewhere)
+        writes = Writes() if parts > 1 else None
+        done = [parts < 2]
+        with self._buffers_kept(here + elsewhere, lambda: done[0]):
+            write(targets, values, writes)
             if here:
-                step_in_cpu_memory(here, 1.0 if grad_scale is None else float(grad_scale), writes)
-                self._keep_buffers(here, writes)
-            if elsewhere:
-                step_elsewhere(leaves, elsewhere, found_inf, writes)
-                self._keep_buffers(elsewhere, writes)
+                step_in_cpu_memory(here, grad_scale, writes)
             if writes is not None:
+                writes.then(partial(setitem, done, 0, True))
                 writes.make()
+
+    @contextmanager
+    def _buffers_kept(self, batches: list[Batch], is_taken: Callable[[], bool]) -> Iterator[None]:
+        """Keep buffers that are new if the step is taken; or else the state is what it was."""
+        new = [row[1] for batch in batches if batch.is_first for row in batch.rows]
+        unknown = [p for p in new if p not in self.state]
+        try:
+            self._keep_buffers(batches)
+            yield
+        finally:
+            if not is_taken():
+                for p in new:
+                    self.state[p].pop("momentum_buffer", None)
+                for p in unknown:
+                    self.state.pop(p, None)
+
+    def _keep_buffers(self, batches: list[Batch]) -> None:
+        """Keep those that are new."""
+        for batch in batches:
+            if batch.is_first:
+                for _, p, _, buffer in batch.rows:
+                    self.state[p]["momentum_buffer"] = buffer
 
     def _batches(self) -> tuple[list[Batch], list[Batch]]:
         """What there is to be stepped in CPU memory, and elsewhere."""
         batches: dict[tuple[int, bool, bool], Batch] = {}
-        state = self.state
+        known, strided = self.state.get, torch.strided
+        nothing: dict[str, Any] = {}
         compiling = torch.compiler.is_compiling()
         for number, group in enumerate(self.param_groups):
             if not compiling:  # schedulers set what they like
-                _check(group, waits=False)
+                first_rate = group.get("initial_lr", self.defaults["lr"])
+                name = f"param_groups[{number}]"
+                _torch_options.check(group, name, waits=False, first_rate=first_rate)
+                refuse_flattened_since(group, number)
             moves = group["momentum"] != 0
             many = group["foreach"] or compiling
             kind = None
@@ -241,9 +335,11 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
                 grad = p.grad
                 if grad is None:
                     continue
-                if grad.layout is not torch.strided:
-                    raise RuntimeError("Lars does not support sparse gradients: make them dense")
-                buffer = state[p].get("momentum_buffer") if moves else None
+                if grad.layout is not strided:
+                    name = name_of(group, number, place)
+                    text = f"Lars does not support sparse gradients: make that of {name} dense"
+                    raise RuntimeError(text)
+                buffer = known(p, nothing).get("momentum_buffer") if moves else None
                 is_first = moves and buffer is None
                 if is_first:
                     buffer = BACKEND.zeros(p, BACKEND.velocity_dtype(p))
@@ -252,99 +348,8 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
                     kind = is_here, is_first
                     key = (number, *kind)
                     if key not in batches:
-                        batches[key] = Batch(group, number, is_first)
+                        batches[key] = Batch(group, *key)
                     rows = batches[key].rows
                 rows.append((place, p, grad, buffer))
         found = list(batches.items())
         return [x for key, x in found if key[1]], [x for key, x in found if not key[1]]
-
-    def _keep_buffers(self, batches: list[Batch], writes: Writes | None) -> None:
-        """Keep those that are new, when the writes are made if there are any."""
-        for batch in batches:
-            if batch.is_first:
-                for _, p, _, buffer in batch.rows:
-                    keep = partial(setitem, self.state[p], "momentum_buffer", buffer)
-                    if writes is None:
-                        keep()
-                    else:
-                        self.state[p].setdefault("momentum_buffer")  # then it needs no memory
-                        writes.then(keep)
-
-
-def _check(options: dict[str, Any], waits: bool = True) -> None:
-    """Raise ValueError for what the rule is not defined for.
-
-    Unless it waits, tensors on a device are not looked into.
-    """
-    lr = options["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
-    words = {"lr": "learning rate", "momentum": "momentum value"}
-    for name in ("lr", "momentum", "dampening", "weight_decay", "trust_coefficient", "eps"):
-        x = options[name]
-        if isinstance(x, Tensor) and not (waits or x.is_cpu):
-            continue
-        if isinstance(x, bool) or not 0 <= x < float("inf"):
-            raise ValueError(f"Invalid {words.get(name, name)}: {x}")
-    if options["dampening"] > 1:
-        raise ValueError(f"Invalid dampening: {options['dampening']}")
-    if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
-        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-    for name in ("nesterov", "trust_clip", "joint_norm", "adapt", "maximize"):
-        if not isinstance(options[name], bool):
-            raise ValueError(f"Invalid {name}: expected True or False, got {options[name]!r}")
-    axis = options["layer_axis"]
-    if axis is not None and (isinstance(axis, bool) or not hasattr(axis, "__index__")):
-        raise ValueError(f"Invalid layer_axis: expected an axis or None, got {axis!r}")
-
-
-def param_groups(
-    model: torch.nn.Module,
-    *,
-    exclude: Callable[[str, Tensor], bool] | None = None,
-    **options: Any,
-) -> list[dict[str, Any]]:
-    """Parameter groups by the usual recipe: biases and norm layers without decay or adaptation.
-
-    >>> import torch
-    >>> from lars_tree.torch import Lars, param_groups
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
-    >>> groups = param_groups(model, weight_decay=1e-4)
-    >>> for group in groups:
-    ...     names = [name for name, _ in group["params"]]
-    ...     print(names, group["weight_decay"], group.get("adapt", True))
-    ['0.weight'] 0.0001 True
-    ['0.bias', '1.weight', '1.bias'] 0.0 False
-    >>> opt = Lars(groups, lr=0.1)
-
-    Args:
-        model: Its parameters that require a gradient are taken, by name.
-        exclude: Says of a name and parameter whether it is left out of decay and adaptation; by
-            default those of at most one axis, not counting `layer_axis` where that is given.
-        **options: Options of `Lars` for all groups.
-
-    Returns:
-        The groups that are not empty, the adapted parameters first.
-
-    Raises:
-        TypeError: An option is not one of `Lars`.
-        ValueError: A parameter has no shape yet.
-    """
-    known = signature(Lars).parameters.keys() - {"params"}
-    for name in options.keys() - known:
-        hint = did_you_mean(name, known)
-        raise TypeError(f"param_groups got an unexpected keyword argument {name!r}{hint}")
-    few = 1 if options.get("layer_axis") is None else 2
-    left_out = exclude or (lambda _, p: p.ndim <= few)
-    adapted: list[tuple[str, Tensor]] = []
-    others: list[tuple[str, Tensor]] = []
-    for name, p in model.named_parameters():
-        if is_lazy(p):
-            raise ValueError(f"{name} has no shape yet: run the model once to initialise it")
-        if p.requires_grad:
-            (others if left_out(name, p) else adapted).append((name, p))
-    groups = [
-        {"params": adapted, **options},
-        {"params": others, **options, "weight_decay": 0.0, "adapt": False, "layer_axis": None},
-    ]
-    return [group for group in groups if group["params"]]

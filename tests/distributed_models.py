@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
@@ -147,7 +148,24 @@ def refused(mesh):
                 yield f"{name}, {momentum}, {foreach}", {"raised": found, "same": everywhere(same)}
 
 
+def redundant():
+    """Steps of an optimizer whose states are spread over the processes."""
+    whole, spread = model(torch.float64), model(torch.float64)
+    given = {"lr": 0.05, "trust_coefficient": 0.5, "weight_decay": 0.01, "adapt": "decayed"}
+    ours = ZeroRedundancyOptimizer(param_groups(spread), optimizer_class=Lars, **given)
+    theirs = Lars(param_groups(whole), **given)
+    for seed in range(STEPS):
+        for each, by in ((spread, ours), (whole, theirs)):
+            torch.manual_seed(seed)
+            by.zero_grad()
+            (each(torch.randn(6, 5, dtype=torch.float64)) - 1).square().sum().backward()
+            by.step()
+    pairs = zip(spread.parameters(), whole.parameters(), strict=True)
+    return everywhere([all(torch.equal(p, q) for p, q in pairs), len(ours.optim.state)])
+
+
 def measure(world):
+    yield "zero redundancy", redundant()
     line = init_device_mesh("cpu", (world,))
     for name, found in refused(line):
         yield f"refused, {name}", found

@@ -144,6 +144,8 @@ def test_ratios(world, tmp_path):
 @pytest.mark.parametrize("world", [2, 4])
 def test_models(world, tmp_path):
     found = measured("distributed_models", world, tmp_path)
+    same, counts = zip(*found.pop("zero redundancy"), strict=True)
+    assert (all(same), sum(counts), min(counts) > 0) == (True, 8, True)
     refused = [found.pop(name) for name in list(found) if name.startswith("refused")]
     assert len(refused) == 12
     for case in refused:

@@ -46,6 +46,8 @@ LAYERS = [
     ["testing._arrays"],
     ["io", "optimizer", "torch", "report"],
     ["container", "schedules", "_torch_batches", "_history", "_layer_table", "_plots"],
+    ["_torch_groups"],
+    ["_torch_options", "_torch_messages"],
     ["_measure"],
     ["update"],
     ["_checks", "_compare", "_counters", "_nonfinite"],

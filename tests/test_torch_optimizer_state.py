@@ -113,11 +113,21 @@ def test_what_another_state_lacks_stays_as_it_is_in_each_group():
     assert (adapted["lr"], adapted["weight_decay"]) == (0.1, 0.0)
 
 
+def fused(opt):
+    """Have it take the scale of the loss itself, also where its tensors are `foreach`."""
+    opt._step_supports_amp_scaling = True
+    return opt
+
+
+ITSELF = pytest.mark.parametrize("itself", [fused, lambda opt: opt], ids=["fused", "not fused"])
+
+
 @FOREACH
-def test_the_first_step_that_is_taken_is_not_dampened(foreach):
+@ITSELF
+def test_the_first_step_that_is_taken_is_not_dampened(foreach, itself):
     """Whether one before it was skipped, or raised."""
     p = parameter()
-    opt = Lars([p], 0.1, dampening=0.5, adapt=False, foreach=foreach)
+    opt = itself(Lars([p], 0.1, dampening=0.5, adapt=False, foreach=foreach))
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.zeros(()))
     p.grad = torch.tensor([torch.inf, 0.0], dtype=torch.float64)
@@ -203,13 +213,14 @@ def test_a_rate_may_be_a_tensor(foreach, dtype):
 
 
 @FOREACH
+@ITSELF
 @pytest.mark.parametrize("unscales", [False, True])
-def test_grad_scaler_scales_are_divided_out_exactly(foreach, unscales):
+def test_grad_scaler_scales_are_divided_out_exactly(foreach, itself, unscales):
     """Scales are powers of two: the steps are those of gradients that were never scaled."""
     results = []
     for scaled in (False, True):
         net = model(dtype=torch.float64)
-        opt = Lars(param_groups(net, weight_decay=0.01), 0.5, eps=1e-3, foreach=foreach)
+        opt = itself(Lars(param_groups(net, weight_decay=0.01), 0.5, eps=1e-3, foreach=foreach))
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14, growth_interval=2, enabled=scaled)
         for i in range(4):
             opt.zero_grad()
@@ -224,9 +235,11 @@ def test_grad_scaler_scales_are_divided_out_exactly(foreach, unscales):
 
 
 @FOREACH
-def test_grad_scaler_skips_steps_with_infinite_gradients(foreach):
+@ITSELF
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip", "raise"])
+def test_grad_scaler_skips_steps_with_infinite_gradients(foreach, itself, nonfinite):
     net = model()
-    opt = Lars(net.parameters(), 0.5, foreach=foreach)
+    opt = itself(Lars(net.parameters(), 0.5, foreach=foreach, nonfinite=nonfinite))
     train(net, opt, 1)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     buffers = [opt.state[p]["momentum_buffer"] for p in net.parameters()]
@@ -238,6 +251,7 @@ def test_grad_scaler_skips_steps_with_infinite_gradients(foreach):
     assert same([*(p.detach() for p in net.parameters()), *buffers], before)
     assert scaler.get_scale() == 2.0
     assert not hasattr(opt, "found_inf")
+    assert opt.skipped == 0  # by the scaler, and not by the optimizer
 
 
 def test_compiled_steps_are_whole_graphs_that_never_look_at_values():
@@ -258,6 +272,19 @@ def test_compiled_steps_are_whole_graphs_that_never_look_at_values():
         results.append([p.detach() for p in net.parameters()])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_a_step_that_looks_at_values_is_not_compiled():
+    p = parameter(dtype=torch.float32)
+    opt = Lars([p], 0.5, nonfinite="skip")
+    step = torch.compile(opt.step, backend="eager")
+    step()
+    assert p.tolist() != W
+    before = p.detach().clone()
+    p.grad[0] = torch.nan
+    step()
+    assert torch.equal(p, before)
+    assert opt.skipped == 1
 
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -299,29 +326,3 @@ def test_a_cuda_graph_replays_steps():
         graph.replay()
         opts[1].step()
     torch.testing.assert_close(p, q, rtol=1e-6, atol=0)
-
-
-def test_param_groups_leave_out_vectors():
-    net = model()
-    net[0].weight.requires_grad_(False)
-    adapted, others = param_groups(net, weight_decay=0.1, trust_clip=True)
-    assert [name for name, _ in adapted["params"]] == ["2.weight"]
-    assert [name for name, _ in others["params"]] == ["0.bias", "1.weight", "1.bias", "2.bias"]
-    assert (adapted["weight_decay"], others["weight_decay"], others["adapt"]) == (0.1, 0.0, False)
-    assert adapted["trust_clip"]
-    assert others["trust_clip"]
-    (only,) = param_groups(net, exclude=lambda name, p: True)
-    assert len(only["params"]) == 5
-    with pytest.raises(TypeError, match=r"'trust_coeff'.*did you mean 'trust_coefficient'"):
-        param_groups(net, trust_coeff=1e-3)
-    stacked = torch.nn.Module()
-    stacked.kernel, stacked.bias = (torch.nn.Parameter(torch.ones(s)) for s in [(2, 3, 3), (2, 3)])
-    stacked.scale = torch.nn.Parameter(torch.tensor(2.0))
-    adapted, others = groups = param_groups(stacked, layer_axis=0, weight_decay=0.1)
-    assert [name for name, _ in others["params"]] == ["bias", "scale"]
-    opt = Lars(groups, 0.1)
-    sum(p.sum() for p in stacked.parameters()).backward()
-    opt.step()
-    assert stacked.scale.item() == pytest.approx(1.9)  # no layers there, and plain SGD
-    with pytest.raises(ValueError, match=r"^0.weight has no shape yet"):
-        param_groups(torch.nn.Sequential(torch.nn.LazyLinear(3)))

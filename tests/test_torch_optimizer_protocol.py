@@ -1,0 +1,242 @@
+"""lars_tree.torch.Lars among frameworks: what they ask of an optimizer, and what they set.
+
+Lightning and Accelerate are not installed here; what they look at was read in their sources, and
+real runs of both were made by hand.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+from conftest import need
+
+torch = need("torch")
+
+from test_torch_optimizer import FOREACH, W, model, parameter, same, train  # noqa: E402
+
+from lars_tree.torch import Lars  # noqa: E402
+
+# ---- Fused or not
+
+
+def handles_unscaling(opt):
+    """As Lightning and Fabric ask, which then refuse to clip gradients."""
+    return getattr(opt, "_step_supports_amp_scaling", False)
+
+
+def copies(opt):
+    return [opt, copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))]
+
+
+@pytest.mark.parametrize("fused", [None, False, True])
+def test_only_fused_it_takes_the_scale_itself_as_sgd_does(fused):
+    sgd = torch.optim.SGD([parameter()], fused=fused)
+    for opt in copies(Lars([parameter()], fused=fused)):
+        assert handles_unscaling(opt) is handles_unscaling(sgd) is bool(fused)
+        assert opt.param_groups[0]["fused"] is sgd.param_groups[0]["fused"] is fused
+
+
+def test_fused_and_foreach_are_one_too_many_as_in_sgd():
+    for optimizer in (Lars, torch.optim.SGD):
+        with pytest.raises(RuntimeError, match="`fused` and `foreach` cannot be `True` together"):
+            optimizer([parameter()], fused=True, foreach=True)
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_scaler_calls_step_as_it_does_for_sgd(fused):
+    """Accelerate takes a step for skipped if it was not called, and keeps the schedule back."""
+    called = []
+    for optimizer in (Lars, torch.optim.SGD):
+        p = parameter(dtype=torch.float32)
+        opt = optimizer([p], 0.1, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        opt.register_step_pre_hook(lambda opt, *_: called.append(type(opt)))
+        for largest in (1.0, float("inf"), 1.0):
+            before = p.detach().clone()
+            scaler.scale((p * torch.tensor([largest, 1.0])).sum()).backward()
+            scaler.step(opt)
+            scaler.update()
+            assert torch.equal(p, before) is (largest > 1)
+            opt.zero_grad()
+    assert called.count(Lars) == called.count(torch.optim.SGD) == (3 if fused else 2)
+
+
+def test_gradients_are_clipped_before_a_step_and_divided_by_the_scale_once():
+    results = []
+    for scaled in (False, True):
+        net = model(dtype=torch.float64)
+        opt = Lars(net.parameters(), 0.5, adapt=False)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
+        scaler.scale(net(torch.ones(2, 5, dtype=torch.float64)).square().sum()).backward()
+        scaler.unscale_(opt)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+        scaler.step(opt)
+        scaler.update()
+        results.append([p.detach() for p in net.parameters()])
+    assert same(*results)
+
+
+def test_cpu_parameters_step_alike_fused_or_not():
+    nets = [model(dtype=torch.bfloat16) for _ in range(2)]
+    pair = zip(nets, (None, True), strict=True)
+    assert same(*(train(net, Lars(net.parameters(), 0.5, fused=fused)) for net, fused in pair))
+
+
+# ---- Rates of schedulers
+
+
+@FOREACH
+@pytest.mark.parametrize("make", [float, torch.tensor, np.float64])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_rate_that_is_negative_by_rounding_is_0(foreach, make, momentum):
+    """As that which LinearLR ends with."""
+    p = parameter()
+    opt = Lars([p], make(0.1), momentum, foreach=foreach)
+    scheduler = torch.optim.lr_scheduler.LinearLR(opt, end_factor=0.0, total_iters=10)
+    for _ in range(10):
+        opt.step()
+        before = p.detach().clone()
+        scheduler.step()
+    assert -1e-16 < float(opt.param_groups[0]["lr"]) < 0
+    opt.step()
+    assert torch.equal(p, before)
+    # Without a scheduler, beside the rate that the optimizer was made with.
+    opt = Lars([parameter()], make(30.0), momentum, foreach=foreach)
+    for rate, fits in {-2e-11: True, -3.1e-11: False}.items():
+        opt.param_groups[0]["lr"] = make(rate)
+        if fits:
+            opt.step()
+            continue
+        with pytest.raises(ValueError, match=r"param_groups\[0\]: Invalid learning rate: -3"):
+            opt.step()
+    assert [p.tolist() for p in opt.param_groups[0]["params"]] == [W]
+
+
+# ---- States
+
+
+@pytest.mark.parametrize("optimizer", [Lars, torch.optim.SGD])
+@pytest.mark.parametrize("way", ["load", "deepcopy", "pickle"])
+def test_no_key_is_added_to_groups_or_defaults(optimizer, way):
+    net = model()
+    opt = optimizer(net.parameters(), 0.5)
+    train(net, opt, 1)
+    before = copy.deepcopy(opt.state_dict()["param_groups"]), dict(opt.defaults)
+    if way == "load":
+        opt.load_state_dict(opt.state_dict())
+    else:
+        opt = copies(opt)[1 if way == "deepcopy" else 2]
+    assert (opt.state_dict()["param_groups"], opt.defaults) == before
+    opt.add_param_group({"params": [parameter()]})
+    assert opt.param_groups[0].keys() == opt.param_groups[1].keys()
+
+
+def test_a_pickle_of_an_older_version_gets_the_options_that_are_new():
+    net = model()
+    opt = Lars(net.parameters(), 0.5)
+    train(net, opt, 1)
+    state = opt.__getstate__()
+    for options in (state["defaults"], *state["param_groups"]):
+        for name in ("nonfinite", "fused"):
+            del options[name]
+    del state["skipped"]
+    old = Lars.__new__(Lars)
+    old.__setstate__(state)
+    old.step()
+    assert old.skipped == 0
+    assert old.defaults == Lars(net.parameters(), 0.5).defaults
+
+
+def test_a_key_that_was_saved_is_kept():
+    net = model()
+    opt = Lars([{"params": list(net.parameters()), "differentiable": False, "name": "all"}])
+    opt.load_state_dict(opt.state_dict())
+    assert opt.param_groups[0]["differentiable"] is False
+    assert opt.param_groups[0]["name"] == "all"
+    assert "differentiable" not in opt.defaults
+
+
+def test_a_failed_step_leaves_no_empty_states():
+    p, q = parameter(), parameter()
+    q.grad = q.grad.to_sparse()
+    opt = Lars([p, q])
+    with pytest.raises(
+        RuntimeError, match=r"make that of param_groups\[0\]\['params'\]\[1\] dense"
+    ):
+        opt.step()
+    assert dict(opt.state) == {}
+
+
+# ---- Groups that frameworks make
+
+
+@FOREACH
+@pytest.mark.parametrize("make", [float, torch.tensor])
+def test_what_is_not_decayed_is_not_adapted(foreach, make):
+    """As in timm, so that groups that know of decay alone do."""
+    options = {"lr": 0.5, "trust_coefficient": 0.1, "foreach": foreach}
+    results = []
+    for default, others in (({"adapt": "decayed"}, {}), ({}, {"adapt": False})):
+        params = [parameter() for _ in range(4)]
+        groups = [
+            {"params": params[:1], "weight_decay": make(0.1)},
+            {"params": params[1:2], "weight_decay": make(0.0), **others},
+            {"params": params[2:3], "weight_decay": make(0.0), "adapt": True},
+            {"params": params[3:], "weight_decay": make(0.1), "adapt": False},
+        ]
+        opt = Lars(groups, **options, **default)
+        opt.step()
+        opt.step()
+        results.append([p.detach() for p in params])
+        assert len({tuple(p.tolist()) for p in params}) == 4
+    assert same(*results)
+
+
+def test_decay_that_a_schedule_turns_off_turns_adaptation_off():
+    p, q = parameter(), parameter()
+    opt = Lars([{"params": [p], "adapt": "decayed"}, {"params": [q]}], 0.1, weight_decay=0.1)
+    opt.step()
+    assert torch.equal(p, q)
+    for group in opt.param_groups:
+        group["weight_decay"] = 0.0
+    opt.param_groups[1]["adapt"] = False
+    opt.step()
+    assert torch.equal(p, q)
+
+
+@FOREACH
+def test_numbers_of_one_element_may_be_tensors_of_any_number_of_axes(foreach):
+    names = ("lr", "momentum", "dampening", "weight_decay", "trust_coefficient", "eps")
+    values = dict(zip(names, (0.5, 0.875, 0.25, 0.125, 0.5, 0.25), strict=True))
+    results = []
+    for make in (float, torch.tensor, lambda x: torch.tensor([[x]])):
+        p = parameter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            opt = Lars([p], foreach=foreach, **{name: make(x) for name, x in values.items()})
+            opt.step()
+            opt.step()
+        results.append(p.detach())
+    assert same(results[:1], results[1:2])
+    assert same(results[1:2], results[2:])
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize(
+    ("foreach", "momentum"), [(None, 0.9), (False, 0.9), (True, 0.9), (True, 0.0)]
+)
+def test_a_gradient_has_the_shape_of_its_parameter(foreach, momentum, steps):
+    """torch sees that it has when it is set alone."""
+    p = torch.nn.Parameter(torch.ones(4))
+    p.grad = torch.ones(4)
+    opt = Lars([p], momentum=momentum, foreach=foreach)
+    for _ in range(steps):
+        opt.step()
+    p.data = torch.ones(3, 4)
+    with pytest.raises(ValueError, match=r"expected .*\(3, 4\).*, got .*\(4,\)"):
+        opt.step()
+    assert p.unique().tolist() == [1]

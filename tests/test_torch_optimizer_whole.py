@@ -1,0 +1,261 @@
+"""A step of lars_tree.torch.Lars is whole or not taken, also of parameters of several kinds.
+
+Those of a group with foreach=True stand for those on an accelerator: the way is the same.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+from conftest import interrupted_at, need
+
+import lars_tree
+
+torch = need("torch")
+
+from test_torch_optimizer import same  # noqa: E402
+
+from lars_tree import _torch_batches  # noqa: E402
+from lars_tree.torch import Lars  # noqa: E402
+
+FOLDER = str(Path(lars_tree.__path__[0]))
+BOTH = pytest.mark.parametrize("steps", [0, 1], ids=["first", "later"])
+
+
+def mixed(steps=0, **options):
+    """Parameters in CPU memory and others, with and without momentum."""
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(3, generator=generator)) for _ in range(3)]
+    groups = [{"params": [p], "foreach": i > 0} for i, p in enumerate(params)]
+    groups[1]["momentum"] = 0.0
+    opt = Lars(groups, 0.1, dampening=0.5, trust_coefficient=0.1, **options)
+    for p in params:
+        p.grad = torch.ones(3)
+    for _ in range(steps):
+        opt.step()
+    return params, opt
+
+
+def snapshot(params, opt):
+    return copy.deepcopy([p.detach() for p in params]), copy.deepcopy(opt.state_dict()["state"])
+
+
+def equal(a, b):
+    """Whether two snapshots have the same parameters, buffers, and keys."""
+    keys = [{i: list(x) for i, x in state.items()} for _, state in (a, b)]
+    return (
+        same(a[0], b[0])
+        and keys[0] == keys[1]
+        and same(*([x["momentum_buffer"] for x in s.values() if x] for _, s in (a, b)))
+    )
+
+
+@BOTH
+def test_ctrl_c_comes_before_a_step_of_all_parameters_or_after_it(steps):
+    before = snapshot(*mixed(steps))
+    done = snapshot(*mixed(steps + 1))
+    assert not equal(before, done)
+    seen = set()
+    # Every third line of the step itself, and some of those of what it calls.
+    for files, stride in ((f"{FOLDER}/torch.py", 3), (f"{FOLDER}/_torch_batches.py", 13)):
+        line = steps
+        while True:
+            params, opt = mixed(steps)
+            if not interrupted_at(line, files, opt.step):
+                break
+            found = snapshot(params, opt)
+            assert equal(found, done) or equal(found, before), line
+            seen.add(equal(found, done))
+            line += stride
+        assert line > 20
+    assert seen == {False, True}
+
+
+def failing_at(count, monkeypatch):
+    """Have that call of a multi-tensor operation run out of memory; a list of all that came."""
+    calls = []
+
+    def watched(name, original):
+        def operation(*args, **kwargs):
+            calls.append(name)
+            if len(calls) == count:
+                raise MemoryError(name)
+            return original(*args, **kwargs)
+
+        return operation
+
+    for name in dir(torch):
+        if name.startswith("_foreach_"):
+            monkeypatch.setattr(torch, name, watched(name, getattr(torch, name)))
+    return calls
+
+
+@BOTH
+@pytest.mark.parametrize("foreach", [True, None], ids=["all elsewhere", "mixed"])
+def test_no_operation_that_fails_leaves_half_a_step(steps, foreach, monkeypatch):
+    params, opt = mixed(steps)
+    if foreach:
+        opt.param_groups[0]["foreach"] = True
+    before, count = snapshot(params, opt), 0
+    while True:
+        count += 1
+        with monkeypatch.context() as patched:
+            calls = failing_at(count, patched)
+            try:
+                opt.step()
+            except MemoryError:
+                assert equal(snapshot(params, opt), before), calls[-1]
+                continue
+            break
+    assert count > 10
+    assert calls.count("_foreach_copy_") <= 1
+    assert equal(snapshot(params, opt), snapshot(*mixed(steps + 1)))
+
+
+@BOTH
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_no_fault_in_cpu_memory_leaves_half_a_step(steps, error, monkeypatch):
+    params, opt = mixed(steps)
+    before = snapshot(params, opt)
+
+    def failing(*args):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_torch_batches, "advance", failing)
+        with pytest.raises(error):
+            opt.step()
+    assert equal(snapshot(params, opt), before)
+    params[0].grad.untyped_storage().resize_(0)
+    with pytest.raises(lars_tree.LarsTreeError, match="freed"):
+        opt.step()
+    assert equal(snapshot(params, opt), before)
+    params[0].grad = torch.ones(3)
+    opt.step()
+    assert equal(snapshot(params, opt), snapshot(*mixed(steps + 1)))
+
+
+class Elsewhere(torch.nn.Parameter):
+    """Stepped as a parameter on an accelerator."""
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip", "raise"])
+def test_one_group_may_hold_parameters_of_both_kinds(nonfinite):
+    def made(kinds):
+        params = [kind(torch.tensor([3.0, 4.0 + i])) for i, kind in enumerate(kinds)]
+        for p in params:
+            p.grad = torch.tensor([0.4, 0.3])
+        return params, Lars(params, 0.1, trust_coefficient=0.1, nonfinite=nonfinite)
+
+    kinds = [torch.nn.Parameter, Elsewhere, torch.nn.Parameter, Elsewhere]
+    params, opt = made(kinds)
+    alike, other = made([torch.nn.Parameter] * 4)
+    for _ in range(2):
+        opt.step()
+        other.step()
+    for p, q in zip(params, alike, strict=True):
+        torch.testing.assert_close(p.data, q.data)
+    before = snapshot(params, opt)
+    for place, p in enumerate(params):
+        buffer = opt.state[p]["momentum_buffer"]
+        opt.state[p]["momentum_buffer"] = torch.zeros(3)
+        with pytest.raises(lars_tree.StateError) as caught:
+            opt.step()
+        assert caught.value.paths == ((f"param_groups[0]['params'][{place}]",),)
+        opt.state[p]["momentum_buffer"] = buffer
+        assert equal(snapshot(params, opt), before)
+
+
+def test_parameters_are_taken_one_by_one_and_written_at_once(monkeypatch):
+    """foreach=False on an accelerator."""
+    params = [Elsewhere(torch.ones(3)) for _ in range(3)]
+    opt = Lars(params, 0.1, foreach=False)
+    for p in params:
+        p.grad = torch.ones(3)
+    opt.step()
+    before = snapshot(params, opt)
+    with monkeypatch.context() as patched:
+        calls = failing_at(10**6, patched)
+        opt.step()
+    assert calls.count("_foreach_copy_") == 1
+    expected = snapshot(params, opt)
+    opt.load_state_dict({**opt.state_dict(), "state": before[1]})
+    for p, old in zip(params, before[0], strict=True):
+        p.data.copy_(old)
+    with monkeypatch.context() as patched:
+        failing_at(len(calls), patched)
+        with pytest.raises(MemoryError, match="copy"):
+            opt.step()
+    assert equal(snapshot(params, opt), before)
+    opt.step()
+    assert equal(snapshot(params, opt), expected)
+
+
+# ---- nonfinite
+
+
+def spoiled(place, **options):
+    params, opt = mixed(1, **options)
+    params[place].grad = torch.tensor([1.0, float("inf"), 1.0])
+    return params, opt
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["in CPU memory", "no momentum", "elsewhere"])
+def test_a_step_that_is_not_finite_is_skipped_as_a_whole_and_counted(place):
+    params, opt = spoiled(place, nonfinite="skip")
+    before = snapshot(params, opt)
+    opt.step()
+    opt.step()
+    assert equal(snapshot(params, opt), before)
+    assert opt.skipped == 2
+    assert copy.deepcopy(opt).skipped == 2
+    params[place].grad = torch.ones(3)
+    opt.step()
+    assert opt.skipped == 2
+    expected, _ = snapshot(*mixed(2))
+    for p, q in zip(params, expected, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["in CPU memory", "no momentum", "elsewhere"])
+def test_a_step_that_is_not_finite_is_refused_as_a_whole(place):
+    params, opt = spoiled(place, nonfinite="raise")
+    before = snapshot(params, opt)
+    says = rf"p.grad would make .*\n  param_groups\[{place}\]\['params'\]\[0\]: expected finite"
+    with pytest.raises(lars_tree.NonFiniteError, match=says):
+        opt.step()
+    assert equal(snapshot(params, opt), before)
+    assert opt.skipped == 0
+
+
+def test_the_groups_that_ask_for_it_are_looked_at():
+    """And what they see, or do not, is for all."""
+    for place, moves in {0: False, 2: True}.items():
+        params, opt = spoiled(place)
+        opt.param_groups[0]["nonfinite"] = "skip"
+        before = snapshot(params, opt)
+        opt.step()
+        assert equal(snapshot(params, opt), before) is not moves
+        assert opt.skipped == (not moves)
+        assert bool(params[place].isfinite().all()) is not moves
+
+
+def test_a_first_step_that_is_skipped_is_not_the_first():
+    p = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    opt = Lars([p], 0.1, dampening=0.5, adapt=False, nonfinite="skip")
+    p.grad = torch.tensor([torch.nan, 0.0])
+    opt.step()
+    assert not opt.state
+    assert opt.skipped == 1
+    p.grad = torch.tensor([0.4, 0.3])
+    opt.step()
+    assert p.tolist() == pytest.approx([3 - 0.04, 4 - 0.03])
+
+
+def test_without_looking_nan_goes_where_it_goes():
+    params, opt = spoiled(0)
+    opt.step()
+    assert not params[0].isfinite().all()
+    assert opt.skipped == 0
