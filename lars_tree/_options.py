@@ -19,11 +19,9 @@ from lars_tree._rule import Rule
 from lars_tree.array import unwrap
 
 
-class Options(TypedDict, total=False):
-    """The keywords of `lars_update` that come after the published ones; see there."""
+class SharedOptions(TypedDict, total=False):
+    """The keywords of `lars_update` that optimizers have with the same defaults; see there."""
 
-    trust_coefficient: Any
-    eps: Any
     adapt: Any
     trust_clip: Any
     joint_norm: Any
@@ -31,6 +29,13 @@ class Options(TypedDict, total=False):
     nonfinite: Any
     layer_axis: Any
     axis_name: Any
+
+
+class Options(SharedOptions, total=False):
+    """The keywords of `lars_update` that come after the published ones; see there."""
+
+    trust_coefficient: Any
+    eps: Any
 
 
 # Of all but the rate, as the signature of `lars_update` has them.

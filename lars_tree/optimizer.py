@@ -33,7 +33,7 @@ from lars_tree.update import advance
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from lars_tree._options import Options
+    from lars_tree._options import SharedOptions
 
 
 class Lars:
@@ -94,7 +94,7 @@ class Lars:
         trust_coefficient: Any = 0.001,
         eps: Any = 1e-8,
         stop_gradients: Any = True,
-        **options: Unpack[Options],
+        **options: Unpack[SharedOptions],
     ) -> None:
         _options.check_names(options, _options.OPTIMIZER_DEFAULTS)
         given = {

@@ -62,6 +62,7 @@ LAYERS = [
     ["_backends.tensors"],
     ["_backends.arrays"],
     ["_backends.cpu", "_backends", "_writes"],
+    ["_backends.norms"],
     ["_backends.base", "_backends.bfloat16", "_backends.wide", "_memory"],
     ["_files.names", "_rule", "_paths", "_pytrees", "_operators", "_conversion"],
     ["_tree"],

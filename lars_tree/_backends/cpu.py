@@ -2,7 +2,7 @@
 
 Plain arrays go to the native kernel, if it was built. What is here serves all others (strided, of
 another byte order, long double, rates with a shape) and gives the same bits: `_native/kernel.hpp`
-says how the numbers are made, and does the same operations in the same order.
+says how the numbers are made, and does the same operations in the same order. Norms: `norms.py`.
 
 Every product and sum is taken in double (in long double for long double), and rounded once into the
 dtype of the weights. A leaf is read in chunks, so that a step allocates nothing that grows with it.
@@ -12,16 +12,26 @@ An array of uint16 stands for bfloat16 bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lars_tree import _native, _rule
 from lars_tree._backends import bfloat16
 from lars_tree._backends.base import Columns
-from lars_tree._backends.wide import SPLITTER, Wide, fast_two_sum, two_product, two_sum
+from lars_tree._backends.norms import (
+    Norms,
+    Precision,
+    choose,
+    dtype_of,
+    norms_of,
+    pieces,
+    precision_for,
+    read_piece,
+)
+from lars_tree._backends.wide import Wide
 from lars_tree._floats import in_default_floats
 from lars_tree._rule import Measured, Rule
 
@@ -29,18 +39,6 @@ if TYPE_CHECKING:
     from lars_tree._writes import Writes
 
 Array = np.ndarray[Any, Any]
-Precision = type[np.floating[Any]]  # the type in which to compute: float64 or longdouble
-
-_LANES = 16
-_SMALLEST_CHUNK = 1 << 14
-_MOST_CHUNKS = 1 << 14
-
-# A sum of squares between these lost nothing to overflow, and nothing that counts to underflow.
-_SAFE_SUM = (2.0**-900, 2.0**1000)
-
-# Norms of numbers shorter than double, and options like these, make no coefficient that leaves the
-# range of double, and none whose rounding errors a result could show.
-_MODERATE = (2.0**-100, 2.0**100)
 
 
 @in_default_floats
@@ -107,9 +105,9 @@ def _update_layer(arrays: dict[str, Array], rule: Rule) -> None:
     """One step over arrays of one shape, by their names in `update`."""
     if "lr" not in arrays and _update_plain(arrays, rule):
         return
-    precision = _precision(arrays["w"], arrays["dcdw"])
+    precision = precision_for(arrays["w"], arrays["dcdw"])
     flat = {name: _flat(x) for name, x in _in_memory_order(arrays).items()}
-    norms = _norms(flat["w"], flat["dcdw"], precision, rule)
+    norms = norms_of(flat["w"], flat["dcdw"], precision, rule)
     limit = math.inf
     if "lr" in flat and rule.trust_clip and rule.adapt:
         limit = _largest_rate(norms, rule)
@@ -118,10 +116,7 @@ def _update_layer(arrays: dict[str, Array], rule: Rule) -> None:
     if norms.total is not None and ("lr" in flat or float(on_w) > 1):
         # g and decay * w may cancel, and what is left is stepped far along.
         flat["dcdw"] = norms.total
-        on_dcdw, rule = (
-            on_dcdw.scaled(norms.total.exponent),
-            rule._replace(decay_lambda=0.0, maximize=False),
-        )
+        on_dcdw, rule = on_dcdw.scaled(norms.total.exponent), _rule.without_decay(rule)
     factor, exponent = on_dcdw.split()
     by: list[Any] = [_rounded(factor, precision), None]
     if rule.maximize:
@@ -129,8 +124,8 @@ def _update_layer(arrays: dict[str, Array], rule: Rule) -> None:
     if rule.decay_lambda:
         by[1] = _rounded(on_w, precision)
     checked = _reaches_the_limit(arrays["out"].dtype, precision)
-    for piece in _pieces(flat["w"]):
-        read = {name: _read(x, piece, precision) for name, x in flat.items() if name != "out"}
+    for piece in pieces(flat["w"]):
+        read = {name: read_piece(x, piece, precision) for name, x in flat.items() if name != "out"}
         here = by
         if "lr" in read:
             # complex: a real and an imaginary part for each rate
@@ -186,200 +181,31 @@ def measure(w: Array, dcdw: Array, rule: Rule) -> Measured:
 
 def _measure_layer(w: Array, dcdw: Array, rule: Rule) -> tuple[float, ...]:
     flat = {name: _flat(x) for name, x in _in_memory_order({"w": w, "dcdw": dcdw}).items()}
-    precision = _precision(w, dcdw)
-    norms = _norms(flat["w"], flat["dcdw"], precision, rule._replace(adapt=True))
-    numbers = norms.w, norms.dcdw, norms.numbers(rule), _choose, norms.number(1)
+    precision = precision_for(w, dcdw)
+    norms = norms_of(flat["w"], flat["dcdw"], precision, rule._replace(adapt=True))
+    numbers = norms.w, norms.dcdw, norms.numbers(rule), choose, norms.number(1)
     ratio, unclipped = (_rule.trust_ratio(*numbers, bounded=bounded) for bounded in (True, False))
     if norms.total is not None:  # whose norm is not that of the gradient
         separate = rule._replace(adapt=True, joint_norm=False)
-        norms = _norms(flat["w"], flat["dcdw"], precision, separate)
+        norms = norms_of(flat["w"], flat["dcdw"], precision, separate)
     g_norm = norms.dcdw / norms.number(rule.grad_scale)
     return tuple(map(float, (norms.w, g_norm, ratio, unclipped)))
 
 
-def _precision(w: Array, dcdw: Array) -> Precision:
-    return np.longdouble if _is_long(w.dtype) or _is_long(dcdw.dtype) else np.float64
-
-
-class _Norms(NamedTuple):
-    """The norms of a layer, and the kind of number that they are and its coefficients are to be.
-
-    With `joint_norm` that of dcdw is the norm of `total`; without adaptation there are none.
-    """
-
-    number: Any
-    w: Any = None
-    dcdw: Any = None
-    total: Total | None = None
-
-    def numbers(self, rule: Rule) -> Rule:
-        """The rule in such numbers."""
-        names = (*_rule.NUMBERS, "rate")
-        return rule._replace(**{name: self.number(getattr(rule, name)) for name in names})
-
-
-def _norms(w: Any, dcdw: Any, precision: Precision, rule: Rule) -> _Norms:
-    number = _number(w, dcdw, rule)
-    if not rule.adapt:
-        return _Norms(number)
-    w_norm = _norm(w, precision, number)
-    if not _rule.is_joint(rule):
-        return _Norms(number, w_norm, _norm(dcdw, precision, number))
-    total = Total(w, dcdw, precision, rule)
-    return _Norms(number, w_norm, *_norm_of_total(total, number))
-
-
-def _coefficients(norms: _Norms, rule: Rule) -> tuple[Wide, Wide]:
+def _coefficients(norms: Norms, rule: Rule) -> tuple[Wide, Wide]:
     numbers = norms.numbers(rule)
     one = norms.number(1)
-    found = _rule.coefficients(norms.w, norms.dcdw, numbers, _choose, one)
+    found = _rule.coefficients(norms.w, norms.dcdw, numbers, choose, one)
     on_dcdw, on_w = (x if norms.number is Wide else Wide(x) for x in found)
     return on_dcdw, on_w
 
 
-def _largest_rate(norms: _Norms, rule: Rule) -> float:
+def _largest_rate(norms: Norms, rule: Rule) -> float:
     """What LARC limits the rates of elements to."""
     if norms.w == 0 or norms.dcdw == 0:
         return math.inf
     numbers = norms.numbers(rule._replace(trust_clip=False))
-    return float(_rule.trust_ratio(norms.w, norms.dcdw, numbers, _choose, norms.number(1)))
-
-
-class Total:
-    """dcdw + decay_lambda * grad_scale * w, of which `joint_norm` takes the norm; read in pieces.
-
-    As if each element was rounded once, also where the two cancel. It is to be multiplied by
-    2**exponent, which is 0 unless the sum was scaled to stay in range.
-    """
-
-    def __init__(
-        self, w: Any, dcdw: Any, precision: Precision, rule: Rule, exponent: int | None = None
-    ) -> None:
-        self.arrays = w, dcdw, precision, rule
-        self.precision = precision
-        self.dtype = _dtype(w)
-        decay = Wide(rule.decay_lambda) * Wide(rule.grad_scale)
-        self.shifts, self.exponent = (0, 0), exponent or 0
-        if exponent is not None:
-            self.shifts = decay.exponent - exponent, -exponent
-            decay = decay.scaled(-decay.exponent)
-        self.high, self.low = (np.ldexp(x, decay.exponent) for x in (decay.high, decay.low))
-
-    def __len__(self) -> int:
-        return len(self.arrays[0])
-
-    def __getitem__(self, piece: slice) -> Array:
-        *arrays, precision, rule = self.arrays
-        w, dcdw = (_read(x, piece, precision) for x in arrays)
-        w, dcdw = (
-            np.ldexp(x, shift) if shift else x
-            for x, shift in zip((w, dcdw), self.shifts, strict=True)
-        )
-        splitter = SPLITTER if precision is np.float64 else 2.0**32 + 1
-        product, error = two_product(self.high, w, splitter)
-        total, rest = two_sum(-dcdw if rule.maximize else dcdw, product)
-        exact: Array = total + (rest + (error + self.low * w))
-        return np.where(np.isfinite(total), exact, total)
-
-    def scaled(self) -> Total | None:
-        """The same sum without overflow or underflow; None where elements are not finite."""
-        *arrays, precision, rule = self.arrays
-        largest = [_largest(x, precision) for x in arrays]
-        if not np.isfinite(largest).all():
-            return None
-        decay = Wide(rule.decay_lambda) * Wide(rule.grad_scale)
-        bounds = zip(largest, (decay.exponent + 1, 0), strict=True)
-        exponents = [int(np.frexp(x)[1]) + exponent for x, exponent in bounds if x]
-        return Total(*self.arrays, exponent=max(exponents, default=0) - _TOTAL_EXPONENT)
-
-
-# Where scaled sums have their largest elements: squares are in range, and small elements too.
-_TOTAL_EXPONENT = 480
-
-
-def _norm_of_total(total: Total, number: Any) -> tuple[Any, Total]:
-    if number is float:
-        return _norm(total, total.precision, float), total
-    scaled = total.scaled()
-    if scaled is None:  # infinite, or NaN
-        return Wide(math.sqrt(_sum_of_squares(total, total.precision, lambda x: x)[0])), total
-    squares = _sum_of_squares(scaled, scaled.precision, lambda x: x)
-    return _wide(squares).sqrt().scaled(scaled.exponent), scaled
-
-
-def _number(w: Any, dcdw: Any, rule: Rule) -> Any:
-    """The kind of number to compute norms and coefficients in."""
-    names = (*_rule.NUMBERS, *(["rate"] if rule.trust_clip else []))
-    short = all(_dtype(x).itemsize <= (8 if _dtype(x).kind == "c" else 4) for x in (w, dcdw))
-    is_moderate = all(_is_moderate(getattr(rule, name)) for name in names)
-    return float if short and is_moderate else Wide
-
-
-def _is_moderate(x: float) -> bool:
-    return x == 0 or _MODERATE[0] < x < _MODERATE[1]
-
-
-def _choose(condition: bool, a: Any, b: Any) -> Any:
-    return a if condition else b
-
-
-def _norm(flat: Any, precision: Precision, number: Any) -> Any:
-    total = _sum_of_squares(flat, precision, lambda x: x)
-    if number is float:
-        return math.sqrt(total[0])
-    if _SAFE_SUM[0] < total[0] < _SAFE_SUM[1]:
-        return _wide(total).sqrt()
-    largest = _largest(flat, precision)
-    if largest == 0 or not np.isfinite(largest):
-        return Wide(float(largest))
-    exponent = int(np.frexp(largest)[1])
-    total = _sum_of_squares(flat, precision, lambda x: np.ldexp(x, -exponent))
-    return _wide(total).sqrt().scaled(exponent)
-
-
-def _largest(flat: Any, precision: Precision) -> Any:
-    largest = precision(0)
-    for piece in _pieces(flat):
-        values = np.abs(_read(flat, piece, precision))
-        largest = np.maximum(largest, np.max(values, initial=0))
-    return largest
-
-
-def _sum_of_squares(
-    flat: Any, precision: Precision, scale: Callable[[Array], Array]
-) -> tuple[Any, Any]:
-    """The sum and what rounding took from it.
-
-    Rows of 16 are added by pairs of neighbours, and pairs of pairs, as if zeros followed up to the
-    next power of two; then lanes and chunks, with their rounding errors.
-    """
-    total = (precision(0), precision(0))
-    for piece in _pieces(flat):
-        values = scale(_read(flat, piece, precision))
-        count = 1 << (-(-values.size // _LANES) - 1).bit_length()
-        rows = np.zeros((count, _LANES), precision)
-        np.square(values, out=rows.reshape(-1)[: values.size])
-        while len(rows) > 1:
-            rows = rows[0::2] + rows[1::2]
-        high, low = rows[0], np.zeros(_LANES, precision)
-        while len(high) > 1:
-            high, low = _add((high[0::2], low[0::2]), (high[1::2], low[1::2]))
-        total = _add(total, (high[0], low[0]))
-    # Where the sum is infinite or NaN, the rounding errors are NaN.
-    return fast_two_sum(*total) if np.isfinite(total[0]) else (total[0], precision(0))
-
-
-def _add(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
-    total, error = two_sum(a[0], b[0])
-    return total, error + (a[1] + b[1])
-
-
-def _wide(pair: tuple[Any, Any]) -> Wide:
-    """The sum of two numbers of any precision, the second far smaller."""
-    mantissa, exponent = np.frexp(pair[0])
-    high = float(mantissa)
-    low = float((mantissa - high) + np.ldexp(pair[1], -exponent))
-    return Wide(*fast_two_sum(high, low), int(exponent))
+    return float(_rule.trust_ratio(norms.w, norms.dcdw, numbers, choose, norms.number(1)))
 
 
 def _rounded(x: Wide, precision: Precision) -> Any:
@@ -405,42 +231,13 @@ def _flat(x: Array) -> Any:
     return x.reshape(-1) if x.flags.c_contiguous else x.flat
 
 
-def _pieces(flat: Any) -> Iterator[slice]:
-    """Chunks: more elements to each in the largest arrays, as in the kernel."""
-    numbers = 2 if _dtype(flat).kind == "c" else 1
-    size, chunk = len(flat) * numbers, _SMALLEST_CHUNK
-    while size // chunk > _MOST_CHUNKS:
-        chunk *= 2
-    chunk //= numbers
-    return (slice(i, i + chunk) for i in range(0, len(flat), chunk))
-
-
-def _dtype(flat: Any) -> np.dtype[Any]:
-    dtype: np.dtype[Any] = flat.base.dtype if isinstance(flat, np.flatiter) else flat.dtype
-    return dtype
-
-
-def _read(flat: Any, piece: slice, precision: Precision) -> Array:
-    """A piece in this precision; complex numbers as pairs of real ones."""
-    x: Array = flat[piece]
-    if x.dtype.kind == "u":
-        return bfloat16.decode(x).astype(precision, copy=False)
-    if x.dtype.kind == "c":
-        return x.astype(np.result_type(precision, np.complex64)).view(precision)
-    return x.astype(precision, copy=False)
-
-
 def _write(flat: Any, piece: slice, values: Array) -> None:
-    dtype = _dtype(flat)
+    dtype = dtype_of(flat)
     if dtype.kind == "u":
         values = bfloat16.encode(values)
     elif dtype.kind == "c":
         values = values.view(np.result_type(values.dtype, np.complex64))
     flat[piece] = values
-
-
-def _is_long(dtype: np.dtype[Any]) -> bool:
-    return dtype.itemsize > (16 if dtype.kind == "c" else 8)
 
 
 def _reaches_the_limit(dtype: np.dtype[Any], precision: Precision) -> bool:
