@@ -31,7 +31,7 @@ def _functional(convert: Callable[[np.ndarray], Any]) -> Callable[[Flat, Flat, b
         weights, gradients = (
             Container.from_flat({path: convert(x) for path, x in flat.items()}) for flat in (w, g)
         )
-        opt = Lars(LR, MOMENTUM, decay_lambda=DECAY, trust_coefficient=TRUST)
+        opt = Lars(LR, MOMENTUM, weight_decay=DECAY, trust_coefficient=TRUST)
         state = opt.init(weights)
         return Case(
             lambda: opt.update(weights, gradients, state, out=weights)[0],

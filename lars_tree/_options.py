@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Hashable, Mapping
 from numbers import Complex, Number, Real
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar, cast
 
 import numpy as np
 
@@ -80,6 +80,9 @@ _CALLED_ELSEWHERE = {
 }
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
 class _Unfit(Exception):
     """A value that an option cannot take; the message says what was expected."""
 
@@ -139,6 +142,19 @@ def check_names(options: Mapping[str, Any], known: Mapping[str, Any] = DEFAULTS)
         is_known = elsewhere in known
         hint = f" (it is {elsewhere!r} here)" if is_known else errors.did_you_mean(name, known)
         raise TypeError(f"got an unexpected keyword argument {name!r}{hint}")
+
+
+def with_hints(function: Function) -> Function:
+    """The function, which says of a keyword that it does not have what may have been meant."""
+    known = signature(function).parameters
+
+    @wraps(function)
+    def called(*arguments: Any, **keywords: Any) -> Any:
+        if not keywords.keys() <= known.keys():
+            check_names(keywords, known)
+        return function(*arguments, **keywords)
+
+    return cast(Function, called)
 
 
 def _checked(name: str, values: list[tuple[errors.Path, Any]], keep_history: bool) -> list[Any]:

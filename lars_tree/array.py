@@ -107,10 +107,8 @@ class Array(Arithmetic):
         Raises:
             LarsTreeError: as `lars_tree.lars_update` does.
         """
-        from lars_tree import _options
-        from lars_tree.update import lars_update  # both need this module to unwrap
+        from lars_tree.update import lars_update  # which needs this module to unwrap
 
-        _options.check_names(options)
         return lars_update(
             self,
             dcdw,

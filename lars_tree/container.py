@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
-from lars_tree import _compare, _conversion, _options, _paths, _pytrees, _show, _tree, errors
+from lars_tree import _compare, _conversion, _paths, _pytrees, _show, _tree, errors
 from lars_tree._operators import Arithmetic
 from lars_tree.errors import Path, PathAttributeError, PathKeyError, path_string
 from lars_tree.update import lars_update
@@ -381,7 +381,6 @@ class Container(Arithmetic, dict[Any, Any]):
         Raises:
             LarsTreeError: as `lars_tree.lars_update` does; nothing was written then.
         """
-        _options.check_names(options)
         return lars_update(  # type: ignore[no-any-return]
             self,
             dcdw,

@@ -110,7 +110,7 @@ def accuracy(w: Container, digits: Digits) -> float:
 def trust_ratio(w_norm: float, g_norm: float, decay_lambda: float) -> float:
     """The rule of `lars_update` at trust_coefficient = 1 and eps = 0."""
     denominator = g_norm + decay_lambda * w_norm
-    return w_norm / denominator if w_norm and denominator else 1.0
+    return w_norm / denominator if w_norm and g_norm else 1.0
 
 
 def train(

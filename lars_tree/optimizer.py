@@ -163,7 +163,7 @@ class Lars:
 
         Args:
             w: The weights.
-            dcdw: Their gradients, as in `lars_update`.
+            dcdw: Their gradients, as in `lars_update`, but of the shapes of their weights.
             state: What `init` or the last `update` returned.
             out: Where to write the new weights, such as w itself. The state is then written to
                 where it is, too, and is returned.

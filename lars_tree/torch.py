@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from lars_tree import _torch_options
 from lars_tree._backends.torch import BACKEND, is_in_cpu_memory
 from lars_tree._memory import serialised
+from lars_tree._options import with_hints
 from lars_tree._torch_batches import (
     Batch,
     check_elsewhere,
@@ -104,6 +105,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
 
     skipped: int = 0
 
+    @with_hints
     def __init__(
         self,
         params: Any,

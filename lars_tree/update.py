@@ -26,6 +26,7 @@ State = dict[str, Any]
 Paths = Callable[[], list[errors.Path]]
 
 
+@_options.with_hints
 def lars_update(
     w: Any,
     dcdw: Any,

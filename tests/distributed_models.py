@@ -28,6 +28,7 @@ OPTIONS = {
     "plain": {"momentum": 0.0},
     "momentum": {"weight_decay": 0.01},
     "nesterov": {"weight_decay": 0.01, "nesterov": True, "trust_clip": True},
+    "joint": {"weight_decay": 0.3, "joint_norm": True, "trust_clip": True},
     "dampened": {"dampening": 0.5, "maximize": True, "eps": 0.1},
     "layers": {"layer_axis": 0, "weight_decay": 0.01},  # along the shards
     "across": {"layer_axis": -1, "weight_decay": 0.01},
