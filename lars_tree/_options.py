@@ -7,7 +7,9 @@ them; whether they suit the arrays of a leaf is the business of `_checks.py`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
+from functools import wraps
+from inspect import signature
 from numbers import Complex, Number, Real
 from typing import Any, TypedDict, TypeVar, cast
 
@@ -131,17 +133,19 @@ def check(options: dict[str, Any]) -> None:
         _checked(name, list(_tree.walk(_readable(name, given))), keep_history=False)
 
 
-def check_names(options: Mapping[str, Any], known: Mapping[str, Any] = DEFAULTS) -> None:
-    """Raise for a keyword that is no option, as Python itself does.
+def check_names(
+    options: Mapping[str, Any], known: Collection[str] = DEFAULTS, function: str = "it"
+) -> None:
+    """Raise for a keyword that is not among the known ones of a function, as Python itself does.
 
     Raises:
         TypeError: with what may have been meant.
     """
-    for name in options.keys() - known.keys():
-        elsewhere = _CALLED_ELSEWHERE.get(name)
+    for name in options.keys() - set(known):
+        elsewhere = _CALLED_ELSEWHERE.get(name, "")
         is_known = elsewhere in known
         hint = f" (it is {elsewhere!r} here)" if is_known else errors.did_you_mean(name, known)
-        raise TypeError(f"got an unexpected keyword argument {name!r}{hint}")
+        raise TypeError(f"{function} got an unexpected keyword argument {name!r}{hint}")
 
 
 def with_hints(function: Function) -> Function:
@@ -151,7 +155,7 @@ def with_hints(function: Function) -> Function:
     @wraps(function)
     def called(*arguments: Any, **keywords: Any) -> Any:
         if not keywords.keys() <= known.keys():
-            check_names(keywords, known)
+            check_names(keywords, known, f"{function.__qualname__}()")
         return function(*arguments, **keywords)
 
     return cast(Function, called)

@@ -20,6 +20,7 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lars_tree import errors
+from lars_tree._options import check_names
 from lars_tree._torch_messages import name_of
 from lars_tree._torch_options import NAMES, adapts
 
@@ -69,9 +70,7 @@ def param_groups(
     if not isinstance(model, Module):
         given = "a generator" if isinstance(model, Iterator) else errors.describe(model)
         raise TypeError(f"param_groups needs the model itself, which has the names, got {given}")
-    for name in options.keys() - set(NAMES):
-        hint = errors.did_you_mean(name, NAMES)
-        raise TypeError(f"param_groups got an unexpected keyword argument {name!r}{hint}")
+    check_names(options, NAMES, "param_groups()")
     parameters = list(model.named_parameters())
     _refuse_flat(parameters)
     for name, p in parameters:

@@ -292,7 +292,9 @@ def measure(world):
         for i, kind in enumerate(KINDS):
             for j, way in enumerate(ways):
                 clips = (i + j) % 2 == 1 and "by" not in kind
-                options = {"trust_clip": True, "grad_scale": 4.0, "joint_norm": True} if clips else {}
+                options = (
+                    {"trust_clip": True, "grad_scale": 4.0, "joint_norm": True} if clips else {}
+                )
                 found = case(leaves, kind, mesh, way, options)
                 moves = any(isinstance(leaf.gradient, list) for leaf in leaves.values())
                 facts = {"kind": kind, "all_reduces": count, "redistributes": moves}

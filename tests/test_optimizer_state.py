@@ -304,7 +304,7 @@ def test_a_nest_that_holds_itself_is_named(name, call):
         (lambda: Lars(0.1, adapt={"a": 3}), OptionError, "a: expected True or False"),
         (lambda: Lars(0.1, epsilon=1e-8), TypeError, "unexpected keyword argument 'epsilon'"),
         (lambda: lars_tree.Lars(0.1, decay_lambda=1e-4), TypeError, "it is 'weight_decay' here"),
-        (lambda: lars_update(W, G, 0.1, weight_decay=1e-4), TypeError, "weight_decay"),
+        (lambda: lars_update(W, G, 0.1, weight_decay=1e-4), TypeError, "'decay_lambda' here"),
         (
             lambda: Container(a=W).lars_update(W, 1, weight_decay=1),
             TypeError,

@@ -113,6 +113,32 @@ def test_at_a_constant_rate_it_is_the_papers_rule(nesterov):
         torch.testing.assert_close(p, q, rtol=1e-13, atol=1e-15)
 
 
+def test_all_optimizers_have_the_same_defaults():
+    w, g = np.array([3.0, 4.0]), np.array([0.4, 0.3])
+    p = torch.nn.Parameter(torch.tensor(w))
+    p.grad = torch.tensor(g)
+    Lars([p], lr=1.0).step()
+    ours = lars_tree.Lars(1.0)
+    new, _ = ours.update(w, g, ours.init(w))
+    np.testing.assert_allclose(new, p.detach(), rtol=1e-15)
+    assert new.round(4).tolist() == [2.996, 3.997]
+    with pytest.raises(TypeError, match="it is 'weight_decay' here"):
+        Lars([p], decay_lambda=0.1)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+def test_rounding_noise_moves_a_parameter_by_no_full_steps(eps):
+    """A bias before batch norm has the gradient 0 but for rounding, which eps keeps small."""
+    p = torch.nn.Parameter(torch.ones(8))
+    noise = torch.Generator().manual_seed(0)
+    opt = Lars([p], lr=10.0, momentum=0.0, eps=eps)
+    for _ in range(100):
+        p.grad = 1e-9 * torch.randn(8, generator=noise)
+        opt.step()
+    moved = float((p.detach() - 1).norm() / 8**0.5)
+    assert moved < 0.05 if eps else moved > 0.05
+
+
 def test_without_adaptation_it_is_sgd():
     options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
     for extra in ({}, {"dampening": 0.5}, {"nesterov": True}, {"maximize": True}):
