@@ -44,11 +44,6 @@ def is_plain_dict(node: Tree) -> bool:
 def leaves(tree: Tree) -> list[Leaf]:
     """The leaves, in the order in which the nest holds them."""
     found: list[Leaf] = []
-    _collect(tree, found)
-    return found
-
-
-def _collect(tree: Tree, found: list[Leaf]) -> None:
     kernel = _native.in_use()
     try:
         if kernel is None:
@@ -57,6 +52,7 @@ def _collect(tree: Tree, found: list[Leaf]) -> None:
             kernel.collect(tree, found, _KINDS, _kind, _collect_in_python)
     except RuntimeError as error:
         raise _explained_change(error, "w") from None
+    return found
 
 
 def _explained_change(error: RuntimeError, argument: str) -> Exception:
@@ -109,11 +105,17 @@ def rebuild(tree: Tree, new_leaves: Iterable[Leaf], argument: str = "tree", at: 
     `argument` is what the caller calls the tree, and `at` where in the argument it is.
 
     Raises:
-        StructureError: naming a node that cannot be rebuilt; there are more or fewer leaves by now.
+        StructureError: a node cannot be rebuilt; there are more or fewer leaves by now.
     """
-    remaining = iter(new_leaves)
+    fill = lambda remaining: rebuilding(argument, _fill, tree, remaining, at=at)  # noqa: E731
+    return _consuming(new_leaves, fill, argument)
+
+
+def _consuming(leaves: Iterable[Leaf], fill: Callable[..., Tree], argument: str = "w") -> Tree:
+    """fill(leaves), which takes all of them, unless the tree was changed meanwhile."""
+    remaining = iter(leaves)
     try:
-        new = rebuilding(argument, _fill, tree, remaining, at=at)
+        new = fill(remaining)
     except StopIteration:
         raise changed(argument) from None
     if next(remaining, NOTHING) is not NOTHING:
@@ -139,11 +141,7 @@ def changed(argument: str = "w") -> errors.LarsTreeError:
 
 
 def paths(tree: Tree, count: int) -> list[Path]:
-    """The paths of the leaves, of which there were so many.
-
-    Raises:
-        StructureError: now there are more or fewer.
-    """
+    """The paths of the leaves; a StructureError if these are no longer so many."""
     found = [path for path, _ in walk(tree)]
     if len(found) != count:
         raise changed()
@@ -178,7 +176,7 @@ def replace_children(node: Tree, values: Iterable[Tree]) -> Tree:
 
 def for_reading(tree: Tree, new_leaves: Iterable[Leaf]) -> Tree:
     """A nest that reads like `tree`, with other leaves; nodes of users' classes are not rebuilt."""
-    return _fill_for_reading(tree, iter(new_leaves))
+    return _consuming(new_leaves, lambda remaining: _fill_for_reading(tree, remaining))
 
 
 def _fill_for_reading(node: Tree, remaining: Iterator[Leaf]) -> Tree:

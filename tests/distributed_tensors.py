@@ -99,16 +99,22 @@ def random(name, leaf, dtype, factor, what):
     return (torch.randn(leaf.shape, generator=generator, dtype=torch.float64) * factor).to(dtype)
 
 
-def trees(leaves, kind, mesh):
-    """Weights and gradients over the mesh, and the same in each process."""
+def trees(leaves, kind, mesh, numbers=True):
+    """Weights and gradients over the mesh, and the same in each process.
+
+    An optimizer wants a gradient of the shape of its weights: there are no numbers then.
+    """
     dtype, of_w, of_dcdw = KINDS[kind]
     found = {}, {}, {}, {}
     for name, leaf in leaves.items():
         w = random(name, leaf, dtype, of_w, "w")
         dcdw: Any = random(name, leaf, dtype, of_dcdw, "dcdw")
-        spread = leaf.placements if leaf.gradient == "as w" else leaf.gradient
+        given = leaf.gradient
+        if isinstance(given, float) and not numbers:
+            given = "as w"
+        spread = leaf.placements if given == "as w" else given
         if spread is None or isinstance(spread, float):
-            is_plain = leaf.gradient == "as w"
+            is_plain = given == "as w"
             dcdw = dcdw if is_plain else spread and spread * of_dcdw
             parts = dcdw
         else:
@@ -138,7 +144,7 @@ def stepped(way, w, dcdw, options):
 
 def case(leaves, kind, mesh, way, options):
     """One case: how far off it is, what was sent, and whether the layout was kept."""
-    w, dcdw, plain_w, plain_dcdw = trees(leaves, kind, mesh)
+    w, dcdw, plain_w, plain_dcdw = trees(leaves, kind, mesh, "momentum" not in way)
     options = {
         "decay_lambda": 0.0 if "by" in kind else 0.01,
         "adapt": {name: leaf.adapt for name, leaf in leaves.items()},

@@ -118,7 +118,8 @@ def test_two_workers_update_more_than_either_may_hold(workers, tmp_path):
 
     new = lars_update(w, dcdw, LR, decay_lambda=DECAY)
     optimizer = Lars(LR, momentum=MOMENTUM, nesterov=True, decay_lambda=DECAY)
-    moved, state = optimizer.update(w, dcdw, optimizer.init(w))
+    whole = {name: da.broadcast_to(g, w[name].shape) for name, g in dcdw.items()}
+    moved, state = optimizer.update(w, whole, optimizer.init(w))
     assert made(log) == {}
 
     errors = []

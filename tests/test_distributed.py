@@ -154,7 +154,7 @@ def test_models(world, tmp_path):
         ]
         assert kinds == [[True, 1]] * world
         assert case["same"] == [[True, True]] * world
-    assert len(found) == (16 if world == 2 else 20)
+    assert len(found) == (17 if world == 2 else 21)
     assert wrong(found) == {}
     for name, case in found.items():
         if name.startswith("resumed"):

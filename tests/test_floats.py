@@ -14,8 +14,9 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from conftest import need
+from conftest import unit_lars as Lars
 
-from lars_tree import Lars, _floats, _native, _writes, lars_update, schedules
+from lars_tree import _floats, _native, _writes, lars_update, schedules
 from lars_tree._backends import cpu
 from lars_tree.report import trust_ratios
 from lars_tree.testing import assert_identical

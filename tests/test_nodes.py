@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 import numpy as np
 import pytest
+from conftest import unit_lars as Lars
 from node_classes import (
     ALL,
     REBUILT,
@@ -25,7 +26,7 @@ from node_classes import (
     Tagged,
 )
 
-from lars_tree import Container, Lars, StructureError, _tree, lars_update, report
+from lars_tree import Container, StructureError, _tree, lars_update, report
 
 W, G = np.array([3.0, 4.0]), np.array([0.0, 10.0])
 NEW = [3.0, 3.5]  # ratio 5 / 10: a step of 0.05 * [0, 10]

@@ -198,6 +198,6 @@ def test_a_schedule_may_make_updates():
         return 0.1
 
     w, opt = np.ones(2), Lars(rate)
-    opt.update(w, 1.0, opt.init(w), out=w)
+    opt.update(w, np.ones(2), opt.init(w), out=w)
     assert w.tolist() == [0.9, 0.9]
     assert other.tolist() == [0.5, 0.5]

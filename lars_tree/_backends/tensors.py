@@ -23,7 +23,7 @@ from lars_tree._rule import Measured, Rule
 
 def writing_to(tensors: list[Tensor]) -> AbstractContextManager[None]:
     """Where nothing is recorded; torch lets inference tensors be written to in their mode alone."""
-    infers = any(map(Tensor.is_inference, tensors))
+    infers = not torch.compiler.is_compiling() and any(map(Tensor.is_inference, tensors))
     context: AbstractContextManager[None] = torch.inference_mode() if infers else torch.no_grad()
     return context
 

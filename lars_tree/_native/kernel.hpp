@@ -6,7 +6,8 @@
 //     ratio = trust_coefficient * |w| / (|g| + decay_lambda * |w| + eps)
 //     w_new = w - lr * ratio * (g + decay_lambda * w)
 //
-// (with joint_norm the denominator is |g + decay_lambda * w| + eps) which is linear in w and dcdw, with two coefficients that are made of norms. So a layer is read
+// (with joint_norm the denominator is |g + decay_lambda * w| + eps), which is linear in w and dcdw,
+// with two coefficients that are made of norms. So a layer is read
 // twice: once to sum the squares of w and dcdw, once to apply the coefficients. With momentum the
 // velocity takes in the step in that second pass, and moves the weights.
 //

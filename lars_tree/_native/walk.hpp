@@ -1,4 +1,4 @@
-// Walks over nests: the twins of _collect and _broadcast in lars_tree/_tree.py, which says what a
+// Walks over nests: the twins of _collect_in_python and _match_in_python in lars_tree/_tree.py, which says what a
 // nest is. Plain dicts (Container is one), lists and tuples are walked here; every other node, and
 // what lies too deep for the stack of a thread, is handed to the Python function.
 #pragma once
