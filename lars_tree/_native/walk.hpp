@@ -1,6 +1,7 @@
-// Walks over nests: the twins of _collect_in_python and _match_in_python in lars_tree/_tree.py, which says what a
-// nest is. Plain dicts (Container is one), lists and tuples are walked here; every other node, and
-// what lies too deep for the stack of a thread, is handed to the Python function.
+// Walks over nests: the twins of _collect_in_python and _match_in_python in lars_tree/_tree.py;
+// _nodes.py says what a nest is. Plain dicts (Container is one), lists and tuples are walked here;
+// every other node, and what lies too deep for the stack of a thread, is handed to the Python
+// function.
 #pragma once
 
 #include "python.hpp"
