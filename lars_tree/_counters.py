@@ -9,7 +9,8 @@ import numpy as np
 
 from lars_tree import _backends, _memory, errors
 from lars_tree._backends.base import Kind, Leaf
-from lars_tree.array import unwrap
+from lars_tree._writes import Writes
+from lars_tree.array import rewrapped, unwrap
 
 NAMES = ("step", "skipped")
 
@@ -96,3 +97,21 @@ def _place(x: Any) -> tuple[str, np.ndarray[Any, Any] | None]:
     backend = _backends.find(x)
     assert backend is not None
     return str(backend.facts(x).device), backend.memory(x)
+
+
+def counted(counter: Any, name: str, taken: Any) -> Any:
+    """A counter after a step that was taken, or was not; `taken` may be an array, not known yet."""
+    if isinstance(taken, bool):
+        count = unwrap(counter) + int(taken is (name == "step"))
+    else:
+        count = unwrap(counter) + (taken if name == "step" else ~taken)
+    return rewrapped(np.asarray(count) if isinstance(count, np.generic) else count, counter)
+
+
+def count_in_place(state: dict[str, Any], taken: Any, writes: Writes) -> None:
+    """Have the counters of a state written as they are after the step."""
+    for name in NAMES:
+        counter = unwrap(state.get(name))
+        backend = _backends.find(counter)
+        if backend is not None:
+            writes.add(backend, counter, counted(counter, name, taken))

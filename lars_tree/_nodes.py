@@ -29,6 +29,9 @@ LEAF, PLAIN_DICT, ITEMS, KEYED, SEQUENCE, NAMED, FIELDS = range(7)
 KINDS: dict[type, int] = {list: SEQUENCE, tuple: SEQUENCE, dict: PLAIN_DICT}
 _KINDS_OF_OTHERS: WeakKeyDictionary[type, int] = WeakKeyDictionary()
 
+# Not empty when a class was seen that may read its children in a way of its own.
+_OWN_READING: list[bool] = []
+
 # A class method of Container: makes one of (key, child) pairs, without conversion.
 MAKE = "_lars_tree_make"
 
@@ -45,8 +48,15 @@ def kind_of(node: Node) -> int:
         kind = _KINDS_OF_OTHERS.get(cls)
     if kind is None:
         kind = _classify(cls)
+        if kind in (ITEMS, KEYED, SEQUENCE):
+            _OWN_READING.append(True)
         (KINDS if is_permanent(cls) else _KINDS_OF_OTHERS)[cls] = kind
     return kind
+
+
+def may_make_children() -> bool:
+    """Whether any node seen so far may make its children anew whenever it is read."""
+    return bool(_OWN_READING)
 
 
 def is_permanent(cls: type) -> bool:

@@ -64,8 +64,10 @@ OPTIMIZER_DEFAULTS: dict[str, Any] = {
     "eps": 1e-8,
 }
 
-# What the rule calls those that have another name here.
-_FIELDS = {"weight_decay": "decay_lambda"}
+
+def _field(name: str) -> str:
+    """What the rule calls an option of `lars_update` or of an optimizer."""
+    return "decay_lambda" if name == "weight_decay" else name
 
 
 def called(name: str) -> str:
@@ -73,7 +75,8 @@ def called(name: str) -> str:
     return "lr" if name == "rate" else name
 
 
-_CALLED_ELSEWHERE = {
+# Names of other packages, and what they are called here.
+CALLED_ELSEWHERE = {
     "weight_decay": "decay_lambda",
     "decay_lambda": "weight_decay",
     "eta": "trust_coefficient",
@@ -100,25 +103,26 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
     shared: dict[str, Any] = {}
     columns: dict[str, list[Any]] = {}
     for name, value in options.items():
-        field, given = _FIELDS.get(name, name), _readable(name, value)
+        given = _readable(name, value)
         if _tree.is_leaf(given):
-            shared[field] = _checked(name, [((), given)], keep_history)[0]
+            shared[_field(name)] = _checked(name, [((), given)], keep_history)[0]
         else:
             values = _checked(name, list(_tree.walk(given)), keep_history)
-            columns[field] = _tree.broadcast(name, tree, given, values=values)
+            columns[name] = _tree.broadcast(name, tree, given, values=values)
     if not columns:
         return [Rule(**shared)] * count
     if any(len(column) != count for column in columns.values()):
         raise _tree.changed()
     _refuse_gaps(tree, columns)
     rows = zip(*columns.values(), strict=True)
+    fields = list(map(_field, columns))
     # Most leaves share their values, and checked values live as long as their columns.
     known: dict[tuple[int, ...], Rule] = {}
     rules = []
     for row in rows:
         key = tuple(map(id, row))
         if key not in known:
-            known[key] = Rule(**shared, **dict(zip(columns, row, strict=True)))
+            known[key] = Rule(**shared, **dict(zip(fields, row, strict=True)))
         rules.append(known[key])
     return rules
 
@@ -134,7 +138,7 @@ def check(options: dict[str, Any]) -> None:
 
 
 def check_names(
-    options: Mapping[str, Any], known: Collection[str] = DEFAULTS, function: str = "it"
+    options: Mapping[str, Any], known: Collection[str] = DEFAULTS, *, function: str
 ) -> None:
     """Raise for a keyword that is not among the known ones of a function, as Python itself does.
 
@@ -142,7 +146,7 @@ def check_names(
         TypeError: with what may have been meant.
     """
     for name in options.keys() - set(known):
-        elsewhere = _CALLED_ELSEWHERE.get(name, "")
+        elsewhere = CALLED_ELSEWHERE.get(name, "")
         is_known = elsewhere in known
         hint = f" (it is {elsewhere!r} here)" if is_known else errors.did_you_mean(name, known)
         raise TypeError(f"{function} got an unexpected keyword argument {name!r}{hint}")
@@ -155,7 +159,7 @@ def with_hints(function: Function) -> Function:
     @wraps(function)
     def called(*arguments: Any, **keywords: Any) -> Any:
         if not keywords.keys() <= known.keys():
-            check_names(keywords, known, f"{function.__qualname__}()")
+            check_names(keywords, known, function=f"{function.__qualname__}()")
         return function(*arguments, **keywords)
 
     return cast(Function, called)

@@ -7,7 +7,7 @@ With `joint_norm` the denominator is |g + decay_lambda * w| + eps. That is the s
 formula, without decay, along the gradient g + decay_lambda * w: see `joint`.
 
 The step is linear in dcdw and w, with two coefficients that depend on norms alone. So it is made of
-`coefficients`, which works with any kind of number (floats and `Wide` in `_backends/cpu.py`, arrays
+`coefficients`, which works with any kind of number (floats and `_backends/wide.py`, arrays
 elsewhere), and `apply`. `step` joins them for libraries that compute with whole arrays.
 
 With momentum a velocity v takes the step u in, and moves the weights (`along`, `move`):
@@ -33,11 +33,11 @@ Number = Any
 class Rule(NamedTuple):
     """The options of the rule for one leaf; the defaults are those of `lars_update`.
 
-    The kernel reads the fields by their places. Those from `momentum` on matter where there is a
-    velocity. `lr` is in what the velocity takes in, as in the paper, `rate` in what it moves the
-    weights by, as in torch: their product is the rate that `trust_clip` refers to. `maximize` turns
-    the gradient round, not the decay. Among the names of `axis_name` () says that along all other
-    mesh axes each device has whole layers.
+    The kernel reads the fields by their places. `momentum`, `rate` and `nesterov` matter only with
+    a velocity, `rate` also with `trust_clip`. `lr` is in what the velocity takes in, as in the
+    paper, `rate` in what it moves the weights by, as in torch: their product is the rate that
+    `trust_clip` refers to. `maximize` turns the gradient round, not the decay. Among the names of
+    `axis_name` () says that along all other mesh axes each device has whole layers.
     """
 
     lr: Any
@@ -82,8 +82,8 @@ def trust_ratio(
 ) -> Number:
     """How far a layer may go, in units of its gradient; norms may be None where adapt is False.
 
-    `one` is a ratio of 1 in the units of the norms, for callers that scale them. Unless `bounded`,
-    it is what `trust_clip` limits to 1.
+    `one` is a ratio of 1 in the units of the norms, for callers that scale them. With bounded=False
+    it is the ratio divided by the rate, before `trust_clip` limits it to 1.
     """
     if not rule.adapt:
         return one
@@ -147,6 +147,12 @@ class Ops(Protocol):
 
     def where(self, condition: Any, a: Any, b: Any) -> Any:
         """Elementwise choice; a and b may be numbers."""
+
+    def upper_half(self, x: Any) -> Any:
+        """The number rounded to half as many bits; the rest has the others."""
+
+    def finite_or(self, x: Any, other: Any) -> Any:
+        """Elementwise, x where it is finite."""
 
     def like(self, number: Any, x: Any) -> Any:
         """A number as an array of the type of x, an array as it is."""
@@ -212,8 +218,24 @@ def joint(ops: Ops, w: Any, dcdw: Any, rule: Rule) -> tuple[Any, Rule]:
     scale = ops.power_of_two(ops.maximum(decay_scale, dcdw_largest))
     scale = ops.maximum(scale, 2.0**-100)  # its inverse must not overflow
     signed = -scale if rule.maximize else scale
-    total = dcdw / signed + (decay_scale / scale) * (w / w_scale)
+    total = sum_of_products(ops, dcdw / signed, decay_scale / scale, w / w_scale)
     return total, without_decay(rule)._replace(grad_scale=rule.grad_scale / scale)
+
+
+def sum_of_products(ops: Ops, a: Any, b: Any, x: Any) -> Any:
+    """A + b * x, nearly as if it was rounded once, also where the two cancel.
+
+    Numbers are split into halves, whose products are exact, and the error of the sum is added to it
+    (Dekker 1971, doi:10.1007/BF01397083).
+    """
+    b_high, x_high = ops.upper_half(b), ops.upper_half(x)
+    b_low, x_low = b - b_high, x - x_high
+    product = b_high * x_high
+    total = a + product
+    part = total - a
+    rest = (a - (total - part)) + (product - part)
+    exact = total + (rest + ((b_high * x_low + b_low * x_high) + b_low * x_low))
+    return ops.finite_or(exact, total)
 
 
 def without_decay(rule: Rule) -> Rule:

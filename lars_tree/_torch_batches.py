@@ -126,7 +126,7 @@ def _look_right(leaves: list[Leaf]) -> bool:
         expected = (BACKEND.velocity_dtype(w), layout(w))
         if velocity is not None and (velocity.dtype, layout(velocity)) != expected:
             return False
-        if is_sharded(w) and partial_fault(w):
+        if w.is_meta or (is_sharded(w) and partial_fault(w)):
             return False
         if w.dtype not in NUMPY_TYPES or not (axis is None or -w.ndim <= axis < w.ndim):
             return False

@@ -70,7 +70,7 @@ def param_groups(
     if not isinstance(model, Module):
         given = "a generator" if isinstance(model, Iterator) else errors.describe(model)
         raise TypeError(f"param_groups needs the model itself, which has the names, got {given}")
-    check_names(options, NAMES, "param_groups()")
+    check_names(options, NAMES, function="param_groups()")
     parameters = list(model.named_parameters())
     _refuse_flat(parameters)
     for name, p in parameters:

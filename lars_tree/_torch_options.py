@@ -85,7 +85,8 @@ def _is_rounding(x: Any, first: Any) -> bool:
 def _is_real(x: Any) -> bool:
     """Whether x is one real number, of Python, numpy or torch; truth values are none."""
     if isinstance(x, Tensor):
-        return x.numel() == 1 and not x.is_complex() and x.dtype != torch.bool
+        is_number = not x.is_complex() and x.dtype != torch.bool and not x.is_meta
+        return x.numel() == 1 and is_number
     if isinstance(x, (np.ndarray, np.generic)):
         return x.ndim == 0 and x.dtype.kind in _REAL_DTYPES
     if isinstance(x, Real):

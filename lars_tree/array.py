@@ -197,6 +197,11 @@ class Array(Arithmetic):
         return new
 
 
+def rewrapped(new: Any, old: Any) -> Any:
+    """The new array, as an Array where the old one is one."""
+    return Array(new) if isinstance(old, Array) else new
+
+
 def unwrap(x: Any) -> Any:
     """The native array of an Array; anything else as it is."""
     return x._data if issubclass(type(x), Array) else x

@@ -96,7 +96,7 @@ class Lars:
         stop_gradients: Any = True,
         **options: Unpack[SharedOptions],
     ) -> None:
-        _options.check_names(options, _options.OPTIMIZER_DEFAULTS, "Lars()")
+        _options.check_names(options, _options.OPTIMIZER_DEFAULTS, function="Lars()")
         given = {
             "momentum": momentum,
             "nesterov": nesterov,

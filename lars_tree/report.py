@@ -81,7 +81,7 @@ def trust_ratios(
     Raises:
         LarsTreeError: as `lars_update` does.
     """
-    given = _given(lr, decay_lambda, stop_gradients, options)
+    given = _given("trust_ratios()", lr, decay_lambda, stop_gradients, options)
     ratios = []
     steps = measure(w, dcdw, given)
     leaves = _tree.leaves(w)
@@ -132,7 +132,8 @@ def layer_table(
     Warns:
         TrustRatioWarning: naming the layers whose ratio is 0, not finite, or clipped.
     """
-    steps = measure(w, dcdw, _given(lr, decay_lambda, stop_gradients, options), with_steps=True)
+    given = _given("layer_table()", lr, decay_lambda, stop_gradients, options)
+    steps = measure(w, dcdw, given, with_steps=True)
     known = [number for step in steps if step for number in (*step.measured, step.norm)]
     numbers = iter(fetch("w", known))
     records: list[dict[str, Any]] = []
@@ -162,9 +163,9 @@ def layer_table(
 
 
 def _given(
-    lr: Any, decay_lambda: Any, stop_gradients: Any, options: Mapping[str, Any]
+    function: str, lr: Any, decay_lambda: Any, stop_gradients: Any, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    _options.check_names(options)
+    _options.check_names(options, function=function)
     given = {"lr": lr, "decay_lambda": decay_lambda, "stop_gradients": stop_gradients}
     return {**_options.DEFAULTS, **given, **options}
 

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from lars_tree import _torch_options
 from lars_tree._backends.torch import BACKEND, is_in_cpu_memory
 from lars_tree._memory import serialised
-from lars_tree._options import with_hints
+from lars_tree._options import CALLED_ELSEWHERE, check_names, with_hints
 from lars_tree._torch_batches import (
     Batch,
     check_elsewhere,
@@ -78,8 +78,8 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
         nesterov: Look ahead; needs a momentum and no dampening.
         trust_coefficient: The paper's eta.
         eps: Added to the denominator.
-        trust_clip: True (LARC, as in apex and timm): lr is an upper bound of lr * ratio, which is
-            then min(ratio, lr).
+        trust_clip: True (LARC, as in apex and timm): the local rate is min(ratio, lr) instead of
+            lr * ratio; where a norm is 0 it is lr.
         joint_norm: True: the denominator is |g + weight_decay * p| + eps.
         adapt: False: ratio is 1, which makes it SGD, as for biases and norm layers. "decayed": as
             in timm, only groups with weight decay are adapted.
@@ -157,10 +157,14 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
 
         Raises:
             ValueError: A value that the rule is not defined for.
+            TypeError: A key is what another package calls an option of Lars.
             LeafError: A parameter is a part of layers, as with FSDP1.
         """
         name = f"param_groups[{len(self.param_groups)}]"
         if isinstance(param_group, dict):
+            # A group may have keys of its own, but not those of other packages for these options.
+            foreign = {key: x for key, x in param_group.items() if key in CALLED_ELSEWHERE}
+            check_names(foreign, self.defaults, function=name)
             _torch_options.check({**self.defaults, **param_group}, name)
         super().add_param_group(param_group)
         try:
@@ -215,7 +219,9 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
         ours = (p for group in self.param_groups for p in group["params"])
         for i, p in zip(saved, ours, strict=True):
             buffer = final["state"].get(i, {}).get("momentum_buffer")
-            if buffer is not None:
+            # What is not a buffer of p is for the checks of the next step to refuse.
+            fits = isinstance(buffer, Tensor) and not buffer.is_meta
+            if fits and buffer.is_complex() == p.is_complex():
                 moved = buffer.detach().to(p.device, BACKEND.velocity_dtype(p))
                 self.state[p]["momentum_buffer"] = moved.clone()
 

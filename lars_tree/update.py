@@ -14,13 +14,21 @@ from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
-import numpy as np
-
-from lars_tree import _backends, _checks, _counters, _memory, _nonfinite, _options, _tree, errors
+from lars_tree import (
+    _backends,
+    _checks,
+    _counters,
+    _memory,
+    _nodes,
+    _nonfinite,
+    _options,
+    _tree,
+    errors,
+)
 from lars_tree._backends.base import FLOATING, Backend, Columns, Leaf, New
 from lars_tree._rule import Rule, is_zero
 from lars_tree._writes import Writes
-from lars_tree.array import Array, unwrap
+from lars_tree.array import rewrapped, unwrap
 
 State = dict[str, Any]
 Paths = Callable[[], list[errors.Path]]
@@ -84,8 +92,8 @@ def lars_update(
         trust_coefficient: The paper's eta, a pure number >= 0; recipes use 0.001.
         eps: Added to the denominator, in units of the gradient.
         adapt: False: ratio is 1, plain SGD with decay, as for biases and norm layers.
-        trust_clip: True (LARC): the local rate is min(ratio, lr), where it was lr * ratio: lr is an
-            upper bound. Where ratio is 1 because a norm is 0, it is lr.
+        trust_clip: True (LARC): the local rate is min(ratio, lr) instead of lr * ratio; where a
+            norm is 0 it is lr.
         joint_norm: True: the denominator is |g + decay_lambda * w| + eps, as in SimCLR, BYOL and
             optax; ratio is 1 where |w| or that norm is 0.
         grad_scale: The loss scale that dcdw still carries, > 0.
@@ -172,22 +180,8 @@ def _update(
     def paths() -> list[errors.Path]:
         return _tree.paths(w, len(old))
 
-    old = _tree.leaves(w)
-    dcdws = _tree.broadcast("dcdw", w, dcdw)
-    outs = old if out is w else None
-    if out is not None and out is not w:
-        outs = _tree.broadcast("out", w, out, exact=True)
-    velocities = None
-    if "velocity" in state:
-        at = ("velocity",)
-        velocities = _tree.broadcast("state", w, state["velocity"], exact=True, at=at)
-    rules = _options.resolve(w, options, len(old))
-    columns = Columns(
-        old, dcdws, outs, rules, velocities, unwrap(state.get("step")) if outs else None
-    )
-    for column in (dcdws, outs, velocities):
-        if column is not None and len(column) != len(old):
-            raise _tree.changed()
+    columns = _matched(w, dcdw, out, options, state)
+    old, _, outs, _, velocities, _ = columns
     # The kernel does not read axis_name: the general path refuses it where it has no meaning.
     is_quick = writes is None and options.get("axis_name") in (None, ())
     plain = _update_plain(columns) if is_quick else None
@@ -205,15 +199,51 @@ def _update(
     with nullcontext() if out is None else _memory.serialised():
         news, taken = _run(_checks.detach_inputs(leaves), paths, written)
         if out is not None:
-            _count_in_place(state, taken, written)
+            _counters.count_in_place(state, taken, written)
             if writes is None:
                 written.make()
     new_ws, new_velocities = list(old), list(velocities or ())
     for leaf, new in zip(leaves, news, strict=True):
-        new_ws[leaf.place] = _wrapped(new.w, old[leaf.place])
+        new_ws[leaf.place] = rewrapped(new.w, old[leaf.place])
         if velocities is not None:
-            new_velocities[leaf.place] = _wrapped(new.velocity, velocities[leaf.place])
+            new_velocities[leaf.place] = rewrapped(new.velocity, velocities[leaf.place])
     return _result(w, out, state, new_ws, new_velocities, taken)
+
+
+def _matched(w: Any, dcdw: Any, out: Any, options: dict[str, Any], state: State) -> Columns:
+    """What the arguments have for each leaf of w."""
+    ws = _tree.leaves(w)
+    dcdws = _tree.broadcast("dcdw", w, dcdw)
+    outs = velocities = None
+    if out is not None:
+        outs = ws if out is w else _tree.broadcast("out", w, out, exact=True)
+    if "velocity" in state:
+        at = ("velocity",)
+        velocities = _tree.broadcast("state", w, state["velocity"], exact=True, at=at)
+    rules = _options.resolve(w, options, len(ws))
+    if any(x is not None and len(x) != len(ws) for x in (dcdws, outs, velocities)):
+        raise _tree.changed()
+    if outs is not None and _nodes.may_make_children():
+        _refuse_new_children(w, "out", out, outs)
+        if velocities is not None:
+            _refuse_new_children(w, "state", state["velocity"], velocities, ("velocity",))
+    counter = None if outs is None else unwrap(state.get("step"))
+    return Columns(ws, dcdws, outs, rules, velocities, counter)
+
+
+def _refuse_new_children(
+    w: Any, argument: str, tree: Any, found: list[Any], at: errors.Path = ()
+) -> None:
+    """Refuse nodes that make their children anew when they are read: what is written is lost."""
+    again = _tree.broadcast(argument, w, tree, exact=True, at=at)
+    text = "expected the same array at each reading, got a new one: give a tree that holds arrays"
+    if len(again) != len(found):  # another thread has changed it
+        return
+    rows = zip(_tree.walk(w), found, again, strict=False)
+    lines = [((*at, *path), text) for (path, _), x, y in rows if x is not y]
+    if lines:
+        headline = f"{argument} makes its arrays when it is read"
+        raise errors.error(errors.OutError, argument, headline, lines)
 
 
 def checked(
@@ -229,16 +259,16 @@ def checked(
     return leaves
 
 
-def _wrapped(new: Any, old: Any) -> Any:
-    return Array(new) if isinstance(old, Array) else new
-
-
 def _result(
     w: Any, out: Any, state: State, ws: list[Any], velocities: list[Any], taken: Any
 ) -> tuple[Any, State]:
     if out is not None:
         return out, state
-    new = {name: _counted(x, name, taken) for name, x in state.items() if name in _counters.NAMES}
+    new = {
+        name: _counters.counted(x, name, taken)
+        for name, x in state.items()
+        if name in _counters.NAMES
+    }
     if "velocity" in state:
         # They are in the order of w, whose keys may be in another one than those of the state.
         old, places = state["velocity"], range(len(velocities))
@@ -246,23 +276,6 @@ def _result(
         moved = [velocities[i] for i in order]
         new["velocity"] = _tree.rebuild(old, moved, "state", at=("velocity",))
     return _tree.rebuild(w, ws, "w"), new
-
-
-def _counted(counter: Any, name: str, taken: Any) -> Any:
-    """A counter after a step that was taken, or was not; `taken` may be an array, not known yet."""
-    if isinstance(taken, bool):
-        counted = unwrap(counter) + int(taken is (name == "step"))
-    else:
-        counted = unwrap(counter) + (taken if name == "step" else ~taken)
-    return _wrapped(np.asarray(counted) if isinstance(counted, np.generic) else counted, counter)
-
-
-def _count_in_place(state: State, taken: Any, writes: Writes) -> None:
-    for name in _counters.NAMES:
-        counter = unwrap(state.get(name))
-        backend = _backends.find(counter)
-        if backend is not None:
-            writes.add(backend, counter, _counted(counter, name, taken))
 
 
 def _update_plain(columns: Columns) -> tuple[list[Any], list[Any]] | None:

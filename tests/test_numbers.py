@@ -173,6 +173,41 @@ def test_a_rate_for_each_element(size, data, decay):
     assert reference.worst_error(new.tolist(), w.tolist(), step, "float32") <= BOUNDS["float32"]
 
 
+def test_a_ratio_beyond_double_bounds_a_rate_for_each_element():
+    w, g = np.array([3e-155, 4e-155]), np.array([4e298, 3e298])
+    rates = np.array([0.1, 0.1])
+    for options in ({}, {"joint_norm": True, "decay_lambda": 1e-9}):
+        expected = lars_update(w, g, 0.1, trust_clip=True, **options)
+        actual = lars_update(w, g, rates, trust_clip=True, **options)
+        np.testing.assert_allclose(actual, expected, rtol=1e-15)
+        np.testing.assert_allclose(actual, [-1e-155, 1e-155], rtol=1e-15)
+
+
+@pytest.mark.parametrize("library_name", ["torch", "jit", "dask", "strict"])
+def test_whole_arrays_are_exact_where_a_sum_cancels(library_name):
+    from conftest import to_library
+
+    rng = np.random.default_rng(10)
+    options = {"joint_norm": True, "decay_lambda": 0.1}
+    for part in (1e-1, 1e-3, 1e-6):
+        w = rng.normal(size=5)
+        g = -0.1 * w * (1 - part * rng.uniform(0.5, 1.5, 5))
+        if library_name == "jit":
+            with need("jax").enable_x64(True):
+                new = to_numpy(
+                    need("jax").jit(lambda w, g: lars_update(w, g, 1.0, **options))(w, g)
+                )
+        else:
+            ours = [to_library(library_name, x) for x in (w, g)]
+            given = options
+            if library_name == "torch":
+                ours[0].requires_grad_()
+                given = {**options, "stop_gradients": False}
+            new = to_numpy(lars_update(*ours, 1.0, **given))
+        step = reference.lars(w.tolist(), g.tolist(), 1.0, **options)
+        assert reference.worst_error(new.tolist(), w.tolist(), step, "float64") <= 4
+
+
 @pytest.mark.parametrize("name", ["complex64", "complex128"])
 def test_complex_numbers_are_pairs_of_real_ones(name):
     rng = np.random.default_rng(4)

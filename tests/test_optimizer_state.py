@@ -319,6 +319,13 @@ def test_values_that_make_no_optimizer_are_refused(make, kind, says):
         make()
 
 
+def test_errors_of_options_have_the_names_of_the_optimizer():
+    opt = lars_tree.Lars(0.1, weight_decay={"a": None, "b": 0.1})
+    w = {"a": W, "b": W}
+    with pytest.raises(OptionError, match=r"^weight_decay has a value"):
+        opt.update(w, w, opt.init(w))
+
+
 def test_a_schedule_that_gives_no_rate_is_refused_before_anything_is_written():
     opt, w = Lars(lambda step: -1.0), W.copy()
     with pytest.raises(OptionError, match=r"lr: expected a finite number >= 0, got -1\.0"):

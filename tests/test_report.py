@@ -370,6 +370,14 @@ def test_odd_layers_are_named_in_a_warning():
     assert "1 (clipped)" in repr(table)
 
 
+@pytest.mark.parametrize("compiled", [lambda fn: fn, lambda fn: need("jax").jit(fn)])
+def test_each_layer_of_a_stack_is_bounded_by_its_own_rate(compiled):
+    given = np.array([[3.0, 4.0]] * 2), np.array([[0.4, 0.3]] * 2), np.array([[0.25], [1.0]])
+    larc = {"trust_clip": True, "trust_coefficient": 0.02, "layer_axis": 0}
+    ratios = compiled(lambda *given: trust_ratios(*given, **larc))(*given)
+    np.testing.assert_allclose(to_numpy(ratios), [0.8, 0.2], rtol=1e-6)
+
+
 def test_usual_layers_are_not_warned_of():
     w = {"zeros": np.zeros(2), "still": np.ones(2), "sgd": np.ones(2), "below": np.ones(2)}
     g = {"zeros": 1.0, "still": 0.0, "sgd": 0.1, "below": 5.0}

@@ -192,7 +192,7 @@ def test_anything_but_a_model_is_refused(given, says):
 
 
 def test_options_that_are_none_and_parameters_without_a_shape_are_refused():
-    with pytest.raises(TypeError, match=r"'trust_coeff'.*did you mean 'trust_coefficient'"):
+    with pytest.raises(TypeError, match=r"'trust_coeff'.*it is 'trust_coefficient' here"):
         param_groups(model(), trust_coeff=1e-3)
     with pytest.raises(ValueError, match=r"^0.weight has no shape yet"):
         param_groups(nn.Sequential(nn.LazyLinear(3)))

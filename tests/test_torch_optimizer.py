@@ -124,6 +124,8 @@ def test_all_optimizers_have_the_same_defaults():
     assert new.round(4).tolist() == [2.996, 3.997]
     with pytest.raises(TypeError, match="it is 'weight_decay' here"):
         Lars([p], decay_lambda=0.1)
+    with pytest.raises(TypeError, match=r"param_groups\[0\] .*it is 'trust_coefficient' here"):
+        Lars([{"params": [p], "trust_coeff": 0.02}])
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-8])

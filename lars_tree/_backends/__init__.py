@@ -16,6 +16,7 @@ from typing import Any
 from weakref import ref
 
 from lars_tree._backends.base import Backend
+from lars_tree._nodes import is_permanent
 
 # Where the library defines the type, the name of the type, the module here.
 _TABLE = [
@@ -44,8 +45,7 @@ def find(x: Any) -> Backend | None:
 
 
 def _remembered(cls: type, backend: Backend | None) -> Backend | None:
-    module = sys.modules.get(cls.__module__)
-    if getattr(module, "__dict__", {}).get(cls.__qualname__) is cls:
+    if is_permanent(cls):
         return _CACHE.setdefault(cls, backend)
     key = id(cls)
     _OTHERS[key] = (ref(cls, lambda _: _OTHERS.pop(key, None)), backend)

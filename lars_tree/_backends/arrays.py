@@ -6,6 +6,7 @@ arrays, arrays on accelerators. The formula is `_rule.step`.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from functools import reduce
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,15 @@ class NamespaceOps:
     def round_to_power_of_two(self, x: Array) -> Array:
         mantissa, _ = self.xp.frexp(x)
         return x / (2 * mantissa)
+
+    def upper_half(self, x: Array) -> Array:
+        finfo = getattr(self.xp, "finfo", np.finfo)  # Dask has the dtypes of numpy
+        bits = 1 - round(math.log2(float(finfo(x.dtype).eps)))
+        spread = x * (2.0 ** ((bits + 1) // 2) + 1)  # Veltkamp
+        return spread - (spread - x)
+
+    def finite_or(self, x: Array, other: Array) -> Array:
+        return self.xp.where(self.xp.isfinite(x), x, other)
 
     def where(self, condition: Array, a: Any, b: Any) -> Array:
         like = b if _is_number(a) else a
@@ -146,7 +156,8 @@ class ArraysBackend(Backend):
         w, dcdw, rule = self._widened(w, dcdw, rule)
         ops = self.ops(w).over(_rule.mesh_axes(rule))
         if getattr(rule.lr, "ndim", 0):  # it matters to trust_clip, which has one ratio to report
-            rule = rule._replace(lr=ops.xp.max(rule.lr))
+            rates = ops.xp.broadcast_to(rule.lr, w.shape)
+            rule = rule._replace(lr=ops.max(rates, _other_axes(w, axis)))
         if 0 in w.shape:  # a maximum over nothing is an error; their norms are 0, and so ratio is 1
             zeros = ops.xp.reshape(ops.sum(abs(w), _other_axes(w, axis)), shape)
             return Measured(zeros, zeros, zeros + 1, zeros + 1)

@@ -11,8 +11,7 @@ An array of uint16 stands for bfloat16 bits.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -108,10 +107,9 @@ def _update_layer(arrays: dict[str, Array], rule: Rule) -> None:
     precision = precision_for(arrays["w"], arrays["dcdw"])
     flat = {name: _flat(x) for name, x in _in_memory_order(arrays).items()}
     norms = norms_of(flat["w"], flat["dcdw"], precision, rule)
-    limit = math.inf
-    if "lr" in flat and rule.trust_clip and rule.adapt:
-        limit = _largest_rate(norms, rule)
-        rule = rule._replace(adapt=False)
+    share: Callable[[Array], Array] = lambda rates: rates  # noqa: E731
+    if "lr" in flat and rule.trust_clip:
+        rule, share = _clipping(norms, rule)
     on_dcdw, on_w = _coefficients(norms, rule)
     if norms.total is not None and ("lr" in flat or float(on_w) > 1):
         # g and decay * w may cancel, and what is left is stepped far along.
@@ -129,7 +127,7 @@ def _update_layer(arrays: dict[str, Array], rule: Rule) -> None:
         here = by
         if "lr" in read:
             # complex: a real and an imaginary part for each rate
-            rates = np.minimum(read["lr"], limit)
+            rates = share(read["lr"])
             each = np.repeat(rates, read["w"].size // max(1, rates.size))
             here = [each * number if number is not None else None for number in by]
         new = _stepped(read, here, exponent, rule)
@@ -168,20 +166,18 @@ def _columns(arrays: dict[str, Array], rule: Rule) -> Columns:
 @in_default_floats
 def measure(w: Array, dcdw: Array, rule: Rule) -> Measured:
     """The numbers that `update` steps by: doubles without axes, or a vector for a layer axis."""
-    dcdw = np.broadcast_to(dcdw, w.shape)
-    if isinstance(rule.lr, np.ndarray):  # which matters to trust_clip
-        rule = rule._replace(lr=float(np.max(rule.lr, initial=0)))
     with np.errstate(all="ignore"):
-        if rule.layer_axis is None:
-            return Measured(*map(np.float64, _measure_layer(w, dcdw, rule)))
-        w, dcdw = (np.moveaxis(x, rule.layer_axis, 0) for x in (w, dcdw))
-        layers = [_measure_layer(w[i, ...], dcdw[i, ...], rule) for i in range(len(w))]
+        layers = [_measure_layer(*layer) for layer in _layers(w, dcdw, w, rule, None)]
+    if rule.layer_axis is None:
+        return Measured(*map(np.float64, layers[0]))
     return Measured(*np.array(layers, np.float64).reshape(-1, 4).T.copy())
 
 
-def _measure_layer(w: Array, dcdw: Array, rule: Rule) -> tuple[float, ...]:
-    flat = {name: _flat(x) for name, x in _in_memory_order({"w": w, "dcdw": dcdw}).items()}
-    precision = precision_for(w, dcdw)
+def _measure_layer(arrays: dict[str, Array], rule: Rule) -> tuple[float, ...]:
+    if "lr" in arrays:  # the largest rate matters to trust_clip
+        rule = rule._replace(lr=float(np.max(arrays["lr"], initial=0)))
+    precision = precision_for(arrays["w"], arrays["dcdw"])
+    flat = {name: _flat(x) for name, x in _in_memory_order(arrays).items()}
     norms = norms_of(flat["w"], flat["dcdw"], precision, rule._replace(adapt=True))
     numbers = norms.w, norms.dcdw, norms.numbers(rule), choose, norms.number(1)
     ratio, unclipped = (_rule.trust_ratio(*numbers, bounded=bounded) for bounded in (True, False))
@@ -200,12 +196,17 @@ def _coefficients(norms: Norms, rule: Rule) -> tuple[Wide, Wide]:
     return on_dcdw, on_w
 
 
-def _largest_rate(norms: Norms, rule: Rule) -> float:
-    """What LARC limits the rates of elements to."""
-    if norms.w == 0 or norms.dcdw == 0:
-        return math.inf
-    numbers = norms.numbers(rule._replace(trust_clip=False))
-    return float(_rule.trust_ratio(norms.w, norms.dcdw, numbers, choose, norms.number(1)))
+def _clipping(norms: Norms, rule: Rule) -> tuple[Rule, Callable[[Array], Array]]:
+    """LARC with a rate for each element: a rule without it, and what to multiply its step by."""
+    rule = rule._replace(trust_clip=False)
+    if not rule.adapt or norms.w == 0 or norms.dcdw == 0:
+        return rule, lambda rates: rates
+    numbers = norms.numbers(rule)
+    ratio = _rule.trust_ratio(norms.w, norms.dcdw, numbers, choose, norms.number(1))
+    ratio = ratio if isinstance(ratio, Wide) else Wide(ratio)
+    if ratio.high and ratio.exponent < -900:  # no double, or one with few digits
+        return rule, lambda rates: np.minimum(np.ldexp(rates, -ratio.exponent) / ratio.high, 1)
+    return rule._replace(adapt=False), lambda rates: np.minimum(rates, float(ratio))
 
 
 def _rounded(x: Wide, precision: Precision) -> Any:

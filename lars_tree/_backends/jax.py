@@ -52,6 +52,11 @@ class JaxOps(NamespaceOps):
     def constant(self, x: Array) -> Array:
         return jax.lax.stop_gradient(x)
 
+    def upper_half(self, x: Array) -> Array:
+        # XLA may join products and sums, which the usual way to split a number does not survive.
+        limits = jnp.finfo(x.dtype)
+        return jax.lax.reduce_precision(x, limits.nexp, (limits.nmant + 1) // 2 - 1)
+
     def sum(self, x: Array, axes: tuple[int, ...]) -> Array:
         x = super().sum(x, axes)
         return jax.lax.psum(x, self.axes) if self.axes else x

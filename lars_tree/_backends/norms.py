@@ -59,7 +59,7 @@ class Norms(NamedTuple):
 def norms_of(w: Any, dcdw: Any, precision: Precision, rule: Rule) -> Norms:
     number = _number(w, dcdw, rule)
     if not rule.adapt:
-        return Norms(number)
+        return Norms(Wide)
     w_norm = _norm(w, precision, number)
     if not _rule.is_joint(rule):
         return Norms(number, w_norm, _norm(dcdw, precision, number))
@@ -101,7 +101,7 @@ class Total:
         product, error = two_product(self.high, w, splitter)
         total, rest = two_sum(-dcdw if rule.maximize else dcdw, product)
         exact: Array = total + (rest + (error + self.low * w))
-        return np.where(np.isfinite(total), exact, total)
+        return np.where(np.isfinite(exact), exact, total)
 
     def scaled(self) -> Total | None:
         """The same sum without overflow or underflow; None where elements are not finite."""

@@ -21,6 +21,7 @@ from lars_tree._backends.tensors import (
     Layer,
     Tensors,
     TensorsOps,
+    TorchOps,
     layers,
     measure_layers,
     of_leaf,
@@ -95,7 +96,8 @@ def _total(layer: Layer) -> Layer:
     if not _rule.is_joint(rule):
         return layer
     w, dcdw = (x.to(wide(layer)) for x in (layer.w, layer.dcdw))
-    total = (-dcdw if rule.maximize else dcdw) + rule.decay_lambda * rule.grad_scale * w
+    decay = torch.as_tensor(rule.decay_lambda * rule.grad_scale, dtype=w.dtype, device=w.device)
+    total = _rule.sum_of_products(TorchOps(torch), -dcdw if rule.maximize else dcdw, decay, w)
     return layer._replace(dcdw=total, rule=_rule.without_decay(rule))
 
 

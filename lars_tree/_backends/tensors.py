@@ -90,6 +90,15 @@ class TensorsOps(TorchOps):
     def norm(self, x: Any, layer_axis: int | None) -> Tensor:
         return torch.stack(torch._foreach_norm(x.tensors))
 
+    def upper_half(self, x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return super().upper_half(x)
+        return Tensors([super(TensorsOps, self).upper_half(tensor) for tensor in x.tensors])
+
+    def finite_or(self, x: Any, other: Any) -> Any:
+        pairs = zip(x.tensors, other.tensors, strict=True)
+        return Tensors([super(TensorsOps, self).finite_or(*pair) for pair in pairs])
+
     def largest(self, x: Any, layer_axis: int | None) -> Tensor:
         return torch.stack(torch._foreach_norm(x.tensors, ord=float("inf")))
 

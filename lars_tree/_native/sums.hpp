@@ -109,7 +109,7 @@ LARS_TARGET void join(const T* w, const G* dcdw, double* total, std::size_t size
         const Pair product = two_product(high, weight);
         const Pair sum = two_sum(sign * read(dcdw[i]), product.high);
         const double exact = sum.high + (sum.low + (product.low + low * weight));
-        total[i] = std::isfinite(sum.high) ? exact : sum.high;
+        total[i] = std::isfinite(exact) ? exact : sum.high;
     }
 }
 
