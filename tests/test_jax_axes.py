@@ -339,7 +339,7 @@ def test_a_velocity_that_differs_between_devices_is_refused():
 
 def test_sums_over_an_axis_with_the_same_weights_on_all_devices_are_refused():
     update = lambda w, g: lars_update(w, g, 0.1, axis_name="x")  # noqa: E731
-    says = ["'x'", "the same on all devices"]
+    says = ["'x'", "are replicated: leave it out"]
     refused(update, OptionError, says, specs=P(), out=P())
 
 

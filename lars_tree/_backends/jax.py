@@ -213,15 +213,14 @@ def _axis_fault(varying: frozenset[Any], axes: frozenset[Any], rule: Rule) -> st
         except NameError:
             return f"expected an axis of a surrounding jax.shard_map, got {name!r}"
         if _manual_axes(index, "varying") and name not in varying:
-            text = "over which the weights are the same on all devices, so that one is all there is"
-            return f"expected axes over which the weights are sharded, got {name!r}, {text}"
+            text = f"got {name!r}, over which they are replicated: leave it out"
+            return f"expected axes over which the weights are sharded, {text}"
     unnamed = varying - axes
     if not unnamed or not rule.adapt or () in (rule.axis_name or ()):
         return None
     return (
-        f"expected all mesh axes over which layers are sharded, and () if each device along"
-        f" {named(unnamed)} has whole layers; got {named(axes) or None}, and weights that vary over"
-        f" {named(varying)}"
+        f"expected {named(unnamed)} if layers are sharded over it, or () if each device has whole ones;"
+        f" got {named(axes) or None}, and weights that vary over {named(varying)}"
     )
 
 

@@ -23,7 +23,7 @@ def is_watched() -> bool:
 
 
 def is_wrapped(x: Tensor) -> bool:
-    """Whether x stands for the argument of a torch.func transform; one that compiles sees none."""
+    """Whether x is a wrapper tensor of torch.func. Under torch.compile these are not seen."""
     return not torch.compiler.is_compiling() and bool(
         torch._C._functorch.is_functorch_wrapped_tensor(x)
     )
