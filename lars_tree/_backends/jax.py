@@ -219,8 +219,8 @@ def _axis_fault(varying: frozenset[Any], axes: frozenset[Any], rule: Rule) -> st
     if not unnamed or not rule.adapt or () in (rule.axis_name or ()):
         return None
     return (
-        f"expected {named(unnamed)} if layers are sharded over it, or () if each device has whole ones;"
-        f" got {named(axes) or None}, and weights that vary over {named(varying)}"
+        f"expected {named(unnamed)} if layers are sharded over it, or () if each device has whole"
+        f" ones; got {named(axes) or None}, and weights that vary over {named(varying)}"
     )
 
 
