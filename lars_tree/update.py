@@ -234,7 +234,7 @@ def _matched(w: Any, dcdw: Any, out: Any, options: dict[str, Any], state: State)
 def _refuse_new_children(
     w: Any, argument: str, tree: Any, found: list[Any], at: errors.Path = ()
 ) -> None:
-    """Refuse nodes that make their children anew when they are read: what is written is lost."""
+    """Refuse nodes that make their children when they are read: what is written would be lost."""
     again = _tree.broadcast(argument, w, tree, exact=True, at=at)
     text = "expected the same array at each reading, got a new one: give a tree that holds arrays"
     if len(again) != len(found):  # another thread has changed it
@@ -242,8 +242,8 @@ def _refuse_new_children(
     rows = zip(_tree.walk(w), found, again, strict=False)
     lines = [((*at, *path), text) for (path, _), x, y in rows if x is not y]
     if lines:
-        headline = f"{argument} makes its arrays when it is read"
-        raise errors.error(errors.OutError, argument, headline, lines)
+        headline = f"{argument} gives other arrays when it is read again"
+        raise errors.error(errors.StructureError, argument, headline, lines)
 
 
 def checked(

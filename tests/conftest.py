@@ -24,6 +24,10 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 
 CI = os.environ.get("CI") == "true"
 
+# A shell lets what it starts in the background ignore Ctrl-C: tests of that need the handler.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("default", max_examples=60, **_COMMON)
 settings.register_profile("repeatable", max_examples=60, derandomize=True, **_COMMON)

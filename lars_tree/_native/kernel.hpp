@@ -7,17 +7,17 @@
 //     w_new = w - lr * ratio * (g + decay_lambda * w)
 //
 // (with joint_norm the denominator is |g + decay_lambda * w| + eps), which is linear in w and dcdw,
-// with two coefficients that are made of norms. So a layer is read twice: once to sum the squares of
-// w and dcdw, once to apply the coefficients. With momentum the velocity takes in the step in that
-// second pass, and moves the weights.
+// with two coefficients that are made of norms. So a layer is read twice: once to sum the squares
+// of w and dcdw, once to apply the coefficients. With momentum the velocity takes in the step in
+// that second pass, and moves the weights.
 //
 // The numbers. Elements are read as double, exactly, and rounded once when they are written.
 // Squares are added in a fixed order: 16 lanes; within a chunk the rows of 16 by pairs of
 // neighbours, then pairs of pairs, as if zeros followed up to the next power of two; then the
 // lanes, likewise, and the chunks, one after the other, in about twice the precision. Nothing in
 // this order depends on threads, on the instruction set or on alignment, and
-// lars_tree/_backends/norms.py adds in the same one: it gives the same bits. Where squares of float64
-// numbers leave the range of double, the sum is made again of numbers that are scaled by a power of
+// lars_tree/_backends/norms.py adds in the same one: it gives the same bits. Where squares of
+// float64 numbers leave the range of double, the sum is made again of numbers that are scaled by a power of
 // two; coefficients are Wide (wide.hpp).
 //
 // tests/test_native.py holds this file to cpu.py, tests/test_numbers.py both to an exact reference.

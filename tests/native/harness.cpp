@@ -78,15 +78,18 @@ private:
 };
 
 // lr, decay_lambda, trust_coefficient, eps, grad_scale, adapt, trust_clip;
-// momentum, rate, nesterov, maximize
+// momentum, rate, nesterov, maximize; joint_norm, dampening
 const Rule rules[] = {
-    {0.1, 0, 1, 0, 1, true, false, 0.9, 1, false, false},
-    {0.1, 1e-2, 1, 1e-8, 1024, true, false, 0.9, 1, true, false},
-    {0.1, 0.5, 3, 0, 1, true, true, 0.5, 0.1, false, true},
-    {1e-3, 0, 1, 0, 1, false, false, 0.9, 3, true, true},
-    {1e-3, 1e-2, 1, 0, 1, false, false, 1, 1, false, false},
-    {1e-300, 0, 1e-5, 0, 1e-280, true, false, 0, 1, true, false},
-    {1e300, 1e-200, 1e-280, 0, 1, true, false, 1e-300, 1e290, true, true},
+    {0.1, 0, 1, 0, 1, true, false, 0.9, 1, false, false, false, 0},
+    {0.1, 1e-2, 1, 1e-8, 1024, true, false, 0.9, 1, true, false, false, 0.5},
+    {0.1, 0.5, 3, 0, 1, true, true, 0.5, 0.1, false, true, false, 0},
+    {1e-3, 0, 1, 0, 1, false, false, 0.9, 3, true, true, false, 0.25},
+    {1e-3, 1e-2, 1, 0, 1, false, false, 1, 1, false, false, true, 0},
+    {1e-300, 0, 1e-5, 0, 1e-280, true, false, 0, 1, true, false, false, 0},
+    {1e300, 1e-200, 1e-280, 0, 1, true, false, 1e-300, 1e290, true, true, false, 0},
+    {0.1, 0.1, 1, 0, 1, true, false, 0.9, 1, false, false, true, 0},
+    {10, 0.3, 1, 0, 3, true, true, 0.9, 1, true, true, true, 0.5},
+    {1e-3, 1e-200, 1, 0, 1e-280, true, false, 0, 1, false, false, true, 0},
 };
 const std::size_t rule_count = sizeof rules / sizeof rules[0];
 
