@@ -17,8 +17,8 @@
 // lanes, likewise, and the chunks, one after the other, in about twice the precision. Nothing in
 // this order depends on threads, on the instruction set or on alignment, and
 // lars_tree/_backends/norms.py adds in the same one: it gives the same bits. Where squares of
-// float64 numbers leave the range of double, the sum is made again of numbers that are scaled by a power of
-// two; coefficients are Wide (wide.hpp).
+// float64 numbers leave the range of double, the sum is made again of numbers that are scaled by a
+// power of two; coefficients are Wide (wide.hpp).
 //
 // tests/test_native.py holds this file to cpu.py, tests/test_numbers.py both to an exact reference.
 #pragma once
