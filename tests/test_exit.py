@@ -158,9 +158,13 @@ HARMLESS = {
 FIRST = {"PyArg_ParseTuple", "PyCapsule_GetPointer", "PyInit__kernel", "PyModuleDef_Init"}
 
 
+SOURCES = list(Path(lars_tree.__file__).parent.joinpath("_native").glob("*.?pp"))
+
+
+@pytest.mark.skipif(not SOURCES and not CI, reason="the sources of the kernel are not installed")
 def test_the_kernel_calls_python_by_call_python():
     called = set()
-    for file in Path(lars_tree.__file__).parent.joinpath("_native").glob("*.?pp"):
+    for file in SOURCES:
         code = re.sub(r"//.*", "", file.read_text())
         code = re.sub(r"call_python\(\[[^]]*\][^;]*;", "", code)
         called |= set(re.findall(r"\b(Py[A-Z]?[a-z]*_\w+)\(", code))

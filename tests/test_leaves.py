@@ -143,7 +143,7 @@ LIARS = {
     "weak proxy": (lambda: weak("numpy"), "numpy"),
     "weak proxy of a tensor": (lambda: weak("torch"), "torch"),
     "proxy of nothing": (gone, "numpy"),
-    "no namespace": (NoNamespace, "numpy"),
+    "no namespace": (lambda: need("array_api_compat") and NoNamespace(), "numpy"),
     "object": (object, "numpy"),
     "string": (lambda: "relu", "numpy"),
 }
