@@ -30,7 +30,7 @@ def explained(method: Callable[P, T]) -> Callable[P, T]:
 
 
 def taken(argument: str, value: Any, cls: Any) -> Any:
-    """The value as a Container of this class holds it.
+    """The value, with its mappings converted to Containers of this class.
 
     Raises:
         StructureError: the value holds itself, or a list in it cannot be rebuilt.

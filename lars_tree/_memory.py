@@ -97,7 +97,7 @@ def is_mapped_read_only(address: int, size: int) -> bool:
 
 
 def _can_be_written(address: int, size: int) -> bool:
-    """Whether the system says so of the first and the last page (Linux 5.14 and later).
+    """Whether the first and the last page can be written to, where the system tells (Linux 5.14).
 
     As `is_writable` of `_native/memory.hpp`; takes microseconds, where reading all maps takes
     milliseconds in a process with many.
@@ -122,7 +122,7 @@ def _madvise() -> Callable[[int, int, int], int] | None:
 
 
 def is_foreign(x: Array) -> bool:
-    """Whether numpy did not allocate the memory of x, and so may be wrong about writing to it."""
+    """Whether numpy did not allocate the memory of x: then its writeable flag may be wrong."""
     owner: Any = x
     while issubclass(type(owner), np.ndarray):
         owner, array = owner.base, owner

@@ -32,7 +32,7 @@ _KINDS_OF_OTHERS: WeakKeyDictionary[type, int] = WeakKeyDictionary()
 # Not empty when a class was seen that may read its children in a way of its own.
 _OWN_READING: list[bool] = []
 
-# A class method of Container: makes one of (key, child) pairs, without conversion.
+# The class method that makes a Container from (key, child) pairs, without converting children.
 MAKE = "_lars_tree_make"
 
 _DICTS = (dict, OrderedDict, defaultdict)

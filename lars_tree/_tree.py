@@ -79,7 +79,7 @@ def _check_depth(depth: int) -> None:
 
 
 def walk(tree: Tree, path: Path = (), *, empty_nodes: bool = False) -> Iterator[tuple[Path, Leaf]]:
-    """(path, leaf) pairs, in the same order as `leaves`; if wanted, with nodes without children."""
+    """(path, leaf) pairs in the order of `leaves`. `empty_nodes` adds nodes without children."""
     if is_leaf(tree):
         yield path, tree
         return

@@ -111,6 +111,17 @@ def library(request: pytest.FixtureRequest) -> Library:
     return request.param
 
 
+def traced(trace: Callable[..., Any], call: Callable[[], Any]) -> None:
+    """Make a call under a trace function, which may interrupt it with Ctrl-C."""
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+
+
 def interrupted_at(line: int, folder: str, call: Callable[[], Any]) -> bool:
     """Make a call, with Ctrl-C at that line of what it runs in a folder; whether it had so many."""
     lines = iter(range(line, -1, -1))
@@ -122,13 +133,7 @@ def interrupted_at(line: int, folder: str, call: Callable[[], Any]) -> bool:
             signal.raise_signal(signal.SIGINT)
         return trace
 
-    sys.settrace(trace)
-    try:
-        call()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(None)
+    traced(trace, call)
     return next(lines, None) is None
 
 

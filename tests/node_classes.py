@@ -32,8 +32,8 @@ class CopiesToDict(dict):
         return dict(self)
 
 
-class Elsewhere(dict):
-    """Keeps its items in an attribute, as python-benedict and DotMap do."""
+class Stored(dict):
+    """Keeps its items in an attribute."""
 
     def __init__(self, items=()):
         self.store = dict(items)
@@ -43,6 +43,10 @@ class Elsewhere(dict):
 
     def __setitem__(self, key, value):
         self.store[key] = value
+
+
+class Elsewhere(Stored):
+    """Keeps its items in an attribute, as python-benedict and DotMap do."""
 
     def items(self):
         return self.store.items()
@@ -62,17 +66,8 @@ class ElsewhereInAll(Elsewhere):
         return self.store.values()
 
 
-class ElsewhereByKey(dict):
+class ElsewhereByKey(Stored):
     """Replaces only what the language calls; its `items` are those of the empty dict below."""
-
-    def __init__(self, items=()):
-        self.store = dict(items)
-
-    def __getitem__(self, key):
-        return self.store[key]
-
-    def __setitem__(self, key, value):
-        self.store[key] = value
 
     def __iter__(self):
         return iter(self.store)

@@ -200,7 +200,7 @@ def run():
     pickle.loads(pickle.dumps(w))
     print("done", flush=True)
 
-thread = threading.Thread(target=run)  # its stack is no larger than that of others
+thread = threading.Thread(target=run)  # with the usual stack size of a thread
 thread.start()
 thread.join()
 """

@@ -7,13 +7,12 @@ import os
 import signal
 import stat
 import struct
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import need
+from conftest import need, traced
 
 from lars_tree import Container, io
 from lars_tree._files import permissions, replacing
@@ -293,13 +292,7 @@ def interrupted_at(opcode, call):
             signal.raise_signal(signal.SIGINT)
         return trace
 
-    sys.settrace(trace)
-    try:
-        call()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(None)
+    traced(trace, call)
     return next(opcodes, None) is None
 
 

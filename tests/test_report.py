@@ -393,6 +393,6 @@ def test_a_table_of_traced_values_is_refused():
 def test_ratios_do_not_depend_on_the_nest_or_the_rate(seed, options):
     w, g = pair((7,), seed=seed)
     alone = trust_ratios(w, g, 0.1, **options)
-    rate = 0.1 if "trust_clip" in options else 5.0  # which the rate bounds
+    rate = 0.1 if "trust_clip" in options else 5.0  # the rate bounds clipped ratios
     nested = trust_ratios({"a": [w, {"b": 2 * w}]}, {"a": [g, {"b": g}]}, rate, **options)
     assert nested["a"][0] == alone

@@ -8,13 +8,12 @@ import ctypes
 import dis
 import os
 import signal
-import sys
 import threading
 import tracemalloc
 
 import numpy as np
 import pytest
-from conftest import need, to_library, to_numpy
+from conftest import need, to_library, to_numpy, traced
 
 import lars_tree
 from lars_tree import Container, Lars, _writes, lars_update
@@ -164,13 +163,7 @@ def interrupted_at(number, call, send):
         frame.f_trace_opcodes = True
         return follow
 
-    sys.settrace(trace)
-    try:
-        call()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(None)
+    traced(trace, call)
     return next(moments, None) is None
 
 

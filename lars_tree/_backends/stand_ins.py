@@ -54,7 +54,7 @@ def stand_in_fault(x: Tensor) -> str | None:
 
 
 def address(x: Tensor) -> int | None:
-    """Where the memory of x starts; None if x stands for others, and has no memory of its own."""
+    """The address of the memory of x; None if x is a wrapper without memory of its own."""
     if isinstance(x, FakeTensor):  # which warns of being asked
         return None
     try:

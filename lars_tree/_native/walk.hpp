@@ -12,7 +12,7 @@ namespace lars {
 enum Kind { leaf_kind = 0, plain_dict_kind = 1 };
 
 // Levels that are walked here. They take 10 KB of the stack of a thread, which may be small
-// (threading.stack_size); Python walks the levels below on the heap, up to its recursion limit.
+// (threading.stack_size). Deeper levels are walked in Python, which needs no C stack for them.
 const int deepest = 32;
 
 class Walk {
