@@ -43,14 +43,12 @@ inline To bit_cast(From from) {
 inline double read(double x) { return x; }
 inline float read(float x) { return x; }
 
-inline float read(Brain x) {
-    return bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16);
-}
+inline float read(Brain x) { return bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16); }
 
 inline float read(Half x) {
     // As a float the bits have an exponent that is 112 too small, also where they are subnormal.
     std::uint32_t magnitude = static_cast<std::uint32_t>(x.bits & 0x7fffu) << 13;
-    float scaled = bit_cast<float>(magnitude) * 5.192296858534828e33f;  // 2^112
+    float scaled = bit_cast<float>(magnitude) * 5.192296858534828e33f;        // 2^112
     std::uint32_t special = magnitude >= (0x7c00u << 13) ? 0x7f800000u : 0u;  // infinity, NaN
     std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
     return bit_cast<float>(bit_cast<std::uint32_t>(scaled) | special | sign);

@@ -141,8 +141,8 @@ inline Number trust_ratio(Number w_norm, Number dcdw_norm, const Rule& rule) {
 template <class Number>
 inline Coefficients coefficients(Number w_norm, Number dcdw_norm, const Rule& rule,
                                  int exponent = 0) {
-    Number rate = Number(rule.lr) * trust_ratio(w_norm, dcdw_norm, rule) *
-                  Number(1 - rule.dampening);
+    Number rate =
+        Number(rule.lr) * trust_ratio(w_norm, dcdw_norm, rule) * Number(1 - rule.dampening);
     const double on_w = rounded(rate * Number(rule.decay_lambda));
     const Number on_dcdw = rate / Number(rule.grad_scale);
     // g and decay_lambda * w may cancel, and what is left is stepped far along.
@@ -169,8 +169,8 @@ inline bool double_is_enough(const Rule& rule) {
 // ---- The loops, for each instruction set
 
 struct Loops {
-    typedef void (*SumSquares)(const void* const* arrays, int count, std::size_t size,
-                               double scale, double rest, double (*totals)[lanes]);
+    typedef void (*SumSquares)(const void* const* arrays, int count, std::size_t size, double scale,
+                               double rest, double (*totals)[lanes]);
     typedef double (*Largest)(const void* x, std::size_t size);
     typedef void (*Apply)(const void* w, const void* dcdw, void* out, std::size_t size,
                           const Coefficients& by);
@@ -346,8 +346,12 @@ inline Addition addition(const Loops& loops, const Vector& w, const Vector& dcdw
                          const Rule& rule) {
     const Wide decay = Wide(rule.decay_lambda) * Wide(rule.grad_scale);
     const int decay_exponent = static_cast<int>(decay.exponent);
-    Addition by = {std::ldexp(decay.high, decay_exponent), std::ldexp(decay.low, decay_exponent),
-                   0, 0, 0, rule.maximize};
+    Addition by = {std::ldexp(decay.high, decay_exponent),
+                   std::ldexp(decay.low, decay_exponent),
+                   0,
+                   0,
+                   0,
+                   rule.maximize};
     if (w.format != float64 && dcdw.format != float64 && double_is_enough(rule)) return by;
     const double w_most = loops.largest[w.format](w.data, w.size);
     const double dcdw_most = loops.largest[dcdw.format](dcdw.data, dcdw.size);

@@ -207,8 +207,8 @@ LARS_TARGET inline std::size_t move_fours(const float* w, const float* dcdw, flo
                                           Motion motion) {
     std::size_t i = 0;
     for (; i + 4 <= size; i += 4) {
-        const auto result = moved(read_four(w + i), read_four(dcdw + i), read_four(velocity + i),
-                                  by, motion);
+        const auto result =
+            moved(read_four(w + i), read_four(dcdw + i), read_four(velocity + i), by, motion);
         write_four(velocity + i, result.velocity);
         write_four(out + i, result.w);
     }
@@ -241,8 +241,8 @@ LARS_TARGET void move(const double* w, const G* dcdw, double* velocity, double* 
         double weights[block], velocities[block];
         std::uint64_t beyond = 0;
         for (std::size_t i = 0; i < block; ++i) {
-            auto result = moved<double>(w[start + i], read(dcdw[start + i]), velocity[start + i],
-                                        by, motion);
+            auto result =
+                moved<double>(w[start + i], read(dcdw[start + i]), velocity[start + i], by, motion);
             weights[i] = result.w;
             velocities[i] = result.velocity;
             beyond |= sign_if_beyond(result.w);  // which it is wherever the velocity is
@@ -260,8 +260,8 @@ LARS_TARGET void move(const double* w, const G* dcdw, double* velocity, double* 
 }
 
 template <class T, class G>
-LARS_TARGET void move(const void* w, const void* dcdw, void* velocity, void* out,
-                      std::size_t size, const Coefficients& by, const Motion& motion) {
+LARS_TARGET void move(const void* w, const void* dcdw, void* velocity, void* out, std::size_t size,
+                      const Coefficients& by, const Motion& motion) {
     const T* weights = static_cast<const T*>(w);
     const G* gradients = static_cast<const G*>(dcdw);
     auto* velocities = static_cast<typename VelocityOf<T>::type*>(velocity);

@@ -142,8 +142,8 @@ public:
     // with that. `buffer` is to be released when the memory is no longer looked at.
     bool read(PyObject* x, bool writable, Memory& to, Py_buffer& buffer) const {
         const bool done =
-            has_plain_type(x) && (untyped_storage ? read_tensor(x, writable, to)
-                                                  : read_buffer(x, writable, to, buffer));
+            has_plain_type(x) &&
+            (untyped_storage ? read_tensor(x, writable, to) : read_buffer(x, writable, to, buffer));
         if (!done) {
             for (PyObject* expected : {PyExc_BufferError, PyExc_TypeError, PyExc_ValueError,
                                        PyExc_RuntimeError, PyExc_AttributeError}) {
@@ -195,11 +195,20 @@ private:
         if (to.is_complex) ++format;
         if (format[0] == '\0' || format[1] != '\0') return false;
         switch (format[0]) {
-            case 'e': to.format = float16; break;
-            case 'f': to.format = float32; break;
-            case 'd': to.format = float64; break;
-            case 'H': to.format = bfloat16; break;
-            default: return false;
+            case 'e':
+                to.format = float16;
+                break;
+            case 'f':
+                to.format = float32;
+                break;
+            case 'd':
+                to.format = float64;
+                break;
+            case 'H':
+                to.format = bfloat16;
+                break;
+            default:
+                return false;
         }
         if (to.format == bfloat16 && !are_bits) return false;  // numbers, not bits
         if (buffer.ndim > 64) return false;

@@ -22,9 +22,9 @@ bool read_rule(PyObject* fields, Rule& rule) {
     const struct {
         int place;
         double& number;
-    } numbers[] = {{0, rule.lr},   {1, rule.decay_lambda}, {2, rule.trust_coefficient},
-                   {3, rule.eps},  {4, rule.grad_scale},   {10, rule.momentum},
-                   {11, rule.rate},   {15, rule.dampening}};
+    } numbers[] = {{0, rule.lr},    {1, rule.decay_lambda}, {2, rule.trust_coefficient},
+                   {3, rule.eps},   {4, rule.grad_scale},   {10, rule.momentum},
+                   {11, rule.rate}, {15, rule.dampening}};
     for (const auto& to : numbers) {
         PyObject* number = PyTuple_GetItem(fields, to.place);
         if (!number || !PyFloat_Check(number)) return false;
@@ -99,8 +99,8 @@ public:
         if (!reader.read(given.dcdw, false, gradients, of_dcdw.view)) return false;
         if (!fit(weights, gradients) || !is_dense(weights)) return false;
         // Also before it is copied: copy(velocity) may take what is no such array, or was freed.
-        if (to.velocity && !read_velocity(to.velocity, given.out != nullptr, weights, moving,
-                                          of_velocity.view)) {
+        if (to.velocity &&
+            !read_velocity(to.velocity, given.out != nullptr, weights, moving, of_velocity.view)) {
             return false;
         }
         if (!given.out) {
@@ -364,9 +364,15 @@ PyModuleDef_Slot slots[] = {
     {0, nullptr},
 };
 
-PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "_kernel", "The native kernel of lars_tree.", 0, methods, slots,
-    nullptr,               nullptr,   nullptr};
+PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                          "_kernel",
+                          "The native kernel of lars_tree.",
+                          0,
+                          methods,
+                          slots,
+                          nullptr,
+                          nullptr,
+                          nullptr};
 
 }  // namespace
 

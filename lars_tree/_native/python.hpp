@@ -23,7 +23,8 @@ template <class Function, class... Arguments>
 #if defined(__GNUC__)
 __attribute__((always_inline)) inline  // else the function is called by its address
 #endif
-auto call_python(Function function, Arguments... arguments) -> decltype(function(arguments...)) {
+    auto
+    call_python(Function function, Arguments... arguments) -> decltype(function(arguments...)) {
     try {
         return function(arguments...);
     } catch (...) {  // C functions throw nothing else

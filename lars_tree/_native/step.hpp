@@ -73,8 +73,8 @@ public:
             (is_large ? large : small).push_back(i);
             if (is_large) longest = std::max(longest, chunks(layers[i].size));
             if (layers[i].rule->is_joint()) {
-                total_size = std::max(total_size, std::min(layers[i].size,
-                                                           chunk_size(layers[i].size)));
+                total_size =
+                    std::max(total_size, std::min(layers[i].size, chunk_size(layers[i].size)));
             }
         }
         // More threads than this would take longer to start than they save.
@@ -112,8 +112,8 @@ private:
     // each is elsewhere in memory.
     static void prefetch(const Layer& layer) {
 #if defined(__GNUC__)
-        const std::size_t bytes = std::min<std::size_t>(
-            1024, layer.size * Vector::item_size(layer.w_format));
+        const std::size_t bytes =
+            std::min<std::size_t>(1024, layer.size * Vector::item_size(layer.w_format));
         for (std::size_t i = 0; i < bytes; i += 64) {
             __builtin_prefetch(static_cast<const char*>(layer.w) + i);
             __builtin_prefetch(static_cast<const char*>(layer.dcdw) + i);
@@ -187,8 +187,8 @@ private:
             const auto sum_chunk = [&](std::size_t start, std::size_t, std::size_t i) {
                 sum_squares(layer, start + i, w_sums.data(), dcdw_sums.data(), now.plan, thread);
                 if (now.summed.fetch_add(1) + 1 < count) return;
-                now.plan.by = coefficients_of(layer, w_sums.data(), dcdw_sums.data(),
-                                              now.plan.addition);
+                now.plan.by =
+                    coefficients_of(layer, w_sums.data(), dcdw_sums.data(), now.plan.addition);
                 now.ready.store(true, std::memory_order_release);
             };
             for_chunks(now.to_sum.get(), count, thread, sum_chunk);
@@ -239,8 +239,8 @@ private:
             return;
         }
         const Rule& rule = *layer.rule;
-        char* velocity = static_cast<char*>(layer.velocity) +
-                         start * Vector::item_size(velocity_format(format));
+        char* velocity =
+            static_cast<char*>(layer.velocity) + start * Vector::item_size(velocity_format(format));
         loops.move[format][dcdw_format](w, dcdw, velocity, out, size, by,
                                         {rule.momentum, rule.rate, rule.nesterov});
     }
@@ -257,8 +257,7 @@ private:
 };
 
 // Steps all layers. Throws std::bad_alloc before anything is written, or nothing.
-inline void step(const Layer* layers, std::size_t count, std::size_t threads,
-                 InstructionSet set) {
+inline void step(const Layer* layers, std::size_t count, std::size_t threads, InstructionSet set) {
     Step all(layers, count, threads, set);
     std::vector<std::thread> others;
     others.reserve(all.threads);

@@ -102,8 +102,8 @@ struct Split {
 inline Split split(double x) { return {x, 0}; }
 inline Split split(Wide x) {
     if (-960 < x.exponent && x.exponent < 960) return {rounded(x), 0};
-    return {x.high, static_cast<int>(std::max<std::int64_t>(
-                        -5000, std::min<std::int64_t>(5000, x.exponent)))};
+    return {x.high, static_cast<int>(
+                        std::max<std::int64_t>(-5000, std::min<std::int64_t>(5000, x.exponent)))};
 }
 
 // x * 2^exponent; doubles are scaled by nothing.

@@ -61,10 +61,14 @@ private:
         const double large[formats] = {6e4, 3e38, 3e38, 1.7e308};
         const double number = range == moderate ? share - 0.5 : (bits & 1 ? 1 : -1) * large[format];
         switch (format) {
-            case float16: return put<Half>(range, i, number, bits, 0x7c00);
-            case bfloat16: return put<Brain>(range, i, number, bits, 0x7f80);
-            case float32: return put<float>(range, i, number, bits, 0x7f800000);
-            case float64: return put<double>(range, i, number, bits, std::uint64_t{0x7ff} << 52);
+            case float16:
+                return put<Half>(range, i, number, bits, 0x7c00);
+            case bfloat16:
+                return put<Brain>(range, i, number, bits, 0x7f80);
+            case float32:
+                return put<float>(range, i, number, bits, 0x7f800000);
+            case float64:
+                return put<double>(range, i, number, bits, std::uint64_t{0x7ff} << 52);
         }
     }
 
