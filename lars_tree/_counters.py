@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ def check(state: dict[str, Any], written: bool) -> None:
 
 
 def check_apart(
-    state: dict[str, Any], leaves: list[Leaf], paths: Callable[[], list[errors.Path]]
+    counters: Mapping[str, Any], leaves: list[Leaf], paths: Callable[[], list[errors.Path]]
 ) -> None:
     """Raise where a counter shares memory with weights or velocities that are to be written to.
 
@@ -52,12 +52,19 @@ def check_apart(
     """
     targets = [(leaf, "out", leaf.out) for leaf in leaves if leaf.out is not None]
     targets += [(leaf, "state", leaf.velocity) for leaf, *_ in targets if leaf.velocity is not None]
-    for name in state.keys() & set(NAMES) if targets else ():
-        found = _sharing(unwrap(state[name]), [x for *_, x in targets])
+    for name in counters if targets else ():
+        found = _sharing(counters[name], [x for *_, x in targets])
         if found:
             leaf, argument, _ = targets[found[0]]
             path = errors.path_string(paths()[leaf.place]) or "the array"
             raise _unwritable(name, f"it shares memory with {path} of {argument}")
+
+
+def spans(state: dict[str, Any]) -> list[tuple[int, int]]:
+    """The stretches of memory of those counters that can be written to."""
+    memories = (_place(unwrap(state[name]))[1] for name in NAMES if name in state)
+    found = (_memory.span(memory) for memory in memories if memory is not None)
+    return [(start, start + size) for start, size in found]
 
 
 def _fault(x: Any) -> str | None:
@@ -108,10 +115,9 @@ def counted(counter: Any, name: str, taken: Any) -> Any:
     return rewrapped(np.asarray(count) if isinstance(count, np.generic) else count, counter)
 
 
-def count_in_place(state: dict[str, Any], taken: Any, writes: Writes) -> None:
-    """Have the counters of a state written as they are after the step."""
-    for name in NAMES:
-        counter = unwrap(state.get(name))
+def count_in_place(counters: Mapping[str, Any], taken: Any, writes: Writes) -> None:
+    """Have these counters written as they are after the step."""
+    for name, counter in counters.items():
         backend = _backends.find(counter)
         if backend is not None:
             writes.add(backend, counter, counted(counter, name, taken))

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lars_tree import _backends, _nonfinite, _options, _tree, errors
-from lars_tree._backends.base import Backend, Columns, Leaf, Values
+from lars_tree import _backends, _nonfinite, errors
+from lars_tree._backends.base import Backend, Leaf, Values
+from lars_tree._core.advance import matched
 from lars_tree._rule import Measured
 from lars_tree._writes import Writes
 from lars_tree.array import unwrap
-from lars_tree.update import checked
 
 
 class Step(NamedTuple):
@@ -34,16 +34,8 @@ def measure(
     Nothing waits for a device, and all works under `jax.jit`. `with_steps` computes the steps too,
     one leaf at a time.
     """
-    try:
-        old = _tree.leaves(w)
-        dcdws = _tree.broadcast("dcdw", w, dcdw)
-        columns = Columns(old, dcdws, None, _options.resolve(w, options, len(old)))
-        if len(dcdws) != len(old):
-            raise _tree.changed()
-        leaves = checked(w, dcdw, columns, lambda: _tree.paths(w, len(old)))
-    except RecursionError:
-        raise _tree.explained({"w": w, "dcdw": dcdw, **options}) from None
-    found: list[Step | None] = [None] * len(old)
+    columns, leaves = matched(w, dcdw, options)
+    found: list[Step | None] = [None] * len(columns.ws)
     moving = [leaf for leaf in leaves if leaf.dcdw is not None]
     for backend, group in _nonfinite.by_backend(moving).items():
         for leaf, measured in zip(group, backend.measure(group), strict=True):

@@ -1,4 +1,4 @@
-"""Where arrays lie in memory, and the lock of updates in place.
+"""Where arrays lie in memory.
 
 Works on addresses alone: the arrays given here are numpy arrays that may stand for memory of any
 device, and are never read.
@@ -7,9 +7,7 @@ device, and are never read.
 from __future__ import annotations
 
 import mmap
-import os
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -127,21 +125,3 @@ def is_foreign(x: Array) -> bool:
     while issubclass(type(owner), np.ndarray):
         owner, array = owner.base, owner
     return owner is not None or not array.flags.owndata
-
-
-_write_lock = threading.RLock()
-
-
-def _renew_lock() -> None:
-    global _write_lock
-    _write_lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    # A fork may come while another thread writes: that thread is not in the child to let go.
-    os.register_at_fork(after_in_child=_renew_lock)
-
-
-def serialised() -> threading.RLock:
-    """Hold off the in-place updates of other threads; this one may make some within."""
-    return _write_lock

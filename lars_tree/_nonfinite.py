@@ -11,10 +11,22 @@ from lars_tree._backends.base import Backend, Leaf, New, Values
 Paths = Callable[[], list[errors.Path]]
 
 
-def guard(leaves: list[Leaf], results: dict[int, New], paths: Paths) -> tuple[dict[int, New], Any]:
+def guard(
+    leaves: list[Leaf],
+    results: dict[int, New],
+    paths: Paths,
+    native: dict[int, str] | None,
+) -> tuple[dict[int, New], Any]:
     """The results, or what `nonfinite` asks for where they would hold NaN or infinity.
 
-    And whether the step is taken: a truth value, or an array of one that is not known yet.
+    And whether the step is taken: a bool, or an array of one that is not known yet.
+
+    Args:
+        leaves: Those that the native engine does not take.
+        results: Theirs, by place.
+        paths: The paths of all leaves.
+        native: What `nonfinite` is for those leaves, by place, to which the native engine would
+            write NaN or infinity; None if it has no leaves.
     """
     steps = [leaf for leaf in leaves if leaf.dcdw is not None]
 
@@ -22,20 +34,25 @@ def guard(leaves: list[Leaf], results: dict[int, New], paths: Paths) -> tuple[di
         arrays = [x for leaf in group for x in results[leaf.place] if x is not None]
         return backend.all_finite(arrays)
 
-    bad = [
-        paths()[leaf.place]
+    bad = [place for place, choice in (native or {}).items() if choice == "raise"]
+    bad += [
+        leaf.place
         for leaf in steps
         if leaf.rule.nonfinite == "raise" and not bool(are_finite(leaf.backend, [leaf]))
     ]
     if bad:
         headline = "dcdw would make weights that are not finite"
-        lines = [(path, "expected finite numbers, got NaN or infinity") for path in bad]
+        text = "expected finite numbers, got NaN or infinity"
+        lines = [(paths()[place], text) for place in sorted(bad)]
         raise errors.error(errors.NonFiniteError, "dcdw", headline, lines)
     watched = by_backend([leaf for leaf in steps if leaf.rule.nonfinite == "skip"])
     flags = [are_finite(backend, group) for backend, group in watched.items()]
+    flags += [False] if native else []
     if not flags:
         return results, True
     values = {leaf.backend.values(leaf.w) for leaf in steps}
+    if native is not None:
+        values.add(Values.HERE)
     if values != {Values.HERE} and set(watched) == set(by_backend(steps)) and len(flags) == 1:
         # It stays on its device, and unknown where it is traced.
         flag = steps[0].backend.on_all_shards(flags[0], steps)

@@ -23,15 +23,15 @@ import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import chain, repeat
-from operator import getitem, setitem
-from typing import Any
+from operator import setitem
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lars_tree import _native
-from lars_tree._backends.base import Backend, Columns, Leaf, New
-from lars_tree._rule import Rule
+from lars_tree._backends.base import Backend, Leaf, New
+
+if TYPE_CHECKING:
+    from lars_tree._native._kernel import Plan
 
 Array = np.ndarray[Any, Any]
 Call = Callable[[], Any]
@@ -44,11 +44,16 @@ MOST_HELD = 2**26
 
 
 class Writes:
-    """What is to be written by one update."""
+    """What is to be written by one update.
 
-    def __init__(self) -> None:
+    Args:
+        plan: The layers that the native kernel steps, to which more may be added.
+    """
+
+    def __init__(self, plan: Plan | None = None) -> None:
+        self.plan = plan
+        self.norms: bytearray | None = None  # of the plan, where they are known already
         self._copies: list[tuple[Array, Array]] = []
-        self._steps: list[tuple[dict[str, Array], Rule]] = []
         self._chunked: list[Call] = []
         self._foreign: dict[Backend, list[tuple[Any, Any]]] = {}
         self._shared: dict[Backend, list[Any]] = {}
@@ -81,10 +86,6 @@ class Writes:
         """Copy values to an array in CPU memory."""
         self._copies.append((target, np.asarray(values, target.dtype)))
 
-    def step(self, arrays: dict[str, Array], rule: Rule) -> None:
-        """Step arrays by the native kernel, which takes them: by their names in `cpu.update`."""
-        self._steps.append((arrays, rule))
-
     def holds(self, size: int) -> bool:
         """Whether so many more bytes may be held until they are written; they are counted then."""
         if size > self._room:
@@ -114,7 +115,8 @@ class Writes:
         done = [False]
         foreign = [(backend, backend.writers(pairs)) for backend, pairs in self._foreign.items()]
         writers = [write for _, writes in foreign for write in writes]
-        others = bool(self._copies or self._steps or self._chunked or self._last)
+        is_planned = self.plan is not None and bool(self.plan.spans())
+        others = bool(self._copies or is_planned or self._chunked or self._last)
         held: list[Call] = []
         if len(writers) + others > 1:  # a single one needs nothing to be put back
             for backend, pairs in self._foreign.items():
@@ -138,18 +140,11 @@ class Writes:
 
     def _at_once(self, last: list[Call]) -> Call:
         """A call that makes all writes to CPU memory, without Python, and then these calls."""
-        first: list[Call] = []
-        if self._steps:
-            names = ("w", "dcdw", "out", "velocity")
-            ws, dcdws, outs, velocities = ([x.get(name) for x, _ in self._steps] for name in names)
-            columns = Columns(ws, dcdws, outs, [rule for _, rule in self._steps], velocities)
-            first = [_native.deferred(columns, types=(np.ndarray,), as_bits=True)]
-        copies = [partial(setitem, target, ..., values) for target, values in self._copies]
-        # An item of the results is asked for, as the kernel returns None for what it does not take.
-        results: Iterable[Any] = map(_call, first)
-        taken: Iterable[Any] = map(getitem, results, repeat(0))
-        others: list[Call] = [*copies, *self._last, *last]
-        return partial(deque, chain(taken, map(_call, others)), 0)
+        calls = [*(partial(setitem, target, ..., values) for target, values in self._copies)]
+        if self.plan is not None:
+            step = self.plan.step if self.norms is None else partial(self.plan.apply, self.norms)
+            calls.insert(0, step)  # raises before it writes, or not at all
+        return partial(deque, map(_call, [*calls, *self._last, *last]), 0)
 
 
 def _aside(calls: list[Call]) -> None:

@@ -16,7 +16,6 @@ from lars_tree import (
     _backends,
     _checks,
     _counters,
-    _memory,
     _nodes,
     _options,
     _tree,
@@ -24,11 +23,12 @@ from lars_tree import (
     schedules,
 )
 from lars_tree._backends.base import FLOATING
+from lars_tree._core import locks
+from lars_tree._core.advance import advance
 from lars_tree._floats import in_default_floats
 from lars_tree._rule import is_zero
 from lars_tree.array import Array, unwrap
 from lars_tree.container import Container
-from lars_tree.update import advance
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -173,7 +173,7 @@ class Lars:
             LarsTreeError: as `lars_update` does; nothing was written.
         """
         self._check_state(state)
-        with nullcontext() if out is None else _memory.serialised():
+        with nullcontext() if out is None else locks.writing(lambda: _counters.spans(state)):
             _counters.check(state, written=out is not None)
             options = {"lr": _rates(self.lr, state["step"]), **self.options}
             new_w, new = advance(w, dcdw, out, options, state)

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from lars_tree import _torch_options
 from lars_tree._backends.torch import BACKEND, is_in_cpu_memory
-from lars_tree._memory import serialised
+from lars_tree._core import locks
 from lars_tree._options import CALLED_ELSEWHERE, check_names, with_hints
 from lars_tree._torch_batches import (
     Batch,
@@ -248,7 +248,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
             with torch.enable_grad():
                 loss = closure()
         # Of threads that step the same parameters, one makes their buffers.
-        with nullcontext() if torch.compiler.is_compiling() else serialised():
+        with nullcontext() if torch.compiler.is_compiling() else locks.writing(lambda: locks.of(self)):
             self._step(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         return loss
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from enum import Enum
 from functools import lru_cache, partial
 from math import prod
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from lars_tree._rule import Measured, Rule, mesh_axes
 
 if TYPE_CHECKING:
+    from lars_tree._native._kernel import Plan
     from lars_tree._writes import Writes
 
 Array = Any
@@ -77,10 +79,10 @@ class Leaf(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """All leaves of a nest side by side, unchecked: for the quick way.
+    """All leaves of an update side by side, one item of each list for each leaf; unchecked.
 
     Where `outs` is None the results are new arrays; else velocities are written to where they are,
-    and one is added to `counter`, an array of one integer. A leaf without momentum may have None
+    and so are the `counters` of a state, by their names. A leaf without momentum may have None
     among the velocities.
     """
 
@@ -89,7 +91,20 @@ class Columns(NamedTuple):
     outs: list[Any] | None
     rules: list[Rule]
     velocities: list[Any] | None = None
-    counter: Any = None
+    counters: Mapping[str, Any] = MappingProxyType({})
+
+    def row(self, place: int) -> tuple[Any, Any, Any, Any]:
+        """w, dcdw, out and velocity of a leaf; None where there are none."""
+        columns = (self.ws, self.dcdws, self.outs, self.velocities)
+        w, dcdw, out, velocity = (None if xs is None else xs[place] for xs in columns)
+        return w, dcdw, out, velocity
+
+
+class News(NamedTuple):
+    """The results of an update out of place, one item for each leaf; None until it is there."""
+
+    ws: list[Any]
+    velocities: list[Any] | None
 
 
 class New(NamedTuple):
@@ -179,13 +194,24 @@ class Backend(ABC):
         """Have the library know that arrays are written to without it."""
         return
 
-    def update_plain(self, columns: Columns) -> tuple[list[Array], list[Array]] | None:
-        """The weights and velocities after one step, if all arrays are plain and in CPU memory.
+    def prepare(
+        self, plan: Plan, columns: Columns, news: News | None, places: list[int] | None
+    ) -> list[int]:
+        """Add those leaves to a plan of the native engine that it supports; the places of others.
 
-        The quick way: `_native` does the checks, of unchecked arguments. None, with nothing
-        written, where something is not plain; the leaves may also be no arrays, or None.
+        The arrays are unchecked, and may be none of this library. Without `outs` the results are
+        new arrays, put into `news`; without these either, the leaves are only measured. `places`
+        says which leaves to look at; None means all.
         """
-        return None
+        return list(range(len(columns.ws))) if places is None else places
+
+    def finish(self, columns: Columns, news: News, places: list[int] | None) -> None:
+        """Make those new arrays that `prepare` added what users of the library expect."""
+        return
+
+    def count(self, plan: Plan, counter: Array) -> bool:
+        """Have a plan add one to a counter when the step is taken; whether it can."""
+        return False
 
     def velocity_dtype(self, w: Array) -> Any:
         """The dtype of the velocity of w: its own, or float32 if that is shorter than float32."""

@@ -19,7 +19,6 @@ import numpy as np
 
 from lars_tree import _native, _rule
 from lars_tree._backends import bfloat16
-from lars_tree._backends.base import Columns
 from lars_tree._backends.norms import (
     Norms,
     Precision,
@@ -35,12 +34,12 @@ from lars_tree._floats import in_default_floats
 from lars_tree._rule import Measured, Rule
 
 if TYPE_CHECKING:
+    from lars_tree._native._kernel import Plan
     from lars_tree._writes import Writes
 
 Array = np.ndarray[Any, Any]
 
 
-@in_default_floats
 def update(
     w: Array,
     dcdw: Array,
@@ -54,28 +53,29 @@ def update(
     The numbers of the rule are floats. The velocity, if any, has the shape of w, and is stepped in
     place.
     """
-    with np.errstate(all="ignore"):
-        for layer, its_rule in _layers(w, dcdw, out, rule, velocity):
-            _update_layer(layer, its_rule)
+    plan = _native.plan()
+    for layer in _layers(w, dcdw, out, rule, velocity):
+        if not _takes(plan, *layer):
+            _update_layer(*layer)
+    if plan is not None:
+        plan.step()
 
 
 def prepare(
     w: Array, dcdw: Array, out: Array, rule: Rule, velocity: Array | None, writes: Writes
 ) -> None:
     """As `update`, but nothing is written before the writes are made."""
-    layers = list(_layers(w, dcdw, out, rule, velocity))
-    if all("lr" not in arrays and _is_plain(arrays, its_rule) for arrays, its_rule in layers):
-        for layer in layers:
-            writes.step(*layer)
-    elif writes.holds(out.nbytes + (0 if velocity is None else velocity.nbytes)):
-        new = np.empty_like(out)
-        moved = None if velocity is None else np.array(velocity)
-        update(w, dcdw, new, rule, moved)
-        writes.copy(out, new)
-        if velocity is not None and moved is not None:
-            writes.copy(velocity, moved)
-    else:
-        writes.step_in_chunks(partial(update, w, dcdw, out, rule, velocity))
+    for arrays, its_rule in _layers(w, dcdw, out, rule, velocity):
+        if _takes(writes.plan, arrays, its_rule):
+            continue
+        written = {name: arrays[name] for name in ("out", "velocity") if name in arrays}
+        if writes.holds(sum(x.nbytes for x in written.values())):
+            new = {name: np.array(x) for name, x in written.items()}
+            _update_layer({**arrays, **new}, its_rule)
+            for name, values in new.items():
+                writes.copy(written[name], values)
+        else:
+            writes.step_in_chunks(partial(_update_layer, arrays, its_rule))
 
 
 def _layers(
@@ -88,7 +88,8 @@ def _layers(
     if isinstance(rule.lr, np.ndarray):
         arrays["lr"] = np.broadcast_to(rule.lr, w.shape)
         rule = rule._replace(lr=1.0)
-    rule = rule._replace(nonfinite="propagate", stop_gradients=True)  # of no concern here
+    # Of no concern here.
+    rule = rule._replace(nonfinite="propagate", stop_gradients=True, axis_name=None)
     if rule.layer_axis is None:
         yield arrays, rule
         return
@@ -100,10 +101,14 @@ def _layers(
         )
 
 
+@in_default_floats
 def _update_layer(arrays: dict[str, Array], rule: Rule) -> None:
     """One step over arrays of one shape, by their names in `update`."""
-    if "lr" not in arrays and _update_plain(arrays, rule):
-        return
+    with np.errstate(all="ignore"):
+        _step_layer(arrays, rule)
+
+
+def _step_layer(arrays: dict[str, Array], rule: Rule) -> None:
     precision = precision_for(arrays["w"], arrays["dcdw"])
     flat = {name: _flat(x) for name, x in _in_memory_order(arrays).items()}
     norms = norms_of(flat["w"], flat["dcdw"], precision, rule)
@@ -150,17 +155,15 @@ def _stepped(read: dict[str, Array], by: list[Any], exponent: int, rule: Rule) -
     return dict(zip(("out", "velocity"), new, strict=True))
 
 
-def _update_plain(arrays: dict[str, Array], rule: Rule) -> bool:
-    return _native.update(_columns(arrays, rule), types=(np.ndarray,), as_bits=True) is not None
+def _takes(plan: Plan | None, arrays: dict[str, Array], rule: Rule) -> bool:
+    """Whether the native engine takes a layer: it is added to the plan then."""
+    if plan is None or "lr" in arrays:
+        return False
+    columns = [arrays["w"]], [arrays["dcdw"]], [arrays["out"]], [rule], [arrays.get("velocity")]
+    return not plan.prepare(_READER, *columns)
 
 
-def _is_plain(arrays: dict[str, Array], rule: Rule) -> bool:
-    return _native.takes(_columns(arrays, rule), types=(np.ndarray,), as_bits=True)
-
-
-def _columns(arrays: dict[str, Array], rule: Rule) -> Columns:
-    ws, dcdws, outs = ([np.asarray(arrays[name])] for name in ("w", "dcdw", "out"))
-    return Columns(ws, dcdws, outs, [rule], [arrays.get("velocity")])
+_READER = _native.reader((np.ndarray,), Rule._fields, as_bits=True)
 
 
 @in_default_floats

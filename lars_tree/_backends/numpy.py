@@ -15,14 +15,16 @@ from lars_tree._backends.base import (
     Facts,
     Leaf,
     New,
+    News,
     Values,
     is_bfloat16,
     kind_of_numpy,
 )
 from lars_tree._memory import is_foreign, is_mapped_read_only, span
-from lars_tree._rule import Measured
+from lars_tree._rule import Measured, Rule
 
 if TYPE_CHECKING:
+    from lars_tree._native._kernel import Plan
     from lars_tree._writes import Writes
 
 Array = np.ndarray[Any, Any]
@@ -76,12 +78,13 @@ class NumpyBackend(Backend):
     def counter(self, w: Array) -> Array:
         return np.zeros((), np.int64)
 
-    def update_plain(self, columns: Columns) -> tuple[list[Any], list[Any]] | None:
-        # New arrays are to be of the class of w, which a memory map's are not.
-        types = (np.ndarray,) if columns.outs is None else (np.ndarray, np.memmap)
-        return _native.update(
-            columns, types=types, make=np.empty_like, copy=np.copy, as_bits=_as_bits
-        )
+    def prepare(
+        self, plan: Plan, columns: Columns, news: News | None, places: list[int] | None
+    ) -> list[int]:
+        return plan.prepare(_READER, *columns[:5], *(news or ()), places=places)
+
+    def count(self, plan: Plan, counter: Any) -> bool:
+        return plan.count(counter)
 
     def update(self, leaves: list[Leaf], writes: Writes) -> list[New]:
         return [self._step(leaf, writes) for leaf in leaves]
@@ -130,6 +133,9 @@ def raw(x: Array) -> Array:
     return plain.view(np.uint16) if is_bfloat16(plain.dtype) else plain
 
 
+_READER = _native.reader(
+    (np.ndarray, np.memmap), Rule._fields, make=_empty_like, copy=np.copy, as_bits=_as_bits
+)
 _BACKEND = NumpyBackend()
 
 

@@ -28,6 +28,7 @@ from lars_tree._backends.base import (
     Kind,
     Leaf,
     New,
+    News,
     Values,
 )
 from lars_tree._backends.sharded import (
@@ -55,9 +56,10 @@ from lars_tree._backends.tensors import (
     step_layers,
     writing_to,
 )
-from lars_tree._rule import Measured
+from lars_tree._rule import Measured, Rule
 
 if TYPE_CHECKING:
+    from lars_tree._native._kernel import Plan
     from lars_tree._writes import Writes
 
 _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -73,6 +75,9 @@ def _exchange() -> tuple[Any, ...] | None:
 
 
 _EXCHANGE = _exchange()
+_READER = _EXCHANGE and _native.reader(
+    PLAIN_TYPES, Rule._fields, make=torch.empty_like, copy=torch.clone, tensors=_EXCHANGE
+)
 
 
 _OPS = TorchOps(torch)
@@ -176,31 +181,24 @@ class TorchBackend(ArraysBackend):
     def velocity_dtype(self, w: Tensor) -> torch.dtype:
         return torch.float32 if w.dtype.itemsize == 2 else w.dtype
 
-    def update_plain(self, columns: Columns) -> tuple[list[Any], list[Any]] | None:
-        if _EXCHANGE is None or is_watched() or torch._C._functorch.peek_interpreter_stack():
-            return None
-        counted = columns.counter
-        if counted is not None:
-            if not _is_plain_counter(counted):
-                return None
-            columns = columns._replace(counter=np.asarray(Address(counted, "i8")))
-
-        def begin(written: list[Tensor]) -> None:
-            bump_versions(written if counted is None else [*written, counted])
-
+    def prepare(
+        self, plan: Plan, columns: Columns, news: News | None, places: list[int] | None
+    ) -> list[int]:
+        if _READER is None or is_watched() or torch._C._functorch.peek_interpreter_stack():
+            return super().prepare(plan, columns, news, places)
         with torch.no_grad():
-            results = _native.update(
-                columns,
-                types=PLAIN_TYPES,
-                make=torch.empty_like,
-                copy=torch.clone,
-                begin=begin if columns.outs is not None else None,
-                tensors=_EXCHANGE,
-            )
-        if results is None or columns.outs is not None:
-            return results
-        pairs = zip(columns.ws, results[0], strict=True)
-        return [None if w is None else _leaf_like(new, w) for w, new in pairs], results[1]
+            return plan.prepare(_READER, *columns[:5], *(news or ()), places=places)
+
+    def finish(self, columns: Columns, news: News, places: list[int] | None) -> None:
+        for place in range(len(columns.ws)) if places is None else places:
+            if news.ws[place] is not None:
+                news.ws[place] = _leaf_like(news.ws[place], columns.ws[place])
+
+    def count(self, plan: Plan, counter: Tensor) -> bool:
+        if not _is_plain_counter(counter) or not plan.count(np.asarray(Address(counter, "i8"))):
+            return False
+        bump_versions([counter])
+        return True
 
     def update(self, leaves: list[Leaf], writes: Writes) -> list[New]:
         news: list[Any] = [None] * len(leaves)

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lars_tree import _options, _tree, errors
-from lars_tree._backends.base import Columns
+from lars_tree._core.advance import matched
 from lars_tree._files import names
 from lars_tree._files.formats import Stored
-from lars_tree.update import checked
 
 Array = np.ndarray[Any, Any]
 
@@ -66,7 +65,8 @@ def steps(w: Stored, g: Stored, rates: Rates) -> list[Step]:
         for i in _matching("no_adapt", pattern, known):
             adapt[i] = False
     by_leaf = {"lr": _tree.rebuild(w.tree, lrs), "adapt": _tree.rebuild(w.tree, adapt)}
-    _check(w.tree, g.tree, {**_options.DEFAULTS, **rates.shared, **by_leaf})
+    # What is wrong with all of it is raised before the first leaf is read.
+    matched(w.tree, g.tree, {**_options.DEFAULTS, **rates.shared, **by_leaf})
     return list(_steps(w, g, paths, lrs, adapt, rates.shared))
 
 
@@ -77,13 +77,6 @@ def _matching(argument: str, pattern: str, known: list[str]) -> list[int]:
         text = f"{argument} matches no leaf: expected a pattern of paths, got {pattern!r}{hint}"
         raise errors.error(errors.OptionError, argument, text, [])
     return found
-
-
-def _check(w: Any, dcdw: Any, options: dict[str, Any]) -> None:
-    """Raise what `lars_update` would."""
-    old, dcdws = _tree.leaves(w), _tree.broadcast("dcdw", w, dcdw)
-    columns = Columns(old, dcdws, None, _options.resolve(w, options, len(old)))
-    checked(w, dcdw, columns, lambda: [path for path, _ in _tree.walk(w)])
 
 
 def _steps(

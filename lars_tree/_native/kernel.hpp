@@ -29,6 +29,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #if defined(__GNUC__) && defined(__x86_64__)
@@ -37,21 +38,10 @@
 #endif
 
 #include "formats.hpp"
+#include "rule.hpp"
 #include "wide.hpp"
 
 namespace lars {
-
-struct Rule {
-    double lr, decay_lambda, trust_coefficient, eps, grad_scale;
-    bool adapt, trust_clip;
-    double momentum, rate;
-    bool nesterov, maximize;
-    bool joint_norm;
-    double dampening;
-
-    // Whether the norm of g + decay_lambda * w is asked for, and is not that of g.
-    bool is_joint() const { return joint_norm && adapt && decay_lambda != 0; }
-};
 
 // How to add decay_lambda * grad_scale * w to dcdw, of which joint_norm takes the norm: the factor
 // of w is (high + low) * 2^w_shift. The sum is to be multiplied by 2^exponent, which is 0 unless it
@@ -62,38 +52,9 @@ struct Addition {
     bool maximize;
 };
 
-// Dense arrays of the same size, in the same memory order; `out` may be w or dcdw. Complex numbers
-// are pairs of real ones. The velocity, if not null, is of the format `velocity_format(w_format)`.
-struct Layer {
-    const void* w;
-    const void* dcdw;
-    void* out;
-    void* velocity;
-    std::size_t size;
-    Format w_format, dcdw_format;
-    const Rule* rule;
-};
-
 const int lanes = 16;
 const int most_streams = 4;     // arrays, or parts of them, that are read by turns
 const std::size_t block = 128;  // elements that are stepped at a time, where that matters
-
-// The step is on_dcdw * dcdw + on_w * w, the last only where it `decays`. dcdw is to be multiplied
-// by 2^exponent first, where on_dcdw alone would be far from 1.
-struct Coefficients {
-    double on_w, on_dcdw;
-    int exponent;
-    bool decays;
-    bool along_total;  // whether dcdw stands for its sum with decay_lambda * grad_scale * w
-
-    double kept() const { return decays ? 1 - on_w : 1; }  // what is left of w
-};
-
-// How a velocity moves the weights.
-struct Motion {
-    double momentum, rate;
-    bool nesterov;
-};
 
 // Sums in about twice the precision of double: `low` gathers what rounding takes from `high`.
 inline Pair add(Pair a, Pair b) {
@@ -117,53 +78,6 @@ inline Pair sum_of_lanes(const double* sums) {
         }
     }
     return {high[0], low[0]};
-}
-
-// ---- The rule: the same statements as in lars_tree/_rule.py. Number is Wide, or double where that
-// is enough (see `double_is_enough`).
-
-template <class Number>
-inline Number trust_ratio(Number w_norm, Number dcdw_norm, const Rule& rule) {
-    const Number one = 1;
-    if (!rule.adapt) return one;
-    if (is_zero(w_norm) || is_zero(dcdw_norm)) return one;
-    Number denominator = dcdw_norm / Number(rule.grad_scale);
-    // With joint_norm it is the norm of the sum.
-    if (!rule.joint_norm) denominator = denominator + Number(rule.decay_lambda) * w_norm;
-    denominator = denominator + Number(rule.eps);
-    Number ratio = Number(rule.trust_coefficient) * w_norm / denominator;
-    if (!rule.trust_clip) return ratio;
-    const Number rate = Number(rule.lr) * Number(rule.rate);
-    return ratio > rate ? one : ratio / (is_zero(rate) ? one : rate);
-}
-
-// `exponent` is that of a sum, see Addition.
-template <class Number>
-inline Coefficients coefficients(Number w_norm, Number dcdw_norm, const Rule& rule,
-                                 int exponent = 0) {
-    Number rate =
-        Number(rule.lr) * trust_ratio(w_norm, dcdw_norm, rule) * Number(1 - rule.dampening);
-    const double on_w = rounded(rate * Number(rule.decay_lambda));
-    const Number on_dcdw = rate / Number(rule.grad_scale);
-    // g and decay_lambda * w may cancel, and what is left is stepped far along.
-    if (rule.is_joint() && on_w > 1) {
-        const Split on_total = split(scaled(on_dcdw, exponent));
-        return {0, on_total.factor, on_total.exponent, false, true};
-    }
-    const Split by = split(on_dcdw);
-    return {on_w, rule.maximize ? -by.factor : by.factor, by.exponent, rule.decay_lambda != 0,
-            false};
-}
-
-inline bool is_moderate(double x) {
-    return x == 0 || (x > power_of_two(-100) && x < power_of_two(100));
-}
-
-// Whether norms of numbers that are shorter than double make no coefficient that leaves its range.
-inline bool double_is_enough(const Rule& rule) {
-    return is_moderate(rule.lr) && is_moderate(rule.decay_lambda) && is_moderate(rule.eps) &&
-           is_moderate(rule.trust_coefficient) && is_moderate(rule.grad_scale) &&
-           (!rule.trust_clip || is_moderate(rule.rate));
 }
 
 // ---- The loops, for each instruction set
@@ -301,16 +215,17 @@ inline void sum_both(const Loops& loops, const Vector& w, const Vector& dcdw, bo
     dcdw_sum = sum_of_lanes(sums[parts]);
 }
 
-inline Pair sum(const Vector& x, const Pair* sums) {
+// The sum of one of the sums of each chunk.
+template <class Sums>
+inline Pair sum(const Vector& x, const Sums* sums, Pair Sums::* part) {
     Pair total = {0, 0};
-    for (std::size_t i = 0; i < chunks(x.size); ++i) total = add(total, sums[i]);
+    for (std::size_t i = 0; i < chunks(x.size); ++i) total = add(total, sums[i].*part);
     // Where the sum is infinite or NaN, the rounding errors are NaN.
     return std::isfinite(total.high) ? fast_two_sum(total.high, total.low) : Pair{total.high, 0};
 }
 
-// The norm, given the sum of squares of each chunk.
-inline Wide norm(const Loops& loops, const Vector& x, const Pair* sums) {
-    Pair total = sum(x, sums);
+// The norm, given the sum of squares.
+inline Wide norm(const Loops& loops, const Vector& x, Pair total) {
     // Only squares of float64 numbers overflow, or vanish where they would count.
     if (x.format != float64 ||
         (total.high > power_of_two(-900) && total.high < power_of_two(1000))) {
@@ -340,36 +255,36 @@ inline Wide norm(const Loops& loops, const Vector& x, const Pair* sums) {
 // Where scaled sums have their largest elements: squares are in range, and small elements too.
 const int total_exponent = 480;
 
-// Numbers shorter than double, with moderate options, are added as they are; of others the sum is
-// scaled, unless elements are not finite.
-inline Addition addition(const Loops& loops, const Vector& w, const Vector& dcdw,
-                         const Rule& rule) {
-    const Wide decay = Wide(rule.decay_lambda) * Wide(rule.grad_scale);
-    const int decay_exponent = static_cast<int>(decay.exponent);
-    Addition by = {std::ldexp(decay.high, decay_exponent),
-                   std::ldexp(decay.low, decay_exponent),
-                   0,
-                   0,
-                   0,
-                   rule.maximize};
-    if (w.format != float64 && dcdw.format != float64 && double_is_enough(rule)) return by;
+// The exponent of the scale of a sum, as a double. NaN where it is not scaled: numbers shorter than
+// double, with moderate options, are added as they are, and so are those that are not finite.
+inline double sum_exponent(const Loops& loops, const Vector& w, const Vector& dcdw,
+                           const Rule& rule) {
+    const double none = std::numeric_limits<double>::quiet_NaN();
+    if (w.format != float64 && dcdw.format != float64 && double_is_enough(rule)) return none;
     const double w_most = loops.largest[w.format](w.data, w.size);
     const double dcdw_most = loops.largest[dcdw.format](dcdw.data, dcdw.size);
-    if (!std::isfinite(w_most) || !std::isfinite(dcdw_most)) return by;
+    if (!std::isfinite(w_most) || !std::isfinite(dcdw_most)) return none;
     int w_exponent, dcdw_exponent;
     std::frexp(w_most, &w_exponent);
     std::frexp(dcdw_most, &dcdw_exponent);
-    w_exponent += decay_exponent + 1;
+    const Wide decay = Wide(rule.decay_lambda) * Wide(rule.grad_scale);
+    w_exponent += static_cast<int>(decay.exponent) + 1;
     const int most = w_most == 0 && dcdw_most == 0 ? 0
                      : w_most == 0                 ? dcdw_exponent
                      : dcdw_most == 0              ? w_exponent
                                                    : std::max(w_exponent, dcdw_exponent);
-    by.exponent = most - total_exponent;
-    by.high = decay.high;
-    by.low = decay.low;
-    by.w_shift = decay_exponent - by.exponent;
-    by.dcdw_shift = -by.exponent;
-    return by;
+    return most - total_exponent;
+}
+
+inline Addition addition(const Rule& rule, double exponent) {
+    const Wide decay = Wide(rule.decay_lambda) * Wide(rule.grad_scale);
+    const int decay_exponent = static_cast<int>(decay.exponent);
+    if (std::isnan(exponent)) {
+        const double high = std::ldexp(decay.high, decay_exponent);
+        return {high, std::ldexp(decay.low, decay_exponent), 0, 0, 0, rule.maximize};
+    }
+    const int scale = static_cast<int>(exponent);
+    return {decay.high, decay.low, decay_exponent - scale, -scale, scale, rule.maximize};
 }
 
 }  // namespace lars

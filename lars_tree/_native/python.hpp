@@ -9,6 +9,7 @@
 #include <Python.h>
 
 #include <chrono>
+#include <new>
 #include <thread>
 
 namespace lars {
@@ -54,6 +55,17 @@ private:
     PyObject* object;
 };
 
+// A list; appending to it fails with an exception set.
+class OwnedList : public Owned {
+public:
+    OwnedList() : Owned(call_python(PyList_New, 0)) {}
+
+    bool append(PyObject* x) const {
+        PyObject* list = *this;
+        return list && call_python(PyList_Append, list, x) == 0;
+    }
+};
+
 // Holds other threads off an object while it is walked, where no global lock does.
 class Locked {
 public:
@@ -81,5 +93,48 @@ public:
 private:
     PyThreadState* state;
 };
+
+// An object of Python that owns one of C++.
+template <class Content>
+struct Object {
+    PyObject_HEAD Content* content;
+};
+
+template <class Content>
+Content& content_of(PyObject* self) {
+    return *reinterpret_cast<Object<Content>*>(self)->content;
+}
+
+template <class Content>
+PyObject* make_object(PyTypeObject* type, PyObject* arguments, PyObject* keywords) {
+    const auto allocate = reinterpret_cast<allocfunc>(PyType_GetSlot(type, Py_tp_alloc));
+    Owned self(call_python(allocate, type, Py_ssize_t{0}));
+    if (!self) return nullptr;
+    try {
+        PyObject* object = self;
+        reinterpret_cast<Object<Content>*>(object)->content = new Content;
+        if (!content_of<Content>(self).open(arguments, keywords)) return nullptr;
+    } catch (const std::bad_alloc&) {
+        return call_python(PyErr_NoMemory);
+    }
+    return Py_NewRef(self);
+}
+
+template <class Content>
+void free_object(PyObject* self) {
+    PyTypeObject* type = Py_TYPE(self);
+    delete reinterpret_cast<Object<Content>*>(self)->content;
+    reinterpret_cast<freefunc>(PyType_GetSlot(type, Py_tp_free))(self);
+    Owned released(reinterpret_cast<PyObject*>(type));
+}
+
+inline PyCFunction method(PyCFunctionWithKeywords function) {
+    return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+template <class Function>
+void* slot(Function* function) {
+    return reinterpret_cast<void*>(function);
+}
 
 }  // namespace lars

@@ -1,4 +1,4 @@
-// One LARS step of many layers, shared out among threads.
+// One LARS step of many layers, shared out among threads: both passes, or one of them.
 //
 // A layer that fits into the cache of a core is stepped whole by one thread. Of a larger
 // one all threads take chunks, first to sum, forwards, then to apply, backwards: what was read last
@@ -48,10 +48,13 @@ struct Counter {
 };
 
 // How a layer is stepped; the addition matters with joint_norm.
-struct Plan {
+struct How {
     Coefficients by;
     Addition addition;
 };
+
+// What is done with each layer: `norms` reads, `apply` writes, given the norms.
+enum class Phases { both, norms, apply };
 
 // How far the threads are with a larger layer.
 struct Progress {
@@ -59,13 +62,17 @@ struct Progress {
     std::atomic<std::size_t> summed{0};
     std::atomic<bool> ready{false};
     std::once_flag is_joining;
-    Plan plan;
+    double sum_exponent = 0;
+    How how;
 };
 
 class Step {
 public:
-    Step(const Layer* layers, std::size_t count, std::size_t most_threads, InstructionSet set)
-        : layers(layers), loops(loops_for(set)) {
+    // `norms` has one item for each layer, which is written to by Phases::norms and read by
+    // Phases::apply. `bounds` asks for the largest magnitudes of velocities.
+    Step(const Layer* layers, std::size_t count, std::size_t most_threads, InstructionSet set,
+         Phases phases, Norms* norms, bool bounds)
+        : layers(layers), loops(loops_for(set)), phases(phases), norms(norms), bounds(bounds) {
         std::size_t longest = 0;
         for (std::size_t i = 0; i < count; ++i) {
             elements += layers[i].size;
@@ -84,8 +91,7 @@ public:
             progress[i].to_sum.reset(new Counter[threads]);
             progress[i].to_apply.reset(new Counter[threads]);
         }
-        w_sums.resize(longest);
-        dcdw_sums.resize(longest);
+        sums.resize(longest);
         totals.resize(threads * total_size);
     }
 
@@ -93,14 +99,14 @@ public:
     void work(std::size_t thread) noexcept {
         DefaultFloats guard;
         for (std::size_t i = 0; i < large.size(); ++i) {
-            share(layers[large[i]], progress[i], thread);
+            share(large[i], progress[i], thread);
         }
         const std::size_t batch = 8;
         for (std::size_t start; (start = next_small.fetch_add(batch)) < small.size();) {
             const std::size_t end = std::min(start + batch, small.size());
             for (std::size_t i = start; i < end; ++i) {
                 if (i + 2 < small.size()) prefetch(layers[small[i + 2]]);
-                alone(layers[small[i]], thread);
+                alone(small[i], thread);
             }
         }
     }
@@ -132,72 +138,111 @@ private:
         return {static_cast<const char*>(layer.dcdw), layer.size, layer.dcdw_format};
     }
 
-    // The coefficients of a layer, given the sums of squares of each chunk of w and dcdw.
-    Coefficients coefficients_of(const Layer& layer, const Pair* w_sums, const Pair* dcdw_sums,
-                                 const Addition& addition) const {
-        const Rule& rule = *layer.rule;
+    // What is summed up of a chunk.
+    struct Sums {
+        Pair w, dcdw;
+        double velocity_most;
+    };
+
+    // NaN stays: nothing is above it.
+    static double larger(double x, double than) { return x > than || x != x ? x : than; }
+
+    bool needs_norms(const Layer& layer) const {
+        return layer.rule->adapt || phases == Phases::norms;
+    }
+
+    // Given the sums of each chunk.
+    Norms norms_of(const Layer& layer, const Sums* of_chunks, double sum_exponent) const {
+        Norms found;
         const Vector w = weights(layer), dcdw = gradients(layer);
-        if (!rule.adapt) return coefficients<Wide>(0, 0, rule);
-        if (w.format != float64 && dcdw.format != float64 && double_is_enough(rule)) {
-            return coefficients<double>(std::sqrt(sum(w, w_sums).high),
-                                        std::sqrt(sum(dcdw, dcdw_sums).high), rule);
+        const Pair w_sum = sum(w, of_chunks, &Sums::w);
+        const Pair dcdw_sum = sum(dcdw, of_chunks, &Sums::dcdw);
+        found.sum_exponent = sum_exponent;
+        found.velocity_most = 0;
+        for (std::size_t i = 0; i < chunks(layer.size); ++i) {
+            found.velocity_most = larger(of_chunks[i].velocity_most, found.velocity_most);
         }
-        const Wide w_norm = norm(loops, w, w_sums);
-        if (!rule.is_joint()) return coefficients(w_norm, norm(loops, dcdw, dcdw_sums), rule);
-        const Wide total_norm = scaled(sqrt(Wide(sum(dcdw, dcdw_sums))), addition.exponent);
-        return coefficients(w_norm, total_norm, rule, addition.exponent);
-    }
-
-    void join(Plan& plan, const Layer& layer) const {
-        if (!layer.rule->is_joint()) return;
-        plan.addition = addition(loops, weights(layer), gradients(layer), *layer.rule);
-    }
-
-    void alone(const Layer& layer, std::size_t thread) {
-        Pair w_sums[whole / smallest_chunk], dcdw_sums[whole / smallest_chunk];
-        Plan plan = {};
-        join(plan, layer);
-        for (std::size_t i = 0; layer.rule->adapt && i < chunks(layer.size); ++i) {
-            sum_squares(layer, i, w_sums, dcdw_sums, plan, thread);
+        if (is_short(layer)) {
+            found.set(std::sqrt(w_sum.high), std::sqrt(dcdw_sum.high));
+        } else if (layer.rule->is_joint()) {
+            const int exponent = std::isnan(sum_exponent) ? 0 : static_cast<int>(sum_exponent);
+            found.set(norm(loops, w, w_sum), scaled(sqrt(Wide(dcdw_sum)), exponent));
+        } else {
+            found.set(norm(loops, w, w_sum), norm(loops, dcdw, dcdw_sum));
         }
-        plan.by = coefficients_of(layer, w_sums, dcdw_sums, plan.addition);
-        apply(layer, plan, 0, layer.size);
+        return found;
     }
 
-    void sum_squares(const Layer& layer, std::size_t i, Pair* w_sums, Pair* dcdw_sums,
-                     const Plan& plan, std::size_t thread) {
+    How how_of(const Layer& layer, const Norms& known) const {
+        How how = {coefficients(layer, known), {}};
+        if (layer.rule->is_joint()) how.addition = addition(*layer.rule, known.sum_exponent);
+        return how;
+    }
+
+    double sum_exponent_of(const Layer& layer) const {
+        if (!layer.rule->is_joint()) return std::numeric_limits<double>::quiet_NaN();
+        return sum_exponent(loops, weights(layer), gradients(layer), *layer.rule);
+    }
+
+    void alone(std::size_t index, std::size_t thread) {
+        const Layer& layer = layers[index];
+        Norms here = {}, &known = norms ? norms[index] : here;
+        if (phases != Phases::apply && needs_norms(layer)) {
+            Sums of_chunks[whole / smallest_chunk];
+            const double exponent = sum_exponent_of(layer);
+            for (std::size_t i = 0; i < chunks(layer.size); ++i) {
+                of_chunks[i] = sum_chunk(layer, i, exponent, thread);
+            }
+            known = norms_of(layer, of_chunks, exponent);
+        }
+        if (phases != Phases::norms) apply(layer, how_of(layer, known), 0, layer.size);
+    }
+
+    Sums sum_chunk(const Layer& layer, std::size_t i, double exponent, std::size_t thread) {
+        Sums found = {};
         const std::size_t chunk = chunk_size(layer.size);
         const Vector w = weights(layer).part(i * chunk, chunk);
         Vector dcdw = gradients(layer).part(i * chunk, chunk);
         if (layer.rule->is_joint()) {
             double* total = totals.data() + thread * total_size;
-            loops.join[w.format][dcdw.format](w.data, dcdw.data, total, w.size, plan.addition);
+            loops.join[w.format][dcdw.format](w.data, dcdw.data, total, w.size,
+                                              addition(*layer.rule, exponent));
             dcdw = {reinterpret_cast<const char*>(total), w.size, float64};
         }
-        sum_both(loops, w, dcdw, w.size == chunk, w_sums[i], dcdw_sums[i]);
+        sum_both(loops, w, dcdw, w.size == chunk, found.w, found.dcdw);
+        if (bounds && layer.velocity) {
+            const Format format = velocity_format(layer.w_format);
+            const auto* velocity = static_cast<const char*>(layer.velocity);
+            const std::size_t start = i * chunk * Vector::item_size(format);
+            found.velocity_most = loops.largest[format](velocity + start, w.size);
+        }
+        return found;
     }
 
-    void share(const Layer& layer, Progress& now, std::size_t thread) {
+    void share(std::size_t index, Progress& now, std::size_t thread) {
+        const Layer& layer = layers[index];
         const std::size_t count = chunks(layer.size), chunk = chunk_size(layer.size);
-        Plan plan = {};
-        if (!layer.rule->adapt) {
-            plan.by = coefficients_of(layer, nullptr, nullptr, plan.addition);
+        How how;
+        if (phases == Phases::apply || !needs_norms(layer)) {
+            how = how_of(layer, norms ? norms[index] : Norms{});
         } else {
-            std::call_once(now.is_joining, [&] { join(now.plan, layer); });
-            const auto sum_chunk = [&](std::size_t start, std::size_t, std::size_t i) {
-                sum_squares(layer, start + i, w_sums.data(), dcdw_sums.data(), now.plan, thread);
+            std::call_once(now.is_joining, [&] { now.sum_exponent = sum_exponent_of(layer); });
+            const auto sum_one = [&](std::size_t start, std::size_t, std::size_t i) {
+                sums[start + i] = sum_chunk(layer, start + i, now.sum_exponent, thread);
                 if (now.summed.fetch_add(1) + 1 < count) return;
-                now.plan.by =
-                    coefficients_of(layer, w_sums.data(), dcdw_sums.data(), now.plan.addition);
+                const Norms known = norms_of(layer, sums.data(), now.sum_exponent);
+                if (norms) norms[index] = known;
+                now.how = how_of(layer, known);
                 now.ready.store(true, std::memory_order_release);
             };
-            for_chunks(now.to_sum.get(), count, thread, sum_chunk);
+            for_chunks(now.to_sum.get(), count, thread, sum_one);
             while (!now.ready.load(std::memory_order_acquire)) std::this_thread::yield();
-            plan = now.plan;
+            how = now.how;
         }
+        if (phases == Phases::norms) return;
         const auto apply_chunk = [&](std::size_t start, std::size_t length, std::size_t i) {
             const std::size_t first = (start + length - 1 - i) * chunk;
-            apply(layer, plan, first, std::min(chunk, layer.size - first));
+            apply(layer, how, first, std::min(chunk, layer.size - first));
         };
         for_chunks(now.to_apply.get(), count, thread, apply_chunk);
     }
@@ -214,10 +259,10 @@ private:
         }
     }
 
-    void apply(const Layer& layer, const Plan& plan, std::size_t start, std::size_t size) const {
+    void apply(const Layer& layer, const How& how, std::size_t start, std::size_t size) const {
         const char *w = weights(layer).at(start), *dcdw = gradients(layer).at(start);
-        if (!plan.by.along_total) {
-            apply(layer, w, dcdw, layer.dcdw_format, plan.by, start, size);
+        if (!how.by.along_total) {
+            apply(layer, w, dcdw, layer.dcdw_format, how.by, start, size);
             return;
         }
         double total[block];
@@ -225,8 +270,8 @@ private:
             const std::size_t length = std::min(block, size - i);
             w = weights(layer).at(start + i);
             dcdw = gradients(layer).at(start + i);
-            loops.join[layer.w_format][layer.dcdw_format](w, dcdw, total, length, plan.addition);
-            apply(layer, w, total, float64, plan.by, start + i, length);
+            loops.join[layer.w_format][layer.dcdw_format](w, dcdw, total, length, how.addition);
+            apply(layer, w, total, float64, how.by, start + i, length);
         }
     }
 
@@ -248,17 +293,59 @@ private:
     const Layer* layers;
     const Loops& loops;
     std::vector<std::size_t> large, small;
+    const Phases phases;
+    Norms* const norms;
+    const bool bounds;
     std::size_t elements = 0;
     std::unique_ptr<Progress[]> progress;
-    std::vector<Pair> w_sums, dcdw_sums;
+    std::vector<Sums> sums;
     std::vector<double> totals;  // a chunk for each thread
     std::size_t total_size = 0;
     std::atomic<std::size_t> next_small{0};
 };
 
-// Steps all layers. Throws std::bad_alloc before anything is written, or nothing.
-inline void step(const Layer* layers, std::size_t count, std::size_t threads, InstructionSet set) {
-    Step all(layers, count, threads, set);
+// Whether the step of a layer, taken in scratch memory, gives finite numbers alone.
+inline bool is_finite(const Layer& layer, const Norms& norms, InstructionSet set) {
+    DefaultFloats guard;
+    const Loops& loops = loops_for(set);
+    const std::size_t item = Vector::item_size(layer.w_format);
+    const std::size_t dcdw_item = Vector::item_size(layer.dcdw_format);
+    const Format moving = velocity_format(layer.w_format);
+    const std::size_t moving_item = Vector::item_size(moving);
+    const Coefficients by = coefficients(layer, norms);
+    for (std::size_t start = 0; start < layer.size; start += block) {
+        double out[block], velocity[block], total[block];
+        const std::size_t size = std::min(block, layer.size - start);
+        const char* w = static_cast<const char*>(layer.w) + start * item;
+        const char* dcdw = static_cast<const char*>(layer.dcdw) + start * dcdw_item;
+        const void* gradient = dcdw;
+        Format format = layer.dcdw_format;
+        if (by.along_total) {
+            loops.join[layer.w_format][format](w, dcdw, total, size,
+                                               addition(*layer.rule, norms.sum_exponent));
+            gradient = total;
+            format = float64;
+        }
+        if (layer.velocity) {
+            const Rule& rule = *layer.rule;
+            std::memcpy(velocity, static_cast<const char*>(layer.velocity) + start * moving_item,
+                        size * moving_item);
+            loops.move[layer.w_format][format](w, gradient, velocity, out, size, by,
+                                               {rule.momentum, rule.rate, rule.nesterov});
+            if (!std::isfinite(loops.largest[moving](velocity, size))) return false;
+        } else {
+            loops.apply[layer.w_format][format](w, gradient, out, size, by);
+        }
+        if (!std::isfinite(loops.largest[layer.w_format](out, size))) return false;
+    }
+    return true;
+}
+
+// Takes one pass over all layers, or both. Throws std::bad_alloc before anything is written, or
+// nothing.
+inline void step(const Layer* layers, std::size_t count, std::size_t threads, InstructionSet set,
+                 Phases phases = Phases::both, Norms* norms = nullptr, bool bounds = false) {
+    Step all(layers, count, threads, set, phases, norms, bounds);
     std::vector<std::thread> others;
     others.reserve(all.threads);
     try {

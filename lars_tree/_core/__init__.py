@@ -1,0 +1,1 @@
+"""The path of a step: `advance` works on trees, `execute` on flat lists of arrays."""

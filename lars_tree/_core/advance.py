@@ -1,0 +1,130 @@
+"""One step of a tree of weights: match, resolve, execute, rebuild. Trees end here."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from lars_tree import _counters, _nodes, _options, _tree, errors
+from lars_tree._backends.base import Columns, Leaf
+from lars_tree._core.execute import Caller, Result, checked, execute
+from lars_tree.array import unwrap
+
+State = dict[str, Any]
+
+
+def advance(
+    w: Any, dcdw: Any, out: Any, options: dict[str, Any], state: State | None = None
+) -> tuple[Any, State]:
+    """The new weights, and the state after the step: if there is `out`, the same one, written to.
+
+    Args:
+        w: As in `lars_update`.
+        dcdw: The same; with a state, of the shapes of the weights.
+        out: The same.
+        options: By name: those of the `Rule`.
+        state: That of an optimizer: "step" and "skipped", which count and have been checked, and
+            for momentum "velocity", a nest like w.
+    """
+    try:
+        columns, caller = _matched(w, dcdw, out, options, state)
+        return _rebuilt(w, out, state or {}, execute(columns, caller))
+    except RecursionError:
+        trees = {"w": w, "dcdw": dcdw, "out": out, "state": state, **options}
+        raise _tree.explained(trees) from None
+
+
+def matched(w: Any, dcdw: Any, options: dict[str, Any]) -> tuple[Columns, list[Leaf]]:
+    """All leaves side by side, without a place for results, and those that hold checked arrays."""
+    try:
+        columns, caller = _matched(w, dcdw, None, options, None)
+        return columns, checked(columns, caller)
+    except RecursionError:
+        raise _tree.explained({"w": w, "dcdw": dcdw, **options}) from None
+
+
+def _matched(
+    w: Any, dcdw: Any, out: Any, options: dict[str, Any], state: State | None
+) -> tuple[Columns, Caller]:
+    """What the arguments have for each leaf of w."""
+    given = state or {}
+    ws = _tree.leaves(w)
+    dcdws = _tree.broadcast("dcdw", w, dcdw)
+    outs = velocities = None
+    if out is not None:
+        outs = ws if out is w else _tree.broadcast("out", w, out, exact=True)
+    if "velocity" in given:
+        at = ("velocity",)
+        velocities = _tree.broadcast("state", w, given["velocity"], exact=True, at=at)
+    rules = _options.resolve(w, options, len(ws))
+    if any(x is not None and len(x) != len(ws) for x in (dcdws, outs, velocities)):
+        raise _tree.changed()
+    if outs is not None and _nodes.may_make_children():
+        _refuse_new_children(w, "out", out, outs)
+        if velocities is not None:
+            _refuse_new_children(w, "state", given["velocity"], velocities, ("velocity",))
+    counters = {name: unwrap(given[name]) for name in _counters.NAMES if name in given}
+    columns = Columns(ws, dcdws, outs, rules, velocities, counters if outs is not None else {})
+
+    @cache
+    def paths() -> list[errors.Path]:
+        return _tree.paths(w, len(ws))
+
+    def refuse_extra() -> None:
+        trees = {"out": out, "state": given.get("velocity"), "dcdw": dcdw}
+        values = {"out": outs, "state": velocities, "dcdw": dcdws}
+        for argument, tree in trees.items():
+            _refuse_extra(argument, w, tree, ws, values[argument])
+
+    return columns, Caller(paths, refuse_extra, same_shapes=state is not None)
+
+
+def _refuse_extra(
+    argument: str, w: Any, other: Any, ws: list[Any], values: list[Any] | None
+) -> None:
+    """Refuse arrays that stand just where the weights have None: nothing is dropped silently."""
+    if values is None or not any(
+        x is None and value is not None for x, value in zip(ws, values, strict=True)
+    ):
+        return
+    theirs = dict(_tree.walk(other))
+    lines = [
+        (path, f"expected None, got {errors.describe(theirs[path])}")
+        for path, leaf in _tree.walk(w)
+        if leaf is None and theirs.get(path) is not None
+    ]
+    if lines:
+        headline = f"{argument} does not match w"
+        raise errors.error(errors.StructureError, argument, headline, lines)
+
+
+def _refuse_new_children(
+    w: Any, argument: str, tree: Any, found: list[Any], at: errors.Path = ()
+) -> None:
+    """Refuse nodes that make their children when they are read: what is written would be lost."""
+    again = _tree.broadcast(argument, w, tree, exact=True, at=at)
+    text = "expected the same array at each reading, got a new one: give a tree that holds arrays"
+    if len(again) != len(found):  # another thread has changed it
+        return
+    rows = zip(_tree.walk(w), found, again, strict=False)
+    lines = [((*at, *path), text) for (path, _), x, y in rows if x is not y]
+    if lines:
+        headline = f"{argument} gives other arrays when it is read again"
+        raise errors.error(errors.StructureError, argument, headline, lines)
+
+
+def _rebuilt(w: Any, out: Any, state: State, result: Result) -> tuple[Any, State]:
+    if out is not None:
+        return out, state
+    new = {
+        name: _counters.counted(x, name, result.taken)
+        for name, x in state.items()
+        if name in _counters.NAMES
+    }
+    if result.velocities is not None:
+        # They are in the order of w, whose keys may be in another one than those of the state.
+        old, places = state["velocity"], range(len(result.velocities))
+        order = _tree.broadcast("w", old, w, values=places, exact=True, to="state")
+        moved = [result.velocities[i] for i in order]
+        new["velocity"] = _tree.rebuild(old, moved, "state", at=("velocity",))
+    return _tree.rebuild(w, result.ws, "w"), new

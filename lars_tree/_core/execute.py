@@ -1,0 +1,244 @@
+"""One step of many arrays side by side. Knows no trees, and of the options the rules alone.
+
+    prepare     the native engine takes the leaves that it supports          `Share`
+    check       all others, with every message; nothing was written so far   `_checks`
+    overlap     of what is written with all else, whichever engine has it
+    run         the results of the others, kept until they are written       `_backends`
+    decide      what `nonfinite` asks for                                    `_nonfinite`
+    write       all arrays, or none                                          `_writes`
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+from lars_tree import _backends, _checks, _counters, _memory, _nonfinite, errors
+from lars_tree._backends.base import FLOATING, Backend, Columns, Leaf, New, Values
+from lars_tree._core import locks
+from lars_tree._core.share import Share
+from lars_tree._rule import Rule, is_zero
+from lars_tree._writes import Writes
+from lars_tree.array import rewrapped, unwrap
+
+Span = tuple[int, int]  # the addresses of a stretch of memory: its start and end
+
+
+class Caller(NamedTuple):
+    """What is told of the caller: in errors, and by the end of the step.
+
+    Attributes:
+        paths: Gives the path of each leaf.
+        refuse_extra: Raises if there are values where w has None.
+        same_shapes: Whether gradients must have the shapes of their weights.
+        last: Functions in C that are called when all was written, see `Writes.then`.
+    """
+
+    paths: Callable[[], list[errors.Path]]
+    refuse_extra: Callable[[], None] = lambda: None
+    same_shapes: bool = False
+    last: tuple[Callable[[], Any], ...] = ()
+
+
+class Result(NamedTuple):
+    """What a step makes of the leaves, in their order; what was written to is not here again.
+
+    `taken` says whether the step was taken: a bool, or an array of one that is not known yet.
+    """
+
+    ws: list[Any]
+    velocities: list[Any] | None
+    taken: Any
+
+
+def execute(columns: Columns, caller: Caller) -> Result:
+    """Step all leaves, or raise and write nothing."""
+    share = Share(columns)
+    if share.rest or caller.last or share.must_be_finite:
+        return _execute(columns, caller, share)
+    step = columns.counters.get("step")
+    if step is not None and not share.count(step):
+        return _execute(columns, caller, share)
+    if share.overlaps():
+        return _execute(columns, caller, Share(columns, takes_none=True))
+    share.announce()
+    with _writing(share, [], columns):
+        # Python handles signals when a native call is over: before this one, or after it.
+        share.step()
+    return _result(share, {}, True)
+
+
+def _execute(columns: Columns, caller: Caller, share: Share) -> Result:
+    """The same where there is more to do than one call of the kernel."""
+    leaves = checked(columns, caller, share.rest)
+    written, read = _spans(leaves, columns.counters)
+    if share.overlaps(written, read):
+        # These are stretches of memory: the checks look at each element.
+        share = Share(columns, takes_none=True)
+        leaves = checked(columns, caller, share.rest)
+    _counters.check_apart(columns.counters, leaves, caller.paths)
+    with _writing(share, leaves, columns):
+        writes = Writes(share.plan)
+        results, taken = _run(share, _checks.detach_inputs(leaves), caller, writes)
+        if columns.outs is not None:
+            _counters.count_in_place(columns.counters, taken, writes)
+            for call in caller.last:
+                writes.then(call)
+            share.announce()
+            writes.make()
+    return _result(share, results, taken)
+
+
+def checked(columns: Columns, caller: Caller, places: list[int] | None = None) -> list[Leaf]:
+    """The leaves at these places (None: all) that hold arrays, with nothing wrong with them."""
+    leaves = _leaves(columns, caller, range(len(columns.ws)) if places is None else places)
+    _checks.check(leaves, caller.paths, not caller.same_shapes)
+    return leaves
+
+
+def _leaves(columns: Columns, caller: Caller, places: Iterable[int]) -> list[Leaf]:
+    """The leaves that hold arrays, out of their wrappers; others must stay as they are."""
+    rows = [(place, *map(unwrap, columns.row(place))) for place in places]
+    if any(x is None and row != [None, None, None] for _, x, *row in rows):
+        caller.refuse_extra()
+    leaves: list[Leaf] = []
+    non_arrays: dict[str, list[errors.Line]] = {"w": [], "out": [], "state": []}
+    writes, moves = columns.outs is not None, columns.velocities is not None
+    for place, x, dcdw, out, velocity in rows:
+        if x is None:
+            continue
+        backend, rule = _backends.find(x), columns.rules[place]
+        if backend is None:
+            if dcdw is not None or (writes and out is not x):
+                text = f"expected an array, got {errors.describe(x)}"
+                non_arrays["w"].append((caller.paths()[place], text))
+        elif writes and out is None:
+            non_arrays["out"].append((caller.paths()[place], "expected an array, got None"))
+        elif moves and velocity is None and _needs_velocity(backend, x, rule, dcdw):
+            non_arrays["state"].append((caller.paths()[place], "expected a velocity, got None"))
+        else:
+            if issubclass(type(dcdw), (int, float, complex)) and not isinstance(dcdw, bool):
+                dcdw = backend.full(_machine_number(dcdw), x)
+            leaves.append(Leaf(place, x, dcdw, out, rule, backend, velocity))
+    for argument, lines in non_arrays.items():
+        if lines:
+            headline = f"{argument} holds something that is no array"
+            raise errors.error(errors.LeafError, argument, headline, lines)
+    return leaves
+
+
+def _needs_velocity(backend: Backend, x: Any, rule: Rule, dcdw: Any) -> bool:
+    if dcdw is None or is_zero(rule.momentum):
+        return False
+    # What is wrong with weights that cannot move is for the checks to say.
+    return bool(backend.fault(x)) or backend.facts(x).kind in FLOATING
+
+
+def _machine_number(x: complex) -> complex:
+    """The number as a float or complex: an int may be longer than any."""
+    if isinstance(x, complex):
+        return x
+    try:
+        return float(x)
+    except OverflowError:
+        return math.copysign(math.inf, x > 0 or -1)
+
+
+def _spans(
+    leaves: list[Leaf], counters: Mapping[str, Any]
+) -> tuple[list[Span], list[Span]]:
+    """The stretches of CPU memory that are written and read, of leaves with an `out`."""
+    leaves = [leaf for leaf in leaves if leaf.out is not None]
+    written = [x for leaf in leaves for x in (leaf.out, leaf.velocity)]
+    # Options in other memory than numpy's are numbers, which are read when they are checked.
+    read = [x for leaf in leaves for x in (leaf.w, leaf.dcdw, leaf.rule.lr)]
+    return _stretches([*written, *counters.values()]), _stretches(read)
+
+
+def _stretches(arrays: list[Any]) -> list[Span]:
+    """As few stretches of memory as these arrays fill."""
+    found: list[Span] = []
+    for x in arrays:
+        backend = _backends.find(x)
+        if backend is None or backend.values(x) is not Values.HERE:
+            continue
+        memory = backend.memory(x)
+        if memory is not None and memory.size:
+            start, size = _memory.span(memory)
+            found.append((start, start + size))
+    merged: list[Span] = []
+    for start, end in sorted(found):
+        if merged and start < merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _writing(share: Share, leaves: list[Leaf], columns: Columns) -> AbstractContextManager[Any]:
+    """Hold off updates of other threads that write to the same memory."""
+    if columns.outs is None:
+        return nullcontext()
+    return locks.writing(lambda: [*share.spans(), *_spans(leaves, columns.counters)[0]])
+
+
+def _run(
+    share: Share, leaves: list[Leaf], caller: Caller, writes: Writes
+) -> tuple[dict[int, New], Any]:
+    """The results by place, and whether the step is taken: a bool, or an array of one.
+
+    Those of leaves with an `out` are there when the writes are made.
+    """
+    steps = [leaf for leaf in leaves if leaf.dcdw is not None]
+    guarded = share.must_be_finite or any(leaf.rule.nonfinite != "propagate" for leaf in steps)
+    results: dict[int, New] = {}
+    for backend, group in _nonfinite.by_backend(steps).items():
+        given = [leaf._replace(out=None) for leaf in group] if guarded else group
+        news = backend.update(given, writes)
+        results |= {leaf.place: new for leaf, new in zip(group, news, strict=True)}
+    taken: Any = True
+    if guarded:
+        writes.norms, bad = share.nonfinite()
+        results, taken = _nonfinite.guard(leaves, results, caller.paths, bad)
+    if taken is False:
+        share.keep()
+        writes.plan = None
+    elif share.news is not None:
+        share.step(writes.norms)
+    for leaf in leaves:
+        if leaf.dcdw is None:
+            results[leaf.place] = _kept(leaf, writes)
+        elif guarded:
+            results[leaf.place] = writes.result(leaf, results[leaf.place])
+    return results, taken
+
+
+def _kept(leaf: Leaf, writes: Writes) -> New:
+    """Weights without a gradient: as they are, in memory of their own; and so their velocity."""
+    if leaf.out is None:
+        return _nonfinite.copies(leaf)
+    if leaf.out is not leaf.w:
+        writes.add(leaf.backend, leaf.out, leaf.w)
+    return New(leaf.out, leaf.velocity)
+
+
+def _result(share: Share, others: dict[int, New], taken: Any) -> Result:
+    """All results in the order of the leaves, in wrappers where the leaves were."""
+    columns = share.columns
+    if share.news is None:
+        return Result(columns.outs or [], columns.velocities, taken)
+    share.finish()
+    ws, velocities = share.news
+    for place in share.rest:
+        new = others.get(place, New(*columns.row(place)[::3]))  # no array: it stays as it is
+        ws[place] = new.w
+        if velocities is not None:
+            velocities[place] = new.velocity
+    for place in share.odd:
+        w, _, _, velocity = columns.row(place)
+        ws[place] = rewrapped(ws[place], w)
+        if velocities is not None:
+            velocities[place] = rewrapped(velocities[place], velocity)
+    return Result(ws, velocities, taken)

@@ -1,0 +1,367 @@
+// The binding of the native engine: the types Reader and Plan. _kernel.pyi says what they are for.
+#pragma once
+
+#include "leaves.hpp"
+#include "step.hpp"
+
+namespace {
+
+using namespace lars;
+
+const Py_ssize_t ahead = 8;
+
+// Has the first bytes of an object fetched, to be looked at a little later.
+inline void prefetch(const void* object) {
+#if defined(__GNUC__)
+    __builtin_prefetch(object);
+    __builtin_prefetch(static_cast<const char*>(object) + 64);
+#else
+    (void)object;
+#endif
+}
+
+// A list of one item for each leaf, or None.
+bool is_column(PyObject* list, Py_ssize_t count) {
+    if (list == Py_None || (PyList_Check(list) && PyList_Size(list) == count)) return true;
+    call_python(PyErr_SetString, PyExc_ValueError, "expected lists of one length");
+    return false;
+}
+
+// The item, borrowed; null where there is no list.
+PyObject* item(PyObject* list, Py_ssize_t i) {
+    return list == Py_None ? nullptr : PyList_GetItem(list, i);
+}
+
+// Puts an item into a list, which owns it then too.
+bool put(PyObject* list, Py_ssize_t i, PyObject* x) {
+    return call_python(PyList_SetItem, list, i, Py_NewRef(x)) == 0;
+}
+
+PyObject* list_of(const std::vector<Py_ssize_t>& numbers) {
+    OwnedList found;
+    for (Py_ssize_t number : numbers) {
+        Owned x(call_python(PyLong_FromSsize_t, number));
+        if (!found || !x || !found.append(x)) return nullptr;
+    }
+    return Py_NewRef(found);
+}
+
+bool is_reader(PyObject* x) {
+    return PyType_GetSlot(Py_TYPE(x), Py_tp_dealloc) ==
+           reinterpret_cast<void*>(&free_object<Reader>);
+}
+
+struct Plan {
+    bool open(PyObject* arguments, PyObject* keywords) {
+        static const char* names[] = {"threads", "instruction_set", nullptr};
+        Py_ssize_t most = 1;
+        int number = 0;
+        if (!kept || !written ||
+            !PyArg_ParseTupleAndKeywords(arguments, keywords, "ni", const_cast<char**>(names),
+                                         &most, &number)) {
+            return false;
+        }
+        threads = most > 0 ? most : 1;
+        set = static_cast<InstructionSet>(number);
+        return true;
+    }
+
+    // Without the GIL; true if that worked.
+    bool run(Phases phases, Norms* norms = nullptr, bool bounds = false) {
+        try {
+            Unlocked others_run;
+            step(leaves.layers.data(), leaves.layers.size(), threads, set, phases, norms, bounds);
+        } catch (const std::bad_alloc&) {
+            call_python(PyErr_NoMemory);
+            return false;
+        }
+        return true;
+    }
+
+    void count_step() {
+        if (counter) ++*counter;
+    }
+
+    Leaves leaves;
+    Buffer of_counter;
+    std::int64_t* counter = nullptr;
+    std::size_t threads = 1;
+    InstructionSet set = no_set;
+    OwnedList kept;     // the lists of arrays, and the counter
+    OwnedList written;  // those of the given arrays that are written to
+};
+
+Plan& plan_of(PyObject* self) { return content_of<Plan>(self); }
+
+// The columns of one call of `prepare`.
+struct Columns {
+    PyObject *ws, *dcdws, *outs, *rules, *velocities = Py_None, *new_ws = Py_None,
+                                         *new_velocities = Py_None, *places = Py_None;
+    Results results;
+
+    // False with an exception set.
+    bool check() {
+        const Py_ssize_t count = PyList_Size(ws);
+        for (PyObject* list : {dcdws, outs, rules, velocities, new_ws, new_velocities}) {
+            if (!is_column(list, count)) return false;
+        }
+        results = outs != Py_None     ? Results::in_place
+                  : new_ws != Py_None ? Results::new_arrays
+                                      : Results::none;
+        if (results != Results::new_arrays || velocities == Py_None || new_velocities != Py_None) {
+            return true;
+        }
+        call_python(PyErr_SetString, PyExc_ValueError, "expected new_velocities");
+        return false;
+    }
+};
+
+// 1: taken, 0: not supported, -1: an exception is set.
+int take(Plan& plan, const Reader& reader, const Columns& columns, Py_ssize_t i) {
+    const Results results = columns.results;
+    const bool in_place = results == Results::in_place;
+    const Arrays given = {PyList_GetItem(columns.ws, i), PyList_GetItem(columns.dcdws, i),
+                          item(columns.outs, i), item(columns.velocities, i)};
+    PyObject* rule = PyList_GetItem(columns.rules, i);
+    if (PyErr_Occurred()) return -1;  // a list has become shorter
+    if (given.w == Py_None && given.dcdw == Py_None && !given.moves() &&
+        (!in_place || given.out == Py_None)) {
+        return 1;  // nothing is there
+    }
+    if (given.w == Py_None) return 0;
+    if (given.dcdw == Py_None) {
+        const bool is_kept = in_place && given.out == given.w && plan.leaves.keep(reader, given);
+        return PyErr_Occurred() ? -1 : is_kept;
+    }
+    Made made;
+    if (!plan.leaves.add(reader, given, rule, results, i, made)) return PyErr_Occurred() ? -1 : 0;
+    if (in_place) {
+        if (!plan.written.append(given.out)) return -1;
+        return !given.moves() || plan.written.append(given.velocity) ? 1 : -1;
+    }
+    if (results == Results::none) return 1;
+    if (!put(columns.new_ws, i, made.out)) return -1;
+    return !given.moves() || put(columns.new_velocities, i, made.velocity) ? 1 : -1;
+}
+
+PyObject* prepare(PyObject* self, PyObject* arguments, PyObject* keywords) {
+    static const char* names[] = {"reader",     "ws",     "dcdws",          "outs",   "rules",
+                                  "velocities", "new_ws", "new_velocities", "places", nullptr};
+    PyObject* reader_object;
+    Columns columns;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OO!O!OO!|OOOO",
+                                     const_cast<char**>(names), &reader_object, &PyList_Type,
+                                     &columns.ws, &PyList_Type, &columns.dcdws, &columns.outs,
+                                     &PyList_Type, &columns.rules, &columns.velocities,
+                                     &columns.new_ws, &columns.new_velocities, &columns.places)) {
+        return nullptr;
+    }
+    if (!is_reader(reader_object)) {
+        return call_python(PyErr_Format, PyExc_TypeError, "expected a Reader, got %R",
+                           Py_TYPE(reader_object));
+    }
+    if (!columns.check()) return nullptr;
+    Plan& plan = plan_of(self);
+    const Reader& reader = content_of<Reader>(reader_object);
+    for (PyObject* list : {columns.ws, columns.dcdws, columns.outs, columns.rules,
+                           columns.velocities, columns.new_ws, columns.new_velocities}) {
+        if (!plan.kept.append(list)) return nullptr;
+    }
+    try {
+        OwnedList rest;
+        if (!rest) return nullptr;
+        const bool all = columns.places == Py_None;
+        const Py_ssize_t count = PyList_Size(all ? columns.ws : columns.places);
+        if (count < 0) return nullptr;
+        for (Py_ssize_t k = 0; k < count; ++k) {
+            Py_ssize_t i = k;
+            if (!all) {
+                PyObject* place = PyList_GetItem(columns.places, k);
+                i = place ? call_python(PyLong_AsSsize_t, place) : -1;
+                if (PyErr_Occurred()) return nullptr;
+            } else if (i + ahead < count) {  // the arrays of a large tree are in no cache
+                prefetch(PyList_GetItem(columns.ws, i + ahead));
+                prefetch(PyList_GetItem(columns.dcdws, i + ahead));
+                if (columns.velocities != Py_None) {
+                    prefetch(PyList_GetItem(columns.velocities, i + ahead));
+                }
+            }
+            const int taken = take(plan, reader, columns, i);
+            if (taken < 0) return nullptr;
+            if (taken) continue;
+            Owned place(call_python(PyLong_FromSsize_t, i));
+            if (!place || !rest.append(place)) return nullptr;
+        }
+        return Py_NewRef(rest);
+    } catch (const std::bad_alloc&) {
+        return call_python(PyErr_NoMemory);
+    }
+}
+
+PyObject* count(PyObject* self, PyObject* counter) {
+    Plan& plan = plan_of(self);
+    if (!Reader::read_counter(counter, plan.of_counter.view)) Py_RETURN_FALSE;
+    plan.counter = static_cast<std::int64_t*>(plan.of_counter.view.buf);
+    plan.leaves.write_number(plan.counter);
+    Py_RETURN_TRUE;
+}
+
+// Adds pairs of addresses; false with an exception set.
+bool add_spans(PyObject* pairs, std::vector<Stretch>& to) {
+    for (Py_ssize_t i = 0; pairs && i < PyList_Size(pairs); ++i) {
+        unsigned long long start, end;
+        if (!PyArg_ParseTuple(PyList_GetItem(pairs, i), "KK", &start, &end)) return false;
+        to.push_back({reinterpret_cast<const char*>(static_cast<std::uintptr_t>(start)),
+                      reinterpret_cast<const char*>(static_cast<std::uintptr_t>(end))});
+    }
+    return true;
+}
+
+PyObject* overlaps(PyObject* self, PyObject* arguments) {
+    PyObject *written = nullptr, *read = nullptr;
+    if (!PyArg_ParseTuple(arguments, "|O!O!", &PyList_Type, &written, &PyList_Type, &read)) {
+        return nullptr;
+    }
+    Leaves& leaves = plan_of(self).leaves;
+    if (!written && !read) return PyBool_FromLong(overlap(leaves.written, leaves.read));
+    try {
+        std::vector<Stretch> all_written = leaves.written, all_read = leaves.read;
+        if (!add_spans(written, all_written) || !add_spans(read, all_read)) return nullptr;
+        return PyBool_FromLong(overlap(all_written, all_read));
+    } catch (const std::bad_alloc&) {
+        return call_python(PyErr_NoMemory);
+    }
+}
+
+PyObject* spans(PyObject* self, PyObject*) {
+    OwnedList found;
+    for (const Stretch& x : plan_of(self).leaves.written) {
+        const auto start =
+            static_cast<unsigned long long>(reinterpret_cast<std::uintptr_t>(x.start));
+        const auto end = static_cast<unsigned long long>(reinterpret_cast<std::uintptr_t>(x.end));
+        Owned pair(call_python([=] { return Py_BuildValue("KK", start, end); }));
+        if (!found || !pair || !found.append(pair)) return nullptr;
+    }
+    return Py_NewRef(found);
+}
+
+// The norms in a bytearray; null with an exception set where it is none of this plan.
+Norms* table(PyObject* bytes, const Plan& plan) {
+    const auto size = static_cast<Py_ssize_t>(plan.leaves.layers.size() * sizeof(Norms));
+    if (PyByteArray_Check(bytes) && PyByteArray_Size(bytes) == size) {
+        return reinterpret_cast<Norms*>(PyByteArray_AsString(bytes));
+    }
+    call_python(PyErr_SetString, PyExc_ValueError, "expected the norms of this plan");
+    return nullptr;
+}
+
+PyObject* norms(PyObject* self, PyObject* arguments, PyObject* keywords) {
+    static const char* names[] = {"bounds", nullptr};
+    int bounds = 0;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "|p", const_cast<char**>(names),
+                                     &bounds)) {
+        return nullptr;
+    }
+    Plan& plan = plan_of(self);
+    const std::size_t size = plan.leaves.layers.size() * sizeof(Norms);
+    Owned bytes(call_python(PyByteArray_FromStringAndSize, nullptr, static_cast<Py_ssize_t>(size)));
+    if (!bytes) return nullptr;
+    if (!plan.run(Phases::norms, table(bytes, plan), bounds != 0)) return nullptr;
+    return Py_NewRef(bytes);
+}
+
+PyObject* nonfinite(PyObject* self, PyObject* bytes) {
+    Plan& plan = plan_of(self);
+    const Norms* known = table(bytes, plan);
+    if (!known) return nullptr;
+    try {
+        std::vector<Py_ssize_t> bad;
+        {
+            Unlocked others_run;
+            for (std::size_t i = 0; i < plan.leaves.layers.size(); ++i) {
+                const Layer& layer = plan.leaves.layers[i];
+                if (!layer.rule->must_be_finite || prove_finite(layer, known[i])) continue;
+                if (!is_finite(layer, known[i], plan.set)) bad.push_back(plan.leaves.places[i]);
+            }
+        }
+        return list_of(bad);
+    } catch (const std::bad_alloc&) {
+        return call_python(PyErr_NoMemory);
+    }
+}
+
+PyObject* apply(PyObject* self, PyObject* bytes) {
+    Plan& plan = plan_of(self);
+    Norms* known = table(bytes, plan);
+    if (!known || !plan.run(Phases::apply, known)) return nullptr;
+    plan.count_step();
+    Py_RETURN_NONE;
+}
+
+PyObject* step(PyObject* self, PyObject*) {
+    Plan& plan = plan_of(self);
+    if (!plan.run(Phases::both)) return nullptr;
+    plan.count_step();
+    Py_RETURN_NONE;
+}
+
+PyObject* places(PyObject* self, void*) { return list_of(plan_of(self).leaves.places); }
+PyObject* written(PyObject* self, void*) { return Py_NewRef(plan_of(self).written); }
+
+PyMethodDef plan_methods[] = {
+    {"prepare", method(prepare), METH_VARARGS | METH_KEYWORDS, nullptr},
+    {"count", count, METH_O, nullptr},
+    {"overlaps", overlaps, METH_VARARGS, nullptr},
+    {"spans", spans, METH_NOARGS, nullptr},
+    {"norms", method(norms), METH_VARARGS | METH_KEYWORDS, nullptr},
+    {"nonfinite", nonfinite, METH_O, nullptr},
+    {"apply", apply, METH_O, nullptr},
+    {"step", step, METH_NOARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyObject* must_be_finite(PyObject* self, void*) {
+    const Leaves& leaves = plan_of(self).leaves;
+    return PyBool_FromLong(std::any_of(leaves.layers.begin(), leaves.layers.end(),
+                                       [](const Layer& x) { return x.rule->must_be_finite; }));
+}
+
+PyGetSetDef plan_attributes[] = {
+    {"must_be_finite", must_be_finite, nullptr, nullptr, nullptr},
+    {"places", places, nullptr, nullptr, nullptr},
+    {"written", written, nullptr, nullptr, nullptr},
+    {nullptr, nullptr, nullptr, nullptr, nullptr},
+};
+
+PyType_Slot reader_slots[] = {
+    {Py_tp_new, slot(make_object<Reader>)},
+    {Py_tp_dealloc, slot(free_object<Reader>)},
+    {0, nullptr},
+};
+
+PyType_Slot plan_slots[] = {
+    {Py_tp_new, slot(make_object<Plan>)},
+    {Py_tp_dealloc, slot(free_object<Plan>)},
+    {Py_tp_methods, plan_methods},
+    {Py_tp_getset, plan_attributes},
+    {0, nullptr},
+};
+
+PyType_Spec specs[] = {
+    {"lars_tree._native._kernel.Reader", sizeof(Object<Reader>), 0, Py_TPFLAGS_DEFAULT,
+     reader_slots},
+    {"lars_tree._native._kernel.Plan", sizeof(Object<Plan>), 0, Py_TPFLAGS_DEFAULT, plan_slots},
+};
+
+int add_types(PyObject* module) {
+    for (PyType_Spec& spec : specs) {
+        Owned type(call_python(PyType_FromModuleAndSpec, module, &spec, nullptr));
+        PyObject* made = type;
+        if (!made || call_python(PyModule_AddType, module, reinterpret_cast<PyTypeObject*>(made))) {
+            return -1;
+        }
+    }
+    return 0;
+}
+
+}  // namespace

@@ -1,0 +1,273 @@
+// Reads numpy arrays by the buffer protocol, torch tensors by DLPack, and rules by their fields.
+//
+// What the kernel does not support (another type, layout or dtype, read-only or freed memory, an
+// option that is an array) is not read. The caller leaves it to Python.
+#pragma once
+
+#include "memory.hpp"
+#include "python.hpp"
+#include "rule.hpp"
+
+namespace lars {
+
+// How the arrays and rules of one library are read.
+class Reader {
+public:
+    // The arguments are those of Reader in _kernel.pyi. `tensors` is None for what has the buffer
+    // protocol, or the capsule of DLPack's exchange table and the torch methods untyped_storage,
+    // nbytes and resizable (of that), storage_offset and is_neg. `as_bits` views a bfloat16 array,
+    // which has no buffer, as uint16; it is True where arrays of uint16 are such views already,
+    // and None for neither. False with an exception set.
+    bool open(PyObject* arguments, PyObject* keywords) {
+        static const char* names[] = {"types",   "fields",  "make", "copy",
+                                      "tensors", "as_bits", nullptr};
+        PyObject *fields, *tensors = Py_None;
+        make_new = copy_of = as_bits = Py_None;
+        if (!PyArg_ParseTupleAndKeywords(
+                arguments, keywords, "O!O!|OOOO", const_cast<char**>(names), &PyTuple_Type, &types,
+                &PyTuple_Type, &fields, &make_new, &copy_of, &tensors, &as_bits)) {
+            return false;
+        }
+        for (PyObject* x : {types, make_new, copy_of, tensors, as_bits}) {
+            if (!kept.append(x)) return false;
+        }
+        if (!find_fields(fields)) return false;
+        if (tensors == Py_None) return true;
+        PyObject* capsule;
+        if (!PyArg_ParseTuple(tensors, "OOOOOO", &capsule, &untyped_storage, &nbytes, &resizable,
+                              &storage_offset, &is_neg)) {
+            return false;
+        }
+        api = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+        while (api && api->major > 1) api = api->previous;
+        return !PyErr_Occurred();
+    }
+
+    // New memory for the result of w; false with an exception set.
+    bool make(PyObject* w, Owned& to) const {
+        to.reset(call_python(PyObject_CallFunctionObjArgs, make_new, w, nullptr));
+        return to;
+    }
+
+    // A copy of a velocity; the same.
+    bool copy(PyObject* velocity, Owned& to) const {
+        to.reset(call_python(PyObject_CallFunctionObjArgs, copy_of, velocity, nullptr));
+        return to;
+    }
+
+    // Reads a rule; false where the kernel does not do what it asks for.
+    bool read_rule(PyObject* fields, Rule& rule) const {
+        for (const auto& number : numbers) {
+            PyObject* x = PyTuple_GetItem(fields, number.place);
+            if (!x || !PyFloat_Check(x)) return false;
+            rule.*number.field = PyFloat_AsDouble(x);
+        }
+        for (const auto& flag : flags) {
+            rule.*flag.field = PyTuple_GetItem(fields, flag.place) == Py_True;
+        }
+        PyObject* choice = PyTuple_GetItem(fields, nonfinite);
+        if (!choice) return false;
+        rule.must_be_finite = PyUnicode_CompareWithASCIIString(choice, "propagate") != 0;
+        return PyTuple_GetItem(fields, layer_axis) == Py_None &&
+               PyTuple_GetItem(fields, axis_name) == Py_None &&
+               PyTuple_GetItem(fields, stop_gradients) == Py_True;
+    }
+
+    // Reads an array; false if it is not plain, or with an exception set that has nothing to do
+    // with that. `buffer` is to be released when the memory is no longer looked at.
+    bool read(PyObject* x, bool writable, Memory& to, Py_buffer& buffer) const {
+        const bool done =
+            has_plain_type(x) &&
+            (untyped_storage ? read_tensor(x, writable, to) : read_buffer(x, writable, to, buffer));
+        if (!done) {
+            for (PyObject* expected : {PyExc_BufferError, PyExc_TypeError, PyExc_ValueError,
+                                       PyExc_RuntimeError, PyExc_AttributeError}) {
+                if (PyErr_Occurred() && PyErr_ExceptionMatches(expected)) call_python(PyErr_Clear);
+            }
+            return false;
+        }
+        return reinterpret_cast<std::uintptr_t>(to.data) % Vector::item_size(to.format) == 0;
+    }
+
+    // Reads an array of one int64, to be written to; false if it is none.
+    static bool read_counter(PyObject* x, Py_buffer& buffer) {
+        if (call_python(PyObject_GetBuffer, x, &buffer, PyBUF_WRITABLE | PyBUF_FORMAT) != 0) {
+            call_python(PyErr_Clear);
+            return false;
+        }
+        const char* format = buffer.format ? buffer.format : "B";
+        const bool is_int64 = buffer.itemsize == 8 && (format[0] == 'l' || format[0] == 'q');
+        return is_int64 && format[1] == '\0' && buffer.len == 8;
+    }
+
+private:
+    bool has_plain_type(PyObject* x) const {
+        for (Py_ssize_t i = 0; i < PyTuple_Size(types); ++i) {
+            if (reinterpret_cast<PyObject*>(Py_TYPE(x)) == PyTuple_GetItem(types, i)) return true;
+        }
+        return false;
+    }
+
+    bool read_buffer(PyObject* x, bool writable, Memory& to, Py_buffer& buffer) const {
+        const int flags = PyBUF_STRIDES | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0);
+        bool are_bits = as_bits == Py_True;
+        if (call_python(PyObject_GetBuffer, x, &buffer, flags) != 0) {
+            if (as_bits == Py_None || are_bits || !PyErr_ExceptionMatches(PyExc_ValueError)) {
+                return false;
+            }
+            call_python(PyErr_Clear);
+            Owned bits(call_python(PyObject_CallFunctionObjArgs, as_bits, x, nullptr));
+            PyObject* viewed = bits;
+            if (!viewed || viewed == Py_None ||
+                call_python(PyObject_GetBuffer, viewed, &buffer, flags) != 0) {
+                return false;
+            }
+            are_bits = true;
+        }
+        const char* format = buffer.format ? buffer.format : "B";
+        to.is_complex = format[0] == 'Z';
+        if (to.is_complex) ++format;
+        if (format[0] == '\0' || format[1] != '\0') return false;
+        switch (format[0]) {
+            case 'e':
+                to.format = float16;
+                break;
+            case 'f':
+                to.format = float32;
+                break;
+            case 'd':
+                to.format = float64;
+                break;
+            case 'H':
+                to.format = bfloat16;
+                break;
+            default:
+                return false;
+        }
+        if (to.format == bfloat16 && !are_bits) return false;  // numbers, not bits
+        if (buffer.ndim > 64) return false;
+        to.data = static_cast<char*>(buffer.buf);
+        to.item_size = buffer.itemsize;
+        to.size = buffer.len / Vector::item_size(to.format);
+        to.ndim = buffer.ndim;
+        to.shape = buffer.shape;
+        std::copy(buffer.strides, buffer.strides + buffer.ndim, to.strides);
+        return !writable || !buffer.len || is_own(x, buffer) || is_writable(to.data, buffer.len);
+    }
+
+    // Whether numpy allocated the memory of an array, or of the array that it is a view of. Other
+    // owners may have mapped theirs for reading alone without numpy knowing.
+    bool is_own(PyObject* x, const Py_buffer& buffer) const {
+        const int owns_data = 4;  // NPY_ARRAY_OWNDATA
+        const auto* fields = reinterpret_cast<const ArrayFields*>(x);
+        if (fields->data != buffer.buf || fields->ndim != buffer.ndim) return false;
+        while (fields->base) {
+            if (!has_plain_type(fields->base)) return false;
+            fields = reinterpret_cast<const ArrayFields*>(fields->base);
+        }
+        return fields->flags & owns_data;
+    }
+
+    bool read_tensor(PyObject* x, bool writable, Memory& to) const {
+        static_assert(sizeof(Py_ssize_t) == sizeof(std::int64_t) || sizeof(void*) < 8, "64 bits");
+        DLTensor tensor;
+        const int cpu = 1, real = 2, brain = 4;
+        if (!api || sizeof(Py_ssize_t) != sizeof(std::int64_t)) return false;
+        if (call_python(api->tensor_from_object, x, &tensor) != 0) return false;
+        if (tensor.device_type != cpu || tensor.vector_lanes != 1 || tensor.ndim > 64) return false;
+        if (tensor.code == brain && tensor.bits == 16) {
+            to.format = bfloat16;
+        } else if (tensor.code == real && tensor.bits >= 16 && tensor.bits <= 64) {
+            to.format = tensor.bits == 16 ? float16 : tensor.bits == 32 ? float32 : float64;
+        } else {
+            return false;
+        }
+        to.is_complex = false;
+        to.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+        to.item_size = tensor.bits / 8;
+        to.ndim = tensor.ndim;
+        to.shape = reinterpret_cast<const Py_ssize_t*>(tensor.shape);
+        to.size = 1;
+        for (int axis = tensor.ndim; axis-- > 0; to.size *= tensor.shape[axis]) {
+            const std::int64_t stride = tensor.strides ? tensor.strides[axis] : to.size;
+            to.strides[axis] = stride * to.item_size;
+        }
+        return to.size == 0 || (gives(Py_False, is_neg, x) && is_held(x, writable, to));
+    }
+
+    // Whether the storage of a tensor without gaps has all of its memory, as it may have been freed
+    // or cut short, and whether it can be written to, if it is memory that is not torch's own.
+    bool is_held(PyObject* x, bool writable, const Memory& memory) const {
+        Owned storage(call_python(PyObject_CallFunctionObjArgs, untyped_storage, x, nullptr));
+        if (!storage) return false;
+        const long long offset = number(storage_offset, x);
+        if (!memory.data || offset < 0) return false;
+        const long long room = number(nbytes, storage);
+        const long long needed = (offset + static_cast<long long>(memory.size)) * memory.item_size;
+        if (room < needed) return false;
+        if (!writable || gives(Py_True, resizable, storage)) return true;
+        return !PyErr_Occurred() && is_writable(memory.data, memory.bytes());
+    }
+
+    static long long number(PyObject* method, PyObject* x) {
+        Owned result(call_python(PyObject_CallFunctionObjArgs, method, x, nullptr));
+        PyObject* found = result;
+        return found ? call_python(PyLong_AsLongLong, found) : -1;
+    }
+
+    // Whether the method gives this bool; false too with an exception set.
+    static bool gives(PyObject* expected, PyObject* method, PyObject* x) {
+        Owned result(call_python(PyObject_CallFunctionObjArgs, method, x, nullptr));
+        return result == expected;
+    }
+
+    // Where the fields of a rule are; false with an exception set where one is missing.
+    bool find_fields(PyObject* names) {
+        for (auto& number : numbers) number.place = place_of(number.name, names);
+        for (auto& flag : flags) flag.place = place_of(flag.name, names);
+        nonfinite = place_of("nonfinite", names);
+        layer_axis = place_of("layer_axis", names);
+        axis_name = place_of("axis_name", names);
+        stop_gradients = place_of("stop_gradients", names);
+        return !PyErr_Occurred();
+    }
+
+    static Py_ssize_t place_of(const char* name, PyObject* names) {
+        for (Py_ssize_t i = 0; i < PyTuple_Size(names); ++i) {
+            PyObject* other = PyTuple_GetItem(names, i);
+            if (PyUnicode_CompareWithASCIIString(other, name) == 0) return i;
+        }
+        call_python([name] { PyErr_Format(PyExc_ValueError, "a rule has no field %s", name); });
+        return -1;
+    }
+
+    template <class Type>
+    struct Field {
+        const char* name;
+        Type Rule::* field;
+        Py_ssize_t place;
+    };
+
+    Field<double> numbers[8] = {{"lr", &Rule::lr, 0},
+                                {"decay_lambda", &Rule::decay_lambda, 0},
+                                {"trust_coefficient", &Rule::trust_coefficient, 0},
+                                {"eps", &Rule::eps, 0},
+                                {"grad_scale", &Rule::grad_scale, 0},
+                                {"momentum", &Rule::momentum, 0},
+                                {"rate", &Rule::rate, 0},
+                                {"dampening", &Rule::dampening, 0}};
+    Field<bool> flags[5] = {{"adapt", &Rule::adapt, 0},
+                            {"trust_clip", &Rule::trust_clip, 0},
+                            {"joint_norm", &Rule::joint_norm, 0},
+                            {"nesterov", &Rule::nesterov, 0},
+                            {"maximize", &Rule::maximize, 0}};
+    Py_ssize_t nonfinite = 0, layer_axis = 0, axis_name = 0, stop_gradients = 0;
+
+    OwnedList kept;  // owns what the pointers below point to
+    PyObject *types = nullptr, *make_new = nullptr, *copy_of = nullptr, *as_bits = nullptr;
+    PyObject *untyped_storage = nullptr, *nbytes = nullptr, *resizable = nullptr,
+             *storage_offset = nullptr, *is_neg = nullptr;
+    DLPackExchangeAPI* api = nullptr;
+};
+
+}  // namespace lars
