@@ -81,7 +81,7 @@ class NumpyBackend(Backend):
     def prepare(
         self, plan: Plan, columns: Columns, news: News | None, places: list[int] | None
     ) -> list[int]:
-        return plan.prepare(_READER, *columns[:5], *(news or ()), places=places)
+        return plan.prepare(_READER, *columns[:5], *(news or (None, None)), places)
 
     def count(self, plan: Plan, counter: Any) -> bool:
         return plan.count(counter)

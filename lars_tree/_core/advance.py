@@ -6,8 +6,8 @@ from functools import cache
 from typing import Any
 
 from lars_tree import _counters, _nodes, _options, _tree, errors
-from lars_tree._backends.base import Columns, Leaf
-from lars_tree._core.execute import Caller, Result, checked, execute
+from lars_tree._backends.base import Columns
+from lars_tree._core.execute import Caller, Result, execute
 from lars_tree.array import unwrap
 
 State = dict[str, Any]
@@ -34,11 +34,10 @@ def advance(
         raise _tree.explained(trees) from None
 
 
-def matched(w: Any, dcdw: Any, options: dict[str, Any]) -> tuple[Columns, list[Leaf]]:
-    """All leaves side by side, without a place for results, and those that hold checked arrays."""
+def matched(w: Any, dcdw: Any, options: dict[str, Any]) -> tuple[Columns, Caller]:
+    """All leaves side by side, for no step but to be checked or measured."""
     try:
-        columns, caller = _matched(w, dcdw, None, options, None)
-        return columns, checked(columns, caller)
+        return _matched(w, dcdw, None, options, None)
     except RecursionError:
         raise _tree.explained({"w": w, "dcdw": dcdw, **options}) from None
 
