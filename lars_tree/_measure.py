@@ -40,11 +40,11 @@ def measure(
         columns = Columns(old, dcdws, None, _options.resolve(w, options, len(old)))
         if len(dcdws) != len(old):
             raise _tree.changed()
-        leaves = checked(w, dcdw, columns, lambda: _tree.paths(w, len(old)))
+        rows = checked(w, dcdw, columns, lambda: _tree.paths(w, len(old)))
     except RecursionError:
         raise _tree.explained({"w": w, "dcdw": dcdw, **options}) from None
     found: list[Step | None] = [None] * len(old)
-    moving = [leaf for leaf in leaves if leaf.dcdw is not None]
+    moving = [row.leaf for row in rows if row.leaf.dcdw is not None]
     for backend, group in _nonfinite.by_backend(moving).items():
         for leaf, measured in zip(group, backend.measure(group), strict=True):
             found[leaf.place] = Step(leaf, measured, _norm(leaf) if with_steps else None)

@@ -106,7 +106,7 @@ def check_elsewhere(leaves: list[Leaf], batches: list[Batch]) -> None:
     paths: list[Path] = [(batch.name, i) for batch in batches for i in range(len(batch.rows))]
     places = {id(leaf): place for place, leaf in enumerate(leaves)}
     _checks.check(
-        [x._replace(place=places[id(x)]) for x in suspects], lambda: paths, broadcasts=False
+        [x._replace(place=places[id(x)]) for x in suspects], lambda: paths, same_shapes=True
     )
 
 

@@ -22,10 +22,12 @@ from lars_tree import (
     _nodes,
     _nonfinite,
     _options,
+    _overlaps,
     _tree,
     errors,
 )
 from lars_tree._backends.base import FLOATING, Backend, Columns, Leaf, New
+from lars_tree._operands import Row
 from lars_tree._rule import Rule, is_zero
 from lars_tree._writes import Writes
 from lars_tree.array import rewrapped, unwrap
@@ -192,12 +194,13 @@ def _update(
     if velocities is not None:
         _refuse_surplus(w, state["velocity"], old, velocities, "state")
     # An optimizer has a state, and gradients of the shapes of their weights.
-    leaves = checked(w, dcdw, columns, paths, broadcasts=not state)
+    rows = checked(w, dcdw, columns, paths, same_shapes=bool(state))
+    leaves = [row.leaf for row in rows]
     if out is not None:
         _counters.check_apart(state, leaves, paths)
     written = Writes() if writes is None else writes
     with nullcontext() if out is None else _memory.serialised():
-        news, taken = _run(_checks.detach_inputs(leaves), paths, written)
+        news, taken = _run(_overlaps.detach_inputs(rows), paths, written)
         if out is not None:
             _counters.count_in_place(state, taken, written)
             if writes is None:
@@ -247,16 +250,15 @@ def _refuse_new_children(
 
 
 def checked(
-    w: Any, dcdw: Any, columns: Columns, paths: Paths, broadcasts: bool = True
-) -> list[Leaf]:
+    w: Any, dcdw: Any, columns: Columns, paths: Paths, *, same_shapes: bool = False
+) -> list[Row]:
     """The leaves that hold arrays, with nothing wrong with them.
 
-    `broadcasts` says whether gradients may have other shapes than their weights.
+    `same_shapes` says whether gradients must have the shapes of their weights.
     """
     _refuse_surplus(w, dcdw, columns.ws, columns.dcdws, "dcdw")
     leaves = _arrays(columns, paths)
-    _checks.check(leaves, paths, broadcasts)
-    return leaves
+    return _checks.check(leaves, paths, same_shapes=same_shapes)
 
 
 def _result(
