@@ -145,28 +145,30 @@ def _same_shape(row: Row) -> Fault | None:
 
 def _belongs(argument: str, row: Row, x: Operand) -> Fault | None:
     """Whether x is of the library of the weights, and on their device."""
-    if x is row.w:
-        return None
     backend = row.leaf.backend
-    headline = f"{argument} and w are arrays of different libraries or devices"
+    if x is row.w or (x.backend is backend and x.fault):
+        return None
     if x.backend is None:
         return _not_an_array(argument, x)
     if x.backend is not backend:
         text = f"expected a {backend.name} array as in w, got one of {x.backend.name}"
-        return Fault(errors.BackendError, argument, headline, text)
-    if x.fault:
-        return None
-    ours, theirs = row.w.facts.device, x.facts.device
-    if ours != theirs and None not in (ours, theirs):
+        return _misplaced(argument, text)
+    ours, theirs = row.w.facts, x.facts
+    if ours.device != theirs.device and None not in (ours.device, theirs.device):
         text = f"expected an array on {_device(ours)} as in w, got one on {_device(theirs)}"
-        return Fault(errors.BackendError, argument, headline, text)
-    return _spread(argument, row.w.facts, x.facts) or _varies(argument, row.w, x)
+        return _misplaced(argument, text)
+    if ours.layout != theirs.layout:
+        return _spread(argument, ours, theirs) or _varies(argument, row.w, x)
+    return _varies(argument, row.w, x) if x.varying else None
+
+
+def _misplaced(argument: str, text: str) -> Fault:
+    headline = f"{argument} and w are arrays of different libraries or devices"
+    return Fault(errors.BackendError, argument, headline, text)
 
 
 def _spread(argument: str, ours: Facts, theirs: Facts) -> Fault | None:
     """Whether x is spread over the same processes as the weights, and what is written as they."""
-    if ours.layout == theirs.layout:
-        return None
     headline = f"{argument} is not laid out over the processes as w is"
     if argument not in ("out", "state"):
         # A number is the same in all processes, for weights that are spread over them too.
@@ -199,15 +201,18 @@ def _layout(facts: Facts) -> str:
     return f"a DTensor of shape {facts.shape} with placements {placements} over {mesh}"
 
 
-def _device(device: Any) -> str:
+def _device(facts: Facts) -> str:
+    device = facts.device
     return ", ".join(sorted(map(str, device))) if isinstance(device, frozenset) else str(device)
 
 
 def _broadcasts(argument: str, ours: Facts, theirs: Facts) -> Fault | None:
+    if ours.shape == theirs.shape:
+        return None
     # Not by numpy.broadcast_shapes, which knows no more than 32 axes. Each is 1 or as in w.
     extra = len(ours.shape) - len(theirs.shape)
     pairs = zip(ours.shape[max(extra, 0) :], theirs.shape, strict=False)
-    if ours.shape == theirs.shape or (extra >= 0 and all(n in (1, most) for most, n in pairs)):
+    if extra >= 0 and all(n in (1, most) for most, n in pairs):
         return None
     headline = f"{argument} does not broadcast to w"
     text = f"expected a shape that broadcasts to {ours.shape}, got {theirs.shape}"
