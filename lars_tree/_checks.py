@@ -15,6 +15,7 @@ import numpy as np
 from lars_tree import _memory, _overlaps, errors
 from lars_tree._backends.base import FLOATING, Facts, Leaf, Values, named
 from lars_tree._operands import Operand, Row, with_operands
+from lars_tree.errors import WORDS, Words
 
 Paths = Callable[[], list[errors.Path]]
 
@@ -28,13 +29,16 @@ class Fault(NamedTuple):
     text: str
 
 
-def check(leaves: list[Leaf], paths: Paths, *, same_shapes: bool = False) -> list[Row]:
+def check(
+    leaves: list[Leaf], paths: Paths, *, same_shapes: bool = False, words: Words = WORDS
+) -> list[Row]:
     """Raise what is wrong with the arrays of these leaves: one kind of error, all its paths.
 
     Args:
         leaves: What is to be stepped or copied.
         paths: Makes the paths of all leaves of the tree, for an error.
         same_shapes: Whether gradients must have the shapes of their weights.
+        words: What the caller calls the arguments.
 
     Returns:
         The leaves with what was read of their arrays.
@@ -43,12 +47,12 @@ def check(leaves: list[Leaf], paths: Paths, *, same_shapes: bool = False) -> lis
         LarsTreeError: of the kind found first.
     """
     rows = with_operands(leaves)
-    faults = ((row, _fault(row, same_shapes)) for row in rows)
+    faults = ((row, _fault(row, same_shapes, words)) for row in rows)
     found = [(row.leaf.place, fault) for row, fault in faults if fault]
     if not found:
         pairs = _overlaps.shared(rows)
-        found = [(other.leaf.place, _shared(one, other, paths)) for one, other in pairs]
-    _raise(found, paths)
+        found = [(other.leaf.place, _shared(one, other, paths, words)) for one, other in pairs]
+    _raise(found, paths, words)
     return rows
 
 
@@ -62,132 +66,133 @@ def check_weights(leaves: list[Any], paths: Paths) -> None:
         LarsTreeError: of the kind found first.
     """
     faults = ((place, _unfit(Operand(x))) for place, x in enumerate(leaves) if x is not None)
-    _raise([(place, fault) for place, fault in faults if fault], paths)
+    _raise([(place, fault) for place, fault in faults if fault], paths, WORDS)
 
 
-def _raise(found: list[tuple[int, Fault]], paths: Paths) -> None:
+def _raise(found: list[tuple[int, Fault]], paths: Paths, words: Words) -> None:
     if found:
         first = found[0][1]
         same = [(paths()[place], fault.text) for place, fault in found if fault[:3] == first[:3]]
-        raise errors.error(*first[:3], same)
+        raise words.error(*first[:3], same)
 
 
 def _unfit(w: Operand) -> Fault | None:
     if w.backend is None:
-        return _not_an_array("w", w)
-    fault = _faulty("w", w)
+        return _not_an_array("w", w, WORDS)
+    fault = _faulty("w", w, WORDS)
     if not fault and getattr(w.facts.dtype, "hasobject", False):
-        return _unusable("w", w)
+        return _unusable("w", w, WORDS)
     return fault
 
 
-def _fault(row: Row, same_shapes: bool) -> Fault | None:
+def _fault(row: Row, same_shapes: bool, words: Words) -> Fault | None:
     """The first fault of a leaf."""
     shape = (_same_shape,) if same_shapes else ()
     step = (_weights, _gradient, *shape, _rates, _layer_axis, _mesh_axes, _looking)
     for question in (*(step if row.leaf.dcdw is not None else (_data,)), _velocity, _out):
-        fault: Fault | None = question(row)
+        fault: Fault | None = question(row, words)
         if fault:
             return fault
     return None
 
 
-def _weights(row: Row) -> Fault | None:
-    return _unusable("w", row.w)
+def _weights(row: Row, words: Words) -> Fault | None:
+    return _unusable("w", row.w, words)
 
 
-def _data(row: Row) -> Fault | None:
+def _data(row: Row, words: Words) -> Fault | None:
     """Weights without a gradient may be of any dtype, but must be there to be copied."""
-    return _faulty("w", row.w)
+    return _faulty("w", row.w, words)
 
 
-def _not_an_array(argument: str, x: Operand) -> Fault:
-    headline = f"{argument} holds something that is no array"
+def _not_an_array(argument: str, x: Operand, words: Words) -> Fault:
+    headline = f"{words.name(argument)} holds something that is no array"
     text = f"expected an array, got {errors.describe(x.x)}"
     return Fault(errors.LeafError, argument, headline, text)
 
 
-def _faulty(argument: str, x: Operand) -> Fault | None:
+def _faulty(argument: str, x: Operand, words: Words) -> Fault | None:
     if not x.fault:
         return None
-    headline = f"{argument} holds an array that cannot be computed with"
+    headline = f"{words.name(argument)} holds an array that cannot be computed with"
     return Fault(errors.LeafError, argument, headline, f"expected dense data, got {x.fault}")
 
 
-def _unusable(argument: str, x: Operand) -> Fault | None:
+def _unusable(argument: str, x: Operand, words: Words) -> Fault | None:
     if x.fault or x.facts.kind in FLOATING:
-        return _faulty(argument, x)
-    headline = f"{argument} is not floating point"
+        return _faulty(argument, x, words)
+    headline = f"{words.name(argument)} is not floating point"
     text = f"expected float16, bfloat16, float32, float64 or complex, got {x.facts.dtype}"
     return Fault(errors.DtypeError, argument, headline, text)
 
 
-def _gradient(row: Row) -> Fault | None:
-    fault = _belongs("dcdw", row, row.dcdw) or _unusable("dcdw", row.dcdw)
+def _gradient(row: Row, words: Words) -> Fault | None:
+    fault = _belongs("dcdw", row, row.dcdw, words) or _unusable("dcdw", row.dcdw, words)
     if fault:
         return fault
     ours, theirs = row.w.facts, row.dcdw.facts
     if theirs.kind is not ours.kind:
-        headline = "dcdw and w mix real and complex numbers"
-        text = f"expected {ours.kind.value} as in w ({ours.dtype}), got {theirs.dtype}"
+        headline = f"{words.dcdw} and {words.w} mix real and complex numbers"
+        text = f"expected {ours.kind.value} as in {words.w} ({ours.dtype}), got {theirs.dtype}"
         return Fault(errors.DtypeError, "dcdw", headline, text)
-    return _broadcasts("dcdw", ours, theirs)
+    return _broadcasts("dcdw", ours, theirs, words)
 
 
-def _same_shape(row: Row) -> Fault | None:
+def _same_shape(row: Row, words: Words) -> Fault | None:
     ours, theirs = row.w.facts.shape, row.dcdw.facts.shape
     if ours == theirs:
         return None
-    headline = "dcdw has another shape than w"
-    text = f"expected shape {ours} as in w, got {theirs}"
+    headline = f"{words.dcdw} has another shape than {words.w}"
+    text = f"expected shape {ours} as in {words.w}, got {theirs}"
     return Fault(errors.ShapeError, "dcdw", headline, text)
 
 
-def _belongs(argument: str, row: Row, x: Operand) -> Fault | None:
+def _belongs(argument: str, row: Row, x: Operand, words: Words) -> Fault | None:
     """Whether x is of the library of the weights, and on their device."""
     backend = row.leaf.backend
     if x is row.w or (x.backend is backend and x.fault):
         return None
     if x.backend is None:
-        return _not_an_array(argument, x)
+        return _not_an_array(argument, x, words)
     if x.backend is not backend:
-        text = f"expected a {backend.name} array as in w, got one of {x.backend.name}"
-        return _misplaced(argument, text)
+        text = f"expected a {backend.name} array as in {words.w}, got one of {x.backend.name}"
+        return _misplaced(argument, text, words)
     ours, theirs = row.w.facts, x.facts
     if ours.device != theirs.device and None not in (ours.device, theirs.device):
-        text = f"expected an array on {_device(ours)} as in w, got one on {_device(theirs)}"
-        return _misplaced(argument, text)
+        text = f"expected an array on {_device(ours)} as in {words.w}, got one on {_device(theirs)}"
+        return _misplaced(argument, text, words)
     if ours.layout != theirs.layout:
-        return _spread(argument, ours, theirs) or _varies(argument, row.w, x)
-    return _varies(argument, row.w, x) if x.varying else None
+        return _spread(argument, ours, theirs, words) or _varies(argument, row.w, x, words)
+    return _varies(argument, row.w, x, words) if x.varying else None
 
 
-def _misplaced(argument: str, text: str) -> Fault:
-    headline = f"{argument} and w are arrays of different libraries or devices"
+def _misplaced(argument: str, text: str, words: Words) -> Fault:
+    headline = f"{words.name(argument)} and {words.w} are arrays of different libraries or devices"
     return Fault(errors.BackendError, argument, headline, text)
 
 
-def _spread(argument: str, ours: Facts, theirs: Facts) -> Fault | None:
-    """Whether x is spread over the same processes as the weights, and what is written as they."""
-    headline = f"{argument} is not laid out over the processes as w is"
+def _spread(argument: str, ours: Facts, theirs: Facts, words: Words) -> Fault | None:
+    """Whether x is on the device mesh of w and, where it is written, has its placements."""
+    headline = f"{words.name(argument)} is not laid out over the processes as {words.w} is"
     if argument not in ("out", "state"):
         # A number is the same in all processes, for weights that are spread over them too.
         is_number = theirs.layout is None and math.prod(theirs.shape) == 1
         meshes = [facts.layout and facts.layout.mesh for facts in (ours, theirs)]
         if is_number or meshes[0] == meshes[1]:
             return None
-        headline = f"{argument} and w are not spread over the same processes"
+        headline = f"{words.name(argument)} and {words.w} are not spread over the same processes"
     text = f"expected {_layout(ours)}, got {_layout(theirs)}"
     return Fault(errors.BackendError, argument, headline, text)
 
 
-def _varies(argument: str, w: Operand, x: Operand) -> Fault | None:
+def _varies(argument: str, w: Operand, x: Operand, words: Words) -> Fault | None:
     """Whether x differs between devices of a `jax.shard_map` that hold the same weights."""
     axes = x.varying - w.varying
     if not axes:
         return None
-    headline = f"{argument} differs between devices that hold the same weights"
-    text = f"expected the same {argument} on all devices of {named(axes)}, over which w does"
+    name = words.name(argument)
+    headline = f"{name} differs between devices that hold the same {words.weights}"
+    text = f"expected the same {name} on all devices of {named(axes)}, over which {words.w} does"
     text += " not vary, got one that varies"
     if argument == "dcdw":
         text += ": average gradients with jax.lax.pmean first"
@@ -206,7 +211,7 @@ def _device(facts: Facts) -> str:
     return ", ".join(sorted(map(str, device))) if isinstance(device, frozenset) else str(device)
 
 
-def _broadcasts(argument: str, ours: Facts, theirs: Facts) -> Fault | None:
+def _broadcasts(argument: str, ours: Facts, theirs: Facts, words: Words) -> Fault | None:
     if ours.shape == theirs.shape:
         return None
     # Not by numpy.broadcast_shapes, which knows no more than 32 axes. Each is 1 or as in w.
@@ -214,57 +219,59 @@ def _broadcasts(argument: str, ours: Facts, theirs: Facts) -> Fault | None:
     pairs = zip(ours.shape[max(extra, 0) :], theirs.shape, strict=False)
     if extra >= 0 and all(n in (1, most) for most, n in pairs):
         return None
-    headline = f"{argument} does not broadcast to w"
+    headline = f"{words.name(argument)} does not broadcast to {words.w}"
     text = f"expected a shape that broadcasts to {ours.shape}, got {theirs.shape}"
     return Fault(errors.ShapeError, argument, headline, text)
 
 
-def _velocity(row: Row) -> Fault | None:
+def _velocity(row: Row, words: Words) -> Fault | None:
     if row.leaf.velocity is None:
         return None
-    fault = _belongs("state", row, row.velocity) or _faulty("state", row.velocity)
+    fault = _belongs("state", row, row.velocity, words) or _faulty("state", row.velocity, words)
     if fault:
         return fault
     ours, theirs = row.w.facts, row.velocity.facts
     expected = (ours.shape, row.leaf.backend.velocity_dtype(row.leaf.w))
     if expected == (theirs.shape, theirs.dtype):
         return None
-    text = f"expected a velocity of {expected[1]} {expected[0]}"
-    text += f" for weights of {ours.dtype}, got {theirs.dtype} {theirs.shape}"
-    return Fault(errors.StateError, "state", "state does not fit w", text)
+    text = f"expected a {words.velocity} of {expected[1]} {expected[0]}"
+    text += f" for {words.weights} of {ours.dtype}, got {theirs.dtype} {theirs.shape}"
+    return Fault(errors.StateError, "state", f"{words.state} does not fit {words.w}", text)
 
 
-def _rates(row: Row) -> Fault | None:
+def _rates(row: Row, words: Words) -> Fault | None:
     """Options that are still arrays: rates with a shape, tracers, numbers on an accelerator."""
     for name, value in row.options:
         # One in CPU memory serves every library.
-        fault = None if isinstance(value.x, np.ndarray) else _belongs(name, row, value)
+        fault = None if isinstance(value.x, np.ndarray) else _belongs(name, row, value, words)
         ours, theirs = row.w.facts, value.facts
         if not fault and ours.layout is not None and math.prod(theirs.shape) != 1:
             text = f"expected one number for a DTensor, got an array of shape {theirs.shape}"
-            return Fault(errors.ShapeError, name, f"{name} does not broadcast to w", text)
-        fault = fault or _broadcasts(name, ours, theirs)
+            return Fault(
+                errors.ShapeError, name, f"{words.name(name)} does not broadcast to {words.w}", text
+            )
+        fault = fault or _broadcasts(name, ours, theirs, words)
         if fault:
             return fault
     return None
 
 
-def _layer_axis(row: Row) -> Fault | None:
+def _layer_axis(row: Row, words: Words) -> Fault | None:
     axis, ndim = row.leaf.rule.layer_axis, len(row.w.facts.shape)
     if axis is None or -ndim <= axis < ndim:
         return None
-    headline = "layer_axis is no axis of the weights"
+    headline = f"layer_axis is no axis of the {words.weights}"
     text = f"expected an axis of an array of {ndim} dimensions, got {axis}"
     return Fault(errors.OptionError, "layer_axis", headline, text)
 
 
-def _mesh_axes(row: Row) -> Fault | None:
+def _mesh_axes(row: Row, words: Words) -> Fault | None:
     fault = row.leaf.backend.axis_fault(row.leaf.w, row.leaf.rule)
-    headline = "axis_name does not fit the weights"
+    headline = f"axis_name does not fit the {words.weights}"
     return Fault(errors.OptionError, "axis_name", headline, fault) if fault else None
 
 
-def _looking(row: Row) -> Fault | None:
+def _looking(row: Row, words: Words) -> Fault | None:
     """Whether nonfinite="raise" can look at the values."""
     if row.leaf.rule.nonfinite != "raise":
         return None
@@ -276,45 +283,46 @@ def _looking(row: Row) -> Fault | None:
     return Fault(errors.OptionError, "nonfinite", headline, text)
 
 
-def _out(row: Row) -> Fault | None:
+def _out(row: Row, words: Words) -> Fault | None:
     leaf = row.leaf
     if leaf.out is None or (leaf.out is leaf.w and leaf.dcdw is None):
         return None
-    fault = _belongs("out", row, row.out) or _unwritable("out", row, row.out)
+    fault = _belongs("out", row, row.out, words) or _unwritable("out", row, row.out, words)
     if not fault and leaf.velocity is not None:
-        fault = _unwritable("state", row, row.velocity)
+        fault = _unwritable("state", row, row.velocity, words)
     if fault:
         return fault
     ours, theirs = row.w.facts, row.out.facts
     if ours.shape != theirs.shape:
-        text = f"expected shape {ours.shape} as in w, got {theirs.shape}"
-        return Fault(errors.OutError, "out", "out has another shape than w", text)
+        text = f"expected shape {ours.shape} as in {words.w}, got {theirs.shape}"
+        return Fault(errors.OutError, "out", f"{words.out} has another shape than {words.w}", text)
     if ours.dtype != theirs.dtype:
-        text = f"expected {ours.dtype} as in w, got {theirs.dtype}"
-        return Fault(errors.OutError, "out", "out has another dtype than w", text)
+        text = f"expected {ours.dtype} as in {words.w}, got {theirs.dtype}"
+        return Fault(errors.OutError, "out", f"{words.out} has another dtype than {words.w}", text)
     return None
 
 
-def _unwritable(argument: str, row: Row, x: Operand) -> Fault | None:
+def _unwritable(argument: str, row: Row, x: Operand, words: Words) -> Fault | None:
     fault = x.fault or row.leaf.backend.out_fault(x.x)
     if not (fault or row.leaf.rule.stop_gradients):
         arrays = (row.w, row.dcdw, x, *(option for _, option in row.options))
         if any(array.backend and array.backend.records(array.x) for array in arrays):
-            fault = "part of a graph: with stop_gradients=False, leave out `out`"
+            fault = f"part of a graph: with stop_gradients=False, leave out `{words.out}`"
     if fault:
-        headline = f"{argument} cannot be written to"
+        headline = f"{words.name(argument)} cannot be written to"
         return Fault(errors.OutError, argument, headline, f"it is {fault}")
     if x.memory is None or not _memory.overlaps_itself(x.memory):
         return None
     text = "expected memory of its own for every element, got a view that overlaps itself"
-    return Fault(errors.OutError, argument, f"{argument} overlaps itself", text)
+    return Fault(errors.OutError, argument, f"{words.name(argument)} overlaps itself", text)
 
 
-def _shared(one: _overlaps.Target, other: _overlaps.Target, paths: Paths) -> Fault:
-    path = errors.path_string(paths()[one.leaf.place])
+def _shared(one: _overlaps.Target, other: _overlaps.Target, paths: Paths, words: Words) -> Fault:
+    path = words.path(paths()[one.leaf.place])
     if one.argument == other.argument == "out":
-        headline, text = "two leaves of out share memory (tied weights)", path
+        headline, text = f"two {words.outs} share memory (tied {words.weights})", path
     else:
-        headline = f"{other.argument} shares memory with {one.argument}"
-        text = f"{path} of {one.argument}"
+        name = words.name(one.argument)
+        headline = f"{words.name(other.argument)} shares memory with {name}"
+        text = f"{path} of {name}"
     return Fault(errors.OutError, other.argument, headline, f"shares memory with {text}")

@@ -11,7 +11,9 @@ from lars_tree._backends.base import Backend, Leaf, New, Values
 Paths = Callable[[], list[errors.Path]]
 
 
-def guard(leaves: list[Leaf], results: dict[int, New], paths: Paths) -> tuple[dict[int, New], Any]:
+def guard(
+    leaves: list[Leaf], results: dict[int, New], paths: Paths, words: errors.Words = errors.WORDS
+) -> tuple[dict[int, New], Any]:
     """The results, or what `nonfinite` asks for where they would hold NaN or infinity.
 
     And whether the step is taken: a truth value, or an array of one that is not known yet.
@@ -28,9 +30,9 @@ def guard(leaves: list[Leaf], results: dict[int, New], paths: Paths) -> tuple[di
         if leaf.rule.nonfinite == "raise" and not bool(are_finite(leaf.backend, [leaf]))
     ]
     if bad:
-        headline = "dcdw would make weights that are not finite"
+        headline = f"{words.dcdw} would make {words.weights} that are not finite"
         lines = [(path, "expected finite numbers, got NaN or infinity") for path in bad]
-        raise errors.error(errors.NonFiniteError, "dcdw", headline, lines)
+        raise words.error(errors.NonFiniteError, "dcdw", headline, lines)
     watched = by_backend([leaf for leaf in steps if leaf.rule.nonfinite == "skip"])
     flags = [are_finite(backend, group) for backend, group in watched.items()]
     if not flags:
@@ -43,7 +45,7 @@ def guard(leaves: list[Leaf], results: dict[int, New], paths: Paths) -> tuple[di
         headline = "nonfinite cannot skip: the values are not known yet"
         text = "expected arrays of one library where some are traced or lazy"
         lines = [(paths()[leaf.place], text) for leaf in steps if leaf.rule.nonfinite == "skip"]
-        raise errors.error(errors.OptionError, "nonfinite", headline, lines)
+        raise words.error(errors.OptionError, "nonfinite", headline, lines)
     else:
         flag = all(bool(flag) for flag in flags)
 

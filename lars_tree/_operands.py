@@ -8,15 +8,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lars_tree import _backends, _options
-from lars_tree._backends.base import Facts, Leaf
+from lars_tree._backends.base import Facts, Kind, Leaf
 
 
 class Operand:
     """An array with what its library says of it; or None, of which there is nothing to say."""
 
     fault: str | None = None
-    facts: Facts  # of an array without a fault, as `varying`
-    varying: frozenset[Any]
+    # Of arrays without a fault.
+    facts = Facts((), Kind.OTHER, None, None)
+    varying: frozenset[Any] = frozenset()
 
     def __init__(self, x: Any) -> None:
         self.x = x

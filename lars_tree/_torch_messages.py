@@ -39,6 +39,19 @@ _CONVERTS = (
     "\n  opt.load_state_dict(opt.state_dict()) converts the buffers, opt.state.clear() drops them"
 )
 
+TORCH_WORDS = errors.Words(
+    w="p",
+    dcdw="p.grad",
+    out="p",
+    state="momentum_buffer",
+    weights="parameters",
+    outs="parameters",
+    velocity="momentum_buffer",
+    options={"decay_lambda": "weight_decay"},
+    path=lambda path: "/".join(map(str, path)),
+    hint=_CONVERTS,
+)
+
 
 def name_of(group: dict[str, Any], number: int, place: int) -> str:
     """What the optimizer's user calls a parameter of a group."""
