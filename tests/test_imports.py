@@ -51,6 +51,8 @@ LAYERS = [
     ["_measure"],
     ["update"],
     ["_checks", "_compare", "_counters", "_nonfinite"],
+    ["_overlaps"],
+    ["_operands"],
     ["_files.formats"],
     ["_files.npz", "_files.safetensors"],
     ["_files.arrays", "_options", "_show"],
