@@ -71,7 +71,8 @@ LAYERS = [
     ["_native.threads", "_floats"],
     ["_files.replacing", "errors"],
     ["_files.permissions"],
-    ["_files"],
+    ["_files", "_core.locks"],
+    ["_core"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

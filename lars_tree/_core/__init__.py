@@ -1,0 +1,1 @@
+"""What all of the package rests on: no arrays, no trees."""

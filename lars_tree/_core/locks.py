@@ -1,0 +1,198 @@
+"""Updates that write to the same memory wait for each other; all others do not.
+
+Knows addresses alone. Each update is a block:
+
+    with writing(spans):
+        ...
+
+A block waits for the blocks of other threads that came before it and overlap with it, so no thread
+starves. A block within another one of its thread takes the place of the outermost, so the outer
+one cannot block it; it also waits for blocks that came later but run already.
+
+There is no lock around the registry, as a signal handler could run, and wait for another thread,
+while its own thread holds that lock. Instead each change is one call of a C function, in which no
+handler runs and no exception is raised:
+
+* A block is a lock, held from before it is registered until it ends. It ends in `RLock.__exit__`,
+  and waiting for it is one call that acquires and releases it.
+* `_blocks` is a dict, so it remembers who came first. It refers to blocks weakly: what is
+  forgotten, in whatever way, is no longer there.
+* `_last` is the end of a list of admissions, to which only one thread can append the next one. Who
+  fails to do so looks again whether it must wait.
+
+tests/test_locks.py interrupts at each moment.
+"""
+
+from __future__ import annotations
+
+import _thread
+import operator
+import os
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+from weakref import ref
+
+Spans = list[tuple[int, int]]
+
+_call: Callable[[Callable[[], Any]], Any] = operator.call
+
+
+def writing(spans: Callable[[], Spans]) -> _Block:
+    """A context manager for an update in place: holds off those that write to the same memory.
+
+    Deadlocks cannot occur where memory has levels, such as first optimizers and then arrays: all
+    memory of one block is of one level, and a block nested in another one, of other memory than
+    that, is of a higher level. Nothing is promised for other orders.
+
+    >>> import threading
+    >>> def work():
+    ...     with writing(lambda: [(0, 8)]):
+    ...         print("alone")
+    >>> with writing(lambda: [(4, 12)]):
+    ...     thread = threading.Thread(target=work)
+    ...     thread.start()
+    ...     print("first")
+    first
+    >>> thread.join()
+    alone
+
+    Args:
+        spans: Returns the (start, end) addresses of all memory that is written. Called, maybe by
+            another thread, only while two threads are within such blocks; what it returns is kept.
+    """
+    block = _Block()
+    block.spans = spans
+    return block
+
+
+def of(x: object) -> Spans:
+    """The spans of an object, to hold off other updates of it: these overlap with no array."""
+    return [(id(x), id(x) + 1)]
+
+
+class _Life:
+    """A block is registered as long as its life is not over."""
+
+    __slots__ = ("__weakref__",)
+
+
+class _Block(_thread.RLock):
+    """Entered once. The lock is held by its thread while it waits and while it runs."""
+
+    __slots__ = ("admitted", "known", "life", "outer", "spans")
+
+    spans: Callable[[], Spans]
+    known: Spans  # what `spans` returned, in order
+    life: _Life | None
+    outer: _Block | None  # the outermost of its thread, if that is another one
+    admitted: bool  # whether it runs, if it had to be asked
+
+    def __enter__(self) -> None:  # type: ignore[override]
+        self.acquire()  # no one else knows of it yet
+        self.admitted = False
+        self.outer = _outermost() if _blocks else None
+        self.life = _Life()
+        try:
+            _blocks[ref(self.life, _forget)] = ref(self)
+            if len(_blocks) > 1:
+                self._wait()
+        except BaseException:
+            self.release()
+            self.life = None
+            raise
+
+    def _wait(self) -> None:
+        while True:
+            admission = _latest()
+            others, blocker = self._others()
+            if blocker is not None:
+                deque(map(_call, (blocker.acquire, blocker.release)), 0)
+                blocker.life = None
+            elif not others or _follow(admission, self):
+                return
+
+    def _others(self) -> tuple[bool, _Block | None]:
+        """Whether other threads have blocks, and one of these to wait for."""
+        blocks = _registered()
+        places = {block: place for place, block in enumerate(blocks)}
+        others = [block for block in blocks if not block._is_owned()]
+        for block in others:
+            ahead = places.get(block.outer or block, -1) < places[self.outer or self]
+            if (ahead or block.admitted) and overlap(self._spans(), block._spans()):
+                return True, block
+        return bool(others), None
+
+    def _spans(self) -> Spans:
+        try:
+            return self.known
+        except AttributeError:
+            self.known = sorted(self.spans())
+            return self.known
+
+
+def overlap(a: Spans, b: Spans) -> bool:
+    """Whether two sorted lists of spans share an address.
+
+    >>> overlap([(0, 9), (2, 3)], [(4, 5)]), overlap([(0, 4), (5, 9)], [(4, 5)])
+    (True, False)
+    """
+    i = j = 0
+    while i < len(a) and j < len(b):
+        (start, end), (other_start, other_end) = a[i], b[j]
+        if end <= other_start or start == end:
+            i += 1
+        elif other_end <= start or other_start == other_end:
+            j += 1
+        else:
+            return True
+    return False
+
+
+# By their lives, in the order in which they were registered. Only the end of a life removes one.
+_blocks: dict[ref[_Life], ref[_Block]] = {}
+_forget: Callable[[Any], Any] = _blocks.pop
+
+# The last admission known to all: {"block": who, "next": the next admission}, without those of
+# blocks that found no other thread.
+_last: dict[str, Any] = {}
+
+
+def _registered() -> list[_Block]:
+    found = (weak() for weak in list(_blocks.values()))
+    return [block for block in found if block is not None and block.life is not None]
+
+
+def _outermost() -> _Block | None:
+    """The first registered block of this thread."""
+    return next((block for block in _registered() if block._is_owned()), None)
+
+
+def _latest() -> dict[str, Any]:
+    """The last admission; all blocks admitted up to then are marked."""
+    global _last
+    admission = _last
+    while "next" in admission:
+        admission = admission["next"]
+        block = admission["block"]()
+        if block is not None:
+            block.admitted = True
+    _last = admission
+    return admission
+
+
+def _follow(admission: dict[str, Any], block: _Block) -> bool:
+    """Admit a block, if nothing was admitted since that admission."""
+    mine = {"block": ref(block)}
+    return admission.setdefault("next", mine) is mine
+
+
+def _forget_other_threads() -> None:
+    for block in _registered():
+        if not block._is_owned():
+            block.life = None
+
+
+if hasattr(os, "register_at_fork"):
+    # A fork may come while another thread writes: that thread is not in the child to end its block.
+    os.register_at_fork(after_in_child=_forget_other_threads)
