@@ -9,7 +9,8 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from textwrap import dedent
 
 import numpy as np
@@ -181,23 +182,22 @@ def test_a_nested_block_waits_for_one_that_runs():
 def test_who_waits_looks_again_at_what_was_nested_meanwhile():
     """It waits for one block, and then for one that was not there when it came."""
     log, spans = [], Spans(A + B)
-    first, leave = threading.Event(), threading.Event()
+    first = threading.Event()
 
     def wait():
         with locks.writing(spans):
             log.append("waited")
 
-    with locks.writing(lambda: [(20, 21)]):  # ahead of all
-        with held(lambda: A, first):
-            threads = start(wait)
-            spans.wait()
-            with locks.writing(lambda: B):
-                first.set()
-                can_enter([(30, 31)])
-                log.append("nested")
+    with locks.writing(lambda: [(20, 21)]), held(lambda: A, first):
+        threads = start(wait)
+        spans.wait()
+        with locks.writing(lambda: B):
+            first.set()
+            while len(locks._registered()) > 3:
+                time.sleep(0.001)
+            log.append("nested")
     join(threads)
     assert log == ["nested", "waited"]
-    assert not leave.is_set()
 
 
 spans_of = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 5)).map(lambda x: (x[0], sum(x))))
@@ -277,43 +277,37 @@ def at_moment(number, call, send):
 
 
 def alone():
-    return [], None
+    return nullcontext(), Spans(A)
 
 
 def beside_another():
-    return [held(lambda: B)], lambda: A
+    return held(lambda: B), Spans(A)
 
 
 def after_another():
     """The other thread leaves when this one is about to wait."""
     spans = Spans(A)
-    return [held(lambda: A, spans.asked)], spans
+    return held(lambda: A, spans.asked), spans
 
 
 each_case = pytest.mark.parametrize("case", [alone, beside_another, after_another])
 
 
 def at_each_moment(case, send):
-    """Enter a block, which is interrupted, at each moment; the numbers of blocks entered."""
+    """Enter a block, and `send` at each moment; whether blocks that were entered were held."""
     number, reached, entered = 0, True, []
     while reached:
-        others, spans = case()
-        done = []
+        other, spans = case()
 
-        def call():
-            with locks.writing(spans or (lambda: A)):
-                done.append(locks._registered()[-1]._is_owned())
+        def call(spans=spans):
+            with locks.writing(spans):
+                entered.append(locks._registered()[-1]._is_owned())
 
-        if others:
-            with others[0]:
-                reached = at_moment(number, call, send)
-                if case is beside_another:
-                    assert len(locks._registered()) == 1, number
-        else:
-            reached = at_moment(number, call, send)
+        with other:
+            reached = at_moment(number, call, partial(send, spans))
+            assert not any(block._is_owned() for block in locks._registered()), number
         assert locks._blocks == {}, number
         can_enter(A)
-        entered += done
         number += 1
     assert number > 10
     return entered
@@ -322,16 +316,15 @@ def at_each_moment(case, send):
 @each_case
 @pytest.mark.parametrize("send", [sent_by_a_thread, sent_by_the_system])
 def test_an_exception_at_any_moment_leaves_nothing_registered(case, send):
-    entered = at_each_moment(case, send)
-    assert all(entered)
+    assert all(at_each_moment(case, lambda _: send()))
 
 
 @each_case
 def test_a_handler_may_update_the_same_memory_at_any_moment(case):
     calls = []
 
-    def handle():
-        with locks.writing(lambda: A):
+    def handle(spans):
+        with locks.writing(spans):
             calls.append(1)
 
     entered = at_each_moment(case, handle)
@@ -339,30 +332,53 @@ def test_a_handler_may_update_the_same_memory_at_any_moment(case):
     assert len(entered) == len(calls) + 1
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C does not interrupt locks there")
+def send_when_waiting(spans, number):
+    """Send a signal to this thread as soon as it waits for a block."""
+    thread = threading.get_ident()
+
+    def send():
+        spans.wait()
+        while sys._current_frames()[thread].f_code.co_name != "_wait":
+            time.sleep(0.001)
+        time.sleep(0.1)  # Python looks for signals right before a lock is waited for, or in there
+        signal.pthread_kill(thread, number)
+
+    return start(send)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals do not interrupt locks there")
 def test_waiting_can_be_interrupted():
     """And leaves nothing, even while the exception is kept."""
     spans = Spans(A)
-
-    def interrupt():
-        spans.wait()
-        while not main_waits():
-            time.sleep(0.001)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    main = threading.get_ident()
-
-    def main_waits():
-        return sys._current_frames()[main].f_code.co_name == "_wait"
-
     with held(lambda: A):
-        threads = start(interrupt)
+        threads = send_when_waiting(spans, signal.SIGINT)
         with pytest.raises(KeyboardInterrupt) as caught, locks.writing(spans):
             pytest.fail("two threads are within")
         join(threads)
         assert len(locks._registered()) == 1
     can_enter(A)
     del caught
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals do not interrupt locks there")
+def test_a_handler_may_update_while_its_thread_waits():
+    log, spans, leave = [], Spans(A), threading.Event()
+
+    def handle(*_):
+        with locks.writing(lambda: B):
+            log.append("handler")
+        leave.set()
+
+    old = signal.signal(signal.SIGUSR1, handle)
+    try:
+        with held(lambda: A, leave):
+            threads = send_when_waiting(spans, signal.SIGUSR1)
+            with locks.writing(spans):
+                log.append("waited")
+            join(threads)
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    assert log == ["handler", "waited"]
 
 
 def test_an_error_in_a_block_ends_it():
