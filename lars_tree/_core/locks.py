@@ -35,6 +35,7 @@ from weakref import ref
 
 Spans = list[tuple[int, int]]
 
+_RLock: Any = _thread.RLock
 _call: Callable[[Callable[[], Any]], Any] = operator.call
 
 
@@ -77,7 +78,7 @@ class _Life:
     __slots__ = ("__weakref__",)
 
 
-class _Block(_thread.RLock):
+class _Block(_RLock):  # type: ignore[misc]
     """Entered once. The lock is held by its thread while it waits and while it runs."""
 
     __slots__ = ("admitted", "known", "life", "outer", "spans")
@@ -88,14 +89,15 @@ class _Block(_thread.RLock):
     outer: _Block | None  # the outermost of its thread, if that is another one
     admitted: bool  # whether it runs, if it had to be asked
 
-    def __enter__(self) -> None:  # type: ignore[override]
+    def __enter__(self) -> None:
         self.acquire()  # no one else knows of it yet
+        mine = _mine() if _blocks else []
+        self.outer = mine[0] if mine else None
         self.admitted = False
-        self.outer = _outermost() if _blocks else None
         self.life = _Life()
         try:
             _blocks[ref(self.life, _forget)] = ref(self)
-            if len(_blocks) > 1:
+            if len(_blocks) > len(mine) + 1:
                 self._wait()
         except BaseException:
             self.release()
@@ -163,9 +165,10 @@ def _registered() -> list[_Block]:
     return [block for block in found if block is not None and block.life is not None]
 
 
-def _outermost() -> _Block | None:
-    """The first registered block of this thread."""
-    return next((block for block in _registered() if block._is_owned()), None)
+def _mine() -> list[_Block]:
+    """The registered blocks of this thread, the outermost first."""
+    found = [weak() for weak in list(_blocks.values())]
+    return [block for block in found if block is not None and block._is_owned()]
 
 
 def _latest() -> dict[str, Any]:
