@@ -29,7 +29,7 @@ import _thread
 import operator
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import ref
 
@@ -72,36 +72,29 @@ def of(x: object) -> Spans:
     return [(id(x), id(x) + 1)]
 
 
-class _Life:
-    """A block is registered as long as its life is not over."""
-
-    __slots__ = ("__weakref__",)
-
-
 class _Block(_RLock):  # type: ignore[misc]
     """Entered once. The lock is held by its thread while it waits and while it runs."""
 
-    __slots__ = ("admitted", "known", "life", "outer", "spans")
+    __slots__ = ("admitted", "known", "outer", "over", "spans")
 
     spans: Callable[[], Spans]
     known: Spans  # what `spans` returned, in order
-    life: _Life | None
     outer: _Block | None  # the outermost of its thread, if that is another one
-    admitted: bool  # whether it runs, if it had to be asked
+    admitted: bool  # whether it runs, where it met other threads
+    over: bool  # whether it ended, where someone still refers to it
 
     def __enter__(self) -> None:
         self.acquire()  # no one else knows of it yet
-        mine = _mine() if _blocks else []
+        mine: Sequence[_Block] = _mine() if _blocks else ()
         self.outer = mine[0] if mine else None
-        self.admitted = False
-        self.life = _Life()
+        self.admitted = self.over = False
         try:
-            _blocks[ref(self.life, _forget)] = ref(self)
+            _blocks[ref(self, _forget)] = None
             if len(_blocks) > len(mine) + 1:
                 self._wait()
         except BaseException:
             self.release()
-            self.life = None
+            self.over, self.outer, mine = True, None, ()
             raise
 
     def _wait(self) -> None:
@@ -110,7 +103,7 @@ class _Block(_RLock):  # type: ignore[misc]
             others, blocker = self._others()
             if blocker is not None:
                 deque(map(_call, (blocker.acquire, blocker.release)), 0)
-                blocker.life = None
+                blocker.over = True
             elif not others or _follow(admission, self):
                 return
 
@@ -151,8 +144,8 @@ def overlap(a: Spans, b: Spans) -> bool:
     return False
 
 
-# By their lives, in the order in which they were registered. Only the end of a life removes one.
-_blocks: dict[ref[_Life], ref[_Block]] = {}
+# In the order in which they were registered. A block is removed when no one refers to it any more.
+_blocks: dict[ref[_Block], None] = {}
 _forget: Callable[[Any], Any] = _blocks.pop
 
 # The last admission known to all: {"block": who, "next": the next admission}, without those of
@@ -161,13 +154,13 @@ _last: dict[str, Any] = {}
 
 
 def _registered() -> list[_Block]:
-    found = (weak() for weak in list(_blocks.values()))
-    return [block for block in found if block is not None and block.life is not None]
+    found = [weak() for weak in list(_blocks)]
+    return [block for block in found if block is not None and not block.over]
 
 
 def _mine() -> list[_Block]:
     """The registered blocks of this thread, the outermost first."""
-    found = [weak() for weak in list(_blocks.values())]
+    found = [weak() for weak in list(_blocks)]
     return [block for block in found if block is not None and block._is_owned()]
 
 
@@ -191,9 +184,10 @@ def _follow(admission: dict[str, Any], block: _Block) -> bool:
 
 
 def _forget_other_threads() -> None:
-    for block in _registered():
-        if not block._is_owned():
-            block.life = None
+    for weak in list(_blocks):
+        block = weak()
+        if block is not None and not block._is_owned():
+            del _blocks[weak]  # it never dies, as its thread holds it for good
 
 
 if hasattr(os, "register_at_fork"):
