@@ -200,7 +200,7 @@ def test_who_waits_looks_again_at_what_was_nested_meanwhile():
     assert log == ["nested", "waited"]
 
 
-spans_of = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 5)).map(lambda x: (x[0], sum(x))))
+spans_of = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 3)).map(lambda x: (x[0], sum(x))))
 
 
 @given(a=spans_of, b=spans_of)
@@ -332,12 +332,10 @@ def test_a_handler_may_update_the_same_memory_at_any_moment(case):
     assert len(entered) == len(calls) + 1
 
 
-def send_when_waiting(spans, number):
-    """Send a signal to this thread as soon as it waits for a block."""
-    thread = threading.get_ident()
+def send_when_waiting(thread, number):
+    """Send a signal to a thread as soon as it waits for a block."""
 
     def send():
-        spans.wait()
         while sys._current_frames()[thread].f_code.co_name != "_wait":
             time.sleep(0.001)
         time.sleep(0.1)  # Python looks for signals right before a lock is waited for, or in there
@@ -348,13 +346,25 @@ def send_when_waiting(spans, number):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals do not interrupt locks there")
 def test_waiting_can_be_interrupted():
-    """And leaves nothing, even while the exception is kept."""
-    spans = Spans(A)
+    """Who waits for this thread goes on then, even while the exception is kept."""
+    spans, behind = Spans(A + B), Spans(B)
+
+    def wait():
+        with locks.writing(behind):
+            pass
+
+    def wait_behind():
+        spans.wait()
+        threads.extend(start(wait))
+        behind.wait()
+        threads.extend(send_when_waiting(main, signal.SIGINT))
+
     with held(lambda: A):
-        threads = send_when_waiting(spans, signal.SIGINT)
+        main, threads = threading.get_ident(), []
+        first = start(wait_behind)
         with pytest.raises(KeyboardInterrupt) as caught, locks.writing(spans):
             pytest.fail("two threads are within")
-        join(threads)
+        join(first + threads)
         assert len(locks._registered()) == 1
     can_enter(A)
     del caught
@@ -372,7 +382,7 @@ def test_a_handler_may_update_while_its_thread_waits():
     old = signal.signal(signal.SIGUSR1, handle)
     try:
         with held(lambda: A, leave):
-            threads = send_when_waiting(spans, signal.SIGUSR1)
+            threads = send_when_waiting(threading.get_ident(), signal.SIGUSR1)
             with locks.writing(spans):
                 log.append("waited")
             join(threads)
