@@ -20,7 +20,7 @@ handler runs and no exception is raised:
 * `_last` is the end of a list of admissions, to which only one thread can append the next one. Who
   fails to do so looks again whether it must wait.
 
-tests/test_locks.py interrupts at each moment.
+tests/test_locks_signals.py interrupts at each moment.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class _Block(_RLock):  # type: ignore[misc]
     __slots__ = ("admitted", "known", "outer", "over", "spans")
 
     spans: Callable[[], Spans]
-    known: Spans  # what `spans` returned, in order
+    known: Spans  # what `spans` returned, in order, without empty ones
     outer: _Block | None  # the outermost of its thread, if that is another one
     admitted: bool  # whether it runs, where it met other threads
     over: bool  # whether it ended, where someone still refers to it
@@ -122,12 +122,12 @@ class _Block(_RLock):  # type: ignore[misc]
         try:
             return self.known
         except AttributeError:
-            self.known = sorted(self.spans())
+            self.known = sorted(span for span in self.spans() if span[0] < span[1])
             return self.known
 
 
 def overlap(a: Spans, b: Spans) -> bool:
-    """Whether two sorted lists of spans share an address.
+    """Whether two sorted lists of spans share an address; no span may be empty.
 
     >>> overlap([(0, 9), (2, 3)], [(4, 5)]), overlap([(0, 4), (5, 9)], [(4, 5)])
     (True, False)
@@ -135,9 +135,9 @@ def overlap(a: Spans, b: Spans) -> bool:
     i = j = 0
     while i < len(a) and j < len(b):
         (start, end), (other_start, other_end) = a[i], b[j]
-        if end <= other_start or start == end:
+        if end <= other_start:
             i += 1
-        elif other_end <= start or other_start == other_end:
+        elif other_end <= start:
             j += 1
         else:
             return True
