@@ -15,8 +15,8 @@ def guard(
     leaves: list[Leaf],
     results: dict[int, New],
     paths: Paths,
-    native: dict[int, str] | None,
     words: errors.Words = errors.WORDS,
+    native: dict[int, str] | None = None,
 ) -> tuple[dict[int, New], Any]:
     """The results, or what `nonfinite` asks for where they would hold NaN or infinity.
 
@@ -26,9 +26,9 @@ def guard(
         leaves: Those that the native engine does not take.
         results: Theirs, by place.
         paths: The paths of all leaves.
+        words: What the caller calls the arguments.
         native: What `nonfinite` is for those leaves, by place, to which the native engine would
             write NaN or infinity; None if it has no leaves.
-        words: What the caller calls the arguments.
     """
     steps = [leaf for leaf in leaves if leaf.dcdw is not None]
 

@@ -221,7 +221,7 @@ def _run(
     taken: Any = True
     if guarded:
         writes.norms, bad = share.nonfinite()
-        results, taken = _nonfinite.guard(leaves, results, caller.paths, bad, caller.words)
+        results, taken = _nonfinite.guard(leaves, results, caller.paths, caller.words, bad)
     if taken is False:
         share.keep()
         writes.plan = None
