@@ -35,7 +35,6 @@ class Rows:
         far: The places of those that the foreach engine takes.
         first: The places of those whose buffers are new.
         can_wait: Whether a device may find out by itself that the step is not to be taken.
-        is_guarded: Whether results must be finite.
     """
 
     def __init__(self, groups: list[dict[str, Any]], grad_scale: Any) -> None:
@@ -45,15 +44,13 @@ class Rows:
         self.far: set[int] = set()
         self.first: list[int] = []
         self.can_wait = True
-        self.is_guarded = False
 
     def rule(self, number: int, is_far: bool, is_first: bool) -> Rule:
         """The rule of parameters of a group that are stepped alike."""
         group, scale = self.groups[number], self.grad_scale
-        self.is_guarded |= group["nonfinite"] != "propagate"
         # CPU memory cannot wait, and only a step that is taken is the first one.
         is_undamped = is_first and group["dampening"] != 0
-        self.can_wait &= is_far and not is_undamped and not self.is_guarded
+        self.can_wait &= is_far and not is_undamped
         return rule(group, scale if is_far or scale is None else float(scale), is_first)
 
     def columns(self, counters: Mapping[str, Any] | None = None) -> Columns:
@@ -68,10 +65,12 @@ class Rows:
             for i, row in enumerate(self.all)
         ]
 
-    def caller(self, found_inf: Tensor | None, last: tuple[Callable[[], Any], ...] = ()) -> Caller:
-        """What `execute` is to know besides."""
+    def caller(
+        self, found_inf: Tensor | None = None, last: tuple[Callable[[], Any], ...] = ()
+    ) -> Caller:
+        """What `execute` is to know besides; the foreach engine does not look at the values."""
         engine = None
-        if self.far:
+        if self.far and all(group["nonfinite"] == "propagate" for group in self.groups):
             one_by_one = all(self.groups[self.all[i].group]["foreach"] is False for i in self.far)
             engine = Foreach(self.far, one_by_one, found_inf)
         return Caller(self._paths, same_shapes=True, last=last, words=TORCH_WORDS, engine=engine)

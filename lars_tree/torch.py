@@ -249,30 +249,31 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
         return loss
 
     def _step(self, grad_scale: Any, found_inf: Any) -> None:
-        found = self._gather(grad_scale)
-        if not found.all:
+        if any(group["nonfinite"] != "propagate" for group in self.param_groups):
+            self._step_if_finite(grad_scale, found_inf)
             return
+        found = self._gather(grad_scale)
         if found_inf is not None and not found.can_wait:
             if found_inf:
                 return
             found_inf = None
-        if found.is_guarded:
-            self._step_if_finite(found)
-        elif torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             copy_all(*results_in_place(found.leaves(), found_inf))
             self._keep_buffers(found)
-        else:
+        elif found.all:
             done = [not found.first]
             last = (partial(setitem, done, 0, True),) if found.first else ()
             with self._buffers_kept(found, lambda: done[0]):
                 execute(found.columns(), found.caller(found_inf, last))
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]  # it looks at the values
-    def _step_if_finite(self, found: Rows) -> None:
-        counts = {name: np.zeros((), np.int64) for name in ("step", "skipped")}
-        with self._buffers_kept(found, lambda: bool(counts["step"])):
-            execute(found.columns(counts), found.caller(None))
-        self.skipped += int(counts["skipped"])
+    def _step_if_finite(self, grad_scale: Any, found_inf: Any) -> None:
+        found = self._gather(None if grad_scale is None else float(grad_scale))
+        if found.all and not (found_inf is not None and found_inf):
+            counts = {name: np.zeros((), np.int64) for name in ("step", "skipped")}
+            with self._buffers_kept(found, lambda: bool(counts["step"])):
+                execute(found.columns(counts), found.caller())
+            self.skipped += int(counts["skipped"])
 
     @contextmanager
     def _buffers_kept(self, found: Rows, is_taken: Callable[[], bool]) -> Iterator[None]:
@@ -308,7 +309,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
                 _torch_options.check(group, name, waits=False, first_rate=first_rate)
                 refuse_flattened_since(group, number)
             moves = group["momentum"] != 0
-            many = compiling or (group["foreach"] and group["nonfinite"] == "propagate")
+            many = compiling or group["foreach"]
             kind = None
             for place, p in enumerate(group["params"]):
                 grad = p.grad

@@ -223,8 +223,8 @@ class Backend(ABC):
         """
         return list(range(len(columns.ws))) if places is None else places
 
-    def finish(self, columns: Columns, news: News, places: list[int] | None) -> None:
-        """Make those new arrays that `prepare` added what users of the library expect."""
+    def finish(self, columns: Columns, news: News, places: Iterable[int]) -> None:
+        """Make the new arrays at these places, which `prepare` took, what users expect."""
         return
 
     def count(self, plan: Plan, counter: Array) -> bool:

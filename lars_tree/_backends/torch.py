@@ -187,10 +187,11 @@ class TorchBackend(ArraysBackend):
         if _READER is None or is_watched() or torch._C._functorch.peek_interpreter_stack():
             return super().prepare(plan, columns, news, places)
         with torch.no_grad():
-            return plan.prepare(_READER, *columns[:5], *(news or (None, None)), places)
+            new_ws, new_velocities = news or (None, None)
+        return plan.prepare(_READER, *columns[:5], new_ws, new_velocities, places)
 
-    def finish(self, columns: Columns, news: News, places: list[int] | None) -> None:
-        for place in range(len(columns.ws)) if places is None else places:
+    def finish(self, columns: Columns, news: News, places: Iterable[int]) -> None:
+        for place in places:
             if news.ws[place] is not None:
                 news.ws[place] = _leaf_like(news.ws[place], columns.ws[place])
 

@@ -120,7 +120,7 @@ def checked(
 def _leaves(columns: Columns, caller: Caller, places: Iterable[int]) -> list[Leaf]:
     """The leaves that hold arrays, out of their wrappers; others must stay as they are."""
     rows = [(place, *map(unwrap, columns.row(place))) for place in places]
-    if any(x is None and row != [None, None, None] for _, x, *row in rows):
+    if any(x is None and any(y is not None for y in row) for _, x, *row in rows):
         caller.refuse_extra()
     leaves: list[Leaf] = []
     non_arrays: dict[str, list[errors.Line]] = {"w": [], "out": [], "state": []}
@@ -223,7 +223,7 @@ def _run(
         writes.norms, bad = share.nonfinite()
         results, taken = _nonfinite.guard(leaves, results, caller.paths, caller.words, bad)
     if taken is False:
-        share.keep()
+        share.keep(writes)
         writes.plan = None
     elif share.news is not None:
         share.step(writes.norms)

@@ -6,8 +6,8 @@ the `rest`. Nothing is written before the plan is stepped.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from lars_tree.array import Array, unwrap
 
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
+    from lars_tree._writes import Writes
 
 Span = tuple[int, int]
 
@@ -44,9 +45,7 @@ class Share:
         self.columns = columns
         self.plan: Plan | None = _native.plan()
         self.news = None if columns.outs is not None or measures else _nothing_yet(columns)
-        # Which library took leaves, among which places (None for all), and which of the arrays that
-        # are written to these are.
-        self._parts: list[tuple[Backend, Columns, list[int] | None, slice]] = []
+        self._parts: list[_Part] = []
         first = next((x for x in columns.ws if x is not None), None)
         backend = None if takes_none else _backends.find(unwrap(first))
         places = [i for i in range(len(columns.ws)) if i not in without] if without else None
@@ -63,7 +62,8 @@ class Share:
             return list(range(len(columns.ws))) if places is None else places
         start = len(self.plan.written)
         rest = backend.prepare(self.plan, columns, self.news, places)
-        self._parts.append((backend, columns, places, slice(start, len(self.plan.written))))
+        written = slice(start, len(self.plan.written))
+        self._parts.append(_Part(backend, columns, places, rest, written))
         return rest
 
     def _offer_again(self, tried: Backend | None) -> None:
@@ -108,8 +108,8 @@ class Share:
         """Have the libraries know which arrays are written to."""
         if self.plan is None:
             return
-        for backend, _, _, written in self._parts:
-            backend.announce(self.plan.written[written])
+        for part in self._parts:
+            part.backend.announce(self.plan.written[part.written])
 
     def measured(self) -> dict[int, Measured]:
         """What the steps are made of, by place: numbers of the libraries of the weights."""
@@ -150,21 +150,45 @@ class Share:
         else:
             self.plan.apply(norms)
 
-    def keep(self) -> None:
-        """Let the results out of place be what the leaves have."""
-        if self.news is None:
-            return
-        for backend, columns, places, _ in self._parts:
-            for place in range(len(columns.ws)) if places is None else places:
-                for news, old in zip(self.news, columns.row(place)[::3], strict=True):
-                    if news is not None and news[place] is not None:
-                        news[place] = backend.copy(old, stop_gradients=True)
+    def keep(self, writes: Writes) -> None:
+        """Let the results be what the leaves have: in new arrays, or in `outs` that are others."""
+        for part in self._parts:
+            for place in part.taken():
+                w, _, out, velocity = part.columns.row(place)
+                if self.news is None:
+                    if out is not w and w is not None:
+                        writes.add(part.backend, out, w)
+                    continue
+                for news, old in zip(self.news, (w, velocity), strict=True):
+                    if news is not None and old is not None:
+                        news[place] = part.backend.copy(old, stop_gradients=True)
 
     def finish(self) -> None:
         """Make new arrays what their libraries want."""
         if self.news is not None:
-            for backend, columns, places, _ in self._parts:
-                backend.finish(columns, self.news, places)
+            for part in self._parts:
+                part.backend.finish(part.columns, self.news, part.taken())
+
+
+class _Part(NamedTuple):
+    """What one library was offered: among `places` (None for all) it took all but the rest.
+
+    `written` says which of the arrays that the plan writes to are its own.
+    """
+
+    backend: Backend
+    columns: Columns
+    places: list[int] | None
+    rest: list[int]
+    written: slice
+
+    def taken(self) -> Iterable[int]:
+        """The places of the leaves that it took, also of those that hold nothing."""
+        offered = range(len(self.columns.ws)) if self.places is None else self.places
+        if not self.rest:
+            return offered
+        rest = set(self.rest)
+        return [place for place in offered if place not in rest]
 
 
 def _nothing_yet(columns: Columns) -> News:

@@ -112,10 +112,11 @@ public:
 
 private:
     bool read_rule(const Reader& reader, PyObject* fields) {
-        if (fields == last) return true;  // most often one for all leaves
+        if (fields == last) return is_supported;  // most often one for all leaves
         rules.emplace_back();
+        is_supported = call_python([&] { return reader.read_rule(fields, rules.back()); });
         last = fields;
-        return call_python([&] { return reader.read_rule(fields, rules.back()); });
+        return is_supported;
     }
 
     static bool read_velocity(const Reader& reader, PyObject* x, bool writable,
@@ -133,6 +134,7 @@ private:
     }
 
     PyObject* last = nullptr;
+    bool is_supported = false;  // the last one
     std::deque<Rule> rules;
 };
 
