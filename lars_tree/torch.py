@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lars_tree import _torch_options
+from lars_tree._backends.reader import may_read
 from lars_tree._backends.tensors import copy_all
-from lars_tree._backends.torch import BACKEND, is_in_cpu_memory, results_in_place
+from lars_tree._backends.torch import BACKEND, is_in_cpu_memory, is_shard, results_in_place
 from lars_tree._core import locks
 from lars_tree._core.execute import execute
 from lars_tree._options import CALLED_ELSEWHERE, check_names, with_hints
@@ -252,7 +253,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
         if any(group["nonfinite"] != "propagate" for group in self.param_groups):
             self._step_if_finite(grad_scale, found_inf)
             return
-        found = self._gather(grad_scale)
+        found = self._gather(grad_scale, found_inf is not None)
         if found_inf is not None and not found.can_wait:
             if found_inf:
                 return
@@ -295,13 +296,15 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
         for i in found.first:
             self.state[found.all[i].param]["momentum_buffer"] = found.all[i].buffer
 
-    def _gather(self, grad_scale: Any) -> Rows:
+    def _gather(self, grad_scale: Any, may_skip: bool = False) -> Rows:
         """The parameters to be stepped, with what their steps take."""
         found = Rows(self.param_groups, grad_scale)
         rows, far, first = found.all, found.far, found.first
         known, strided = self.state.get, torch.strided
         nothing: dict[str, Any] = {}
         compiling = torch.compiler.is_compiling()
+        # Where a process may find out that it must skip the step, all must sum up norms first.
+        shards_too = not (compiling or may_skip) and may_read()
         for number, group in enumerate(self.param_groups):
             if not compiling:  # schedulers set what they like
                 first_rate = group.get("initial_lr", self.defaults["lr"])
@@ -323,7 +326,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
                 is_first = moves and buffer is None
                 if is_first:
                     buffer = BACKEND.zeros(p, BACKEND.velocity_dtype(p))
-                is_far = many or not is_in_cpu_memory(p)
+                is_far = many or not (is_in_cpu_memory(p) or (shards_too and is_shard(p)))
                 if kind != (is_far, is_first):  # most often as the one before
                     kind = is_far, is_first
                     rule = found.rule(number, *kind)

@@ -128,6 +128,42 @@ class Engine(Protocol):
         """Pairs of an array to write to, and what to write; nothing is written yet."""
 
 
+class Shards(Protocol):
+    """What this process has of leaves that are spread over processes, as layers of a plan.
+
+    It is not yet stepped when they are taken: first come the norms of the plan, which `reduce`
+    changes. All processes must take the same leaves, reduce, and `agree` in the same order.
+
+    Attributes:
+        news: The results by place.
+        places: The place of the leaf of some rows of the plan, by row.
+        copies: Pairs of an array to write to and of what to write, when the plan was stepped.
+    """
+
+    news: dict[int, New]
+    places: dict[int, int]
+    copies: list[tuple[Array, Array]]
+
+    def trust(self, leaves: list[Leaf]) -> list[Leaf]:
+        """Take those of unchecked leaves of which a few comparisons tell that nothing is wrong.
+
+        Returns:
+            The leaves that were taken.
+        """
+
+    def take(self, leaves: list[Leaf]) -> None:
+        """Take all of these leaves, which were checked, that a plan can step."""
+
+    def reduce(self, norms: bytearray) -> None:
+        """Put the norms of whole layers in the place of those of the parts here."""
+
+    def agree(self, bad: set[int]) -> set[int]:
+        """The places that are bad in any process, given those that are bad in this one."""
+
+    def announce(self) -> None:
+        """Have the library know that arrays are written to without it."""
+
+
 class Backend(ABC):
     """One array library. Checks come first: what reaches `update` has passed them all."""
 
@@ -222,6 +258,10 @@ class Backend(ABC):
         says which leaves to look at; None means all.
         """
         return list(range(len(columns.ws))) if places is None else places
+
+    def shards(self, plan: Plan) -> Shards | None:
+        """What takes leaves that are spread over processes; None if the native engine cannot."""
+        return None
 
     def finish(self, columns: Columns, news: News, places: Iterable[int]) -> None:
         """Make the new arrays at these places, which `prepare` took, what users expect."""

@@ -32,8 +32,8 @@ from lars_tree._rule import Measured, Norm
 
 # Squares of float64 numbers overflow or vanish unless the numbers are scaled by one of these: by
 # which, is known when they have been added up (Blue 1978, doi:10.1145/355769.355771).
-_SCALES = (1.0, 2.0**-600, 2.0**600)
-_SAFE_SUM = (2.0**-900, 2.0**1000)
+SCALES = (1.0, 2.0**-600, 2.0**600)
+SAFE_SUM = (2.0**-900, 2.0**1000)
 
 
 def is_sharded(x: Any) -> bool:
@@ -55,8 +55,16 @@ def partial_fault(x: Any) -> str | None:
 
 
 def shard_of(x: Any) -> Tensor:
-    """What this process holds of a DTensor; any other tensor as it is."""
-    return x.detach().to_local() if is_sharded(x) else x
+    """What this process holds of a DTensor, in its own memory; any other tensor as it is.
+
+    Without autograd. As torch's optimizers do, not by `to_local`, which takes longer than to step
+    a small shard.
+    """
+    if not is_sharded(x):
+        return x
+    shard = x._local_tensor
+    wait = getattr(shard, "wait", None)  # where it is still being sent
+    return shard if wait is None else wait()
 
 
 def whole(x: Any) -> Tensor:
@@ -153,21 +161,28 @@ def _shard(leaf: Leaf, new: New) -> _Shard:
     if w.device_mesh.get_coordinate() is None:  # this process has no part in it
         return _Shard([], [], False)
     options = leaf.rule._asdict()
-    numbers = {name: _number(x) for name, x in options.items() if hasattr(x, "shape")}
+    numbers = {name: number(x) for name, x in options.items() if hasattr(x, "shape")}
     rule = leaf.rule._replace(**numbers)
-    local = leaf._replace(w=w.to_local(), dcdw=_gradient(leaf.dcdw, w), rule=rule)
-    groups = [
-        w.device_mesh.get_group(dim)
+    local = leaf._replace(w=w.to_local(), dcdw=gradient_of(leaf.dcdw, w), rule=rule)
+    mine = layers(local, New(*(None if x is None else x.to_local() for x in new)))
+    return _Shard(mine, groups_of(w, axis), leaf.rule.adapt)
+
+
+def groups_of(w: Any, layer_axis: int | None = None) -> list[Any]:
+    """The groups of processes that this one shares the layers of w with."""
+    mesh, axis = w.device_mesh, None if layer_axis is None else layer_axis % w.ndim
+    if mesh.get_coordinate() is None:  # it has no part in them
+        return []
+    return [
+        mesh.get_group(dim)
         for dim, placement in enumerate(w.placements)
         # Shards along the layer axis hold whole layers: nothing is to be added up there. Those of
         # FSDP over tensor parallelism answer False to is_shard().
-        if not placement.is_replicate() and (axis is None or placement.dim != axis % w.ndim)
+        if not placement.is_replicate() and placement.dim != axis
     ]
-    mine = layers(local, New(*(None if x is None else x.to_local() for x in new)))
-    return _Shard(mine, groups, leaf.rule.adapt)
 
 
-def _gradient(dcdw: Any, w: Any) -> Tensor:
+def gradient_of(dcdw: Any, w: Any) -> Tensor:
     """The part of a gradient that belongs to the shard of w."""
     if not is_sharded(dcdw):
         if dcdw.numel() == 1:
@@ -181,7 +196,7 @@ def _gradient(dcdw: Any, w: Any) -> Tensor:
     return dcdw.to_local()
 
 
-def _number(x: Any) -> Tensor:
+def number(x: Any) -> Tensor:
     """An option of one element, which may be spread over processes too."""
     return whole(torch.as_tensor(x)).reshape(())
 
@@ -198,35 +213,43 @@ def _with_norms(shards: Iterable[_Shard]) -> Iterator[tuple[Layer, Tensor | None
     adapting = [shard for shard in shards if shard.needs_norms]
     given = [layer for shard in adapting for layer in shard.layers]
     squares = list(_squares(given).split([len(shard.layers) for shard in adapting]))
-    groups = {group.group_name: group for shard in adapting for group in shard.groups}
-    for name, group in groups.items():
-        members = [
-            i
-            for i, shard in enumerate(adapting)
-            if any(other.group_name == name for other in shard.groups)
-        ]
-        packed = torch.cat([squares[i] for i in members])
-        torch.distributed.all_reduce(packed, group=group)
-        parts = packed.split([len(squares[i]) for i in members])
-        for i, part in zip(members, parts, strict=True):
-            squares[i] = part
+    add_up(squares, [shard.groups for shard in adapting])
     norms = iter(_roots(torch.cat(squares)) if adapting else ())
     for shard in shards:
         for layer in shard.layers:
             yield layer, next(norms) if shard.needs_norms else None
 
 
+def add_up(parts: list[Tensor], groups: list[list[Any]]) -> None:
+    """Put the sum over all processes of its groups in the place of each tensor.
+
+    By one message for each group. All processes of a group must have the same tensors for it, but
+    for their values.
+    """
+    members: dict[str, list[int]] = {}
+    known: dict[str, Any] = {}
+    for i, some in enumerate(groups):
+        for group in some:
+            known[group.group_name] = group
+            members.setdefault(group.group_name, []).append(i)
+    for name, places in members.items():
+        packed = torch.cat([parts[i] for i in places])
+        torch.distributed.all_reduce(packed, group=known[name])
+        for i, part in zip(places, packed.split([len(parts[i]) for i in places]), strict=True):
+            parts[i] = part
+
+
 def _squares(given: list[Layer]) -> Tensor:
     """The squared norms of what is here, by layer, w and dcdw, and scale."""
     device = given[0].w.device if given else None
-    table = torch.zeros(len(given), 2, len(_SCALES), dtype=torch.float64, device=device)
+    table = torch.zeros(len(given), 2, len(SCALES), dtype=torch.float64, device=device)
     ops = TensorsOps(torch)
     for dtype in {wide(layer) for layer in given}:
         here = [i for i, layer in enumerate(given) if wide(layer) == dtype and layer.w.numel()]
         for column, name in enumerate(("w", "dcdw") if here else ()):
             tensors = Tensors([getattr(given[i], name).to(dtype) for i in here])
             norm = ops.scaled_norm(tensors, None)
-            for k, scale in enumerate(_SCALES):
+            for k, scale in enumerate(SCALES):
                 scaled = norm.scaled.double() * (norm.scale.double() * scale)
                 table[here, column, k] = scaled * scaled
     return table
@@ -234,9 +257,9 @@ def _squares(given: list[Layer]) -> Tensor:
 
 def _roots(squares: Tensor) -> Tensor:
     plain, of_large, of_small = squares.unbind(-1)
-    is_safe = (plain > _SAFE_SUM[0]) & (plain < _SAFE_SUM[1])
-    large, small = of_large.sqrt() / _SCALES[1], of_small.sqrt() / _SCALES[2]
-    return torch.where(is_safe, plain.sqrt(), torch.where(of_large > _SAFE_SUM[0], large, small))
+    is_safe = (plain > SAFE_SUM[0]) & (plain < SAFE_SUM[1])
+    large, small = of_large.sqrt() / SCALES[1], of_small.sqrt() / SCALES[2]
+    return torch.where(is_safe, plain.sqrt(), torch.where(of_large > SAFE_SUM[0], large, small))
 
 
 class _WholeNorms(TensorsOps):

@@ -45,6 +45,21 @@ def bump_versions(tensors: Iterable[Tensor]) -> None:
         torch.autograd.graph.increment_version(tracked)
 
 
+def targets(leaf: Leaf) -> New:
+    """Where the results of a plain step go; out of place, the velocity is a copy to be stepped."""
+    if leaf.out is not None:
+        return New(leaf.out, leaf.velocity)
+    velocity = None if leaf.velocity is None else leaf.velocity.detach().clone()
+    return New(torch.empty_like(leaf.w, requires_grad=False), velocity)
+
+
+def leaf_like(new: Tensor, w: Tensor) -> Tensor:
+    """A leaf that requires a gradient exactly where w does, and is a parameter where w is."""
+    if isinstance(w, torch.nn.Parameter):
+        return torch.nn.Parameter(new, requires_grad=w.requires_grad)
+    return new.requires_grad_() if w.requires_grad else new
+
+
 class TorchOps(NamespaceOps):
     """torch as an array namespace, where it is not yet one."""
 
@@ -122,7 +137,7 @@ class Layer(NamedTuple):
 def layers(leaf: Leaf, new: New) -> list[Layer]:
     """The layers of a leaf, to be written to the tensors of `new`; complex numbers as pairs."""
     given = (leaf.w, leaf.dcdw.expand(leaf.w.shape), new.w, new.velocity)
-    w, dcdw, out, velocity = (None if x is None else _as_real(x.detach()) for x in given)
+    w, dcdw, out, velocity = (None if x is None else as_real(x.detach()) for x in given)
     rule, axis = leaf.rule._replace(layer_axis=None), leaf.rule.layer_axis
     if axis is None:
         return [Layer(w, dcdw, out, velocity, rule)]
@@ -131,7 +146,7 @@ def layers(leaf: Leaf, new: New) -> list[Layer]:
     return [Layer(*row, rule) for row in zip(*rows, strict=False)]  # type: ignore[call-arg]
 
 
-def _as_real(x: Tensor) -> Tensor:
+def as_real(x: Tensor) -> Tensor:
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lars_tree import _native
 from lars_tree._backends import cpu, sharded
 from lars_tree._backends.addresses import Address, bits, bytes_needed, view
 from lars_tree._backends.arrays import ArraysBackend
@@ -31,6 +30,7 @@ from lars_tree._backends.base import (
     News,
     Values,
 )
+from lars_tree._backends.reader import READER, may_read
 from lars_tree._backends.sharded import (
     is_sharded,
     measure_shards,
@@ -38,6 +38,7 @@ from lars_tree._backends.sharded import (
     step_shards,
     whole,
 )
+from lars_tree._backends.shards import Shards
 from lars_tree._backends.stand_ins import (
     PLAIN_TYPES,
     address,
@@ -52,11 +53,13 @@ from lars_tree._backends.tensors import (
     copy_all,
     fetched,
     layers,
+    leaf_like,
     measure_leaves,
     step_layers,
+    targets,
     writing_to,
 )
-from lars_tree._rule import Measured, Rule
+from lars_tree._rule import Measured
 
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
@@ -64,20 +67,6 @@ if TYPE_CHECKING:
 
 _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COMPLEX = (torch.complex64, torch.complex128)
-
-
-def _exchange() -> tuple[Any, ...] | None:
-    """How `_native` reads tensors, where torch has the C functions for it (from 2.10 on)."""
-    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    storage = torch.UntypedStorage
-    methods = (Tensor.untyped_storage, storage.nbytes, storage.resizable)
-    return capsule and (capsule, *methods, Tensor.storage_offset, Tensor.is_neg)
-
-
-_EXCHANGE = _exchange()
-_READER: Any = _EXCHANGE and _native.reader(
-    PLAIN_TYPES, Rule._fields, make=torch.empty_like, copy=torch.clone, tensors=_EXCHANGE
-)
 
 
 _OPS = TorchOps(torch)
@@ -121,7 +110,7 @@ class TorchBackend(ArraysBackend):
     def copy(self, x: Tensor, stop_gradients: bool) -> Tensor:
         if not stop_gradients:
             return x.clone()
-        return _leaf_like(x.detach().clone(), x)
+        return leaf_like(x.detach().clone(), x)
 
     def fault(self, x: Tensor) -> str | None:
         if torch.nn.parameter.is_lazy(x):
@@ -136,7 +125,10 @@ class TorchBackend(ArraysBackend):
         if stand_in:
             return stand_in
         if is_sharded(x):
-            return sharded.partial_fault(x)
+            fault = sharded.partial_fault(x)
+            if fault:
+                return fault
+            x = shard_of(x)
         if _is_plain(x) and x.untyped_storage().nbytes() < bytes_needed(x):
             return "a tensor whose storage was freed"
         return None
@@ -184,16 +176,19 @@ class TorchBackend(ArraysBackend):
     def prepare(
         self, plan: Plan, columns: Columns, news: News | None, places: list[int] | None
     ) -> list[int]:
-        if _READER is None or is_watched() or torch._C._functorch.peek_interpreter_stack():
+        if not may_read():
             return super().prepare(plan, columns, news, places)
         with torch.no_grad():
             new_ws, new_velocities = news or (None, None)
-        return plan.prepare(_READER, *columns[:5], new_ws, new_velocities, places)
+        return plan.prepare(READER, *columns[:5], new_ws, new_velocities, places)
+
+    def shards(self, plan: Plan) -> Shards | None:
+        return Shards(plan, self._is_plain_step) if may_read() else None
 
     def finish(self, columns: Columns, news: News, places: Iterable[int]) -> None:
         for place in places:
             if news.ws[place] is not None:
-                news.ws[place] = _leaf_like(news.ws[place], columns.ws[place])
+                news.ws[place] = leaf_like(news.ws[place], columns.ws[place])
 
     def count(self, plan: Plan, counter: Tensor) -> bool:
         if not _is_plain_counter(counter) or not plan.count(np.asarray(Address(counter, "i8"))):
@@ -208,7 +203,7 @@ class TorchBackend(ArraysBackend):
             if not self._is_plain_step(leaf):
                 news[i] = writes.result(leaf, self._arrays(leaf))
                 continue
-            news[i] = _targets(leaf)
+            news[i] = targets(leaf)
             if leaf.w.device.type == "cpu" and not is_sharded(leaf.w):
                 self._step_in_cpu_memory(leaf, news[i], writes)
             else:
@@ -284,7 +279,7 @@ class TorchBackend(ArraysBackend):
         if isinstance(flag, bool):
             return a if flag else b
         chosen = torch.where(flag, a.detach(), b.detach())
-        return _leaf_like(chosen, a) if a.is_leaf else torch.where(flag, a, b)
+        return leaf_like(chosen, a) if a.is_leaf else torch.where(flag, a, b)
 
     def write(self, out: Tensor, x: Tensor) -> None:
         x = x.detach()
@@ -314,11 +309,11 @@ def _stepped(leaves: list[Leaf], news: list[New]) -> tuple[list[Tensor], list[Te
     shards: list[tuple[Leaf, New]] = []
     for pair in zip(leaves, news, strict=True):
         (shards if is_sharded(pair[0].w) else plain).append(pair)
-    targets, values = step_layers((layer, None) for pair in plain for layer in layers(*pair))
+    outs, values = step_layers((layer, None) for pair in plain for layer in layers(*pair))
     if shards:
         more = step_shards([leaf for leaf, _ in shards], [new for _, new in shards])
-        targets, values = targets + more[0], values + more[1]
-    return targets, values
+        outs, values = outs + more[0], values + more[1]
+    return outs, values
 
 
 def results_in_place(
@@ -329,22 +324,14 @@ def results_in_place(
     Without any checks: for optimizers, which made them when they took the parameters. Where
     `unless`, a number on a device, is not 0, the values are those that are there.
     """
-    targets, values = _stepped(leaves, [New(leaf.out, leaf.velocity) for leaf in leaves])
+    outs, values = _stepped(leaves, [New(leaf.out, leaf.velocity) for leaf in leaves])
     if unless is not None:
-        kept = {x.device: unless.to(x.device, non_blocking=True) != 0 for x in targets}
+        kept = {x.device: unless.to(x.device, non_blocking=True) != 0 for x in outs}
         values = [
             torch.where(kept[old.device], old, new.to(old.dtype))
-            for old, new in zip(targets, values, strict=True)
+            for old, new in zip(outs, values, strict=True)
         ]
-    return targets, values
-
-
-def _targets(leaf: Leaf) -> New:
-    """Where the results of a plain step go; out of place, the velocity is a copy to be stepped."""
-    if leaf.out is not None:
-        return New(leaf.out, leaf.velocity)
-    velocity = None if leaf.velocity is None else leaf.velocity.detach().clone()
-    return New(torch.empty_like(leaf.w, requires_grad=False), velocity)
+    return outs, values
 
 
 def _returned(leaf: Leaf, new: New) -> New:
@@ -352,14 +339,7 @@ def _returned(leaf: Leaf, new: New) -> New:
         return New(leaf.out, leaf.velocity)
     if not leaf.rule.stop_gradients or is_wrapped(new.w):
         return new
-    return new._replace(w=_leaf_like(new.w, leaf.w))
-
-
-def _leaf_like(new: Tensor, w: Tensor) -> Tensor:
-    """A leaf that requires a gradient exactly where w does, and is a parameter where w is."""
-    if isinstance(w, torch.nn.Parameter):
-        return torch.nn.Parameter(new, requires_grad=w.requires_grad)
-    return new.requires_grad_() if w.requires_grad else new
+    return new._replace(w=leaf_like(new.w, leaf.w))
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -372,6 +352,11 @@ def _is_plain(x: Tensor) -> bool:
 def is_in_cpu_memory(x: Tensor) -> bool:
     """Whether x is a plain tensor there."""
     return type(x) in PLAIN_TYPES and x.is_cpu
+
+
+def is_shard(x: Tensor) -> bool:
+    """Whether x is a DTensor whose shards are there."""
+    return is_sharded(x) and x.is_cpu
 
 
 def _is_plain_counter(x: Any) -> bool:

@@ -82,12 +82,12 @@ def execute(columns: Columns, caller: Caller) -> Result:
 
 def _execute(columns: Columns, caller: Caller, share: Share) -> Result:
     """The same where there is more to do than one call of the kernel."""
-    rows, trusted = checked(columns, caller, share.rest)
+    rows, trusted = checked(columns, caller, share.rest, share)
     written, read = _spans(rows, columns.counters)
     if share.overlaps(written, read):
         # These are stretches of memory: the checks look at each element.
         share = Share(columns, takes_none=True)
-        rows, trusted = checked(columns, caller, share.rest)
+        rows, trusted = checked(columns, caller, share.rest, share)
     _counters.check_apart(columns.counters, [row.leaf for row in rows], caller.paths)
     with _writing(share, rows, columns):
         writes = Writes(share.plan)
@@ -102,14 +102,19 @@ def _execute(columns: Columns, caller: Caller, share: Share) -> Result:
 
 
 def checked(
-    columns: Columns, caller: Caller, places: list[int] | None = None
+    columns: Columns,
+    caller: Caller,
+    places: list[int] | None = None,
+    share: Share | None = None,
 ) -> tuple[list[Row], list[Leaf]]:
     """The leaves at these places (None: all) that hold arrays, with nothing wrong with them.
 
-    And those that the engine of the caller answers for.
+    And those that the engine of the caller answers for, or the share takes without a check.
     """
     leaves = _leaves(columns, caller, range(len(columns.ws)) if places is None else places)
     trusted = [] if caller.engine is None else caller.engine.trusted(leaves)
+    if share is not None:
+        trusted += share.trust([leaf for leaf in leaves if leaf.place not in caller.places])
     if trusted:
         known = {leaf.place for leaf in trusted}
         leaves = [leaf for leaf in leaves if leaf.place not in known]
@@ -206,14 +211,15 @@ def _run(
     Those of leaves with an `out` are there when the writes are made.
     """
     steps = [leaf for leaf in leaves if leaf.dcdw is not None]
+    shards = share.take([leaf for leaf in steps if leaf.place not in caller.places])
     guarded = share.must_be_finite or any(leaf.rule.nonfinite != "propagate" for leaf in steps)
-    results: dict[int, New] = {}
+    results = dict(shards)
     if caller.engine is not None:
         taken_by_it = [leaf for leaf in steps if leaf.place in caller.engine.places]
         for out, new in caller.engine.results(taken_by_it):
             writes.add(taken_by_it[0].backend, out, new)
         results |= {leaf.place: New(leaf.out, leaf.velocity) for leaf in taken_by_it}
-        steps = [leaf for leaf in steps if leaf.place not in results]
+    steps = [leaf for leaf in steps if leaf.place not in results]
     for backend, group in _nonfinite.by_backend(steps).items():
         given = [leaf._replace(out=None) for leaf in group] if guarded else group
         news = backend.update(given, writes)
@@ -221,22 +227,28 @@ def _run(
     taken: Any = True
     if guarded:
         writes.norms, bad = share.nonfinite()
-        results, taken = _nonfinite.guard(leaves, results, caller.paths, caller.words, bad)
+        others = [leaf for leaf in leaves if leaf.place not in shards]
+        guards, taken = _nonfinite.guard(others, results, caller.paths, caller.words, bad)
+        results |= guards
+    elif shards:
+        writes.norms = share.norms()
     if taken is False:
         share.keep(writes)
         writes.plan = None
-    elif share.news is not None:
-        share.step(writes.norms)
+    else:
+        if share.news is not None:
+            share.step(writes.norms)
+        share.copy(writes)
     for leaf in leaves:
-        if leaf.dcdw is None:
+        if leaf.dcdw is None or (taken is False and leaf.place in shards):
             results[leaf.place] = _kept(leaf, writes)
-        elif guarded:
+        elif guarded and leaf.place not in shards:
             results[leaf.place] = writes.result(leaf, results[leaf.place])
     return results, taken
 
 
 def _kept(leaf: Leaf, writes: Writes) -> New:
-    """Weights without a gradient: as they are, in memory of their own; and so their velocity."""
+    """Weights that stay as they are, in memory of their own; and so their velocity."""
     if leaf.out is None:
         return _nonfinite.copies(leaf)
     if leaf.out is not leaf.w:

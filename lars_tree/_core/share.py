@@ -6,14 +6,15 @@ the `rest`. Nothing is written before the plan is stepped.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from lars_tree import _backends, _native
-from lars_tree._backends.base import Backend, Columns, News
+from lars_tree._backends.base import Backend, Columns, Leaf, New, News, Shards
 from lars_tree._backends.cpu import measured
+from lars_tree._nonfinite import by_backend
 from lars_tree._rule import Measured, is_joint
 from lars_tree.array import Array, unwrap
 
@@ -46,6 +47,8 @@ class Share:
         self.plan: Plan | None = _native.plan()
         self.news = None if columns.outs is not None or measures else _nothing_yet(columns)
         self._parts: list[_Part] = []
+        self._shards: dict[Backend, Shards] = {}
+        self._takes_none = takes_none
         first = next((x for x in columns.ws if x is not None), None)
         backend = None if takes_none else _backends.find(unwrap(first))
         places = [i for i in range(len(columns.ws)) if i not in without] if without else None
@@ -110,6 +113,34 @@ class Share:
             return
         for part in self._parts:
             part.backend.announce(self.plan.written[part.written])
+        for shards in self._shards.values():
+            shards.announce()
+
+    def trust(self, leaves: list[Leaf]) -> list[Leaf]:
+        """Take those of unchecked leaves that are spread over processes and look right."""
+        if self._takes_none:
+            return []
+        return [leaf for shards, group in self._spread(leaves) for leaf in shards.trust(group)]
+
+    def take(self, leaves: list[Leaf]) -> dict[int, New]:
+        """Take those of checked leaves that are spread over processes, beside those trusted.
+
+        Returns:
+            The results of both, by place.
+        """
+        for shards, group in self._spread(leaves):
+            shards.take([leaf for leaf in group if leaf.place not in shards.news])
+        news = (shards.news.items() for shards in self._shards.values())
+        return {place: new for items in news for place, new in items}
+
+    def _spread(self, leaves: list[Leaf]) -> Iterator[tuple[Shards, list[Leaf]]]:
+        if self.plan is None:
+            return
+        for backend, group in by_backend(leaves).items():
+            shards = self._shards.get(backend) or backend.shards(self.plan)
+            if shards is not None:
+                self._shards[backend] = shards
+                yield shards, group
 
     def measured(self) -> dict[int, Measured]:
         """What the steps are made of, by place: numbers of the libraries of the weights."""
@@ -131,15 +162,27 @@ class Share:
             found |= zip((places[i] for i in group), backend.numbers(rows[group]), strict=True)
         return found
 
-    def nonfinite(self) -> tuple[bytearray | None, dict[int, str] | None]:
-        """The norms of all layers; what `nonfinite` is where results would not be finite, by place.
+    def norms(self, bounds: bool = False) -> bytearray | None:
+        """The norms of all layers, of the whole of them; None where there are no layers."""
+        if self.plan is None or not (self.plan.places or self._shards):
+            return None
+        norms = self.plan.norms(bounds=bounds)
+        for shards in self._shards.values():
+            shards.reduce(norms)
+        return norms
 
-        None where there are no layers.
-        """
-        if self.plan is None or not self.plan.places:
+    def nonfinite(self) -> tuple[bytearray | None, dict[int, str] | None]:
+        """The norms; what `nonfinite` is where results would not be finite, by place, or None."""
+        norms = self.norms(bounds=True)
+        if self.plan is None or norms is None:
             return None, None
-        norms, rules = self.plan.norms(bounds=True), self.columns.rules
-        return norms, {place: rules[place].nonfinite for place in self.plan.nonfinite(norms)}
+        places = dict(enumerate(self.plan.places))
+        for shards in self._shards.values():
+            places |= shards.places
+        bad = {places[row] for row in self.plan.nonfinite(norms)}
+        for shards in self._shards.values():
+            bad = shards.agree(bad)
+        return norms, {place: self.columns.rules[place].nonfinite for place in bad}
 
     def step(self, norms: bytearray | None = None) -> None:
         """Step all layers; by these norms, where they are known already."""
@@ -162,6 +205,15 @@ class Share:
                 for news, old in zip(self.news, (w, velocity), strict=True):
                     if news is not None and old is not None:
                         news[place] = part.backend.copy(old, stop_gradients=True)
+
+    def copy(self, writes: Writes) -> None:
+        """Copy results to where they belong that were not made there, after the step."""
+        for backend, shards in self._shards.items():
+            for target, values in shards.copies:
+                if self.news is None:
+                    writes.add(backend, target, values)
+                else:
+                    backend.write(target, values)
 
     def finish(self) -> None:
         """Make new arrays what their libraries want."""

@@ -94,9 +94,9 @@ class Plan:
         """What the step of each layer is made of: a row of 4 doubles, the fields of `Measured`."""
 
     def nonfinite(self, norms: bytearray) -> list[int]:
-        """The places of those leaves that get an infinite or NaN weight or velocity.
+        """The rows of those layers that get an infinite or NaN weight or velocity.
 
-        Only of leaves whose rule does not propagate such numbers. Elements are looked at only
+        Only of layers whose rule does not propagate such numbers. Elements are looked at only
         where the norms, made with bounds=True, do not prove that all results are finite.
         """
 

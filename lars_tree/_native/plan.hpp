@@ -295,7 +295,8 @@ PyObject* nonfinite(PyObject* self, PyObject* bytes) {
             for (std::size_t i = 0; i < plan.leaves.layers.size(); ++i) {
                 const Layer& layer = plan.leaves.layers[i];
                 if (!layer.rule->must_be_finite || prove_finite(layer, known[i])) continue;
-                if (!is_finite(layer, known[i], plan.set)) bad.push_back(plan.leaves.places[i]);
+                if (is_finite(layer, known[i], plan.set)) continue;
+                bad.push_back(static_cast<Py_ssize_t>(i));
             }
         }
         return list_of(bad);
