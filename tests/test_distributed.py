@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from conftest import need
 
+from lars_tree import native_available
+
 need("torch")
 need("torch.distributed.tensor")
 need("torch.distributed.fsdp")
@@ -126,6 +128,27 @@ def test_tensors(world, tmp_path):
     some = found["some processes"]
     assert max(map(max, some["errors"])) <= 1e-12
     assert [any(sizes) for sizes in some["sizes"]] == [i < world // 2 for i in range(world)]
+
+
+@pytest.mark.skipif(not native_available(), reason="the kernel was not built")
+@pytest.mark.parametrize("world", [2, 4])
+def test_shards(world, tmp_path):
+    """Where norms are the same, shards have the bits of one process."""
+    found = measured("distributed_shards", world, tmp_path)
+    compared = {name: case for name, case in found.items() if "error" in case}
+    assert len(compared) == 45
+    for name, case in compared.items():
+        exact = {"error": 0, "kept": True, "replicas agree": True}
+        sent = 2 if name.endswith("other") else 1  # whether all results are finite, too
+        assert case == {**exact, "sent": sent}, name
+    assert found["versions"] == [True] * world
+    for name in ("uneven", "across", "odd"):
+        all_kept = {"same": [True] * world, "kept": [True] * world, "skipped": [1] * world}
+        assert found[f"skipped, {name}"] == all_kept
+    tied = ["OutError", ["uneven", "tied"], "two leaves of out share memory (tied weights)"]
+    freed = ["LeafError", ["freed"], "w holds an array that cannot be computed with"]
+    for name, refused in {"tied": tied, "freed": freed}.items():
+        assert found[name] == {"raised": [refused] * world, "same": [True] * world, "sent": 0}
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -212,31 +212,36 @@ def _with_norms(shards: Iterable[_Shard]) -> Iterator[tuple[Layer, Tensor | None
     # Also those without a layer here: all processes of a group must add up the same.
     adapting = [shard for shard in shards if shard.needs_norms]
     given = [layer for shard in adapting for layer in shard.layers]
-    squares = list(_squares(given).split([len(shard.layers) for shard in adapting]))
-    add_up(squares, [shard.groups for shard in adapting])
-    norms = iter(_roots(torch.cat(squares)) if adapting else ())
+    squares = _squares(given)
+    add_up(squares, [(len(shard.layers), shard.groups) for shard in adapting])
+    norms = iter(_roots(squares))
     for shard in shards:
         for layer in shard.layers:
             yield layer, next(norms) if shard.needs_norms else None
 
 
-def add_up(parts: list[Tensor], groups: list[list[Any]]) -> None:
-    """Put the sum over all processes of its groups in the place of each tensor.
+def add_up(rows: Tensor, parts: Iterable[tuple[int, list[Any]]]) -> None:
+    """Put the sums over all processes in the place of rows, by one message for each group.
 
-    By one message for each group. All processes of a group must have the same tensors for it, but
-    for their values.
+    Args:
+        rows: Numbers of leaves, one after the other.
+        parts: How many rows a leaf has, the same in each process of its groups, and these.
     """
     members: dict[str, list[int]] = {}
-    known: dict[str, Any] = {}
-    for i, some in enumerate(groups):
+    groups: dict[str, Any] = {}
+    start = 0
+    for count, some in parts:
         for group in some:
-            known[group.group_name] = group
-            members.setdefault(group.group_name, []).append(i)
+            groups[group.group_name] = group
+            members.setdefault(group.group_name, []).extend(range(start, start + count))
+        start += count
     for name, places in members.items():
-        packed = torch.cat([parts[i] for i in places])
-        torch.distributed.all_reduce(packed, group=known[name])
-        for i, part in zip(places, packed.split([len(parts[i]) for i in places]), strict=True):
-            parts[i] = part
+        if len(places) == len(rows):
+            torch.distributed.all_reduce(rows, group=groups[name])
+        elif places:
+            packed = rows[places]
+            torch.distributed.all_reduce(packed, group=groups[name])
+            rows[places] = packed
 
 
 def _squares(given: list[Layer]) -> Tensor:

@@ -103,20 +103,21 @@ class Shards:
 
     def reduce(self, norms: bytearray) -> None:
         parts = [part for part in self._in_order() if part.leaf.rule.adapt]
+        groups = _groups((part.leaf.w, part.leaf.rule.layer_axis) for part in parts)
+        # Shards without groups are whole layers: their norms stay as they are.
+        shared = [(part.rows, some) for part, some in zip(parts, groups, strict=True) if some]
+        places = [row for rows, _ in shared for row in rows]
         table = np.frombuffer(norms).reshape(-1, _ROW)
-        groups = [groups_of(part.leaf.w, part.leaf.rule.layer_axis) for part in parts]
-        squares = [torch.from_numpy(_squares(table[part.rows])) for part in parts]
-        add_up(squares, groups)
-        for part, some, sums in zip(parts, groups, squares, strict=True):
-            if some:  # else they are those of whole layers already
-                table[part.rows, :_COLUMNS] = _roots(sums.numpy())
+        squares = torch.from_numpy(_squares(table[places]))
+        add_up(squares, ((len(rows), some) for rows, some in shared))
+        table[places, :_COLUMNS] = _roots(squares.numpy())
 
     def agree(self, bad: set[int]) -> set[int]:
-        parts = [part for part in self._in_order() if part.leaf.rule.nonfinite != "propagate"]
-        flags = [torch.tensor([float(part.leaf.place in bad)]) for part in parts]
-        add_up(flags, [groups_of(part.leaf.w) for part in parts])
-        found = (part.leaf.place for part, flag in zip(parts, flags, strict=True) if flag > 0)
-        return bad.union(found)
+        leaves = [part.leaf for part in self._in_order()]
+        leaves = [leaf for leaf in leaves if leaf.rule.nonfinite != "propagate"]
+        flags = torch.tensor([float(leaf.place in bad) for leaf in leaves])
+        add_up(flags, ((1, some) for some in _groups((leaf.w, None) for leaf in leaves)))
+        return bad.union(leaf.place for leaf, flag in zip(leaves, flags, strict=True) if flag > 0)
 
     def announce(self) -> None:
         bump_versions([*self._written, *map(shard_of, self._written)])
@@ -152,17 +153,32 @@ class _Columns(NamedTuple):
 def _looks_right(leaf: Leaf) -> bool:
     """Whether the arrays of a leaf are laid out alike; what is here of them the plan looks at."""
     w = leaf.w
-    if not is_sharded(w) or leaf.dcdw is None or not w.is_cpu or partial_fault(w):
+    if not is_sharded(w) or not w.is_cpu or partial_fault(w):
         return False
     if w.device_mesh.get_coordinate() is None:
         return False
-    ours = _laid_out(w)
-    others = (leaf.dcdw, leaf.velocity, leaf.out)
-    return all(x is None or x is w or (is_sharded(x) and _laid_out(x) == ours) for x in others)
+    ours, shape = w._spec, w.shape
+    for x in (leaf.dcdw, leaf.velocity, leaf.out):
+        if x is None or x is w:
+            continue
+        if not is_sharded(x) or x.shape != shape:
+            return False
+        spec = x._spec
+        if spec.placements != ours.placements or spec.mesh != ours.mesh:
+            return False
+    return True
 
 
-def _laid_out(x: Any) -> tuple[Any, ...]:
-    return x.device_mesh, x.placements, x.shape
+def _groups(given: Iterable[tuple[Any, int | None]]) -> list[list[Any]]:
+    """The groups of each DTensor; each comes with its layer axis."""
+    known: dict[Any, list[Any]] = {}
+    found = []
+    for w, axis in given:
+        key = id(w.device_mesh), w.placements, None if axis is None else axis % w.ndim
+        if key not in known:
+            known[key] = groups_of(w, axis)
+        found.append(known[key])
+    return found
 
 
 def _stack(x: Tensor, layer_axis: int | None) -> Tensor:
@@ -191,8 +207,9 @@ def _squares(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The squared norms by layer, w and dcdw, and scale."""
     high, exponent = (rows[:, i:_COLUMNS:3, None] for i in (0, 2))
     with np.errstate(all="ignore"):
-        scaled: np.ndarray[Any, Any] = np.ldexp(high, (exponent + _EXPONENTS).astype(np.intc))
-        return scaled * scaled
+        scaled = np.ldexp(high, (exponent + _EXPONENTS).astype(np.intc))
+        squares: np.ndarray[Any, Any] = scaled * scaled
+        return squares
 
 
 def _roots(sums: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -1,0 +1,162 @@
+"""Shards in CPU memory, by the kernel: the bits of one process. See test_distributed."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import torch
+from conftest import unit_lars
+from distributed_worker import all_reduces, compare, distribute, everywhere, part, raised
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.nn import Parameter
+
+from lars_tree import lars_update
+from lars_tree.torch import Lars
+
+# Their parts in each process have norms that are whole numbers, and so have all of them: sums of
+# squares and roots are exact in any order. Sharded unevenly; the last process has nothing.
+VECTORS = {
+    2: {"uneven": [5, 10, 10, 12, 16], "empty": [7]},
+    4: {"uneven": [3, 4, 3, 4, 3, 4, 5], "empty": [3, 4, 6, 8, 10]},
+}
+OPTIONS = {
+    "plain": {},
+    "joint": {"joint_norm": True, "trust_clip": True},
+    "other": {"eps": 1e-3, "nonfinite": "raise"},
+}
+WAYS = ("new", "in place", "momentum", "momentum in place", "torch momentum")
+AXES = {"layers": 0, "across": -1}
+
+
+def random(shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def wholes(world, dtype):
+    """Weights and gradients in each process; of exact norms, also in each column."""
+    w, dcdw = {}, {}
+    for seed, name in enumerate(("uneven", "empty", "across", "odd")):
+        vector = VECTORS[world].get(name, VECTORS[world]["uneven"])
+        column = torch.tensor(vector, dtype=torch.float64)[:, None]
+        w[name] = column * random((len(vector), 4), seed).sign()
+        dcdw[name] = w[name] / 8  # so the norm of both together is exact too
+    for name, shape in {"layers": (7, 3), "everywhere": (5, 2), "dense": (6, 3)}.items():
+        w[name], dcdw[name] = random(shape, 5), random(shape, 6)
+    return [{name: x.to(dtype) for name, x in tree.items()} for tree in (w, dcdw)]
+
+
+def spread(tree, mesh):
+    """The same over the processes; in the first one, a part of `odd` in another memory order."""
+    placements = {"everywhere": [Replicate()], "dense": None}
+    found = {
+        name: distribute(x, mesh, placements.get(name, [Shard(0)])) for name, x in tree.items()
+    }
+    if mesh.get_rank() == 0:
+        odd = found["odd"]
+        turned = part(odd).T.contiguous().T
+        shape, stride = odd.shape, odd.stride()
+        found["odd"] = DTensor.from_local(turned, mesh, odd.placements, shape=shape, stride=stride)
+    return found
+
+
+def stepped(way, w, dcdw, options):
+    """The weights after a step, and the velocities, if any, which were there before."""
+    axes = {name: AXES.get(name) for name in w}
+    moving = {}
+    if "momentum" in way:
+        dtype = torch.promote_types(next(iter(w.values())).dtype, torch.float32)
+        moving = {name: (x / 4).to(dtype) for name, x in w.items()}
+    if way.startswith("torch"):
+        optimizer, params = torch_lars(w, dcdw, weight_decay=0.5, **options)
+        for name, velocity in moving.items():
+            optimizer.state[params[name]]["momentum_buffer"] = velocity
+        optimizer.step()
+        return params, moving
+    momentum = 0.5 if moving else 0.0
+    optimizer = unit_lars(0.1, decay_lambda=0.5, momentum=momentum, layer_axis=axes, **options)
+    state = optimizer.init(w)
+    for name, velocity in moving.items():
+        state.velocity[name] = velocity
+    w, state = optimizer.update(w, dcdw, state, out=w if "in place" in way else None)
+    return w, state.velocity if moving else {}
+
+
+def torch_lars(w, dcdw, **options):
+    params = {name: Parameter(x) for name, x in w.items()}
+    for name, p in params.items():
+        p.grad = dcdw[name]
+    groups = [{"params": [p], "layer_axis": AXES.get(name)} for name, p in params.items()]
+    return Lars(groups, 0.1, 0.5, nesterov=True, trust_coefficient=1.0, **options), params
+
+
+def bits(world, mesh):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for way in WAYS:
+            for name, options in OPTIONS.items():
+                whole = stepped(way, *wholes(world, dtype), options)
+                like = spread(wholes(world, dtype)[0], mesh)
+                trees = [spread(tree, mesh) for tree in wholes(world, dtype)]
+                with all_reduces() as counts:
+                    found = stepped(way, *trees, options)
+                names = [name for tree in found for name in tree]
+                xs, expected = (
+                    [x.detach() for tree in both for x in tree.values()] for both in (found, whole)
+                )
+                case = compare(xs, expected, [like[name] for name in names])
+                yield f"{dtype}, {way}, {name}", {**case, "sent": counts["all_reduce"]}
+
+
+def versions(mesh):
+    """How often torch sees that weights and velocities, and what is here of them, were written."""
+    w, dcdw = (spread(tree, mesh) for tree in wholes(mesh.size(), torch.float32))
+    optimizer = unit_lars(0.1, momentum=0.5)
+    state = optimizer.init(w)
+    written = [*w.values(), *state.velocity.values()]
+    written += [part(x) for x in written]
+    before = [x._version for x in written]
+    optimizer.update(w, dcdw, state, out=w)
+    return everywhere(all(x._version > old for x, old in zip(written, before, strict=True)))
+
+
+def skipped(mesh):
+    """NaN in the last process alone, under optimizers that step in place."""
+    for name in ("uneven", "across", "odd"):
+        w, dcdw = (spread(tree, mesh) for tree in wholes(mesh.size(), torch.float32))
+        if mesh.get_rank() == mesh.size() - 1:
+            part(dcdw[name])[-1, -1] = torch.nan
+        before = [part(x).clone() for x in w.values()]
+        optimizer, _ = torch_lars(w, dcdw, nonfinite="skip")
+        optimizer.step()
+        same = all(torch.equal(part(x), old) for x, old in zip(w.values(), before, strict=True))
+        found = {"same": everywhere(same), "skipped": everywhere(optimizer.skipped)}
+        out = {key: torch.zeros_like(x) for key, x in w.items()}
+        lars_update(w, dcdw, 0.1, out=out, nonfinite="skip", layer_axis=AXES.get(name))
+        pairs = zip(out.values(), before, strict=True)
+        found["kept"] = everywhere(all(torch.equal(part(x), old) for x, old in pairs))
+        yield f"skipped, {name}", found
+
+
+def faults(mesh):
+    """What is wrong with memory: told before anything is sent or written."""
+    w, dcdw = (spread(tree, mesh) for tree in wholes(mesh.size(), torch.float32))
+    ones = [distribute(torch.ones(8, 3), mesh, [Shard(0)]) for _ in range(2)]
+    part(ones[0]).untyped_storage().resize_(0)
+    first = w["uneven"]
+    tied = DTensor.from_local(part(first), mesh, [Shard(0)], shape=first.shape, stride=(4, 1))
+    for name, x, grad in (("tied", tied, dcdw["uneven"]), ("freed", *ones)):
+        tree, grads = {**w, name: x}, {**dcdw, name: grad}
+        before = [part(x).clone() for x in w.values()]
+        with all_reduces() as counts:
+            found = raised(lambda tree=tree, grads=grads: lars_update(tree, grads, 0.1, out=tree))
+        same = all(torch.equal(part(x), old) for x, old in zip(w.values(), before, strict=True))
+        yield name, {"raised": found, "same": everywhere(same), "sent": counts["all_reduce"]}
+
+
+def measure(world):
+    mesh = init_device_mesh("cpu", (world,))
+    with mock.patch("lars_tree._backends.torch.step_shards", side_effect=AssertionError("slow")):
+        yield from bits(world, mesh)
+        yield "versions", versions(mesh)
+        yield from skipped(mesh)
+        yield from faults(mesh)
