@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
-from distributed_worker import all_reduces, compare, everywhere, raised
+from distributed_worker import communication, compare, everywhere, raised
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -58,18 +60,22 @@ def optimizer(of, options, **more):
     return Lars(groups, **given)
 
 
-def train(sharded, plain, ours, theirs, seed):
-    """One step of both with the same gradients: those of the sharded model."""
+def train(sharded, plain, ours, theirs, seed, watched=False):
+    """One step of both with the same gradients: those of the sharded model.
+
+    `watched` by a dispatch mode, which must see the operations of torch.
+    """
     torch.manual_seed(seed)
     dtype = next(plain.parameters()).dtype
     ours.zero_grad()
     (sharded(torch.randn(6, 5, dtype=dtype)) - 1).square().sum().backward()
     for one, other in zip(sharded.parameters(), plain.parameters(), strict=True):
         other.grad = one.grad.full_tensor()
-    with all_reduces() as counts, CommDebugMode() as seen:
+    with communication() as counts, CommDebugMode() if watched else nullcontext():
         ours.step()
     theirs.step()
-    return counts["all_reduce"], seen.get_total_counts()
+    sent = sum(count for name, count in counts.items() if name.startswith("gloo:"))
+    return counts["all_reduce"], sent
 
 
 def buffers(of, by):
@@ -85,10 +91,10 @@ def compared(sharded, plain, ours, theirs):
     )
 
 
-def case(dtype, options, mesh, tensor_parallel=None):
+def case(dtype, options, mesh, tensor_parallel=None, watched=False):
     sharded, plain = model(dtype, mesh, tensor_parallel), model(dtype)
     ours, theirs = (optimizer(of, options) for of in (sharded, plain))
-    counts = [train(sharded, plain, ours, theirs, seed) for seed in range(STEPS)]
+    counts = [train(sharded, plain, ours, theirs, seed, watched) for seed in range(STEPS)]
     sent = [max(column) for column in zip(*counts, strict=True)]
     kind = str(dtype).removeprefix("torch.")
     facts = {"kind": kind, "all_reduces": sent[0], "collectives": sent[1]}
@@ -173,6 +179,7 @@ def measure(world):
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         for name in OPTIONS if dtype == torch.float64 else ("momentum", "nesterov"):
             yield f"{name}, {dtype}", case(dtype, OPTIONS[name], line)
+    yield "watched", case(torch.float64, OPTIONS["momentum"], line, watched=True)
     for dtype in (torch.float64, torch.bfloat16):
         for way in ("of torch.optim", "sharded", "full"):
             yield f"resumed, {way}, {dtype}", resumed(dtype, line, way)

@@ -35,7 +35,7 @@ def random(shape, seed):
 
 def wholes(world, dtype):
     """Weights and gradients in each process; of exact norms, also in each column."""
-    w, dcdw = {}, {}
+    w, dcdw = {"frozen": random((4, 2), 7)}, {"frozen": None}
     for seed, name in enumerate(("uneven", "empty", "across", "odd")):
         vector = VECTORS[world].get(name, VECTORS[world]["uneven"])
         column = torch.tensor(vector, dtype=torch.float64)[:, None]
@@ -43,15 +43,16 @@ def wholes(world, dtype):
         dcdw[name] = w[name] / 8  # so the norm of both together is exact too
     for name, shape in {"layers": (7, 3), "everywhere": (5, 2), "dense": (6, 3)}.items():
         w[name], dcdw[name] = random(shape, 5), random(shape, 6)
-    return [{name: x.to(dtype) for name, x in tree.items()} for tree in (w, dcdw)]
+    return [{k: None if x is None else x.to(dtype) for k, x in tree.items()} for tree in (w, dcdw)]
 
 
 def spread(tree, mesh):
     """The same over the processes; in the first one, a part of `odd` in another memory order."""
-    placements = {"everywhere": [Replicate()], "dense": None}
-    found = {
-        name: distribute(x, mesh, placements.get(name, [Shard(0)])) for name, x in tree.items()
-    }
+    others = {"everywhere": [Replicate()], "dense": None}
+    found = dict(tree)
+    for name, x in tree.items():
+        if x is not None:
+            found[name] = distribute(x, mesh, others.get(name, [Shard(0)]))
     if mesh.get_rank() == 0:
         odd = found["odd"]
         turned = part(odd).T.contiguous().T
@@ -112,8 +113,8 @@ def versions(mesh):
     w, dcdw = (spread(tree, mesh) for tree in wholes(mesh.size(), torch.float32))
     optimizer = unit_lars(0.1, momentum=0.5)
     state = optimizer.init(w)
-    written = [*w.values(), *state.velocity.values()]
-    written += [part(x) for x in written]
+    written = [x for tree in (w, state.velocity) for name, x in tree.items() if name != "frozen"]
+    written += [x._local_tensor for x in written if isinstance(x, DTensor)]
     before = [x._version for x in written]
     optimizer.update(w, dcdw, state, out=w)
     return everywhere(all(x._version > old for x, old in zip(written, before, strict=True)))
@@ -135,6 +136,17 @@ def skipped(mesh):
         pairs = zip(out.values(), before, strict=True)
         found["kept"] = everywhere(all(torch.equal(part(x), old) for x, old in pairs))
         yield f"skipped, {name}", found
+
+
+def amp(mesh):
+    """Where one process alone finds infinity by itself, it keeps what it has; none waits."""
+    trees = [spread(tree, mesh) for tree in wholes(mesh.size(), torch.float32)]
+    w, dcdw = ({name: tree[name] for name in ("uneven", "layers")} for tree in trees)
+    before = part(w["uneven"]).clone()
+    optimizer, _ = torch_lars(w, dcdw, fused=True)
+    optimizer.found_inf = torch.tensor(float(mesh.get_rank() == 0))
+    optimizer.step()
+    return everywhere(torch.equal(part(w["uneven"]), before))
 
 
 def faults(mesh):
@@ -160,3 +172,4 @@ def measure(world):
         yield "versions", versions(mesh)
         yield from skipped(mesh)
         yield from faults(mesh)
+    yield "amp", amp(mesh)

@@ -145,7 +145,8 @@ def test_shards(world, tmp_path):
     for name in ("uneven", "across", "odd"):
         all_kept = {"same": [True] * world, "kept": [True] * world, "skipped": [1] * world}
         assert found[f"skipped, {name}"] == all_kept
-    tied = ["OutError", ["uneven", "tied"], "two leaves of out share memory (tied weights)"]
+    assert found["amp"] == [True] + [False] * (world - 1)
+    tied = ["OutError", ["tied"], "two leaves of out share memory (tied weights)"]
     freed = ["LeafError", ["freed"], "w holds an array that cannot be computed with"]
     for name, refused in {"tied": tied, "freed": freed}.items():
         assert found[name] == {"raised": [refused] * world, "same": [True] * world, "sent": 0}
@@ -177,7 +178,7 @@ def test_models(world, tmp_path):
         ]
         assert kinds == [[True, 1]] * world
         assert case["same"] == [[True, True]] * world
-    assert len(found) == (17 if world == 2 else 21)
+    assert len(found) == (18 if world == 2 else 22)
     assert wrong(found) == {}
     for name, case in found.items():
         if name.startswith("resumed"):

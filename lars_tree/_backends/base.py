@@ -136,13 +136,15 @@ class Shards(Protocol):
 
     Attributes:
         news: The results by place.
-        places: The place of the leaf of some rows of the plan, by row.
         copies: Pairs of an array to write to and of what to write, when the plan was stepped.
     """
 
     news: dict[int, New]
-    places: dict[int, int]
     copies: list[tuple[Array, Array]]
+
+    @property
+    def places(self) -> dict[int, int]:
+        """The places of the leaves by the rows of the plan."""
 
     def trust(self, leaves: list[Leaf]) -> list[Leaf]:
         """Take those of unchecked leaves of which a few comparisons tell that nothing is wrong.

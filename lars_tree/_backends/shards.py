@@ -42,12 +42,15 @@ class Shards:
 
     def __init__(self, plan: Plan, is_plain_step: Callable[[Leaf], bool]) -> None:
         self.news: dict[int, New] = {}
-        self.places: dict[int, int] = {}
         self.copies: list[tuple[Tensor, Tensor]] = []
         self._plan = plan
         self._is_plain_step = is_plain_step
         self._parts: list[_Part] = []
         self._written: list[Tensor] = []
+
+    @property
+    def places(self) -> dict[int, int]:
+        return {row: part.leaf.place for part in self._parts for row in part.rows}
 
     def trust(self, leaves: list[Leaf]) -> list[Leaf]:
         leaves = [leaf for leaf in leaves if _looks_right(leaf)]
@@ -94,7 +97,6 @@ class Shards:
 
     def _keep(self, leaf: Leaf, new: New, rows: range) -> None:
         self._parts.append(_Part(leaf, rows))
-        self.places |= dict.fromkeys(rows, leaf.place)
         if leaf.out is None:
             self.news[leaf.place] = New(leaf_like(new.w, leaf.w), new.velocity)
         else:
@@ -153,7 +155,7 @@ class _Columns(NamedTuple):
 def _looks_right(leaf: Leaf) -> bool:
     """Whether the arrays of a leaf are laid out alike; what is here of them the plan looks at."""
     w = leaf.w
-    if not is_sharded(w) or not w.is_cpu or partial_fault(w):
+    if leaf.dcdw is None or not is_sharded(w) or not w.is_cpu or partial_fault(w):
         return False
     if w.device_mesh.get_coordinate() is None:
         return False

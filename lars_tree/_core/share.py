@@ -139,8 +139,9 @@ class Share:
         for backend, group in by_backend(leaves).items():
             shards = self._shards.get(backend) or backend.shards(self.plan)
             if shards is not None:
-                self._shards[backend] = shards
                 yield shards, group
+                if shards.news:
+                    self._shards[backend] = shards
 
     def measured(self) -> dict[int, Measured]:
         """What the steps are made of, by place: numbers of the libraries of the weights."""
