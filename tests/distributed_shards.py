@@ -46,19 +46,28 @@ def wholes(world, dtype):
     return [{k: None if x is None else x.to(dtype) for k, x in tree.items()} for tree in (w, dcdw)]
 
 
-def spread(tree, mesh):
-    """The same over the processes; in the first one, a part of `odd` in another memory order."""
+def spread(tree, mesh, turns=False):
+    """The same over the processes.
+
+    If it `turns`, a part of `odd` is in another memory order in the first of them: that one alone
+    must look twice.
+    """
     others = {"everywhere": [Replicate()], "dense": None}
     found = dict(tree)
     for name, x in tree.items():
         if x is not None:
             found[name] = distribute(x, mesh, others.get(name, [Shard(0)]))
-    if mesh.get_rank() == 0:
+    if turns and mesh.get_rank() == 0:
         odd = found["odd"]
         turned = part(odd).T.contiguous().T
         shape, stride = odd.shape, odd.stride()
         found["odd"] = DTensor.from_local(turned, mesh, odd.placements, shape=shape, stride=stride)
     return found
+
+
+def pair(mesh, dtype=torch.float32):
+    w, dcdw = wholes(mesh.size(), dtype)
+    return spread(w, mesh, turns=True), spread(dcdw, mesh)
 
 
 def stepped(way, w, dcdw, options):
@@ -97,7 +106,7 @@ def bits(world, mesh):
             for name, options in OPTIONS.items():
                 whole = stepped(way, *wholes(world, dtype), options)
                 like = spread(wholes(world, dtype)[0], mesh)
-                trees = [spread(tree, mesh) for tree in wholes(world, dtype)]
+                trees = pair(mesh, dtype)
                 with all_reduces() as counts:
                     found = stepped(way, *trees, options)
                 names = [name for tree in found for name in tree]
@@ -110,7 +119,7 @@ def bits(world, mesh):
 
 def versions(mesh):
     """How often torch sees that weights and velocities, and what is here of them, were written."""
-    w, dcdw = (spread(tree, mesh) for tree in wholes(mesh.size(), torch.float32))
+    w, dcdw = pair(mesh)
     optimizer = unit_lars(0.1, momentum=0.5)
     state = optimizer.init(w)
     written = [x for tree in (w, state.velocity) for name, x in tree.items() if name != "frozen"]
@@ -121,13 +130,13 @@ def versions(mesh):
 
 
 def skipped(mesh):
-    """NaN in the last process alone, under optimizers that step in place."""
+    """NaN in the last process alone; without adapt, in its result alone too."""
     for name in ("uneven", "across", "odd"):
-        w, dcdw = (spread(tree, mesh) for tree in wholes(mesh.size(), torch.float32))
+        w, dcdw = pair(mesh)
         if mesh.get_rank() == mesh.size() - 1:
             part(dcdw[name])[-1, -1] = torch.nan
         before = [part(x).clone() for x in w.values()]
-        optimizer, _ = torch_lars(w, dcdw, nonfinite="skip")
+        optimizer, _ = torch_lars(w, dcdw, nonfinite="skip", adapt=name != "uneven")
         optimizer.step()
         same = all(torch.equal(part(x), old) for x, old in zip(w.values(), before, strict=True))
         found = {"same": everywhere(same), "skipped": everywhere(optimizer.skipped)}
@@ -140,8 +149,7 @@ def skipped(mesh):
 
 def amp(mesh):
     """Where one process alone finds infinity by itself, it keeps what it has; none waits."""
-    trees = [spread(tree, mesh) for tree in wholes(mesh.size(), torch.float32)]
-    w, dcdw = ({name: tree[name] for name in ("uneven", "layers")} for tree in trees)
+    w, dcdw = ({name: tree[name] for name in ("uneven", "layers")} for tree in pair(mesh))
     before = part(w["uneven"]).clone()
     optimizer, _ = torch_lars(w, dcdw, fused=True)
     optimizer.found_inf = torch.tensor(float(mesh.get_rank() == 0))
@@ -151,7 +159,7 @@ def amp(mesh):
 
 def faults(mesh):
     """What is wrong with memory: told before anything is sent or written."""
-    w, dcdw = (spread(tree, mesh) for tree in wholes(mesh.size(), torch.float32))
+    w, dcdw = pair(mesh)
     ones = [distribute(torch.ones(8, 3), mesh, [Shard(0)]) for _ in range(2)]
     part(ones[0]).untyped_storage().resize_(0)
     first = w["uneven"]
