@@ -1,7 +1,7 @@
 """The foreach engine: torch tensors that are stepped many at a time, by multi-tensor operations.
 
-For torch optimizers, whose parameters are on accelerators, sharded, or asked to be stepped so. A
-few comparisons tell whether tensors fit together: on a device all checks take longer than the step.
+For torch optimizers, whose parameters are on accelerators, or asked to be stepped so. A few
+comparisons tell whether tensors fit together: on a device all checks take longer than the step.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 The norms are those of whole parameters. Each process takes them of its shards, and the squares of
 all of them are added up by one all-reduce a step for each dimension of the mesh. Nothing else has
-to be known of the other processes.
+to be known of the other processes. Here: by multi-tensor operations; shards in CPU memory are most
+often stepped by the native engine, see `shards.py`.
 """
 
 from __future__ import annotations

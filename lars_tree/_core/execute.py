@@ -4,6 +4,7 @@ prepare     the native engine takes the leaves that it supports          `Share`
 check       all others, with every message; nothing was written so far   `_checks`
 overlap     of what is written with all else, whichever engine has it
 run         the results of the others, kept until they are written       `_backends`
+norms       of whole leaves, where processes hold parts of them          `Share`
 decide      what `nonfinite` asks for                                    `_nonfinite`
 write       all arrays, or none                                          `_writes`
 """
