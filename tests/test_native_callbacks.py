@@ -107,7 +107,7 @@ def test_a_list_of_leaves_that_becomes_shorter():
 @pytest.mark.parametrize("index", range(1, 6))
 def test_what_a_method_of_a_tensor_raises_is_raised(index):
     torch = need("torch")
-    from lars_tree._backends.torch import _EXCHANGE, PLAIN_TYPES
+    from lars_tree._backends.reader import _EXCHANGE, PLAIN_TYPES
 
     if _EXCHANGE is None:
         pytest.skip("this torch has no exchange of tensors")

@@ -226,7 +226,7 @@ def test_momentum_leaks_nothing(name):
 
 def tensor_leaves(**changes):
     torch = need("torch")
-    from lars_tree._backends.torch import _EXCHANGE, PLAIN_TYPES
+    from lars_tree._backends.reader import _EXCHANGE, PLAIN_TYPES
 
     if _EXCHANGE is None:
         pytest.skip("this torch has no exchange of tensors")
