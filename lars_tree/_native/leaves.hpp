@@ -13,7 +13,8 @@ namespace lars {
 class Buffer {
 public:
     Buffer() { view.obj = nullptr; }
-    ~Buffer() {
+    ~Buffer() { release(); }
+    void release() {
         if (view.obj) call_python(PyBuffer_Release, &view);
     }
     Buffer(const Buffer&) = delete;
@@ -114,8 +115,9 @@ private:
     bool read_rule(const Reader& reader, PyObject* fields) {
         if (fields == last) return true;  // most often one for all leaves
         rules.emplace_back();
-        last = fields;
-        return call_python([&] { return reader.read_rule(fields, rules.back()); });
+        const bool done = call_python([&] { return reader.read_rule(fields, rules.back()); });
+        last = done ? fields : nullptr;
+        return done;
     }
 
     static bool read_velocity(const Reader& reader, PyObject* x, bool writable,
