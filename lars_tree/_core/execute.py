@@ -101,7 +101,7 @@ def checked(columns: Columns, caller: Caller, places: list[int] | None = None) -
 def _leaves(columns: Columns, caller: Caller, places: Iterable[int]) -> list[Leaf]:
     """The leaves that hold arrays, out of their wrappers; others must stay as they are."""
     rows = [(place, *map(unwrap, columns.row(place))) for place in places]
-    if any(x is None and row != [None, None, None] for _, x, *row in rows):
+    if any(x is None and any(y is not None for y in row) for _, x, *row in rows):
         caller.refuse_extra()
     leaves: list[Leaf] = []
     non_arrays: dict[str, list[errors.Line]] = {"w": [], "out": [], "state": []}

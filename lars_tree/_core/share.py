@@ -91,9 +91,10 @@ class Share:
         """Have the libraries know which arrays are written to."""
         if self.plan is None:
             return
-        starts = [start for *_, start in self._parts]
-        for (backend, *_), start, end in zip(self._parts, starts, [*starts[1:], None], strict=True):
+        end = None
+        for backend, _, _, start in reversed(self._parts):
             backend.announce(self.plan.written[start:end])
+            end = start
 
     def nonfinite(self) -> tuple[bytearray | None, dict[int, str] | None]:
         """The norms of all layers; what `nonfinite` is where results would not be finite, by place.
