@@ -56,9 +56,10 @@ struct Plan {
         static const char* names[] = {"threads", "instruction_set", nullptr};
         Py_ssize_t most = 1;
         int number = 0;
-        if (!kept || !written ||
-            !PyArg_ParseTupleAndKeywords(arguments, keywords, "ni", const_cast<char**>(names),
-                                         &most, &number)) {
+        if (!kept || !written || !call_python([&] {
+                return PyArg_ParseTupleAndKeywords(arguments, keywords, "ni",
+                                                   const_cast<char**>(names), &most, &number);
+            })) {
             return false;
         }
         threads = most > 0 ? most : 1;
