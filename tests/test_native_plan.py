@@ -9,7 +9,7 @@ import weakref
 import numpy as np
 import pytest
 from conftest import need
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from native_steps import numpy_reader, stepped, taken
 from test_native import OPTIONS, PAIRS, SETS, arrays, random_array
@@ -81,13 +81,9 @@ def test_leaves_of_several_libraries_in_one_plan_are_stepped_as_alone(out):
     rng = np.random.default_rng(0)
     rule = Rule(0.1, 0.01, momentum=0.9, nesterov=True)
     sizes = [3, 131_073, 700, 400_001, 0, 16, 33]
-
-    def made(rng):
-        ws, gs, vs = ([random_array(rng, "float32", (n,)) for n in sizes] for _ in range(3))
-        return ws, gs, vs
-
-    ws, gs, vs = made(rng)
-    alone = [stepped(numpy_reader(), [w], [g], None, [rule], [v]) for w, g, v in zip(ws, gs, vs)]
+    ws, gs, vs = ([random_array(rng, "float32", (n,)) for n in sizes] for _ in range(3))
+    rows = zip(ws, gs, vs, strict=True)
+    alone = [stepped(numpy_reader(), [w], [g], None, [rule], [v]) for w, g, v in rows]
     torches = {1, 2, 5}
     columns = [
         [torch.from_numpy(x) if i in torches else x for i, x in enumerate(xs)]
@@ -141,7 +137,8 @@ def test_a_plan_keeps_its_arrays_alive():
         w, g, v = array(n), array(n), array(n)
         assert plan.prepare(reader, [w], [g], [w], rules, [v]) == []
         assert plan.prepare(reader, [array(n)], [g], None, rules, [v], [None], [None]) == []
-    assert plan.count(counter := array(1).astype(np.int64))
+    counter = array(1).astype(np.int64)
+    assert plan.count(counter)
     alive.append(weakref.ref(counter))
     del w, g, v, reader, counter
     gc.collect()
@@ -280,6 +277,8 @@ def test_no_step_with_infinity_or_nan_goes_unseen(case, moves, lr, options, moti
     assert nonfinite(columns) == ([] if finite_after(columns) == [True] else [0])
 
 
+@example(pair=(np.array([1e-200]), np.ones(1)), lr=1e290, decay=1e200, scale=1.0)
+@example(pair=(np.zeros(1), np.ones(1)), lr=1e290, decay=1e200, scale=1.0)
 @given(pair=arrays(), lr=st.floats(0, 1e308), decay=st.floats(0, 1e308), scale=st.floats(1e-308, 1))
 def test_no_step_of_any_rate_and_decay_goes_unseen(pair, lr, decay, scale):
     for adapt, joint in ((True, False), (False, False), (True, True)):
