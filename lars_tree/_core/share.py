@@ -98,7 +98,9 @@ class Share:
             read: Those that others read.
         """
         plan = self.plan
-        return plan is not None and (plan.overlaps(written or []) or plan.overlaps([], read or []))
+        if plan is None or not (written or read):
+            return plan is not None and plan.overlaps()
+        return plan.overlaps(written or []) or plan.overlaps([], read or [])
 
     def spans(self) -> list[Span]:
         """The stretches of memory that are written to."""

@@ -56,9 +56,10 @@ struct Plan {
         static const char* names[] = {"threads", "instruction_set", nullptr};
         Py_ssize_t most = 1;
         int number = 0;
-        if (!kept || !written ||
-            !PyArg_ParseTupleAndKeywords(arguments, keywords, "ni", const_cast<char**>(names),
-                                         &most, &number)) {
+        if (!kept || !written || !call_python([&] {
+                return PyArg_ParseTupleAndKeywords(arguments, keywords, "ni",
+                                                   const_cast<char**>(names), &most, &number);
+            })) {
             return false;
         }
         threads = most > 0 ? most : 1;
@@ -162,6 +163,10 @@ PyObject* prepare(PyObject* self, PyObject* arguments, PyObject* keywords) {
     }
     if (!columns.check()) return nullptr;
     Plan& plan = plan_of(self);
+    if (columns.places != Py_None && !PyList_Check(columns.places)) {
+        return call_python(PyErr_Format, PyExc_TypeError, "expected a list of places, got %R",
+                           Py_TYPE(columns.places));
+    }
     const Reader& reader = content_of<Reader>(reader_object);
     for (PyObject* list : {columns.ws, columns.dcdws, columns.outs, columns.rules,
                            columns.velocities, columns.new_ws, columns.new_velocities}) {
@@ -172,7 +177,7 @@ PyObject* prepare(PyObject* self, PyObject* arguments, PyObject* keywords) {
         if (!rest) return nullptr;
         const bool all = columns.places == Py_None;
         const Py_ssize_t count = PyList_Size(all ? columns.ws : columns.places);
-        if (count < 0) return nullptr;
+        plan.leaves.reserve(static_cast<std::size_t>(count), columns.velocities != Py_None);
         for (Py_ssize_t k = 0; k < count; ++k) {
             Py_ssize_t i = k;
             if (!all) {
@@ -200,7 +205,11 @@ PyObject* prepare(PyObject* self, PyObject* arguments, PyObject* keywords) {
 
 PyObject* count(PyObject* self, PyObject* counter) {
     Plan& plan = plan_of(self);
-    if (!Reader::read_counter(counter, plan.of_counter.view)) Py_RETURN_FALSE;
+    if (plan.counter) Py_RETURN_FALSE;  // it has one already
+    if (!Reader::read_counter(counter, plan.of_counter.view)) {
+        plan.of_counter.release();
+        Py_RETURN_FALSE;
+    }
     plan.counter = static_cast<std::int64_t*>(plan.of_counter.view.buf);
     plan.leaves.write_number(plan.counter);
     Py_RETURN_TRUE;
@@ -210,7 +219,12 @@ PyObject* count(PyObject* self, PyObject* counter) {
 bool add_spans(PyObject* pairs, std::vector<Stretch>& to) {
     for (Py_ssize_t i = 0; pairs && i < PyList_Size(pairs); ++i) {
         unsigned long long start, end;
-        if (!PyArg_ParseTuple(PyList_GetItem(pairs, i), "KK", &start, &end)) return false;
+        PyObject* pair = PyList_GetItem(pairs, i);
+        if (!PyTuple_Check(pair)) {
+            call_python(PyErr_SetString, PyExc_TypeError, "expected pairs of addresses");
+            return false;
+        }
+        if (!PyArg_ParseTuple(pair, "KK", &start, &end)) return false;
         to.push_back({reinterpret_cast<const char*>(static_cast<std::uintptr_t>(start)),
                       reinterpret_cast<const char*>(static_cast<std::uintptr_t>(end))});
     }
