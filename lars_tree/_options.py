@@ -88,6 +88,9 @@ CALLED_ELSEWHERE = {
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+_UNKNOWN = object()
+
+
 class _Unfit(Exception):
     """A value that an option cannot take; the message says what was expected."""
 
@@ -103,32 +106,48 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
     shared: dict[str, Any] = {}
     columns: dict[str, list[Any]] = {}
     for name, value in options.items():
-        known = _KNOWN.get((name, type(value)))
-        if known is not None and value == known[0]:  # most are left at their defaults
-            shared[_field(name)] = known[1]
+        default, checked = _KNOWN.get((name, type(value)), (_UNKNOWN, None))
+        if default is not _UNKNOWN and value == default:  # most are left at their defaults
+            shared[_field(name)] = checked
             continue
         given = _readable(name, value)
         if _tree.is_leaf(given):
             shared[_field(name)] = _checked(name, [((), given)], keep_history)[0]
         else:
-            values = _checked(name, list(_tree.walk(given)), keep_history)
-            columns[name] = _tree.broadcast(name, tree, given, values=values)
+            columns[name] = _column(name, tree, given, keep_history)
     if not columns:
         return [Rule(**shared)] * count
     if any(len(column) != count for column in columns.values()):
         raise _tree.changed()
     _refuse_gaps(tree, columns)
-    rows = zip(*columns.values(), strict=True)
-    fields = list(map(_field, columns))
+    places = [Rule._fields.index(_field(name)) for name in columns]
+    fields = list(Rule(**{"lr": 0.0, **shared}))
     # Most leaves share their values, and checked values live as long as their columns.
-    known: dict[tuple[int, ...], Rule] = {}
+    ids = [map(id, column) for column in columns.values()]
+    known: dict[Any, Rule] = {}
     rules = []
-    for row in rows:
-        key = tuple(map(id, row))
-        if key not in known:
-            known[key] = Rule(**shared, **dict(zip(fields, row, strict=True)))
-        rules.append(known[key])
+    for key, row in zip(zip(*ids, strict=True), zip(*columns.values(), strict=True), strict=True):
+        rule = known.get(key)
+        if rule is None:
+            for place, x in zip(places, row, strict=True):
+                fields[place] = x
+            rule = known[key] = Rule._make(fields)
+        rules.append(rule)
     return rules
+
+
+def _column(name: str, tree: Any, given: Any, keep_history: bool) -> list[Any]:
+    """The checked value that a prefix has for each leaf of the tree; each is checked once."""
+    values = _tree.leaves(given)
+    known: dict[int, Any] = {id(None): None}  # which stands where the weights have nothing
+    try:
+        for value in values:
+            if id(value) not in known:
+                known[id(value)] = _CHECKS[name](unwrap(value), keep_history)
+        return [known[id(value)] for value in _tree.broadcast(name, tree, given)]
+    except (_Unfit, KeyError):  # raised below, with its path; a node makes its values when read
+        checked = _checked(name, list(_tree.walk(given)), keep_history)
+        return _tree.broadcast(name, tree, given, values=checked)
 
 
 def check(options: dict[str, Any]) -> None:
