@@ -34,9 +34,9 @@ class Share:
         self.columns = columns
         self.plan: Plan | None = _native.plan()
         self.news = None if columns.outs is not None or measures else _nothing_yet(columns)
-        # Which library took leaves, among which places (None for all), and how many arrays were
-        # written to before.
-        self._parts: list[tuple[Backend, Columns, list[int] | None, int]] = []
+        # Which library took leaves, among which places (None for all), and where those of its
+        # arrays are among plan.written that are written to. Others may add more to the plan.
+        self._parts: list[tuple[Backend, Columns, list[int] | None, slice]] = []
         first = next((x for x in columns.ws if x is not None), None)
         backend = None if takes_none else _backends.find(unwrap(first))
         self.odd = self.rest = self._offer(backend, columns, None)
@@ -48,8 +48,10 @@ class Share:
     ) -> list[int]:
         if backend is None or self.plan is None:
             return list(range(len(columns.ws))) if places is None else places
-        self._parts.append((backend, columns, places, len(self.plan.written)))
-        return backend.prepare(self.plan, columns, self.news, places)
+        start = len(self.plan.written)
+        rest = backend.prepare(self.plan, columns, self.news, places)
+        self._parts.append((backend, columns, places, slice(start, len(self.plan.written))))
+        return rest
 
     def _offer_again(self, tried: Backend | None) -> None:
         """Offer arrays out of their wrappers, and those of other libraries."""
@@ -91,10 +93,8 @@ class Share:
         """Have the libraries know which arrays are written to."""
         if self.plan is None:
             return
-        end = None
-        for backend, _, _, start in reversed(self._parts):
-            backend.announce(self.plan.written[start:end])
-            end = start
+        for backend, _, _, its_own in self._parts:
+            backend.announce(self.plan.written[its_own])
 
     def nonfinite(self) -> tuple[bytearray | None, dict[int, str] | None]:
         """The norms of all layers; what `nonfinite` is where results would not be finite, by place.
