@@ -33,6 +33,7 @@ def tables(results: Results) -> Iterator[tuple[str, Table]]:
     yield "dtypes", ("Number types, in place: ms, and by float32", _dtypes(results))
     yield "growth", ("Small leaves: µs for each", _growth(results))
     yield "threads", ("Threads: ms, and speed-up", _threads(results))
+    yield "odd", ("Odd leaves, and options that need all norms", _odd(results))
     yield "memory", ("ResNet-50: extra MiB at the peak of a step", _memory(results))
     yield "versions", ("Measured with", [["", ""], *map(list, environment().items())])
 
@@ -179,6 +180,16 @@ def _threads(results: Results) -> list[Row]:
         return f"{_ms(values[n])} ({values[1] / values[n]:.2f})"
 
     return _by_number(results.threads, TITLES.__getitem__, cell)
+
+
+def _odd(results: Results) -> list[Row]:
+    """A row for each step: milliseconds, and the ratio to the first of its group."""
+    rows = [["", "ms", "ratio"]]
+    for title, times in results.odd.items():
+        base = next(iter(times.values()), 0.0)
+        rows += [[f"{title}: {name}", _ms(x), f"{x / base:.2f}"] for name, x in times.items()]
+        rows += [] if times else [[title, "not installed", ""]]
+    return rows
 
 
 def _memory(results: Results) -> list[Row]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import lars_tree
-from benchmarks import measure, memory
+from benchmarks import measure, memory, odd
 from benchmarks.contestants import DECAY, LR, TRUST, Contestant, as_torch
 from benchmarks.trees import TREES, Flat, least_traffic, small, weights_and_gradients
 from lars_tree import Container
@@ -32,6 +32,7 @@ class Results:
     dtypes: dict[str, Seconds] = field(default_factory=dict)
     growth: dict[str, dict[int, float]] = field(default_factory=dict)
     threads: dict[str, dict[int, float]] = field(default_factory=dict)
+    odd: dict[str, Seconds] = field(default_factory=dict)
     memory: dict[str, Seconds] = field(default_factory=dict)
     import_time: float | None = None
     bandwidth: float | None = None
@@ -133,6 +134,12 @@ def threads(plan: Plan, results: Results) -> None:
     lars_tree.set_num_threads(default)
 
 
+def odd_leaves(plan: Plan, results: Results) -> None:
+    """Odd leaves, and options that need all norms, beside the ordinary step."""
+    for group in odd.GROUPS:
+        results.odd[group.title] = group.measured(plan.rounds)
+
+
 def peak_memory(plan: Plan, results: Results) -> None:
     """Extra memory at the peak of one step on ResNet-50, in fresh processes."""
     if memory.AVAILABLE:
@@ -158,6 +165,7 @@ SECTIONS = {
     "dtypes": dtypes,
     "growth": growth,
     "threads": threads,
+    "odd": odd_leaves,
     "memory": peak_memory,
     "import": imports,
 }

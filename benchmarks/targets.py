@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import optimizers
+from benchmarks import odd, optimizers
 from benchmarks.contestants import PEERS
 from benchmarks.sections import LIMIT, Results
 from benchmarks.trees import TITLES
@@ -52,6 +52,7 @@ def targets(results: Results) -> list[Target]:
         *_in_place(results),
         *_out_of_place(results),
         *_with_momentum(results),
+        *_odd_leaves(results),
         *_others(results),
     ]
 
@@ -97,6 +98,14 @@ def _with_momentum(results: Results) -> Iterator[Target]:
         extra = results.memory.get("in place", {}).get(name)
         what = f"{name}: extra memory beside the velocity"
         yield Target(what, 1.0, None if extra is None else extra / MIB, "MiB")
+
+
+def _odd_leaves(results: Results) -> Iterator[Target]:
+    for group in odd.GROUPS:
+        times = results.odd.get(group.title, {})
+        for name, bound in group.bounds.items():
+            what = f"{group.title}: {name} / {group.base}"
+            yield Target(what, bound, _ratio(times, name, group.base))
 
 
 def _others(results: Results) -> Iterator[Target]:

@@ -13,7 +13,9 @@ import numpy as np
 from lars_tree import _backends, _nonfinite, errors
 from lars_tree._backends.base import Backend, Leaf, Values
 from lars_tree._core.advance import matched
-from lars_tree._rule import Measured
+from lars_tree._core.execute import checked
+from lars_tree._core.share import Share
+from lars_tree._rule import Measured, Rule
 from lars_tree._writes import Writes
 from lars_tree.array import unwrap
 
@@ -21,7 +23,7 @@ from lars_tree.array import unwrap
 class Step(NamedTuple):
     """The step of one leaf, before it is taken; its norm, where that was asked for."""
 
-    leaf: Leaf
+    rule: Rule
     measured: Measured
     norm: Any = None
 
@@ -34,13 +36,19 @@ def measure(
     Nothing waits for a device, and all works under `jax.jit`. `with_steps` computes the steps too,
     one leaf at a time.
     """
-    columns, leaves = matched(w, dcdw, options)
-    found: list[Step | None] = [None] * len(columns.ws)
+    columns, caller = matched(w, dcdw, options)
+    share = Share(columns, measures=True)
+    leaves = [row.leaf for row in checked(columns, caller, share.rest)[0]]
     moving = [leaf for leaf in leaves if leaf.dcdw is not None]
+    found = share.measured()
     for backend, group in _nonfinite.by_backend(moving).items():
-        for leaf, measured in zip(group, backend.measure(group), strict=True):
-            found[leaf.place] = Step(leaf, measured, _norm(leaf) if with_steps else None)
-    return found
+        places = (leaf.place for leaf in group)
+        found |= zip(places, backend.measure(group), strict=True)
+    steps: list[Step | None] = [None] * len(columns.ws)
+    for place, measured in found.items():
+        norm = _norm(checked(columns, caller, [place])[0][0].leaf) if with_steps else None
+        steps[place] = Step(columns.rules[place], measured, norm)
+    return steps
 
 
 def _norm(leaf: Leaf) -> Any:

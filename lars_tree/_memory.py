@@ -24,10 +24,10 @@ _MAX_WORK: Any = 10_000
 
 def overlaps_itself(x: Array) -> bool:
     """Whether two elements may share memory, as in the result of a broadcast."""
-    if not x.size:
+    if x.flags.forc or not x.size:
         return False
     extent = x.itemsize
-    for stride, length in sorted((abs(s), n) for s, n in zip(x.strides, x.shape, strict=True)):
+    for stride, length in sorted(zip(map(abs, x.strides), x.shape, strict=True)):
         if length > 1 and stride < extent:
             return True
         extent += stride * (length - 1)

@@ -15,7 +15,8 @@ def guard(
     leaves: list[Leaf],
     results: dict[int, New],
     paths: Paths,
-    native: dict[int, str] | None,
+    words: errors.Words = errors.WORDS,
+    native: dict[int, str] | None = None,
 ) -> tuple[dict[int, New], Any]:
     """The results, or what `nonfinite` asks for where they would hold NaN or infinity.
 
@@ -25,6 +26,7 @@ def guard(
         leaves: Those that the native engine does not take.
         results: Theirs, by place.
         paths: The paths of all leaves.
+        words: What the caller calls the arguments.
         native: What `nonfinite` is for those leaves, by place, to which the native engine would
             write NaN or infinity; None if it has no leaves.
     """
@@ -41,10 +43,10 @@ def guard(
         if leaf.rule.nonfinite == "raise" and not bool(are_finite(leaf.backend, [leaf]))
     ]
     if bad:
-        headline = "dcdw would make weights that are not finite"
+        headline = f"{words.dcdw} would make {words.weights} that are not finite"
         text = "expected finite numbers, got NaN or infinity"
         lines = [(paths()[place], text) for place in sorted(bad)]
-        raise errors.error(errors.NonFiniteError, "dcdw", headline, lines)
+        raise words.error(errors.NonFiniteError, "dcdw", headline, lines)
     watched = by_backend([leaf for leaf in steps if leaf.rule.nonfinite == "skip"])
     flags = [are_finite(backend, group) for backend, group in watched.items()]
     flags += [False] if native else []
@@ -60,7 +62,7 @@ def guard(
         headline = "nonfinite cannot skip: the values are not known yet"
         text = "expected arrays of one library where some are traced or lazy"
         lines = [(paths()[leaf.place], text) for leaf in steps if leaf.rule.nonfinite == "skip"]
-        raise errors.error(errors.OptionError, "nonfinite", headline, lines)
+        raise words.error(errors.OptionError, "nonfinite", headline, lines)
     else:
         flag = all(bool(flag) for flag in flags)
 

@@ -103,6 +103,10 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
     shared: dict[str, Any] = {}
     columns: dict[str, list[Any]] = {}
     for name, value in options.items():
+        known = _KNOWN.get((name, type(value)))
+        if known is not None and value == known[0]:  # most are left at their defaults
+            shared[_field(name)] = known[1]
+            continue
         given = _readable(name, value)
         if _tree.is_leaf(given):
             shared[_field(name)] = _checked(name, [((), given)], keep_history)[0]
@@ -229,6 +233,8 @@ def _positive(value: Any, keep_history: bool) -> Any:
 def _rate(value: Any, keep_history: bool) -> Any:
     """A float, a numpy array, or an array whose values may not be looked at."""
     wanted = "a finite number >= 0"
+    if type(value) is float and 0 <= value < np.inf:  # most often
+        return abs(value)  # no negative zero
     if _is(value, bool, np.timedelta64):
         raise _Unfit(wanted)
     # decimal.Decimal is a Number, but registers as nothing more.
@@ -239,7 +245,7 @@ def _rate(value: Any, keep_history: bool) -> Any:
             number = np.inf
         if not 0 <= number < np.inf:
             raise _Unfit(wanted)
-        return abs(number)  # no negative zero
+        return abs(number)
     backend = _backends.find(value)
     if backend is None or backend.fault(value):
         raise _Unfit(wanted)
@@ -349,4 +355,11 @@ _CHECKS: dict[str, Callable[[Any, bool], Any]] = {
     "dampening": _number,
     "nesterov": _flag,
     "maximize": _flag,
+}
+
+# The defaults, by name and type, and what they are when they have been checked.
+_KNOWN: dict[tuple[str, type], tuple[Any, Any]] = {
+    (name, type(default)): (default, _CHECKS[name](default, False))
+    for defaults in (OPTIMIZER_DEFAULTS, DEFAULTS)
+    for name, default in defaults.items()
 }

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lars_tree._rule import Rule
 from lars_tree.errors import did_you_mean
 
 _REAL_DTYPES = "iuf"  # of numpy: integers and floats
@@ -55,17 +56,39 @@ def check(
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
 
-def rate(group: dict[str, Any]) -> Any:
-    """The learning rate of a group that was checked: not negative, and without axes."""
-    lr = number(group["lr"])
-    if isinstance(lr, Tensor) and (torch.compiler.is_compiling() or not lr.is_cpu):
-        return lr
-    return lr if lr > 0 else 0.0
+def rule(group: dict[str, Any], grad_scale: Any, is_first: bool) -> Rule:
+    """The rule for parameters of a group that was checked; the first step is not dampened."""
+    moves, axis = group["momentum"] != 0, group["layer_axis"]
+    numbers = {name: _number(group[key]) for name, key in _NUMBERS.items()}
+    lr, dampening = numbers.pop("lr"), numbers.pop("dampening")
+    if not isinstance(lr, Tensor):
+        lr = max(lr, 0.0)  # it may be negative by rounding
+    return Rule(
+        lr=1.0 if moves else lr,
+        rate=lr if moves else 1.0,
+        dampening=dampening if moves and not is_first else 0.0,
+        grad_scale=1.0 if grad_scale is None else _number(grad_scale),
+        adapt=adapts(group),
+        layer_axis=None if axis is None else index(axis),
+        **numbers,
+        **{name: group[name] for name in _SHARED},
+    )
 
 
-def number(x: Any) -> Any:
-    """An option that is a number: without axes where it is a tensor."""
-    return x.reshape(()) if isinstance(x, Tensor) and x.ndim else x
+# The numbers of a rule and what torch calls them; what else is called the same here and there.
+_NUMBERS = {
+    "decay_lambda": "weight_decay",
+    **{name: name for name in ("lr", "momentum", "dampening", "trust_coefficient", "eps")},
+}
+_SHARED = ("nesterov", "trust_clip", "joint_norm", "maximize", "nonfinite")
+
+
+def _number(x: Any) -> Any:
+    """A float, or a tensor without axes where the value cannot be looked at without waiting."""
+    if not isinstance(x, Tensor):
+        return float(x)
+    is_known = x.is_cpu and not torch.compiler.is_compiling()
+    return float(x) if is_known else x.reshape(())
 
 
 def adapts(group: dict[str, Any]) -> bool:

@@ -140,10 +140,10 @@ class Writes:
 
     def _at_once(self, last: list[Call]) -> Call:
         """A call that makes all writes to CPU memory, without Python, and then these calls."""
-        calls = [*(partial(setitem, target, ..., values) for target, values in self._copies)]
-        if self.plan is not None:
-            step = self.plan.step if self.norms is None else partial(self.plan.apply, self.norms)
-            calls.insert(0, step)  # raises before it writes, or not at all
+        calls: list[Call] = []
+        if self.plan is not None:  # which raises before it writes, or not at all
+            calls = [self.plan.step if self.norms is None else partial(self.plan.apply, self.norms)]
+        calls += (partial(setitem, target, ..., values) for target, values in self._copies)
         return partial(deque, map(_call, [*calls, *self._last, *last]), 0)
 
 

@@ -199,7 +199,7 @@ class Array(Arithmetic):
 
 def rewrapped(new: Any, old: Any) -> Any:
     """The new array, as an Array where the old one is one."""
-    return Array(new) if isinstance(old, Array) else new
+    return Array(new) if issubclass(type(old), Array) else new
 
 
 def unwrap(x: Any) -> Any:

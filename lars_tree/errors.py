@@ -10,7 +10,8 @@ import operator
 import reprlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 __all__ = [
     "BackendError",
@@ -100,12 +101,27 @@ class PathAttributeError(LarsTreeError, AttributeError):
 Line = tuple[Path, str]
 
 
+def path_string(path: Path) -> str:
+    """The path as a user would write it: keys joined by '/', odd ones quoted."""
+    return "/".join(_segment(key) for key in path)
+
+
+def _segment(key: Hashable) -> str:
+    if isinstance(key, str):
+        return key if key and "/" not in key and key.isprintable() else repr(key)
+    return str(key) if isinstance(key, int) else reprlib.repr(key)
+
+
 def error(
-    kind: type[LarsTreeError], argument: str, headline: str, lines: Iterable[Line]
+    kind: type[LarsTreeError],
+    argument: str,
+    headline: str,
+    lines: Iterable[Line],
+    shown: Callable[[Path], str] = path_string,
 ) -> LarsTreeError:
     """An exception of the given kind, its message made of a headline and a line for each path."""
     lines = list(lines)
-    exception = kind(message(argument, headline, lines))
+    exception = kind(message(argument, headline, lines, shown))
     exception.argument = argument
     exception.paths = tuple(path for path, _ in lines)
     return exception
@@ -137,22 +153,52 @@ def whole_number(argument: str, x: Any, least: int) -> int:
     return number
 
 
-def message(argument: str, headline: str, lines: Sequence[Line]) -> str:
+def message(
+    argument: str,
+    headline: str,
+    lines: Sequence[Line],
+    shown: Callable[[Path], str] = path_string,
+) -> str:
     """A headline, then a line for each path up to a number of them."""
-    shown = [f"\n  {path_string(path) or argument}: {text}" for path, text in lines[:MOST_LINES]]
-    rest = len(lines) - len(shown)
-    return headline + "".join(shown) + (f"\n  and {rest} more" if rest else "")
+    first = [f"\n  {shown(path) or argument}: {text}" for path, text in lines[:MOST_LINES]]
+    rest = len(lines) - len(first)
+    return headline + "".join(first) + (f"\n  and {rest} more" if rest else "")
 
 
-def path_string(path: Path) -> str:
-    """The path as a user would write it: keys joined by '/', odd ones quoted."""
-    return "/".join(_segment(key) for key in path)
+class Words(NamedTuple):
+    """What a caller calls its arguments, in messages and as the `argument` of errors.
+
+    The defaults are those of `lars_update` and `Lars`. The code calls arguments by these names
+    and asks `name` for those of the caller.
+    """
+
+    w: str = "w"
+    dcdw: str = "dcdw"
+    out: str = "out"
+    state: str = "state"
+    weights: str = "weights"  # what w holds
+    outs: str = "leaves of out"
+    velocity: str = "velocity"
+    options: Mapping[str, str] = MappingProxyType({})  # those with other names than in the rule
+    path: Callable[[Path], str] = path_string
+    hint: str = ""  # what to do about a state of other weights
+
+    def name(self, argument: str) -> str:
+        """The caller's name of an argument or option."""
+        names = {"w": self.w, "dcdw": self.dcdw, "out": self.out, "state": self.state}
+        return names.get(argument) or self.options.get(argument, argument)
+
+    def error(
+        self, kind: type[LarsTreeError], argument: str, headline: str, lines: Iterable[Line]
+    ) -> LarsTreeError:
+        """An exception as `error` makes it, for a headline and lines in these words."""
+        exception = error(kind, self.name(argument), headline, lines, self.path)
+        if self.hint and argument == "state" and issubclass(kind, (StateError, BackendError)):
+            exception.args = (f"{exception}\n  {self.hint}",)
+        return exception
 
 
-def _segment(key: Hashable) -> str:
-    if isinstance(key, str):
-        return key if key and "/" not in key and key.isprintable() else repr(key)
-    return str(key) if isinstance(key, int) else reprlib.repr(key)
+WORDS = Words()
 
 
 def did_you_mean(key: object, known: Iterable[object]) -> str:

@@ -151,7 +151,7 @@ def layer_table(
             records.append(_record(path, shape, dtype))
             continue
         columns = np.stack(list(islice(numbers, 5)), axis=-1)
-        axis = step.leaf.rule.layer_axis
+        axis = step.rule.layer_axis
         if axis is not None:
             shape = tuple(np.delete(shape, axis).tolist())
         layers = layer_paths(path, columns.shape[:-1])

@@ -1,8 +1,8 @@
 """Lars as a `torch.optim.Optimizer`, and the parameter groups that the recipes ask for.
 
-Parameters in CPU memory are stepped by `update.advance`, in one native call. All others (on
-accelerators, DTensor, under `torch.compile`) by multi-tensor operations that wait for no device.
-What options mean is in `_torch_options.py`, what the parameters become in `_torch_batches.py`.
+All parameters are stepped by one call of `execute`: those in CPU memory by the native engine, all
+others by multi-tensor operations that wait for no device. What options mean is in
+`_torch_options.py`, what the parameters become in `_torch_rows.py`.
 """
 
 from __future__ import annotations
@@ -20,19 +20,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lars_tree import _torch_options
-from lars_tree._backends.torch import BACKEND, is_in_cpu_memory
+from lars_tree._backends.tensors import copy_all
+from lars_tree._backends.torch import BACKEND, is_in_cpu_memory, results_in_place
 from lars_tree._core import locks
+from lars_tree._core.execute import execute
 from lars_tree._options import CALLED_ELSEWHERE, check_names, with_hints
-from lars_tree._torch_batches import (
-    Batch,
-    check_elsewhere,
-    results_elsewhere,
-    step_in_cpu_memory,
-    write,
-)
 from lars_tree._torch_groups import param_groups, refuse_flat, refuse_flattened_since
-from lars_tree._torch_messages import in_terms_of_torch, name_of
-from lars_tree._writes import Writes
+from lars_tree._torch_messages import name_of
+from lars_tree._torch_rows import Row, Rows
 from lars_tree.errors import LarsTreeError
 
 __all__ = ["Lars", "param_groups"]
@@ -248,67 +243,45 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
             with torch.enable_grad():
                 loss = closure()
         # Of threads that step the same parameters, one makes their buffers.
-        with nullcontext() if torch.compiler.is_compiling() else locks.writing(lambda: locks.of(self)):
+        compiling = torch.compiler.is_compiling()
+        with nullcontext() if compiling else locks.writing(lambda: locks.of(self)):
             self._step(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         return loss
 
     def _step(self, grad_scale: Any, found_inf: Any) -> None:
-        here, elsewhere = self._batches()
-        batches = here + elsewhere
-        guarded = any(batch.group["nonfinite"] != "propagate" for batch in batches)
-        if found_inf is not None and (
-            here or guarded or any(batch.is_undamped for batch in elsewhere)
-        ):
-            # CPU memory cannot wait for it, and only a step that is taken is the first one.
+        if any(group["nonfinite"] != "propagate" for group in self.param_groups):
+            self._step_if_finite(grad_scale, found_inf)
+            return
+        found = self._gather(grad_scale)
+        if found_inf is not None and not found.can_wait:
             if found_inf:
                 return
             found_inf = None
-        with in_terms_of_torch(batches):
-            if guarded:
-                self._step_if_finite(batches, grad_scale)
-            elif torch.compiler.is_compiling():
-                self._step_compiled(elsewhere, grad_scale, found_inf)
-            else:
-                self._step_at_once(here, elsewhere, grad_scale, found_inf)
+        if torch.compiler.is_compiling():
+            copy_all(*results_in_place(found.leaves(), found_inf))
+            self._keep_buffers(found)
+        elif found.all:
+            done = [not found.first]
+            last = (partial(setitem, done, 0, True),) if found.first else ()
+            with self._buffers_kept(found, lambda: done[0]):
+                execute(found.columns(), found.caller(found_inf, last))
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]  # it looks at the values
-    def _step_if_finite(self, batches: list[Batch], grad_scale: Any) -> None:
-        counts = {name: np.zeros((), np.int64) for name in ("step", "skipped")}
-        with self._buffers_kept(batches, lambda: bool(counts["step"])):
-            step_in_cpu_memory(batches, grad_scale, counts=counts)
-        self.skipped += int(counts["skipped"])
-
-    def _step_compiled(self, batches: list[Batch], grad_scale: Any, found_inf: Any) -> None:
-        leaves = [leaf for batch in batches for leaf in batch.leaves(grad_scale)]
-        write(*results_elsewhere(leaves, batches, found_inf))
-        self._keep_buffers(batches)
-
-    def _step_at_once(
-        self, here: list[Batch], elsewhere: list[Batch], grad_scale: Any, found_inf: Any
-    ) -> None:
-        """Take a step whole, or not at all: whatever is raised, and whenever Ctrl-C comes."""
-        leaves = [leaf for batch in elsewhere for leaf in batch.leaves(grad_scale)]
-        check_elsewhere(leaves, elsewhere)
-        # What takes memory and time comes first, and writes nothing.
-        targets, values = results_elsewhere(leaves, elsewhere, found_inf)
-        parts = bool(here) + bool(elsewhere) + any(batch.is_first for batch in here + elsewhere)
-        writes = Writes() if parts > 1 else None
-        done = [parts < 2]
-        with self._buffers_kept(here + elsewhere, lambda: done[0]):
-            write(targets, values, writes)
-            if here:
-                step_in_cpu_memory(here, grad_scale, writes)
-            if writes is not None:
-                writes.then(partial(setitem, done, 0, True))
-                writes.make()
+    def _step_if_finite(self, grad_scale: Any, found_inf: Any) -> None:
+        found = self._gather(None if grad_scale is None else float(grad_scale))
+        if found.all and not (found_inf is not None and found_inf):
+            counts = {name: np.zeros((), np.int64) for name in ("step", "skipped")}
+            with self._buffers_kept(found, lambda: bool(counts["step"])):
+                execute(found.columns(counts), found.caller())
+            self.skipped += int(counts["skipped"])
 
     @contextmanager
-    def _buffers_kept(self, batches: list[Batch], is_taken: Callable[[], bool]) -> Iterator[None]:
+    def _buffers_kept(self, found: Rows, is_taken: Callable[[], bool]) -> Iterator[None]:
         """Keep buffers that are new if the step is taken; or else the state is what it was."""
-        new = [row[1] for batch in batches if batch.is_first for row in batch.rows]
+        new = [found.all[i].param for i in found.first]
         unknown = [p for p in new if p not in self.state]
         try:
-            self._keep_buffers(batches)
+            self._keep_buffers(found)
             yield
         finally:
             if not is_taken():
@@ -317,16 +290,15 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
                 for p in unknown:
                     self.state.pop(p, None)
 
-    def _keep_buffers(self, batches: list[Batch]) -> None:
+    def _keep_buffers(self, found: Rows) -> None:
         """Keep those that are new."""
-        for batch in batches:
-            if batch.is_first:
-                for _, p, _, buffer in batch.rows:
-                    self.state[p]["momentum_buffer"] = buffer
+        for i in found.first:
+            self.state[found.all[i].param]["momentum_buffer"] = found.all[i].buffer
 
-    def _batches(self) -> tuple[list[Batch], list[Batch]]:
-        """What there is to be stepped in CPU memory, and elsewhere."""
-        batches: dict[tuple[int, bool, bool], Batch] = {}
+    def _gather(self, grad_scale: Any) -> Rows:
+        """The parameters to be stepped, with what their steps take."""
+        found = Rows(self.param_groups, grad_scale)
+        rows, far, first = found.all, found.far, found.first
         known, strided = self.state.get, torch.strided
         nothing: dict[str, Any] = {}
         compiling = torch.compiler.is_compiling()
@@ -337,7 +309,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
                 _torch_options.check(group, name, waits=False, first_rate=first_rate)
                 refuse_flattened_since(group, number)
             moves = group["momentum"] != 0
-            many = group["foreach"] or compiling
+            many = compiling or group["foreach"]
             kind = None
             for place, p in enumerate(group["params"]):
                 grad = p.grad
@@ -351,13 +323,13 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
                 is_first = moves and buffer is None
                 if is_first:
                     buffer = BACKEND.zeros(p, BACKEND.velocity_dtype(p))
-                is_here = not many and is_in_cpu_memory(p)
-                if kind != (is_here, is_first):  # most often as the one before
-                    kind = is_here, is_first
-                    key = (number, *kind)
-                    if key not in batches:
-                        batches[key] = Batch(group, *key)
-                    rows = batches[key].rows
-                rows.append((place, p, grad, buffer))
-        found = list(batches.items())
-        return [x for key, x in found if key[1]], [x for key, x in found if not key[1]]
+                is_far = many or not is_in_cpu_memory(p)
+                if kind != (is_far, is_first):  # most often as the one before
+                    kind = is_far, is_first
+                    rule = found.rule(number, *kind)
+                if is_far:
+                    far.add(len(rows))
+                if is_first:
+                    first.append(len(rows))
+                rows.append(Row(p, grad, buffer, rule, number, place))
+        return found

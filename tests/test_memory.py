@@ -125,10 +125,10 @@ def test_updates_from_many_threads_are_all_counted():
 def test_a_child_forked_while_another_thread_writes_can_write():
     code = """
     import os, threading, numpy as np, lars_tree
-    from lars_tree import _memory
+    from lars_tree._core import locks
     inside, leave = threading.Event(), threading.Event()
     def hold():
-        with _memory.serialised():
+        with locks.writing(lambda: [(0, 2**63)]):
             inside.set(); leave.wait()
     thread = threading.Thread(target=hold); thread.start(); inside.wait()
     child = os.fork()

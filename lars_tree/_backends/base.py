@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from enum import Enum
 from functools import lru_cache, partial
 from math import prod
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -114,6 +114,20 @@ class New(NamedTuple):
     velocity: Any = None
 
 
+class Engine(Protocol):
+    """What a caller wants to step some leaves of an update in place, at these places."""
+
+    @property
+    def places(self) -> Collection[int]:
+        """The places of its leaves."""
+
+    def trusted(self, leaves: list[Leaf]) -> list[Leaf]:
+        """Those of all leaves that need not be checked: it can tell that nothing is wrong."""
+
+    def results(self, leaves: list[Leaf]) -> Iterable[tuple[Array, Array]]:
+        """Pairs of an array to write to, and what to write; nothing is written yet."""
+
+
 class Backend(ABC):
     """One array library. Checks come first: what reaches `update` has passed them all."""
 
@@ -162,6 +176,10 @@ class Backend(ABC):
         Each is 0-d, or a vector where the leaf has a layer axis. Every leaf has a gradient.
         """
 
+    def numbers(self, rows: np.ndarray[Any, Any]) -> list[Measured]:
+        """What the native engine measured, a row for each layer, as numbers of this library."""
+        return list(map(Measured._make, rows))
+
     def fetch(self, xs: list[Array]) -> list[np.ndarray[Any, Any]]:
         """The elements of arrays with known values, waiting for them once."""
         return [self.to_numpy(x) for x in xs]
@@ -205,8 +223,8 @@ class Backend(ABC):
         """
         return list(range(len(columns.ws))) if places is None else places
 
-    def finish(self, columns: Columns, news: News, places: list[int] | None) -> None:
-        """Make those new arrays that `prepare` added what users of the library expect."""
+    def finish(self, columns: Columns, news: News, places: Iterable[int]) -> None:
+        """Make the new arrays at these places, which `prepare` took, what users expect."""
         return
 
     def count(self, plan: Plan, counter: Array) -> bool:

@@ -68,7 +68,7 @@ def prepare(
     for arrays, its_rule in _layers(w, dcdw, out, rule, velocity):
         if _takes(writes.plan, arrays, its_rule):
             continue
-        written = {name: arrays[name] for name in ("out", "velocity") if name in arrays}
+        written = {name: x for name, x in arrays.items() if name in ("out", "velocity")}
         if writes.holds(sum(x.nbytes for x in written.values())):
             new = {name: np.array(x) for name, x in written.items()}
             _update_layer({**arrays, **new}, its_rule)
@@ -166,17 +166,26 @@ def _takes(plan: Plan | None, arrays: dict[str, Array], rule: Rule) -> bool:
 _READER = _native.reader((np.ndarray,), Rule._fields, as_bits=True)
 
 
-@in_default_floats
 def measure(w: Array, dcdw: Array, rule: Rule) -> Measured:
     """The numbers that `update` steps by: doubles without axes, or a vector for a layer axis."""
-    with np.errstate(all="ignore"):
-        layers = [_measure_layer(*layer) for layer in _layers(w, dcdw, w, rule, None)]
+    layers = [_measure_layer(*layer) for layer in _layers(w, dcdw, w, rule, None)]
     if rule.layer_axis is None:
         return Measured(*map(np.float64, layers[0]))
     return Measured(*np.array(layers, np.float64).reshape(-1, 4).T.copy())
 
 
+def measured(plan: Plan) -> Array:
+    """What the steps of a plan are made of: a row with the fields of `Measured` for each layer."""
+    return np.frombuffer(plan.measure(plan.norms())).reshape(-1, len(Measured._fields))
+
+
+@in_default_floats
 def _measure_layer(arrays: dict[str, Array], rule: Rule) -> tuple[float, ...]:
+    with np.errstate(all="ignore"):
+        return _measured_layer(arrays, rule)
+
+
+def _measured_layer(arrays: dict[str, Array], rule: Rule) -> tuple[float, ...]:
     if "lr" in arrays:  # the largest rate matters to trust_clip
         rule = rule._replace(lr=float(np.max(arrays["lr"], initial=0)))
     precision = precision_for(arrays["w"], arrays["dcdw"])

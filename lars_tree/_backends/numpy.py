@@ -81,7 +81,8 @@ class NumpyBackend(Backend):
     def prepare(
         self, plan: Plan, columns: Columns, news: News | None, places: list[int] | None
     ) -> list[int]:
-        return plan.prepare(_READER, *columns[:5], *(news or ()), places=places)
+        new_ws, new_velocities = news or (None, None)
+        return plan.prepare(_READER, *columns[:5], new_ws, new_velocities, places)
 
     def count(self, plan: Plan, counter: Any) -> bool:
         return plan.count(counter)

@@ -75,7 +75,7 @@ def _exchange() -> tuple[Any, ...] | None:
 
 
 _EXCHANGE = _exchange()
-_READER = _EXCHANGE and _native.reader(
+_READER: Any = _EXCHANGE and _native.reader(
     PLAIN_TYPES, Rule._fields, make=torch.empty_like, copy=torch.clone, tensors=_EXCHANGE
 )
 
@@ -187,10 +187,11 @@ class TorchBackend(ArraysBackend):
         if _READER is None or is_watched() or torch._C._functorch.peek_interpreter_stack():
             return super().prepare(plan, columns, news, places)
         with torch.no_grad():
-            return plan.prepare(_READER, *columns[:5], *(news or ()), places=places)
+            new_ws, new_velocities = news or (None, None)
+        return plan.prepare(_READER, *columns[:5], new_ws, new_velocities, places)
 
-    def finish(self, columns: Columns, news: News, places: list[int] | None) -> None:
-        for place in range(len(columns.ws)) if places is None else places:
+    def finish(self, columns: Columns, news: News, places: Iterable[int]) -> None:
+        for place in places:
             if news.ws[place] is not None:
                 news.ws[place] = _leaf_like(news.ws[place], columns.ws[place])
 
@@ -247,6 +248,9 @@ class TorchBackend(ArraysBackend):
         for measure, places in elsewhere.items():
             found |= zip(places, measure([leaves[i] for i in places]), strict=True)
         return [Measured(*map(whole, found[i])) for i in range(len(leaves))]
+
+    def numbers(self, rows: np.ndarray[Any, Any]) -> list[Measured]:
+        return [Measured(*row.unbind()) for row in torch.from_numpy(rows)]
 
     def fetch(self, xs: list[Tensor]) -> list[np.ndarray[Any, Any]]:
         return fetched([whole(x.detach()) for x in xs])

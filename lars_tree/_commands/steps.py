@@ -10,6 +10,7 @@ import numpy as np
 
 from lars_tree import _options, _tree, errors
 from lars_tree._core.advance import matched
+from lars_tree._core.execute import checked
 from lars_tree._files import names
 from lars_tree._files.formats import Stored
 
@@ -66,7 +67,7 @@ def steps(w: Stored, g: Stored, rates: Rates) -> list[Step]:
             adapt[i] = False
     by_leaf = {"lr": _tree.rebuild(w.tree, lrs), "adapt": _tree.rebuild(w.tree, adapt)}
     # What is wrong with all of it is raised before the first leaf is read.
-    matched(w.tree, g.tree, {**_options.DEFAULTS, **rates.shared, **by_leaf})
+    checked(*matched(w.tree, g.tree, {**_options.DEFAULTS, **rates.shared, **by_leaf}))
     return list(_steps(w, g, paths, lrs, adapt, rates.shared))
 
 

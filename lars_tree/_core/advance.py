@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from lars_tree import _counters, _nodes, _options, _tree, errors
-from lars_tree._backends.base import Columns, Leaf
-from lars_tree._core.execute import Caller, Result, checked, execute
+from lars_tree._backends.base import Columns
+from lars_tree._core.execute import Caller, Result, execute
 from lars_tree.array import unwrap
 
 State = dict[str, Any]
@@ -34,11 +33,10 @@ def advance(
         raise _tree.explained(trees) from None
 
 
-def matched(w: Any, dcdw: Any, options: dict[str, Any]) -> tuple[Columns, list[Leaf]]:
-    """All leaves side by side, without a place for results, and those that hold checked arrays."""
+def matched(w: Any, dcdw: Any, options: dict[str, Any]) -> tuple[Columns, Caller]:
+    """All leaves side by side, for no step but to be checked or measured."""
     try:
-        columns, caller = _matched(w, dcdw, None, options, None)
-        return columns, checked(columns, caller)
+        return _matched(w, dcdw, None, options, None)
     except RecursionError:
         raise _tree.explained({"w": w, "dcdw": dcdw, **options}) from None
 
@@ -66,9 +64,12 @@ def _matched(
     counters = {name: unwrap(given[name]) for name in _counters.NAMES if name in given}
     columns = Columns(ws, dcdws, outs, rules, velocities, counters if outs is not None else {})
 
-    @cache
+    found: list[errors.Path] = []
+
     def paths() -> list[errors.Path]:
-        return _tree.paths(w, len(ws))
+        if not found:
+            found.extend(_tree.paths(w, len(ws)))
+        return found
 
     def refuse_extra() -> None:
         trees = {"out": out, "state": given.get("velocity"), "dcdw": dcdw}

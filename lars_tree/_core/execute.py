@@ -1,24 +1,25 @@
 """One step of many arrays side by side. Knows no trees, and of the options the rules alone.
 
-    prepare     the native engine takes the leaves that it supports          `Share`
-    check       all others, with every message; nothing was written so far   `_checks`
-    overlap     of what is written with all else, whichever engine has it
-    run         the results of the others, kept until they are written       `_backends`
-    decide      what `nonfinite` asks for                                    `_nonfinite`
-    write       all arrays, or none                                          `_writes`
+prepare     the native engine takes the leaves that it supports          `Share`
+check       all others, with every message; nothing was written so far   `_checks`
+overlap     of what is written with all else, whichever engine has it
+run         the results of the others, kept until they are written       `_backends`
+decide      what `nonfinite` asks for                                    `_nonfinite`
+write       all arrays, or none                                          `_writes`
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
-from lars_tree import _backends, _checks, _counters, _memory, _nonfinite, errors
-from lars_tree._backends.base import FLOATING, Backend, Columns, Leaf, New, Values
+from lars_tree import _backends, _checks, _counters, _memory, _nonfinite, _overlaps, errors
+from lars_tree._backends.base import FLOATING, Backend, Columns, Engine, Leaf, New, Values
 from lars_tree._core import locks
 from lars_tree._core.share import Share
+from lars_tree._operands import Operand, Row
 from lars_tree._rule import Rule, is_zero
 from lars_tree._writes import Writes
 from lars_tree.array import rewrapped, unwrap
@@ -34,12 +35,21 @@ class Caller(NamedTuple):
         refuse_extra: Raises if there are values where w has None.
         same_shapes: Whether gradients must have the shapes of their weights.
         last: Functions in C that are called when all was written, see `Writes.then`.
+        words: What the caller calls the arguments.
+        engine: What takes some of the leaves instead of the engines that are chosen by their type.
     """
 
     paths: Callable[[], list[errors.Path]]
     refuse_extra: Callable[[], None] = lambda: None
     same_shapes: bool = False
     last: tuple[Callable[[], Any], ...] = ()
+    words: errors.Words = errors.WORDS
+    engine: Engine | None = None
+
+    @property
+    def places(self) -> Collection[int]:
+        """Those that the engine takes."""
+        return () if self.engine is None else self.engine.places
 
 
 class Result(NamedTuple):
@@ -55,7 +65,7 @@ class Result(NamedTuple):
 
 def execute(columns: Columns, caller: Caller) -> Result:
     """Step all leaves, or raise and write nothing."""
-    share = Share(columns)
+    share = Share(columns, without=caller.places)
     if share.rest or caller.last or share.must_be_finite:
         return _execute(columns, caller, share)
     step = columns.counters.get("step")
@@ -72,16 +82,16 @@ def execute(columns: Columns, caller: Caller) -> Result:
 
 def _execute(columns: Columns, caller: Caller, share: Share) -> Result:
     """The same where there is more to do than one call of the kernel."""
-    leaves = checked(columns, caller, share.rest)
-    written, read = _spans(leaves, columns.counters)
+    rows, trusted = checked(columns, caller, share.rest)
+    written, read = _spans(rows, columns.counters)
     if share.overlaps(written, read):
         # These are stretches of memory: the checks look at each element.
         share = Share(columns, takes_none=True)
-        leaves = checked(columns, caller, share.rest)
-    _counters.check_apart(columns.counters, leaves, caller.paths)
-    with _writing(share, leaves, columns):
+        rows, trusted = checked(columns, caller, share.rest)
+    _counters.check_apart(columns.counters, [row.leaf for row in rows], caller.paths)
+    with _writing(share, rows, columns):
         writes = Writes(share.plan)
-        results, taken = _run(share, _checks.detach_inputs(leaves), caller, writes)
+        results, taken = _run(share, _overlaps.detach_inputs(rows) + trusted, caller, writes)
         if columns.outs is not None:
             _counters.count_in_place(columns.counters, taken, writes)
             for call in caller.last:
@@ -91,11 +101,20 @@ def _execute(columns: Columns, caller: Caller, share: Share) -> Result:
     return _result(share, results, taken)
 
 
-def checked(columns: Columns, caller: Caller, places: list[int] | None = None) -> list[Leaf]:
-    """The leaves at these places (None: all) that hold arrays, with nothing wrong with them."""
+def checked(
+    columns: Columns, caller: Caller, places: list[int] | None = None
+) -> tuple[list[Row], list[Leaf]]:
+    """The leaves at these places (None: all) that hold arrays, with nothing wrong with them.
+
+    And those that the engine of the caller answers for.
+    """
     leaves = _leaves(columns, caller, range(len(columns.ws)) if places is None else places)
-    _checks.check(leaves, caller.paths, not caller.same_shapes)
-    return leaves
+    trusted = [] if caller.engine is None else caller.engine.trusted(leaves)
+    if trusted:
+        known = {leaf.place for leaf in trusted}
+        leaves = [leaf for leaf in leaves if leaf.place not in known]
+    rows = _checks.check(leaves, caller.paths, same_shapes=caller.same_shapes, words=caller.words)
+    return rows, trusted
 
 
 def _leaves(columns: Columns, caller: Caller, places: Iterable[int]) -> list[Leaf]:
@@ -119,13 +138,13 @@ def _leaves(columns: Columns, caller: Caller, places: Iterable[int]) -> list[Lea
         elif moves and velocity is None and _needs_velocity(backend, x, rule, dcdw):
             non_arrays["state"].append((caller.paths()[place], "expected a velocity, got None"))
         else:
-            if issubclass(type(dcdw), (int, float, complex)) and not isinstance(dcdw, bool):
-                dcdw = backend.full(_machine_number(dcdw), x)
-            leaves.append(Leaf(place, x, dcdw, out, rule, backend, velocity))
+            is_number = issubclass(type(dcdw), (int, float, complex)) and type(dcdw) is not bool
+            gradient = backend.full(_machine_number(dcdw), x) if is_number else dcdw
+            leaves.append(Leaf(place, x, gradient, out, rule, backend, velocity))
     for argument, lines in non_arrays.items():
         if lines:
-            headline = f"{argument} holds something that is no array"
-            raise errors.error(errors.LeafError, argument, headline, lines)
+            headline = f"{caller.words.name(argument)} holds something that is no array"
+            raise caller.words.error(errors.LeafError, argument, headline, lines)
     return leaves
 
 
@@ -146,27 +165,22 @@ def _machine_number(x: complex) -> complex:
         return math.copysign(math.inf, x > 0 or -1)
 
 
-def _spans(
-    leaves: list[Leaf], counters: Mapping[str, Any]
-) -> tuple[list[Span], list[Span]]:
+def _spans(rows: list[Row], counters: Mapping[str, Any]) -> tuple[list[Span], list[Span]]:
     """The stretches of CPU memory that are written and read, of leaves with an `out`."""
-    leaves = [leaf for leaf in leaves if leaf.out is not None]
-    written = [x for leaf in leaves for x in (leaf.out, leaf.velocity)]
-    # Options in other memory than numpy's are numbers, which are read when they are checked.
-    read = [x for leaf in leaves for x in (leaf.w, leaf.dcdw, leaf.rule.lr)]
-    return _stretches([*written, *counters.values()]), _stretches(read)
+    rows = [row for row in rows if row.leaf.out is not None]
+    written = [x for row in rows for x in (row.out, row.velocity)]
+    read = [x for row in rows for x in (row.w, row.dcdw, *(x for _, x in row.options))]
+    return _stretches([*written, *map(Operand, counters.values())]), _stretches(read)
 
 
-def _stretches(arrays: list[Any]) -> list[Span]:
+def _stretches(arrays: list[Operand]) -> list[Span]:
     """As few stretches of memory as these arrays fill."""
     found: list[Span] = []
     for x in arrays:
-        backend = _backends.find(x)
-        if backend is None or backend.values(x) is not Values.HERE:
+        if x.backend is None or x.backend.values(x.x) is not Values.HERE or x.memory is None:
             continue
-        memory = backend.memory(x)
-        if memory is not None and memory.size:
-            start, size = _memory.span(memory)
+        start, size = _memory.span(x.memory)
+        if size:
             found.append((start, start + size))
     merged: list[Span] = []
     for start, end in sorted(found):
@@ -177,11 +191,11 @@ def _stretches(arrays: list[Any]) -> list[Span]:
     return merged
 
 
-def _writing(share: Share, leaves: list[Leaf], columns: Columns) -> AbstractContextManager[Any]:
+def _writing(share: Share, rows: list[Row], columns: Columns) -> AbstractContextManager[Any]:
     """Hold off updates of other threads that write to the same memory."""
     if columns.outs is None:
         return nullcontext()
-    return locks.writing(lambda: [*share.spans(), *_spans(leaves, columns.counters)[0]])
+    return locks.writing(lambda: [*share.spans(), *_spans(rows, columns.counters)[0]])
 
 
 def _run(
@@ -194,6 +208,12 @@ def _run(
     steps = [leaf for leaf in leaves if leaf.dcdw is not None]
     guarded = share.must_be_finite or any(leaf.rule.nonfinite != "propagate" for leaf in steps)
     results: dict[int, New] = {}
+    if caller.engine is not None:
+        taken_by_it = [leaf for leaf in steps if leaf.place in caller.engine.places]
+        for out, new in caller.engine.results(taken_by_it):
+            writes.add(taken_by_it[0].backend, out, new)
+        results |= {leaf.place: New(leaf.out, leaf.velocity) for leaf in taken_by_it}
+        steps = [leaf for leaf in steps if leaf.place not in results]
     for backend, group in _nonfinite.by_backend(steps).items():
         given = [leaf._replace(out=None) for leaf in group] if guarded else group
         news = backend.update(given, writes)
@@ -201,9 +221,9 @@ def _run(
     taken: Any = True
     if guarded:
         writes.norms, bad = share.nonfinite()
-        results, taken = _nonfinite.guard(leaves, results, caller.paths, bad)
+        results, taken = _nonfinite.guard(leaves, results, caller.paths, caller.words, bad)
     if taken is False:
-        share.keep()
+        share.keep(writes)
         writes.plan = None
     elif share.news is not None:
         share.step(writes.norms)

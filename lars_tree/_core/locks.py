@@ -20,7 +20,7 @@ handler runs and no exception is raised:
 * `_last` is the end of a list of admissions, to which only one thread can append the next one. Who
   fails to do so looks again whether it must wait.
 
-tests/test_locks.py interrupts at each moment.
+tests/test_locks_signals.py interrupts at each moment.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ import _thread
 import operator
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import ref
 
 Spans = list[tuple[int, int]]
 
+_RLock: Any = _thread.RLock
 _call: Callable[[Callable[[], Any]], Any] = operator.call
 
 
@@ -71,35 +72,29 @@ def of(x: object) -> Spans:
     return [(id(x), id(x) + 1)]
 
 
-class _Life:
-    """A block is registered as long as its life is not over."""
-
-    __slots__ = ("__weakref__",)
-
-
-class _Block(_thread.RLock):
+class _Block(_RLock):  # type: ignore[misc]
     """Entered once. The lock is held by its thread while it waits and while it runs."""
 
-    __slots__ = ("admitted", "known", "life", "outer", "spans")
+    __slots__ = ("admitted", "known", "outer", "over", "spans")
 
     spans: Callable[[], Spans]
-    known: Spans  # what `spans` returned, in order
-    life: _Life | None
+    known: Spans  # what `spans` returned, in order, without empty ones
     outer: _Block | None  # the outermost of its thread, if that is another one
-    admitted: bool  # whether it runs, if it had to be asked
+    admitted: bool  # whether it runs, where it met other threads
+    over: bool  # whether it ended, where someone still refers to it
 
-    def __enter__(self) -> None:  # type: ignore[override]
+    def __enter__(self) -> None:
         self.acquire()  # no one else knows of it yet
-        self.admitted = False
-        self.outer = _outermost() if _blocks else None
-        self.life = _Life()
+        mine: Sequence[_Block] = _mine() if _blocks else ()
+        self.outer = mine[0] if mine else None
+        self.admitted = self.over = False
         try:
-            _blocks[ref(self.life, _forget)] = ref(self)
-            if len(_blocks) > 1:
+            _blocks[ref(self, _forget)] = None
+            if len(_blocks) > len(mine) + 1:
                 self._wait()
         except BaseException:
             self.release()
-            self.life = None
+            self.over, self.outer, mine = True, None, ()
             raise
 
     def _wait(self) -> None:
@@ -108,7 +103,7 @@ class _Block(_thread.RLock):
             others, blocker = self._others()
             if blocker is not None:
                 deque(map(_call, (blocker.acquire, blocker.release)), 0)
-                blocker.life = None
+                blocker.over = True
             elif not others or _follow(admission, self):
                 return
 
@@ -127,12 +122,12 @@ class _Block(_thread.RLock):
         try:
             return self.known
         except AttributeError:
-            self.known = sorted(self.spans())
+            self.known = sorted(span for span in self.spans() if span[0] < span[1])
             return self.known
 
 
 def overlap(a: Spans, b: Spans) -> bool:
-    """Whether two sorted lists of spans share an address.
+    """Whether two sorted lists of spans share an address; no span may be empty.
 
     >>> overlap([(0, 9), (2, 3)], [(4, 5)]), overlap([(0, 4), (5, 9)], [(4, 5)])
     (True, False)
@@ -140,17 +135,17 @@ def overlap(a: Spans, b: Spans) -> bool:
     i = j = 0
     while i < len(a) and j < len(b):
         (start, end), (other_start, other_end) = a[i], b[j]
-        if end <= other_start or start == end:
+        if end <= other_start:
             i += 1
-        elif other_end <= start or other_start == other_end:
+        elif other_end <= start:
             j += 1
         else:
             return True
     return False
 
 
-# By their lives, in the order in which they were registered. Only the end of a life removes one.
-_blocks: dict[ref[_Life], ref[_Block]] = {}
+# In the order in which they were registered. A block is removed when no one refers to it any more.
+_blocks: dict[ref[_Block], None] = {}
 _forget: Callable[[Any], Any] = _blocks.pop
 
 # The last admission known to all: {"block": who, "next": the next admission}, without those of
@@ -159,13 +154,14 @@ _last: dict[str, Any] = {}
 
 
 def _registered() -> list[_Block]:
-    found = (weak() for weak in list(_blocks.values()))
-    return [block for block in found if block is not None and block.life is not None]
+    found = [weak() for weak in list(_blocks)]
+    return [block for block in found if block is not None and not block.over]
 
 
-def _outermost() -> _Block | None:
-    """The first registered block of this thread."""
-    return next((block for block in _registered() if block._is_owned()), None)
+def _mine() -> list[_Block]:
+    """The registered blocks of this thread, the outermost first."""
+    found = [weak() for weak in list(_blocks)]
+    return [block for block in found if block is not None and block._is_owned()]
 
 
 def _latest() -> dict[str, Any]:
@@ -188,9 +184,10 @@ def _follow(admission: dict[str, Any], block: _Block) -> bool:
 
 
 def _forget_other_threads() -> None:
-    for block in _registered():
-        if not block._is_owned():
-            block.life = None
+    for weak in list(_blocks):
+        block = weak()
+        if block is not None and not block._is_owned():
+            del _blocks[weak]  # it never dies, as its thread holds it for good
 
 
 if hasattr(os, "register_at_fork"):

@@ -6,14 +6,20 @@ the `rest`. Nothing is written before the plan is stepped.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from lars_tree import _backends, _native
 from lars_tree._backends.base import Backend, Columns, News
+from lars_tree._backends.cpu import measured
+from lars_tree._rule import Measured, is_joint
 from lars_tree.array import Array, unwrap
 
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
+    from lars_tree._writes import Writes
 
 Span = tuple[int, int]
 
@@ -29,19 +35,25 @@ class Share:
     """
 
     def __init__(
-        self, columns: Columns, *, measures: bool = False, takes_none: bool = False
+        self,
+        columns: Columns,
+        *,
+        measures: bool = False,
+        takes_none: bool = False,
+        without: Collection[int] = (),
     ) -> None:
         self.columns = columns
         self.plan: Plan | None = _native.plan()
         self.news = None if columns.outs is not None or measures else _nothing_yet(columns)
-        # Which library took leaves, among which places (None for all), and where those of its
-        # arrays are among plan.written that are written to. Others may add more to the plan.
-        self._parts: list[tuple[Backend, Columns, list[int] | None, slice]] = []
+        self._parts: list[_Part] = []
         first = next((x for x in columns.ws if x is not None), None)
         backend = None if takes_none else _backends.find(unwrap(first))
-        self.odd = self.rest = self._offer(backend, columns, None)
+        places = [i for i in range(len(columns.ws)) if i not in without] if without else None
+        self.odd = self.rest = self._offer(backend, columns, places)
         if self.odd and backend is not None and self.plan is not None:
             self._offer_again(backend)
+        if without:
+            self.odd = self.rest = sorted({*self.rest, *without})
 
     def _offer(
         self, backend: Backend | None, columns: Columns, places: list[int] | None
@@ -50,7 +62,8 @@ class Share:
             return list(range(len(columns.ws))) if places is None else places
         start = len(self.plan.written)
         rest = backend.prepare(self.plan, columns, self.news, places)
-        self._parts.append((backend, columns, places, slice(start, len(self.plan.written))))
+        written = slice(start, len(self.plan.written))
+        self._parts.append(_Part(backend, columns, places, rest, written))
         return rest
 
     def _offer_again(self, tried: Backend | None) -> None:
@@ -59,7 +72,9 @@ class Share:
         groups: dict[Backend | None, list[int]] = {}
         for place in self.odd:
             backend = _backends.find(bare.ws[place])
-            if backend is tried and not any(isinstance(x, Array) for x in self.columns.row(place)):
+            if backend is tried and not any(
+                issubclass(type(x), Array) for x in self.columns.row(place)
+            ):
                 backend = None
             groups.setdefault(backend, []).append(place)
         offers = (self._offer(backend, bare, places) for backend, places in groups.items())
@@ -83,7 +98,9 @@ class Share:
             read: Those that others read.
         """
         plan = self.plan
-        return plan is not None and (plan.overlaps(written or []) or plan.overlaps([], read or []))
+        if plan is None or not (written or read):
+            return plan is not None and plan.overlaps()
+        return plan.overlaps(written or []) or plan.overlaps([], read or [])
 
     def spans(self) -> list[Span]:
         """The stretches of memory that are written to."""
@@ -93,8 +110,28 @@ class Share:
         """Have the libraries know which arrays are written to."""
         if self.plan is None:
             return
-        for backend, _, _, its_own in self._parts:
-            backend.announce(self.plan.written[its_own])
+        for part in self._parts:
+            part.backend.announce(self.plan.written[part.written])
+
+    def measured(self) -> dict[int, Measured]:
+        """What the steps are made of, by place: numbers of the libraries of the weights."""
+        if self.plan is None or not self.plan.places:
+            return {}
+        places, rows = self.plan.places, measured(self.plan)
+        if any(is_joint(self.columns.rules[place]) for place in places):
+            # The denominators are norms of sums: those of gradients alone are measured as well.
+            rules = [rule._replace(joint_norm=False) for rule in self.columns.rules]
+            plan = Share(self.columns._replace(rules=rules), measures=True).plan
+            rows[:, 1] = measured(plan)[:, 1] if plan is not None else np.nan
+        found: dict[int, Measured] = {}
+        groups: dict[Backend, list[int]] = {}
+        for i, place in enumerate(places):
+            backend = _backends.find(unwrap(self.columns.ws[place]))
+            assert backend is not None
+            groups.setdefault(backend, []).append(i)
+        for backend, group in groups.items():
+            found |= zip((places[i] for i in group), backend.numbers(rows[group]), strict=True)
+        return found
 
     def nonfinite(self) -> tuple[bytearray | None, dict[int, str] | None]:
         """The norms of all layers; what `nonfinite` is where results would not be finite, by place.
@@ -115,19 +152,45 @@ class Share:
         else:
             self.plan.apply(norms)
 
-    def keep(self) -> None:
-        """Let the results out of place be what the leaves have."""
-        for backend, columns, places, _ in self._parts if self.news is not None else ():
-            for place in range(len(columns.ws)) if places is None else places:
-                for news, old in zip(self.news, columns.row(place)[::3], strict=True):
-                    if news is not None and news[place] is not None:
-                        news[place] = backend.copy(old, stop_gradients=True)
+    def keep(self, writes: Writes) -> None:
+        """Let the results be what the leaves have: in new arrays, or in `outs` that are others."""
+        for part in self._parts:
+            for place in part.taken():
+                w, _, out, velocity = part.columns.row(place)
+                if self.news is None:
+                    if out is not w and w is not None:
+                        writes.add(part.backend, out, w)
+                    continue
+                for news, old in zip(self.news, (w, velocity), strict=True):
+                    if news is not None and old is not None:
+                        news[place] = part.backend.copy(old, stop_gradients=True)
 
     def finish(self) -> None:
         """Make new arrays what their libraries want."""
         if self.news is not None:
-            for backend, columns, places, _ in self._parts:
-                backend.finish(columns, self.news, places)
+            for part in self._parts:
+                part.backend.finish(part.columns, self.news, part.taken())
+
+
+class _Part(NamedTuple):
+    """What one library was offered: among `places` (None for all) it took all but the rest.
+
+    `written` says which of the arrays that the plan writes to are its own.
+    """
+
+    backend: Backend
+    columns: Columns
+    places: list[int] | None
+    rest: list[int]
+    written: slice
+
+    def taken(self) -> Iterable[int]:
+        """The places of the leaves that it took, also of those that hold nothing."""
+        offered = range(len(self.columns.ws)) if self.places is None else self.places
+        if not self.rest:
+            return offered
+        rest = set(self.rest)
+        return [place for place in offered if place not in rest]
 
 
 def _nothing_yet(columns: Columns) -> News:
@@ -137,9 +200,19 @@ def _nothing_yet(columns: Columns) -> News:
 
 def _unwrapped(columns: Columns, places: list[int]) -> Columns:
     """Columns with the native arrays of leaves that are an Array."""
-    new = [None if xs is None else list(xs) for xs in columns[:3]]
-    velocities = None if columns.velocities is None else list(columns.velocities)
-    for xs in (*new, velocities):
-        for place in places if xs is not None else ():
-            xs[place] = unwrap(xs[place])
-    return columns._replace(**dict(zip(("ws","dcdws","outs"), new)), velocities=velocities)
+
+    def bare(xs: list[Any]) -> list[Any]:
+        new = list(xs)
+        for place in places:
+            new[place] = unwrap(new[place])
+        return new
+
+    ws, dcdws, outs, rules, velocities, counters = columns
+    return Columns(
+        bare(ws),
+        bare(dcdws),
+        outs and bare(outs),
+        rules,
+        velocities and bare(velocities),
+        counters,
+    )

@@ -90,6 +90,9 @@ class Plan:
             bounds: Also read the velocities, as `nonfinite` needs their largest magnitude.
         """
 
+    def measure(self, norms: bytearray) -> bytearray:
+        """What the step of each layer is made of: a row of 4 doubles, the fields of `Measured`."""
+
     def nonfinite(self, norms: bytearray) -> list[int]:
         """The places of those leaves that get an infinite or NaN weight or velocity.
 

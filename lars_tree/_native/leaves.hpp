@@ -101,6 +101,14 @@ public:
         return true;
     }
 
+    // Makes room for so many more leaves.
+    void reserve(std::size_t count, bool moves) {
+        layers.reserve(layers.size() + count);
+        places.reserve(places.size() + count);
+        written.reserve(written.size() + (moves ? 2 : 1) * count);
+        read.reserve(read.size() + count);
+    }
+
     // Adds a number that is written, and that no array may overlap.
     void write_number(std::int64_t* x) {
         const char* start = reinterpret_cast<char*>(x);
@@ -113,11 +121,11 @@ public:
 
 private:
     bool read_rule(const Reader& reader, PyObject* fields) {
-        if (fields == last) return true;  // most often one for all leaves
+        if (fields == last) return is_supported;  // most often one for all leaves
         rules.emplace_back();
-        const bool done = call_python([&] { return reader.read_rule(fields, rules.back()); });
-        last = done ? fields : nullptr;
-        return done;
+        is_supported = call_python([&] { return reader.read_rule(fields, rules.back()); });
+        last = fields;
+        return is_supported;
     }
 
     static bool read_velocity(const Reader& reader, PyObject* x, bool writable,
@@ -135,6 +143,7 @@ private:
     }
 
     PyObject* last = nullptr;
+    bool is_supported = false;  // the last one
     std::deque<Rule> rules;
 };
 

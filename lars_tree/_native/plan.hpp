@@ -177,7 +177,7 @@ PyObject* prepare(PyObject* self, PyObject* arguments, PyObject* keywords) {
         if (!rest) return nullptr;
         const bool all = columns.places == Py_None;
         const Py_ssize_t count = PyList_Size(all ? columns.ws : columns.places);
-        if (count < 0) return nullptr;
+        plan.leaves.reserve(static_cast<std::size_t>(count), columns.velocities != Py_None);
         for (Py_ssize_t k = 0; k < count; ++k) {
             Py_ssize_t i = k;
             if (!all) {
@@ -284,6 +284,20 @@ PyObject* norms(PyObject* self, PyObject* arguments, PyObject* keywords) {
     return Py_NewRef(bytes);
 }
 
+PyObject* measure(PyObject* self, PyObject* bytes) {
+    const Plan& plan = plan_of(self);
+    const std::vector<Layer>& layers = plan.leaves.layers;
+    const Norms* known = table(bytes, plan);
+    if (!known) return nullptr;
+    const std::size_t size = layers.size() * sizeof(Measured);
+    Owned found(call_python(PyByteArray_FromStringAndSize, nullptr, static_cast<Py_ssize_t>(size)));
+    if (!found) return nullptr;
+    auto* rows = reinterpret_cast<Measured*>(PyByteArray_AsString(found));
+    DefaultFloats guard;
+    for (std::size_t i = 0; i < layers.size(); ++i) rows[i] = measured(layers[i], known[i]);
+    return Py_NewRef(found);
+}
+
 PyObject* nonfinite(PyObject* self, PyObject* bytes) {
     Plan& plan = plan_of(self);
     const Norms* known = table(bytes, plan);
@@ -328,6 +342,7 @@ PyMethodDef plan_methods[] = {
     {"overlaps", overlaps, METH_VARARGS, nullptr},
     {"spans", spans, METH_NOARGS, nullptr},
     {"norms", method(norms), METH_VARARGS | METH_KEYWORDS, nullptr},
+    {"measure", measure, METH_O, nullptr},
     {"nonfinite", nonfinite, METH_O, nullptr},
     {"apply", apply, METH_O, nullptr},
     {"step", step, METH_NOARGS, nullptr},

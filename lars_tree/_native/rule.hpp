@@ -56,8 +56,9 @@ struct Motion {
     bool nesterov;
 };
 
+// Unless it is `bounded`, it is the ratio divided by the rate, before trust_clip limits it to 1.
 template <class Number>
-inline Number trust_ratio(Number w_norm, Number dcdw_norm, const Rule& rule) {
+inline Number trust_ratio(Number w_norm, Number dcdw_norm, const Rule& rule, bool bounded = true) {
     const Number one = 1;
     if (!rule.adapt) return one;
     if (is_zero(w_norm) || is_zero(dcdw_norm)) return one;
@@ -68,7 +69,8 @@ inline Number trust_ratio(Number w_norm, Number dcdw_norm, const Rule& rule) {
     Number ratio = Number(rule.trust_coefficient) * w_norm / denominator;
     if (!rule.trust_clip) return ratio;
     const Number rate = Number(rule.lr) * Number(rule.rate);
-    return ratio > rate ? one : ratio / (is_zero(rate) ? one : rate);
+    if (bounded && ratio > rate) return one;
+    return ratio / (is_zero(rate) ? one : rate);
 }
 
 // `exponent` is that of a sum, see Addition.
@@ -137,6 +139,23 @@ inline Coefficients coefficients(const Layer& layer, const Norms& norms) {
     const double exponent = norms.sum_exponent;
     return coefficients(norms.w(), norms.dcdw(), rule,
                         std::isnan(exponent) ? 0 : static_cast<int>(exponent));
+}
+
+// What the step of a layer is made of, all without the scale of the loss. `unclipped` is the ratio
+// that trust_clip limits to 1.
+struct Measured {
+    double w_norm, g_norm, ratio, unclipped;
+};
+
+template <class Number>
+inline Measured measured(Number w, Number dcdw, const Rule& rule) {
+    return {rounded(w), rounded(dcdw / Number(rule.grad_scale)),
+            rounded(trust_ratio(w, dcdw, rule)), rounded(trust_ratio(w, dcdw, rule, false))};
+}
+
+inline Measured measured(const Layer& layer, const Norms& norms) {
+    if (is_short(layer)) return measured(rounded(norms.w()), rounded(norms.dcdw()), *layer.rule);
+    return measured(norms.w(), norms.dcdw(), *layer.rule);
 }
 
 // The largest number of a format.

@@ -179,6 +179,16 @@ private:
         return how;
     }
 
+    // The same as by the norms, which are kept only where the second pass comes later.
+    How how_of(const Layer& layer, const Sums* of_chunks, double sum_exponent) const {
+        if (!is_short(layer) || layer.rule->is_joint()) {
+            return how_of(layer, norms_of(layer, of_chunks, sum_exponent));
+        }
+        const double w = std::sqrt(sum(weights(layer), of_chunks, &Sums::w).high);
+        const double dcdw = std::sqrt(sum(gradients(layer), of_chunks, &Sums::dcdw).high);
+        return {coefficients<double>(w, dcdw, *layer.rule), {}};
+    }
+
     double sum_exponent_of(const Layer& layer) const {
         if (!layer.rule->is_joint()) return std::numeric_limits<double>::quiet_NaN();
         return sum_exponent(loops, weights(layer), gradients(layer), *layer.rule);
@@ -186,16 +196,20 @@ private:
 
     void alone(std::size_t index, std::size_t thread) {
         const Layer& layer = layers[index];
-        Norms here = {}, &known = norms ? norms[index] : here;
-        if (phases != Phases::apply && needs_norms(layer)) {
-            Sums of_chunks[whole / smallest_chunk];
-            const double exponent = sum_exponent_of(layer);
-            for (std::size_t i = 0; i < chunks(layer.size); ++i) {
-                of_chunks[i] = sum_chunk(layer, i, exponent, thread);
-            }
-            known = norms_of(layer, of_chunks, exponent);
+        if (phases == Phases::apply || !needs_norms(layer)) {
+            apply(layer, how_of(layer, norms ? norms[index] : Norms{}), 0, layer.size);
+            return;
         }
-        if (phases != Phases::norms) apply(layer, how_of(layer, known), 0, layer.size);
+        Sums of_chunks[whole / smallest_chunk];
+        const double exponent = sum_exponent_of(layer);
+        for (std::size_t i = 0; i < chunks(layer.size); ++i) {
+            of_chunks[i] = sum_chunk(layer, i, exponent, thread);
+        }
+        if (phases == Phases::norms) {
+            norms[index] = norms_of(layer, of_chunks, exponent);
+        } else {
+            apply(layer, how_of(layer, of_chunks, exponent), 0, layer.size);
+        }
     }
 
     Sums sum_chunk(const Layer& layer, std::size_t i, double exponent, std::size_t thread) {
@@ -230,9 +244,11 @@ private:
             const auto sum_one = [&](std::size_t start, std::size_t, std::size_t i) {
                 sums[start + i] = sum_chunk(layer, start + i, now.sum_exponent, thread);
                 if (now.summed.fetch_add(1) + 1 < count) return;
-                const Norms known = norms_of(layer, sums.data(), now.sum_exponent);
-                if (norms) norms[index] = known;
-                now.how = how_of(layer, known);
+                if (phases == Phases::norms) {
+                    norms[index] = norms_of(layer, sums.data(), now.sum_exponent);
+                } else {
+                    now.how = how_of(layer, sums.data(), now.sum_exponent);
+                }
                 now.ready.store(true, std::memory_order_release);
             };
             for_chunks(now.to_sum.get(), count, thread, sum_one);

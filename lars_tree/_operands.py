@@ -1,0 +1,70 @@
+"""The arrays of a leaf with what their libraries say of them, each of which is read once."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lars_tree import _backends, _options
+from lars_tree._backends.base import Facts, Kind, Leaf
+
+
+class Operand:
+    """An array with what its library says of it; or None, of which there is nothing to say."""
+
+    fault: str | None = None
+    # Of arrays without a fault.
+    facts = Facts((), Kind.OTHER, None, None)
+    varying: frozenset[Any] = frozenset()
+
+    def __init__(self, x: Any) -> None:
+        self.x = x
+        self.backend = backend = _backends.find(x)
+        if backend is not None:
+            self.fault = backend.fault(x)
+            if not self.fault:
+                self.facts = backend.facts(x)
+                self.varying = backend.varying(x)
+
+    @cached_property
+    def memory(self) -> np.ndarray[Any, Any] | None:
+        return None if self.backend is None else self.backend.memory(self.x)
+
+
+class Row(NamedTuple):
+    """A leaf and its arrays, and those among its options by their names."""
+
+    leaf: Leaf
+    w: Operand
+    dcdw: Operand
+    out: Operand
+    velocity: Operand
+    options: list[tuple[str, Operand]]
+
+
+def with_operands(leaves: list[Leaf]) -> list[Row]:
+    """The leaves with their arrays, each of which is read once, however many leaves it serves."""
+    known: dict[int, Operand] = {}
+    options: dict[int, list[tuple[str, Operand]]] = {}
+
+    def read(x: Any) -> Operand:
+        operand = known.get(id(x))
+        if operand is None:
+            operand = known[id(x)] = Operand(x)
+        return operand
+
+    rows = []
+    for leaf in leaves:
+        rule = leaf.rule
+        if id(rule) not in options:
+            given = [(name, x) for name, x in zip(rule._fields, rule, strict=True) if _is_array(x)]
+            options[id(rule)] = [(_options.called(name), read(x)) for name, x in given]
+        arrays = (read(leaf.w), read(leaf.dcdw), read(leaf.out), read(leaf.velocity))
+        rows.append(Row(leaf, *arrays, options[id(rule)]))
+    return rows
+
+
+def _is_array(x: Any) -> bool:
+    return _backends.find(x) is not None

@@ -1,0 +1,179 @@
+"""The checks of arrays: what they read, and in whose words they report."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import need
+
+from lars_tree import LarsTreeError, NonFiniteError, _backends, _checks, _nonfinite
+from lars_tree._backends.base import Layout, Leaf, New
+from lars_tree._operands import with_operands
+from lars_tree._rule import Rule
+from lars_tree.errors import WORDS, Words
+
+
+def ones(*shape, dtype=np.float32):
+    return np.ones(shape or (2, 3), dtype)
+
+
+def read_only():
+    x = ones()
+    x.flags.writeable = False
+    return x
+
+
+def leaf(index=0, w=None, *, out=None, velocity=None, **options):
+    w = ones() if w is None else w
+    dcdw = options.pop("dcdw", ones())
+    return Leaf(index, w, dcdw, out, Rule(**{"lr": 0.1, **options}), _backends.find(w), velocity)
+
+
+def paths():
+    return [("a", i) for i in range(9)]
+
+
+def test_each_array_is_read_once(monkeypatch):
+    """However many leaves it serves: weights, gradients, results, velocities and options."""
+    backend, counts = _backends.find(ones()), Counter()
+    for name in ("facts", "fault", "out_fault", "memory", "varying"):
+        real = getattr(type(backend), name)
+
+        def counting(self, x, name=name, real=real):
+            counts[name, id(x)] += 1
+            return real(self, x)
+
+        monkeypatch.setattr(type(backend), name, counting)
+    shared, rate = ones(), ones(3)
+    leaves = [leaf(i, dcdw=shared, out=ones(), velocity=ones(), lr=rate) for i in range(3)]
+    leaves += [leaf(3, w, out=w, velocity=ones()) for w in [ones(2, 6)[:, ::2]]]
+    rows = _checks.check(leaves, paths, same_shapes=True)
+    assert [row.leaf for row in rows] == leaves
+    assert counts["facts", id(shared)] == counts["facts", id(rate)] == 1
+    assert set(counts.values()) == {1}
+
+
+def tracked():
+    torch = need("torch")
+    w = torch.ones(2, 3, requires_grad=True)
+    return [leaf(w=w, dcdw=torch.ones(2, 3), out=torch.zeros(2, 3), stop_gradients=False)]
+
+
+big = ones(4, 6)
+tied = ones()
+FAULTS = {
+    "no array": lambda: [leaf(dcdw="x")],
+    "masked": lambda: [leaf(dcdw=np.ma.ones((2, 3)))],
+    "masked weights": lambda: [leaf(w=np.ma.ones((2, 3)), dcdw=None)],
+    "integers": lambda: [leaf(w=ones(dtype=int))],
+    "integer gradient": lambda: [leaf(dcdw=ones(dtype=int))],
+    "complex": lambda: [leaf(dcdw=ones(dtype=np.complex64))],
+    "shape": lambda: [leaf(), leaf(1, dcdw=ones(4)), leaf(2, dcdw=ones(5))],
+    "another shape": lambda: [leaf(dcdw=ones(1, 3))],
+    "decay": lambda: [leaf(decay_lambda=ones(4))],
+    "axis": lambda: [leaf(layer_axis=2)],
+    "mesh axes": lambda: [leaf(axis_name=frozenset("i"))],
+    "velocity": lambda: [leaf(velocity=ones(3))],
+    "no velocity": lambda: [leaf(velocity=[])],
+    "read-only": lambda: [leaf(out=read_only())],
+    "read-only velocity": lambda: [leaf(out=ones(), velocity=read_only())],
+    "shape of out": lambda: [leaf(out=ones(3))],
+    "dtype of out": lambda: [leaf(out=ones(dtype=float))],
+    "overlap": lambda: [leaf(out=np.lib.stride_tricks.as_strided(ones(9), (2, 3), (4, 4)))],
+    "graph": tracked,
+    "tied": lambda: [leaf(out=tied), leaf(1), leaf(2, out=tied)],
+    "velocity in out": lambda: [leaf(out=big[:2, :3]), leaf(1, out=ones(), velocity=big[1:3, :3])],
+    "tied velocities": lambda: [leaf(i, out=ones(), velocity=tied) for i in range(2)],
+}
+TERMS = re.compile(
+    r"\b(dcdw|w|(?<!laid )(?<!leave )out|state|velocity|weights|leaf|leaves|decay_lambda)\b"
+)
+# Each word is unlike all that a message has otherwise.
+OTHERS = {name: f"<{name}>" for name in (*WORDS._fields[:7], "decay_lambda")}
+WORDS_OF_TEST = Words(*list(OTHERS.values())[:7], options={"decay_lambda": OTHERS["decay_lambda"]})
+
+
+def in_default_words(text):
+    terms = re.findall(r"<\w+>", text)
+    assert not TERMS.search(re.sub(r"<\w+>", "", text)), text
+    for name, word in OTHERS.items():
+        text = text.replace(word, getattr(WORDS, name, name))
+    return terms, text
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_errors_are_in_the_words_of_the_caller(fault):
+    """The message is that of all others but for these words."""
+    seen = []
+    for words in (WORDS, WORDS_OF_TEST):
+        with pytest.raises(LarsTreeError) as caught:
+            _checks.check(FAULTS[fault](), paths, same_shapes=fault != "shape", words=words)
+        seen.append(caught.value)
+    expected, actual = seen
+    terms, text = in_default_words(str(actual))
+    assert terms or fault == "mesh axes"
+    assert (str(expected), expected.paths) == (text, actual.paths)
+    assert in_default_words(actual.argument)[1] == expected.argument
+
+
+@pytest.mark.parametrize("argument", ["dcdw", "out", "state", "decay_lambda"])
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"device": "another"},
+        {"layout": Layout("mesh", "placements")},
+        {"varying": frozenset("i")},
+        {"shape": (4,)},
+    ],
+    ids=str,
+)
+def test_so_are_errors_of_arrays_that_are_elsewhere(argument, facts):
+    row = with_operands([leaf()])[0]
+    varying = facts.get("varying", frozenset())
+    row.dcdw.facts = row.dcdw.facts._replace(**{k: x for k, x in facts.items() if k != "varying"})
+    row.dcdw.varying = varying
+    texts = []
+    for words in (WORDS, WORDS_OF_TEST):
+        fault = _checks._belongs(argument, row, row.dcdw, words)
+        fault = fault or _checks._broadcasts(argument, row.w.facts, row.dcdw.facts, words)
+        texts.append("\n".join([fault.argument, fault.headline, fault.text]))
+    assert texts[0] == argument + in_default_words(texts[1].removeprefix(argument))[1]
+
+
+def test_the_torch_optimizer_has_its_own_words():
+    need("torch")
+    from lars_tree._torch_messages import TORCH_WORDS
+
+    def message(leaves, names):
+        with pytest.raises(LarsTreeError) as caught:
+            _checks.check(
+                leaves, lambda: [(x,) for x in names], same_shapes=True, words=TORCH_WORDS
+            )
+        assert caught.value.paths == ((names[-1],),)
+        return [caught.value.argument, *str(caught.value).splitlines()]
+
+    assert message([leaf(), leaf(1, dcdw=ones(4))], ["0.bias", "experts.a/b"]) == [
+        "p.grad",
+        "p.grad does not broadcast to p",
+        "  experts.a/b: expected a shape that broadcasts to (2, 3), got (4,)",
+    ]
+    assert message([leaf(velocity=ones(4))], ["0.bias"]) == [
+        "momentum_buffer",
+        "momentum_buffer does not fit p",
+        "  0.bias: expected a momentum_buffer of float32 (2, 3) for parameters of float32,"
+        " got float32 (4,)",
+        "  p was changed after the optimizer had stepped it, as by model.double() or model.to():",
+        "  opt.load_state_dict(opt.state_dict()) converts the buffers,"
+        " opt.state.clear() drops them",
+    ]
+    assert message([leaf(i, out=tied) for i in range(2)], ["a", "b"]) == [
+        "p",
+        "two parameters share memory (tied parameters)",
+        "  b: shares memory with a",
+    ]
+    bad = leaf(nonfinite="raise")
+    with pytest.raises(NonFiniteError, match=r"^p.grad would make parameters that .*\n  a: "):
+        _nonfinite.guard([bad], {0: New(ones() * np.inf)}, lambda: [("a",)], TORCH_WORDS)

@@ -1,0 +1,214 @@
+"""Exceptions, signal handlers and forks at each moment of a block leave nothing registered."""
+
+from __future__ import annotations
+
+import dis
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import nullcontext
+from functools import partial
+from textwrap import dedent
+
+import pytest
+from conftest import traced
+from test_locks import A, B, Spans, _nothing_is_left, can_enter, held, join, start  # noqa: F401
+from test_threads import run
+from test_writes import sent_by_a_thread, sent_by_the_system
+
+from lars_tree._core import locks
+
+# ---- Exceptions and handlers at each moment
+
+
+def at_moment(number, call, send):
+    """Make a call, and something at that moment of it; whether it had so many.
+
+    Python looks for signals when a function starts, after calls, and when a loop starts again.
+    """
+    moments = iter(range(number, -1, -1))
+    previous = {}  # by the ids of frames: a frame would keep its block
+
+    def trace(frame, event, _):
+        code = frame.f_code
+        if code.co_filename != locks.__file__ and code is not call.__code__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "call":
+            previous[id(frame)] = "RESUME"
+        elif event == "opcode":
+            before = previous[id(frame)]
+            previous[id(frame)] = dis.opname[code.co_code[frame.f_lasti]]
+            looks = before.startswith(("RESUME", "CALL", "JUMP_BACKWARD"))
+            if looks and next(moments, None) == 0:
+                send()
+        return trace
+
+    traced(trace, call)
+    return next(moments, None) is None
+
+
+def alone():
+    return nullcontext(), Spans(A)
+
+
+def beside_another():
+    return held(lambda: B), Spans(A)
+
+
+def after_another():
+    """The other thread leaves when this one is about to wait."""
+    spans = Spans(A)
+    return held(lambda: A, spans.asked), spans
+
+
+each_case = pytest.mark.parametrize("case", [alone, beside_another, after_another])
+
+
+def at_each_moment(case, send):
+    """Enter a block, and `send` at each moment; whether blocks that were entered were held."""
+    number, reached, entered = 0, True, []
+    while reached:
+        other, spans = case()
+
+        def call(spans=spans):
+            with locks.writing(spans):
+                entered.append(locks._registered()[-1]._is_owned())
+
+        with other:
+            reached = at_moment(number, call, partial(send, spans))
+            assert not any(block._is_owned() for block in locks._registered()), number
+        assert locks._blocks == {}, number
+        can_enter(A)
+        number += 1
+    assert number > 10
+    return entered
+
+
+@each_case
+@pytest.mark.parametrize("send", [sent_by_a_thread, sent_by_the_system])
+def test_an_exception_at_any_moment_leaves_nothing_registered(case, send):
+    assert all(at_each_moment(case, lambda _: send()))
+
+
+@each_case
+def test_a_handler_may_update_the_same_memory_at_any_moment(case):
+    calls = []
+
+    def handle(spans):
+        with locks.writing(spans):
+            calls.append(1)
+
+    entered = at_each_moment(case, handle)
+    assert all(entered)
+    assert len(entered) == len(calls) + 1
+
+
+def send_when_waiting(thread, number):
+    """Send a signal to a thread as soon as it waits for a block."""
+
+    def send():
+        while sys._current_frames()[thread].f_code.co_name != "_wait":
+            time.sleep(0.001)
+        time.sleep(0.1)  # Python looks for signals right before a lock is waited for, or in there
+        signal.pthread_kill(thread, number)
+
+    return start(send)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals do not interrupt locks there")
+def test_waiting_can_be_interrupted():
+    """Who waits for this thread goes on then, even while the exception is kept."""
+    spans, behind = Spans(A + B), Spans(B)
+
+    def wait():
+        with locks.writing(behind):
+            pass
+
+    def wait_behind():
+        spans.wait()
+        threads.extend(start(wait))
+        behind.wait()
+        threads.extend(send_when_waiting(main, signal.SIGINT))
+
+    with held(lambda: A):
+        main, threads = threading.get_ident(), []
+        first = start(wait_behind)
+        with pytest.raises(KeyboardInterrupt) as caught, locks.writing(spans):
+            pytest.fail("two threads are within")
+        join(first + threads)
+        assert len(locks._registered()) == 1
+    can_enter(A)
+    del caught
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals do not interrupt locks there")
+def test_a_handler_may_update_while_its_thread_waits():
+    log, spans, leave = [], Spans(A), threading.Event()
+
+    def handle(*_):
+        with locks.writing(lambda: B):
+            log.append("handler")
+        leave.set()
+
+    old = signal.signal(signal.SIGUSR1, handle)
+    try:
+        with held(lambda: A, leave):
+            threads = send_when_waiting(threading.get_ident(), signal.SIGUSR1)
+            with locks.writing(spans):
+                log.append("waited")
+            join(threads)
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    assert log == ["handler", "waited"]
+
+
+def test_an_error_in_a_block_ends_it():
+    with pytest.raises(ZeroDivisionError) as caught, locks.writing(lambda: A):
+        1 / 0  # noqa: B018
+    assert locks._blocks == {}
+    assert caught.value
+
+
+def test_an_error_of_spans_leaves_nothing():
+    def fail():
+        raise ZeroDivisionError
+
+    with held(lambda: A), pytest.raises(ZeroDivisionError), locks.writing(fail):
+        pass
+
+
+# ---- Forks
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_has_the_blocks_of_its_own_thread_alone():
+    code = """
+    import os, threading
+    from lars_tree._core import locks
+    inside, leave = threading.Event(), threading.Event()
+    def hold():
+        with locks.writing(lambda: [(0, 8)]):
+            inside.set(); leave.wait(30)
+    thread = threading.Thread(target=hold); thread.start(); inside.wait()
+    def wait():
+        with locks.writing(spans): log.append("second")
+    def spans():
+        asked.set()
+        return [(8, 9)]
+    asked, log = threading.Event(), []
+    with locks.writing(lambda: [(8, 16)]):
+        child = os.fork()
+        if not child:
+            with locks.writing(lambda: [(0, 8)]): pass
+            other = threading.Thread(target=wait); other.start(); asked.wait(30)
+            log.append("first")
+    if not child:
+        other.join()
+        os._exit(log != ["first", "second"] or len(locks._blocks))
+    status = os.waitpid(child, 0)[1]
+    leave.set(); thread.join()
+    print(status, len(locks._blocks))"""
+    assert run(dedent(code)) == "0 0"
