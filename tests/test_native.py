@@ -61,8 +61,10 @@ def watched(**values):
         def __getattr__(self, name):
             return getattr(self.plan, name)
 
-        def prepare(self, *args, places=None, **options):
-            rest = self.plan.prepare(*args, places=places, **options)
+        def prepare(self, *args, places=None):
+            if len(args) == 9:
+                *args, places = args
+            rest = self.plan.prepare(*args, places=places)
             self.rest = self.rest.difference(places or ()) | set(rest)
             return rest
 

@@ -186,9 +186,9 @@ class TorchBackend(ArraysBackend):
     ) -> list[int]:
         if _READER is None or is_watched() or torch._C._functorch.peek_interpreter_stack():
             return super().prepare(plan, columns, news, places)
+        new_ws, new_velocities = news or (None, None)
         with torch.no_grad():
-            new_ws, new_velocities = news or (None, None)
-        return plan.prepare(_READER, *columns[:5], new_ws, new_velocities, places)
+            return plan.prepare(_READER, *columns[:5], new_ws, new_velocities, places)
 
     def finish(self, columns: Columns, news: News, places: Iterable[int]) -> None:
         for place in places:

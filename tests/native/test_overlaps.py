@@ -134,7 +134,7 @@ def run(case, buffer, view, copy, to_numpy):
 
     def step(w, dcdw, velocity, out=None):
         options = Rule(0.1, momentum=0.9, **case.options)._asdict()
-        new, state = advance(w, dcdw, out, options, velocity and {"velocity": velocity})
+        new, state = advance(w, dcdw, out, options, {"velocity": velocity} if velocity else None)
         return {"out": new, "velocity": state.get("velocity", {})}
 
     given = tree(case.w), tree(case.dcdw), tree(case.velocity)
