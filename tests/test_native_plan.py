@@ -348,3 +348,13 @@ def test_a_velocity_that_is_not_finite_is_seen_though_the_weights_are():
         columns = column_of(w, g, rule, v)
         assert finite_after(columns) == [False]
         assert nonfinite(columns) == [0]
+
+
+def test_a_plan_that_measures_cannot_step():
+    x = np.ones(3)
+    plan = _native.plan()
+    assert plan.prepare(numpy_reader(), [x], [x], None, [Rule(0.1)], None) == []
+    for step in (plan.step, lambda: plan.apply(plan.norms())):
+        with pytest.raises(ValueError, match="can only be measured"):
+            step()
+    assert x.tolist() == [1.0] * 3

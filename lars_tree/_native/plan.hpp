@@ -20,32 +20,6 @@ inline void prefetch(const void* object) {
 #endif
 }
 
-// A list of one item for each leaf, or None.
-bool is_column(PyObject* list, Py_ssize_t count) {
-    if (list == Py_None || (PyList_Check(list) && PyList_Size(list) == count)) return true;
-    call_python(PyErr_SetString, PyExc_ValueError, "expected lists of one length");
-    return false;
-}
-
-// The item, borrowed; null where there is no list.
-PyObject* item(PyObject* list, Py_ssize_t i) {
-    return list == Py_None ? nullptr : PyList_GetItem(list, i);
-}
-
-// Puts an item into a list, which owns it then too.
-bool put(PyObject* list, Py_ssize_t i, PyObject* x) {
-    return call_python(PyList_SetItem, list, i, Py_NewRef(x)) == 0;
-}
-
-PyObject* list_of(const std::vector<Py_ssize_t>& numbers) {
-    OwnedList found;
-    for (Py_ssize_t number : numbers) {
-        Owned x(call_python(PyLong_FromSsize_t, number));
-        if (!found || !x || !found.append(x)) return nullptr;
-    }
-    return Py_NewRef(found);
-}
-
 bool is_reader(PyObject* x) {
     return PyType_GetSlot(Py_TYPE(x), Py_tp_dealloc) ==
            reinterpret_cast<void*>(&free_object<Reader>);
@@ -79,11 +53,19 @@ struct Plan {
         return true;
     }
 
+    // Whether its layers may be written to; false with an exception set.
+    bool can_write() const {
+        if (!measures) return true;
+        call_python(PyErr_SetString, PyExc_ValueError, "this plan can only be measured");
+        return false;
+    }
+
     void count_step() {
         if (counter) ++*counter;
     }
 
     Leaves leaves;
+    bool measures = false;
     Buffer of_counter;
     std::int64_t* counter = nullptr;
     std::size_t threads = 1;
@@ -167,6 +149,7 @@ PyObject* prepare(PyObject* self, PyObject* arguments, PyObject* keywords) {
         return call_python(PyErr_Format, PyExc_TypeError, "expected a list of places, got %R",
                            Py_TYPE(columns.places));
     }
+    plan.measures |= columns.results == Results::none;
     const Reader& reader = content_of<Reader>(reader_object);
     for (PyObject* list : {columns.ws, columns.dcdws, columns.outs, columns.rules,
                            columns.velocities, columns.new_ws, columns.new_velocities}) {
@@ -321,14 +304,14 @@ PyObject* nonfinite(PyObject* self, PyObject* bytes) {
 PyObject* apply(PyObject* self, PyObject* bytes) {
     Plan& plan = plan_of(self);
     Norms* known = table(bytes, plan);
-    if (!known || !plan.run(Phases::apply, known)) return nullptr;
+    if (!known || !plan.can_write() || !plan.run(Phases::apply, known)) return nullptr;
     plan.count_step();
     Py_RETURN_NONE;
 }
 
 PyObject* step(PyObject* self, PyObject*) {
     Plan& plan = plan_of(self);
-    if (!plan.run(Phases::both)) return nullptr;
+    if (!plan.can_write() || !plan.run(Phases::both)) return nullptr;
     plan.count_step();
     Py_RETURN_NONE;
 }
