@@ -124,7 +124,8 @@ def _empty_like(w: Array) -> Array:
     return np.empty_like(w, subok=not isinstance(w, np.memmap))
 
 
-def _as_bits(x: Array) -> Array | None:
+def as_bits(x: Array) -> Array | None:
+    """A view of bfloat16 as the bits it is; None of all else that has no buffer."""
     return x.view(np.uint16) if is_bfloat16(x.dtype) and x.dtype.isnative else None
 
 
@@ -135,7 +136,7 @@ def raw(x: Array) -> Array:
 
 
 _READER = _native.reader(
-    (np.ndarray, np.memmap), Rule._fields, make=_empty_like, copy=np.copy, as_bits=_as_bits
+    (np.ndarray, np.memmap), Rule._fields, make=_empty_like, copy=np.copy, as_bits=as_bits
 )
 _BACKEND = NumpyBackend()
 
