@@ -84,7 +84,7 @@ def _execute(columns: Columns, caller: Caller, share: Share) -> Result:
     """The same where there is more to do than one call of the kernel."""
     rows, trusted = checked(columns, caller, share.rest)
     written, read = _spans(rows, columns.counters)
-    # The first are stretches of memory: the checks look at each element.
+    # Memory is compared in stretches here; the checks compare single elements.
     if share.overlaps(written, read) or _must_wait(share, [*(row.leaf for row in rows), *trusted]):
         share = Share(columns, takes_none=True)
         rows, trusted = checked(columns, caller, share.rest)
