@@ -8,13 +8,13 @@ import numpy as np
 
 from lars_tree import _native
 from lars_tree._backends.base import Columns, News
-from lars_tree._backends.numpy import _as_bits
+from lars_tree._backends.numpy import as_bits
 from lars_tree._rule import Rule
 
 
 def numpy_reader(**changes: Any) -> Any:
     """A reader of numpy arrays; `changes` are arguments of `Reader`."""
-    how = {"make": np.empty_like, "copy": np.copy, "as_bits": _as_bits, **changes}
+    how = {"make": np.empty_like, "copy": np.copy, "as_bits": as_bits, **changes}
     return _native.kernel.Reader((np.ndarray,), Rule._fields, **how)
 
 

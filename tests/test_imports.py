@@ -63,7 +63,7 @@ LAYERS = [
     ["_backends.foreach"],
     ["_backends.torch", "_backends.jax", "_backends.dask", "_backends.standard"],
     ["_backends.numpy", "_backends.sharded", "_backends.stand_ins"],
-    ["_backends.addresses"],
+    ["_backends.addresses", "_backends.jax_memory"],
     ["_backends.tensors"],
     ["_backends.arrays"],
     ["_backends.cpu", "_backends", "_writes"],

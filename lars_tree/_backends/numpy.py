@@ -125,7 +125,8 @@ def _empty_like(w: Array) -> Array:
     return np.empty_like(w, subok=not isinstance(w, np.memmap))
 
 
-def _as_bits(x: Array) -> Array | None:
+def as_bits(x: Array) -> Array | None:
+    """A view of bfloat16 as the bits it is; None of all else that has no buffer."""
     return x.view(np.uint16) if is_bfloat16(x.dtype) and x.dtype.isnative else None
 
 
@@ -136,9 +137,9 @@ def raw(x: Array) -> Array:
 
 
 # New arrays are to be of the class of w, which those of a memory map are not.
-_READER = _native.reader((np.ndarray, np.memmap), Rule._fields, as_bits=_as_bits)
+_READER = _native.reader((np.ndarray, np.memmap), Rule._fields, as_bits=as_bits)
 _MAKER = _native.reader(
-    (np.ndarray,), Rule._fields, make=np.empty_like, copy=np.copy, as_bits=_as_bits
+    (np.ndarray,), Rule._fields, make=np.empty_like, copy=np.copy, as_bits=as_bits
 )
 _BACKEND = NumpyBackend()
 

@@ -249,7 +249,7 @@ class TorchBackend(ArraysBackend):
             found |= zip(places, measure([leaves[i] for i in places]), strict=True)
         return [Measured(*map(whole, found[i])) for i in range(len(leaves))]
 
-    def numbers(self, rows: np.ndarray[Any, Any]) -> list[Measured]:
+    def numbers(self, rows: np.ndarray[Any, Any], ws: list[Tensor]) -> list[Measured]:
         return [Measured(*row.unbind()) for row in torch.from_numpy(rows)]
 
     def fetch(self, xs: list[Tensor]) -> list[np.ndarray[Any, Any]]:

@@ -124,13 +124,15 @@ class Share:
             plan = Share(self.columns._replace(rules=rules), measures=True).plan
             rows[:, 1] = measured(plan)[:, 1] if plan is not None else np.nan
         found: dict[int, Measured] = {}
+        ws = [unwrap(self.columns.ws[place]) for place in places]
         groups: dict[Backend, list[int]] = {}
-        for i, place in enumerate(places):
-            backend = _backends.find(unwrap(self.columns.ws[place]))
+        for i, w in enumerate(ws):
+            backend = _backends.find(w)
             assert backend is not None
             groups.setdefault(backend, []).append(i)
         for backend, group in groups.items():
-            found |= zip((places[i] for i in group), backend.numbers(rows[group]), strict=True)
+            numbers = backend.numbers(rows[group], [ws[i] for i in group])
+            found |= zip((places[i] for i in group), numbers, strict=True)
         return found
 
     def nonfinite(self) -> tuple[bytearray | None, dict[int, str] | None]:
