@@ -17,8 +17,8 @@ import numpy as np
 
 from lars_tree import _backends, _tree, errors
 from lars_tree._backends.base import Kind, Values
+from lars_tree._core.wrapper import unwrap
 from lars_tree._rule import Rule
-from lars_tree.array import unwrap
 
 
 class SharedOptions(TypedDict, total=False):

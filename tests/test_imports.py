@@ -48,7 +48,8 @@ LAYERS = [
     ["container", "schedules", "_torch_rows", "_history", "_layer_table", "_plots"],
     ["_torch_groups"],
     ["_torch_options", "_torch_messages"],
-    ["_measure", "update"],
+    ["array", "_measure"],
+    ["update"],
     ["_core.advance"],
     ["_core.execute"],
     ["_core.share"],
@@ -59,7 +60,6 @@ LAYERS = [
     ["_files.npz", "_files.safetensors"],
     ["_files.arrays", "_options", "_show"],
     ["_html"],
-    ["array"],
     ["_backends.foreach"],
     ["_backends.torch", "_backends.jax", "_backends.dask", "_backends.standard"],
     ["_backends.numpy", "_backends.sharded", "_backends.stand_ins"],
@@ -77,6 +77,7 @@ LAYERS = [
     ["_files.replacing", "errors"],
     ["_files.permissions"],
     ["_files", "_core.locks"],
+    ["_core.wrapper"],
     ["_core"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -7,7 +7,7 @@ from typing import Any
 from lars_tree import _counters, _nodes, _options, _tree, errors
 from lars_tree._backends.base import Columns
 from lars_tree._core.execute import Caller, Result, execute
-from lars_tree.array import unwrap
+from lars_tree._core.wrapper import unwrap
 
 State = dict[str, Any]
 

@@ -19,10 +19,10 @@ from lars_tree import _backends, _checks, _counters, _memory, _nonfinite, _overl
 from lars_tree._backends.base import FLOATING, Backend, Columns, Engine, Leaf, New, Values
 from lars_tree._core import locks
 from lars_tree._core.share import Share
+from lars_tree._core.wrapper import rewrapped, unwrap
 from lars_tree._operands import Operand, Row
 from lars_tree._rule import Rule, is_zero
 from lars_tree._writes import Writes
-from lars_tree.array import rewrapped, unwrap
 
 Span = tuple[int, int]  # the addresses of a stretch of memory: its start and end
 

@@ -14,8 +14,8 @@ import numpy as np
 from lars_tree import _backends, _native
 from lars_tree._backends.base import Backend, Columns, News
 from lars_tree._backends.cpu import measured
+from lars_tree._core.wrapper import is_wrapped, unwrap
 from lars_tree._rule import Measured, is_joint
-from lars_tree.array import Array, unwrap
 
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
@@ -72,9 +72,7 @@ class Share:
         groups: dict[Backend | None, list[int]] = {}
         for place in self.odd:
             backend = _backends.find(bare.ws[place])
-            if backend is tried and not any(
-                issubclass(type(x), Array) for x in self.columns.row(place)
-            ):
+            if backend is tried and not any(map(is_wrapped, self.columns.row(place))):
                 backend = None
             groups.setdefault(backend, []).append(place)
         offers = (self._offer(backend, bare, places) for backend, places in groups.items())
