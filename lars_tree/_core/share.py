@@ -46,8 +46,8 @@ class Share:
         self.plan: Plan | None = _native.plan()
         self.news = None if columns.outs is not None or measures else _nothing_yet(columns)
         self._parts: list[_Part] = []
-        first = next((x for x in columns.ws if x is not None), None)
-        backend = None if takes_none else _backends.find(unwrap(first))
+        found = (_backends.find(unwrap(x)) for x in columns.ws if x is not None)
+        backend = None if takes_none else next(filter(None, found), None)
         places = [i for i in range(len(columns.ws)) if i not in without] if without else None
         self.odd = self.rest = self._offer(backend, columns, places)
         if self.odd and backend is not None and self.plan is not None:
