@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import gc
 import itertools
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -358,3 +360,12 @@ def test_a_plan_that_measures_cannot_step():
         with pytest.raises(ValueError, match="can only be measured"):
             step()
     assert x.tolist() == [1.0] * 3
+
+
+def test_the_stub_names_what_the_kernel_has():
+    stub = ast.parse(Path(_native.__file__).with_name("_kernel.pyi").read_text())
+    bodies = {"": stub.body, **{x.name: x.body for x in stub.body if isinstance(x, ast.ClassDef)}}
+    for name, body in bodies.items():
+        found = getattr(_native.kernel, name) if name else _native.kernel
+        names = {x.name for x in body if isinstance(x, (ast.FunctionDef, ast.ClassDef))}
+        assert names - {"__new__"} == {x for x in vars(found) if not x.startswith("__")}, name
