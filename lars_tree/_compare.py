@@ -9,7 +9,7 @@ import numpy as np
 
 from lars_tree import _backends, _show, _tree
 from lars_tree._backends.base import Kind, Values, is_bfloat16
-from lars_tree.array import unwrap
+from lars_tree._core.wrapper import unwrap
 from lars_tree.errors import Line
 
 Array = np.ndarray[Any, Any]

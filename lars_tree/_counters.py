@@ -9,8 +9,8 @@ import numpy as np
 
 from lars_tree import _backends, _memory, errors
 from lars_tree._backends.base import Kind, Leaf
+from lars_tree._core.wrapper import rewrapped, unwrap
 from lars_tree._writes import Writes
-from lars_tree.array import rewrapped, unwrap
 
 NAMES = ("step", "skipped")
 

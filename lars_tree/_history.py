@@ -12,8 +12,8 @@ import numpy as np
 
 from lars_tree import _backends, _tree, errors
 from lars_tree._backends.base import Values
+from lars_tree._core.wrapper import unwrap
 from lars_tree._measure import fetch, is_traced, layer_paths, traced_error, unreadable
-from lars_tree.array import unwrap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

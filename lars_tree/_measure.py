@@ -15,9 +15,9 @@ from lars_tree._backends.base import Backend, Leaf, Values
 from lars_tree._core.advance import matched
 from lars_tree._core.execute import checked
 from lars_tree._core.share import Share
+from lars_tree._core.wrapper import unwrap
 from lars_tree._rule import Measured, Rule
 from lars_tree._writes import Writes
-from lars_tree.array import unwrap
 
 
 class Step(NamedTuple):

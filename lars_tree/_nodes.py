@@ -26,7 +26,12 @@ Items = Mapping[Any, Any] | Iterable[tuple[Hashable, Any]]
 LEAF, PLAIN_DICT, ITEMS, KEYED, SEQUENCE, NAMED, FIELDS = range(7)
 
 # Classes that live as long as the process. The kernel looks them up here too.
-KINDS: dict[type, int] = {list: SEQUENCE, tuple: SEQUENCE, dict: PLAIN_DICT}
+KINDS: dict[type, int] = {
+    type(None): LEAF,
+    list: SEQUENCE,
+    tuple: SEQUENCE,
+    dict: PLAIN_DICT,
+}
 _KINDS_OF_OTHERS: WeakKeyDictionary[type, int] = WeakKeyDictionary()
 
 # Not empty when a class was seen that may read its children in a way of its own.

@@ -17,8 +17,8 @@ import numpy as np
 
 from lars_tree import _backends, _tree, errors
 from lars_tree._backends.base import Kind, Values
+from lars_tree._core.wrapper import unwrap
 from lars_tree._rule import Rule
-from lars_tree.array import unwrap
 
 
 class SharedOptions(TypedDict, total=False):
@@ -88,6 +88,9 @@ CALLED_ELSEWHERE = {
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+_UNKNOWN = object()
+
+
 class _Unfit(Exception):
     """A value that an option cannot take; the message says what was expected."""
 
@@ -103,28 +106,48 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
     shared: dict[str, Any] = {}
     columns: dict[str, list[Any]] = {}
     for name, value in options.items():
+        default, checked = _KNOWN.get((name, type(value)), (_UNKNOWN, None))
+        if default is not _UNKNOWN and value == default:  # most are left at their defaults
+            shared[_field(name)] = checked
+            continue
         given = _readable(name, value)
         if _tree.is_leaf(given):
             shared[_field(name)] = _checked(name, [((), given)], keep_history)[0]
         else:
-            values = _checked(name, list(_tree.walk(given)), keep_history)
-            columns[name] = _tree.broadcast(name, tree, given, values=values)
+            columns[name] = _column(name, tree, given, keep_history)
     if not columns:
         return [Rule(**shared)] * count
     if any(len(column) != count for column in columns.values()):
         raise _tree.changed()
     _refuse_gaps(tree, columns)
-    rows = zip(*columns.values(), strict=True)
-    fields = list(map(_field, columns))
+    places = [Rule._fields.index(_field(name)) for name in columns]
+    fields = list(Rule(**{"lr": 0.0, **shared}))
     # Most leaves share their values, and checked values live as long as their columns.
-    known: dict[tuple[int, ...], Rule] = {}
+    ids = [map(id, column) for column in columns.values()]
+    known: dict[Any, Rule] = {}
     rules = []
-    for row in rows:
-        key = tuple(map(id, row))
-        if key not in known:
-            known[key] = Rule(**shared, **dict(zip(fields, row, strict=True)))
-        rules.append(known[key])
+    for key, row in zip(zip(*ids, strict=True), zip(*columns.values(), strict=True), strict=True):
+        rule = known.get(key)
+        if rule is None:
+            for place, x in zip(places, row, strict=True):
+                fields[place] = x
+            rule = known[key] = Rule._make(fields)
+        rules.append(rule)
     return rules
+
+
+def _column(name: str, tree: Any, given: Any, keep_history: bool) -> list[Any]:
+    """The checked value that a prefix has for each leaf of the tree; each is checked once."""
+    values = _tree.leaves(given)
+    known: dict[int, Any] = {id(None): None}  # which stands where the weights have nothing
+    try:
+        for value in values:
+            if id(value) not in known:
+                known[id(value)] = _CHECKS[name](unwrap(value), keep_history)
+        return [known[id(value)] for value in _tree.broadcast(name, tree, given)]
+    except (_Unfit, KeyError):  # raised below, with its path; a node makes its values when read
+        checked = _checked(name, list(_tree.walk(given)), keep_history)
+        return _tree.broadcast(name, tree, given, values=checked)
 
 
 def check(options: dict[str, Any]) -> None:
@@ -229,6 +252,8 @@ def _positive(value: Any, keep_history: bool) -> Any:
 def _rate(value: Any, keep_history: bool) -> Any:
     """A float, a numpy array, or an array whose values may not be looked at."""
     wanted = "a finite number >= 0"
+    if type(value) is float and 0 <= value < np.inf:  # most often
+        return abs(value)  # no negative zero
     if _is(value, bool, np.timedelta64):
         raise _Unfit(wanted)
     # decimal.Decimal is a Number, but registers as nothing more.
@@ -239,7 +264,7 @@ def _rate(value: Any, keep_history: bool) -> Any:
             number = np.inf
         if not 0 <= number < np.inf:
             raise _Unfit(wanted)
-        return abs(number)  # no negative zero
+        return abs(number)
     backend = _backends.find(value)
     if backend is None or backend.fault(value):
         raise _Unfit(wanted)
@@ -349,4 +374,11 @@ _CHECKS: dict[str, Callable[[Any, bool], Any]] = {
     "dampening": _number,
     "nesterov": _flag,
     "maximize": _flag,
+}
+
+# The defaults, by name and type, and what they are when they have been checked.
+_KNOWN: dict[tuple[str, type], tuple[Any, Any]] = {
+    (name, type(default)): (default, _CHECKS[name](default, False))
+    for defaults in (OPTIMIZER_DEFAULTS, DEFAULTS)
+    for name, default in defaults.items()
 }

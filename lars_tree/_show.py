@@ -14,7 +14,7 @@ from types import NoneType
 from typing import Any, NamedTuple
 
 from lars_tree import _backends, _tree, errors
-from lars_tree.array import Array, unwrap
+from lars_tree._core.wrapper import Wrapper, unwrap
 
 _MOST_LINES = 40
 _MOST_ROWS = 500
@@ -42,9 +42,9 @@ class _Sizes:
         self.parameters: list[int] = []
         self.bytes: list[int] = []
         for cls, run in groupby(leaves, type):
-            if cls is Array:
-                for x in run:
-                    self._add(type(x.data), [x.data])
+            if issubclass(cls, Wrapper):
+                for x in map(unwrap, run):
+                    self._add(type(x), [x])
             else:
                 self._add(cls, list(run))
 

@@ -11,7 +11,9 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from lars_tree import _backends, _pytrees, errors
+from lars_tree._core.wrapper import Wrapper, unwrap
 from lars_tree._operators import Arithmetic
+from lars_tree.update import lars_update
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from lars_tree._options import Options
 
 
-class Array(Arithmetic):
+class Array(Wrapper, Arithmetic):
     """A native array (numpy, torch, JAX, Dask, CuPy, ...) with the methods of this package.
 
     >>> w = Array(np.array([3.0, 4.0]))
@@ -38,7 +40,7 @@ class Array(Arithmetic):
         LeafError: data is not an array of a library, such as a list or a number.
     """
 
-    __slots__ = ("_data",)
+    __slots__ = ()
 
     def __init__(self, data: Any) -> None:
         self._data = unwrap(data)
@@ -46,6 +48,9 @@ class Array(Arithmetic):
             text = f"expected an array of a library, got {errors.describe(data)}"
             text += ": make it an array first, for example with numpy.asarray"
             raise errors.error(errors.LeafError, "data", "data is not an array", [((), text)])
+
+    def _wrapping(self, data: Any) -> Array:
+        return Array(data)
 
     @property
     def data(self) -> Any:
@@ -107,8 +112,6 @@ class Array(Arithmetic):
         Raises:
             LarsTreeError: as `lars_tree.lars_update` does.
         """
-        from lars_tree.update import lars_update  # which needs this module to unwrap
-
         return lars_update(
             self,
             dcdw,
@@ -195,16 +198,6 @@ class Array(Arithmetic):
         new: Array = object.__new__(Array)  # in a tree of JAX or torch, data may be a placeholder
         new._data = self._data
         return new
-
-
-def rewrapped(new: Any, old: Any) -> Any:
-    """The new array, as an Array where the old one is one."""
-    return Array(new) if issubclass(type(old), Array) else new
-
-
-def unwrap(x: Any) -> Any:
-    """The native array of an Array; anything else as it is."""
-    return x._data if issubclass(type(x), Array) else x
 
 
 def _wrapped(x: Any) -> Any:

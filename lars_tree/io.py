@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from lars_tree import errors
+from lars_tree._core.wrapper import unwrap
 from lars_tree._files import arrays, formats, names, npz, safetensors
 from lars_tree._files.replacing import Path, replacing
-from lars_tree.array import unwrap
 from lars_tree.container import Container
 
 __all__ = ["from_state_dict", "load", "metadata", "open", "save", "to_state_dict"]

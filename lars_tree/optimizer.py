@@ -25,9 +25,10 @@ from lars_tree import (
 from lars_tree._backends.base import FLOATING
 from lars_tree._core import locks
 from lars_tree._core.advance import advance
+from lars_tree._core.wrapper import unwrap
 from lars_tree._floats import in_default_floats
 from lars_tree._rule import is_zero
-from lars_tree.array import Array, unwrap
+from lars_tree.array import Array
 from lars_tree.container import Container
 
 if TYPE_CHECKING:

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lars_tree import _backends, _options, _tree, errors
+from lars_tree._core.wrapper import unwrap
 from lars_tree._history import TrustHistory, TrustRatioWarning, warn
 from lars_tree._layer_table import LayerTable
 from lars_tree._measure import fetch, layer_paths, measure, unreadable
 from lars_tree._rule import Measured
-from lars_tree.array import Array, unwrap
+from lars_tree.array import Array
 
 if TYPE_CHECKING:
     from typing import Unpack

@@ -103,12 +103,22 @@ class Number(int):
 class Memory(ctypes.c_double * 5):
     def __del__(self):
         end()
-def update(ws=None, outs=None, make=np.empty_like, copy=np.copy, begin=None, moves=None):
+class Counter(ctypes.c_int64):
+    def __del__(self):
+        end()
+class Index:
+    def __index__(self):
+        end()
+def plan_of(ws=None, make=np.empty_like, copy=np.copy, moves=None):
     ws = ws or [np.ones(5)]
-    _native.kernel.update(
-        *(ws, [np.ones(5)], outs and ws, [Rule(0.1, momentum=0.9 if moves else 0.0)]),
-        *(moves and [np.ones(5)], None, make, copy, begin, (np.ndarray,), None, None, 1, 0),
-    )
+    reader = _native.kernel.Reader((np.ndarray,), Rule._fields, make=make, copy=copy)
+    plan = _native.kernel.Plan(1, 0)
+    columns = ws, [np.ones(5)], None, [Rule(0.1, momentum=0.9 if moves else 0.0)]
+    plan.prepare(reader, *columns, moves and [np.ones(5)], [None], [None])
+    return plan
+def counted():
+    plan = plan_of()
+    plan.count(np.frombuffer(Counter(), np.int64))
 def collect(tree, kind_of=lambda node: 0, others=print, kinds={list: 3, dict: 1}):
     _native.kernel.collect(tree, [], kinds, kind_of, others)
 def match(tree, prefix, others=print):
@@ -118,12 +128,15 @@ def release():
     def make(w):
         ws.clear()  # the buffer holds the last reference
         return np.ones(5)
-    update(ws, make=make)
+    plan_of(ws, make)
 calls = {
-    "make": lambda: update(make=end),
-    "copy": lambda: update(copy=end, moves=True),
-    "begin": lambda: update(outs=True, begin=end),
+    "make": lambda: plan_of(make=end),
+    "copy": lambda: plan_of(copy=end, moves=True),
     "release of a buffer": release,
+    "release of a plan": lambda: plan_of([np.frombuffer(Memory())]),
+    "release of a counter": counted,
+    "release of a reader": lambda: _native.kernel.Reader((Number(),), Rule._fields),
+    "number of threads": lambda: _native.kernel.Plan(Index(), 0),
     "kind": lambda: collect([0], kind_of=end),
     "release of a kind": lambda: collect([0], kind_of=lambda node: Number()),
     "other node": lambda: collect([{0}], kinds={list: 3, set: 4}, others=end),
@@ -151,11 +164,13 @@ HARMLESS = {
     *("PyBool_FromLong", "PyDict_Next", "PyDict_Size", "PyErr_ExceptionMatches"),
     *("PyErr_Occurred", "PyEval_SaveThread", "PyFloat_AsDouble", "PyFloat_Check"),
     *("PyList_Check", "PyList_CheckExact", "PyList_GetItem", "PyList_Size", "PyLong_FromLong"),
-    *("PySequence_Size", "PyTuple_CheckExact", "PyTuple_GetItem", "PyTuple_Size", "Py_NewRef"),
-    *("Py_TYPE", "PyUnicode_CompareWithASCIIString"),
+    *("PySequence_Size", "PyTuple_Check", "PyTuple_CheckExact", "PyTuple_GetItem", "PyTuple_Size"),
+    *("PyType_GetSlot", "PyUnicode_Check", "PyUnicode_CompareWithASCIIString", "Py_NewRef"),
+    "Py_TYPE",
 }
 # Called where nothing is owned yet.
-FIRST = {"PyArg_ParseTuple", "PyCapsule_GetPointer", "PyInit__kernel", "PyModuleDef_Init"}
+FIRST = {"PyArg_ParseTuple", "PyArg_ParseTupleAndKeywords", "PyCapsule_GetPointer"}
+FIRST |= {"PyInit__kernel", "PyModuleDef_Init"}
 
 
 SOURCES = list(Path(lars_tree.__file__).parent.joinpath("_native").glob("*.?pp"))

@@ -51,16 +51,34 @@ def without_kernel(*args, **options):
 
 @contextmanager
 def watched(**values):
-    """For each call of the kernel, whether it took the arrays."""
+    """For each plan that is stepped, whether the kernel took all leaves."""
     took = []
 
-    def update(*args):
-        news = kernel.update(*args)
-        took.append(news is not None)
-        return news
+    class Watched:
+        def __init__(self, *args):
+            self.plan, self.rest = kernel.Plan(*args), set()
+
+        def __getattr__(self, name):
+            return getattr(self.plan, name)
+
+        def prepare(self, *args, places=None):
+            if len(args) == 9:
+                *args, places = args
+            rest = self.plan.prepare(*args, places=places)
+            self.rest = self.rest.difference(places or ()) | set(rest)
+            return rest
+
+        def step(self):
+            self.plan.step()
+            took.append(not self.rest)
+
+        def apply(self, norms):
+            self.plan.apply(norms)
+            took.append(not self.rest)
 
     kernel = _native.kernel
-    stand_in = SimpleNamespace(update=update, collect=kernel.collect, match=kernel.match)
+    names = ("Reader", "collect", "match")
+    stand_in = SimpleNamespace(Plan=Watched, **{name: getattr(kernel, name) for name in names})
     with patched(kernel=stand_in, **values):
         yield took
 

@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import CI, need
+from native_steps import numpy_reader, stepped
 
 from lars_tree import _native, _nodes, _tree
 from lars_tree._rule import Rule
@@ -84,15 +85,6 @@ def test_a_key_that_changes_a_tree_when_it_is_compared(changed):
         walk(*trees, others=None)
 
 
-def update(ws, make):
-    n = len(ws)
-    rules = [Rule(0.1)] * n
-    return _native.kernel.update(
-        *(ws, [np.ones(3)] * n, None, rules, None, None, make, None, None),
-        *((np.ndarray,), None, None, 1, 0),
-    )
-
-
 def test_a_list_of_leaves_that_becomes_shorter():
     ws = [np.ones(3) for _ in range(20)]
 
@@ -101,7 +93,7 @@ def test_a_list_of_leaves_that_becomes_shorter():
         return np.empty_like(w)
 
     with pytest.raises(IndexError):
-        update(ws, make)
+        stepped(numpy_reader(make=make), ws, [np.ones(3)] * 20, None, [Rule(0.1)] * 20)
 
 
 @pytest.mark.parametrize("index", range(1, 6))
@@ -117,11 +109,9 @@ def test_what_a_method_of_a_tensor_raises_is_raised(index):
 
     tensors = (*_EXCHANGE[:index], raising, *_EXCHANGE[index + 1 :])
     ws, g = [torch.from_numpy(np.ones(3))], [torch.ones(3)]
+    reader = _native.kernel.Reader(PLAIN_TYPES, Rule._fields, tensors=tensors)
     with pytest.raises(KeyError, match="on purpose"):
-        _native.kernel.update(
-            *(ws, g, ws, [Rule(0.1)], None, None, None, None, None),
-            *(PLAIN_TYPES, tensors, None, 1, 0),
-        )
+        stepped(reader, ws, g, ws, [Rule(0.1)])
 
 
 DEEP = """

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from native_steps import numpy_reader, stepped
 from test_native import (
     OPTIONS,
     PAIRS,
@@ -23,9 +24,8 @@ from test_native import (
     watched,
 )
 
-from lars_tree import _native, _tree, update
-from lars_tree._backends.base import Columns
-from lars_tree._backends.numpy import backend_of
+from lars_tree import _native, _tree
+from lars_tree._core.advance import advance
 from lars_tree._rule import Rule
 from lars_tree.testing import assert_identical
 
@@ -38,7 +38,7 @@ SHORT = {"float16": "float32", "bfloat16": "float32"}
 def step(w, g, out, velocity, lr=0.1, **options):
     """The new weights, velocity and number of steps."""
     state = {"velocity": velocity, "step": np.zeros((), np.int64)}
-    new, state = update.advance(w, g, out, Rule(lr, **options)._asdict(), state)
+    new, state = advance(w, g, out, Rule(lr, **options)._asdict(), state)
     return new, state["velocity"], state["step"]
 
 
@@ -54,10 +54,6 @@ def by_kernel(*args, instruction_set=SETS[-1], threads=1, **options):
             new = step(*args, **options)
     assert took == [True]
     return new
-
-
-def update_plain(*columns):
-    return backend_of(None).update_plain(Columns(*columns))
 
 
 def velocity_for(w, rng, *numbers):
@@ -207,7 +203,8 @@ def test_to_maximize_is_to_go_along_the_negated_gradient(names):
         assert_same_step(up, by_kernel(w, -g, None, v, **options))
         rules = [Rule(0.1, maximize=maximize, **options) for maximize in (True, False)]
         up, down = (
-            update_plain([w], [x], None, [r])[0] for x, r in zip((g, -g), rules, strict=True)
+            stepped(numpy_reader(), [w], [x], None, [r])[0]
+            for x, r in zip((g, -g), rules, strict=True)
         )
         assert_identical(up[0], down[0])
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from conftest import unit_lars as Lars
+from native_steps import numpy_reader, stepped, taken
 from test_native import dtype_of
-from test_native_momentum import assert_same_step, by_kernel, by_twin, step, update_plain
+from test_native_momentum import assert_same_step, by_kernel, by_twin, step
 
-from lars_tree import LarsTreeError, OutError, _native, _tree, update
-from lars_tree._backends.base import Columns
+from lars_tree import LarsTreeError, OutError, _tree
+from lars_tree._core.advance import advance
 from lars_tree._rule import Rule
 
 
@@ -42,6 +43,11 @@ def sliced(*slices):
 
 def self_overlapping():
     return np.lib.stride_tricks.as_strided(np.arange(1.0, 7.0), (3, 3), (8, 8))
+
+
+def by_plan(*columns_and_counter):
+    *columns, counter = columns_and_counter
+    return stepped(numpy_reader(), *columns, counter=counter)
 
 
 def leaves(w, g, v, out="w"):
@@ -147,7 +153,7 @@ def test_what_is_not_plain_is_left_alone_by_the_kernel(case):
     outs = None if out is None else _tree.leaves(out)
     ws, dcdws, velocities = map(_tree.leaves, (w, g, v))
     rules = [Rule(0.1, momentum=0.5)] * len(ws)
-    assert update_plain(ws, dcdws, outs, rules, velocities, counter) is None
+    assert by_plan(ws, dcdws, outs, rules, velocities, counter) is None
     assert shown(given) == before
     assert counter == 0
 
@@ -168,13 +174,13 @@ def test_the_counter_counts_each_call_that_is_taken():
     w, g, v, counter = ones(), ones(), ones(), np.array(2**40)
     rule = [Rule(0.1, momentum=0.5)]
     for i in range(1, 4):
-        assert update_plain([w], [g], [w], rule, [v], counter) == ([w], [v])
+        assert by_plan([w], [g], [w], rule, [v], counter) == ([w], [v])
         assert counter == 2**40 + i
-        assert update_plain([w], [g], [w], rule, [w], counter) is None
-        assert update_plain([w], [g], [w], [Rule(0.1, layer_axis=0)], [v], counter) is None
+        assert by_plan([w], [g], [w], rule, [w], counter) is None
+        assert by_plan([w], [g], [w], [Rule(0.1, layer_axis=0)], [v], counter) is None
         assert counter == 2**40 + i
-    assert update_plain([w], [g], [w], rule, None, counter) == ([w], None)
-    assert update_plain([w], [None], [w], rule, [v], counter) == ([w], [v])
+    assert by_plan([w], [g], [w], rule, None, counter) == ([w], None)
+    assert by_plan([w], [None], [w], rule, [v], counter) == ([w], [v])
     assert counter == 2**40 + 5
 
 
@@ -189,18 +195,18 @@ COUNTERS = {
 @pytest.mark.parametrize("case", COUNTERS)
 def test_other_counters_are_counted_the_long_way(case):
     w, g, v, counter = ones(), ones(), ones(), COUNTERS[case]()
-    assert update_plain([w], [g], [w], [Rule(0.1)], [v], counter) is None
+    assert by_plan([w], [g], [w], [Rule(0.1)], [v], counter) is None
     assert w.tolist() == v.tolist() == ones().tolist()
     state = {"velocity": v, "step": counter}
     for i in range(3):
         assert counter == i
-        update.advance(w, g, w, Rule(0.1, momentum=0.5)._asdict(), state)
+        advance(w, g, w, Rule(0.1, momentum=0.5)._asdict(), state)
     assert state["step"] is counter
 
 
 def test_with_a_read_only_counter_nothing_is_written():
     w, g, v, counter = ones(), ones(), ones(), frozen(np.array(7))
-    assert update_plain([w], [g], [w], [Rule(0.1)], [v], counter) is None
+    assert by_plan([w], [g], [w], [Rule(0.1)], [v], counter) is None
     state = {"velocity": v, "step": counter, "skipped": np.array(0)}
     with pytest.raises(OutError, match="step: it is read-only"):
         Lars(0.1, 0.5).update(w, g, state, out=w)
@@ -208,17 +214,15 @@ def test_with_a_read_only_counter_nothing_is_written():
     assert counter == 7
 
 
-def test_begin_gets_what_is_written_to():
+def test_a_plan_has_what_is_written_to():
     ws, vs = ([ones(), ones(), ones(), None] for _ in range(2))
-    outs, g, called = [ws[0], ones(), ws[2], None], [ones(), ones(), None, None], []
-
-    def begin(written):
-        assert all(x.tolist() == ones().tolist() for x in written)
-        called.append(written)
-
-    columns = Columns(ws, g, outs, [Rule(0.1, momentum=0.5)] * 4, vs)
-    news = _native.update(columns, types=(np.ndarray,), begin=begin)
+    outs, g = [ws[0], ones(), ws[2], None], [ones(), ones(), None, None]
+    plan, news = taken(numpy_reader(), ws, g, outs, [Rule(0.1, momentum=0.5)] * 4, vs)
+    written = plan.written
+    assert all(x.tolist() == ones().tolist() for x in written)
+    plan.step()
     assert [list(map(id, x)) for x in news] == [list(map(id, x)) for x in (outs, vs)]
-    (written,) = called
     assert list(map(id, written)) == list(map(id, [outs[0], vs[0], outs[1], vs[1]]))
     assert [x is None or x.tolist() == ones().tolist() for x in vs] == [False, False, True, True]
+    starts = [x.__array_interface__["data"][0] for x in (*written, ws[2], vs[2])]
+    assert plan.spans() == sorted((start, start + 48) for start in starts)

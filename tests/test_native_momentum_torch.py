@@ -10,8 +10,9 @@ from conftest import need
 from test_native import SETS, patched, run, watched
 from test_native_torch import DTYPES, cut, equal, pytestmark, random  # noqa: F401
 
-from lars_tree import LarsTreeError, _tree, update
+from lars_tree import LarsTreeError, _native, _tree
 from lars_tree._backends.base import Columns
+from lars_tree._core.advance import advance
 from lars_tree._rule import Rule
 
 torch = need("torch")
@@ -23,7 +24,7 @@ def step(w, g, out, velocity, count=None, **options):
     """The new weights, velocity and number of steps."""
     state = {"velocity": velocity, "step": torch.tensor(0) if count is None else count}
     rule = Rule(0.1, **{**OPTIONS, **options})
-    new, state = update.advance(w, g, out, rule._asdict(), state)
+    new, state = advance(w, g, out, rule._asdict(), state)
     return new, state["velocity"], state["step"]
 
 
@@ -154,7 +155,7 @@ def test_what_is_not_plain_gives_the_same_bits(case):
     w, v = OTHERS[case]()
     with watched() as took:
         actual = step(w, gradient(w), None, v)
-    assert took[0] is False
+    assert took[-1] is False  # that of all leaves comes last
     expected = by_twin(w, gradient(w), None, v)
     for x, y in zip(actual, expected, strict=True):
         assert all(map(equal, _tree.leaves(x), _tree.leaves(y)))
@@ -210,10 +211,12 @@ def test_what_the_long_way_refuses_is_not_taken(case, out):
 def test_tensors_that_count(dtype):
     w, g, v = random(3), random(3), random(3)
     count = torch.tensor(5, dtype=dtype)
-    columns = Columns([w], [g], [w], [Rule(0.1)], [v], count)
-    backend = need("lars_tree._backends.torch").backend_of(w)
-    taken = backend.update_plain(columns) is not None
+    columns = Columns([w], [g], [w], [Rule(0.1)], [v])
+    backend, plan = need("lars_tree._backends.torch").backend_of(w), _native.plan()
+    taken = backend.count(plan, count)
     assert taken is (dtype == torch.int64)
+    assert backend.prepare(plan, columns, None, None) == []
+    plan.step()
     assert count == 5 + taken
     for i in range(3):
         assert count == 5 + taken + i
@@ -226,7 +229,7 @@ def test_read_only_memory_is_refused(tmp_path):
     np.ones(1, np.int64).tofile(tmp_path / "step")
     code = f"""if 1:
         import numpy as np, torch, lars_tree
-        from lars_tree import update
+        from lars_tree._core.advance import advance
         from lars_tree._rule import Rule
         options = Rule(0.5, momentum=0.5)._asdict()
         mapped = np.memmap({str(file)!r}, np.float32, mode="r")
@@ -234,10 +237,10 @@ def test_read_only_memory_is_refused(tmp_path):
         for offset in (0, 1, 1500):
             v = torch.from_numpy(mapped)[offset:]
             w, g = torch.ones_like(v), torch.zeros_like(v)
-            new, state = update.advance(w, g, None, options, {{"velocity": v}})
+            new, state = advance(w, g, None, options, {{"velocity": v}})
             print((state["velocity"] == 0.5).all().item(), (new == 0.5).all().item())
             try:
-                update.advance(w, g, w, options, {{"velocity": v}})
+                advance(w, g, w, options, {{"velocity": v}})
             except lars_tree.OutError:
                 print("refused", (w == 1).all().item())
         state = {{"velocity": torch.ones_like(v), "step": torch.from_numpy(step)[0]}}

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_steps import numpy_reader, stepped
 from test_native import dtype_of, run, without_kernel
 
 from lars_tree import Container, LarsTreeError, StructureError, _native, _tree, lars_update
-from lars_tree._backends.base import Columns
-from lars_tree._backends.numpy import _as_bits
 from lars_tree._rule import Rule
 
 
@@ -69,8 +68,6 @@ CASES = {
     "a number": lambda: (ONES, 1.0, None, {}),
     "a list of numbers": lambda: ({"a": ONES}, {"a": [1.0]}, None, {}),
     "layer_axis": lambda: (GRID, GRID[::-1].copy(), None, {"layer_axis": 0}),
-    "nonfinite": lambda: (ONES, ONES * np.inf, None, {"nonfinite": "raise"}),
-    "skip": lambda: (ONES, ONES * np.nan, ONES.copy(), {"nonfinite": "skip"}),
     "a rate for each": lambda: (ONES, ONES, None, {"lr": ONES / 9}),
     "overlapping outs": lambda: (
         [ONES[:3]] * 2, [ONES[:3]] * 2, [(b := BASE.copy())[:3], b[2:5]], {}
@@ -94,11 +91,24 @@ CASES = {
     "tied, no gradient": lambda: ([(b := ONES.copy()), b], [ONES, None], "w", {}),
     "masked, no gradient": lambda: ([ONES.copy(), np.ma.array(ONES)], [ONES, None], "w", {}),
 }
+TAKEN = {
+    "raise": lambda: (ONES, ONES * np.inf, None, {"nonfinite": "raise"}),
+    "raise, in place": lambda: ([ONES.copy(), ONES.copy()], [ONES, ONES * np.inf], "w",
+                                {"nonfinite": "raise"}),
+    "raise, finite": lambda: (ONES, ONES, ONES.copy(), {"nonfinite": "raise"}),
+    "skip": lambda: (ONES, ONES * np.nan, ONES.copy(), {"nonfinite": "skip"}),
+    "skip, new": lambda: ([ONES, ONES], [ONES, ONES * np.nan], None, {"nonfinite": "skip"}),
+    "skip, finite": lambda: (ONES.copy(), ONES, "w", {"nonfinite": "skip"}),
+    "skip, partly taken": lambda: ([ONES, BASE[::2]], [ONES * np.nan, ONES],
+                                   [ONES.copy(), ONES.copy()], {"nonfinite": "skip"}),
+    "skip for one not taken": lambda: ([ONES.copy(), BASE.copy()[::2]], [ONES, ONES * np.nan], "w",
+                                       {"nonfinite": "skip"}),
+}
 # fmt: on
 
 
 def build(case):
-    w, g, out, options = CASES[case]()
+    w, g, out, options = (CASES | TAKEN)[case]()
     out = w if isinstance(out, str) else out
     return w, g, out, options, [x for tree in (w, g, out) for x in _tree.leaves(tree)]
 
@@ -117,7 +127,7 @@ def outcome(update, case):
     return new, shown(given)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES | TAKEN)
 def test_what_is_not_plain_goes_the_long_way(case):
     assert outcome(lars_update, case) == outcome(without_kernel, case)
 
@@ -128,21 +138,16 @@ def test_what_is_not_plain_is_left_alone_by_the_kernel(case):
     before = shown(given)
     outs = None if out is None else _tree.leaves(out)
     rules = [Rule(**{"lr": 0.1, **options})] * len(_tree.leaves(w))
-    news = update_plain(_tree.leaves(w), _tree.leaves(g), outs, rules)
+    news = stepped(numpy_reader(), _tree.leaves(w), _tree.leaves(g), outs, rules)
     if "no gradient" not in case:
         assert news is None
         assert shown(given) == before
 
 
-def update_plain(*columns):
-    callbacks = {"make": np.empty_like, "copy": np.copy, "as_bits": _as_bits}
-    return _native.update(Columns(*columns), types=(np.ndarray,), **callbacks)
-
-
 def test_the_kernel_wants_lists_of_one_length():
     one = [ONES]
     rules = [Rule(0.1)]
-    (new,), velocities = update_plain(one, one, None, rules)
+    (new,), velocities = stepped(numpy_reader(), one, one, None, rules)
     assert new.tolist() == (ONES * 0.9).tolist()
     assert velocities is None
     for lists in (
@@ -153,14 +158,14 @@ def test_the_kernel_wants_lists_of_one_length():
         ([], one, None, []),
     ):
         with pytest.raises(ValueError, match="one length"):
-            update_plain(*lists)
+            stepped(numpy_reader(), *lists)
 
 
 class Interrupt(BaseException):
     pass
 
 
-@pytest.mark.parametrize("name", ["make", "copy", "begin", "as_bits"])
+@pytest.mark.parametrize("name", ["make", "copy", "as_bits"])
 def test_what_a_callback_raises_is_raised_and_nothing_is_written(name):
     """As a signal handler may, which Python runs in them."""
 
@@ -169,11 +174,10 @@ def test_what_a_callback_raises_is_raised_and_nothing_is_written(name):
 
     w = ONES.astype(dtype_of("bfloat16"))
     v, counter = ONES.astype(np.float32), np.zeros((), np.int64)
-    callbacks = {"make": np.empty_like, "copy": np.copy, "as_bits": _as_bits, name: interrupt}
-    outs = None if name in ("make", "copy") else [w]
-    columns = Columns([w], [w.copy()], outs, [Rule(0.5, momentum=0.5)], [v], counter)
+    outs = [w] if name == "as_bits" else None
+    columns = [w], [w.copy()], outs, [Rule(0.5, momentum=0.5)], [v]
     with pytest.raises(Interrupt):
-        _native.update(columns, types=(np.ndarray,), **callbacks)
+        stepped(numpy_reader(**{name: interrupt}), *columns, counter=counter)
     assert w.tolist() == v.tolist() == ONES.tolist()
     assert counter == 0
 

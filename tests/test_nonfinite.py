@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import need, to_library, to_numpy
 
-from lars_tree import Container, NonFiniteError, lars_update
+from lars_tree import Container, NonFiniteError, OptionError, lars_update
 
 # Dask computes later, where nobody has asked numpy to be quiet.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -92,3 +92,9 @@ def test_a_step_that_overflows_half_precision_counts_too():
     g = np.array([-1.0, 0.0], np.float16)
     assert not np.isfinite(lars_update(w, g, 1.0)).all()
     assert lars_update(w, g, 1.0, nonfinite="skip").tolist() == w.tolist()
+
+
+def test_skip_refuses_lazy_arrays_beside_those_that_are_stepped_now():
+    w = {"now": np.ones(2), "later": need("dask.array").ones(2)}
+    with pytest.raises(OptionError, match="now: expected arrays of one library"):
+        lars_update(w, w, 0.1, nonfinite="skip")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -160,16 +161,20 @@ def test_other_threads_run_during_a_call(monkeypatch):
             time.sleep(1e-4)
 
     class Watched:
-        collect, match = _native.kernel.collect, _native.kernel.match
+        def __init__(self, *args):
+            self.plan = kernel.Plan(*args)
 
-        def update(self, *args):
+        def __getattr__(self, name):
+            return getattr(self.plan, name)
+
+        def step(self):
             before = count
-            news = kernel.update(*args)
-            seen.append((before, count, news is not None))
-            return news
+            self.plan.step()
+            seen.append((before, count, len(self.plan.places) == len(w)))
 
     kernel = _native.kernel
-    monkeypatch.setattr(_native, "kernel", Watched())
+    names = SimpleNamespace(Plan=Watched, collect=kernel.collect, match=kernel.match)
+    monkeypatch.setattr(_native, "kernel", names)
     w = [np.ones(1_000_000, np.float32)] * 4
     interval = sys.getswitchinterval()
     thread = threading.Thread(target=beside)

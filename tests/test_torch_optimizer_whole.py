@@ -17,7 +17,7 @@ torch = need("torch")
 
 from test_torch_optimizer import same  # noqa: E402
 
-from lars_tree import _torch_batches  # noqa: E402
+from lars_tree._core.share import Share  # noqa: E402
 from lars_tree.torch import Lars  # noqa: E402
 
 FOLDER = str(Path(lars_tree.__path__[0]))
@@ -59,7 +59,7 @@ def test_ctrl_c_comes_before_a_step_of_all_parameters_or_after_it(steps):
     assert not equal(before, done)
     seen = set()
     # Every third line of the step itself, and some of those of what it calls.
-    for files, stride in ((f"{FOLDER}/torch.py", 3), (f"{FOLDER}/_torch_batches.py", 13)):
+    for files, stride in ((f"{FOLDER}/torch.py", 3), (f"{FOLDER}/_core/execute.py", 7)):
         line = steps
         while True:
             params, opt = mixed(steps)
@@ -124,7 +124,7 @@ def test_no_fault_in_cpu_memory_leaves_half_a_step(steps, error, monkeypatch):
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr(_torch_batches, "advance", failing)
+        patched.setattr(Share, "announce", failing)
         with pytest.raises(error):
             opt.step()
     assert equal(snapshot(params, opt), before)

@@ -214,8 +214,8 @@ class Backend(ABC):
         Each is 0-d, or a vector where the leaf has a layer axis. Every leaf has a gradient.
         """
 
-    def numbers(self, rows: np.ndarray[Any, Any]) -> list[Measured]:
-        """What the native engine measured, a row for each layer, as numbers of this library."""
+    def numbers(self, rows: np.ndarray[Any, Any], ws: list[Array]) -> list[Measured]:
+        """What the native engine measured, a row for each of the weights, as numbers like them."""
         return list(map(Measured._make, rows))
 
     def fetch(self, xs: list[Array]) -> list[np.ndarray[Any, Any]]:

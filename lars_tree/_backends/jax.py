@@ -1,4 +1,4 @@
-"""JAX: concrete arrays in CPU memory through `cpu.py`, all others by array operations.
+"""JAX: concrete arrays in CPU memory through the kernel or `cpu.py`, others by array operations.
 
 Traced arrays (jit, grad, vmap, scan), sharded ones and those on accelerators keep to `jax.numpy`,
 so that transformations compose and shardings propagate. On the CPU these compute in double as well,
@@ -14,23 +14,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lars_tree import _native
 from lars_tree._backends import cpu
 from lars_tree._backends.arrays import ArraysBackend, NamespaceOps
 from lars_tree._backends.base import (
     MOST_AXES,
     Backend,
+    Columns,
     Facts,
     Kind,
     Leaf,
     New,
+    News,
     Values,
     kind_of_numpy,
     named,
 )
-from lars_tree._backends.numpy import raw
+from lars_tree._backends.jax_memory import copy, device_to_view, empty_like, put
+from lars_tree._backends.numpy import as_bits, raw
 from lars_tree._rule import Measured, Rule, mesh_axes
 
 if TYPE_CHECKING:
+    from lars_tree._native._kernel import Plan
     from lars_tree._writes import Writes
 
 Array = Any
@@ -163,13 +168,23 @@ class JaxBackend(ArraysBackend):
         return super().measure_leaf(w, dcdw, rule)
 
     def measure(self, leaves: list[Leaf]) -> list[Measured]:
-        # float64 where JAX has it, or the weights are: elsewhere JAX warns of such arrays.
-        usual = jnp.zeros(()).dtype
+        dtypes = _report_dtypes([leaf.w for leaf in leaves])
         with jax.enable_x64(True):
-            dtypes = [jnp.promote_types(usual, jnp.finfo(leaf.w.dtype).dtype) for leaf in leaves]
             measured = [_measure(leaf) for leaf in leaves]
             pairs = zip(measured, dtypes, strict=True)
             return [Measured(*(x.astype(dtype) for x in each)) for each, dtype in pairs]
+
+    def numbers(self, rows: np.ndarray[Any, Any], ws: list[Array]) -> list[Measured]:
+        groups: dict[Any, list[int]] = {}
+        for i, (w, dtype) in enumerate(zip(ws, _report_dtypes(ws), strict=True)):
+            groups.setdefault((w.sharding, dtype), []).append(i)
+        found: dict[int, Measured] = {}
+        for (sharding, dtype), group in groups.items():
+            with np.errstate(all="ignore"):
+                numbers = put(list(rows[group].astype(dtype).flat), sharding, committed=False)
+            for k, i in enumerate(group):
+                found[i] = Measured(*numbers[4 * k : 4 * k + 4])
+        return [found[i] for i in range(len(ws))]
 
     def fetch(self, xs: list[Array]) -> list[np.ndarray[Any, Any]]:
         return [np.asarray(x) for x in jax.device_get(xs)]
@@ -182,6 +197,43 @@ class JaxBackend(ArraysBackend):
     def narrow(self, x: Array, w: Array) -> Array:
         return x.astype(w.dtype)
 
+    def prepare(
+        self, plan: Plan, columns: Columns, news: News | None, places: list[int] | None
+    ) -> list[int]:
+        everything = super().prepare(plan, columns, news, places)
+        if columns.outs is not None:
+            return everything
+        given = [x for x in (columns.ws, columns.dcdws, columns.velocities) if x is not None]
+        # While there are views, the memory stays, even if another thread donates it.
+        views: list[list[Any]] = [[None] * len(columns.ws) for _ in given]
+        dense, rest = [], []
+        for place in everything:
+            row = [column[place] for column in given]
+            devices = {device_to_view(x) for x in row if x is not None}
+            if None in devices or len(devices) > 1:
+                rest.append(place)
+                continue
+            for view, x in zip(views, row, strict=True):
+                if x is not None:
+                    view[place] = np.asarray(x)
+            dense.append(place)
+        ws, dcdws, *more = views
+        arrays = ws, dcdws, None, columns.rules, (more[0] if more else None)
+        new_ws, new_velocities = news or (None, None)
+        return sorted(rest + plan.prepare(_READER, *arrays, new_ws, new_velocities, places=dense))
+
+    def finish(self, columns: Columns, news: News, places: Iterable[int]) -> None:
+        groups: dict[Any, list[tuple[list[Any], int]]] = {}
+        for place in places:
+            for new in news:
+                if new is not None and isinstance(new[place], np.ndarray):
+                    w = columns.ws[place]
+                    groups.setdefault((w.sharding, w.committed), []).append((new, place))
+        for where, group in groups.items():
+            xs = put([new[place] for new, place in group], *where)
+            for (new, place), x in zip(group, xs, strict=True):
+                new[place] = x
+
     def update(self, leaves: list[Leaf], writes: Writes) -> list[New]:
         with jax.enable_x64(True):
             return [_update(leaf) for leaf in leaves]
@@ -190,11 +242,9 @@ class JaxBackend(ArraysBackend):
 def _update(leaf: Leaf) -> New:
     w, dcdw, velocity, rule = leaf.w, leaf.dcdw, leaf.velocity, leaf.rule
     if _steps_in_cpu_memory(leaf):
-        new = np.empty(w.shape, w.dtype)
-        moving = None if velocity is None else np.array(velocity)
-        cpu.update(raw(np.asarray(w)), raw(np.asarray(dcdw)), raw(new), rule, moving)
-        with jax.default_device(next(iter(w.devices()))):
-            return New(*(None if x is None else _put(x, w) for x in (new, moving)))
+        new = [empty_like(w)] if velocity is None else [empty_like(w), copy(velocity)]
+        cpu.update(raw(np.asarray(w)), raw(np.asarray(dcdw)), raw(new[0]), rule, *new[1:])
+        return New(*put(new, w.sharding, w.committed))
     dcdw, velocity = (None if x is None else _laid_out(x, w) for x in (dcdw, velocity))
     stepped = _BACKEND.step(w, dcdw, rule, velocity)
     if not rule.stop_gradients:
@@ -253,6 +303,13 @@ def _zeros(shape: tuple[int, ...], dtype: Any, w: Array, sharding: Any) -> Array
         return jnp.zeros(shape, dtype)
 
 
+def _report_dtypes(ws: list[Array]) -> list[Any]:
+    """float64 where JAX has it, or the weights are: elsewhere JAX warns of such arrays."""
+    usual = jnp.zeros(()).dtype
+    with jax.enable_x64(True):
+        return [jnp.promote_types(usual, jnp.finfo(w.dtype).dtype) for w in ws]
+
+
 def _measure(leaf: Leaf) -> Measured:
     w, dcdw, rule = leaf.w, leaf.dcdw, leaf.rule
     if _steps_in_cpu_memory(leaf):
@@ -281,10 +338,6 @@ def _as_pairs(w: Array, dcdw: Array, rule: Rule) -> tuple[Array, Array, Rule]:
 
 def _as_pair(x: Array | None) -> Array | None:
     return None if x is None else jnp.stack([jnp.real(x), jnp.imag(x)], -1)
-
-
-def _put(x: np.ndarray[Any, Any], like: Array) -> Array:
-    return jax.device_put(x, like.sharding if like.committed else None)
 
 
 def _laid_out(x: Array, w: Array) -> Array:
@@ -317,6 +370,7 @@ def _device(x: Array) -> frozenset[Any] | None:
     return frozenset(x.devices()) if not _is_traced(x) and x.committed else None
 
 
+_READER = _native.reader((np.ndarray,), Rule._fields, make=empty_like, copy=copy, as_bits=as_bits)
 _BACKEND = JaxBackend()
 
 

@@ -81,8 +81,9 @@ class NumpyBackend(Backend):
     def prepare(
         self, plan: Plan, columns: Columns, news: News | None, places: list[int] | None
     ) -> list[int]:
-        new_ws, new_velocities = news or (None, None)
-        return plan.prepare(_READER, *columns[:5], new_ws, new_velocities, places)
+        if news is None:
+            return plan.prepare(_READER, *columns[:5], None, None, places)
+        return plan.prepare(_MAKER, *columns[:5], *news, places)
 
     def count(self, plan: Plan, counter: Any) -> bool:
         return plan.count(counter)
@@ -124,7 +125,8 @@ def _empty_like(w: Array) -> Array:
     return np.empty_like(w, subok=not isinstance(w, np.memmap))
 
 
-def _as_bits(x: Array) -> Array | None:
+def as_bits(x: Array) -> Array | None:
+    """A view of bfloat16 as the bits it is; None of all else that has no buffer."""
     return x.view(np.uint16) if is_bfloat16(x.dtype) and x.dtype.isnative else None
 
 
@@ -134,8 +136,10 @@ def raw(x: Array) -> Array:
     return plain.view(np.uint16) if is_bfloat16(plain.dtype) else plain
 
 
-_READER = _native.reader(
-    (np.ndarray, np.memmap), Rule._fields, make=_empty_like, copy=np.copy, as_bits=_as_bits
+# New arrays are to be of the class of w, which those of a memory map are not.
+_READER = _native.reader((np.ndarray, np.memmap), Rule._fields, as_bits=as_bits)
+_MAKER = _native.reader(
+    (np.ndarray,), Rule._fields, make=np.empty_like, copy=np.copy, as_bits=as_bits
 )
 _BACKEND = NumpyBackend()
 

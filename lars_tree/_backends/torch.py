@@ -178,9 +178,9 @@ class TorchBackend(ArraysBackend):
     ) -> list[int]:
         if not may_read():
             return super().prepare(plan, columns, news, places)
+        new_ws, new_velocities = news or (None, None)
         with torch.no_grad():
-            new_ws, new_velocities = news or (None, None)
-        return plan.prepare(READER, *columns[:5], new_ws, new_velocities, places)
+            return plan.prepare(READER, *columns[:5], new_ws, new_velocities, places)
 
     def shards(self, plan: Plan) -> Shards | None:
         return Shards(plan, self._is_plain_step) if may_read() else None
@@ -244,7 +244,7 @@ class TorchBackend(ArraysBackend):
             found |= zip(places, measure([leaves[i] for i in places]), strict=True)
         return [Measured(*map(whole, found[i])) for i in range(len(leaves))]
 
-    def numbers(self, rows: np.ndarray[Any, Any]) -> list[Measured]:
+    def numbers(self, rows: np.ndarray[Any, Any], ws: list[Tensor]) -> list[Measured]:
         return [Measured(*row.unbind()) for row in torch.from_numpy(rows)]
 
     def fetch(self, xs: list[Tensor]) -> list[np.ndarray[Any, Any]]:

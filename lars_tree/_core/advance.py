@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from lars_tree import _counters, _nodes, _options, _tree, errors
 from lars_tree._backends.base import Columns
 from lars_tree._core.execute import Caller, Result, execute
-from lars_tree.array import unwrap
+from lars_tree._core.wrapper import unwrap
 
 State = dict[str, Any]
 
@@ -65,9 +64,12 @@ def _matched(
     counters = {name: unwrap(given[name]) for name in _counters.NAMES if name in given}
     columns = Columns(ws, dcdws, outs, rules, velocities, counters if outs is not None else {})
 
-    @cache
+    found: list[errors.Path] = []
+
     def paths() -> list[errors.Path]:
-        return _tree.paths(w, len(ws))
+        if not found:
+            found.extend(_tree.paths(w, len(ws)))
+        return found
 
     def refuse_extra() -> None:
         trees = {"out": out, "state": given.get("velocity"), "dcdw": dcdw}

@@ -20,10 +20,10 @@ from lars_tree import _backends, _checks, _counters, _memory, _nonfinite, _overl
 from lars_tree._backends.base import FLOATING, Backend, Columns, Engine, Leaf, New, Values
 from lars_tree._core import locks
 from lars_tree._core.share import Share
+from lars_tree._core.wrapper import rewrapped, unwrap
 from lars_tree._operands import Operand, Row
 from lars_tree._rule import Rule, is_zero
 from lars_tree._writes import Writes
-from lars_tree.array import rewrapped, unwrap
 
 Span = tuple[int, int]  # the addresses of a stretch of memory: its start and end
 
@@ -85,8 +85,8 @@ def _execute(columns: Columns, caller: Caller, share: Share) -> Result:
     """The same where there is more to do than one call of the kernel."""
     rows, trusted = checked(columns, caller, share.rest, share)
     written, read = _spans(rows, columns.counters)
-    if share.overlaps(written, read):
-        # These are stretches of memory: the checks look at each element.
+    # Memory is compared in stretches here; the checks compare single elements.
+    if share.overlaps(written, read) or _must_wait(share, [*(row.leaf for row in rows), *trusted]):
         share = Share(columns, takes_none=True)
         rows, trusted = checked(columns, caller, share.rest, share)
     _counters.check_apart(columns.counters, [row.leaf for row in rows], caller.paths)
@@ -195,6 +195,13 @@ def _stretches(arrays: list[Operand]) -> list[Span]:
         else:
             merged.append((start, end))
     return merged
+
+
+def _must_wait(share: Share, others: list[Leaf]) -> bool:
+    """Whether what others get decides on the step, and is not known when the kernel steps."""
+    guarded = share.must_be_finite or any(x.rule.nonfinite != "propagate" for x in others)
+    steps = [leaf for leaf in others if leaf.dcdw is not None]
+    return guarded and any(leaf.backend.values(leaf.w) is not Values.HERE for leaf in steps)
 
 
 def _writing(share: Share, rows: list[Row], columns: Columns) -> AbstractContextManager[Any]:

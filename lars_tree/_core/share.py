@@ -14,9 +14,9 @@ import numpy as np
 from lars_tree import _backends, _native
 from lars_tree._backends.base import Backend, Columns, Leaf, New, News, Shards
 from lars_tree._backends.cpu import measured
+from lars_tree._core.wrapper import is_wrapped, unwrap
 from lars_tree._nonfinite import by_backend
 from lars_tree._rule import Measured, is_joint
-from lars_tree.array import Array, unwrap
 
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
@@ -49,8 +49,8 @@ class Share:
         self._parts: list[_Part] = []
         self._shards: dict[Backend, Shards] = {}
         self._takes_none = takes_none
-        first = next((x for x in columns.ws if x is not None), None)
-        backend = None if takes_none else _backends.find(unwrap(first))
+        found = (_backends.find(unwrap(x)) for x in columns.ws if x is not None)
+        backend = None if takes_none else next(filter(None, found), None)
         places = [i for i in range(len(columns.ws)) if i not in without] if without else None
         self.odd = self.rest = self._offer(backend, columns, places)
         if self.odd and backend is not None and self.plan is not None:
@@ -75,9 +75,7 @@ class Share:
         groups: dict[Backend | None, list[int]] = {}
         for place in self.odd:
             backend = _backends.find(bare.ws[place])
-            if backend is tried and not any(
-                issubclass(type(x), Array) for x in self.columns.row(place)
-            ):
+            if backend is tried and not any(map(is_wrapped, self.columns.row(place))):
                 backend = None
             groups.setdefault(backend, []).append(place)
         offers = (self._offer(backend, bare, places) for backend, places in groups.items())
@@ -101,7 +99,9 @@ class Share:
             read: Those that others read.
         """
         plan = self.plan
-        return plan is not None and (plan.overlaps(written or []) or plan.overlaps([], read or []))
+        if plan is None or not (written or read):
+            return plan is not None and plan.overlaps()
+        return plan.overlaps(written or []) or plan.overlaps([], read or [])
 
     def spans(self) -> list[Span]:
         """The stretches of memory that are written to."""
@@ -154,13 +154,15 @@ class Share:
             plan = Share(self.columns._replace(rules=rules), measures=True).plan
             rows[:, 1] = measured(plan)[:, 1] if plan is not None else np.nan
         found: dict[int, Measured] = {}
+        ws = [unwrap(self.columns.ws[place]) for place in places]
         groups: dict[Backend, list[int]] = {}
-        for i, place in enumerate(places):
-            backend = _backends.find(unwrap(self.columns.ws[place]))
+        for i, w in enumerate(ws):
+            backend = _backends.find(w)
             assert backend is not None
             groups.setdefault(backend, []).append(i)
         for backend, group in groups.items():
-            found |= zip((places[i] for i in group), backend.numbers(rows[group]), strict=True)
+            numbers = backend.numbers(rows[group], [ws[i] for i in group])
+            found |= zip((places[i] for i in group), numbers, strict=True)
         return found
 
     def norms(self, bounds: bool = False) -> bytearray | None:

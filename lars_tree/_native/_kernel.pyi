@@ -1,4 +1,4 @@
-"""The types of what module.cpp defines; see there, and Reader in memory.hpp."""
+"""The types of what module.cpp defines."""
 
 from collections.abc import Callable
 from typing import Any, final
@@ -23,7 +23,7 @@ class Reader:
             fields: The names of the fields of a rule.
             make: Returns new memory for a result.
             copy: Returns a copy of a velocity, to be stepped in its place.
-            tensors: How to read torch tensors, see memory.hpp; None for the buffer protocol.
+            tensors: How to read torch tensors, see reader.hpp; None for the buffer protocol.
             as_bits: Views bfloat16 arrays, which have no buffer protocol, as uint16; True where
                 arrays of uint16 are such views already.
         """
@@ -84,7 +84,7 @@ class Plan:
         """The memory that is written, as pairs of addresses: start and end."""
 
     def norms(self, bounds: bool = False) -> bytearray:
-        """The norms of all layers: a row of 8 doubles for each, see `norms_table` in module.cpp.
+        """The norms of all layers: a row of 8 doubles for each, see Norms in rule.hpp.
 
         Args:
             bounds: Also read the velocities, as `nonfinite` needs their largest magnitude.

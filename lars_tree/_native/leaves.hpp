@@ -13,7 +13,8 @@ namespace lars {
 class Buffer {
 public:
     Buffer() { view.obj = nullptr; }
-    ~Buffer() {
+    ~Buffer() { release(); }
+    void release() {
         if (view.obj) call_python(PyBuffer_Release, &view);
     }
     Buffer(const Buffer&) = delete;
@@ -98,6 +99,14 @@ public:
         note(weights, written);
         if (given.moves()) note(moving, written);
         return true;
+    }
+
+    // Makes room for so many more leaves.
+    void reserve(std::size_t count, bool moves) {
+        layers.reserve(layers.size() + count);
+        places.reserve(places.size() + count);
+        written.reserve(written.size() + (moves ? 2 : 1) * count);
+        read.reserve(read.size() + count);
     }
 
     // Adds a number that is written, and that no array may overlap.

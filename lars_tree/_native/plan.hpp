@@ -20,32 +20,6 @@ inline void prefetch(const void* object) {
 #endif
 }
 
-// A list of one item for each leaf, or None.
-bool is_column(PyObject* list, Py_ssize_t count) {
-    if (list == Py_None || (PyList_Check(list) && PyList_Size(list) == count)) return true;
-    call_python(PyErr_SetString, PyExc_ValueError, "expected lists of one length");
-    return false;
-}
-
-// The item, borrowed; null where there is no list.
-PyObject* item(PyObject* list, Py_ssize_t i) {
-    return list == Py_None ? nullptr : PyList_GetItem(list, i);
-}
-
-// Puts an item into a list, which owns it then too.
-bool put(PyObject* list, Py_ssize_t i, PyObject* x) {
-    return call_python(PyList_SetItem, list, i, Py_NewRef(x)) == 0;
-}
-
-PyObject* list_of(const std::vector<Py_ssize_t>& numbers) {
-    OwnedList found;
-    for (Py_ssize_t number : numbers) {
-        Owned x(call_python(PyLong_FromSsize_t, number));
-        if (!found || !x || !found.append(x)) return nullptr;
-    }
-    return Py_NewRef(found);
-}
-
 bool is_reader(PyObject* x) {
     return PyType_GetSlot(Py_TYPE(x), Py_tp_dealloc) ==
            reinterpret_cast<void*>(&free_object<Reader>);
@@ -56,9 +30,10 @@ struct Plan {
         static const char* names[] = {"threads", "instruction_set", nullptr};
         Py_ssize_t most = 1;
         int number = 0;
-        if (!kept || !written ||
-            !PyArg_ParseTupleAndKeywords(arguments, keywords, "ni", const_cast<char**>(names),
-                                         &most, &number)) {
+        if (!kept || !written || !call_python([&] {
+                return PyArg_ParseTupleAndKeywords(arguments, keywords, "ni",
+                                                   const_cast<char**>(names), &most, &number);
+            })) {
             return false;
         }
         threads = most > 0 ? most : 1;
@@ -78,11 +53,19 @@ struct Plan {
         return true;
     }
 
+    // Whether its layers may be written to; false with an exception set.
+    bool can_write() const {
+        if (!measures) return true;
+        call_python(PyErr_SetString, PyExc_ValueError, "this plan can only be measured");
+        return false;
+    }
+
     void count_step() {
         if (counter) ++*counter;
     }
 
     Leaves leaves;
+    bool measures = false;
     Buffer of_counter;
     std::int64_t* counter = nullptr;
     std::size_t threads = 1;
@@ -162,6 +145,11 @@ PyObject* prepare(PyObject* self, PyObject* arguments, PyObject* keywords) {
     }
     if (!columns.check()) return nullptr;
     Plan& plan = plan_of(self);
+    if (columns.places != Py_None && !PyList_Check(columns.places)) {
+        return call_python(PyErr_Format, PyExc_TypeError, "expected a list of places, got %R",
+                           Py_TYPE(columns.places));
+    }
+    plan.measures |= columns.results == Results::none;
     const Reader& reader = content_of<Reader>(reader_object);
     for (PyObject* list : {columns.ws, columns.dcdws, columns.outs, columns.rules,
                            columns.velocities, columns.new_ws, columns.new_velocities}) {
@@ -172,7 +160,7 @@ PyObject* prepare(PyObject* self, PyObject* arguments, PyObject* keywords) {
         if (!rest) return nullptr;
         const bool all = columns.places == Py_None;
         const Py_ssize_t count = PyList_Size(all ? columns.ws : columns.places);
-        if (count < 0) return nullptr;
+        plan.leaves.reserve(static_cast<std::size_t>(count), columns.velocities != Py_None);
         for (Py_ssize_t k = 0; k < count; ++k) {
             Py_ssize_t i = k;
             if (!all) {
@@ -200,7 +188,11 @@ PyObject* prepare(PyObject* self, PyObject* arguments, PyObject* keywords) {
 
 PyObject* count(PyObject* self, PyObject* counter) {
     Plan& plan = plan_of(self);
-    if (!Reader::read_counter(counter, plan.of_counter.view)) Py_RETURN_FALSE;
+    if (plan.counter) Py_RETURN_FALSE;  // it has one already
+    if (!Reader::read_counter(counter, plan.of_counter.view)) {
+        plan.of_counter.release();
+        Py_RETURN_FALSE;
+    }
     plan.counter = static_cast<std::int64_t*>(plan.of_counter.view.buf);
     plan.leaves.write_number(plan.counter);
     Py_RETURN_TRUE;
@@ -210,7 +202,12 @@ PyObject* count(PyObject* self, PyObject* counter) {
 bool add_spans(PyObject* pairs, std::vector<Stretch>& to) {
     for (Py_ssize_t i = 0; pairs && i < PyList_Size(pairs); ++i) {
         unsigned long long start, end;
-        if (!PyArg_ParseTuple(PyList_GetItem(pairs, i), "KK", &start, &end)) return false;
+        PyObject* pair = PyList_GetItem(pairs, i);
+        if (!PyTuple_Check(pair)) {
+            call_python(PyErr_SetString, PyExc_TypeError, "expected pairs of addresses");
+            return false;
+        }
+        if (!PyArg_ParseTuple(pair, "KK", &start, &end)) return false;
         to.push_back({reinterpret_cast<const char*>(static_cast<std::uintptr_t>(start)),
                       reinterpret_cast<const char*>(static_cast<std::uintptr_t>(end))});
     }
@@ -308,14 +305,14 @@ PyObject* nonfinite(PyObject* self, PyObject* bytes) {
 PyObject* apply(PyObject* self, PyObject* bytes) {
     Plan& plan = plan_of(self);
     Norms* known = table(bytes, plan);
-    if (!known || !plan.run(Phases::apply, known)) return nullptr;
+    if (!known || !plan.can_write() || !plan.run(Phases::apply, known)) return nullptr;
     plan.count_step();
     Py_RETURN_NONE;
 }
 
 PyObject* step(PyObject* self, PyObject*) {
     Plan& plan = plan_of(self);
-    if (!plan.run(Phases::both)) return nullptr;
+    if (!plan.can_write() || !plan.run(Phases::both)) return nullptr;
     plan.count_step();
     Py_RETURN_NONE;
 }

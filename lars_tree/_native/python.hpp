@@ -11,6 +11,7 @@
 #include <chrono>
 #include <new>
 #include <thread>
+#include <vector>
 
 namespace lars {
 
@@ -65,6 +66,32 @@ public:
         return list && call_python(PyList_Append, list, x) == 0;
     }
 };
+
+// A list of one item for each leaf, or None.
+inline bool is_column(PyObject* list, Py_ssize_t count) {
+    if (list == Py_None || (PyList_Check(list) && PyList_Size(list) == count)) return true;
+    call_python(PyErr_SetString, PyExc_ValueError, "expected lists of one length");
+    return false;
+}
+
+// The item, borrowed; null where there is no list.
+inline PyObject* item(PyObject* list, Py_ssize_t i) {
+    return list == Py_None ? nullptr : PyList_GetItem(list, i);
+}
+
+// Puts an item into a list, which owns it then too.
+inline bool put(PyObject* list, Py_ssize_t i, PyObject* x) {
+    return call_python(PyList_SetItem, list, i, Py_NewRef(x)) == 0;
+}
+
+inline PyObject* list_of(const std::vector<Py_ssize_t>& numbers) {
+    OwnedList found;
+    for (Py_ssize_t number : numbers) {
+        Owned x(call_python(PyLong_FromSsize_t, number));
+        if (!found || !x || !found.append(x)) return nullptr;
+    }
+    return Py_NewRef(found);
+}
 
 // Holds other threads off an object while it is walked, where no global lock does.
 class Locked {

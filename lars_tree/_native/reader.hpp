@@ -34,6 +34,10 @@ public:
         if (!find_fields(fields)) return false;
         if (tensors == Py_None) return true;
         PyObject* capsule;
+        if (!PyTuple_Check(tensors)) {
+            call_python(PyErr_SetString, PyExc_TypeError, "expected a tuple or None as tensors");
+            return false;
+        }
         if (!PyArg_ParseTuple(tensors, "OOOOOO", &capsule, &untyped_storage, &nbytes, &resizable,
                               &storage_offset, &is_neg)) {
             return false;
@@ -57,17 +61,19 @@ public:
 
     // Reads a rule; false where the kernel does not do what it asks for.
     bool read_rule(PyObject* fields, Rule& rule) const {
+        if (!PyTuple_Check(fields) || PyTuple_Size(fields) != field_count) {
+            call_python(PyErr_SetString, PyExc_TypeError, "expected a rule, a tuple of its fields");
+            return false;
+        }
         for (const auto& number : numbers) {
             PyObject* x = PyTuple_GetItem(fields, number.place);
-            if (!x || !PyFloat_Check(x)) return false;
+            if (!PyFloat_Check(x)) return false;
             rule.*number.field = PyFloat_AsDouble(x);
         }
         for (const auto& flag : flags) {
             rule.*flag.field = PyTuple_GetItem(fields, flag.place) == Py_True;
         }
-        PyObject* choice = PyTuple_GetItem(fields, nonfinite);
-        if (!choice) return false;
-        rule.must_be_finite = PyUnicode_CompareWithASCIIString(choice, "propagate") != 0;
+        rule.must_be_finite = !is_text(PyTuple_GetItem(fields, nonfinite), "propagate");
         return PyTuple_GetItem(fields, layer_axis) == Py_None &&
                PyTuple_GetItem(fields, axis_name) == Py_None &&
                PyTuple_GetItem(fields, stop_gradients) == Py_True;
@@ -229,16 +235,20 @@ private:
         layer_axis = place_of("layer_axis", names);
         axis_name = place_of("axis_name", names);
         stop_gradients = place_of("stop_gradients", names);
+        field_count = PyTuple_Size(names);
         return !PyErr_Occurred();
     }
 
     static Py_ssize_t place_of(const char* name, PyObject* names) {
         for (Py_ssize_t i = 0; i < PyTuple_Size(names); ++i) {
-            PyObject* other = PyTuple_GetItem(names, i);
-            if (PyUnicode_CompareWithASCIIString(other, name) == 0) return i;
+            if (is_text(PyTuple_GetItem(names, i), name)) return i;
         }
         call_python([name] { PyErr_Format(PyExc_ValueError, "a rule has no field %s", name); });
         return -1;
+    }
+
+    static bool is_text(PyObject* x, const char* text) {
+        return PyUnicode_Check(x) && PyUnicode_CompareWithASCIIString(x, text) == 0;
     }
 
     template <class Type>
@@ -261,7 +271,7 @@ private:
                             {"joint_norm", &Rule::joint_norm, 0},
                             {"nesterov", &Rule::nesterov, 0},
                             {"maximize", &Rule::maximize, 0}};
-    Py_ssize_t nonfinite = 0, layer_axis = 0, axis_name = 0, stop_gradients = 0;
+    Py_ssize_t nonfinite = 0, layer_axis = 0, axis_name = 0, stop_gradients = 0, field_count = 0;
 
     OwnedList kept;  // owns what the pointers below point to
     PyObject *types = nullptr, *make_new = nullptr, *copy_of = nullptr, *as_bits = nullptr;

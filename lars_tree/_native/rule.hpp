@@ -175,6 +175,8 @@ inline bool prove_finite(const Layer& layer, Number w, Number dcdw, double veloc
     if (!rule.is_joint()) gradient = gradient + Number(rule.decay_lambda) * w;
     const Number rate = Number(rule.lr) * trust_ratio(w, dcdw, rule) * Number(1 - rule.dampening);
     const double step = rounded(rate * gradient), slack = 1.001;
+    // Beyond the range of double it makes infinite or NaN what in exact numbers is neither.
+    if (!(rounded(rate * Number(rule.decay_lambda)) < limit(float64))) return false;
     double moved_by = step;
     if (layer.velocity) {
         const double velocity = rule.momentum * velocity_most + step;

@@ -47,8 +47,8 @@ struct Counter {
     char padding[56];  // no two counters in one line of the cache
 };
 
-// How a layer is stepped; the addition matters with joint_norm.
-struct How {
+// What a layer is stepped by; the addition matters with joint_norm.
+struct Terms {
     Coefficients by;
     Addition addition;
 };
@@ -63,7 +63,7 @@ struct Progress {
     std::atomic<bool> ready{false};
     std::once_flag is_joining;
     double sum_exponent = 0;
-    How how;
+    Terms terms;
 };
 
 class Step {
@@ -99,14 +99,14 @@ public:
     void work(std::size_t thread) noexcept {
         DefaultFloats guard;
         for (std::size_t i = 0; i < large.size(); ++i) {
-            share(large[i], progress[i], thread);
+            step_in_chunks(large[i], progress[i], thread);
         }
         const std::size_t batch = 8;
         for (std::size_t start; (start = next_small.fetch_add(batch)) < small.size();) {
             const std::size_t end = std::min(start + batch, small.size());
             for (std::size_t i = start; i < end; ++i) {
                 if (i + 2 < small.size()) prefetch(layers[small[i + 2]]);
-                alone(small[i], thread);
+                step_whole(small[i], thread);
             }
         }
     }
@@ -173,10 +173,20 @@ private:
         return found;
     }
 
-    How how_of(const Layer& layer, const Norms& known) const {
-        How how = {coefficients(layer, known), {}};
-        if (layer.rule->is_joint()) how.addition = addition(*layer.rule, known.sum_exponent);
-        return how;
+    Terms terms_of(const Layer& layer, const Norms& known) const {
+        Terms terms = {coefficients(layer, known), {}};
+        if (layer.rule->is_joint()) terms.addition = addition(*layer.rule, known.sum_exponent);
+        return terms;
+    }
+
+    // The same as by the norms, which are kept only where the second pass comes later.
+    Terms terms_of(const Layer& layer, const Sums* of_chunks, double sum_exponent) const {
+        if (!is_short(layer) || layer.rule->is_joint()) {
+            return terms_of(layer, norms_of(layer, of_chunks, sum_exponent));
+        }
+        const double w = std::sqrt(sum(weights(layer), of_chunks, &Sums::w).high);
+        const double dcdw = std::sqrt(sum(gradients(layer), of_chunks, &Sums::dcdw).high);
+        return {coefficients<double>(w, dcdw, *layer.rule), {}};
     }
 
     double sum_exponent_of(const Layer& layer) const {
@@ -184,18 +194,22 @@ private:
         return sum_exponent(loops, weights(layer), gradients(layer), *layer.rule);
     }
 
-    void alone(std::size_t index, std::size_t thread) {
+    void step_whole(std::size_t index, std::size_t thread) {
         const Layer& layer = layers[index];
-        Norms here = {}, &known = norms ? norms[index] : here;
-        if (phases != Phases::apply && needs_norms(layer)) {
-            Sums of_chunks[whole / smallest_chunk];
-            const double exponent = sum_exponent_of(layer);
-            for (std::size_t i = 0; i < chunks(layer.size); ++i) {
-                of_chunks[i] = sum_chunk(layer, i, exponent, thread);
-            }
-            known = norms_of(layer, of_chunks, exponent);
+        if (phases == Phases::apply || !needs_norms(layer)) {
+            apply(layer, terms_of(layer, norms ? norms[index] : Norms{}), 0, layer.size);
+            return;
         }
-        if (phases != Phases::norms) apply(layer, how_of(layer, known), 0, layer.size);
+        Sums of_chunks[whole / smallest_chunk];
+        const double exponent = sum_exponent_of(layer);
+        for (std::size_t i = 0; i < chunks(layer.size); ++i) {
+            of_chunks[i] = sum_chunk(layer, i, exponent, thread);
+        }
+        if (phases == Phases::norms) {
+            norms[index] = norms_of(layer, of_chunks, exponent);
+        } else {
+            apply(layer, terms_of(layer, of_chunks, exponent), 0, layer.size);
+        }
     }
 
     Sums sum_chunk(const Layer& layer, std::size_t i, double exponent, std::size_t thread) {
@@ -219,30 +233,32 @@ private:
         return found;
     }
 
-    void share(std::size_t index, Progress& now, std::size_t thread) {
+    void step_in_chunks(std::size_t index, Progress& now, std::size_t thread) {
         const Layer& layer = layers[index];
         const std::size_t count = chunks(layer.size), chunk = chunk_size(layer.size);
-        How how;
+        Terms terms;
         if (phases == Phases::apply || !needs_norms(layer)) {
-            how = how_of(layer, norms ? norms[index] : Norms{});
+            terms = terms_of(layer, norms ? norms[index] : Norms{});
         } else {
             std::call_once(now.is_joining, [&] { now.sum_exponent = sum_exponent_of(layer); });
             const auto sum_one = [&](std::size_t start, std::size_t, std::size_t i) {
                 sums[start + i] = sum_chunk(layer, start + i, now.sum_exponent, thread);
                 if (now.summed.fetch_add(1) + 1 < count) return;
-                const Norms known = norms_of(layer, sums.data(), now.sum_exponent);
-                if (norms) norms[index] = known;
-                now.how = how_of(layer, known);
+                if (phases == Phases::norms) {
+                    norms[index] = norms_of(layer, sums.data(), now.sum_exponent);
+                } else {
+                    now.terms = terms_of(layer, sums.data(), now.sum_exponent);
+                }
                 now.ready.store(true, std::memory_order_release);
             };
             for_chunks(now.to_sum.get(), count, thread, sum_one);
             while (!now.ready.load(std::memory_order_acquire)) std::this_thread::yield();
-            how = now.how;
+            terms = now.terms;
         }
         if (phases == Phases::norms) return;
         const auto apply_chunk = [&](std::size_t start, std::size_t length, std::size_t i) {
             const std::size_t first = (start + length - 1 - i) * chunk;
-            apply(layer, how, first, std::min(chunk, layer.size - first));
+            apply(layer, terms, first, std::min(chunk, layer.size - first));
         };
         for_chunks(now.to_apply.get(), count, thread, apply_chunk);
     }
@@ -259,10 +275,10 @@ private:
         }
     }
 
-    void apply(const Layer& layer, const How& how, std::size_t start, std::size_t size) const {
+    void apply(const Layer& layer, const Terms& terms, std::size_t start, std::size_t size) const {
         const char *w = weights(layer).at(start), *dcdw = gradients(layer).at(start);
-        if (!how.by.along_total) {
-            apply(layer, w, dcdw, layer.dcdw_format, how.by, start, size);
+        if (!terms.by.along_total) {
+            apply(layer, w, dcdw, layer.dcdw_format, terms.by, start, size);
             return;
         }
         double total[block];
@@ -270,8 +286,8 @@ private:
             const std::size_t length = std::min(block, size - i);
             w = weights(layer).at(start + i);
             dcdw = gradients(layer).at(start + i);
-            loops.join[layer.w_format][layer.dcdw_format](w, dcdw, total, length, how.addition);
-            apply(layer, w, total, float64, how.by, start + i, length);
+            loops.join[layer.w_format][layer.dcdw_format](w, dcdw, total, length, terms.addition);
+            apply(layer, w, total, float64, terms.by, start + i, length);
         }
     }
 

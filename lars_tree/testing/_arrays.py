@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lars_tree import _backends, _tree, errors
-from lars_tree.array import unwrap
+from lars_tree._core.wrapper import unwrap
 
 Array = np.ndarray[Any, Any]
 

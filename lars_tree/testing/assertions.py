@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lars_tree import _backends, _show, _tree, errors
-from lars_tree.array import unwrap
+from lars_tree._core.wrapper import unwrap
 from lars_tree.errors import Line
 from lars_tree.testing import _arrays, _ulp
 from lars_tree.testing._arrays import Array

@@ -14,7 +14,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from lars_tree import _backends, _tree, errors
-from lars_tree.array import unwrap
+from lars_tree._core.wrapper import unwrap
 from lars_tree.testing import _arrays, _exact
 from lars_tree.testing.assertions import assert_close_ulp, assert_identical, differences
 from lars_tree.testing.trees import shuffled

@@ -1,5 +1,6 @@
-// Checks of kernel.hpp, without Python: nothing beyond an array is touched, inputs stay as they
-// are, and neither the instruction set nor threads change a bit. Stops at the first difference.
+// Checks of step.hpp, without Python: nothing beyond an array is touched, inputs stay as they are,
+// and neither the instruction set nor threads change a bit, nor whether both phases are run in one.
+// What norms prove of the results is true. Stops at the first difference.
 //
 //     g++ -std=c++17 -O2 -ffp-contract=off -pthread -I lars_tree/_native tests/native/harness.cpp
 //     ./a.out [quick]
@@ -82,18 +83,18 @@ private:
 };
 
 // lr, decay_lambda, trust_coefficient, eps, grad_scale, adapt, trust_clip;
-// momentum, rate, nesterov, maximize; joint_norm, dampening
+// momentum, rate, nesterov, maximize; joint_norm, dampening, must_be_finite
 const Rule rules[] = {
-    {0.1, 0, 1, 0, 1, true, false, 0.9, 1, false, false, false, 0},
-    {0.1, 1e-2, 1, 1e-8, 1024, true, false, 0.9, 1, true, false, false, 0.5},
-    {0.1, 0.5, 3, 0, 1, true, true, 0.5, 0.1, false, true, false, 0},
-    {1e-3, 0, 1, 0, 1, false, false, 0.9, 3, true, true, false, 0.25},
-    {1e-3, 1e-2, 1, 0, 1, false, false, 1, 1, false, false, true, 0},
-    {1e-300, 0, 1e-5, 0, 1e-280, true, false, 0, 1, true, false, false, 0},
-    {1e300, 1e-200, 1e-280, 0, 1, true, false, 1e-300, 1e290, true, true, false, 0},
-    {0.1, 0.1, 1, 0, 1, true, false, 0.9, 1, false, false, true, 0},
-    {10, 0.3, 1, 0, 3, true, true, 0.9, 1, true, true, true, 0.5},
-    {1e-3, 1e-200, 1, 0, 1e-280, true, false, 0, 1, false, false, true, 0},
+    {0.1, 0, 1, 0, 1, true, false, 0.9, 1, false, false, false, 0, true},
+    {0.1, 1e-2, 1, 1e-8, 1024, true, false, 0.9, 1, true, false, false, 0.5, true},
+    {0.1, 0.5, 3, 0, 1, true, true, 0.5, 0.1, false, true, false, 0, true},
+    {1e-3, 0, 1, 0, 1, false, false, 0.9, 3, true, true, false, 0.25, true},
+    {1e-3, 1e-2, 1, 0, 1, false, false, 1, 1, false, false, true, 0, true},
+    {1e-300, 0, 1e-5, 0, 1e-280, true, false, 0, 1, true, false, false, 0, true},
+    {1e300, 1e-200, 1e-280, 0, 1, true, false, 1e-300, 1e290, true, true, false, 0, true},
+    {0.1, 0.1, 1, 0, 1, true, false, 0.9, 1, false, false, true, 0, true},
+    {10, 0.3, 1, 0, 3, true, true, 0.9, 1, true, true, true, 0.5, true},
+    {1e-3, 1e-200, 1, 0, 1e-280, true, false, 0, 1, false, false, true, 0, true},
 };
 const std::size_t rule_count = sizeof rules / sizeof rules[0];
 
@@ -103,6 +104,33 @@ std::vector<InstructionSet> instruction_sets() {
         sets.push_back(static_cast<InstructionSet>(set));
     }
     return sets;
+}
+
+// Both phases in one, or one after the other.
+enum Way { at_once, by_norms };
+
+void step_layers(const std::vector<Layer>& layers, std::size_t threads, InstructionSet set,
+                 Way way) {
+    if (way == at_once) return step(layers.data(), layers.size(), threads, set);
+    std::vector<Norms> norms(layers.size());
+    step(layers.data(), layers.size(), threads, set, Phases::norms, norms.data(), true);
+    std::vector<bool> finite;
+    for (std::size_t i = 0; i < layers.size(); ++i) {
+        finite.push_back(is_finite(layers[i], norms[i], set));
+        if (!finite[i] && prove_finite(layers[i], norms[i])) {
+            fail("layer %zu: a step with infinity or NaN is taken to be finite", i);
+        }
+    }
+    step(layers.data(), layers.size(), threads, set, Phases::apply, norms.data());
+    for (std::size_t i = 0; i < layers.size(); ++i) {
+        const Layer& layer = layers[i];
+        const Loops& loops = loops_for(set);
+        const Format moving = velocity_format(layer.w_format);
+        const bool is_now =
+            std::isfinite(loops.largest[layer.w_format](layer.out, layer.size)) &&
+            (!layer.velocity || std::isfinite(loops.largest[moving](layer.velocity, layer.size)));
+        if (is_now != finite[i]) fail("layer %zu: is_finite is wrong", i);
+    }
 }
 
 // ---- Arrays between guards
@@ -164,12 +192,13 @@ public:
         std::vector<char> w(w_numbers.bytes), dcdw(dcdw_numbers.bytes);
         step_one({w.data(), dcdw.data(), expected.data(),
                   moves ? expected_velocity.data() : nullptr, size, w_format, dcdw_format, &rule},
-                 no_set);
+                 no_set, at_once);
         for (InstructionSet set : instruction_sets()) {
             for (std::size_t offset = 0; offset < 64; offset += item) {
-                check(size, rule, moves, set, offset, "neither");
-                check(size, rule, moves, set, offset, "w");
-                if (w_format == dcdw_format) check(size, rule, moves, set, offset, "dcdw");
+                const Way way = offset / item % 2 ? by_norms : at_once;
+                check(size, rule, moves, set, offset, "neither", way);
+                check(size, rule, moves, set, offset, "w", way);
+                if (w_format == dcdw_format) check(size, rule, moves, set, offset, "dcdw", way);
             }
         }
     }
@@ -177,10 +206,12 @@ public:
     static const std::size_t most = 256;
 
 private:
-    static void step_one(const Layer& layer, InstructionSet set) { step(&layer, 1, 1, set); }
+    static void step_one(const Layer& layer, InstructionSet set, Way way) {
+        step_layers({layer}, 1, set, way);
+    }
 
     void check(std::size_t size, const Rule& rule, bool moves, InstructionSet set,
-               std::size_t offset, const char* in_place) {
+               std::size_t offset, const char* in_place, Way way) {
         const std::size_t bytes = size * item_size(w_format);
         const std::size_t dcdw_bytes = size * item_size(dcdw_format);
         const std::size_t velocity_item = item_size(velocity_format(w_format));
@@ -196,7 +227,7 @@ private:
         char* velocity = velocity_room.put(velocity_numbers.bytes.data(), velocity_bytes,
                                            (offset + 3 * size) * velocity_item % 64);
         step_one({w, dcdw, out, moves ? velocity : nullptr, size, w_format, dcdw_format, &rule},
-                 set);
+                 set, way);
 
         const char* wrong = nullptr;
         if (!w_room.guards_are_untouched() || !dcdw_room.guards_are_untouched() ||
@@ -213,9 +244,10 @@ private:
             wrong = "another velocity than that of instruction set 0";
         }
         if (wrong) {
-            fail("%s: w %s, dcdw %s, size %zu, offset %zu, set %d, rule %d, out over %s, %s", wrong,
-                 names[w_format], names[dcdw_format], size, offset, static_cast<int>(set),
-                 static_cast<int>(&rule - rules), in_place, moves ? "momentum" : "no momentum");
+            fail("%s: w %s, dcdw %s, size %zu, offset %zu, set %d, rule %d, out over %s, %s, %s",
+                 wrong, names[w_format], names[dcdw_format], size, offset, static_cast<int>(set),
+                 static_cast<int>(&rule - rules), in_place, moves ? "momentum" : "no momentum",
+                 way == at_once ? "at once" : "in two phases");
         }
     }
 
@@ -284,7 +316,7 @@ public:
 
     // Steps all layers in this order, in place or not; then the weights are the new ones.
     void step(const std::vector<std::size_t>& order, bool in_place, std::size_t threads,
-              InstructionSet set) {
+              InstructionSet set, Way way) {
         std::vector<Layer> layers;
         for (std::size_t i : order) {
             const Spec& spec = specs[i];
@@ -293,7 +325,7 @@ public:
             layers.push_back({w[i].data(), dcdw[i].data(), result, moving, spec.size, spec.w_format,
                               spec.dcdw_format, &rules[spec.rule]});
         }
-        lars::step(layers.data(), layers.size(), threads, set);
+        step_layers(layers, threads, set, way);
         if (!in_place) w.swap(out);
     }
 
@@ -331,8 +363,8 @@ void check_threads(int steps, unsigned seed) {
         const std::size_t threads = thread_counts[i % 4];
         const bool in_place = random() % 2;
         std::shuffle(shuffled.begin(), shuffled.end(), random);
-        by_one.step(order, in_place, 1, best_set());
-        by_many.step(shuffled, in_place, threads, best_set());
+        by_one.step(order, in_place, 1, best_set(), at_once);
+        by_many.step(shuffled, in_place, threads, best_set(), i / 4 % 2 ? by_norms : at_once);
         for (std::size_t layer : order) {
             if (by_one.w[layer] != by_many.w[layer] || by_one.dcdw[layer] != by_many.dcdw[layer] ||
                 by_one.velocity[layer] != by_many.velocity[layer]) {

@@ -1,4 +1,4 @@
-"""No update of the kernel leaks a reference or memory, whether it succeeds, declines or raises.
+"""No step of the kernel leaks a reference or memory, whether it succeeds, declines or raises.
 
 Each case is called 10,000 times; then there are as many references to each object that it was given
 as before. Then it is called further, and the memory of the process does not grow with the calls.
@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from conftest import need
 from leaks import CALLS, check, expecting, giving, raising
+from native_steps import numpy_reader, stepped, taken
 
 from lars_tree import _native
 from lars_tree._rule import Rule
 
 
 def leaves(**changes):
-    """What one call of `update` takes; the last of three leaves has no weights."""
+    """What one step takes; the last of three leaves has no weights."""
     rule = Rule(0.1, 0.01, 1.0, 0.0, 1.0)
     made = SimpleNamespace(
         ws=[np.ones(5), np.ones((2, 3), np.complex64), None],
@@ -30,7 +31,6 @@ def leaves(**changes):
         types=(np.ndarray,),
         make=np.empty_like,
         copy=np.copy,
-        begin=None,
         tensors=None,
         as_bits=None,
     )
@@ -73,9 +73,8 @@ def in_place(**changes):
     return {"outs": changes["ws"], **changes}
 
 
-UPDATES = {
+STEPS = {
     "in place": (tuple, in_place),
-    "in place, with begin": (tuple, lambda: in_place(begin=lambda written: None)),
     "into new arrays": (tuple, dict),
     "into other arrays": (tuple, lambda: {"outs": [*leaves().ws[:2], None]}),
     "into the gradients": (tuple, lambda: into_gradients(np.ones(5), np.ones(5))),
@@ -105,21 +104,24 @@ UPDATES = {
     "as_bits gives another dtype": (None, lambda: with_bits(lambda x: x.view(np.uint8))),
     "make raises": (ValueError, lambda: {"make": raising}),
     "make raises for the second": (ValueError, lambda: {"make": make_vector}),
-    "begin raises": (ValueError, lambda: in_place(begin=raising)),
     "lists of several lengths": (ValueError, lambda: {"rules": []}),
     "no list": (TypeError, lambda: {"ws": ()}),
     "tensors are too few": (TypeError, lambda: {"tensors": (None,)}),
+    "tensors are no tuple": (TypeError, lambda: {"tensors": [None] * 6}),
     "no capsule": (ValueError, lambda: {"tensors": (None,) * 6}),
+    "no rule": (TypeError, lambda: {"rules": [list(Rule(0.1))] * 3}),
+    "a rule with fewer fields": (TypeError, lambda: {"rules": [(0.1,)] * 3}),
+    "an unknown choice": (tuple, lambda: {"rules": [Rule(0.1, nonfinite=5)] * 3}),
 }
 
 
-def check_update(expected, made, calls=CALLS):
+def check_step(expected, made, calls=CALLS, take=stepped):
     def call():
-        return _native.kernel.update(
-            *(made.ws, made.dcdws, made.outs, made.rules, made.velocities, made.counter),
-            *(made.make, made.copy, made.begin, made.types, made.tensors, made.as_bits),
-            *(1, _native.instruction_set),
+        reader = _native.kernel.Reader(
+            *(made.types, Rule._fields, made.make, made.copy, made.tensors, made.as_bits)
         )
+        columns = made.ws, made.dcdws, made.outs, made.rules, made.velocities
+        return take(reader, *columns, counter=made.counter)
 
     fails = isinstance(expected, type) and issubclass(expected, Exception)
     given = [*made.__dict__.values(), *made.types, *(made.tensors or ())]
@@ -131,10 +133,10 @@ def check_update(expected, made, calls=CALLS):
     check((expecting if fails else giving)(expected, call), given, calls)
 
 
-@pytest.mark.parametrize("name", UPDATES)
-def test_update_of_numpy_arrays_leaks_nothing(name):
-    expected, changes = UPDATES[name]
-    check_update(expected, leaves(**changes()))
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_of_numpy_arrays_leaks_nothing(name):
+    expected, changes = STEPS[name]
+    check_step(expected, leaves(**changes()))
 
 
 # ---- Momentum
@@ -181,7 +183,6 @@ def empty():
 
 MOMENTUM = {
     "in place": (tuple, moving),
-    "in place, with begin": (tuple, lambda: moving(begin=lambda written: None)),
     "into new arrays": (tuple, into_new),
     "into other arrays": (tuple, lambda: moving(outs=[*leaves().ws[:2], None])),
     "weights that are kept": (tuple, lambda: kept(np.zeros(5))),
@@ -205,11 +206,10 @@ MOMENTUM = {
     "a counter of two": (None, lambda: counting(np.zeros(2, np.int64))),
     "a counter without a buffer": (None, lambda: counting(object())),
     "copy gives no array": (None, lambda: into_new(copy=lambda velocity: "five")),
-    "copy gives another dtype": (None, lambda: into_new(copy=lambda x: x.astype(np.float32))),
+    "copy gives another dtype": (None, lambda: into_new(copy=lambda x: x.real.astype(np.float32))),
     "copy gives a read-only array": (None, lambda: into_new(copy=lambda x: frozen(x.copy()))),
     "copy raises": (ValueError, lambda: into_new(copy=raising)),
     "copy raises for the second": (ValueError, lambda: into_new(copy=copy_vector)),
-    "begin raises": (ValueError, lambda: counting(number(), begin=raising)),
     "lists of several lengths": (ValueError, lambda: moving(velocities=[np.zeros(5)])),
     "no list": (ValueError, lambda: moving(velocities=())),
 }
@@ -218,7 +218,7 @@ MOMENTUM = {
 @pytest.mark.parametrize("name", MOMENTUM)
 def test_momentum_leaks_nothing(name):
     expected, changes = MOMENTUM[name]
-    check_update(expected, leaves(**changes()))
+    check_step(expected, leaves(**changes()))
 
 
 # ---- Tensors
@@ -231,7 +231,7 @@ def tensor_leaves(**changes):
     if _EXCHANGE is None:
         pytest.skip("this torch has no exchange of tensors")
     ws, dcdws = ([torch.ones(5), torch.ones(2, 3), None] for _ in range(2))
-    changes = {k: v(torch) if k != "begin" else v for k, v in changes.items()}
+    changes = {k: v(torch) for k, v in changes.items()}
     made = {"ws": ws, "dcdws": dcdws, "types": PLAIN_TYPES}
     made |= {"make": torch.empty_like, "copy": torch.clone}
     return leaves(**{"tensors": _EXCHANGE, **made, **changes})
@@ -256,19 +256,17 @@ TENSORS = {
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_update_of_tensors_leaks_nothing(name):
+def test_a_step_of_tensors_leaks_nothing(name):
     expected, changes = TENSORS[name]
     # What torch refuses has the C++ stack in its message, which takes long.
     calls = 200 if name in ("sparse", "meta") else CALLS
-    check_update(expected, tensor_leaves(**changes), calls)
+    check_step(expected, tensor_leaves(**changes), calls)
 
 
-def test_update_of_tensors_in_place_leaks_nothing():
+def test_a_step_of_tensors_in_place_leaks_nothing():
     made = tensor_leaves(ws=lambda torch: [foreign(torch), torch.ones(2, 3), None])
     made.outs = made.ws
-    check_update(tuple, made)
-    made.begin = raising
-    check_update(ValueError, made)
+    check_step(tuple, made)
 
 
 def tensor_velocities(torch):
@@ -287,12 +285,88 @@ TENSOR_MOMENTUM = {
 @pytest.mark.parametrize("name", TENSOR_MOMENTUM)
 def test_momentum_of_tensors_leaks_nothing(name):
     expected, changes = TENSOR_MOMENTUM[name]
-    check_update(expected, tensor_leaves(**{"velocities": tensor_velocities, **changes}))
+    check_step(expected, tensor_leaves(**{"velocities": tensor_velocities, **changes}))
 
 
 def test_momentum_of_tensors_in_place_leaks_nothing():
     made = tensor_leaves(velocities=tensor_velocities, counter=lambda torch: number())
     made.outs = made.ws
     made.velocities[0] = foreign(need("torch"))
-    check_update(tuple, made)
+    check_step(tuple, made)
     assert made.counter > CALLS
+
+
+# ---- Plans
+
+
+def in_two_phases(*columns, **options):
+    """Everything that a plan can be asked."""
+    plan, news = taken(*columns, **options)
+    norms = plan.norms(bounds=True)
+    assert len(norms) == 64 * len(plan.places)
+    assert plan.nonfinite(norms) == []
+    assert plan.must_be_finite is False
+    assert len(plan.written) <= len(plan.spans())
+    assert not plan.overlaps([(1, 2)], [(2, 3)])
+    plan.apply(norms)
+    return news
+
+
+@pytest.mark.parametrize("changes", [moving, into_new, lambda: counting(number())])
+def test_the_two_phases_leak_nothing(changes):
+    check_step(tuple, leaves(**changes()), take=in_two_phases)
+
+
+PLAN_ERRORS = {
+    "norms of another size": (ValueError, lambda plan: plan.apply(bytearray(8))),
+    "no norms": (ValueError, lambda plan: plan.apply(bytes(128))),
+    "norms of nothing": (ValueError, lambda plan: plan.nonfinite(None)),
+    "no reader": (TypeError, lambda plan: _native.plan().prepare(None, [], [], [], [])),
+    "no list of places": (
+        TypeError,
+        lambda plan: _native.plan().prepare(numpy_reader(), [], [], [], [], places=(1,)),
+    ),
+    "no number as a place": (
+        TypeError,
+        lambda plan: _native.plan().prepare(
+            numpy_reader(), [None], [None], None, [None], places=["1"]
+        ),
+    ),
+    "a place that is not there": (
+        IndexError,
+        lambda plan: _native.plan().prepare(numpy_reader(), [], [], [], [], places=[1]),
+    ),
+    "nowhere for velocities": (
+        ValueError,
+        lambda plan: _native.plan().prepare(numpy_reader(), [], [], None, [], [], []),
+    ),
+    "no pairs of addresses": (TypeError, lambda plan: plan.overlaps([5])),
+    "no addresses": (TypeError, lambda plan: plan.overlaps([("a", "b")])),
+    "no list of spans": (TypeError, lambda plan: plan.overlaps(((1, 2),))),
+    "no truth value": (ValueError, lambda plan: plan.norms(np.ones(2))),
+    "no number of threads": (TypeError, lambda plan: type(plan)("1", 0)),
+    "a rule without names": (ValueError, lambda plan: new_reader(fields=())),
+    "names that are none": (ValueError, lambda plan: new_reader(fields=tuple(range(17)))),
+    "no types": (TypeError, lambda plan: new_reader(types=[np.ndarray])),
+    **{
+        f"a rule without {name}": (ValueError, lambda plan, name=name: new_reader(without(name)))
+        for name in Rule._fields
+    },
+}
+
+
+def new_reader(fields=Rule._fields, types=(np.ndarray,)):
+    return _native.kernel.Reader(types, fields)
+
+
+def without(name):
+    return tuple(x for x in Rule._fields if x != name)
+
+
+@pytest.mark.parametrize("name", PLAN_ERRORS)
+def test_what_a_plan_or_reader_refuses_leaks_nothing(name):
+    error, call = PLAN_ERRORS[name]
+    w, g = [np.ones(5), np.ones(3)], [np.ones(5), np.ones(3)]
+    plan, _ = taken(numpy_reader(), w, g, w, [Rule(0.1)] * 2)
+    check(expecting(error, lambda: call(plan)), [plan, *w, *g], CALLS // 5)
+    assert all((x == 1).all() for x in w)

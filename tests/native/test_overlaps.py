@@ -13,7 +13,8 @@ import pytest
 from conftest import CI, need
 from numpy.lib.stride_tricks import as_strided
 
-from lars_tree import OutError, native_available, update
+from lars_tree import OutError, native_available
+from lars_tree._core.advance import advance
 from lars_tree._rule import Rule
 
 BLOCKS = 10  # of cases, for tests that run in parallel
@@ -133,7 +134,7 @@ def run(case, buffer, view, copy, to_numpy):
 
     def step(w, dcdw, velocity, out=None):
         options = Rule(0.1, momentum=0.9, **case.options)._asdict()
-        new, state = update.advance(w, dcdw, out, options, velocity and {"velocity": velocity})
+        new, state = advance(w, dcdw, out, options, {"velocity": velocity} if velocity else None)
         return {"out": new, "velocity": state.get("velocity", {})}
 
     given = tree(case.w), tree(case.dcdw), tree(case.velocity)

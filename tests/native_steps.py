@@ -1,0 +1,49 @@
+"""Steps by the native engine alone, as the tests of the kernel take them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lars_tree import _native
+from lars_tree._backends.base import Columns, News
+from lars_tree._backends.numpy import as_bits
+from lars_tree._rule import Rule
+
+
+def numpy_reader(**changes: Any) -> Any:
+    """A reader of numpy arrays; `changes` are arguments of `Reader`."""
+    how = {"make": np.empty_like, "copy": np.copy, "as_bits": as_bits, **changes}
+    return _native.kernel.Reader((np.ndarray,), Rule._fields, **how)
+
+
+def news_for(columns: Columns) -> News | tuple[()]:
+    """Where the results go: nowhere else where there are `outs`."""
+    if columns.outs is not None:
+        return ()
+    return News(*(None if x is None else [None] * len(x) for x in columns[:5:4]))
+
+
+def taken(reader: Any, *columns: Any, counter: Any = None, threads: int = 1) -> Any:
+    """A plan with all leaves, and where the results are; None if one is not supported.
+
+    So it is if the counter is not, or if memory overlaps.
+    """
+    given = Columns(*columns)
+    plan, news = _native.kernel.Plan(threads, _native.instruction_set), news_for(given)
+    if counter is not None and not plan.count(counter):
+        return None
+    if plan.prepare(reader, *given[:5], *news) or plan.overlaps():
+        return None
+    return plan, tuple(news) or (given.outs, given.velocities)
+
+
+def stepped(reader: Any, *columns: Any, **options: Any) -> Any:
+    """The new weights and velocities; None if one leaf is not supported."""
+    found = taken(reader, *columns, **options)
+    if found is None:
+        return None
+    plan, news = found
+    plan.step()
+    return news
