@@ -46,6 +46,7 @@ class Share:
         self.plan: Plan | None = _native.plan()
         self.news = None if columns.outs is not None or measures else _nothing_yet(columns)
         self._parts: list[_Part] = []
+        self._counted: tuple[Backend, Any] | None = None
         first = next((x for x in columns.ws if x is not None), None)
         backend = None if takes_none else _backends.find(unwrap(first))
         places = [i for i in range(len(columns.ws)) if i not in without] if without else None
@@ -86,7 +87,10 @@ class Share:
     def count(self, counter: Any) -> bool:
         """Have the kernel add one to a counter when the step is taken; whether it can."""
         backend = _backends.find(counter)
-        return self.plan is not None and backend is not None and backend.count(self.plan, counter)
+        if self.plan is None or backend is None or not backend.count(self.plan, counter):
+            return False
+        self._counted = backend, counter
+        return True
 
     def overlaps(self, written: list[Span] | None = None, read: list[Span] | None = None) -> bool:
         """Whether memory that is written here is used twice, also by others.
@@ -110,6 +114,9 @@ class Share:
             return
         for part in self._parts:
             part.backend.announce(self.plan.written[part.written])
+        if self._counted is not None:
+            backend, counter = self._counted
+            backend.announce([counter])
 
     def measured(self) -> dict[int, Measured]:
         """What the steps are made of, by place: numbers of the libraries of the weights."""
