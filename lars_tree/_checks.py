@@ -49,11 +49,19 @@ def check(
     rows = with_operands(leaves)
     faults = ((row, _fault(row, same_shapes, words)) for row in rows)
     found = [(row.leaf.place, fault) for row, fault in faults if fault]
-    if not found:
-        pairs = _overlaps.shared(rows)
-        found = [(other.leaf.place, _shared(one, other, paths, words)) for one, other in pairs]
     _raise(found, paths, words)
     return rows
+
+
+def check_apart(rows: list[Row], paths: Paths, words: Words = WORDS) -> None:
+    """Raise where two arrays that are to be written to share memory: one kind of error, all paths.
+
+    Raises:
+        OutError: of the kind found first.
+    """
+    pairs = _overlaps.shared(rows)
+    found = [(other.leaf.place, _shared(one, other, paths, words)) for one, other in pairs]
+    _raise(found, paths, words)
 
 
 def check_weights(leaves: list[Any], paths: Paths) -> None:

@@ -299,7 +299,7 @@ def _nonfinite(value: Any, keep_history: bool) -> Any:
     if not _is(value, str) or value not in _NONFINITE:
         hint = errors.did_you_mean(value, _NONFINITE)
         raise _Unfit("'propagate', 'raise' or 'skip'" + hint)
-    return value
+    return _NONFINITE[_NONFINITE.index(value)]  # a str of numpy counts as an array
 
 
 def _axis(value: Any, keep_history: bool) -> int | None:

@@ -110,7 +110,9 @@ def test_errors_are_in_the_words_of_the_caller(fault):
     seen = []
     for words in (WORDS, WORDS_OF_TEST):
         with pytest.raises(LarsTreeError) as caught:
-            _checks.check(FAULTS[fault](), paths, same_shapes=fault != "shape", words=words)
+            shapes = fault != "shape"
+            rows = _checks.check(FAULTS[fault](), paths, same_shapes=shapes, words=words)
+            _checks.check_apart(rows, paths, words)
         seen.append(caught.value)
     expected, actual = seen
     terms, text = in_default_words(str(actual))
@@ -149,9 +151,9 @@ def test_the_torch_optimizer_has_its_own_words():
 
     def message(leaves, names):
         with pytest.raises(LarsTreeError) as caught:
-            _checks.check(
-                leaves, lambda: [(x,) for x in names], same_shapes=True, words=TORCH_WORDS
-            )
+            paths = [(x,) for x in names]
+            rows = _checks.check(leaves, lambda: paths, same_shapes=True, words=TORCH_WORDS)
+            _checks.check_apart(rows, lambda: paths, TORCH_WORDS)
         assert caught.value.paths == ((names[-1],),)
         return [caught.value.argument, *str(caught.value).splitlines()]
 

@@ -139,10 +139,14 @@ def test_a_fault_of_one_leaf_leaves_all_as_they_were(odd):
 def test_memory_is_compared_across_engines():
     """Here the last leaf is strided, and the others are dense."""
     base = np.ones((4, 4))
-    w = {"a": np.ones(4), "b": base[1], "c": base[:, 1]}
+    w, ones = {"a": np.ones(4), "b": base[1], "c": base[:, 1]}, np.ones(4)
     with pytest.raises(lars_tree.OutError, match="two leaves of out share memory") as caught:
-        lars_update(w, 1.0, 0.1, out=w)
+        lars_update(w, {"a": ones, "b": ones, "c": ones}, 0.1, out=w)
     assert caught.value.paths == (("c",),)
+    w = {"a": base[1], "b": base[:, 1], "c": base[::2, 1]}
+    with pytest.raises(lars_tree.OutError, match="two leaves of out share memory") as caught:
+        lars_update(w, {"a": ones, "b": ones, "c": ones[:2]}, 0.1, out=w)
+    assert sorted(caught.value.paths) == [("b",), ("c",)]  # c shares memory with b alone
     assert np.array_equal(base, np.ones((4, 4)))
     # An input of one leaf that is written to as another one is read before.
     w = {"a": np.arange(4.0), "b": strided(dense(np.float64))[0]}

@@ -7,7 +7,7 @@ import pytest
 import reference
 from conftest import need, to_numpy
 
-from lars_tree import Container, lars_update
+from lars_tree import Container, Lars, OutError, lars_update
 
 torch = need("torch")
 
@@ -120,6 +120,23 @@ def test_every_way_to_write_bumps_the_version(guard):
     lars_update({"w": w}, {"w": torch.ones(3)}, 0.1, out={"w": w}, nonfinite=guard)
     assert w._version > version
     assert w.tolist() == pytest.approx([0.9] * 3)
+
+
+def test_a_step_that_is_refused_bumps_no_version():
+    w = torch.ones(4)
+    opt = Lars(0.1)
+    state = opt.init([w, w])
+    written = [w, state["step"], state["skipped"], *state["velocity"]]
+    versions = [x._version for x in written]
+    with pytest.raises(OutError, match="share memory"):
+        opt.update([w, w], [w, w], state, out=[w, w])
+    assert [x._version for x in written] == versions
+
+
+def test_a_word_may_be_a_string_of_numpy():
+    w = torch.ones(2, 3).t()  # no fast engine takes it beside this gradient
+    new = lars_update(w, torch.full((3, 2), torch.inf), 0.1, nonfinite=np.str_("skip"))
+    assert torch.equal(new, w)
 
 
 def test_inference_tensors_are_updated():

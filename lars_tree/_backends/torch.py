@@ -191,10 +191,7 @@ class TorchBackend(ArraysBackend):
                 news.ws[place] = leaf_like(news.ws[place], columns.ws[place])
 
     def count(self, plan: Plan, counter: Tensor) -> bool:
-        if not _is_plain_counter(counter) or not plan.count(np.asarray(Address(counter, "i8"))):
-            return False
-        bump_versions([counter])
-        return True
+        return _is_plain_counter(counter) and plan.count(np.asarray(Address(counter, "i8")))
 
     def update(self, leaves: list[Leaf], writes: Writes) -> list[New]:
         news: list[Any] = [None] * len(leaves)

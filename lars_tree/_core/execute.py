@@ -89,6 +89,8 @@ def _execute(columns: Columns, caller: Caller, share: Share) -> Result:
     if share.overlaps(written, read) or _must_wait(share, [*(row.leaf for row in rows), *trusted]):
         share = Share(columns, takes_none=True)
         rows, trusted = checked(columns, caller, share.rest, share)
+    # All of them, now that there is no other leaf that they overlap with.
+    _checks.check_apart(rows, caller.paths, caller.words)
     _counters.check_apart(columns.counters, [row.leaf for row in rows], caller.paths)
     with _writing(share, rows, columns):
         writes = Writes(share.plan)
@@ -97,7 +99,8 @@ def _execute(columns: Columns, caller: Caller, share: Share) -> Result:
             _counters.count_in_place(columns.counters, taken, writes)
             for call in caller.last:
                 writes.then(call)
-            share.announce()
+            if writes.plan is not None:
+                share.announce()
             writes.make()
     return _result(share, results, taken)
 

@@ -47,6 +47,7 @@ class Share:
         self.plan: Plan | None = _native.plan()
         self.news = None if columns.outs is not None or measures else _nothing_yet(columns)
         self._parts: list[_Part] = []
+        self._counted: tuple[Backend, Any] | None = None
         self._shards: dict[Backend, Shards] = {}
         self._takes_none = takes_none
         found = (_backends.find(unwrap(x)) for x in columns.ws if x is not None)
@@ -89,7 +90,10 @@ class Share:
     def count(self, counter: Any) -> bool:
         """Have the kernel add one to a counter when the step is taken; whether it can."""
         backend = _backends.find(counter)
-        return self.plan is not None and backend is not None and backend.count(self.plan, counter)
+        if self.plan is None or backend is None or not backend.count(self.plan, counter):
+            return False
+        self._counted = backend, counter
+        return True
 
     def overlaps(self, written: list[Span] | None = None, read: list[Span] | None = None) -> bool:
         """Whether memory that is written here is used twice, also by others.
@@ -115,6 +119,9 @@ class Share:
             part.backend.announce(self.plan.written[part.written])
         for shards in self._shards.values():
             shards.announce()
+        if self._counted is not None:
+            backend, counter = self._counted
+            backend.announce([counter])
 
     def trust(self, leaves: list[Leaf]) -> list[Leaf]:
         """Take those of unchecked leaves that are spread over processes and look right."""
