@@ -32,7 +32,12 @@ def copied(columns):
 
 
 def bits(columns):
-    return [None if x is None else x.tobytes() for x in (*columns[0], *(columns[4] or ()))]
+    return [None if x is None else bits_of(x) for x in (*columns[0], *(columns[4] or ()))]
+
+
+def bits_of(x):
+    """The bits; those of a NaN, such as its sign, depend on the order of operands that meet."""
+    return np.where(x == x, x, np.nan).astype(x.dtype).tobytes()
 
 
 def column_of(w, g, rule, v=None):
