@@ -1,8 +1,9 @@
-"""The step over CPU memory, whichever library owns it: numpy views in, the same views out.
+"""The twin of the native engine: a step over numpy views of CPU memory, whichever library owns it.
 
-Plain arrays go to the native kernel, if it was built. What is here serves all others (strided, of
-another byte order, long double, rates with a shape) and gives the same bits: `_native/kernel.hpp`
-says how the numbers are made, and does the same operations in the same order. Norms: `norms.py`.
+It serves the arrays that the kernel does not support (strided, of another byte order, long double,
+rates with a shape), and all where it was not built. Each layer that the kernel does support is
+given to it. Both give the same bits: `_native/kernel.hpp` says how the numbers are made, and does
+the same operations in the same order. First come the norms (`norms.py`), then the step.
 
 Every product and sum is taken in double (in long double for long double), and rounded once into the
 dtype of the weights. A leaf is read in chunks, so that a step allocates nothing that grows with it.

@@ -1,9 +1,9 @@
-"""torch: CPU memory through `cpu.py`, accelerators by multi-tensor operations, autograd by arrays.
+"""torch: CPU memory by the native engine, accelerators by multi-tensor operations.
 
-Three ways, one formula. Plain tensors in CPU memory whose history is not asked for are stepped in
-place of their numpy views. Tensors on an accelerator are stepped many at a time, as `Tensors`, by
-`torch._foreach_*` operations, without waiting for the device. All else (history, torch.func,
-subclasses of Tensor, rates with a shape) goes leaf by leaf.
+Dense CPU tensors that need no autograd graph are read by the kernel; those that it does not support
+are updated through numpy views of their memory. Tensors on an accelerator are stepped many at a
+time, as `Tensors`, by `torch._foreach_*` operations, without waiting for the device. All else
+(autograd, torch.func, subclasses of Tensor, rates that are tensors with a shape) goes leaf by leaf.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The native kernel for CPU memory, where it was built: `kernel`, else None.
 
-kernel.hpp has the arithmetic and knows no Python, module.cpp binds it. Nothing depends on it but
-speed: `_backends/cpu.py` gives the same bits. LARS_TREE_NATIVE=0 in the environment turns it off.
+kernel.hpp has the arithmetic and knows no Python, plan.hpp binds it. Only speed depends on it:
+`_backends/cpu.py` gives the same bits. LARS_TREE_NATIVE=0 in the environment turns it off.
 """
 
 from __future__ import annotations
