@@ -14,7 +14,7 @@ from lars_tree import _backends, _nonfinite, errors
 from lars_tree._backends.base import Backend, Leaf, Values
 from lars_tree._core.advance import matched
 from lars_tree._core.execute import checked
-from lars_tree._core.share import Share
+from lars_tree._core.native import Native
 from lars_tree._core.wrapper import unwrap
 from lars_tree._rule import Measured, Rule
 from lars_tree._writes import Writes
@@ -37,10 +37,10 @@ def measure(
     one leaf at a time.
     """
     columns, caller = matched(w, dcdw, options)
-    share = Share(columns, measures=True)
-    leaves = [row.leaf for row in checked(columns, caller, share.rest)[0]]
+    native = Native(columns, measures=True)
+    leaves = [row.leaf for row in checked(columns, caller, native.rest)[0]]
     moving = [leaf for leaf in leaves if leaf.dcdw is not None]
-    found = share.measured()
+    found = native.measured()
     for backend, group in _nonfinite.by_backend(moving).items():
         places = (leaf.place for leaf in group)
         found |= zip(places, backend.measure(group), strict=True)

@@ -17,7 +17,7 @@ from lars_tree._torch_options import rule
 from lars_tree.errors import Path
 
 
-class Row(NamedTuple):
+class ParameterRow(NamedTuple):
     """One parameter, and where it is among the groups."""
 
     param: Tensor
@@ -40,7 +40,7 @@ class Rows:
     def __init__(self, groups: list[dict[str, Any]], grad_scale: Any) -> None:
         self.groups = groups
         self.grad_scale = grad_scale
-        self.all: list[Row] = []
+        self.all: list[ParameterRow] = []
         self.far: set[int] = set()
         self.first: list[int] = []
         self.can_wait = True

@@ -28,7 +28,7 @@ from lars_tree._core.execute import execute
 from lars_tree._options import CALLED_ELSEWHERE, check_names, with_hints
 from lars_tree._torch_groups import param_groups, refuse_flat, refuse_flattened_since
 from lars_tree._torch_messages import name_of
-from lars_tree._torch_rows import Row, Rows
+from lars_tree._torch_rows import ParameterRow, Rows
 from lars_tree.errors import LarsTreeError
 
 __all__ = ["Lars", "param_groups"]
@@ -334,5 +334,5 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
                     far.add(len(rows))
                 if is_first:
                     first.append(len(rows))
-                rows.append(Row(p, grad, buffer, rule, number, place))
+                rows.append(ParameterRow(p, grad, buffer, rule, number, place))
         return found

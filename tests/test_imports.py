@@ -52,7 +52,7 @@ LAYERS = [
     ["update"],
     ["_core.advance"],
     ["_core.execute"],
-    ["_core.share"],
+    ["_core.native"],
     ["_checks", "_compare", "_counters", "_nonfinite"],
     ["_overlaps"],
     ["_operands"],

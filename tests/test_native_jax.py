@@ -10,7 +10,7 @@ from conftest import CI, need
 
 from lars_tree import Array, BackendError, LeafError, ShapeError, _native, lars_update
 from lars_tree._core.advance import matched
-from lars_tree._core.share import Share
+from lars_tree._core.native import Native
 from lars_tree._core.wrapper import unwrap
 from lars_tree._options import DEFAULTS
 from lars_tree.optimizer import Lars
@@ -40,7 +40,7 @@ def arrays(dtype, seed):
 
 
 def share(w, g):
-    return Share(matched(w, g, {**DEFAULTS, "lr": 0.1})[0])
+    return Native(matched(w, g, {**DEFAULTS, "lr": 0.1})[0])
 
 
 def rest(w, g):

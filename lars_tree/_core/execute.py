@@ -1,10 +1,10 @@
 """One step of many arrays side by side. Knows no trees, and of the options the rules alone.
 
-prepare     the native engine takes the leaves that it supports          `Share`
+prepare     the native engine takes the leaves that it supports          `Native`
 check       all others, with every message; nothing was written so far   `_checks`
 overlap     of what is written with all else, whichever engine has it
 run         the results of the others, kept until they are written       `_backends`
-norms       of whole leaves, where processes hold parts of them          `Share`
+norms       of whole leaves, where processes hold parts of them          `Native`
 decide      what `nonfinite` asks for                                    `_nonfinite`
 write       all arrays, or none                                          `_writes`
 """
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from lars_tree import _backends, _checks, _counters, _memory, _nonfinite, _overlaps, errors
 from lars_tree._backends.base import FLOATING, Backend, Columns, Engine, Leaf, New, Values
 from lars_tree._core import locks
-from lars_tree._core.share import Share
+from lars_tree._core.native import Native
 from lars_tree._core.wrapper import rewrapped, unwrap
 from lars_tree._operands import Operand, Row
 from lars_tree._rule import Rule, is_zero
@@ -66,59 +66,61 @@ class Result(NamedTuple):
 
 def execute(columns: Columns, caller: Caller) -> Result:
     """Step all leaves, or raise and write nothing."""
-    share = Share(columns, without=caller.places)
-    if share.rest or caller.last or share.must_be_finite:
-        return _execute(columns, caller, share)
+    native = Native(columns, without=caller.places)
+    if native.rest or caller.last or native.must_be_finite:
+        return _execute(columns, caller, native)
     step = columns.counters.get("step")
-    if step is not None and not share.count(step):
-        return _execute(columns, caller, share)
-    if share.overlaps():
-        return _execute(columns, caller, Share(columns, takes_none=True))
-    share.announce()
-    with _writing(share, [], columns):
+    if step is not None and not native.count(step):
+        return _execute(columns, caller, native)
+    if native.overlaps():
+        return _execute(columns, caller, Native(columns, takes_none=True))
+    native.announce()
+    with _writing(native, [], columns):
         # Python handles signals when a native call is over: before this one, or after it.
-        share.step()
-    return _result(share, {}, True)
+        native.step()
+    return _result(native, {}, True)
 
 
-def _execute(columns: Columns, caller: Caller, share: Share) -> Result:
+def _execute(columns: Columns, caller: Caller, native: Native) -> Result:
     """The same where there is more to do than one call of the kernel."""
-    rows, trusted = checked(columns, caller, share.rest, share)
+    rows, trusted = checked(columns, caller, native.rest, native)
     written, read = _spans(rows, columns.counters)
     # Memory is compared in stretches here; the checks compare single elements.
-    if share.overlaps(written, read) or _must_wait(share, [*(row.leaf for row in rows), *trusted]):
-        share = Share(columns, takes_none=True)
-        rows, trusted = checked(columns, caller, share.rest, share)
+    if native.overlaps(written, read) or _must_wait(
+        native, [*(row.leaf for row in rows), *trusted]
+    ):
+        native = Native(columns, takes_none=True)
+        rows, trusted = checked(columns, caller, native.rest, native)
     # All of them, now that there is no other leaf that they overlap with.
     _checks.check_apart(rows, caller.paths, caller.words)
     _counters.check_apart(columns.counters, [row.leaf for row in rows], caller.paths)
-    with _writing(share, rows, columns):
-        writes = Writes(share.plan)
-        results, taken = _run(share, _overlaps.detach_inputs(rows) + trusted, caller, writes)
+    with _writing(native, rows, columns):
+        writes = Writes(native.plan)
+        results, taken = _run(native, _overlaps.detach_inputs(rows) + trusted, caller, writes)
         if columns.outs is not None:
             _counters.count_in_place(columns.counters, taken, writes)
             for call in caller.last:
                 writes.then(call)
             if writes.plan is not None:
-                share.announce()
+                native.announce()
             writes.make()
-    return _result(share, results, taken)
+    return _result(native, results, taken)
 
 
 def checked(
     columns: Columns,
     caller: Caller,
     places: list[int] | None = None,
-    share: Share | None = None,
+    native: Native | None = None,
 ) -> tuple[list[Row], list[Leaf]]:
     """The leaves at these places (None: all) that hold arrays, with nothing wrong with them.
 
-    And those that the engine of the caller answers for, or the share takes without a check.
+    And those that the engine of the caller answers for, or the native engine takes without a check.
     """
     leaves = _leaves(columns, caller, range(len(columns.ws)) if places is None else places)
     trusted = [] if caller.engine is None else caller.engine.trusted(leaves)
-    if share is not None:
-        trusted += share.trust([leaf for leaf in leaves if leaf.place not in caller.places])
+    if native is not None:
+        trusted += native.trust([leaf for leaf in leaves if leaf.place not in caller.places])
     if trusted:
         known = {leaf.place for leaf in trusted}
         leaves = [leaf for leaf in leaves if leaf.place not in known]
@@ -200,30 +202,30 @@ def _stretches(arrays: list[Operand]) -> list[Span]:
     return merged
 
 
-def _must_wait(share: Share, others: list[Leaf]) -> bool:
+def _must_wait(native: Native, others: list[Leaf]) -> bool:
     """Whether what others get decides on the step, and is not known when the kernel steps."""
-    guarded = share.must_be_finite or any(x.rule.nonfinite != "propagate" for x in others)
+    guarded = native.must_be_finite or any(x.rule.nonfinite != "propagate" for x in others)
     steps = [leaf for leaf in others if leaf.dcdw is not None]
     return guarded and any(leaf.backend.values(leaf.w) is not Values.HERE for leaf in steps)
 
 
-def _writing(share: Share, rows: list[Row], columns: Columns) -> AbstractContextManager[Any]:
+def _writing(native: Native, rows: list[Row], columns: Columns) -> AbstractContextManager[Any]:
     """Hold off updates of other threads that write to the same memory."""
     if columns.outs is None:
         return nullcontext()
-    return locks.writing(lambda: [*share.spans(), *_spans(rows, columns.counters)[0]])
+    return locks.writing(lambda: [*native.spans(), *_spans(rows, columns.counters)[0]])
 
 
 def _run(
-    share: Share, leaves: list[Leaf], caller: Caller, writes: Writes
+    native: Native, leaves: list[Leaf], caller: Caller, writes: Writes
 ) -> tuple[dict[int, New], Any]:
     """The results by place, and whether the step is taken: a bool, or an array of one.
 
     Those of leaves with an `out` are there when the writes are made.
     """
     steps = [leaf for leaf in leaves if leaf.dcdw is not None]
-    shards = share.take([leaf for leaf in steps if leaf.place not in caller.places])
-    guarded = share.must_be_finite or any(leaf.rule.nonfinite != "propagate" for leaf in steps)
+    shards = native.take([leaf for leaf in steps if leaf.place not in caller.places])
+    guarded = native.must_be_finite or any(leaf.rule.nonfinite != "propagate" for leaf in steps)
     results = dict(shards)
     if caller.engine is not None:
         taken_by_it = [leaf for leaf in steps if leaf.place in caller.engine.places]
@@ -237,19 +239,19 @@ def _run(
         results |= {leaf.place: new for leaf, new in zip(group, news, strict=True)}
     taken: Any = True
     if guarded:
-        writes.norms, bad = share.nonfinite()
+        writes.norms, bad = native.nonfinite()
         others = [leaf for leaf in leaves if leaf.place not in shards]
         guards, taken = _nonfinite.guard(others, results, caller.paths, caller.words, bad)
         results |= guards
     elif shards:
-        writes.norms = share.norms()
+        writes.norms = native.norms()
     if taken is False:
-        share.keep(writes)
+        native.keep(writes)
         writes.plan = None
     else:
-        if share.news is not None:
-            share.step(writes.norms)
-        share.copy(writes)
+        if native.news is not None:
+            native.step(writes.norms)
+        native.copy(writes)
     for leaf in leaves:
         if leaf.dcdw is None or (taken is False and leaf.place in shards):
             results[leaf.place] = _kept(leaf, writes)
@@ -267,19 +269,19 @@ def _kept(leaf: Leaf, writes: Writes) -> New:
     return New(leaf.out, leaf.velocity)
 
 
-def _result(share: Share, others: dict[int, New], taken: Any) -> Result:
+def _result(native: Native, others: dict[int, New], taken: Any) -> Result:
     """All results in the order of the leaves, in wrappers where the leaves were."""
-    columns = share.columns
-    if share.news is None:
+    columns = native.columns
+    if native.news is None:
         return Result(columns.outs or [], columns.velocities, taken)
-    share.finish()
-    ws, velocities = share.news
-    for place in share.rest:
+    native.finish()
+    ws, velocities = native.news
+    for place in native.rest:
         new = others.get(place, New(*columns.row(place)[::3]))  # no array: it stays as it is
         ws[place] = new.w
         if velocities is not None:
             velocities[place] = new.velocity
-    for place in share.odd:
+    for place in native.odd:
         w, _, _, velocity = columns.row(place)
         ws[place] = rewrapped(ws[place], w)
         if velocities is not None:

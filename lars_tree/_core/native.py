@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Span = tuple[int, int]
 
 
-class Share:
+class Native:
     """What the native engine takes of these columns.
 
     Attributes:
@@ -158,7 +158,7 @@ class Share:
         if any(is_joint(self.columns.rules[place]) for place in places):
             # The denominators are norms of sums: those of gradients alone are measured as well.
             rules = [rule._replace(joint_norm=False) for rule in self.columns.rules]
-            plan = Share(self.columns._replace(rules=rules), measures=True).plan
+            plan = Native(self.columns._replace(rules=rules), measures=True).plan
             rows[:, 1] = measured(plan)[:, 1] if plan is not None else np.nan
         found: dict[int, Measured] = {}
         ws = [unwrap(self.columns.ws[place]) for place in places]
