@@ -18,7 +18,7 @@ torch = need("torch")
 from test_torch_optimizer import same  # noqa: E402
 
 from lars_tree._backends.torch import BACKEND  # noqa: E402
-from lars_tree._core.native import Native  # noqa: E402
+from lars_tree._core import execute  # noqa: E402
 from lars_tree.torch import Lars  # noqa: E402
 
 FOLDER = str(Path(lars_tree.__path__[0]))
@@ -125,7 +125,7 @@ def test_no_fault_in_cpu_memory_leaves_half_a_step(steps, error, monkeypatch):
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr(Native, "announce", failing)
+        patched.setattr(execute, "_writing", failing)
         with pytest.raises(error):
             opt.step()
     assert equal(snapshot(params, opt), before)
