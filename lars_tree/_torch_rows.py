@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -16,16 +16,9 @@ from lars_tree._torch_messages import TORCH_WORDS, name_of
 from lars_tree._torch_options import rule
 from lars_tree.errors import Path
 
-
-class ParameterRow(NamedTuple):
-    """One parameter, and where it is among the groups."""
-
-    param: Tensor
-    grad: Tensor
-    buffer: Tensor | None
-    rule: Rule
-    group: int
-    place: int
+# One parameter, its gradient, buffer and rule, the number of its group, and its place there. There
+# is one for each parameter, and a tuple with names takes three times as long to make.
+ParameterRow = tuple[Tensor, Tensor, Tensor | None, Rule, int, int]
 
 
 class Rows:
@@ -58,11 +51,15 @@ class Rows:
         params, grads, buffers, rules = (list(xs) for xs in list(zip(*self.all, strict=True))[:4])
         return Columns(params, grads, params, rules, buffers, counters or {})
 
+    def new_buffers(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The parameters whose buffers are new, with these."""
+        return ((self.all[i][0], self.all[i][2]) for i in self.first)
+
     def leaves(self) -> list[Leaf]:
         """The same, each by itself."""
         return [
-            Leaf(i, row.param, row.grad, row.param, row.rule, BACKEND, row.buffer)
-            for i, row in enumerate(self.all)
+            Leaf(i, param, grad, param, rule, BACKEND, buffer)
+            for i, (param, grad, buffer, rule, *_) in enumerate(self.all)
         ]
 
     def caller(
@@ -71,10 +68,11 @@ class Rows:
         """What `execute` is to know besides; the foreach engine does not look at the values."""
         engine = None
         if self.far and all(group["nonfinite"] == "propagate" for group in self.groups):
-            one_by_one = all(self.groups[self.all[i].group]["foreach"] is False for i in self.far)
+            groups = {self.all[i][4] for i in self.far}
+            one_by_one = all(self.groups[number]["foreach"] is False for number in groups)
             engine = Foreach(self.far, one_by_one, found_inf)
         return Caller(self._paths, same_shapes=True, last=last, words=TORCH_WORDS, engine=engine)
 
     def _paths(self) -> list[Path]:
-        rows = ((self.groups[row.group], row.group, row.place) for row in self.all)
-        return [(name_of(*row),) for row in rows]
+        places = (row[4:] for row in self.all)
+        return [(name_of(self.groups[number], number, place),) for number, place in places]

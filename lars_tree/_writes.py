@@ -115,10 +115,11 @@ class Writes:
         done = [False]
         foreign = [(backend, backend.writers(pairs)) for backend, pairs in self._foreign.items()]
         writers = [write for _, writes in foreign for write in writes]
-        is_planned = self.plan is not None and bool(self.plan.spans())
-        others = bool(self._copies or is_planned or self._chunked or self._last)
+        others = bool(self._copies or self._chunked or self._last)
+        if writers and self.plan is not None:
+            others |= bool(self.plan.spans())
         held: list[Call] = []
-        if len(writers) + others > 1:  # a single one needs nothing to be put back
+        if writers and len(writers) + others > 1:  # a single one needs nothing to be put back
             for backend, pairs in self._foreign.items():
                 old = [(out, backend.copy(out, stop_gradients=True)) for out, _ in pairs]
                 held += backend.writers(old)

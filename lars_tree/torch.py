@@ -28,7 +28,7 @@ from lars_tree._core.execute import execute
 from lars_tree._options import CALLED_ELSEWHERE, check_names, with_hints
 from lars_tree._torch_groups import param_groups, refuse_flat, refuse_flattened_since
 from lars_tree._torch_messages import name_of
-from lars_tree._torch_rows import ParameterRow, Rows
+from lars_tree._torch_rows import Rows
 from lars_tree.errors import LarsTreeError
 
 __all__ = ["Lars", "param_groups"]
@@ -279,7 +279,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
     @contextmanager
     def _buffers_kept(self, found: Rows, is_taken: Callable[[], bool]) -> Iterator[None]:
         """Keep buffers that are new if the step is taken; or else the state is what it was."""
-        new = [found.all[i].param for i in found.first]
+        new = [p for p, _ in found.new_buffers()]
         unknown = [p for p in new if p not in self.state]
         try:
             self._keep_buffers(found)
@@ -293,8 +293,8 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
 
     def _keep_buffers(self, found: Rows) -> None:
         """Keep those that are new."""
-        for i in found.first:
-            self.state[found.all[i].param]["momentum_buffer"] = found.all[i].buffer
+        for p, buffer in found.new_buffers():
+            self.state[p]["momentum_buffer"] = buffer
 
     def _gather(self, grad_scale: Any, may_skip: bool = False) -> Rows:
         """The parameters to be stepped, with what their steps take."""
@@ -334,5 +334,5 @@ class Lars(Optimizer):  # type: ignore[misc]  # torch is not looked into
                     far.add(len(rows))
                 if is_first:
                     first.append(len(rows))
-                rows.append(ParameterRow(p, grad, buffer, rule, number, place))
+                rows.append((p, grad, buffer, rule, number, place))
         return found
