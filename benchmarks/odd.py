@@ -101,7 +101,7 @@ def _optimizer() -> Steps:
 
 
 def _jax() -> Steps:
-    """JAX arrays are immutable: making new ones is the least that a step does."""
+    """JAX arrays are immutable, so a step must at least make new ones."""
     import jax
     import jax.numpy as jnp
 

@@ -12,7 +12,7 @@ from lars_tree._backends.base import Facts, Kind, Leaf
 
 
 class Operand:
-    """An array with what its library says of it; or None, of which there is nothing to say."""
+    """An array and what its library reports about it; or None, for which nothing is reported."""
 
     fault: str | None = None
     # Of arrays without a fault.

@@ -1,7 +1,7 @@
 """Lars as a `torch.optim.Optimizer`, and the parameter groups that the recipes ask for.
 
-All parameters are stepped by one call of `execute`: those in CPU memory by the native engine, all
-others by multi-tensor operations that wait for no device. What options mean is in
+One call of `execute` steps all parameters: the native engine takes those in CPU memory, and
+multi-tensor operations, which do not wait for the device, take the others. What options mean is in
 `_torch_options.py`, what the parameters become in `_torch_rows.py`.
 """
 

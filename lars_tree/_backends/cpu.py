@@ -157,7 +157,7 @@ def _stepped(read: dict[str, Array], by: list[Any], exponent: int, rule: Rule) -
 
 
 def _takes(plan: Plan | None, arrays: dict[str, Array], rule: Rule) -> bool:
-    """Whether the native engine takes a layer: it is added to the plan then."""
+    """Add a layer to the plan if the native engine supports it; return whether it does."""
     if plan is None or "lr" in arrays:
         return False
     columns = [arrays["w"]], [arrays["dcdw"]], [arrays["out"]], [rule], [arrays.get("velocity")]

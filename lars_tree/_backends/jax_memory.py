@@ -22,7 +22,7 @@ _DTYPES = frozenset(
 )
 # JAX keeps memory that is aligned to this many bytes as it is, and copies other memory.
 _ALIGNMENT = 64
-# Shorter arrays are copied faster than aligned, in bytes.
+# In bytes: below this size, a copy is faster than allocating aligned memory.
 _LONG = 2**16
 
 

@@ -106,7 +106,7 @@ class Shards:
     def reduce(self, norms: bytearray) -> None:
         parts = [part for part in self._in_order() if part.leaf.rule.adapt]
         groups = _groups((part.leaf.w, part.leaf.rule.layer_axis) for part in parts)
-        # Shards without groups are whole layers: their norms stay as they are.
+        # A leaf that no other process has a part of is a whole layer: its norms are complete.
         shared = [(part.rows, some) for part, some in zip(parts, groups, strict=True) if some]
         places = [row for rows, _ in shared for row in rows]
         table = np.frombuffer(norms).reshape(-1, _ROW)
@@ -190,7 +190,7 @@ def _stack(x: Tensor, layer_axis: int | None) -> Tensor:
 
 
 def _readable(x: Tensor) -> Tensor:
-    """The tensor as the kernel can read each of its layers, in memory of its own if need be."""
+    """A tensor whose layers the kernel can read: a contiguous copy where x itself is not."""
     is_aligned = x.data_ptr() % x.element_size() == 0
     if type(x) in PLAIN_TYPES and x.is_contiguous() and is_aligned and not x.is_neg():
         return x

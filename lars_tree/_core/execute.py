@@ -19,13 +19,11 @@ from typing import Any, NamedTuple
 from lars_tree import _backends, _checks, _counters, _memory, _nonfinite, _overlaps, errors
 from lars_tree._backends.base import FLOATING, Backend, Columns, Engine, Leaf, New, Values
 from lars_tree._core import locks
-from lars_tree._core.native import Native
+from lars_tree._core.native import Native, Span
 from lars_tree._core.wrapper import rewrapped, unwrap
 from lars_tree._operands import Operand, Row
 from lars_tree._rule import Rule, is_zero
 from lars_tree._writes import Writes
-
-Span = tuple[int, int]  # the addresses of a stretch of memory: its start and end
 
 
 class Caller(NamedTuple):

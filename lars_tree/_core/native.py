@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
     from lars_tree._writes import Writes
 
-Span = tuple[int, int]
+Span = tuple[int, int]  # the addresses of a stretch of memory: its start and end
 
 
 class Native:

@@ -69,7 +69,8 @@ struct Progress {
 class Step {
 public:
     // `norms` has one item for each layer, which is written to by Phases::norms and read by
-    // Phases::apply. `bounds` asks for the largest magnitudes of velocities.
+    // Phases::apply. With `bounds`, Phases::norms also finds the largest magnitude of each
+    // velocity.
     Step(const Layer* layers, std::size_t count, std::size_t most_threads, InstructionSet set,
          Phases phases, Norms* norms, bool bounds)
         : layers(layers), loops(loops_for(set)), phases(phases), norms(norms), bounds(bounds) {
