@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 from lars_tree import _compare, _conversion, _paths, _pytrees, _show, _tree, errors
+from lars_tree._core.types import Flags, Numbers, T
 from lars_tree._operators import Arithmetic
 from lars_tree.errors import Path, PathAttributeError, PathKeyError, path_string
 from lars_tree.update import lars_update
@@ -157,14 +158,14 @@ class Container(Arithmetic, dict[Any, Any]):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (dict(self),)
 
-    def __or__(self, other: Any) -> Any:
+    def __or__(self, other: Any) -> Self:
         if not isinstance(other, Mapping):
             return NotImplemented
         new = self.copy()
         new.update(other)
         return new
 
-    def __ror__(self, other: Any) -> Any:
+    def __ror__(self, other: Any) -> Self:
         return type(self)(other) | self if isinstance(other, Mapping) else NotImplemented
 
     def __ior__(self, other: Any) -> Self:
@@ -308,7 +309,7 @@ class Container(Arithmetic, dict[Any, Any]):
         return {path_string(path): text for path, text in _compare.differences(self, other)}
 
     @_conversion.explained
-    def _operate(self, operation: Callable[..., Any], *operands: Any) -> Any:
+    def _operate(self, operation: Callable[..., Any], *operands: Any) -> Self:
         lead = self
         for other in operands:
             # Of two trees, one may be a prefix of the other.
@@ -321,7 +322,8 @@ class Container(Arithmetic, dict[Any, Any]):
         ]
         # The leaves of `lead` say where there is something; the operands are in their own order.
         results = _tree.map_leaves(lambda _, *values: operation(*values), lead, *columns)
-        return _tree.rebuild(lead, results, "one operand")
+        new: Self = _tree.rebuild(lead, results, "one operand")
+        return new
 
     @_conversion.explained
     def num_leaves(self) -> int:
@@ -348,16 +350,16 @@ class Container(Arithmetic, dict[Any, Any]):
         return _show.rich_tree(self)
 
     def lars_update(
-        self,
+        self: T,
         dcdw: Any,
-        lr: Any,
+        lr: Numbers,
         /,
         *,
-        decay_lambda: Any = 0,
-        stop_gradients: Any = True,
-        out: Any = None,
+        decay_lambda: Numbers = 0,
+        stop_gradients: Flags = True,
+        out: T | None = None,
         **options: Unpack[Options],
-    ) -> Self:
+    ) -> T:
         """Take one LARS step on every array: `lars_tree.lars_update` with self as `w`.
 
         >>> w = Container(kernel=np.array([3.0, 4.0]), bias=np.array([0.0]))
@@ -381,7 +383,7 @@ class Container(Arithmetic, dict[Any, Any]):
         Raises:
             LarsTreeError: as `lars_tree.lars_update` does; nothing was written then.
         """
-        return lars_update(  # type: ignore[no-any-return]
+        return lars_update(
             self,
             dcdw,
             lr,
