@@ -261,8 +261,7 @@ def _match(tree: Tree, prefix: Tree, found: list[Leaf], exact: bool) -> bool:
     kernel = _native.in_use()
     if kernel is None:
         return _match_in_python(tree, prefix, found, exact)
-    matched: bool = kernel.match(tree, prefix, found, exact, _KINDS, _kind, _match_in_python)
-    return matched
+    return kernel.match(tree, prefix, found, exact, _KINDS, _kind, _match_in_python)
 
 
 def _match_in_python(node: Tree, prefix: Tree, found: list[Leaf], exact: bool) -> bool:

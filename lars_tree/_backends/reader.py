@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch import Tensor
 from lars_tree import _native
 from lars_tree._backends.stand_ins import PLAIN_TYPES, is_watched
 from lars_tree._rule import Rule
+
+if TYPE_CHECKING:
+    from lars_tree._native._kernel import Reader
 
 
 def _exchange() -> tuple[Any, ...] | None:
@@ -21,8 +24,12 @@ def _exchange() -> tuple[Any, ...] | None:
 
 
 _EXCHANGE = _exchange()
-READER: Any = _EXCHANGE and _native.reader(
-    PLAIN_TYPES, Rule._fields, make=torch.empty_like, copy=torch.clone, tensors=_EXCHANGE
+READER = cast(
+    "Reader",  # where `may_read` says so
+    _EXCHANGE
+    and _native.reader(
+        PLAIN_TYPES, Rule._fields, make=torch.empty_like, copy=torch.clone, tensors=_EXCHANGE
+    ),
 )
 
 
