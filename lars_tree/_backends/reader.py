@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,13 +23,9 @@ def _exchange() -> tuple[Any, ...] | None:
     return capsule and (capsule, *methods, Tensor.storage_offset, Tensor.is_neg)
 
 
-_EXCHANGE = _exchange()
-READER = cast(
-    "Reader",  # where `may_read` says so
-    _EXCHANGE
-    and _native.reader(
-        PLAIN_TYPES, Rule._fields, make=torch.empty_like, copy=torch.clone, tensors=_EXCHANGE
-    ),
+_EXCHANGE: Any = _exchange()
+READER: Reader = _EXCHANGE and _native.reader(
+    PLAIN_TYPES, Rule._fields, make=torch.empty_like, copy=torch.clone, tensors=_EXCHANGE
 )
 
 
