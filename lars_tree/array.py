@@ -8,18 +8,18 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from math import prod
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 
 from lars_tree import _backends, _pytrees, errors
 from lars_tree._core.types import Flags, Numbers, T
 from lars_tree._core.wrapper import Wrapper, unwrap
 from lars_tree._operators import Arithmetic
+from lars_tree._options import Options, StepOptions
 from lars_tree.update import lars_update
 
 if TYPE_CHECKING:
-    from typing import Protocol, TypeVar, Unpack, overload
+    from typing import Protocol, TypeVar
 
-    from lars_tree._options import Options
     from lars_tree.container import Container
 
     Tree = TypeVar("Tree", bound=Container)
@@ -94,17 +94,26 @@ class Array(Wrapper, Arithmetic):
         """Where the elements live, as the library says it."""
         return getattr(self._data, "device", "cpu")
 
+    @overload
     def lars_update(
-        self: T,
+        self, dcdw: Any, lr: Numbers, /, *, out: None = None, **options: Unpack[StepOptions]
+    ) -> Self: ...
+    @overload
+    def lars_update(
+        self, dcdw: Any, lr: Numbers, /, *, out: T, **options: Unpack[StepOptions]
+    ) -> T: ...
+
+    def lars_update(
+        self,
         dcdw: Any,
         lr: Numbers,
         /,
         *,
         decay_lambda: Numbers = 0,
         stop_gradients: Flags = True,
-        out: T | None = None,
+        out: Any = None,
         **options: Unpack[Options],
-    ) -> T:
+    ) -> Any:
         """Take one LARS step on this array: `lars_tree.lars_update` with self as `w`.
 
         >>> Array(np.array([3.0, 4.0])).lars_update(np.array([0.4, 0.3]), 0.1, decay_lambda=0.1)

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self, Unpack, overload
 
 from lars_tree import _compare, _conversion, _paths, _pytrees, _show, _tree, errors
 from lars_tree._core.types import Flags, Numbers, T
 from lars_tree._operators import Arithmetic
+from lars_tree._options import Options, StepOptions
 from lars_tree.errors import Path, PathAttributeError, PathKeyError, path_string
 from lars_tree.update import lars_update
-
-if TYPE_CHECKING:
-    from typing import Unpack
-
-    from lars_tree._options import Options
 
 
 class Container(Arithmetic, dict[Any, Any]):
@@ -145,7 +141,7 @@ class Container(Arithmetic, dict[Any, Any]):
     @_conversion.explained
     def copy(self) -> Self:
         """A copy of all nodes that shares the leaves."""
-        return _tree.rebuild(self, _tree.leaves(self), "self")  # type: ignore[no-any-return]
+        return _tree.rebuild(self, _tree.leaves(self), "self")
 
     __copy__ = copy
 
@@ -194,8 +190,7 @@ class Container(Arithmetic, dict[Any, Any]):
         leaves, count = list(leaves), len(_tree.leaves(self))
         if len(leaves) != count:
             raise errors.StructureError(f"expected {count} leaves, got {len(leaves)}")
-        new: Self = _tree.rebuild(self, leaves, "self")
-        return new
+        return _tree.rebuild(self, leaves, "self")
 
     @_conversion.explained
     def to_flat(self, sep: str = "/") -> dict[str, Any]:
@@ -259,8 +254,7 @@ class Container(Arithmetic, dict[Any, Any]):
         ]
         results = _tree.map_leaves(fn, self, *columns, with_path=with_path)
         taken = [_conversion.taken("the result of fn", result, type(self)) for result in results]
-        new: Self = _tree.rebuild(self, taken, "self")
-        return new
+        return _tree.rebuild(self, taken, "self")
 
     @_conversion.explained
     def filter(self, pred: Callable[[Path, Any], Any], /) -> Self:
@@ -322,8 +316,7 @@ class Container(Arithmetic, dict[Any, Any]):
         ]
         # The leaves of `lead` say where there is something; the operands are in their own order.
         results = _tree.map_leaves(lambda _, *values: operation(*values), lead, *columns)
-        new: Self = _tree.rebuild(lead, results, "one operand")
-        return new
+        return _tree.rebuild(lead, results, "one operand")
 
     @_conversion.explained
     def num_leaves(self) -> int:
@@ -349,17 +342,26 @@ class Container(Arithmetic, dict[Any, Any]):
     def __rich__(self) -> Any:
         return _show.rich_tree(self)
 
+    @overload
     def lars_update(
-        self: T,
+        self, dcdw: Any, lr: Numbers, /, *, out: None = None, **options: Unpack[StepOptions]
+    ) -> Self: ...
+    @overload
+    def lars_update(
+        self, dcdw: Any, lr: Numbers, /, *, out: T, **options: Unpack[StepOptions]
+    ) -> T: ...
+
+    def lars_update(
+        self,
         dcdw: Any,
         lr: Numbers,
         /,
         *,
         decay_lambda: Numbers = 0,
         stop_gradients: Flags = True,
-        out: T | None = None,
+        out: Any = None,
         **options: Unpack[Options],
-    ) -> T:
+    ) -> Any:
         """Take one LARS step on every array: `lars_tree.lars_update` with self as `w`.
 
         >>> w = Container(kernel=np.array([3.0, 4.0]), bias=np.array([0.0]))

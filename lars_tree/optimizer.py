@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import Any, TypeVar, Unpack, overload
 
 import numpy as np
 
@@ -28,14 +28,10 @@ from lars_tree._core.advance import advance
 from lars_tree._core.types import Flags, Numbers, Rates, Schedule, T
 from lars_tree._core.wrapper import unwrap
 from lars_tree._floats import in_default_floats
+from lars_tree._options import SharedOptions
 from lars_tree._rule import is_zero
 from lars_tree.array import Array
 from lars_tree.container import Container
-
-if TYPE_CHECKING:
-    from typing import Unpack
-
-    from lars_tree._options import SharedOptions
 
 State = TypeVar("State", bound=dict[str, Any])
 
@@ -162,7 +158,6 @@ class Lars:
     def update(
         self, w: T, dcdw: Any, state: dict[str, Any], out: None = None
     ) -> tuple[T, Container]: ...
-
     @overload
     def update(self, w: T, dcdw: Any, state: State, out: T) -> tuple[T, State]: ...
 

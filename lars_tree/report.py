@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from itertools import islice
 from math import prod
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
+from typing import Any, Protocol, TypeVar, Unpack, overload
 
 import numpy as np
 
@@ -21,14 +21,10 @@ from lars_tree._core.wrapper import unwrap
 from lars_tree._history import TrustHistory, TrustRatioWarning, warn
 from lars_tree._layer_table import LayerTable
 from lars_tree._measure import fetch, layer_paths, measure, unreadable
+from lars_tree._options import Options, StepOptions
 from lars_tree._rule import Measured
 from lars_tree.array import Array
 from lars_tree.container import Container
-
-if TYPE_CHECKING:
-    from typing import Unpack
-
-    from lars_tree._options import Options, StepOptions
 
 Tree = TypeVar("Tree", bound=Container)
 

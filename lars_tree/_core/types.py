@@ -1,12 +1,22 @@
 """The types of arguments: what a checker of a user's code needs to know of options.
 
-Arrays are told by what they have, so that no library is imported. A `str` fits none of these types.
+Arrays are told by what they have, so that no library is imported. A `str` is none of these types, but
+for the names of mesh axes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any, Literal, Protocol, SupportsFloat, SupportsIndex, TypeAlias, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    Protocol,
+    SupportsFloat,
+    SupportsIndex,
+    TypeAlias,
+    TypeVar,
+)
 
 import numpy as np
 
@@ -31,12 +41,16 @@ class ListLike(Protocol[Child_co]):
     def __contains__(self, value: object, /) -> bool: ...
     def __getitem__(self, index: SupportsIndex, /) -> Child_co: ...
     def __iter__(self) -> Iterator[Child_co]: ...
+    def index(self, value: Any, /) -> int: ...  # which a dict does not have
 
 
 # One value for all leaves, or a prefix of the weights; None stands where these have nothing.
-PerLeaf: TypeAlias = (
-    Value | Mapping[Any, "PerLeaf[Value] | None"] | ListLike["PerLeaf[Value] | None"]
-)
+if TYPE_CHECKING:
+    PerLeaf: TypeAlias = (
+        Value | Mapping[Any, "PerLeaf[Value] | None"] | ListLike["PerLeaf[Value] | None"]
+    )
+else:  # `typing.get_type_hints` would look for the name in the modules that use it
+    PerLeaf = Value | Mapping[Any, Any] | ListLike[Any]
 # What mypy infers of a dict that holds values beside dicts.
 MixedDict: TypeAlias = dict[str, object]
 
