@@ -1,7 +1,7 @@
 """The types of arguments: what a checker of a user's code needs to know of options.
 
-Arrays are told by what they have, so that no library is imported. A `str` is none of these types, but
-for the names of mesh axes.
+An array of any library is what has a shape and a dtype, so that no library is imported. A `str`
+has none of these types, but it may name a mesh axis.
 """
 
 from __future__ import annotations
