@@ -24,7 +24,7 @@ def arrays(
     shape: Any = None,
     *,
     elements: Strategy | None = None,
-    library: Any = "numpy",
+    library: _arrays.Library | Strategy = "numpy",
     layouts: Sequence[str] = _arrays.LAYOUTS,
 ) -> Strategy:
     """Arrays of real or complex floating-point numbers, as weights may be.
@@ -128,7 +128,7 @@ def layers(
     shape: Any = None,
     *,
     elements: Strategy | None = None,
-    library: Any = "numpy",
+    library: _arrays.Library | Strategy = "numpy",
     layouts: Sequence[str] = _arrays.LAYOUTS,
     broadcast: bool = False,
 ) -> Strategy:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lars_tree import _nodes, _tree
 from lars_tree.container import Container
-from lars_tree.testing import strategies
+from lars_tree.testing import _arrays, strategies
 from lars_tree.testing.strategies import Draw, Strategy, drawn
 
 
@@ -130,7 +130,7 @@ class _Pair:
 def weights_and_gradients(
     layers: Strategy | None = None,
     *,
-    library: Any = "numpy",
+    library: _arrays.Library | Strategy = "numpy",
     keys: Strategy | None = None,
     node_types: Sequence[type] = NODE_TYPES,
     max_leaves: int = 6,

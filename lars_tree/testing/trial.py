@@ -28,7 +28,7 @@ MODERATE = st.floats(-8, 8, width=16, allow_subnormal=False)
 class Domain:
     """What an update function is tried on; see `check_update_laws`."""
 
-    library: str
+    library: _arrays.Library
     dtypes: Sequence[str]
     node_types: Sequence[type]
     nested: bool
