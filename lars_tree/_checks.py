@@ -48,7 +48,7 @@ def check(
     """
     rows = with_operands(leaves)
     faults = ((row, _fault(row, same_shapes, words)) for row in rows)
-    found = [(row.leaf.place, fault) for row, fault in faults if fault]
+    found = [(row.leaf.leaf_index, fault) for row, fault in faults if fault]
     _raise(found, paths, words)
     return rows
 
@@ -60,7 +60,7 @@ def check_apart(rows: list[Row], paths: Paths, words: Words = WORDS) -> None:
         OutError: of the kind found first.
     """
     pairs = _overlaps.shared(rows)
-    found = [(other.leaf.place, _shared(one, other, paths, words)) for one, other in pairs]
+    found = [(other.leaf.leaf_index, _shared(one, other, paths, words)) for one, other in pairs]
     _raise(found, paths, words)
 
 
@@ -73,14 +73,14 @@ def check_weights(leaves: list[Any], paths: Paths) -> None:
     Raises:
         LarsTreeError: of the kind found first.
     """
-    faults = ((place, _unfit(Operand(x))) for place, x in enumerate(leaves) if x is not None)
-    _raise([(place, fault) for place, fault in faults if fault], paths, WORDS)
+    faults = ((index, _unfit(Operand(x))) for index, x in enumerate(leaves) if x is not None)
+    _raise([(index, fault) for index, fault in faults if fault], paths, WORDS)
 
 
 def _raise(found: list[tuple[int, Fault]], paths: Paths, words: Words) -> None:
     if found:
         first = found[0][1]
-        same = [(paths()[place], fault.text) for place, fault in found if fault[:3] == first[:3]]
+        same = [(paths()[index], fault.text) for index, fault in found if fault[:3] == first[:3]]
         raise words.error(*first[:3], same)
 
 
@@ -284,7 +284,7 @@ def _looking(row: Row, words: Words) -> Fault | None:
     if row.leaf.rule.nonfinite != "raise":
         return None
     arrays = (row.w, row.dcdw, *(x for _, x in row.options))
-    if not any(x.backend and x.backend.values(x.x) is Values.LATER for x in arrays):
+    if not any(x.backend and x.backend.values(x.x) is Values.TRACED for x in arrays):
         return None
     headline = "nonfinite cannot raise: the values are not known yet"
     text = "expected 'propagate' or 'skip' for a traced or lazy array, got 'raise'"
@@ -326,7 +326,7 @@ def _unwritable(argument: str, row: Row, x: Operand, words: Words) -> Fault | No
 
 
 def _shared(one: _overlaps.Target, other: _overlaps.Target, paths: Paths, words: Words) -> Fault:
-    path = words.path(paths()[one.leaf.place])
+    path = words.path(paths()[one.leaf.leaf_index])
     if one.argument == other.argument == "out":
         headline, text = f"two {words.outs} share memory (tied {words.weights})", path
     else:

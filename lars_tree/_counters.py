@@ -56,13 +56,13 @@ def check_apart(
         found = _sharing(counters[name], [x for *_, x in targets])
         if found:
             leaf, argument, _ = targets[found[0]]
-            path = errors.path_string(paths()[leaf.place]) or "the array"
+            path = errors.path_string(paths()[leaf.leaf_index]) or "the array"
             raise _unwritable(name, f"it shares memory with {path} of {argument}")
 
 
 def spans(state: dict[str, Any]) -> list[tuple[int, int]]:
     """The stretches of memory of those counters that can be written to."""
-    memories = (_place(unwrap(state[name]))[1] for name in NAMES if name in state)
+    memories = (_space_and_memory(unwrap(state[name]))[1] for name in NAMES if name in state)
     found = (_memory.span(memory) for memory in memories if memory is not None)
     return [(start, start + size) for start, size in found]
 
@@ -90,16 +90,16 @@ def _unwritable(name: str, text: str) -> errors.LarsTreeError:
 
 def _sharing(x: Any, others: list[Any]) -> list[int]:
     """Which of the others share memory with x, as far as that is known."""
-    space, memory = _place(x)
-    places = ((i, *_place(other)) for i, other in enumerate(others))
-    near = [(i, theirs) for i, there, theirs in places if there == space and theirs is not None]
+    space, memory = _space_and_memory(x)
+    memories = ((i, *_space_and_memory(other)) for i, other in enumerate(others))
+    near = [(i, theirs) for i, there, theirs in memories if there == space and theirs is not None]
     if memory is None or not near:
         return []
     found = _memory.overlapping([memory], [theirs for _, theirs in near])
     return sorted(near[k][0] for _, k in found)
 
 
-def _place(x: Any) -> tuple[str, np.ndarray[Any, Any] | None]:
+def _space_and_memory(x: Any) -> tuple[str, np.ndarray[Any, Any] | None]:
     """The address space that an array is in, and its addresses there if they are known."""
     backend = _backends.find(x)
     assert backend is not None

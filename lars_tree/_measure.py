@@ -42,7 +42,7 @@ def measure(
     moving = [leaf for leaf in leaves if leaf.dcdw is not None]
     found = native.measured()
     for backend, group in _nonfinite.by_backend(moving).items():
-        places = (leaf.place for leaf in group)
+        places = (leaf.leaf_index for leaf in group)
         found |= zip(places, backend.measure(group), strict=True)
     steps: list[Step | None] = [None] * len(columns.ws)
     for place, measured in found.items():
@@ -106,7 +106,7 @@ def unreadable(x: Any) -> str | None:
 def is_traced(x: Any) -> bool:
     """Whether x stands for a value that this call will never see."""
     backend = _backends.find(x)
-    return backend is not None and backend.values(x) is Values.LATER and backend.records(x)
+    return backend is not None and backend.values(x) is Values.TRACED and backend.records(x)
 
 
 def traced_error(argument: str) -> errors.LarsTreeError:

@@ -282,7 +282,7 @@ def _rate(value: Any, keep_history: bool) -> Any:
     facts = backend.facts(value)
     if facts.kind not in (Kind.REAL, Kind.INTEGER):
         raise _Unfit(wanted)
-    if backend.values(value) is not Values.HERE:
+    if backend.values(value) is not Values.CPU:
         return value
     with np.errstate(over="ignore"):  # a long double beyond double becomes inf
         numbers = np.ascontiguousarray(backend.to_numpy(value), np.float64).reshape(facts.shape)

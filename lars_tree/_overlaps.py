@@ -55,10 +55,10 @@ def detach_inputs(rows: list[Row]) -> list[Leaf]:
 
     An input may be the very same memory as the `out` of its own leaf: it is read first.
     """
-    new = {row.leaf.place: row.leaf for row in rows}
+    new = {row.leaf.leaf_index: row.leaf for row in rows}
     for group in _by_device(rows):
         for leaf, role in _overwritten(group):
-            new[leaf.place] = _COPIES[role](new[leaf.place])
+            new[leaf.leaf_index] = _COPIES[role](new[leaf.leaf_index])
     return list(new.values())
 
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lars_tree._backends.base import Backend, Leaf, New
+from lars_tree._backends.base import Backend, Leaf, StepResult
 
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
@@ -69,14 +69,14 @@ class Writes:
             self.copy(*memory)
             self.announce(backend, [out])
 
-    def result(self, leaf: Leaf, new: New) -> New:
+    def result(self, leaf: Leaf, new: StepResult) -> StepResult:
         """Copy what is new to where it belongs if the leaf has an `out`; and where it is then."""
         if leaf.out is None:
             return new
         self.add(leaf.backend, leaf.out, new.w)
         if leaf.velocity is not None:
             self.add(leaf.backend, leaf.velocity, new.velocity)
-        return New(leaf.out, leaf.velocity)
+        return StepResult(leaf.out, leaf.velocity)
 
     def announce(self, backend: Backend, outs: Iterable[Any]) -> None:
         """Have a library know that these arrays are written to, as they are not by itself."""

@@ -149,7 +149,7 @@ def value(step: Any) -> Any:
     An array stays as it is if it has a shape, or if its value is not known yet.
     """
     backend = _backends.find(step)
-    if backend is not None and (backend.values(step) is not Values.HERE or step.shape):
+    if backend is not None and (backend.values(step) is not Values.CPU or step.shape):
         return step
     try:
         return operator.index(step)

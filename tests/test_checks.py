@@ -10,7 +10,7 @@ import pytest
 from conftest import need
 
 from lars_tree import LarsTreeError, NonFiniteError, _backends, _checks, _nonfinite
-from lars_tree._backends.base import Layout, Leaf, New
+from lars_tree._backends.base import Layout, Leaf, StepResult
 from lars_tree._operands import with_operands
 from lars_tree._rule import Rule
 from lars_tree.errors import WORDS, Words
@@ -178,4 +178,4 @@ def test_the_torch_optimizer_has_its_own_words():
     ]
     bad = leaf(nonfinite="raise")
     with pytest.raises(NonFiniteError, match=r"^p.grad would make parameters that .*\n  a: "):
-        _nonfinite.guard([bad], {0: New(ones() * np.inf)}, lambda: [("a",)], TORCH_WORDS)
+        _nonfinite.guard([bad], {0: StepResult(ones() * np.inf)}, lambda: [("a",)], TORCH_WORDS)

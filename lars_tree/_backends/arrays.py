@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lars_tree import _rule
-from lars_tree._backends.base import Array, Backend, Leaf, New
+from lars_tree._backends.base import Array, Backend, Leaf, StepResult
 from lars_tree._rule import Measured, Norm, Rule
 
 if TYPE_CHECKING:
@@ -126,15 +126,15 @@ class ArraysBackend(Backend):
     def namespace(self, x: Array) -> Any:
         return self.ops(x).xp
 
-    def step(self, w: Array, dcdw: Array, rule: Rule, velocity: Array | None = None) -> New:
+    def step(self, w: Array, dcdw: Array, rule: Rule, velocity: Array | None = None) -> StepResult:
         """The weights after one step in the dtype of w, and the velocity in its own."""
         if 0 in w.shape:
-            return New(self.copy(w, rule.stop_gradients), velocity)
+            return StepResult(self.copy(w, rule.stop_gradients), velocity)
         wide = None if velocity is None else self.widen(velocity, w)
         ops = self.ops(w).over(_rule.mesh_axes(rule))
         with np.errstate(all="ignore"):  # for libraries that are made of numpy
             new = _rule.step(ops, *self._widened(w, dcdw, rule), wide)
-        return New(
+        return StepResult(
             self.narrow(new[0], w), None if velocity is None else self.narrow(new[1], velocity)
         )
 
@@ -168,9 +168,9 @@ class ArraysBackend(Backend):
     def measure(self, leaves: list[Leaf]) -> list[Measured]:
         return [self.measure_leaf(leaf.w, leaf.dcdw, leaf.rule) for leaf in leaves]
 
-    def update(self, leaves: list[Leaf], writes: Writes) -> list[New]:
-        news = [self.step(leaf.w, leaf.dcdw, leaf.rule, leaf.velocity) for leaf in leaves]
-        return [writes.result(leaf, new) for leaf, new in zip(leaves, news, strict=True)]
+    def update(self, leaves: list[Leaf], writes: Writes) -> list[StepResult]:
+        results = [self.step(leaf.w, leaf.dcdw, leaf.rule, leaf.velocity) for leaf in leaves]
+        return [writes.result(leaf, new) for leaf, new in zip(leaves, results, strict=True)]
 
     def all_finite(self, xs: list[Array]) -> Any:
         flags = [self.ops(x).xp.all(self.ops(x).xp.isfinite(x)) for x in xs]

@@ -39,9 +39,9 @@ FLOATING = (Kind.REAL, Kind.COMPLEX)
 class Values(Enum):
     """Whether the elements of an array can be looked at."""
 
-    HERE = "in CPU memory"
-    FAR = "on an accelerator: looking means waiting"
-    LATER = "not computed yet: a tracer or a lazy array"
+    CPU = "in CPU memory"
+    DEVICE = "on an accelerator: looking means waiting"
+    TRACED = "not computed yet: a tracer or a lazy array"
 
 
 class Facts(NamedTuple):
@@ -62,14 +62,14 @@ class Layout(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """One array of the weights with all that its step takes.
+    """One array of the weights with everything that its step needs, checked.
 
-    `place` counts the leaves of the nest. `dcdw` is None where the weights stay as they are, `out`
-    where the results are new arrays, `velocity` where there is no momentum. Where there is an `out`
-    the velocity is written to where it is.
+    `leaf_index` counts the leaves of the tree. `dcdw` is None if the weights stay unchanged, `out`
+    if the results are new arrays, `velocity` if there is no momentum. With an `out`, the velocity
+    is updated in place.
     """
 
-    place: int
+    leaf_index: int
     w: Any
     dcdw: Any
     out: Any
@@ -93,21 +93,21 @@ class Columns(NamedTuple):
     velocities: list[Any] | None = None
     counters: Mapping[str, Any] = MappingProxyType({})
 
-    def row(self, place: int) -> tuple[Any, Any, Any, Any]:
+    def row(self, index: int) -> tuple[Any, Any, Any, Any]:
         """w, dcdw, out and velocity of a leaf; None where there are none."""
         columns = (self.ws, self.dcdws, self.outs, self.velocities)
-        w, dcdw, out, velocity = (None if xs is None else xs[place] for xs in columns)
+        w, dcdw, out, velocity = (None if xs is None else xs[index] for xs in columns)
         return w, dcdw, out, velocity
 
 
-class News(NamedTuple):
+class StepResults(NamedTuple):
     """The results of an update out of place, one item for each leaf; None until it is there."""
 
     ws: list[Any]
     velocities: list[Any] | None
 
 
-class New(NamedTuple):
+class StepResult(NamedTuple):
     """What a step makes of a leaf."""
 
     w: Any
@@ -118,7 +118,7 @@ class Engine(Protocol):
     """What a caller wants to step some leaves of an update in place, at these places."""
 
     @property
-    def places(self) -> Collection[int]:
+    def indices(self) -> Collection[int]:
         """The places of its leaves."""
 
     def trusted(self, leaves: list[Leaf]) -> list[Leaf]:
@@ -139,11 +139,11 @@ class Shards(Protocol):
         copies: Pairs of an array to write to and of what to write, when the plan was stepped.
     """
 
-    news: dict[int, New]
+    results: dict[int, StepResult]
     copies: list[tuple[Array, Array]]
 
     @property
-    def places(self) -> dict[int, int]:
+    def indices(self) -> dict[int, int]:
         """The places of the leaves by the rows of the plan."""
 
     def trust(self, leaves: list[Leaf]) -> list[Leaf]:
@@ -200,7 +200,7 @@ class Backend(ABC):
         """A new 0-d array of integers that counts from 0, on the device of w."""
 
     @abstractmethod
-    def update(self, leaves: list[Leaf], writes: Writes) -> list[New]:
+    def update(self, leaves: list[Leaf], writes: Writes) -> list[StepResult]:
         """The weights and velocities after one step; those of leaves with an `out` are in memory
         that holds them only when the writes, to which they are added, are made.
 
@@ -251,7 +251,7 @@ class Backend(ABC):
         return
 
     def prepare(
-        self, plan: Plan, columns: Columns, news: News | None, places: list[int] | None
+        self, plan: Plan, columns: Columns, results: StepResults | None, indices: list[int] | None
     ) -> list[int]:
         """Add those leaves to a plan of the native engine that it supports; the places of others.
 
@@ -259,13 +259,13 @@ class Backend(ABC):
         new arrays, put into `news`; without these either, the leaves are only measured. `places`
         says which leaves to look at; None means all.
         """
-        return list(range(len(columns.ws))) if places is None else places
+        return list(range(len(columns.ws))) if indices is None else indices
 
     def shards(self, plan: Plan) -> Shards | None:
         """What takes leaves that are spread over processes; None if the native engine cannot."""
         return None
 
-    def finish(self, columns: Columns, news: News, places: Iterable[int]) -> None:
+    def finish(self, columns: Columns, results: StepResults, indices: Iterable[int]) -> None:
         """Make the new arrays at these places, which `prepare` took, what users expect."""
         return
 

@@ -27,13 +27,13 @@ class Foreach(NamedTuple):
         unless: A number on a device: where it is not 0, all stays as it is.
     """
 
-    places: Collection[int]
+    indices: Collection[int]
     one_by_one: bool
     unless: Tensor | None
 
     def trusted(self, leaves: list[Leaf]) -> list[Leaf]:
         """Those of all leaves that need no check: none if one of this engine looks wrong."""
-        ours = [leaf for leaf in leaves if leaf.place in self.places]
+        ours = [leaf for leaf in leaves if leaf.leaf_index in self.indices]
         if not _look_right(ours):
             return []
         return [leaf for leaf in ours if not is_in_cpu_memory(leaf.w)]
@@ -57,9 +57,9 @@ def _look_right(leaves: list[Leaf]) -> bool:
     starts = []
     for leaf in leaves:
         w, velocity, axis = leaf.w, leaf.velocity, leaf.rule.layer_axis
-        place = _place(w)
+        expected_kind = _kind(w)
         for x in (leaf.dcdw, w if velocity is None else velocity):
-            if not isinstance(x, Tensor) or _place(x) != place:
+            if not isinstance(x, Tensor) or _kind(x) != expected_kind:
                 return False
         expected = (BACKEND.velocity_dtype(w), layout(w))
         if velocity is not None and (velocity.dtype, layout(velocity)) != expected:
@@ -76,5 +76,5 @@ def _look_right(leaves: list[Leaf]) -> bool:
     return len(starts) == len(set(starts))
 
 
-def _place(x: Tensor) -> tuple[Any, ...]:
+def _kind(x: Tensor) -> tuple[Any, ...]:
     return x.shape, x.device, x.is_complex(), is_sharded(x) and x.device_mesh

@@ -24,8 +24,8 @@ from lars_tree._backends.base import (
     Facts,
     Kind,
     Leaf,
-    New,
-    News,
+    StepResult,
+    StepResults,
     Values,
     kind_of_numpy,
     named,
@@ -85,9 +85,9 @@ class JaxBackend(ArraysBackend):
 
     def values(self, x: Array) -> Values:
         if _is_traced(x):
-            return Values.LATER
+            return Values.TRACED
         platforms = {device.platform for device in x.devices()}
-        return Values.HERE if platforms == {"cpu"} and x.is_fully_addressable else Values.FAR
+        return Values.CPU if platforms == {"cpu"} and x.is_fully_addressable else Values.DEVICE
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         return np.asarray(x)
@@ -156,11 +156,13 @@ class JaxBackend(ArraysBackend):
         sharding = jax.sharding.NamedSharding(w.sharding.mesh, everywhere) if spread else w.sharding
         return _zeros((), jnp.int32, w, sharding)
 
-    def step(self, w: Array, dcdw: Array, rule: Rule, velocity: Array | None = None) -> New:
+    def step(self, w: Array, dcdw: Array, rule: Rule, velocity: Array | None = None) -> StepResult:
         if not jnp.iscomplexobj(w):
             return super().step(w, dcdw, rule, velocity)
         pairs = super().step(*_as_pairs(w, dcdw, rule), _as_pair(velocity))
-        return New(*(None if x is None else jax.lax.complex(x[..., 0], x[..., 1]) for x in pairs))
+        return StepResult(
+            *(None if x is None else jax.lax.complex(x[..., 0], x[..., 1]) for x in pairs)
+        )
 
     def measure_leaf(self, w: Array, dcdw: Array, rule: Rule) -> Measured:
         if jnp.iscomplexobj(w):
@@ -198,58 +200,58 @@ class JaxBackend(ArraysBackend):
         return x.astype(w.dtype)
 
     def prepare(
-        self, plan: Plan, columns: Columns, news: News | None, places: list[int] | None
+        self, plan: Plan, columns: Columns, results: StepResults | None, indices: list[int] | None
     ) -> list[int]:
-        everything = super().prepare(plan, columns, news, places)
+        everything = super().prepare(plan, columns, results, indices)
         if columns.outs is not None:
             return everything
         given = [x for x in (columns.ws, columns.dcdws, columns.velocities) if x is not None]
         # While there are views, the memory stays, even if another thread donates it.
         views: list[list[Any]] = [[None] * len(columns.ws) for _ in given]
         dense, rest = [], []
-        for place in everything:
-            row = [column[place] for column in given]
+        for index in everything:
+            row = [column[index] for column in given]
             devices = {device_to_view(x) for x in row if x is not None}
             if None in devices or len(devices) > 1:
-                rest.append(place)
+                rest.append(index)
                 continue
             for view, x in zip(views, row, strict=True):
                 if x is not None:
-                    view[place] = np.asarray(x)
-            dense.append(place)
+                    view[index] = np.asarray(x)
+            dense.append(index)
         ws, dcdws, *more = views
         arrays = ws, dcdws, None, columns.rules, (more[0] if more else None)
-        new_ws, new_velocities = news or (None, None)
+        new_ws, new_velocities = results or (None, None)
         return sorted(rest + plan.prepare(_READER, *arrays, new_ws, new_velocities, places=dense))
 
-    def finish(self, columns: Columns, news: News, places: Iterable[int]) -> None:
+    def finish(self, columns: Columns, results: StepResults, indices: Iterable[int]) -> None:
         groups: dict[Any, list[tuple[list[Any], int]]] = {}
-        for place in places:
-            for new in news:
-                if new is not None and isinstance(new[place], np.ndarray):
-                    w = columns.ws[place]
-                    groups.setdefault((w.sharding, w.committed), []).append((new, place))
+        for index in indices:
+            for new in results:
+                if new is not None and isinstance(new[index], np.ndarray):
+                    w = columns.ws[index]
+                    groups.setdefault((w.sharding, w.committed), []).append((new, index))
         for where, group in groups.items():
-            xs = put([new[place] for new, place in group], *where)
-            for (new, place), x in zip(group, xs, strict=True):
-                new[place] = x
+            xs = put([new[index] for new, index in group], *where)
+            for (new, index), x in zip(group, xs, strict=True):
+                new[index] = x
 
-    def update(self, leaves: list[Leaf], writes: Writes) -> list[New]:
+    def update(self, leaves: list[Leaf], writes: Writes) -> list[StepResult]:
         with jax.enable_x64(True):
             return [_update(leaf) for leaf in leaves]
 
 
-def _update(leaf: Leaf) -> New:
+def _update(leaf: Leaf) -> StepResult:
     w, dcdw, velocity, rule = leaf.w, leaf.dcdw, leaf.velocity, leaf.rule
     if _steps_in_cpu_memory(leaf):
         new = [empty_like(w)] if velocity is None else [empty_like(w), copy(velocity)]
         cpu.update(raw(np.asarray(w)), raw(np.asarray(dcdw)), raw(new[0]), rule, *new[1:])
-        return New(*put(new, w.sharding, w.committed))
+        return StepResult(*put(new, w.sharding, w.committed))
     dcdw, velocity = (None if x is None else _laid_out(x, w) for x in (dcdw, velocity))
     stepped = _BACKEND.step(w, dcdw, rule, velocity)
     if not rule.stop_gradients:
         return stepped
-    return New(*(None if x is None else jax.lax.stop_gradient(x) for x in stepped))
+    return StepResult(*(None if x is None else jax.lax.stop_gradient(x) for x in stepped))
 
 
 def _axis_fault(varying: frozenset[Any], axes: frozenset[Any], rule: Rule) -> str | None:

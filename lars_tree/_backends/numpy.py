@@ -14,8 +14,8 @@ from lars_tree._backends.base import (
     Columns,
     Facts,
     Leaf,
-    New,
-    News,
+    StepResult,
+    StepResults,
     Values,
     is_bfloat16,
     kind_of_numpy,
@@ -39,7 +39,7 @@ class NumpyBackend(Backend):
         return Facts(x.shape, kind_of_numpy(x.dtype), x.dtype, "cpu")
 
     def values(self, x: Array) -> Values:
-        return Values.HERE
+        return Values.CPU
 
     def to_numpy(self, x: Array) -> Array:
         return np.asarray(x)
@@ -79,19 +79,19 @@ class NumpyBackend(Backend):
         return np.zeros((), np.int64)
 
     def prepare(
-        self, plan: Plan, columns: Columns, news: News | None, places: list[int] | None
+        self, plan: Plan, columns: Columns, results: StepResults | None, indices: list[int] | None
     ) -> list[int]:
-        if news is None:
-            return plan.prepare(_READER, *columns[:5], None, None, places)
-        return plan.prepare(_MAKER, *columns[:5], *news, places)
+        if results is None:
+            return plan.prepare(_READER, *columns[:5], None, None, indices)
+        return plan.prepare(_MAKER, *columns[:5], *results, indices)
 
     def count(self, plan: Plan, counter: Any) -> bool:
         return plan.count(counter)
 
-    def update(self, leaves: list[Leaf], writes: Writes) -> list[New]:
+    def update(self, leaves: list[Leaf], writes: Writes) -> list[StepResult]:
         return [self._step(leaf, writes) for leaf in leaves]
 
-    def _step(self, leaf: Leaf, writes: Writes) -> New:
+    def _step(self, leaf: Leaf, writes: Writes) -> StepResult:
         new, velocity = leaf.out, leaf.velocity
         if new is None:
             new = _empty_like(leaf.w)
@@ -102,7 +102,7 @@ class NumpyBackend(Backend):
             cpu.update(*arrays)
         else:
             cpu.prepare(*arrays, writes)
-        return New(new[()] if isinstance(leaf.w, np.generic) else new, velocity)
+        return StepResult(new[()] if isinstance(leaf.w, np.generic) else new, velocity)
 
     def measure(self, leaves: list[Leaf]) -> list[Measured]:
         return [cpu.measure(raw(leaf.w), raw(leaf.dcdw), leaf.rule) for leaf in leaves]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lars_tree import _rule, errors
-from lars_tree._backends.base import Layout, Leaf, New
+from lars_tree._backends.base import Layout, Leaf, StepResult
 from lars_tree._backends.tensors import (
     Layer,
     Tensors,
@@ -73,17 +73,17 @@ def whole(x: Any) -> Tensor:
     return x.full_tensor() if is_sharded(x) else x
 
 
-def step_shards(leaves: list[Leaf], news: list[New]) -> tuple[list[Tensor], list[Tensor]]:
+def step_shards(leaves: list[Leaf], results: list[StepResult]) -> tuple[list[Tensor], list[Tensor]]:
     """Where to write, and what, for one step of leaves with DTensor weights."""
     with torch.no_grad():
-        shards = [_joined(_shard(*pair)) for pair in zip(leaves, news, strict=True)]
+        shards = [_joined(_shard(*pair)) for pair in zip(leaves, results, strict=True)]
         return step_layers(_with_norms(shards), _WholeNorms)
 
 
 def measure_shards(leaves: list[Leaf]) -> list[Measured]:
     """What the steps of leaves with DTensor weights are made of, the same in all processes."""
     # Norms are wanted of all, adapted or not.
-    shards = [_shard(leaf, New(leaf.w))._replace(needs_norms=True) for leaf in leaves]
+    shards = [_shard(leaf, StepResult(leaf.w))._replace(needs_norms=True) for leaf in leaves]
     with torch.no_grad():
         measured = list(measure_layers(_with_norms(map(_joined, shards)), _WholeNorms))
         if any(_rule.is_joint(leaf.rule) for leaf in leaves):
@@ -152,7 +152,7 @@ class _Shard(NamedTuple):
     needs_norms: bool
 
 
-def _shard(leaf: Leaf, new: New) -> _Shard:
+def _shard(leaf: Leaf, new: StepResult) -> _Shard:
     w, axis = leaf.w, leaf.rule.layer_axis
     for argument, x in (("out", new.w), ("state", new.velocity)):
         if x is not None and layout(x) != layout(w):
@@ -165,7 +165,7 @@ def _shard(leaf: Leaf, new: New) -> _Shard:
     numbers = {name: number(x) for name, x in options.items() if hasattr(x, "shape")}
     rule = leaf.rule._replace(**numbers)
     local = leaf._replace(w=w.to_local(), dcdw=gradient_of(leaf.dcdw, w), rule=rule)
-    mine = layers(local, New(*(None if x is None else x.to_local() for x in new)))
+    mine = layers(local, StepResult(*(None if x is None else x.to_local() for x in new)))
     return _Shard(mine, groups_of(w, axis), leaf.rule.adapt)
 
 
@@ -236,13 +236,13 @@ def add_up(rows: Tensor, parts: Iterable[tuple[int, list[Any]]]) -> None:
             groups[group.group_name] = group
             members.setdefault(group.group_name, []).extend(range(start, start + count))
         start += count
-    for name, places in members.items():
-        if len(places) == len(rows):
+    for name, indices in members.items():
+        if len(indices) == len(rows):
             torch.distributed.all_reduce(rows, group=groups[name])
-        elif places:
-            packed = rows[places]
+        elif indices:
+            packed = rows[indices]
             torch.distributed.all_reduce(packed, group=groups[name])
-            rows[places] = packed
+            rows[indices] = packed
 
 
 def _squares(given: list[Layer]) -> Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lars_tree._backends.base import Leaf, New
+from lars_tree._backends.base import Leaf, StepResult
 from lars_tree._backends.reader import READER
 from lars_tree._backends.sharded import (
     SAFE_SUM,
@@ -41,7 +41,7 @@ class Shards:
     """`base.Shards` for DTensors."""
 
     def __init__(self, plan: Plan, is_plain_step: Callable[[Leaf], bool]) -> None:
-        self.news: dict[int, New] = {}
+        self.results: dict[int, StepResult] = {}
         self.copies: list[tuple[Tensor, Tensor]] = []
         self._plan = plan
         self._is_plain_step = is_plain_step
@@ -49,20 +49,20 @@ class Shards:
         self._written: list[Tensor] = []
 
     @property
-    def places(self) -> dict[int, int]:
-        return {row: part.leaf.place for part in self._parts for row in part.rows}
+    def indices(self) -> dict[int, int]:
+        return {row: part.leaf.leaf_index for part in self._parts for row in part.rows}
 
     def trust(self, leaves: list[Leaf]) -> list[Leaf]:
         leaves = [leaf for leaf in leaves if _looks_right(leaf)]
-        news = [targets(leaf) for leaf in leaves]
+        results = [targets(leaf) for leaf in leaves]
         columns = _Columns([], [], [], [], [])
-        for leaf, new in zip(leaves, news, strict=True):
+        for leaf, new in zip(leaves, results, strict=True):
             columns.add(map(shard_of, (leaf.w, leaf.dcdw, *new)), leaf.rule)
         first = len(self._plan.places)
         rest = set(self._plan.prepare(READER, *columns))
         taken = [i for i in range(len(leaves)) if i not in rest]
         for row, i in enumerate(taken, first):
-            self._keep(leaves[i], news[i], range(row, row + 1))
+            self._keep(leaves[i], results[i], range(row, row + 1))
         return [leaves[i] for i in taken]
 
     def take(self, leaves: list[Leaf]) -> None:
@@ -71,7 +71,7 @@ class Shards:
                 if is_sharded(leaf.w) and leaf.w.is_cpu and self._is_plain_step(leaf):
                     self._take(leaf, targets(leaf))
 
-    def _take(self, leaf: Leaf, new: New) -> None:
+    def _take(self, leaf: Leaf, new: StepResult) -> None:
         first, axis = len(self._plan.places), leaf.rule.layer_axis
         columns = _Columns([], [], [], [], [])
         if leaf.w.device_mesh.get_coordinate() is not None:  # else it has no part in it
@@ -95,12 +95,12 @@ class Shards:
             assert not rest, "checked arrays are readable"
         self._keep(leaf, new, range(first, first + len(columns.ws)))
 
-    def _keep(self, leaf: Leaf, new: New, rows: range) -> None:
+    def _keep(self, leaf: Leaf, new: StepResult, rows: range) -> None:
         self._parts.append(_Part(leaf, rows))
         if leaf.out is None:
-            self.news[leaf.place] = New(leaf_like(new.w, leaf.w), new.velocity)
+            self.results[leaf.leaf_index] = StepResult(leaf_like(new.w, leaf.w), new.velocity)
         else:
-            self.news[leaf.place] = new
+            self.results[leaf.leaf_index] = new
             self._written += (x for x in new if x is not None)
 
     def reduce(self, norms: bytearray) -> None:
@@ -108,25 +108,27 @@ class Shards:
         groups = _groups((part.leaf.w, part.leaf.rule.layer_axis) for part in parts)
         # A leaf that no other process has a part of is a whole layer: its norms are complete.
         shared = [(part.rows, some) for part, some in zip(parts, groups, strict=True) if some]
-        places = [row for rows, _ in shared for row in rows]
+        indices = [row for rows, _ in shared for row in rows]
         table = np.frombuffer(norms).reshape(-1, _ROW)
-        squares = torch.from_numpy(_squares(table[places]))
+        squares = torch.from_numpy(_squares(table[indices]))
         add_up(squares, ((len(rows), some) for rows, some in shared))
-        table[places, :_COLUMNS] = _roots(squares.numpy())
+        table[indices, :_COLUMNS] = _roots(squares.numpy())
 
     def agree(self, bad: set[int]) -> set[int]:
         leaves = [part.leaf for part in self._in_order()]
         leaves = [leaf for leaf in leaves if leaf.rule.nonfinite != "propagate"]
-        flags = torch.tensor([float(leaf.place in bad) for leaf in leaves])
+        flags = torch.tensor([float(leaf.leaf_index in bad) for leaf in leaves])
         add_up(flags, ((1, some) for some in _groups((leaf.w, None) for leaf in leaves)))
-        return bad.union(leaf.place for leaf, flag in zip(leaves, flags, strict=True) if flag > 0)
+        return bad.union(
+            leaf.leaf_index for leaf, flag in zip(leaves, flags, strict=True) if flag > 0
+        )
 
     def announce(self) -> None:
         bump_versions([*self._written, *map(shard_of, self._written)])
 
     def _in_order(self) -> list[_Part]:
         """The same in all processes, whatever each of them trusts."""
-        return sorted(self._parts, key=lambda part: part.leaf.place)
+        return sorted(self._parts, key=lambda part: part.leaf.leaf_index)
 
 
 class _Part(NamedTuple):

@@ -46,11 +46,11 @@ class StandardBackend(ArraysBackend):
 
     def values(self, x: Array) -> Values:
         if array_api_compat.is_lazy_array(x):
-            return Values.LATER
-        return Values.HERE if "cpu" in str(array_api_compat.device(x)).lower() else Values.FAR
+            return Values.TRACED
+        return Values.CPU if "cpu" in str(array_api_compat.device(x)).lower() else Values.DEVICE
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
-        if self.values(x) is Values.FAR:
+        if self.values(x) is Values.DEVICE:
             x = array_api_compat.to_device(x, "cpu")
         return np.from_dlpack(x)
 
@@ -75,7 +75,7 @@ class StandardBackend(ArraysBackend):
     def out_fault(self, x: Array) -> str | None:
         if not array_api_compat.is_writeable_array(x):
             return "immutable or read-only"
-        if self.values(x) is Values.HERE and _is_mapped_read_only(x):
+        if self.values(x) is Values.CPU and _is_mapped_read_only(x):
             return "read-only: it shares memory that is mapped for reading alone"
         return None
 

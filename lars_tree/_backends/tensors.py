@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lars_tree import _rule
 from lars_tree._backends.arrays import NamespaceOps
-from lars_tree._backends.base import Leaf, New
+from lars_tree._backends.base import Leaf, StepResult
 from lars_tree._rule import Measured, Rule
 
 
@@ -45,12 +45,12 @@ def bump_versions(tensors: Iterable[Tensor]) -> None:
         torch.autograd.graph.increment_version(tracked)
 
 
-def targets(leaf: Leaf) -> New:
+def targets(leaf: Leaf) -> StepResult:
     """Where the results of a plain step go; out of place, the velocity is a copy to be stepped."""
     if leaf.out is not None:
-        return New(leaf.out, leaf.velocity)
+        return StepResult(leaf.out, leaf.velocity)
     velocity = None if leaf.velocity is None else leaf.velocity.detach().clone()
-    return New(torch.empty_like(leaf.w, requires_grad=False), velocity)
+    return StepResult(torch.empty_like(leaf.w, requires_grad=False), velocity)
 
 
 def leaf_like(new: Tensor, w: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class Layer(NamedTuple):
     rule: Rule
 
 
-def layers(leaf: Leaf, new: New) -> list[Layer]:
+def layers(leaf: Leaf, new: StepResult) -> list[Layer]:
     """The layers of a leaf, to be written to the tensors of `new`; complex numbers as pairs."""
     given = (leaf.w, leaf.dcdw.expand(leaf.w.shape), new.w, new.velocity)
     w, dcdw, out, velocity = (None if x is None else as_real(x.detach()) for x in given)
@@ -170,8 +170,8 @@ def step_layers(
     values: list[Tensor] = []
     pairs = [(layer, extra) for layer, extra in given if layer.w.numel()]
     with torch.no_grad():
-        for places in _groups(pairs):
-            members, extras = zip(*(pairs[i] for i in places), strict=True)
+        for indices in _groups(pairs):
+            members, extras = zip(*(pairs[i] for i in indices), strict=True)
             if torch.compiler.is_compiling():
                 some = [_step_one(layer) for layer in members]
             else:
@@ -189,19 +189,19 @@ def measure_layers(
     pairs = list(given)
     measured: list[Any] = [None] * len(pairs)
     with torch.no_grad():
-        for places in _groups(pairs):
-            members, extras = zip(*(pairs[i] for i in places), strict=True)
+        for indices in _groups(pairs):
+            members, extras = zip(*(pairs[i] for i in indices), strict=True)
             w, dcdw, rule = _joined(list(members))
             vectors = _rule.measure(ops(list(extras)), w, dcdw, rule)
             numbers = zip(*(vector.unbind() for vector in vectors), strict=True)
-            for i, each in zip(places, numbers, strict=True):
+            for i, each in zip(indices, numbers, strict=True):
                 measured[i] = Measured(*each)
     return measured
 
 
 def measure_leaves(leaves: list[Leaf]) -> list[Measured]:
     """The same for whole leaves."""
-    split = [layers(leaf, New(leaf.w)) for leaf in leaves]
+    split = [layers(leaf, StepResult(leaf.w)) for leaf in leaves]
     found = iter(measure_layers((layer, None) for some in split for layer in some))
     pairs = zip(leaves, split, strict=True)
     return [of_leaf(list(islice(found, len(some))), leaf.rule) for leaf, some in pairs]
@@ -278,11 +278,11 @@ def _one_rule(rules: list[Rule], like: Tensor) -> Rule:
 
 def fetched(xs: list[Tensor]) -> list[np.ndarray[Any, Any]]:
     """The numbers of small real tensors: one copy, and one wait, for each device."""
-    places: dict[torch.device, list[int]] = {}
+    indices: dict[torch.device, list[int]] = {}
     for i, x in enumerate(xs):
-        places.setdefault(x.device, []).append(i)
+        indices.setdefault(x.device, []).append(i)
     found: dict[int, np.ndarray[Any, Any]] = {}
-    for here in places.values():
+    for here in indices.values():
         flat = torch.cat([xs[i].double().reshape(-1) for i in here]).cpu().numpy()
         parts = np.split(flat, np.cumsum([xs[i].numel() for i in here])[:-1])
         found |= {i: x.reshape(xs[i].shape) for i, x in zip(here, parts, strict=True)}

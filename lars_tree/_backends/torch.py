@@ -26,8 +26,8 @@ from lars_tree._backends.base import (
     Facts,
     Kind,
     Leaf,
-    New,
-    News,
+    StepResult,
+    StepResults,
     Values,
 )
 from lars_tree._backends.reader import READER, may_read
@@ -94,8 +94,8 @@ class TorchBackend(ArraysBackend):
 
     def values(self, x: Tensor) -> Values:
         if is_wrapped(x):
-            return Values.LATER
-        return Values.HERE if x.device.type == "cpu" else Values.FAR
+            return Values.TRACED
+        return Values.CPU if x.device.type == "cpu" else Values.DEVICE
 
     def to_numpy(self, x: Tensor) -> np.ndarray[Any, Any]:
         x = whole(x.detach()).resolve_conj().resolve_neg().cpu()
@@ -174,46 +174,46 @@ class TorchBackend(ArraysBackend):
         return torch.float32 if w.dtype.itemsize == 2 else w.dtype
 
     def prepare(
-        self, plan: Plan, columns: Columns, news: News | None, places: list[int] | None
+        self, plan: Plan, columns: Columns, results: StepResults | None, indices: list[int] | None
     ) -> list[int]:
         if not may_read():
-            return super().prepare(plan, columns, news, places)
-        new_ws, new_velocities = news or (None, None)
+            return super().prepare(plan, columns, results, indices)
+        new_ws, new_velocities = results or (None, None)
         with torch.no_grad():
-            return plan.prepare(READER, *columns[:5], new_ws, new_velocities, places)
+            return plan.prepare(READER, *columns[:5], new_ws, new_velocities, indices)
 
     def shards(self, plan: Plan) -> Shards | None:
         return Shards(plan, self._is_plain_step) if may_read() else None
 
-    def finish(self, columns: Columns, news: News, places: Iterable[int]) -> None:
-        for place in places:
-            if news.ws[place] is not None:
-                news.ws[place] = leaf_like(news.ws[place], columns.ws[place])
+    def finish(self, columns: Columns, results: StepResults, indices: Iterable[int]) -> None:
+        for index in indices:
+            if results.ws[index] is not None:
+                results.ws[index] = leaf_like(results.ws[index], columns.ws[index])
 
     def count(self, plan: Plan, counter: Tensor) -> bool:
         return _is_plain_counter(counter) and plan.count(np.asarray(Address(counter, "i8")))
 
-    def update(self, leaves: list[Leaf], writes: Writes) -> list[New]:
-        news: list[Any] = [None] * len(leaves)
+    def update(self, leaves: list[Leaf], writes: Writes) -> list[StepResult]:
+        results: list[Any] = [None] * len(leaves)
         elsewhere: list[int] = []
         for i, leaf in enumerate(leaves):
             if not self._is_plain_step(leaf):
-                news[i] = writes.result(leaf, self._arrays(leaf))
+                results[i] = writes.result(leaf, self._arrays(leaf))
                 continue
-            news[i] = targets(leaf)
+            results[i] = targets(leaf)
             if leaf.w.device.type == "cpu" and not is_sharded(leaf.w):
-                self._step_in_cpu_memory(leaf, news[i], writes)
+                self._step_in_cpu_memory(leaf, results[i], writes)
             else:
                 elsewhere.append(i)
-        pairs = _stepped([leaves[i] for i in elsewhere], [news[i] for i in elsewhere])
+        pairs = _stepped([leaves[i] for i in elsewhere], [results[i] for i in elsewhere])
         if elsewhere and leaves[elsewhere[0]].out is None:  # and so have the others none
             copy_all(*pairs)
         else:
             for target, value in zip(*pairs, strict=True):
                 writes.add(self, target, value)
-        return [_returned(leaf, new) for leaf, new in zip(leaves, news, strict=True)]
+        return [_returned(leaf, new) for leaf, new in zip(leaves, results, strict=True)]
 
-    def _step_in_cpu_memory(self, leaf: Leaf, new: New, writes: Writes) -> None:
+    def _step_in_cpu_memory(self, leaf: Leaf, new: StepResult, writes: Writes) -> None:
         moving = None if new.velocity is None else view(new.velocity)
         arrays = view(leaf.w), view(leaf.dcdw), view(new.w), leaf.rule, moving
         if leaf.out is None:
@@ -237,8 +237,8 @@ class TorchBackend(ArraysBackend):
                 found[i] = Measured(*(torch.as_tensor(x, device=leaf.w.device) for x in measured))
             else:
                 elsewhere.setdefault(measure_leaves, []).append(i)
-        for measure, places in elsewhere.items():
-            found |= zip(places, measure([leaves[i] for i in places]), strict=True)
+        for measure, indices in elsewhere.items():
+            found |= zip(indices, measure([leaves[i] for i in indices]), strict=True)
         return [Measured(*map(whole, found[i])) for i in range(len(leaves))]
 
     def numbers(self, rows: np.ndarray[Any, Any], ws: list[Tensor]) -> list[Measured]:
@@ -262,11 +262,11 @@ class TorchBackend(ArraysBackend):
             return not any(isinstance(x, Tensor) for x in options)
         return is_sharded(w) or all(x.ndim == 0 for x in options)
 
-    def _arrays(self, leaf: Leaf) -> New:
+    def _arrays(self, leaf: Leaf) -> StepResult:
         stops = leaf.rule.stop_gradients
         with torch.set_grad_enabled(torch.is_grad_enabled() and not stops):
             new = self.step(leaf.w, leaf.dcdw, leaf.rule, leaf.velocity)
-        return New(*(x if x is None or not stops else x.detach() for x in new))
+        return StepResult(*(x if x is None or not stops else x.detach() for x in new))
 
     def all_finite(self, xs: list[Tensor]) -> Any:
         flags = [whole(torch.isfinite(x.detach()).all()) for x in xs]
@@ -300,11 +300,11 @@ class TorchBackend(ArraysBackend):
         bump_versions(outs)
 
 
-def _stepped(leaves: list[Leaf], news: list[New]) -> tuple[list[Tensor], list[Tensor]]:
+def _stepped(leaves: list[Leaf], results: list[StepResult]) -> tuple[list[Tensor], list[Tensor]]:
     """Where to write, and what, by multi-tensor operations: for what is not in CPU memory alone."""
-    plain: list[tuple[Leaf, New]] = []
-    shards: list[tuple[Leaf, New]] = []
-    for pair in zip(leaves, news, strict=True):
+    plain: list[tuple[Leaf, StepResult]] = []
+    shards: list[tuple[Leaf, StepResult]] = []
+    for pair in zip(leaves, results, strict=True):
         (shards if is_sharded(pair[0].w) else plain).append(pair)
     outs, values = step_layers((layer, None) for pair in plain for layer in layers(*pair))
     if shards:
@@ -321,7 +321,7 @@ def results_in_place(
     Without any checks: for optimizers, which made them when they took the parameters. Where
     `unless`, a number on a device, is not 0, the values are those that are there.
     """
-    outs, values = _stepped(leaves, [New(leaf.out, leaf.velocity) for leaf in leaves])
+    outs, values = _stepped(leaves, [StepResult(leaf.out, leaf.velocity) for leaf in leaves])
     if unless is not None:
         kept = {x.device: unless.to(x.device, non_blocking=True) != 0 for x in outs}
         values = [
@@ -331,9 +331,9 @@ def results_in_place(
     return outs, values
 
 
-def _returned(leaf: Leaf, new: New) -> New:
+def _returned(leaf: Leaf, new: StepResult) -> StepResult:
     if leaf.out is not None:
-        return New(leaf.out, leaf.velocity)
+        return StepResult(leaf.out, leaf.velocity)
     if not leaf.rule.stop_gradients or is_wrapped(new.w):
         return new
     return new._replace(w=leaf_like(new.w, leaf.w))

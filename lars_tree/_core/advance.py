@@ -124,8 +124,8 @@ def _rebuilt(w: Any, out: Any, state: State, result: Result) -> tuple[Any, State
     }
     if result.velocities is not None:
         # They are in the order of w, whose keys may be in another one than those of the state.
-        old, places = state["velocity"], range(len(result.velocities))
-        order = _tree.broadcast("w", old, w, values=places, exact=True, to="state")
+        old, indices = state["velocity"], range(len(result.velocities))
+        order = _tree.broadcast("w", old, w, values=indices, exact=True, to="state")
         moved = [result.velocities[i] for i in order]
         new["velocity"] = _tree.rebuild(old, moved, "state", at=("velocity",))
     return _tree.rebuild(w, result.ws, "w"), new

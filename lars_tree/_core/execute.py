@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 from lars_tree import _backends, _checks, _counters, _memory, _nonfinite, _overlaps, errors
-from lars_tree._backends.base import FLOATING, Backend, Columns, Engine, Leaf, New, Values
+from lars_tree._backends.base import FLOATING, Backend, Columns, Engine, Leaf, StepResult, Values
 from lars_tree._core import locks
 from lars_tree._core.native import Native, Span
 from lars_tree._core.wrapper import rewrapped, unwrap
@@ -46,9 +46,9 @@ class Caller(NamedTuple):
     engine: Engine | None = None
 
     @property
-    def places(self) -> Collection[int]:
+    def indices(self) -> Collection[int]:
         """Those that the engine takes."""
-        return () if self.engine is None else self.engine.places
+        return () if self.engine is None else self.engine.indices
 
 
 class Result(NamedTuple):
@@ -64,7 +64,7 @@ class Result(NamedTuple):
 
 def execute(columns: Columns, caller: Caller) -> Result:
     """Step all leaves, or raise and write nothing."""
-    native = Native(columns, without=caller.places)
+    native = Native(columns, without=caller.indices)
     if native.rest or caller.last or native.must_be_finite:
         return _execute(columns, caller, native)
     step = columns.counters.get("step")
@@ -108,48 +108,48 @@ def _execute(columns: Columns, caller: Caller, native: Native) -> Result:
 def checked(
     columns: Columns,
     caller: Caller,
-    places: list[int] | None = None,
+    indices: list[int] | None = None,
     native: Native | None = None,
 ) -> tuple[list[Row], list[Leaf]]:
     """The leaves at these places (None: all) that hold arrays, with nothing wrong with them.
 
     And those that the engine of the caller answers for, or the native engine takes without a check.
     """
-    leaves = _leaves(columns, caller, range(len(columns.ws)) if places is None else places)
+    leaves = _leaves(columns, caller, range(len(columns.ws)) if indices is None else indices)
     trusted = [] if caller.engine is None else caller.engine.trusted(leaves)
     if native is not None:
-        trusted += native.trust([leaf for leaf in leaves if leaf.place not in caller.places])
+        trusted += native.trust([leaf for leaf in leaves if leaf.leaf_index not in caller.indices])
     if trusted:
-        known = {leaf.place for leaf in trusted}
-        leaves = [leaf for leaf in leaves if leaf.place not in known]
+        known = {leaf.leaf_index for leaf in trusted}
+        leaves = [leaf for leaf in leaves if leaf.leaf_index not in known]
     rows = _checks.check(leaves, caller.paths, same_shapes=caller.same_shapes, words=caller.words)
     return rows, trusted
 
 
-def _leaves(columns: Columns, caller: Caller, places: Iterable[int]) -> list[Leaf]:
+def _leaves(columns: Columns, caller: Caller, indices: Iterable[int]) -> list[Leaf]:
     """The leaves that hold arrays, out of their wrappers; others must stay as they are."""
-    rows = [(place, *map(unwrap, columns.row(place))) for place in places]
+    rows = [(index, *map(unwrap, columns.row(index))) for index in indices]
     if any(x is None and any(y is not None for y in row) for _, x, *row in rows):
         caller.refuse_extra()
     leaves: list[Leaf] = []
     non_arrays: dict[str, list[errors.Line]] = {"w": [], "out": [], "state": []}
     writes, moves = columns.outs is not None, columns.velocities is not None
-    for place, x, dcdw, out, velocity in rows:
+    for index, x, dcdw, out, velocity in rows:
         if x is None:
             continue
-        backend, rule = _backends.find(x), columns.rules[place]
+        backend, rule = _backends.find(x), columns.rules[index]
         if backend is None:
             if dcdw is not None or (writes and out is not x):
                 text = f"expected an array, got {errors.describe(x)}"
-                non_arrays["w"].append((caller.paths()[place], text))
+                non_arrays["w"].append((caller.paths()[index], text))
         elif writes and out is None:
-            non_arrays["out"].append((caller.paths()[place], "expected an array, got None"))
+            non_arrays["out"].append((caller.paths()[index], "expected an array, got None"))
         elif moves and velocity is None and _needs_velocity(backend, x, rule, dcdw):
-            non_arrays["state"].append((caller.paths()[place], "expected a velocity, got None"))
+            non_arrays["state"].append((caller.paths()[index], "expected a velocity, got None"))
         else:
             is_number = issubclass(type(dcdw), (int, float, complex)) and type(dcdw) is not bool
             gradient = backend.full(_machine_number(dcdw), x) if is_number else dcdw
-            leaves.append(Leaf(place, x, gradient, out, rule, backend, velocity))
+            leaves.append(Leaf(index, x, gradient, out, rule, backend, velocity))
     for argument, lines in non_arrays.items():
         if lines:
             headline = f"{caller.words.name(argument)} holds something that is no array"
@@ -186,7 +186,7 @@ def _stretches(arrays: list[Operand]) -> list[Span]:
     """As few stretches of memory as these arrays fill."""
     found: list[Span] = []
     for x in arrays:
-        if x.backend is None or x.backend.values(x.x) is not Values.HERE or x.memory is None:
+        if x.backend is None or x.backend.values(x.x) is not Values.CPU or x.memory is None:
             continue
         start, size = _memory.span(x.memory)
         if size:
@@ -204,7 +204,7 @@ def _must_wait(native: Native, others: list[Leaf]) -> bool:
     """Whether what others get decides on the step, and is not known when the kernel steps."""
     guarded = native.must_be_finite or any(x.rule.nonfinite != "propagate" for x in others)
     steps = [leaf for leaf in others if leaf.dcdw is not None]
-    return guarded and any(leaf.backend.values(leaf.w) is not Values.HERE for leaf in steps)
+    return guarded and any(leaf.backend.values(leaf.w) is not Values.CPU for leaf in steps)
 
 
 def _writing(native: Native, rows: list[Row], columns: Columns) -> AbstractContextManager[Any]:
@@ -216,29 +216,29 @@ def _writing(native: Native, rows: list[Row], columns: Columns) -> AbstractConte
 
 def _run(
     native: Native, leaves: list[Leaf], caller: Caller, writes: Writes
-) -> tuple[dict[int, New], Any]:
+) -> tuple[dict[int, StepResult], Any]:
     """The results by place, and whether the step is taken: a bool, or an array of one.
 
     Those of leaves with an `out` are there when the writes are made.
     """
     steps = [leaf for leaf in leaves if leaf.dcdw is not None]
-    shards = native.take([leaf for leaf in steps if leaf.place not in caller.places])
+    shards = native.take([leaf for leaf in steps if leaf.leaf_index not in caller.indices])
     guarded = native.must_be_finite or any(leaf.rule.nonfinite != "propagate" for leaf in steps)
     results = dict(shards)
     if caller.engine is not None:
-        taken_by_it = [leaf for leaf in steps if leaf.place in caller.engine.places]
+        taken_by_it = [leaf for leaf in steps if leaf.leaf_index in caller.engine.indices]
         for out, new in caller.engine.results(taken_by_it):
             writes.add(taken_by_it[0].backend, out, new)
-        results |= {leaf.place: New(leaf.out, leaf.velocity) for leaf in taken_by_it}
-    steps = [leaf for leaf in steps if leaf.place not in results]
+        results |= {leaf.leaf_index: StepResult(leaf.out, leaf.velocity) for leaf in taken_by_it}
+    steps = [leaf for leaf in steps if leaf.leaf_index not in results]
     for backend, group in _nonfinite.by_backend(steps).items():
         given = [leaf._replace(out=None) for leaf in group] if guarded else group
-        news = backend.update(given, writes)
-        results |= {leaf.place: new for leaf, new in zip(group, news, strict=True)}
+        new = backend.update(given, writes)
+        results |= {leaf.leaf_index: x for leaf, x in zip(group, new, strict=True)}
     taken: Any = True
     if guarded:
         writes.norms, bad = native.nonfinite()
-        others = [leaf for leaf in leaves if leaf.place not in shards]
+        others = [leaf for leaf in leaves if leaf.leaf_index not in shards]
         guards, taken = _nonfinite.guard(others, results, caller.paths, caller.words, bad)
         results |= guards
     elif shards:
@@ -247,41 +247,41 @@ def _run(
         native.keep(writes)
         writes.plan = None
     else:
-        if native.news is not None:
+        if native.results is not None:
             native.step(writes.norms)
         native.copy(writes)
     for leaf in leaves:
-        if leaf.dcdw is None or (taken is False and leaf.place in shards):
-            results[leaf.place] = _kept(leaf, writes)
-        elif guarded and leaf.place not in shards:
-            results[leaf.place] = writes.result(leaf, results[leaf.place])
+        if leaf.dcdw is None or (taken is False and leaf.leaf_index in shards):
+            results[leaf.leaf_index] = _kept(leaf, writes)
+        elif guarded and leaf.leaf_index not in shards:
+            results[leaf.leaf_index] = writes.result(leaf, results[leaf.leaf_index])
     return results, taken
 
 
-def _kept(leaf: Leaf, writes: Writes) -> New:
+def _kept(leaf: Leaf, writes: Writes) -> StepResult:
     """Weights that stay as they are, in memory of their own; and so their velocity."""
     if leaf.out is None:
         return _nonfinite.copies(leaf)
     if leaf.out is not leaf.w:
         writes.add(leaf.backend, leaf.out, leaf.w)
-    return New(leaf.out, leaf.velocity)
+    return StepResult(leaf.out, leaf.velocity)
 
 
-def _result(native: Native, others: dict[int, New], taken: Any) -> Result:
+def _result(native: Native, others: dict[int, StepResult], taken: Any) -> Result:
     """All results in the order of the leaves, in wrappers where the leaves were."""
     columns = native.columns
-    if native.news is None:
+    if native.results is None:
         return Result(columns.outs or [], columns.velocities, taken)
     native.finish()
-    ws, velocities = native.news
-    for place in native.rest:
-        new = others.get(place, New(*columns.row(place)[::3]))  # no array: it stays as it is
-        ws[place] = new.w
+    ws, velocities = native.results
+    for index in native.rest:
+        new = others.get(index, StepResult(*columns.row(index)[::3]))  # no array: it stays as it is
+        ws[index] = new.w
         if velocities is not None:
-            velocities[place] = new.velocity
-    for place in native.odd:
-        w, _, _, velocity = columns.row(place)
-        ws[place] = rewrapped(ws[place], w)
+            velocities[index] = new.velocity
+    for index in native.odd:
+        w, _, _, velocity = columns.row(index)
+        ws[index] = rewrapped(ws[index], w)
         if velocities is not None:
-            velocities[place] = rewrapped(velocities[place], velocity)
+            velocities[index] = rewrapped(velocities[index], velocity)
     return Result(ws, velocities, taken)

@@ -110,10 +110,10 @@ class _Block(_RLock):  # type: ignore[misc]
     def _others(self) -> tuple[bool, _Block | None]:
         """Whether other threads have blocks, and one of these to wait for."""
         blocks = _registered()
-        places = {block: place for place, block in enumerate(blocks)}
+        indices = {block: index for index, block in enumerate(blocks)}
         others = [block for block in blocks if not block._is_owned()]
         for block in others:
-            ahead = places.get(block.outer or block, -1) < places[self.outer or self]
+            ahead = indices.get(block.outer or block, -1) < indices[self.outer or self]
             if (ahead or block.admitted) and overlap(self._spans(), block._spans()):
                 return True, block
         return bool(others), None

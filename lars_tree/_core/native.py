@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lars_tree import _backends, _native
-from lars_tree._backends.base import Backend, Columns, Leaf, New, News, Shards
+from lars_tree._backends.base import Backend, Columns, Leaf, Shards, StepResult, StepResults
 from lars_tree._backends.cpu import measured
 from lars_tree._core.wrapper import is_wrapped, unwrap
 from lars_tree._nonfinite import by_backend
@@ -45,42 +45,42 @@ class Native:
     ) -> None:
         self.columns = columns
         self.plan: Plan | None = _native.plan()
-        self.news = None if columns.outs is not None or measures else _nothing_yet(columns)
+        self.results = None if columns.outs is not None or measures else _nothing_yet(columns)
         self._parts: list[_Part] = []
         self._counted: tuple[Backend, Any] | None = None
         self._shards: dict[Backend, Shards] = {}
         self._takes_none = takes_none
         found = (_backends.find(unwrap(x)) for x in columns.ws if x is not None)
         backend = None if takes_none else next(filter(None, found), None)
-        places = [i for i in range(len(columns.ws)) if i not in without] if without else None
-        self.odd = self.rest = self._offer(backend, columns, places)
+        indices = [i for i in range(len(columns.ws)) if i not in without] if without else None
+        self.odd = self.rest = self._offer(backend, columns, indices)
         if self.odd and backend is not None and self.plan is not None:
             self._offer_again(backend)
         if without:
             self.odd = self.rest = sorted({*self.rest, *without})
 
     def _offer(
-        self, backend: Backend | None, columns: Columns, places: list[int] | None
+        self, backend: Backend | None, columns: Columns, indices: list[int] | None
     ) -> list[int]:
         if backend is None or self.plan is None:
-            return list(range(len(columns.ws))) if places is None else places
+            return list(range(len(columns.ws))) if indices is None else indices
         start = len(self.plan.written)
-        rest = backend.prepare(self.plan, columns, self.news, places)
+        rest = backend.prepare(self.plan, columns, self.results, indices)
         written = slice(start, len(self.plan.written))
-        self._parts.append(_Part(backend, columns, places, rest, written))
+        self._parts.append(_Part(backend, columns, indices, rest, written))
         return rest
 
     def _offer_again(self, tried: Backend | None) -> None:
         """Offer arrays out of their wrappers, and those of other libraries."""
         bare = _unwrapped(self.columns, self.odd)
         groups: dict[Backend | None, list[int]] = {}
-        for place in self.odd:
-            backend = _backends.find(bare.ws[place])
-            if backend is tried and not any(map(is_wrapped, self.columns.row(place))):
+        for index in self.odd:
+            backend = _backends.find(bare.ws[index])
+            if backend is tried and not any(map(is_wrapped, self.columns.row(index))):
                 backend = None
-            groups.setdefault(backend, []).append(place)
-        offers = (self._offer(backend, bare, places) for backend, places in groups.items())
-        self.rest = sorted(place for rest in offers for place in rest)
+            groups.setdefault(backend, []).append(index)
+        offers = (self._offer(backend, bare, indices) for backend, indices in groups.items())
+        self.rest = sorted(index for rest in offers for index in rest)
 
     @property
     def must_be_finite(self) -> bool:
@@ -129,16 +129,16 @@ class Native:
             return []
         return [leaf for shards, group in self._spread(leaves) for leaf in shards.trust(group)]
 
-    def take(self, leaves: list[Leaf]) -> dict[int, New]:
+    def take(self, leaves: list[Leaf]) -> dict[int, StepResult]:
         """Take those of checked leaves that are spread over processes, beside those trusted.
 
         Returns:
             The results of both, by place.
         """
         for shards, group in self._spread(leaves):
-            shards.take([leaf for leaf in group if leaf.place not in shards.news])
-        news = (shards.news.items() for shards in self._shards.values())
-        return {place: new for items in news for place, new in items}
+            shards.take([leaf for leaf in group if leaf.leaf_index not in shards.results])
+        results = (shards.results.items() for shards in self._shards.values())
+        return {index: new for items in results for index, new in items}
 
     def _spread(self, leaves: list[Leaf]) -> Iterator[tuple[Shards, list[Leaf]]]:
         if self.plan is None:
@@ -147,21 +147,21 @@ class Native:
             shards = self._shards.get(backend) or backend.shards(self.plan)
             if shards is not None:
                 yield shards, group
-                if shards.news:
+                if shards.results:
                     self._shards[backend] = shards
 
     def measured(self) -> dict[int, Measured]:
         """What the steps are made of, by place: numbers of the libraries of the weights."""
         if self.plan is None or not self.plan.places:
             return {}
-        places, rows = self.plan.places, measured(self.plan)
-        if any(is_joint(self.columns.rules[place]) for place in places):
+        indices, rows = self.plan.places, measured(self.plan)
+        if any(is_joint(self.columns.rules[index]) for index in indices):
             # The denominators are norms of sums: those of gradients alone are measured as well.
             rules = [rule._replace(joint_norm=False) for rule in self.columns.rules]
             plan = Native(self.columns._replace(rules=rules), measures=True).plan
             rows[:, 1] = measured(plan)[:, 1] if plan is not None else np.nan
         found: dict[int, Measured] = {}
-        ws = [unwrap(self.columns.ws[place]) for place in places]
+        ws = [unwrap(self.columns.ws[index]) for index in indices]
         groups: dict[Backend, list[int]] = {}
         for i, w in enumerate(ws):
             backend = _backends.find(w)
@@ -169,7 +169,7 @@ class Native:
             groups.setdefault(backend, []).append(i)
         for backend, group in groups.items():
             numbers = backend.numbers(rows[group], [ws[i] for i in group])
-            found |= zip((places[i] for i in group), numbers, strict=True)
+            found |= zip((indices[i] for i in group), numbers, strict=True)
         return found
 
     def norms(self, bounds: bool = False) -> bytearray | None:
@@ -186,13 +186,13 @@ class Native:
         norms = self.norms(bounds=True)
         if self.plan is None or norms is None:
             return None, None
-        places = dict(enumerate(self.plan.places))
+        indices = dict(enumerate(self.plan.places))
         for shards in self._shards.values():
-            places |= shards.places
-        bad = {places[row] for row in self.plan.nonfinite(norms)}
+            indices |= shards.indices
+        bad = {indices[row] for row in self.plan.nonfinite(norms)}
         for shards in self._shards.values():
             bad = shards.agree(bad)
-        return norms, {place: self.columns.rules[place].nonfinite for place in bad}
+        return norms, {index: self.columns.rules[index].nonfinite for index in bad}
 
     def step(self, norms: bytearray | None = None) -> None:
         """Step all layers; by these norms, where they are known already."""
@@ -206,30 +206,30 @@ class Native:
     def keep(self, writes: Writes) -> None:
         """Let the results be what the leaves have: in new arrays, or in `outs` that are others."""
         for part in self._parts:
-            for place in part.taken():
-                w, _, out, velocity = part.columns.row(place)
-                if self.news is None:
+            for index in part.taken():
+                w, _, out, velocity = part.columns.row(index)
+                if self.results is None:
                     if out is not w and w is not None:
                         writes.add(part.backend, out, w)
                     continue
-                for news, old in zip(self.news, (w, velocity), strict=True):
-                    if news is not None and old is not None:
-                        news[place] = part.backend.copy(old, stop_gradients=True)
+                for results, old in zip(self.results, (w, velocity), strict=True):
+                    if results is not None and old is not None:
+                        results[index] = part.backend.copy(old, stop_gradients=True)
 
     def copy(self, writes: Writes) -> None:
         """Copy results to where they belong that were not made there, after the step."""
         for backend, shards in self._shards.items():
             for target, values in shards.copies:
-                if self.news is None:
+                if self.results is None:
                     writes.add(backend, target, values)
                 else:
                     backend.write(target, values)
 
     def finish(self) -> None:
         """Make new arrays what their libraries want."""
-        if self.news is not None:
+        if self.results is not None:
             for part in self._parts:
-                part.backend.finish(part.columns, self.news, part.taken())
+                part.backend.finish(part.columns, self.results, part.taken())
 
 
 class _Part(NamedTuple):
@@ -240,31 +240,31 @@ class _Part(NamedTuple):
 
     backend: Backend
     columns: Columns
-    places: list[int] | None
+    indices: list[int] | None
     rest: list[int]
     written: slice
 
     def taken(self) -> Iterable[int]:
         """The places of the leaves that it took, also of those that hold nothing."""
-        offered = range(len(self.columns.ws)) if self.places is None else self.places
+        offered = range(len(self.columns.ws)) if self.indices is None else self.indices
         if not self.rest:
             return offered
         rest = set(self.rest)
-        return [place for place in offered if place not in rest]
+        return [index for index in offered if index not in rest]
 
 
-def _nothing_yet(columns: Columns) -> News:
+def _nothing_yet(columns: Columns) -> StepResults:
     nothing = [None] * len(columns.ws)
-    return News(nothing, None if columns.velocities is None else list(nothing))
+    return StepResults(nothing, None if columns.velocities is None else list(nothing))
 
 
-def _unwrapped(columns: Columns, places: list[int]) -> Columns:
+def _unwrapped(columns: Columns, indices: list[int]) -> Columns:
     """Columns with the native arrays of leaves that are an Array."""
 
     def bare(xs: list[Any]) -> list[Any]:
         new = list(xs)
-        for place in places:
-            new[place] = unwrap(new[place])
+        for index in indices:
+            new[index] = unwrap(new[index])
         return new
 
     ws, dcdws, outs, rules, velocities, counters = columns
