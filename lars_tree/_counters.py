@@ -99,7 +99,7 @@ def _sharing(x: Any, others: list[Any]) -> list[int]:
     return sorted(near[k][0] for _, k in found)
 
 
-def _space_and_memory(x: Any) -> tuple[str, np.ndarray[Any, Any] | None]:
+def _space_and_memory(x: Any) -> tuple[str, _memory.NumpyArray | None]:
     """The address space that an array is in, and its addresses there if they are known."""
     backend = _backends.find(x)
     assert backend is not None

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
-Array = np.ndarray[Any, Any]
+NumpyArray = np.ndarray[Any, Any]
 
 # How hard to try to prove that two interleaved views share no element, before assuming they do.
 _MAX_WORK: Any = 10_000
 
 
-def overlaps_itself(x: Array) -> bool:
+def overlaps_itself(x: NumpyArray) -> bool:
     """Whether two elements may share memory, as in the result of a broadcast."""
     if x.flags.forc or not x.size:
         return False
@@ -34,16 +34,18 @@ def overlaps_itself(x: Array) -> bool:
     return False
 
 
-def same(a: Array, b: Array) -> bool:
+def same(a: NumpyArray, b: NumpyArray) -> bool:
     """Whether a and b are the very same elements in the same places."""
     return _layout(a) == _layout(b)
 
 
-def _layout(x: Array) -> tuple[int, tuple[int, ...], tuple[int, ...], int]:
+def _layout(x: NumpyArray) -> tuple[int, tuple[int, ...], tuple[int, ...], int]:
     return x.__array_interface__["data"][0], x.shape, x.strides, x.itemsize
 
 
-def overlapping(written: list[Array], read: list[Array] | None = None) -> Iterator[tuple[int, int]]:
+def overlapping(
+    written: list[NumpyArray], read: list[NumpyArray] | None = None
+) -> Iterator[tuple[int, int]]:
     """Pairs of indices of arrays that share an element.
 
     Both among `written`, the first index the smaller one; or, where `read` is given, the first
@@ -68,14 +70,14 @@ def overlapping(written: list[Array], read: list[Array] | None = None) -> Iterat
         reaching[side].append((end, i))
 
 
-def _share(a: Array, b: Array) -> bool:
+def _share(a: NumpyArray, b: NumpyArray) -> bool:
     try:
         return np.shares_memory(a, b, max_work=_MAX_WORK)
     except np.exceptions.TooHardError:
         return True
 
 
-def span(x: Array) -> tuple[int, int]:
+def span(x: NumpyArray) -> tuple[int, int]:
     """The address of the first byte of an array, and the number of bytes up to its last one."""
     start, end = byte_bounds(x)
     return start, end - start if x.size else 0
@@ -119,7 +121,7 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     return function
 
 
-def is_foreign(x: Array) -> bool:
+def is_foreign(x: NumpyArray) -> bool:
     """Whether numpy did not allocate the memory of x: then its writeable flag may be wrong."""
     owner: Any = x
     while issubclass(type(owner), np.ndarray):

@@ -5,9 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from lars_tree import _backends, _options
+from lars_tree import _backends, _memory, _options
 from lars_tree._backends.base import Facts, Kind, Leaf
 
 
@@ -29,7 +27,7 @@ class Operand:
                 self.varying = backend.varying(x)
 
     @cached_property
-    def memory(self) -> np.ndarray[Any, Any] | None:
+    def memory(self) -> _memory.NumpyArray | None:
         return None if self.backend is None else self.backend.memory(self.x)
 
 

@@ -29,11 +29,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lars_tree._backends.base import Backend, Leaf, StepResult
+from lars_tree._memory import NumpyArray
 
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
 
-Array = np.ndarray[Any, Any]
 Call = Callable[[], Any]
 
 _call: Callable[[Call], Any] = operator.call
@@ -53,7 +53,7 @@ class Writes:
     def __init__(self, plan: Plan | None = None) -> None:
         self.plan = plan
         self.norms: bytearray | None = None  # of the plan, where they are known already
-        self._copies: list[tuple[Array, Array]] = []
+        self._copies: list[tuple[NumpyArray, NumpyArray]] = []
         self._chunked: list[Call] = []
         self._foreign: dict[Backend, list[tuple[Any, Any]]] = {}
         self._shared: dict[Backend, list[Any]] = {}
@@ -82,7 +82,7 @@ class Writes:
         """Have a library know that these arrays are written to, as they are not by itself."""
         self._shared.setdefault(backend, []).extend(outs)
 
-    def copy(self, target: Array, values: Array) -> None:
+    def copy(self, target: NumpyArray, values: NumpyArray) -> None:
         """Copy values to an array in CPU memory."""
         self._copies.append((target, np.asarray(values, target.dtype)))
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
+
+from lars_tree._memory import NumpyArray
 
 NUMPY_TYPES = {
     torch.float16: "f2",
@@ -26,7 +26,7 @@ def bytes_needed(x: Tensor) -> int:
     return int((x.storage_offset() + last + 1) * x.element_size())
 
 
-def view(x: Tensor) -> np.ndarray[Any, Any]:
+def view(x: Tensor) -> NumpyArray:
     """A numpy view for `cpu.update`: bfloat16 as the bits it is.
 
     Not by `x.numpy()`: that makes the storage one that can never be resized or freed again.
@@ -37,7 +37,7 @@ def view(x: Tensor) -> np.ndarray[Any, Any]:
     return np.asarray(Address(x, NUMPY_TYPES[x.dtype]))
 
 
-def bits(x: Tensor) -> np.ndarray[Any, Any]:
+def bits(x: Tensor) -> NumpyArray:
     """A numpy view to copy to or from, of a tensor of any dtype: of its bits."""
     x = x.detach().resolve_conj().resolve_neg()
     size = x.element_size()

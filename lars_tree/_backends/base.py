@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from lars_tree._memory import NumpyArray
 from lars_tree._rule import Measured, Rule, mesh_axes
 
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
     from lars_tree._writes import Writes
 
-Array = Any
+NativeArray = Any
 
 
 class Kind(Enum):
@@ -124,7 +125,7 @@ class Engine(Protocol):
     def trusted(self, leaves: list[Leaf]) -> list[Leaf]:
         """Those of all leaves that need not be checked: it can tell that nothing is wrong."""
 
-    def results(self, leaves: list[Leaf]) -> Iterable[tuple[Array, Array]]:
+    def results(self, leaves: list[Leaf]) -> Iterable[tuple[NativeArray, NativeArray]]:
         """Pairs of an array to write to, and what to write; nothing is written yet."""
 
 
@@ -140,7 +141,7 @@ class Shards(Protocol):
     """
 
     results: dict[int, StepResult]
-    copies: list[tuple[Array, Array]]
+    copies: list[tuple[NativeArray, NativeArray]]
 
     @property
     def indices(self) -> dict[int, int]:
@@ -172,31 +173,31 @@ class Backend(ABC):
     name: str
 
     @abstractmethod
-    def facts(self, x: Array) -> Facts:
+    def facts(self, x: NativeArray) -> Facts:
         """Shape, dtype and device of an array that has no fault."""
 
     @abstractmethod
-    def values(self, x: Array) -> Values:
+    def values(self, x: NativeArray) -> Values:
         """Where the elements are."""
 
     @abstractmethod
-    def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
+    def to_numpy(self, x: NativeArray) -> NumpyArray:
         """The elements of an array whose values are here or far; a view where that is possible."""
 
     @abstractmethod
-    def full(self, number: complex, like: Array) -> Array:
+    def full(self, number: complex, like: NativeArray) -> NativeArray:
         """A 0-d array of a number, on the device of `like` and as precise as it needs."""
 
     @abstractmethod
-    def copy(self, x: Array, stop_gradients: bool) -> Array:
+    def copy(self, x: NativeArray, stop_gradients: bool) -> NativeArray:
         """A copy that shares no memory."""
 
     @abstractmethod
-    def zeros(self, w: Array, dtype: Any) -> Array:
+    def zeros(self, w: NativeArray, dtype: Any) -> NativeArray:
         """Zeros of the shape of w, where w is."""
 
     @abstractmethod
-    def counter(self, w: Array) -> Array:
+    def counter(self, w: NativeArray) -> NativeArray:
         """A new 0-d array of integers that counts from 0, on the device of w."""
 
     @abstractmethod
@@ -214,39 +215,39 @@ class Backend(ABC):
         Each is 0-d, or a vector where the leaf has a layer axis. Every leaf has a gradient.
         """
 
-    def numbers(self, rows: np.ndarray[Any, Any], ws: list[Array]) -> list[Measured]:
+    def numbers(self, rows: NumpyArray, ws: list[NativeArray]) -> list[Measured]:
         """What the native engine measured, a row for each of the weights, as numbers like them."""
         return list(map(Measured._make, rows))
 
-    def fetch(self, xs: list[Array]) -> list[np.ndarray[Any, Any]]:
+    def fetch(self, xs: list[NativeArray]) -> list[NumpyArray]:
         """The elements of arrays with known values, waiting for them once."""
         return [self.to_numpy(x) for x in xs]
 
     @abstractmethod
-    def all_finite(self, xs: list[Array]) -> Any:
+    def all_finite(self, xs: list[NativeArray]) -> Any:
         """A truth value, or a 0-d array of one where values are not here."""
 
     @abstractmethod
-    def choose(self, flag: Any, a: Array, b: Array) -> Array:
+    def choose(self, flag: Any, a: NativeArray, b: NativeArray) -> NativeArray:
         """A where the flag (of `all_finite`) holds, else b."""
 
     @abstractmethod
-    def write(self, out: Array, x: Array) -> None:
+    def write(self, out: NativeArray, x: NativeArray) -> None:
         """Copy the elements of x, of the same shape and dtype, into `out`."""
 
-    def writers(self, pairs: list[tuple[Array, Array]]) -> list[Callable[[], Any]]:
+    def writers(self, pairs: list[tuple[NativeArray, NativeArray]]) -> list[Callable[[], Any]]:
         """Calls that copy x to `out`, for pairs of both; as few calls as possible."""
         return [partial(self.write, out, x) for out, x in pairs]
 
     def copied_memory(
-        self, out: Array, x: Array
-    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
+        self, out: NativeArray, x: NativeArray
+    ) -> tuple[NumpyArray, NumpyArray] | None:
         """Numpy arrays of one dtype with the memory of `out` and the elements of x; None where the
         library must copy them itself.
         """
         return None
 
-    def announce(self, outs: Iterable[Array]) -> None:
+    def announce(self, outs: Iterable[NativeArray]) -> None:
         """Have the library know that arrays are written to without it."""
         return
 
@@ -269,27 +270,27 @@ class Backend(ABC):
         """Make the new arrays at these places, which `prepare` took, what users expect."""
         return
 
-    def count(self, plan: Plan, counter: Array) -> bool:
+    def count(self, plan: Plan, counter: NativeArray) -> bool:
         """Have a plan add one to a counter when the step is taken; whether it can."""
         return False
 
-    def velocity_dtype(self, w: Array) -> Any:
+    def velocity_dtype(self, w: NativeArray) -> Any:
         """The dtype of the velocity of w: its own, or float32 if that is shorter than float32."""
         return np.dtype(np.float32) if w.dtype.itemsize == 2 else w.dtype
 
-    def namespace(self, x: Array) -> Any:
+    def namespace(self, x: NativeArray) -> Any:
         """The module with functions such as `clip` and `cos` of arrays like x."""
         return np
 
-    def fault(self, x: Array) -> str | None:
+    def fault(self, x: NativeArray) -> str | None:
         """Why x cannot be computed with; None if it can."""
         return None
 
-    def out_fault(self, x: Array) -> str | None:
+    def out_fault(self, x: NativeArray) -> str | None:
         """Why nothing can be written to x; None if it can."""
         return None
 
-    def sizes(self, xs: list[Array]) -> tuple[list[int], list[int]]:
+    def sizes(self, xs: list[NativeArray]) -> tuple[list[int], list[int]]:
         """The numbers of elements and of bytes, as arrays of one type declare them; 0 if unknown.
 
         May be called for 100,000 of them.
@@ -298,12 +299,12 @@ class Backend(ABC):
         counts = [0 if x is None else prod(x.shape) for x in usable]
         return counts, [getattr(x, "nbytes", 0) for x in usable]
 
-    def axis_fault(self, w: Array, rule: Rule) -> str | None:
+    def axis_fault(self, w: NativeArray, rule: Rule) -> str | None:
         """What is wrong with the option axis_name for weights w; None if it is right."""
         axes = mesh_axes(rule)
         return f"expected None for an array of {self.name}, got {named(axes)}" if axes else None
 
-    def varying(self, x: Array) -> frozenset[Any]:
+    def varying(self, x: NativeArray) -> frozenset[Any]:
         """The mesh axes of a surrounding `jax.shard_map` over which x is known to vary."""
         return frozenset()
 
@@ -311,11 +312,11 @@ class Backend(ABC):
         """A flag of `all_finite`, true where it is true for all shards of these leaves."""
         return flag
 
-    def memory(self, x: Array) -> np.ndarray[Any, Any] | None:
+    def memory(self, x: NativeArray) -> NumpyArray | None:
         """An array at the same addresses, for arithmetic with addresses alone; None if unknown."""
         return None
 
-    def records(self, x: Array) -> bool:
+    def records(self, x: NativeArray) -> bool:
         """Whether the history of x is being recorded for differentiation."""
         return False
 

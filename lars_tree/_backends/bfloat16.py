@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+NumpyArray = np.ndarray[Any, Any]
 
 
-def decode(bits: Array) -> Array:
+def decode(bits: NumpyArray) -> NumpyArray:
     """bfloat16 bits (uint16) as doubles, exactly."""
     return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
-def encode(values: Array) -> Array:
+def encode(values: NumpyArray) -> NumpyArray:
     """Doubles rounded to the nearest bfloat16, ties to even, as bits (uint16)."""
     nearest = values.astype(np.float32)
     bits = nearest.view(np.uint32)

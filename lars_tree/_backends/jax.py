@@ -32,13 +32,12 @@ from lars_tree._backends.base import (
 )
 from lars_tree._backends.jax_memory import copy, device_to_view, empty_like, put
 from lars_tree._backends.numpy import as_bits, raw
+from lars_tree._memory import NumpyArray
 from lars_tree._rule import Measured, Rule, mesh_axes
 
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
     from lars_tree._writes import Writes
-
-Array = Any
 
 
 class JaxOps(NamespaceOps):
@@ -54,19 +53,19 @@ class JaxOps(NamespaceOps):
     def over(self, mesh_axes: frozenset[Any]) -> JaxOps:
         return JaxOps(_in_order(mesh_axes)) if mesh_axes else self
 
-    def constant(self, x: Array) -> Array:
+    def constant(self, x: jax.Array) -> jax.Array:
         return jax.lax.stop_gradient(x)
 
-    def upper_half(self, x: Array) -> Array:
+    def upper_half(self, x: jax.Array) -> jax.Array:
         # XLA may join products and sums, which the usual way to split a number does not survive.
         limits = jnp.finfo(x.dtype)
         return jax.lax.reduce_precision(x, limits.nexp, (limits.nmant + 1) // 2 - 1)
 
-    def sum(self, x: Array, axes: tuple[int, ...]) -> Array:
+    def sum(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         x = super().sum(x, axes)
         return jax.lax.psum(x, self.axes) if self.axes else x
 
-    def max(self, x: Array, axes: tuple[int, ...]) -> Array:
+    def max(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         x = super().max(x, axes)
         return jax.lax.pmax(x, self.axes) if self.axes else x
 
@@ -79,28 +78,28 @@ class JaxBackend(ArraysBackend):
 
     name = "jax"
 
-    def facts(self, x: Array) -> Facts:
+    def facts(self, x: jax.Array) -> Facts:
         kind = kind_of_numpy(x.dtype) if isinstance(x.dtype, np.dtype) else Kind.OTHER
         return Facts(x.shape, kind, x.dtype, _device(x))
 
-    def values(self, x: Array) -> Values:
+    def values(self, x: jax.Array) -> Values:
         if _is_traced(x):
             return Values.TRACED
         platforms = {device.platform for device in x.devices()}
         return Values.CPU if platforms == {"cpu"} and x.is_fully_addressable else Values.DEVICE
 
-    def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
+    def to_numpy(self, x: jax.Array) -> NumpyArray:
         return np.asarray(x)
 
-    def full(self, number: complex, like: Array) -> Array:
+    def full(self, number: complex, like: jax.Array) -> jax.Array:
         is_complex = isinstance(number, complex) or jnp.iscomplexobj(like)
         with jax.enable_x64(True):
             return jnp.asarray(number, jnp.complex128 if is_complex else jnp.float64)
 
-    def copy(self, x: Array, stop_gradients: bool) -> Array:
+    def copy(self, x: jax.Array, stop_gradients: bool) -> jax.Array:
         return jax.lax.stop_gradient(x) if stop_gradients else x
 
-    def fault(self, x: Array) -> str | None:
+    def fault(self, x: jax.Array) -> str | None:
         if not isinstance(x, jax.Array):  # a tracer of something else
             return "a reference to an array: read it first, as x[...]"
         if x.ndim > MOST_AXES:
@@ -112,13 +111,13 @@ class JaxBackend(ArraysBackend):
             return f"partial sums over the mesh axis {named(unreduced)}: reduce them first"
         return None
 
-    def axis_fault(self, w: Array, rule: Rule) -> str | None:
+    def axis_fault(self, w: jax.Array, rule: Rule) -> str | None:
         axes = mesh_axes(rule)
         if axes and not _is_traced(w):
             return f"expected None outside of jax.shard_map, got {named(axes)}"
         return _axis_fault(self.varying(w), axes, rule)
 
-    def varying(self, x: Array) -> frozenset[Any]:
+    def varying(self, x: jax.Array) -> frozenset[Any]:
         return _manual_axes(x, "varying")
 
     def on_all_shards(self, flag: Any, leaves: list[Leaf]) -> Any:
@@ -127,28 +126,28 @@ class JaxBackend(ArraysBackend):
         axes = self.varying(flag).union(*(mesh_axes(leaf.rule) for leaf in leaves))
         return jax.lax.pmin(flag.astype(jnp.int32), _in_order(axes)) > 0 if axes else flag
 
-    def out_fault(self, x: Array) -> str | None:
+    def out_fault(self, x: jax.Array) -> str | None:
         return "a jax array, which is immutable: leave out `out` and use the returned value"
 
-    def records(self, x: Array) -> bool:
+    def records(self, x: jax.Array) -> bool:
         return _is_traced(x)
 
-    def ops(self, x: Array) -> JaxOps:
+    def ops(self, x: jax.Array) -> JaxOps:
         return _OPS
 
-    def widen(self, x: Any, w: Array) -> Array:
+    def widen(self, x: Any, w: jax.Array) -> jax.Array:
         x = jnp.asarray(x)
         double = jax.default_backend() == "cpu" or w.dtype in (np.float64, np.complex128)
         real, complex_ = (jnp.float64, jnp.complex128) if double else (jnp.float32, jnp.complex64)
         return x.astype(complex_ if jnp.iscomplexobj(x) else real)
 
-    def zeros(self, w: Array, dtype: Any) -> Array:
+    def zeros(self, w: jax.Array, dtype: Any) -> jax.Array:
         with jax.enable_x64(True):
             if _is_traced(w):
                 return jnp.zeros_like(w, dtype)
             return _zeros(w.shape, dtype, w, w.sharding)
 
-    def counter(self, w: Array) -> Array:
+    def counter(self, w: jax.Array) -> jax.Array:
         if _is_traced(w):
             return jnp.zeros((), jnp.int32)
         spread = isinstance(w.sharding, jax.sharding.NamedSharding)
@@ -156,7 +155,9 @@ class JaxBackend(ArraysBackend):
         sharding = jax.sharding.NamedSharding(w.sharding.mesh, everywhere) if spread else w.sharding
         return _zeros((), jnp.int32, w, sharding)
 
-    def step(self, w: Array, dcdw: Array, rule: Rule, velocity: Array | None = None) -> StepResult:
+    def step(
+        self, w: jax.Array, dcdw: jax.Array, rule: Rule, velocity: jax.Array | None = None
+    ) -> StepResult:
         if not jnp.iscomplexobj(w):
             return super().step(w, dcdw, rule, velocity)
         pairs = super().step(*_as_pairs(w, dcdw, rule), _as_pair(velocity))
@@ -164,7 +165,7 @@ class JaxBackend(ArraysBackend):
             *(None if x is None else jax.lax.complex(x[..., 0], x[..., 1]) for x in pairs)
         )
 
-    def measure_leaf(self, w: Array, dcdw: Array, rule: Rule) -> Measured:
+    def measure_leaf(self, w: jax.Array, dcdw: jax.Array, rule: Rule) -> Measured:
         if jnp.iscomplexobj(w):
             w, dcdw, rule = _as_pairs(w, dcdw, rule)
         return super().measure_leaf(w, dcdw, rule)
@@ -176,7 +177,7 @@ class JaxBackend(ArraysBackend):
             pairs = zip(measured, dtypes, strict=True)
             return [Measured(*(x.astype(dtype) for x in each)) for each, dtype in pairs]
 
-    def numbers(self, rows: np.ndarray[Any, Any], ws: list[Array]) -> list[Measured]:
+    def numbers(self, rows: NumpyArray, ws: list[jax.Array]) -> list[Measured]:
         groups: dict[Any, list[int]] = {}
         for i, (w, dtype) in enumerate(zip(ws, _report_dtypes(ws), strict=True)):
             groups.setdefault((w.sharding, dtype), []).append(i)
@@ -188,15 +189,15 @@ class JaxBackend(ArraysBackend):
                 found[i] = Measured(*numbers[4 * k : 4 * k + 4])
         return [found[i] for i in range(len(ws))]
 
-    def fetch(self, xs: list[Array]) -> list[np.ndarray[Any, Any]]:
+    def fetch(self, xs: list[jax.Array]) -> list[NumpyArray]:
         return [np.asarray(x) for x in jax.device_get(xs)]
 
-    def all_finite(self, xs: list[Array]) -> Any:
+    def all_finite(self, xs: list[jax.Array]) -> Any:
         if any(map(_is_traced, xs)):
             return super().all_finite(xs)
         return all(bool(jnp.isfinite(x).all()) for x in xs)
 
-    def narrow(self, x: Array, w: Array) -> Array:
+    def narrow(self, x: jax.Array, w: jax.Array) -> jax.Array:
         return x.astype(w.dtype)
 
     def prepare(
@@ -276,7 +277,7 @@ def _axis_fault(varying: frozenset[Any], axes: frozenset[Any], rule: Rule) -> st
     )
 
 
-def _manual_axes(x: Array, state: str) -> frozenset[Any]:
+def _manual_axes(x: jax.Array, state: str) -> frozenset[Any]:
     """The mesh axes of a surrounding `shard_map` with regard to which x is in this state."""
     if not _is_traced(x):
         return frozenset()
@@ -286,7 +287,7 @@ def _manual_axes(x: Array, state: str) -> frozenset[Any]:
     return getattr(getattr(kind, "manual_axis_type", None), state, axes)
 
 
-def _varying_over(x: Array, axes: tuple[Any, ...]) -> Array:
+def _varying_over(x: jax.Array, axes: tuple[Any, ...]) -> jax.Array:
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(x, axes, to="varying")
     return jax.lax.pvary(x, axes)  # JAX 0.8
@@ -297,7 +298,7 @@ def _in_order(axes: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(sorted(axes, key=repr))
 
 
-def _zeros(shape: tuple[int, ...], dtype: Any, w: Array, sharding: Any) -> Array:
+def _zeros(shape: tuple[int, ...], dtype: Any, w: jax.Array, sharding: Any) -> jax.Array:
     """Zeros where w is, and bound to that as w is, so that a compiled step serves the next one."""
     if w.committed:
         return jnp.zeros(shape, dtype, device=sharding)
@@ -305,7 +306,7 @@ def _zeros(shape: tuple[int, ...], dtype: Any, w: Array, sharding: Any) -> Array
         return jnp.zeros(shape, dtype)
 
 
-def _report_dtypes(ws: list[Array]) -> list[Any]:
+def _report_dtypes(ws: list[jax.Array]) -> list[Any]:
     """float64 where JAX has it, or the weights are: elsewhere JAX warns of such arrays."""
     usual = jnp.zeros(()).dtype
     with jax.enable_x64(True):
@@ -327,7 +328,7 @@ def _steps_in_cpu_memory(leaf: Leaf) -> bool:
     return all(map(_in_cpu_memory, arrays)) and not any(isinstance(x, jax.Array) for x in leaf.rule)
 
 
-def _as_pairs(w: Array, dcdw: Array, rule: Rule) -> tuple[Array, Array, Rule]:
+def _as_pairs(w: jax.Array, dcdw: jax.Array, rule: Rule) -> tuple[jax.Array, jax.Array, Rule]:
     """Complex arrays as pairs of real numbers.
 
     Complex numbers of double precision have no derivatives unless jax_enable_x64 is set, as their
@@ -338,11 +339,11 @@ def _as_pairs(w: Array, dcdw: Array, rule: Rule) -> tuple[Array, Array, Rule]:
     return _as_pair(w), _as_pair(dcdw), rule._replace(lr=lr, layer_axis=axis)
 
 
-def _as_pair(x: Array | None) -> Array | None:
+def _as_pair(x: jax.Array | None) -> jax.Array | None:
     return None if x is None else jnp.stack([jnp.real(x), jnp.imag(x)], -1)
 
 
-def _laid_out(x: Array, w: Array) -> Array:
+def _laid_out(x: jax.Array, w: jax.Array) -> jax.Array:
     """X sharded as w is, so that the results are: wherever it is known how w is."""
     x = jnp.broadcast_to(x, w.shape)
     if not _is_traced(x) and not _is_traced(w):
@@ -356,18 +357,18 @@ def _laid_out(x: Array, w: Array) -> Array:
     return jax.sharding.reshard(x, ours)
 
 
-def _in_cpu_memory(x: Array) -> bool:
+def _in_cpu_memory(x: jax.Array) -> bool:
     if _is_traced(x):
         return False
     devices = x.devices()
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
-def _is_traced(x: Array) -> bool:
+def _is_traced(x: jax.Array) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
-def _device(x: Array) -> frozenset[Any] | None:
+def _device(x: jax.Array) -> frozenset[Any] | None:
     """The devices that x is bound to; None where JAX may still move it."""
     return frozenset(x.devices()) if not _is_traced(x) and x.committed else None
 

@@ -11,9 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lars_tree._backends.base import MOST_AXES
-
-Array = Any
-Memory = np.ndarray[Any, Any]
+from lars_tree._memory import NumpyArray
 
 # What the kernel steps.
 _DTYPES = frozenset(
@@ -45,25 +43,25 @@ def _cpu_device(sharding: Any) -> Any:
     return devices[0] if devices[0].platform == "cpu" else None
 
 
-def empty_like(x: Array) -> Memory:
+def empty_like(x: jax.Array) -> NumpyArray:
     """New memory for an array; a long one is aligned, so that JAX need not copy it."""
     size = x.dtype.itemsize * math.prod(x.shape)
     if size < _LONG:
         return np.empty(x.shape, x.dtype)
-    memory: Memory = np.empty(size + _ALIGNMENT, np.uint8)
+    memory: NumpyArray = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     memory = memory[start : start + size].view(x.dtype)
     return memory.reshape(x.shape)
 
 
-def copy(x: Array) -> Memory:
+def copy(x: jax.Array) -> NumpyArray:
     """The elements in such memory."""
     new = empty_like(x)
     new[...] = np.asarray(x)
     return new
 
 
-def put(xs: list[Any], sharding: Any, committed: bool) -> list[Array]:
+def put(xs: list[Any], sharding: Any, committed: bool) -> list[jax.Array]:
     """Numpy arrays as JAX arrays that are there, and may be bound to it.
 
     They may share the memory, which nobody may write to any more. One call for many arrays takes
@@ -71,5 +69,5 @@ def put(xs: list[Any], sharding: Any, committed: bool) -> list[Array]:
     """
     (device,) = sharding.device_set
     with jax.enable_x64(True), jax.default_device(device):
-        new: list[Array] = jax.device_put(xs, sharding if committed else None)
+        new: list[jax.Array] = jax.device_put(xs, sharding if committed else None)
         return new

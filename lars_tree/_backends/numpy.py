@@ -20,14 +20,12 @@ from lars_tree._backends.base import (
     is_bfloat16,
     kind_of_numpy,
 )
-from lars_tree._memory import is_foreign, is_mapped_read_only, span
+from lars_tree._memory import NumpyArray, is_foreign, is_mapped_read_only, span
 from lars_tree._rule import Measured, Rule
 
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
     from lars_tree._writes import Writes
-
-Array = np.ndarray[Any, Any]
 
 
 class NumpyBackend(Backend):
@@ -35,29 +33,29 @@ class NumpyBackend(Backend):
 
     name = "numpy"
 
-    def facts(self, x: Array) -> Facts:
+    def facts(self, x: NumpyArray) -> Facts:
         return Facts(x.shape, kind_of_numpy(x.dtype), x.dtype, "cpu")
 
-    def values(self, x: Array) -> Values:
+    def values(self, x: NumpyArray) -> Values:
         return Values.CPU
 
-    def to_numpy(self, x: Array) -> Array:
+    def to_numpy(self, x: NumpyArray) -> NumpyArray:
         return np.asarray(x)
 
-    def full(self, number: complex, like: Array) -> Array:
+    def full(self, number: complex, like: NumpyArray) -> NumpyArray:
         is_complex = isinstance(number, complex) or like.dtype.kind == "c"
         return np.asarray(number, dtype=np.complex128 if is_complex else np.float64)
 
-    def copy(self, x: Array, stop_gradients: bool) -> Array:
+    def copy(self, x: NumpyArray, stop_gradients: bool) -> NumpyArray:
         return x.copy() if not isinstance(x, np.memmap) else np.array(x)
 
-    def fault(self, x: Array) -> str | None:
+    def fault(self, x: NumpyArray) -> str | None:
         # `np.ma` would import it here, where a fork might come: who has such an array has done so.
         if isinstance(x, getattr(sys.modules.get("numpy.ma"), "MaskedArray", ())):
             return "a masked array: the rule knows no missing elements; fill them first"
         return None
 
-    def out_fault(self, x: Array) -> str | None:
+    def out_fault(self, x: NumpyArray) -> str | None:
         if isinstance(x, np.generic):
             return "a numpy scalar, which is immutable: use the returned value"
         if not x.flags.writeable:
@@ -66,16 +64,16 @@ class NumpyBackend(Backend):
             return "read-only: it shares memory that is mapped for reading alone"
         return None
 
-    def sizes(self, xs: list[Array]) -> tuple[list[int], list[int]]:
+    def sizes(self, xs: list[NumpyArray]) -> tuple[list[int], list[int]]:
         return [x.size for x in xs], [x.nbytes for x in xs]
 
-    def memory(self, x: Array) -> Array | None:
+    def memory(self, x: NumpyArray) -> NumpyArray | None:
         return np.asarray(x) if isinstance(x, np.ndarray) else None
 
-    def zeros(self, w: Array, dtype: Any) -> Array:
+    def zeros(self, w: NumpyArray, dtype: Any) -> NumpyArray:
         return np.zeros_like(w, dtype, subok=not isinstance(w, np.memmap))
 
-    def counter(self, w: Array) -> Array:
+    def counter(self, w: NumpyArray) -> NumpyArray:
         return np.zeros((), np.int64)
 
     def prepare(
@@ -107,30 +105,30 @@ class NumpyBackend(Backend):
     def measure(self, leaves: list[Leaf]) -> list[Measured]:
         return [cpu.measure(raw(leaf.w), raw(leaf.dcdw), leaf.rule) for leaf in leaves]
 
-    def all_finite(self, xs: list[Array]) -> bool:
+    def all_finite(self, xs: list[NumpyArray]) -> bool:
         return all(bool(np.isfinite(x).all()) for x in xs)
 
-    def choose(self, flag: Any, a: Array, b: Array) -> Array:
+    def choose(self, flag: Any, a: NumpyArray, b: NumpyArray) -> NumpyArray:
         return a if flag else b
 
-    def write(self, out: Array, x: Array) -> None:
+    def write(self, out: NumpyArray, x: NumpyArray) -> None:
         np.asarray(out)[...] = x
 
-    def copied_memory(self, out: Array, x: Array) -> tuple[Array, Array]:
+    def copied_memory(self, out: NumpyArray, x: NumpyArray) -> tuple[NumpyArray, NumpyArray]:
         return raw(out), raw(x)
 
 
-def _empty_like(w: Array) -> Array:
+def _empty_like(w: NumpyArray) -> NumpyArray:
     """New memory for the result; that of a memory map is no map, as numpy's own operations do."""
     return np.empty_like(w, subok=not isinstance(w, np.memmap))
 
 
-def as_bits(x: Array) -> Array | None:
+def as_bits(x: NumpyArray) -> NumpyArray | None:
     """A view of bfloat16 as the bits it is; None of all else that has no buffer."""
     return x.view(np.uint16) if is_bfloat16(x.dtype) and x.dtype.isnative else None
 
 
-def raw(x: Array) -> Array:
+def raw(x: NumpyArray) -> NumpyArray:
     """A view for `cpu.update`: no subclass, and bfloat16 as the bits it is."""
     plain = np.asarray(x)
     return plain.view(np.uint16) if is_bfloat16(plain.dtype) else plain

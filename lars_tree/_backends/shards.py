@@ -29,6 +29,7 @@ from lars_tree._backends.sharded import (
 )
 from lars_tree._backends.stand_ins import PLAIN_TYPES
 from lars_tree._backends.tensors import as_real, bump_versions, leaf_like, targets
+from lars_tree._memory import NumpyArray
 from lars_tree._rule import Rule
 
 if TYPE_CHECKING:
@@ -207,21 +208,21 @@ def _is_array(x: Any) -> bool:
 _ROW, _COLUMNS = 8, 6
 
 
-def _squares(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _squares(rows: NumpyArray) -> NumpyArray:
     """The squared norms by layer, w and dcdw, and scale."""
     high, exponent = (rows[:, i:_COLUMNS:3, None] for i in (0, 2))
     with np.errstate(all="ignore"):
         scaled = np.ldexp(high, (exponent + _EXPONENTS).astype(np.intc))
-        squares: np.ndarray[Any, Any] = scaled * scaled
+        squares: NumpyArray = scaled * scaled
         return squares
 
 
-def _roots(sums: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _roots(sums: NumpyArray) -> NumpyArray:
     """The first columns of the rows for norms with these squares."""
     plain, of_large, _ = np.moveaxis(sums, -1, 0)
     is_safe = (plain > SAFE_SUM[0]) & (plain < SAFE_SUM[1])
     which = np.where(is_safe, 0, np.where(of_large > SAFE_SUM[0], 1, 2))
     high = np.sqrt(np.take_along_axis(sums, which[..., None], -1)[..., 0])
     found = np.stack([high, np.zeros_like(high), -_EXPONENTS[which]], -1)
-    rows: np.ndarray[Any, Any] = found.reshape(-1, _COLUMNS)
+    rows: NumpyArray = found.reshape(-1, _COLUMNS)
     return rows

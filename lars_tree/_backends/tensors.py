@@ -18,6 +18,7 @@ from torch import Tensor
 from lars_tree import _rule
 from lars_tree._backends.arrays import NamespaceOps
 from lars_tree._backends.base import Leaf, StepResult
+from lars_tree._memory import NumpyArray
 from lars_tree._rule import Measured, Rule
 
 
@@ -276,12 +277,12 @@ def _one_rule(rules: list[Rule], like: Tensor) -> Rule:
     return rules[0]._replace(**{name: merged(name) for name in names})
 
 
-def fetched(xs: list[Tensor]) -> list[np.ndarray[Any, Any]]:
+def fetched(xs: list[Tensor]) -> list[NumpyArray]:
     """The numbers of small real tensors: one copy, and one wait, for each device."""
     indices: dict[torch.device, list[int]] = {}
     for i, x in enumerate(xs):
         indices.setdefault(x.device, []).append(i)
-    found: dict[int, np.ndarray[Any, Any]] = {}
+    found: dict[int, NumpyArray] = {}
     for here in indices.values():
         flat = torch.cat([xs[i].double().reshape(-1) for i in here]).cpu().numpy()
         parts = np.split(flat, np.cumsum([xs[i].numel() for i in here])[:-1])

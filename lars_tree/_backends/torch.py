@@ -59,6 +59,7 @@ from lars_tree._backends.tensors import (
     targets,
     writing_to,
 )
+from lars_tree._memory import NumpyArray
 from lars_tree._rule import Measured
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class TorchBackend(ArraysBackend):
             return Values.TRACED
         return Values.CPU if x.device.type == "cpu" else Values.DEVICE
 
-    def to_numpy(self, x: Tensor) -> np.ndarray[Any, Any]:
+    def to_numpy(self, x: Tensor) -> NumpyArray:
         x = whole(x.detach()).resolve_conj().resolve_neg().cpu()
         # A copy: see `view` for what becomes of a storage that numpy() was called on.
         return np.asarray((x.double() if x.dtype == torch.bfloat16 else x.clone()).numpy())
@@ -144,7 +145,7 @@ class TorchBackend(ArraysBackend):
         counts = [x.numel() for x in xs]
         return counts, [count * x.itemsize for count, x in zip(counts, xs, strict=True)]
 
-    def memory(self, x: Tensor) -> np.ndarray[Any, Any] | None:
+    def memory(self, x: Tensor) -> NumpyArray | None:
         local = shard_of(x)
         return None if address(local) is None else np.asarray(Address(local))
 
@@ -241,10 +242,10 @@ class TorchBackend(ArraysBackend):
             found |= zip(indices, measure([leaves[i] for i in indices]), strict=True)
         return [Measured(*map(whole, found[i])) for i in range(len(leaves))]
 
-    def numbers(self, rows: np.ndarray[Any, Any], ws: list[Tensor]) -> list[Measured]:
+    def numbers(self, rows: NumpyArray, ws: list[Tensor]) -> list[Measured]:
         return [Measured(*row.unbind()) for row in torch.from_numpy(rows)]
 
-    def fetch(self, xs: list[Tensor]) -> list[np.ndarray[Any, Any]]:
+    def fetch(self, xs: list[Tensor]) -> list[NumpyArray]:
         return fetched([whole(x.detach()) for x in xs])
 
     def _is_plain_step(self, leaf: Leaf) -> bool:
@@ -289,9 +290,7 @@ class TorchBackend(ArraysBackend):
         calls = [partial(copy_all, *map(list, zip(*dense, strict=True)))] if dense else []
         return calls + super().writers(others)
 
-    def copied_memory(
-        self, out: Tensor, x: Tensor
-    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
+    def copied_memory(self, out: Tensor, x: Tensor) -> tuple[NumpyArray, NumpyArray] | None:
         if not all(_is_plain(tensor) and tensor.is_cpu for tensor in (out, x)):
             return None
         return bits(out), bits(x.detach().to(out.dtype))
