@@ -169,7 +169,7 @@ def _belongs(argument: str, row: Row, x: Operand, words: Words) -> Fault | None:
     if ours.device != theirs.device and None not in (ours.device, theirs.device):
         text = f"expected an array on {_device(ours)} as in {words.w}, got one on {_device(theirs)}"
         return _misplaced(argument, text, words)
-    if ours.layout != theirs.layout:
+    if ours.sharding != theirs.sharding:
         return _spread(argument, ours, theirs, words) or _varies(argument, row.w, x, words)
     return _varies(argument, row.w, x, words) if x.varying else None
 
@@ -184,8 +184,8 @@ def _spread(argument: str, ours: Facts, theirs: Facts, words: Words) -> Fault | 
     headline = f"{words.name(argument)} is not laid out over the processes as {words.w} is"
     if argument not in ("out", "state"):
         # A number is the same in all processes, for weights that are spread over them too.
-        is_number = theirs.layout is None and math.prod(theirs.shape) == 1
-        meshes = [facts.layout and facts.layout.mesh for facts in (ours, theirs)]
+        is_number = theirs.sharding is None and math.prod(theirs.shape) == 1
+        meshes = [facts.sharding and facts.sharding.mesh for facts in (ours, theirs)]
         if is_number or meshes[0] == meshes[1]:
             return None
         headline = f"{words.name(argument)} and {words.w} are not spread over the same processes"
@@ -208,9 +208,9 @@ def _varies(argument: str, w: Operand, x: Operand, words: Words) -> Fault | None
 
 
 def _layout(facts: Facts) -> str:
-    if facts.layout is None:
+    if facts.sharding is None:
         return f"a plain tensor of shape {facts.shape}"
-    mesh, placements = facts.layout
+    mesh, placements = facts.sharding
     return f"a DTensor of shape {facts.shape} with placements {placements} over {mesh}"
 
 
@@ -253,7 +253,7 @@ def _rates(row: Row, words: Words) -> Fault | None:
         # One in CPU memory serves every library.
         fault = None if isinstance(value.x, np.ndarray) else _belongs(name, row, value, words)
         ours, theirs = row.w.facts, value.facts
-        if not fault and ours.layout is not None and math.prod(theirs.shape) != 1:
+        if not fault and ours.sharding is not None and math.prod(theirs.shape) != 1:
             text = f"expected one number for a DTensor, got an array of shape {theirs.shape}"
             return Fault(
                 errors.ShapeError, name, f"{words.name(name)} does not broadcast to {words.w}", text
@@ -314,7 +314,7 @@ def _unwritable(argument: str, row: Row, x: Operand, words: Words) -> Fault | No
     fault = x.fault or row.leaf.backend.out_fault(x.x)
     if not (fault or row.leaf.rule.stop_gradients):
         arrays = (row.w, row.dcdw, x, *(option for _, option in row.options))
-        if any(array.backend and array.backend.records(array.x) for array in arrays):
+        if any(array.backend and array.backend.is_tracked(array.x) for array in arrays):
             fault = f"part of a graph: with stop_gradients=False, leave out `{words.out}`"
     if fault:
         headline = f"{words.name(argument)} cannot be written to"

@@ -106,7 +106,7 @@ def unreadable(x: Any) -> str | None:
 def is_traced(x: Any) -> bool:
     """Whether x stands for a value that this call will never see."""
     backend = _backends.find(x)
-    return backend is not None and backend.values(x) is Values.TRACED and backend.records(x)
+    return backend is not None and backend.values(x) is Values.TRACED and backend.is_tracked(x)
 
 
 def traced_error(argument: str) -> errors.LarsTreeError:

@@ -103,7 +103,7 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
         StructureError: an option is a nest that is no prefix of `tree`.
         OptionError: a value is not one that the option can take.
     """
-    keep_history = any(value is not True for value in _tree.leaves(options["stop_gradients"]))
+    keep_graph = any(value is not True for value in _tree.leaves(options["stop_gradients"]))
     shared: dict[str, Any] = {}
     columns: dict[str, list[Any]] = {}
     for name, value in options.items():
@@ -113,9 +113,9 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
             continue
         given = _readable(name, value)
         if _tree.is_leaf(given):
-            shared[_field(name)] = _checked(name, [((), given)], keep_history)[0]
+            shared[_field(name)] = _checked(name, [((), given)], keep_graph)[0]
         else:
-            columns[name] = _column(name, tree, given, keep_history)
+            columns[name] = _column(name, tree, given, keep_graph)
     if not columns:
         return [Rule(**shared)] * count
     if any(len(column) != count for column in columns.values()):
@@ -137,17 +137,17 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
     return rules
 
 
-def _column(name: str, tree: Any, given: Any, keep_history: bool) -> list[Any]:
+def _column(name: str, tree: Any, given: Any, keep_graph: bool) -> list[Any]:
     """The checked value that a prefix has for each leaf of the tree; each is checked once."""
     values = _tree.leaves(given)
     known: dict[int, Any] = {id(None): None}  # which stands where the weights have nothing
     try:
         for value in values:
             if id(value) not in known:
-                known[id(value)] = _CHECKS[name](unwrap(value), keep_history)
+                known[id(value)] = _CHECKS[name](unwrap(value), keep_graph)
         return [known[id(value)] for value in _tree.broadcast(name, tree, given)]
     except (_Unfit, KeyError):  # raised below, with its path; a node makes its values when read
-        checked = _checked(name, list(_tree.walk(given)), keep_history)
+        checked = _checked(name, list(_tree.walk(given)), keep_graph)
         return _tree.broadcast(name, tree, given, values=checked)
 
 
@@ -158,7 +158,7 @@ def check(options: dict[str, Any]) -> None:
         OptionError: naming the option and where in it the value is.
     """
     for name, given in options.items():
-        _checked(name, list(_tree.walk(_readable(name, given))), keep_history=False)
+        _checked(name, list(_tree.walk(_readable(name, given))), keep_graph=False)
 
 
 def check_names(
@@ -189,7 +189,7 @@ def with_hints(function: Function) -> Function:
     return cast(Function, called)
 
 
-def _checked(name: str, values: list[tuple[errors.Path, Any]], keep_history: bool) -> list[Any]:
+def _checked(name: str, values: list[tuple[errors.Path, Any]], keep_graph: bool) -> list[Any]:
     checked: list[Any] = []
     faults: list[errors.Line] = []
     for path, value in values:
@@ -197,7 +197,7 @@ def _checked(name: str, values: list[tuple[errors.Path, Any]], keep_history: boo
             checked.append(None)  # None stands where the weights have nothing
             continue
         try:
-            checked.append(_CHECKS[name](unwrap(value), keep_history))
+            checked.append(_CHECKS[name](unwrap(value), keep_graph))
         except _Unfit as unfit:
             faults.append((path, f"expected {unfit}, got {_shown(value)}"))
     if faults:
@@ -236,18 +236,18 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 and "\n" not in text else errors.describe(value)
 
 
-def _number(value: Any, keep_history: bool) -> Any:
-    number = _rate(value, keep_history)
+def _number(value: Any, keep_graph: bool) -> Any:
+    number = _rate(value, keep_graph)
     if getattr(number, "shape", ()) != ():
         raise _Unfit("a number")
     return number
 
 
-def _positive(value: Any, keep_history: bool) -> Any:
+def _positive(value: Any, keep_graph: bool) -> Any:
     known = _number(value, False)  # a float wherever the value can be looked at
     if isinstance(known, float) and known == 0:
         raise _Unfit("a finite number > 0")
-    return _number(value, keep_history)
+    return _number(value, keep_graph)
 
 
 def finite_number(x: Any) -> float | None:
@@ -270,7 +270,7 @@ def finite_number(x: Any) -> float | None:
     return abs(x) if 0 <= x < math.inf else None  # never -0.0
 
 
-def _rate(value: Any, keep_history: bool) -> Any:
+def _rate(value: Any, keep_graph: bool) -> Any:
     """A float, a numpy array, or an array whose values may not be looked at."""
     number = finite_number(value)
     if number is not None:
@@ -288,7 +288,7 @@ def _rate(value: Any, keep_history: bool) -> Any:
         numbers = np.ascontiguousarray(backend.to_numpy(value), np.float64).reshape(facts.shape)
     if not (np.isfinite(numbers) & (numbers >= 0)).all():
         raise _Unfit(wanted + " in every element" if facts.shape else wanted)
-    if keep_history and backend.records(value):
+    if keep_graph and backend.is_tracked(value):
         return value
     return float(numbers) if numbers.shape == () else numbers
 
@@ -298,7 +298,7 @@ def _is(value: Any, *classes: type) -> bool:
     return issubclass(type(value), classes)
 
 
-def _flag(value: Any, keep_history: bool) -> bool:
+def _flag(value: Any, keep_graph: bool) -> bool:
     if not _is(value, bool, np.bool_):
         raise _Unfit("True or False")
     return bool(value)
@@ -307,14 +307,14 @@ def _flag(value: Any, keep_history: bool) -> bool:
 _NONFINITE = ("propagate", "raise", "skip")
 
 
-def _nonfinite(value: Any, keep_history: bool) -> Any:
+def _nonfinite(value: Any, keep_graph: bool) -> Any:
     if not _is(value, str) or value not in _NONFINITE:
         hint = errors.did_you_mean(value, _NONFINITE)
         raise _Unfit("'propagate', 'raise' or 'skip'" + hint)
     return _NONFINITE[_NONFINITE.index(value)]  # a str of numpy counts as an array
 
 
-def _axis(value: Any, keep_history: bool) -> int | None:
+def _axis(value: Any, keep_graph: bool) -> int | None:
     if value is None:
         return None
     if _is(value, bool, np.bool_):
@@ -350,7 +350,7 @@ def _with_tuples_as_leaves(node: Any) -> Any:
     return list(new.values()) if isinstance(node, list) else new
 
 
-def _mesh_axes(value: Any, keep_history: bool) -> frozenset[Any] | None:
+def _mesh_axes(value: Any, keep_graph: bool) -> frozenset[Any] | None:
     if value is None:
         return None
     names = value.items if isinstance(value, _Tuple) else (value,)

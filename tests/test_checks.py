@@ -10,7 +10,7 @@ import pytest
 from conftest import need
 
 from lars_tree import LarsTreeError, NonFiniteError, _backends, _checks, _nonfinite
-from lars_tree._backends.base import Layout, Leaf, StepResult
+from lars_tree._backends.base import Leaf, Sharding, StepResult
 from lars_tree._operands import with_operands
 from lars_tree._rule import Rule
 from lars_tree.errors import WORDS, Words
@@ -126,7 +126,7 @@ def test_errors_are_in_the_words_of_the_caller(fault):
     "facts",
     [
         {"device": "another"},
-        {"layout": Layout("mesh", "placements")},
+        {"sharding": Sharding("mesh", "placements")},
         {"varying": frozenset("i")},
         {"shape": (4,)},
     ],

@@ -94,7 +94,7 @@ def in_place(w, g, options):
 def test_the_bits_are_those_of_the_default_environment(mode, kernel, monkeypatch):
     if not kernel:
         monkeypatch.setattr(_native, "kernel", None)
-        monkeypatch.setattr(_writes, "MOST_HELD", 0)  # in place in a thread of its own
+        monkeypatch.setattr(_writes, "MAX_HELD", 0)  # in place in a thread of its own
     for dtype in DTYPES:
         for step in steps(dtype):
             expected = step()

@@ -199,7 +199,7 @@ def test_a_memory_map_is_updated_in_the_file(tmp_path):
 
 
 def test_in_place_takes_little_memory_whatever_the_array(monkeypatch):
-    monkeypatch.setattr(_writes, "MOST_HELD", 2**19)  # results without the kernel, and no more
+    monkeypatch.setattr(_writes, "MAX_HELD", 2**19)  # results without the kernel, and no more
     w, g = np.ones(4_000_000, np.float32), np.ones(4_000_000, np.float32)
     lars_update(w, g, 0.1, out=w)
     tracemalloc.start()

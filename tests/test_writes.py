@@ -120,7 +120,7 @@ def contents(trees):
 
 @pytest.fixture(autouse=True)
 def _little_room(monkeypatch):
-    monkeypatch.setattr(_writes, "MOST_HELD", 2**18)
+    monkeypatch.setattr(_writes, "MAX_HELD", 2**18)
 
 
 # ---- Exceptions at each moment

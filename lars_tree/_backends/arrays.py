@@ -9,16 +9,13 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from lars_tree import _rule
-from lars_tree._backends.base import Backend, Leaf, NativeArray, StepResult
+from lars_tree._backends.base import Backend, Leaf, NativeArray, StepResult, Writes
 from lars_tree._rule import Measured, Norm, Rule
-
-if TYPE_CHECKING:
-    from lars_tree._writes import Writes
 
 
 class NamespaceOps:

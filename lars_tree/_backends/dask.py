@@ -1,4 +1,4 @@
-"""Dask arrays: the update stays lazy, chunked like the weights."""
+"""Dask arrays: the update stays lazy and keeps the chunks of the weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lars_tree._memory import NumpyArray
 
 
 class DaskOps(NamespaceOps):
-    """dask.array as an array namespace, where it is not yet one."""
+    """dask.array, which lacks `isdtype`."""
 
     def is_complex(self, x: da.Array) -> bool:
         return bool(x.dtype.kind == "c")
@@ -23,11 +23,11 @@ class DaskOps(NamespaceOps):
 
 _OPS = DaskOps(da)
 
-_MOST_AXES = 32  # more cannot be rechunked
+_MAX_AXES = 32  # more cannot be rechunked
 
 
 class DaskBackend(ArraysBackend):
-    """Lazy arrays, whose elements are not looked at."""
+    """Lazy arrays, which are never computed here."""
 
     name = "dask"
 
@@ -59,8 +59,8 @@ class DaskBackend(ArraysBackend):
     def fault(self, x: da.Array) -> str | None:
         if any(math.isnan(length) for length in x.shape):
             return "a dask array of unknown shape: call its compute_chunk_sizes() first"
-        if x.ndim > _MOST_AXES:
-            return f"a dask array of {x.ndim} axes, where Dask computes with {_MOST_AXES} at most"
+        if x.ndim > _MAX_AXES:
+            return f"a dask array of {x.ndim} axes, where Dask computes with {_MAX_AXES} at most"
         return None
 
     def out_fault(self, x: da.Array) -> str | None:

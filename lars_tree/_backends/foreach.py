@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lars_tree._backends.addresses import NUMPY_TYPES
 from lars_tree._backends.base import Leaf
-from lars_tree._backends.sharded import is_sharded, layout, partial_fault, shard_of
-from lars_tree._backends.stand_ins import PLAIN_TYPES
+from lars_tree._backends.sharded import is_sharded, partial_fault, shard_of, sharding_of
+from lars_tree._backends.stand_ins import TENSOR_TYPES
 from lars_tree._backends.torch import BACKEND, is_in_cpu_memory, results_in_place
 
 
@@ -61,15 +61,15 @@ def _look_right(leaves: list[Leaf]) -> bool:
         for x in (leaf.dcdw, w if velocity is None else velocity):
             if not isinstance(x, Tensor) or _kind(x) != expected_kind:
                 return False
-        expected = (BACKEND.velocity_dtype(w), layout(w))
-        if velocity is not None and (velocity.dtype, layout(velocity)) != expected:
+        expected = (BACKEND.velocity_dtype(w), sharding_of(w))
+        if velocity is not None and (velocity.dtype, sharding_of(velocity)) != expected:
             return False
         if w.is_meta or (is_sharded(w) and partial_fault(w)):
             return False
         if w.dtype not in NUMPY_TYPES or not (axis is None or -w.ndim <= axis < w.ndim):
             return False
         local = shard_of(w)
-        if type(local) not in PLAIN_TYPES:
+        if type(local) not in TENSOR_TYPES:
             return False  # it may stand for another one
         if local.numel():
             starts.append(local.data_ptr())

@@ -18,7 +18,7 @@ from lars_tree import _native
 from lars_tree._backends import cpu
 from lars_tree._backends.arrays import ArraysBackend, NamespaceOps
 from lars_tree._backends.base import (
-    MOST_AXES,
+    MAX_AXES,
     Backend,
     Columns,
     Facts,
@@ -27,6 +27,7 @@ from lars_tree._backends.base import (
     StepResult,
     StepResults,
     Values,
+    Writes,
     kind_of_numpy,
     named,
 )
@@ -37,7 +38,6 @@ from lars_tree._rule import Measured, Rule, mesh_axes
 
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
-    from lars_tree._writes import Writes
 
 
 class JaxOps(NamespaceOps):
@@ -102,8 +102,8 @@ class JaxBackend(ArraysBackend):
     def fault(self, x: jax.Array) -> str | None:
         if not isinstance(x, jax.Array):  # a tracer of something else
             return "a reference to an array: read it first, as x[...]"
-        if x.ndim > MOST_AXES:
-            return f"an array of {x.ndim} axes, where numpy has {MOST_AXES} at most"
+        if x.ndim > MAX_AXES:
+            return f"an array of {x.ndim} axes, where numpy has {MAX_AXES} at most"
         if not _is_traced(x) and x.is_deleted():
             return "an array that was deleted or donated"
         unreduced = _manual_axes(x, "unreduced")
@@ -129,7 +129,7 @@ class JaxBackend(ArraysBackend):
     def out_fault(self, x: jax.Array) -> str | None:
         return "a jax array, which is immutable: leave out `out` and use the returned value"
 
-    def records(self, x: jax.Array) -> bool:
+    def is_tracked(self, x: jax.Array) -> bool:
         return _is_traced(x)
 
     def ops(self, x: jax.Array) -> JaxOps:

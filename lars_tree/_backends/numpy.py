@@ -1,4 +1,4 @@
-"""numpy: ndarray with its subclasses, memory maps, and numpy's scalars."""
+"""numpy: ndarray and its subclasses, memory maps, and numpy's scalars."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from lars_tree._backends.base import (
     StepResult,
     StepResults,
     Values,
+    Writes,
     is_bfloat16,
     kind_of_numpy,
 )
-from lars_tree._memory import NumpyArray, is_foreign, is_mapped_read_only, span
+from lars_tree._memory import READ_ONLY_MAP, NumpyArray, is_foreign, is_mapped_read_only, span
 from lars_tree._rule import Measured, Rule
 
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
-    from lars_tree._writes import Writes
 
 
 class NumpyBackend(Backend):
-    """CPU memory as it is."""
+    """Arrays in CPU memory."""
 
     name = "numpy"
 
@@ -50,9 +50,9 @@ class NumpyBackend(Backend):
         return x.copy() if not isinstance(x, np.memmap) else np.array(x)
 
     def fault(self, x: NumpyArray) -> str | None:
-        # `np.ma` would import it here, where a fork might come: who has such an array has done so.
+        # In sys.modules only: `np.ma` would be imported here, perhaps while another thread forks.
         if isinstance(x, getattr(sys.modules.get("numpy.ma"), "MaskedArray", ())):
-            return "a masked array: the rule knows no missing elements; fill them first"
+            return "a masked array: LARS has no missing elements; fill them first"
         return None
 
     def out_fault(self, x: NumpyArray) -> str | None:
@@ -61,7 +61,7 @@ class NumpyBackend(Backend):
         if not x.flags.writeable:
             return "read-only"
         if is_foreign(x) and is_mapped_read_only(*span(x)):
-            return "read-only: it shares memory that is mapped for reading alone"
+            return READ_ONLY_MAP
         return None
 
     def sizes(self, xs: list[NumpyArray]) -> tuple[list[int], list[int]]:
@@ -83,7 +83,7 @@ class NumpyBackend(Backend):
             return plan.prepare(_READER, *columns[:5], None, None, indices)
         return plan.prepare(_MAKER, *columns[:5], *results, indices)
 
-    def count(self, plan: Plan, counter: Any) -> bool:
+    def count(self, plan: Plan, counter: NumpyArray) -> bool:
         return plan.count(counter)
 
     def update(self, leaves: list[Leaf], writes: Writes) -> list[StepResult]:
@@ -92,8 +92,9 @@ class NumpyBackend(Backend):
     def _step(self, leaf: Leaf, writes: Writes) -> StepResult:
         new, velocity = leaf.out, leaf.velocity
         if new is None:
-            new = _empty_like(leaf.w)
-            velocity = None if velocity is None else np.array(velocity)  # a scalar's too
+            # As with numpy's own operations, the result of a memory map is not a memory map.
+            new = np.empty_like(leaf.w, subok=not isinstance(leaf.w, np.memmap))
+            velocity = None if velocity is None else np.array(velocity)  # also for a numpy scalar
         moving = None if velocity is None else raw(velocity)
         arrays = raw(leaf.w), raw(leaf.dcdw), raw(new), leaf.rule, moving
         if leaf.out is None:
@@ -118,23 +119,18 @@ class NumpyBackend(Backend):
         return raw(out), raw(x)
 
 
-def _empty_like(w: NumpyArray) -> NumpyArray:
-    """New memory for the result; that of a memory map is no map, as numpy's own operations do."""
-    return np.empty_like(w, subok=not isinstance(w, np.memmap))
-
-
 def as_bits(x: NumpyArray) -> NumpyArray | None:
-    """A view of bfloat16 as the bits it is; None of all else that has no buffer."""
+    """A view of the bits of bfloat16, which has no buffer; None for any other dtype without one."""
     return x.view(np.uint16) if is_bfloat16(x.dtype) and x.dtype.isnative else None
 
 
 def raw(x: NumpyArray) -> NumpyArray:
-    """A view for `cpu.update`: no subclass, and bfloat16 as the bits it is."""
-    plain = np.asarray(x)
-    return plain.view(np.uint16) if is_bfloat16(plain.dtype) else plain
+    """A view for `cpu.update`: not of a subclass, and with the bits of bfloat16."""
+    base = np.asarray(x)
+    return base.view(np.uint16) if is_bfloat16(base.dtype) else base
 
 
-# New arrays are to be of the class of w, which those of a memory map are not.
+# _MAKER does not take memory maps: new arrays have the class of w, and a map has no new one.
 _READER = _native.reader((np.ndarray, np.memmap), Rule._fields, as_bits=as_bits)
 _MAKER = _native.reader(
     (np.ndarray,), Rule._fields, make=np.empty_like, copy=np.copy, as_bits=as_bits

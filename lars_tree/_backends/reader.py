@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lars_tree import _native
-from lars_tree._backends.stand_ins import PLAIN_TYPES, is_watched
+from lars_tree._backends.stand_ins import TENSOR_TYPES, is_intercepted
 from lars_tree._rule import Rule
 
 
@@ -22,12 +22,12 @@ def _exchange() -> tuple[Any, ...] | None:
 
 _EXCHANGE = _exchange()
 READER: Any = _EXCHANGE and _native.reader(
-    PLAIN_TYPES, Rule._fields, make=torch.empty_like, copy=torch.clone, tensors=_EXCHANGE
+    TENSOR_TYPES, Rule._fields, make=torch.empty_like, copy=torch.clone, tensors=_EXCHANGE
 )
 
 
 def may_read() -> bool:
     """Whether memory may be read and written behind torch's back, and the kernel can do so."""
-    if READER is None or is_watched() or torch._C._functorch.peek_interpreter_stack():
+    if READER is None or is_intercepted() or torch._C._functorch.peek_interpreter_stack():
         return False
     return _native.in_use() is not None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lars_tree import _rule, errors
-from lars_tree._backends.base import Layout, Leaf, StepResult
+from lars_tree._backends.base import Leaf, Sharding, StepResult
 from lars_tree._backends.tensors import (
     Layer,
     Tensors,
@@ -43,9 +43,9 @@ def is_sharded(x: Any) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
-def layout(x: Any) -> Layout | None:
+def sharding_of(x: Any) -> Sharding | None:
     """How x is spread over processes; None for a plain tensor."""
-    return Layout(x.device_mesh, x.placements) if is_sharded(x) else None
+    return Sharding(x.device_mesh, x.placements) if is_sharded(x) else None
 
 
 def partial_fault(x: Any) -> str | None:
@@ -155,7 +155,7 @@ class _Shard(NamedTuple):
 def _shard(leaf: Leaf, new: StepResult) -> _Shard:
     w, axis = leaf.w, leaf.rule.layer_axis
     for argument, x in (("out", new.w), ("state", new.velocity)):
-        if x is not None and layout(x) != layout(w):
+        if x is not None and sharding_of(x) != sharding_of(w):
             headline = f"{argument} is not laid out over the processes as w is"
             text = f"expected {_described(w)}, got {_described(x)}"
             raise errors.error(errors.BackendError, argument, headline, [((), text)])

@@ -27,7 +27,7 @@ from lars_tree._backends.sharded import (
     partial_fault,
     shard_of,
 )
-from lars_tree._backends.stand_ins import PLAIN_TYPES
+from lars_tree._backends.stand_ins import TENSOR_TYPES
 from lars_tree._backends.tensors import as_real, bump_versions, leaf_like, targets
 from lars_tree._memory import NumpyArray
 from lars_tree._rule import Rule
@@ -41,16 +41,16 @@ _EXPONENTS = np.log2(SCALES)
 class Shards:
     """`base.Shards` for DTensors."""
 
-    def __init__(self, plan: Plan, is_plain_step: Callable[[Leaf], bool]) -> None:
+    def __init__(self, plan: Plan, steps_in_memory: Callable[[Leaf], bool]) -> None:
         self.results: dict[int, StepResult] = {}
         self.copies: list[tuple[Tensor, Tensor]] = []
         self._plan = plan
-        self._is_plain_step = is_plain_step
+        self._steps_in_memory = steps_in_memory
         self._parts: list[_Part] = []
         self._written: list[Tensor] = []
 
     @property
-    def indices(self) -> dict[int, int]:
+    def leaf_indices(self) -> dict[int, int]:
         return {row: part.leaf.leaf_index for part in self._parts for row in part.rows}
 
     def trust(self, leaves: list[Leaf]) -> list[Leaf]:
@@ -69,7 +69,7 @@ class Shards:
     def take(self, leaves: list[Leaf]) -> None:
         with torch.no_grad():
             for leaf in leaves:
-                if is_sharded(leaf.w) and leaf.w.is_cpu and self._is_plain_step(leaf):
+                if is_sharded(leaf.w) and leaf.w.is_cpu and self._steps_in_memory(leaf):
                     self._take(leaf, targets(leaf))
 
     def _take(self, leaf: Leaf, new: StepResult) -> None:
@@ -195,7 +195,7 @@ def _stack(x: Tensor, layer_axis: int | None) -> Tensor:
 def _readable(x: Tensor) -> Tensor:
     """A tensor whose layers the kernel can read: a contiguous copy where x itself is not."""
     is_aligned = x.data_ptr() % x.element_size() == 0
-    if type(x) in PLAIN_TYPES and x.is_contiguous() and is_aligned and not x.is_neg():
+    if type(x) in TENSOR_TYPES and x.is_contiguous() and is_aligned and not x.is_neg():
         return x
     return x.resolve_neg().clone(memory_format=torch.contiguous_format)
 

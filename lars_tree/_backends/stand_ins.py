@@ -13,16 +13,16 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from lars_tree._backends.addresses import bytes_needed
 from lars_tree._memory import is_mapped_read_only
 
-PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # of plain tensors
+TENSOR_TYPES = (Tensor, torch.nn.Parameter)  # of plain tensors
 
 
-def is_watched() -> bool:
+def is_intercepted() -> bool:
     """Whether someone traces or intercepts torch's operations, and so must see them."""
     seen = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return bool(seen or torch._C._len_torch_dispatch_stack())
 
 
-def is_wrapped(x: Tensor) -> bool:
+def is_functorch(x: Tensor) -> bool:
     """Whether x is a wrapper tensor of torch.func. Under torch.compile these are not seen."""
     return not torch.compiler.is_compiling() and bool(
         torch._C._functorch.is_functorch_wrapped_tensor(x)
@@ -43,12 +43,16 @@ def stand_in_fault(x: Tensor) -> str | None:
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     fake_mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     if isinstance(x, FakeTensor):
-        return None if fake_mode or is_watched() else "a FakeTensor outside of its FakeTensorMode"
+        return (
+            None if fake_mode or is_intercepted() else "a FakeTensor outside of its FakeTensorMode"
+        )
     if isinstance(x, FunctionalTensor) or torch._is_functional_tensor(x):
-        return None if transformed or is_watched() else "a functional tensor, which has no memory"
-    if is_wrapped(x) and not transformed and not torch._C._functorch.is_dead_tensor_wrapper(x):
+        return (
+            None if transformed or is_intercepted() else "a functional tensor, which has no memory"
+        )
+    if is_functorch(x) and not transformed and not torch._C._functorch.is_dead_tensor_wrapper(x):
         return "a tensor of a torch.func transform that is over"
-    if type(x) in PLAIN_TYPES and fake_mode and not fake_mode.allow_non_fake_inputs:
+    if type(x) in TENSOR_TYPES and fake_mode and not fake_mode.allow_non_fake_inputs:
         return "a tensor that is not a FakeTensor, which this FakeTensorMode does not allow"
     return None
 

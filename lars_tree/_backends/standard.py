@@ -1,4 +1,4 @@
-"""Any library that follows the array API standard (CuPy first), through array-api-compat."""
+"""Any library that follows the array API standard, such as CuPy, through array-api-compat."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from lars_tree._backends.arrays import ArraysBackend, NamespaceOps
 from lars_tree._backends.base import Backend, Facts, Kind, NativeArray, Values
-from lars_tree._memory import NumpyArray, is_mapped_read_only, span
+from lars_tree._memory import READ_ONLY_MAP, NumpyArray, is_mapped_read_only, span
 
 _KINDS = {
     "real floating": Kind.REAL,
@@ -19,7 +19,7 @@ _KINDS = {
 
 
 class StandardOps(NamespaceOps):
-    """What the standard offers; it has no frexp."""
+    """The functions of the standard, which does not have frexp."""
 
     def round_to_power_of_two(self, x: NativeArray) -> NativeArray:
         if hasattr(self.xp, "frexp"):
@@ -67,14 +67,14 @@ class StandardBackend(ArraysBackend):
         return self.xp.zeros((), dtype=self.xp.int64, device=array_api_compat.device(w))
 
     def velocity_dtype(self, w: NativeArray) -> Any:
-        # The standard's own types are float32 or longer; float16 is what some add to them.
+        # The standard has no half precision, but libraries add float16 and bfloat16.
         return self.xp.float32 if "float16" in str(w.dtype) else w.dtype
 
     def out_fault(self, x: NativeArray) -> str | None:
         if not array_api_compat.is_writeable_array(x):
             return "immutable or read-only"
         if self.values(x) is Values.CPU and _is_mapped_read_only(x):
-            return "read-only: it shares memory that is mapped for reading alone"
+            return READ_ONLY_MAP
         return None
 
     def ops(self, x: NativeArray) -> StandardOps:
@@ -92,7 +92,7 @@ class StandardBackend(ArraysBackend):
 
 
 def _is_mapped_read_only(x: NativeArray) -> bool:
-    """Whether the library has wrapped such memory of another one; where it tells."""
+    """Whether x wraps read-only memory of another library; False if its memory is unknown."""
     try:
         memory = np.from_dlpack(x)
     except (BufferError, TypeError, ValueError, RuntimeError, AttributeError):
@@ -104,9 +104,9 @@ _BACKENDS: dict[str, StandardBackend] = {}
 
 
 def backend_of(x: Any) -> Backend | None:
-    """The backend for the namespace of x; None where x claims to have one, and does not."""
+    """The backend for the namespace of x; None if x only claims to have a namespace."""
     try:
         xp = array_api_compat.array_namespace(x)
         return _BACKENDS.setdefault(xp.__name__, StandardBackend(xp))
-    except Exception:  # whatever the method of an unknown class raises
+    except Exception:  # the method of an unknown class may raise anything
         return None

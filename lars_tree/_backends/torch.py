@@ -20,7 +20,7 @@ from lars_tree._backends import cpu, sharded
 from lars_tree._backends.addresses import Address, bits, bytes_needed, view
 from lars_tree._backends.arrays import ArraysBackend
 from lars_tree._backends.base import (
-    MOST_AXES,
+    MAX_AXES,
     Backend,
     Columns,
     Facts,
@@ -29,6 +29,7 @@ from lars_tree._backends.base import (
     StepResult,
     StepResults,
     Values,
+    Writes,
 )
 from lars_tree._backends.reader import READER, may_read
 from lars_tree._backends.sharded import (
@@ -40,10 +41,10 @@ from lars_tree._backends.sharded import (
 )
 from lars_tree._backends.shards import Shards
 from lars_tree._backends.stand_ins import (
-    PLAIN_TYPES,
+    TENSOR_TYPES,
     address,
-    is_watched,
-    is_wrapped,
+    is_functorch,
+    is_intercepted,
     mapped_fault,
     stand_in_fault,
 )
@@ -64,7 +65,6 @@ from lars_tree._rule import Measured
 
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
-    from lars_tree._writes import Writes
 
 _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COMPLEX = (torch.complex64, torch.complex128)
@@ -91,10 +91,10 @@ class TorchBackend(ArraysBackend):
             or x.dtype == torch.bool
         ):
             kind = Kind.INTEGER
-        return Facts(tuple(x.shape), kind, x.dtype, x.device, sharded.layout(x))
+        return Facts(tuple(x.shape), kind, x.dtype, x.device, sharded.sharding_of(x))
 
     def values(self, x: Tensor) -> Values:
-        if is_wrapped(x):
+        if is_functorch(x):
             return Values.TRACED
         return Values.CPU if x.device.type == "cpu" else Values.DEVICE
 
@@ -120,8 +120,8 @@ class TorchBackend(ArraysBackend):
             return f"a sparse or nested tensor ({x.layout}): make it dense first"
         if x.device.type == "meta":
             return "a tensor on the meta device, which holds no data"
-        if x.ndim > MOST_AXES:
-            return f"a tensor of {x.ndim} axes, where numpy has {MOST_AXES} at most"
+        if x.ndim > MAX_AXES:
+            return f"a tensor of {x.ndim} axes, where numpy has {MAX_AXES} at most"
         stand_in = stand_in_fault(x)
         if stand_in:
             return stand_in
@@ -130,7 +130,7 @@ class TorchBackend(ArraysBackend):
             if fault:
                 return fault
             x = shard_of(x)
-        if _is_plain(x) and x.untyped_storage().nbytes() < bytes_needed(x):
+        if _has_memory(x) and x.untyped_storage().nbytes() < bytes_needed(x):
             return "a tensor whose storage was freed"
         return None
 
@@ -149,7 +149,7 @@ class TorchBackend(ArraysBackend):
         local = shard_of(x)
         return None if address(local) is None else np.asarray(Address(local))
 
-    def records(self, x: Tensor) -> bool:
+    def is_tracked(self, x: Tensor) -> bool:
         return (torch.is_grad_enabled() and x.requires_grad) or _has_tangent(x)
 
     def ops(self, x: Tensor) -> TorchOps:
@@ -184,7 +184,7 @@ class TorchBackend(ArraysBackend):
             return plan.prepare(READER, *columns[:5], new_ws, new_velocities, indices)
 
     def shards(self, plan: Plan) -> Shards | None:
-        return Shards(plan, self._is_plain_step) if may_read() else None
+        return Shards(plan, self._steps_in_memory) if may_read() else None
 
     def finish(self, columns: Columns, results: StepResults, indices: Iterable[int]) -> None:
         for index in indices:
@@ -192,13 +192,13 @@ class TorchBackend(ArraysBackend):
                 results.ws[index] = leaf_like(results.ws[index], columns.ws[index])
 
     def count(self, plan: Plan, counter: Tensor) -> bool:
-        return _is_plain_counter(counter) and plan.count(np.asarray(Address(counter, "i8")))
+        return _is_readable_counter(counter) and plan.count(np.asarray(Address(counter, "i8")))
 
     def update(self, leaves: list[Leaf], writes: Writes) -> list[StepResult]:
         results: list[Any] = [None] * len(leaves)
         elsewhere: list[int] = []
         for i, leaf in enumerate(leaves):
-            if not self._is_plain_step(leaf):
+            if not self._steps_in_memory(leaf):
                 results[i] = writes.result(leaf, self._arrays(leaf))
                 continue
             results[i] = targets(leaf)
@@ -227,7 +227,7 @@ class TorchBackend(ArraysBackend):
         found: dict[int, Measured] = {}
         elsewhere: dict[Callable[[list[Leaf]], list[Measured]], list[int]] = {}
         for i, leaf in enumerate(leaves):
-            if not self._is_plain_step(leaf):
+            if not self._steps_in_memory(leaf):
                 stops = leaf.rule.stop_gradients
                 with torch.set_grad_enabled(torch.is_grad_enabled() and not stops):
                     found[i] = self.measure_leaf(leaf.w, leaf.dcdw, leaf.rule)
@@ -248,15 +248,15 @@ class TorchBackend(ArraysBackend):
     def fetch(self, xs: list[Tensor]) -> list[NumpyArray]:
         return fetched([whole(x.detach()) for x in xs])
 
-    def _is_plain_step(self, leaf: Leaf) -> bool:
+    def _steps_in_memory(self, leaf: Leaf) -> bool:
         """Whether memory may be stepped as it is, with nothing to record."""
         w, rule = leaf.w, leaf.rule
         tensors = [
             x for x in (w, leaf.dcdw, leaf.out, leaf.velocity, *rule) if isinstance(x, Tensor)
         ]
-        if not all(_is_plain(x) or (is_sharded(x) and not is_watched()) for x in tensors):
+        if not all(_has_memory(x) or (is_sharded(x) and not is_intercepted()) for x in tensors):
             return False
-        if not rule.stop_gradients and any(map(self.records, tensors)):
+        if not rule.stop_gradients and any(map(self.is_tracked, tensors)):
             return False
         options = [x for x in rule if isinstance(x, (Tensor, np.ndarray))]
         if w.device.type == "cpu" and not is_sharded(w):
@@ -285,13 +285,15 @@ class TorchBackend(ArraysBackend):
             out.copy_(x)
 
     def writers(self, pairs: list[tuple[Tensor, Tensor]]) -> list[Callable[[], Any]]:
-        dense = [(out.detach(), x.detach()) for out, x in pairs if _is_plain(out) and _is_plain(x)]
-        others = [pair for pair in pairs if not (_is_plain(pair[0]) and _is_plain(pair[1]))]
+        dense = [
+            (out.detach(), x.detach()) for out, x in pairs if _has_memory(out) and _has_memory(x)
+        ]
+        others = [pair for pair in pairs if not (_has_memory(pair[0]) and _has_memory(pair[1]))]
         calls = [partial(copy_all, *map(list, zip(*dense, strict=True)))] if dense else []
         return calls + super().writers(others)
 
     def copied_memory(self, out: Tensor, x: Tensor) -> tuple[NumpyArray, NumpyArray] | None:
-        if not all(_is_plain(tensor) and tensor.is_cpu for tensor in (out, x)):
+        if not all(_has_memory(tensor) and tensor.is_cpu for tensor in (out, x)):
             return None
         return bits(out), bits(x.detach().to(out.dtype))
 
@@ -333,21 +335,21 @@ def results_in_place(
 def _returned(leaf: Leaf, new: StepResult) -> StepResult:
     if leaf.out is not None:
         return StepResult(leaf.out, leaf.velocity)
-    if not leaf.rule.stop_gradients or is_wrapped(new.w):
+    if not leaf.rule.stop_gradients or is_functorch(new.w):
         return new
     return new._replace(w=leaf_like(new.w, leaf.w))
 
 
-def _is_plain(x: Tensor) -> bool:
+def _has_memory(x: Tensor) -> bool:
     """Whether x has memory of its own, that may be read and written behind torch's back."""
-    if type(x) not in PLAIN_TYPES or is_wrapped(x):
+    if type(x) not in TENSOR_TYPES or is_functorch(x):
         return False
-    return not is_watched()
+    return not is_intercepted()
 
 
 def is_in_cpu_memory(x: Tensor) -> bool:
     """Whether x is a plain tensor there."""
-    return type(x) in PLAIN_TYPES and x.is_cpu
+    return type(x) in TENSOR_TYPES and x.is_cpu
 
 
 def is_shard(x: Tensor) -> bool:
@@ -355,7 +357,7 @@ def is_shard(x: Tensor) -> bool:
     return is_sharded(x) and x.is_cpu
 
 
-def _is_plain_counter(x: Any) -> bool:
+def _is_readable_counter(x: Any) -> bool:
     is_number = type(x) is Tensor and x.dtype == torch.int64 and x.numel() == 1
     return is_number and x.is_cpu and BACKEND.fault(x) is None
 

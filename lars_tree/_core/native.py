@@ -188,7 +188,7 @@ class Native:
             return None, None
         indices = dict(enumerate(self.plan.places))
         for shards in self._shards.values():
-            indices |= shards.indices
+            indices |= shards.leaf_indices
         bad = {indices[row] for row in self.plan.nonfinite(norms)}
         for shards in self._shards.values():
             bad = shards.agree(bad)
