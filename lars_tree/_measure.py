@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lars_tree import _backends, _nonfinite, errors
-from lars_tree._backends.base import Backend, Leaf, Values
+from lars_tree import _backends, errors
+from lars_tree._backends.base import Backend, Leaf, Values, grouped
 from lars_tree._core.advance import matched
 from lars_tree._core.execute import checked
 from lars_tree._core.native import Native
@@ -41,7 +41,7 @@ def measure(
     leaves = [row.leaf for row in checked(columns, caller, native.rest)[0]]
     moving = [leaf for leaf in leaves if leaf.dcdw is not None]
     found = native.measured()
-    for backend, group in _nonfinite.by_backend(moving).items():
+    for backend, group in grouped(moving, lambda leaf: leaf.backend).items():
         places = (leaf.leaf_index for leaf in group)
         found |= zip(places, backend.measure(group), strict=True)
     steps: list[Step | None] = [None] * len(columns.ws)

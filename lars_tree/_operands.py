@@ -1,4 +1,4 @@
-"""The arrays of a leaf with what their libraries say of them, each of which is read once."""
+"""Operands: the arrays of leaves with what their libraries report, read once for each array."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lars_tree._backends.base import Facts, Kind, Leaf
 
 
 class Operand:
-    """An array and what its library reports about it; or None, for which nothing is reported."""
+    """An array and what its library reports about it; or any other object, without a backend."""
 
     fault: str | None = None
-    # Of arrays without a fault.
+    # Only set for arrays without a fault:
     facts = Facts((), Kind.OTHER, None, None)
     varying: frozenset[Any] = frozenset()
 
@@ -32,7 +32,7 @@ class Operand:
 
 
 class Row(NamedTuple):
-    """A leaf and its arrays, and those among its options by their names."""
+    """A leaf with its operands; `options` are those options that are arrays, by name."""
 
     leaf: Leaf
     w: Operand
@@ -43,7 +43,7 @@ class Row(NamedTuple):
 
 
 def with_operands(leaves: list[Leaf]) -> list[Row]:
-    """The leaves with their arrays, each of which is read once, however many leaves it serves."""
+    """The leaves with their operands; an array that many leaves use is read once."""
     known: dict[int, Operand] = {}
     options: dict[int, list[tuple[str, Operand]]] = {}
 

@@ -16,7 +16,7 @@ from enum import Enum
 from functools import lru_cache, partial
 from math import prod
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
 
 NativeArray = Any  # an array of any library
+
+Item = TypeVar("Item")
+Key = TypeVar("Key", bound=Hashable | None)
 
 MAX_AXES = 64  # as in numpy
 
@@ -337,6 +340,14 @@ class Backend(ABC):
     def is_tracked(self, x: NativeArray) -> bool:
         """Whether x is tracked by autograd."""
         return False
+
+
+def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """The items by key, in the given order."""
+    groups: dict[Key, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 def named(axes: Iterable[Hashable]) -> str:

@@ -1,7 +1,7 @@
-"""The native engine's share of an update: the leaves that the kernel supports, of all libraries.
+"""The part of the native engine in an update: the leaves of all libraries that the kernel supports.
 
-The kernel reads the arrays of each library by its `Reader`. The leaves that it does not support are
-the `rest`. Nothing is written before the plan is stepped.
+The kernel reads the arrays of each library through a `Reader`. The leaves that it does not support
+are the `rest`. Nothing is written before the plan is stepped.
 """
 
 from __future__ import annotations
@@ -12,27 +12,35 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lars_tree import _backends, _native
-from lars_tree._backends.base import Backend, Columns, Leaf, Shards, StepResult, StepResults
+from lars_tree._backends.base import (
+    Backend,
+    Columns,
+    Leaf,
+    Shards,
+    StepResult,
+    StepResults,
+    grouped,
+)
 from lars_tree._backends.cpu import measured
 from lars_tree._core.wrapper import is_wrapped, unwrap
-from lars_tree._nonfinite import by_backend
 from lars_tree._rule import Measured, is_joint
 
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
     from lars_tree._writes import Writes
 
-Span = tuple[int, int]  # the addresses of a stretch of memory: its start and end
+Span = tuple[int, int]  # a memory range: its start and end address
 
 
 class Native:
-    """What the native engine takes of these columns.
+    """The leaves among these columns that the native engine takes.
 
     Attributes:
-        plan: The layers to be stepped; None without the kernel.
-        news: The results, where they are new arrays.
-        odd: The places of leaves that were not taken as they are.
-        rest: The places of those that were not taken out of their wrappers either.
+        plan: Their layers; None without the kernel.
+        results: The results, if they are new arrays.
+        odd: The indices of the leaves that were not taken directly: of another library than the
+            first leaf, or in wrappers.
+        rest: The indices of the leaves that were not taken at all.
     """
 
     def __init__(
@@ -45,7 +53,10 @@ class Native:
     ) -> None:
         self.columns = columns
         self.plan: Plan | None = _native.plan()
-        self.results = None if columns.outs is not None or measures else _nothing_yet(columns)
+        self.results: StepResults | None = None
+        if columns.outs is None and not measures:
+            nothing: list[Any] = [None] * len(columns.ws)
+            self.results = StepResults(nothing, columns.velocities and list(nothing))
         self._parts: list[_Part] = []
         self._counted: tuple[Backend, Any] | None = None
         self._shards: dict[Backend, Shards] = {}
@@ -71,24 +82,25 @@ class Native:
         return rest
 
     def _offer_again(self, tried: Backend | None) -> None:
-        """Offer arrays out of their wrappers, and those of other libraries."""
+        """Offer unwrapped arrays, and those of other libraries."""
         bare = _unwrapped(self.columns, self.odd)
-        groups: dict[Backend | None, list[int]] = {}
-        for index in self.odd:
+
+        def backend_to_try(index: int) -> Backend | None:
             backend = _backends.find(bare.ws[index])
-            if backend is tried and not any(map(is_wrapped, self.columns.row(index))):
-                backend = None
-            groups.setdefault(backend, []).append(index)
+            is_new = backend is not tried or any(map(is_wrapped, self.columns.row(index)))
+            return backend if is_new else None
+
+        groups = grouped(self.odd, backend_to_try)
         offers = (self._offer(backend, bare, indices) for backend, indices in groups.items())
         self.rest = sorted(index for rest in offers for index in rest)
 
     @property
     def must_be_finite(self) -> bool:
-        """Whether the rule of a leaf does not propagate infinity and NaN."""
+        """Whether the rule of a leaf forbids infinity and NaN."""
         return self.plan is not None and self.plan.must_be_finite
 
     def count(self, counter: Any) -> bool:
-        """Have the kernel add one to a counter when the step is taken; whether it can."""
+        """Let the kernel increment a counter when the step is taken; return whether it can."""
         backend = _backends.find(counter)
         if self.plan is None or backend is None or not backend.count(self.plan, counter):
             return False
@@ -96,11 +108,11 @@ class Native:
         return True
 
     def overlaps(self, written: list[Span] | None = None, read: list[Span] | None = None) -> bool:
-        """Whether memory that is written here is used twice, also by others.
+        """Whether memory that is written here is used twice: here, or by other engines.
 
         Args:
-            written: The stretches of memory that others write to; none of them overlap.
-            read: Those that others read.
+            written: The memory ranges that other engines write; none of them overlap.
+            read: The memory ranges that they read.
         """
         plan = self.plan
         if plan is None or not (written or read):
@@ -108,11 +120,11 @@ class Native:
         return plan.overlaps(written or []) or plan.overlaps([], read or [])
 
     def spans(self) -> list[Span]:
-        """The stretches of memory that are written to."""
+        """The memory ranges that are written."""
         return [] if self.plan is None else self.plan.spans()
 
     def announce(self) -> None:
-        """Have the libraries know which arrays are written to."""
+        """Tell the libraries which arrays are written to without them."""
         if self.plan is None:
             return
         for part in self._parts:
@@ -124,26 +136,21 @@ class Native:
             backend.announce([counter])
 
     def trust(self, leaves: list[Leaf]) -> list[Leaf]:
-        """Take those of unchecked leaves that are spread over processes and look right."""
+        """Take those unchecked sharded leaves that pass a cheap pre-check, and return them."""
         if self._takes_none:
             return []
-        return [leaf for shards, group in self._spread(leaves) for leaf in shards.trust(group)]
+        return [leaf for shards, group in self._sharded(leaves) for leaf in shards.trust(group)]
 
     def take(self, leaves: list[Leaf]) -> dict[int, StepResult]:
-        """Take those of checked leaves that are spread over processes, beside those trusted.
-
-        Returns:
-            The results of both, by place.
-        """
-        for shards, group in self._spread(leaves):
+        """Take the checked sharded leaves too; return the results of all shards by leaf index."""
+        for shards, group in self._sharded(leaves):
             shards.take([leaf for leaf in group if leaf.leaf_index not in shards.results])
-        results = (shards.results.items() for shards in self._shards.values())
-        return {index: new for items in results for index, new in items}
+        return {i: new for shards in self._shards.values() for i, new in shards.results.items()}
 
-    def _spread(self, leaves: list[Leaf]) -> Iterator[tuple[Shards, list[Leaf]]]:
+    def _sharded(self, leaves: list[Leaf]) -> Iterator[tuple[Shards, list[Leaf]]]:
         if self.plan is None:
             return
-        for backend, group in by_backend(leaves).items():
+        for backend, group in grouped(leaves, lambda leaf: leaf.backend).items():
             shards = self._shards.get(backend) or backend.shards(self.plan)
             if shards is not None:
                 yield shards, group
@@ -151,29 +158,26 @@ class Native:
                     self._shards[backend] = shards
 
     def measured(self) -> dict[int, Measured]:
-        """What the steps are made of, by place: numbers of the libraries of the weights."""
+        """The norms and ratios by leaf index, as numbers of the libraries of the weights."""
         if self.plan is None or not self.plan.places:
             return {}
         indices, rows = self.plan.places, measured(self.plan)
         if any(is_joint(self.columns.rules[index]) for index in indices):
-            # The denominators are norms of sums: those of gradients alone are measured as well.
+            # These denominators are norms of sums: measure the norms of the gradients as well.
             rules = [rule._replace(joint_norm=False) for rule in self.columns.rules]
             plan = Native(self.columns._replace(rules=rules), measures=True).plan
             rows[:, 1] = measured(plan)[:, 1] if plan is not None else np.nan
         found: dict[int, Measured] = {}
         ws = [unwrap(self.columns.ws[index]) for index in indices]
-        groups: dict[Backend, list[int]] = {}
-        for i, w in enumerate(ws):
-            backend = _backends.find(w)
-            assert backend is not None
-            groups.setdefault(backend, []).append(i)
+        groups = grouped(range(len(ws)), lambda i: _backends.find(ws[i]))
         for backend, group in groups.items():
+            assert backend is not None
             numbers = backend.numbers(rows[group], [ws[i] for i in group])
             found |= zip((indices[i] for i in group), numbers, strict=True)
         return found
 
     def norms(self, bounds: bool = False) -> bytearray | None:
-        """The norms of all layers, of the whole of them; None where there are no layers."""
+        """The norms of all layers, shards included; None if there are no layers."""
         if self.plan is None or not (self.plan.places or self._shards):
             return None
         norms = self.plan.norms(bounds=bounds)
@@ -182,7 +186,10 @@ class Native:
         return norms
 
     def nonfinite(self) -> tuple[bytearray | None, dict[int, str] | None]:
-        """The norms; what `nonfinite` is where results would not be finite, by place, or None."""
+        """The norms, and the option `nonfinite` of each leaf that would not be finite, by index.
+
+        Both are None if there are no layers.
+        """
         norms = self.norms(bounds=True)
         if self.plan is None or norms is None:
             return None, None
@@ -195,7 +202,7 @@ class Native:
         return norms, {index: self.columns.rules[index].nonfinite for index in bad}
 
     def step(self, norms: bytearray | None = None) -> None:
-        """Step all layers; by these norms, where they are known already."""
+        """Step all layers, with these norms if they are known already."""
         if self.plan is None:
             return
         if norms is None:
@@ -204,7 +211,7 @@ class Native:
             self.plan.apply(norms)
 
     def keep(self, writes: Writes) -> None:
-        """Let the results be what the leaves have: in new arrays, or in `outs` that are others."""
+        """Make the results equal to the old values: in new arrays, or in `outs` other than w."""
         for part in self._parts:
             for index in part.taken():
                 w, _, out, velocity = part.columns.row(index)
@@ -217,7 +224,7 @@ class Native:
                         results[index] = part.backend.copy(old, stop_gradients=True)
 
     def copy(self, writes: Writes) -> None:
-        """Copy results to where they belong that were not made there, after the step."""
+        """After the step, copy those results of shards that are not in their final memory yet."""
         for backend, shards in self._shards.items():
             for target, values in shards.copies:
                 if self.results is None:
@@ -226,16 +233,16 @@ class Native:
                     backend.write(target, values)
 
     def finish(self) -> None:
-        """Make new arrays what their libraries want."""
+        """Convert new arrays to what the users of their libraries expect."""
         if self.results is not None:
             for part in self._parts:
                 part.backend.finish(part.columns, self.results, part.taken())
 
 
 class _Part(NamedTuple):
-    """What one library was offered: among `places` (None for all) it took all but the rest.
+    """The leaves offered to one library: `indices` (None: all), of which it took all but `rest`.
 
-    `written` says which of the arrays that the plan writes to are its own.
+    `written` is the slice of `Plan.written` with its arrays.
     """
 
     backend: Backend
@@ -245,7 +252,7 @@ class _Part(NamedTuple):
     written: slice
 
     def taken(self) -> Iterable[int]:
-        """The places of the leaves that it took, also of those that hold nothing."""
+        """The indices of the leaves that it took, including those that are None."""
         offered = range(len(self.columns.ws)) if self.indices is None else self.indices
         if not self.rest:
             return offered
@@ -253,26 +260,15 @@ class _Part(NamedTuple):
         return [index for index in offered if index not in rest]
 
 
-def _nothing_yet(columns: Columns) -> StepResults:
-    nothing = [None] * len(columns.ws)
-    return StepResults(nothing, None if columns.velocities is None else list(nothing))
-
-
 def _unwrapped(columns: Columns, indices: list[int]) -> Columns:
-    """Columns with the native arrays of leaves that are an Array."""
+    """Columns in which the arrays of these leaves are unwrapped."""
 
-    def bare(xs: list[Any]) -> list[Any]:
+    def unwrapped(xs: list[Any]) -> list[Any]:
         new = list(xs)
         for index in indices:
             new[index] = unwrap(new[index])
         return new
 
     ws, dcdws, outs, rules, velocities, counters = columns
-    return Columns(
-        bare(ws),
-        bare(dcdws),
-        outs and bare(outs),
-        rules,
-        velocities and bare(velocities),
-        counters,
-    )
+    new = unwrapped(ws), unwrapped(dcdws), outs and unwrapped(outs), rules
+    return Columns(*new, velocities and unwrapped(velocities), counters)
