@@ -1,6 +1,6 @@
 """Backends that compute with whole arrays, through a namespace that follows the array API standard.
 
-Serves what has no memory that a CPU kernel could walk: traced and sharded JAX arrays, lazy Dask
+For arrays without CPU memory that a kernel could read: traced and sharded JAX arrays, lazy Dask
 arrays, arrays on accelerators. The formula is `_rule.step`.
 """
 
@@ -25,14 +25,14 @@ class NamespaceOps:
         self.xp = xp
 
     def over(self, mesh_axes: frozenset[Any]) -> NamespaceOps:
-        """The same, with sums and maxima also over these mesh axes."""
+        """The same operations, with sums and maxima also over these mesh axes."""
         return self
 
     def norms(self, w: NativeArray, dcdw: NativeArray, layer_axis: int | None) -> tuple[Norm, Norm]:
         return self.scaled_norm(w, layer_axis), self.scaled_norm(dcdw, layer_axis)
 
     def scaled_norm(self, x: NativeArray, layer_axis: int | None) -> Norm:
-        """Of x whose largest magnitude is scaled to about 1."""
+        """The norm of x, computed from x scaled to a largest magnitude of about 1."""
         scale = self.power_of_two(self.largest(x, layer_axis))
         return Norm(self.norm(x / scale, layer_axis), scale)
 
@@ -42,11 +42,10 @@ class NamespaceOps:
         total = self.sum(squares, _other_axes(x, layer_axis))
         positive = total > 0
         root = self.xp.sqrt(self.xp.where(positive, total, self.one(total)))
-        # The derivative of the root at 0 is infinite; that of this expression is 0.
+        # The derivative of sqrt at 0 is infinite; the derivative of this expression is 0.
         return self.xp.where(positive, root, total)
 
     def largest(self, x: NativeArray, layer_axis: int | None) -> NativeArray:
-        """Largest magnitude over the same axes, a constant to differentiation."""
         return self.max(self.xp.abs(self.constant(x)), _other_axes(x, layer_axis))
 
     def power_of_two(self, x: NativeArray) -> NativeArray:
@@ -78,7 +77,6 @@ class NamespaceOps:
         return self.xp.where(a > b, a, b)
 
     def like(self, number: Any, x: NativeArray) -> NativeArray:
-        """A number as a 0-d array that does not change the dtype of x; an array as it is."""
         return self.one(x) * number if _is_number(number) else number
 
     def one(self, x: NativeArray) -> NativeArray:
@@ -106,7 +104,7 @@ def _other_axes(x: NativeArray, layer_axis: int | None) -> tuple[int, ...]:
 
 
 class ArraysBackend(Backend):
-    """A library whose update is made of `_rule.step`, leaf by leaf."""
+    """A library whose arrays are updated by `_rule.step`, leaf by leaf."""
 
     @abstractmethod
     def ops(self, x: NativeArray) -> NamespaceOps:
@@ -114,7 +112,7 @@ class ArraysBackend(Backend):
 
     @abstractmethod
     def widen(self, x: Any, w: NativeArray) -> NativeArray:
-        """X (an array, or a number where the rule has one) in the type to compute with for w."""
+        """X, an array or a number of the rule, in the dtype to compute in for w."""
 
     @abstractmethod
     def narrow(self, x: NativeArray, w: NativeArray) -> NativeArray:
@@ -126,12 +124,12 @@ class ArraysBackend(Backend):
     def step(
         self, w: NativeArray, dcdw: NativeArray, rule: Rule, velocity: NativeArray | None = None
     ) -> StepResult:
-        """The weights after one step in the dtype of w, and the velocity in its own."""
+        """The new weights in the dtype of w, and the new velocity in the dtype of the old one."""
         if 0 in w.shape:
             return StepResult(self.copy(w, rule.stop_gradients), velocity)
         wide = None if velocity is None else self.widen(velocity, w)
         ops = self.ops(w).over(_rule.mesh_axes(rule))
-        with np.errstate(all="ignore"):  # for libraries that are made of numpy
+        with np.errstate(all="ignore"):  # for libraries that are based on numpy
             new = _rule.step(ops, *self._widened(w, dcdw, rule), wide)
         return StepResult(
             self.narrow(new[0], w), None if velocity is None else self.narrow(new[1], velocity)
@@ -140,7 +138,7 @@ class ArraysBackend(Backend):
     def _widened(
         self, w: NativeArray, dcdw: NativeArray, rule: Rule
     ) -> tuple[NativeArray, NativeArray, Rule]:
-        """All in the type to compute with, the gradient in the shape of w."""
+        """All in the dtype to compute in, and dcdw in the shape of w."""
         names = (*_rule.NUMBERS, *_rule.MOTION_NUMBERS)
         values = {name: getattr(rule, name) for name in names}
         numbers: dict[str, Any] = {
@@ -151,15 +149,15 @@ class ArraysBackend(Backend):
         return self.widen(w, w), dcdw, rule._replace(**numbers)
 
     def measure_leaf(self, w: NativeArray, dcdw: NativeArray, rule: Rule) -> Measured:
-        """What the step of one leaf is made of."""
+        """The norms and the ratio of the step of one leaf."""
         axis = rule.layer_axis
         shape = () if axis is None else (w.shape[axis],)
         w, dcdw, rule = self._widened(w, dcdw, rule)
         ops = self.ops(w).over(_rule.mesh_axes(rule))
-        if getattr(rule.lr, "ndim", 0):  # it matters to trust_clip, which has one ratio to report
+        if getattr(rule.lr, "ndim", 0):  # trust_clip: report the ratio of the largest rate
             rates = ops.xp.broadcast_to(rule.lr, w.shape)
             rule = rule._replace(lr=ops.max(rates, _other_axes(w, axis)))
-        if 0 in w.shape:  # a maximum over nothing is an error; their norms are 0, and so ratio is 1
+        if 0 in w.shape:  # no maximum exists; the norms are 0, so the ratio is 1
             zeros = ops.xp.reshape(ops.sum(abs(w), _other_axes(w, axis)), shape)
             return Measured(zeros, zeros, zeros + 1, zeros + 1)
         with np.errstate(all="ignore"):
@@ -187,5 +185,5 @@ class ArraysBackend(Backend):
 
 
 def _is_number(x: Any) -> bool:
-    """Whether x is a number of Python, or one that torch.compile traces, which has no dtype."""
+    """Whether x is a Python number, or one that torch.compile traces, which has no dtype."""
     return isinstance(x, (int, float, complex))

@@ -1,8 +1,8 @@
-"""JAX: concrete arrays in CPU memory through the kernel or `cpu.py`, others by array operations.
+"""JAX: concrete arrays in CPU memory by the kernel or `cpu.py`, others by array operations.
 
-Traced arrays (jit, grad, vmap, scan), sharded ones and those on accelerators keep to `jax.numpy`,
-so that transformations compose and shardings propagate. On the CPU these compute in double as well,
-whether or not jax_enable_x64 is set.
+Traced arrays (jit, grad, vmap, scan), sharded arrays and arrays on accelerators are updated by
+`jax.numpy`, so that transformations compose and shardings propagate. On the CPU these also compute
+in double, whether or not jax_enable_x64 is set.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from lars_tree._backends.base import (
     StepResults,
     Values,
     Writes,
+    grouped,
     kind_of_numpy,
     named,
 )
@@ -41,10 +42,7 @@ if TYPE_CHECKING:
 
 
 class JaxOps(NamespaceOps):
-    """jax.numpy, where a constant is what `stop_gradient` makes.
-
-    Inside `shard_map` each device computes with its shard: sums and maxima go over mesh axes too.
-    """
+    """jax.numpy; inside `shard_map`, sums and maxima are also taken over mesh axes."""
 
     def __init__(self, axes: tuple[Any, ...] = ()) -> None:
         super().__init__(jnp)
@@ -57,7 +55,7 @@ class JaxOps(NamespaceOps):
         return jax.lax.stop_gradient(x)
 
     def upper_half(self, x: jax.Array) -> jax.Array:
-        # XLA may join products and sums, which the usual way to split a number does not survive.
+        # Not by arithmetic, which XLA may change by fusing products and sums.
         limits = jnp.finfo(x.dtype)
         return jax.lax.reduce_precision(x, limits.nexp, (limits.nmant + 1) // 2 - 1)
 
@@ -178,9 +176,8 @@ class JaxBackend(ArraysBackend):
             return [Measured(*(x.astype(dtype) for x in each)) for each, dtype in pairs]
 
     def numbers(self, rows: NumpyArray, ws: list[jax.Array]) -> list[Measured]:
-        groups: dict[Any, list[int]] = {}
-        for i, (w, dtype) in enumerate(zip(ws, _report_dtypes(ws), strict=True)):
-            groups.setdefault((w.sharding, dtype), []).append(i)
+        dtypes = _report_dtypes(ws)
+        groups = grouped(range(len(ws)), lambda i: (ws[i].sharding, dtypes[i]))
         found: dict[int, Measured] = {}
         for (sharding, dtype), group in groups.items():
             with np.errstate(all="ignore"):
@@ -207,7 +204,7 @@ class JaxBackend(ArraysBackend):
         if columns.outs is not None:
             return everything
         given = [x for x in (columns.ws, columns.dcdws, columns.velocities) if x is not None]
-        # While there are views, the memory stays, even if another thread donates it.
+        # The views keep the memory alive, even if another thread donates it.
         views: list[list[Any]] = [[None] * len(columns.ws) for _ in given]
         dense, rest = [], []
         for index in everything:
@@ -248,7 +245,7 @@ def _update(leaf: Leaf) -> StepResult:
         new = [empty_like(w)] if velocity is None else [empty_like(w), copy(velocity)]
         cpu.update(raw(np.asarray(w)), raw(np.asarray(dcdw)), raw(new[0]), rule, *new[1:])
         return StepResult(*put(new, w.sharding, w.committed))
-    dcdw, velocity = (None if x is None else _laid_out(x, w) for x in (dcdw, velocity))
+    dcdw, velocity = (None if x is None else _sharded_like(x, w) for x in (dcdw, velocity))
     stepped = _BACKEND.step(w, dcdw, rule, velocity)
     if not rule.stop_gradients:
         return stepped
@@ -256,9 +253,9 @@ def _update(leaf: Leaf) -> StepResult:
 
 
 def _axis_fault(varying: frozenset[Any], axes: frozenset[Any], rule: Rule) -> str | None:
-    """What is wrong with sums over these axes for weights that vary over those, if that is known.
+    """What is wrong with sums over `axes` for weights that vary over `varying`; None if nothing is.
 
-    Nothing is known under `pmap`, `vmap` and `shard_map(check_vma=False)`.
+    Under `pmap`, `vmap` and `shard_map(check_vma=False)` JAX does not know what varies.
     """
     for name in _in_order(axes):
         try:
@@ -278,11 +275,11 @@ def _axis_fault(varying: frozenset[Any], axes: frozenset[Any], rule: Rule) -> st
 
 
 def _manual_axes(x: jax.Array, state: str) -> frozenset[Any]:
-    """The mesh axes of a surrounding `shard_map` with regard to which x is in this state."""
+    """The mesh axes of the surrounding `shard_map` over which x is "varying" or "unreduced"."""
     if not _is_traced(x):
         return frozenset()
     kind = jax.typeof(x)
-    # Before JAX 0.10 only one state was known.
+    # Before JAX 0.10, only "varying" was known.
     axes: frozenset[Any] = getattr(kind, "vma", frozenset()) if state == "varying" else frozenset()
     return getattr(getattr(kind, "manual_axis_type", None), state, axes)
 
@@ -294,12 +291,12 @@ def _varying_over(x: jax.Array, axes: tuple[Any, ...]) -> jax.Array:
 
 
 def _in_order(axes: Iterable[Any]) -> tuple[Any, ...]:
-    """The same in each process."""
+    """The axes in an order that is the same in all processes."""
     return tuple(sorted(axes, key=repr))
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any, w: jax.Array, sharding: Any) -> jax.Array:
-    """Zeros where w is, and bound to that as w is, so that a compiled step serves the next one."""
+    """Zeros on the devices of w, committed like w, so that the next step is not compiled again."""
     if w.committed:
         return jnp.zeros(shape, dtype, device=sharding)
     with jax.default_device(next(iter(w.devices()))):
@@ -307,7 +304,7 @@ def _zeros(shape: tuple[int, ...], dtype: Any, w: jax.Array, sharding: Any) -> j
 
 
 def _report_dtypes(ws: list[jax.Array]) -> list[Any]:
-    """float64 where JAX has it, or the weights are: elsewhere JAX warns of such arrays."""
+    """float64 if x64 is enabled or the weights are double, as JAX would warn of it otherwise."""
     usual = jnp.zeros(()).dtype
     with jax.enable_x64(True):
         return [jnp.promote_types(usual, jnp.finfo(w.dtype).dtype) for w in ws]
@@ -319,7 +316,7 @@ def _measure(leaf: Leaf) -> Measured:
         measured = cpu.measure(raw(np.asarray(w)), raw(np.asarray(dcdw)), rule)
         with jax.default_device(next(iter(w.devices()))):
             return Measured(*(jnp.asarray(x) for x in measured))
-    measured = _BACKEND.measure_leaf(w, _laid_out(dcdw, w), rule)
+    measured = _BACKEND.measure_leaf(w, _sharded_like(dcdw, w), rule)
     return measured if not rule.stop_gradients else Measured(*map(jax.lax.stop_gradient, measured))
 
 
@@ -331,8 +328,8 @@ def _steps_in_cpu_memory(leaf: Leaf) -> bool:
 def _as_pairs(w: jax.Array, dcdw: jax.Array, rule: Rule) -> tuple[jax.Array, jax.Array, Rule]:
     """Complex arrays as pairs of real numbers.
 
-    Complex numbers of double precision have no derivatives unless jax_enable_x64 is set, as their
-    backward pass runs outside of our context.
+    Complex double arrays cannot be differentiated unless jax_enable_x64 is set, because the
+    backward pass runs outside of our `enable_x64` context.
     """
     axis = None if rule.layer_axis is None else rule.layer_axis % w.ndim
     lr = rule.lr[..., None] if getattr(rule.lr, "ndim", 0) else rule.lr
@@ -343,13 +340,13 @@ def _as_pair(x: jax.Array | None) -> jax.Array | None:
     return None if x is None else jnp.stack([jnp.real(x), jnp.imag(x)], -1)
 
 
-def _laid_out(x: jax.Array, w: jax.Array) -> jax.Array:
-    """X sharded as w is, so that the results are: wherever it is known how w is."""
+def _sharded_like(x: jax.Array, w: jax.Array) -> jax.Array:
+    """X with the shape of w, and with its sharding if that is known, as the results must have."""
     x = jnp.broadcast_to(x, w.shape)
     if not _is_traced(x) and not _is_traced(w):
         return jax.device_put(x, w.sharding) if w.committed and x.sharding != w.sharding else x
     missing = _BACKEND.varying(w) - _BACKEND.varying(x)
-    if missing:  # collectives want all their axes to be in one state
+    if missing:  # collectives need all operands to vary over the same axes
         x = _varying_over(x, _in_order(missing))
     ours = jax.typeof(w).sharding
     if jax.typeof(x).sharding == ours or jax.sharding.AxisType.Explicit not in ours.mesh.axis_types:
@@ -369,7 +366,7 @@ def _is_traced(x: jax.Array) -> bool:
 
 
 def _device(x: jax.Array) -> frozenset[Any] | None:
-    """The devices that x is bound to; None where JAX may still move it."""
+    """The devices to which x is committed; None if JAX may still move it."""
     return frozenset(x.devices()) if not _is_traced(x) and x.committed else None
 
 

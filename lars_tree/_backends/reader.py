@@ -1,4 +1,4 @@
-"""How the native engine reads torch tensors, and when it may."""
+"""The `Reader` of the native engine for torch tensors, and when it may be used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lars_tree._rule import Rule
 
 
 def _exchange() -> tuple[Any, ...] | None:
-    """How `_native` reads tensors, where torch has the C functions for it (from 2.10 on)."""
+    """The C functions by which `_native` reads tensors; None before torch 2.10."""
     capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     storage = torch.UntypedStorage
     methods = (Tensor.untyped_storage, storage.nbytes, storage.resizable)
@@ -27,7 +27,7 @@ READER: Any = _EXCHANGE and _native.reader(
 
 
 def may_read() -> bool:
-    """Whether memory may be read and written behind torch's back, and the kernel can do so."""
+    """Whether the kernel can read and write memory of tensors, unseen by torch."""
     if READER is None or is_intercepted() or torch._C._functorch.peek_interpreter_stack():
         return False
     return _native.in_use() is not None

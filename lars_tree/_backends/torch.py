@@ -1,9 +1,10 @@
 """torch: CPU memory by the native engine, accelerators by multi-tensor operations.
 
-Dense CPU tensors that need no autograd graph are read by the kernel; those that it does not support
-are updated through numpy views of their memory. Tensors on an accelerator are stepped many at a
-time, as `Tensors`, by `torch._foreach_*` operations, without waiting for the device. All else
-(autograd, torch.func, subclasses of Tensor, rates that are tensors with a shape) goes leaf by leaf.
+Dense CPU tensors that need no autograd graph are updated by the kernel, or through numpy views of
+their memory where the kernel does not support them. Tensors on an accelerator are updated many at a
+time, as `Tensors`, by `torch._foreach_*` operations, without waiting for the device. All others
+(autograd, torch.func, subclasses of Tensor, rates that are tensors with a shape) are updated leaf
+by leaf.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lars_tree._backends import cpu, sharded
-from lars_tree._backends.addresses import Address, bits, bytes_needed, view
+from lars_tree._backends import cpu
+from lars_tree._backends.addresses import NUMPY_TYPES, Address, bits, bytes_needed, view
 from lars_tree._backends.arrays import ArraysBackend
 from lars_tree._backends.base import (
     MAX_AXES,
@@ -35,7 +36,9 @@ from lars_tree._backends.reader import READER, may_read
 from lars_tree._backends.sharded import (
     is_sharded,
     measure_shards,
+    partial_fault,
     shard_of,
+    sharding_of,
     step_shards,
     whole,
 )
@@ -66,10 +69,6 @@ from lars_tree._rule import Measured
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
 
-_REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_COMPLEX = (torch.complex64, torch.complex128)
-
-
 _OPS = TorchOps(torch)
 
 
@@ -79,19 +78,12 @@ class TorchBackend(ArraysBackend):
     name = "torch"
 
     def facts(self, x: Tensor) -> Facts:
-        kind = Kind.OTHER
-        if x.dtype in _REAL:
-            kind = Kind.REAL
-        elif x.dtype in _COMPLEX:
-            kind = Kind.COMPLEX
-        elif not (
-            x.is_quantized
-            or x.dtype.is_floating_point
-            or x.dtype.is_complex
-            or x.dtype == torch.bool
-        ):
-            kind = Kind.INTEGER
-        return Facts(tuple(x.shape), kind, x.dtype, x.device, sharded.sharding_of(x))
+        dtype, kind = x.dtype, Kind.INTEGER
+        if dtype in NUMPY_TYPES:
+            kind = Kind.COMPLEX if dtype.is_complex else Kind.REAL
+        elif dtype.is_floating_point or dtype.is_complex or dtype == torch.bool or x.is_quantized:
+            kind = Kind.OTHER
+        return Facts(tuple(x.shape), kind, dtype, x.device, sharding_of(x))
 
     def values(self, x: Tensor) -> Values:
         if is_functorch(x):
@@ -100,7 +92,7 @@ class TorchBackend(ArraysBackend):
 
     def to_numpy(self, x: Tensor) -> NumpyArray:
         x = whole(x.detach()).resolve_conj().resolve_neg().cpu()
-        # A copy: see `view` for what becomes of a storage that numpy() was called on.
+        # A copy, as `view` explains: numpy() would change the storage of x itself.
         return np.asarray((x.double() if x.dtype == torch.bfloat16 else x.clone()).numpy())
 
     def full(self, number: complex, like: Tensor) -> Tensor:
@@ -126,7 +118,7 @@ class TorchBackend(ArraysBackend):
         if stand_in:
             return stand_in
         if is_sharded(x):
-            fault = sharded.partial_fault(x)
+            fault = partial_fault(x)
             if fault:
                 return fault
             x = shard_of(x)
@@ -196,7 +188,7 @@ class TorchBackend(ArraysBackend):
 
     def update(self, leaves: list[Leaf], writes: Writes) -> list[StepResult]:
         results: list[Any] = [None] * len(leaves)
-        elsewhere: list[int] = []
+        elsewhere: list[tuple[Leaf, StepResult]] = []
         for i, leaf in enumerate(leaves):
             if not self._steps_in_memory(leaf):
                 results[i] = writes.result(leaf, self._arrays(leaf))
@@ -205,13 +197,13 @@ class TorchBackend(ArraysBackend):
             if leaf.w.device.type == "cpu" and not is_sharded(leaf.w):
                 self._step_in_cpu_memory(leaf, results[i], writes)
             else:
-                elsewhere.append(i)
-        pairs = _stepped([leaves[i] for i in elsewhere], [results[i] for i in elsewhere])
-        if elsewhere and leaves[elsewhere[0]].out is None:  # and so have the others none
-            copy_all(*pairs)
+                elsewhere.append((leaf, results[i]))
+        outs, values = _stepped(elsewhere)
+        if elsewhere and elsewhere[0][0].out is None:  # then no leaf has an `out`
+            copy_all(outs, values)
         else:
-            for target, value in zip(*pairs, strict=True):
-                writes.add(self, target, value)
+            for out, value in zip(outs, values, strict=True):
+                writes.add(self, out, value)
         return [_returned(leaf, new) for leaf, new in zip(leaves, results, strict=True)]
 
     def _step_in_cpu_memory(self, leaf: Leaf, new: StepResult, writes: Writes) -> None:
@@ -249,7 +241,7 @@ class TorchBackend(ArraysBackend):
         return fetched([whole(x.detach()) for x in xs])
 
     def _steps_in_memory(self, leaf: Leaf) -> bool:
-        """Whether memory may be stepped as it is, with nothing to record."""
+        """Whether a leaf can be updated in memory: without autograd, and unseen by torch."""
         w, rule = leaf.w, leaf.rule
         tensors = [
             x for x in (w, leaf.dcdw, leaf.out, leaf.velocity, *rule) if isinstance(x, Tensor)
@@ -285,11 +277,10 @@ class TorchBackend(ArraysBackend):
             out.copy_(x)
 
     def writers(self, pairs: list[tuple[Tensor, Tensor]]) -> list[Callable[[], Any]]:
-        dense = [
-            (out.detach(), x.detach()) for out, x in pairs if _has_memory(out) and _has_memory(x)
-        ]
-        others = [pair for pair in pairs if not (_has_memory(pair[0]) and _has_memory(pair[1]))]
-        calls = [partial(copy_all, *map(list, zip(*dense, strict=True)))] if dense else []
+        together = [pair for pair in pairs if all(map(_has_memory, pair))]
+        others = [pair for pair in pairs if not all(map(_has_memory, pair))]
+        outs, xs = ([pair[i].detach() for pair in together] for i in (0, 1))
+        calls = [partial(copy_all, outs, xs)] if together else []
         return calls + super().writers(others)
 
     def copied_memory(self, out: Tensor, x: Tensor) -> tuple[NumpyArray, NumpyArray] | None:
@@ -301,15 +292,13 @@ class TorchBackend(ArraysBackend):
         bump_versions(outs)
 
 
-def _stepped(leaves: list[Leaf], results: list[StepResult]) -> tuple[list[Tensor], list[Tensor]]:
-    """Where to write, and what, by multi-tensor operations: for what is not in CPU memory alone."""
-    plain: list[tuple[Leaf, StepResult]] = []
-    shards: list[tuple[Leaf, StepResult]] = []
-    for pair in zip(leaves, results, strict=True):
-        (shards if is_sharded(pair[0].w) else plain).append(pair)
-    outs, values = step_layers((layer, None) for pair in plain for layer in layers(*pair))
-    if shards:
-        more = step_shards([leaf for leaf, _ in shards], [new for _, new in shards])
+def _stepped(given: list[tuple[Leaf, StepResult]]) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors to write to, and their new values, by multi-tensor operations."""
+    sharded = [pair for pair in given if is_sharded(pair[0].w)]
+    unsharded = (pair for pair in given if not is_sharded(pair[0].w))
+    outs, values = step_layers((layer, None) for pair in unsharded for layer in layers(*pair))
+    if sharded:
+        more = step_shards(sharded)
         outs, values = outs + more[0], values + more[1]
     return outs, values
 
@@ -317,12 +306,12 @@ def _stepped(leaves: list[Leaf], results: list[StepResult]) -> tuple[list[Tensor
 def results_in_place(
     leaves: list[Leaf], unless: Tensor | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Where to write, and what, to step parameters on any device; nothing waits for the device.
+    """The tensors to write to, and their new values, for an update in place on any device.
 
-    Without any checks: for optimizers, which made them when they took the parameters. Where
-    `unless`, a number on a device, is not 0, the values are those that are there.
+    Never waits for the device, and checks nothing: optimizers check parameters when they are added.
+    Unless `unless`, a number on a device, is 0, the values are the old ones.
     """
-    outs, values = _stepped(leaves, [StepResult(leaf.out, leaf.velocity) for leaf in leaves])
+    outs, values = _stepped([(leaf, StepResult(leaf.out, leaf.velocity)) for leaf in leaves])
     if unless is not None:
         kept = {x.device: unless.to(x.device, non_blocking=True) != 0 for x in outs}
         values = [
@@ -341,19 +330,19 @@ def _returned(leaf: Leaf, new: StepResult) -> StepResult:
 
 
 def _has_memory(x: Tensor) -> bool:
-    """Whether x has memory of its own, that may be read and written behind torch's back."""
+    """Whether x has memory of its own that may be read and written unseen by torch."""
     if type(x) not in TENSOR_TYPES or is_functorch(x):
         return False
     return not is_intercepted()
 
 
 def is_in_cpu_memory(x: Tensor) -> bool:
-    """Whether x is a plain tensor there."""
+    """Whether x is a CPU tensor with memory of its own."""
     return type(x) in TENSOR_TYPES and x.is_cpu
 
 
 def is_shard(x: Tensor) -> bool:
-    """Whether x is a DTensor whose shards are there."""
+    """Whether x is a DTensor with shards in CPU memory."""
     return is_sharded(x) and x.is_cpu
 
 
