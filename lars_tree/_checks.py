@@ -91,22 +91,18 @@ def _unfit(w: Operand) -> Fault | None:
 
 def _fault(row: Row, same_shapes: bool, words: Words) -> Fault | None:
     """The first fault of a leaf."""
-    shape = (_same_shape,) if same_shapes else ()
-    step = (_weights, _gradient, *shape, _options, _layer_axis, _mesh_axes, _readable)
-    for question in (*(step if row.leaf.dcdw is not None else (_data,)), _velocity, _out):
-        fault: Fault | None = question(row, words)
-        if fault:
-            return fault
-    return None
-
-
-def _weights(row: Row, words: Words) -> Fault | None:
-    return _unusable("w", row.w, words)
-
-
-def _data(row: Row, words: Words) -> Fault | None:
-    """Weights without a gradient may have any dtype, but it must be possible to copy them."""
-    return _faulty("w", row.w, words)
+    if row.leaf.dcdw is None:  # the weights are at most copied, so their dtype does not matter
+        fault = _faulty("w", row.w, words)
+    else:
+        fault = (
+            _unusable("w", row.w, words)
+            or _gradient(row, same_shapes, words)
+            or _options(row, words)
+            or _layer_axis(row, words)
+            or _mesh_axes(row, words)
+            or _readable(row, words)
+        )
+    return fault or _velocity(row, words) or _out(row, words)
 
 
 def _not_an_array(argument: str, x: Operand, words: Words) -> Fault:
@@ -130,7 +126,7 @@ def _unusable(argument: str, x: Operand, words: Words) -> Fault | None:
     return Fault(errors.DtypeError, argument, headline, text)
 
 
-def _gradient(row: Row, words: Words) -> Fault | None:
+def _gradient(row: Row, same_shapes: bool, words: Words) -> Fault | None:
     fault = _belongs("dcdw", row, row.dcdw, words) or _unusable("dcdw", row.dcdw, words)
     if fault:
         return fault
@@ -139,15 +135,11 @@ def _gradient(row: Row, words: Words) -> Fault | None:
         headline = f"{words.dcdw} and {words.w} mix real and complex numbers"
         text = f"expected {ours.kind.value} as in {words.w} ({ours.dtype}), got {theirs.dtype}"
         return Fault(errors.DtypeError, "dcdw", headline, text)
-    return _broadcasts("dcdw", ours, theirs, words)
-
-
-def _same_shape(row: Row, words: Words) -> Fault | None:
-    ours, theirs = row.w.facts.shape, row.dcdw.facts.shape
-    if ours == theirs:
-        return None
+    fault = _broadcasts("dcdw", ours, theirs, words)
+    if fault or not same_shapes or ours.shape == theirs.shape:
+        return fault
     headline = f"{words.dcdw} has another shape than {words.w}"
-    text = f"expected shape {ours} as in {words.w}, got {theirs}"
+    text = f"expected shape {ours.shape} as in {words.w}, got {theirs.shape}"
     return Fault(errors.ShapeError, "dcdw", headline, text)
 
 

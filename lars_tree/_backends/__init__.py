@@ -2,7 +2,7 @@
 
 Libraries are looked up in `sys.modules` only, so that none is imported unless the user did so.
 Only the real type of an object counts: C code crashes if it believes a wrong `__class__`. To add a
-library: a module with a `backend_of`, a row here, a row in `tests/conftest.py`. A library that
+library: a module with a `BACKEND`, a row here, a row in `tests/conftest.py`. A library that
 follows the array API standard needs neither module nor row here.
 """
 
@@ -72,5 +72,5 @@ if hasattr(os, "register_at_fork"):
 def _load(name: str, x: Any) -> Backend | None:
     with _importing:
         module = import_module(f"lars_tree._backends.{name}")
-    backend: Backend | None = module.backend_of(x)
+    backend: Backend | None = module.backend_of(x) if name == "standard" else module.BACKEND
     return backend

@@ -10,7 +10,7 @@ import dask.array as da
 import numpy as np
 
 from lars_tree._backends.arrays import ArraysBackend, NamespaceOps
-from lars_tree._backends.base import Backend, Facts, Values, kind_of_numpy
+from lars_tree._backends.base import Facts, Values, kind_of_numpy
 from lars_tree._memory import NumpyArray
 
 
@@ -78,9 +78,4 @@ class DaskBackend(ArraysBackend):
         return x.astype(w.dtype)
 
 
-_BACKEND = DaskBackend()
-
-
-def backend_of(x: Any) -> Backend:
-    """The one backend of this module."""
-    return _BACKEND
+BACKEND = DaskBackend()

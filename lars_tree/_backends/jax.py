@@ -19,7 +19,6 @@ from lars_tree._backends import cpu
 from lars_tree._backends.arrays import ArraysBackend, NamespaceOps
 from lars_tree._backends.base import (
     MAX_AXES,
-    Backend,
     Columns,
     Facts,
     Kind,
@@ -246,7 +245,7 @@ def _update(leaf: Leaf) -> StepResult:
         cpu.update(raw(np.asarray(w)), raw(np.asarray(dcdw)), raw(new[0]), rule, *new[1:])
         return StepResult(*put(new, w.sharding, w.committed))
     dcdw, velocity = (None if x is None else _sharded_like(x, w) for x in (dcdw, velocity))
-    stepped = _BACKEND.step(w, dcdw, rule, velocity)
+    stepped = BACKEND.step(w, dcdw, rule, velocity)
     if not rule.stop_gradients:
         return stepped
     return StepResult(*(None if x is None else jax.lax.stop_gradient(x) for x in stepped))
@@ -316,13 +315,14 @@ def _measure(leaf: Leaf) -> Measured:
         measured = cpu.measure(raw(np.asarray(w)), raw(np.asarray(dcdw)), rule)
         with jax.default_device(next(iter(w.devices()))):
             return Measured(*(jnp.asarray(x) for x in measured))
-    measured = _BACKEND.measure_leaf(w, _sharded_like(dcdw, w), rule)
+    measured = BACKEND.measure_leaf(w, _sharded_like(dcdw, w), rule)
     return measured if not rule.stop_gradients else Measured(*map(jax.lax.stop_gradient, measured))
 
 
 def _steps_in_cpu_memory(leaf: Leaf) -> bool:
     arrays = [x for x in (leaf.w, leaf.dcdw, leaf.velocity) if x is not None]
-    return all(map(_in_cpu_memory, arrays)) and not any(isinstance(x, jax.Array) for x in leaf.rule)
+    in_memory = all(device_to_view(x) is not None for x in arrays)
+    return in_memory and not any(isinstance(x, jax.Array) for x in leaf.rule)
 
 
 def _as_pairs(w: jax.Array, dcdw: jax.Array, rule: Rule) -> tuple[jax.Array, jax.Array, Rule]:
@@ -345,20 +345,13 @@ def _sharded_like(x: jax.Array, w: jax.Array) -> jax.Array:
     x = jnp.broadcast_to(x, w.shape)
     if not _is_traced(x) and not _is_traced(w):
         return jax.device_put(x, w.sharding) if w.committed and x.sharding != w.sharding else x
-    missing = _BACKEND.varying(w) - _BACKEND.varying(x)
+    missing = BACKEND.varying(w) - BACKEND.varying(x)
     if missing:  # collectives need all operands to vary over the same axes
         x = _varying_over(x, _in_order(missing))
     ours = jax.typeof(w).sharding
     if jax.typeof(x).sharding == ours or jax.sharding.AxisType.Explicit not in ours.mesh.axis_types:
         return x  # the compiler chooses
     return jax.sharding.reshard(x, ours)
-
-
-def _in_cpu_memory(x: jax.Array) -> bool:
-    if _is_traced(x):
-        return False
-    devices = x.devices()
-    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
 def _is_traced(x: jax.Array) -> bool:
@@ -371,9 +364,4 @@ def _device(x: jax.Array) -> frozenset[Any] | None:
 
 
 _READER = _native.reader((np.ndarray,), Rule._fields, make=empty_like, copy=copy, as_bits=as_bits)
-_BACKEND = JaxBackend()
-
-
-def backend_of(x: Any) -> Backend:
-    """The one backend of this module."""
-    return _BACKEND
+BACKEND = JaxBackend()

@@ -135,9 +135,4 @@ _READER = _native.reader((np.ndarray, np.memmap), Rule._fields, as_bits=as_bits)
 _MAKER = _native.reader(
     (np.ndarray,), Rule._fields, make=np.empty_like, copy=np.copy, as_bits=as_bits
 )
-_BACKEND = NumpyBackend()
-
-
-def backend_of(x: Any) -> Backend:
-    """The one backend of this module."""
-    return _BACKEND
+BACKEND = NumpyBackend()

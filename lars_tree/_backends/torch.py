@@ -22,7 +22,6 @@ from lars_tree._backends.addresses import NUMPY_TYPES, Address, bits, bytes_need
 from lars_tree._backends.arrays import ArraysBackend
 from lars_tree._backends.base import (
     MAX_AXES,
-    Backend,
     Columns,
     Facts,
     Kind,
@@ -357,8 +356,3 @@ def _has_tangent(x: Tensor) -> bool:
 
 
 BACKEND = TorchBackend()
-
-
-def backend_of(x: Any) -> Backend:
-    """The one backend of this module."""
-    return BACKEND
