@@ -23,7 +23,7 @@ from lars_tree._rule import Rule
 
 
 class SharedOptions(TypedDict, total=False):
-    """The keywords of `lars_update` that optimizers have with the same defaults; see there."""
+    """The keywords of `lars_update` that optimizers also have, with the same defaults."""
 
     adapt: Any
     trust_clip: Any
@@ -35,7 +35,7 @@ class SharedOptions(TypedDict, total=False):
 
 
 class Options(SharedOptions, total=False):
-    """The keywords of `lars_update` that come after the published ones; see there."""
+    """The keywords of `lars_update` that come after the published ones."""
 
     trust_coefficient: Any
     eps: Any

@@ -1,7 +1,7 @@
 """The part of the native engine in an update: the leaves of all libraries that the kernel supports.
 
 The kernel reads the arrays of each library through a `Reader`. The leaves that it does not support
-are the `rest`. Nothing is written before the plan is stepped.
+are the `rest`. Nothing is written before the step of the plan.
 """
 
 from __future__ import annotations
