@@ -30,7 +30,7 @@ from lars_tree._backends.norms import (
     precision_for,
     read_piece,
 )
-from lars_tree._backends.wide import Wide
+from lars_tree._backends.wide import DoubleDouble
 from lars_tree._floats import in_default_floats
 from lars_tree._rule import Measured, Rule
 
@@ -201,11 +201,11 @@ def _measured_layer(arrays: dict[str, Array], rule: Rule) -> tuple[float, ...]:
     return tuple(map(float, (norms.w, g_norm, ratio, unclipped)))
 
 
-def _coefficients(norms: Norms, rule: Rule) -> tuple[Wide, Wide]:
+def _coefficients(norms: Norms, rule: Rule) -> tuple[DoubleDouble, DoubleDouble]:
     numbers = norms.numbers(rule)
     one = norms.number(1)
     found = _rule.coefficients(norms.w, norms.dcdw, numbers, choose, one)
-    on_dcdw, on_w = (x if norms.number is Wide else Wide(x) for x in found)
+    on_dcdw, on_w = (x if norms.number is DoubleDouble else DoubleDouble(x) for x in found)
     return on_dcdw, on_w
 
 
@@ -216,13 +216,13 @@ def _clipping(norms: Norms, rule: Rule) -> tuple[Rule, Callable[[Array], Array]]
         return rule, lambda rates: rates
     numbers = norms.numbers(rule)
     ratio = _rule.trust_ratio(norms.w, norms.dcdw, numbers, choose, norms.number(1))
-    ratio = ratio if isinstance(ratio, Wide) else Wide(ratio)
+    ratio = ratio if isinstance(ratio, DoubleDouble) else DoubleDouble(ratio)
     if ratio.high and ratio.exponent < -900:  # no double, or one with few digits
         return rule, lambda rates: np.minimum(np.ldexp(rates, -ratio.exponent) / ratio.high, 1)
     return rule._replace(adapt=False), lambda rates: np.minimum(rates, float(ratio))
 
 
-def _rounded(x: Wide, precision: Precision) -> Any:
+def _rounded(x: DoubleDouble, precision: Precision) -> Any:
     if precision is np.float64:
         return float(x)
     return np.ldexp(precision(x.high) + precision(x.low), x.exponent)

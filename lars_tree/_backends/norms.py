@@ -14,7 +14,7 @@ import numpy as np
 
 from lars_tree import _rule
 from lars_tree._backends import bfloat16
-from lars_tree._backends.wide import SPLITTER, Wide, fast_two_sum, two_product, two_sum
+from lars_tree._backends.wide import SPLITTER, DoubleDouble, fast_two_sum, two_product, two_sum
 from lars_tree._rule import Rule
 
 Array = np.ndarray[Any, Any]
@@ -59,7 +59,7 @@ class Norms(NamedTuple):
 def norms_of(w: Any, dcdw: Any, precision: Precision, rule: Rule) -> Norms:
     number = _number(w, dcdw, rule)
     if not rule.adapt:
-        return Norms(Wide)
+        return Norms(DoubleDouble)
     w_norm = _norm(w, precision, number)
     if not _rule.is_joint(rule):
         return Norms(number, w_norm, _norm(dcdw, precision, number))
@@ -80,7 +80,7 @@ class Total:
         self.arrays = w, dcdw, precision, rule
         self.precision = precision
         self.dtype = dtype_of(w)
-        decay = Wide(rule.decay_lambda) * Wide(rule.grad_scale)
+        decay = DoubleDouble(rule.decay_lambda) * DoubleDouble(rule.grad_scale)
         self.shifts, self.exponent = (0, 0), exponent or 0
         if exponent is not None:
             self.shifts = decay.exponent - exponent, -exponent
@@ -109,7 +109,7 @@ class Total:
         largest = [_largest(x, precision) for x in arrays]
         if not np.isfinite(largest).all():
             return None
-        decay = Wide(rule.decay_lambda) * Wide(rule.grad_scale)
+        decay = DoubleDouble(rule.decay_lambda) * DoubleDouble(rule.grad_scale)
         bounds = zip(largest, (decay.exponent + 1, 0), strict=True)
         exponents = [int(np.frexp(x)[1]) + exponent for x, exponent in bounds if x]
         return Total(*self.arrays, exponent=max(exponents, default=0) - _TOTAL_EXPONENT)
@@ -120,9 +120,11 @@ def _norm_of_total(total: Total, number: Any) -> tuple[Any, Total]:
         return _norm(total, total.precision, float), total
     scaled = total.scaled()
     if scaled is None:  # infinite, or NaN
-        return Wide(math.sqrt(_sum_of_squares(total, total.precision, lambda x: x)[0])), total
+        return DoubleDouble(
+            math.sqrt(_sum_of_squares(total, total.precision, lambda x: x)[0])
+        ), total
     squares = _sum_of_squares(scaled, scaled.precision, lambda x: x)
-    return _wide(squares).sqrt().scaled(scaled.exponent), scaled
+    return _double_double(squares).sqrt().scaled(scaled.exponent), scaled
 
 
 def _number(w: Any, dcdw: Any, rule: Rule) -> Any:
@@ -130,7 +132,7 @@ def _number(w: Any, dcdw: Any, rule: Rule) -> Any:
     names = (*_rule.NUMBERS, *(["rate"] if rule.trust_clip else []))
     short = all(dtype_of(x).itemsize <= (8 if dtype_of(x).kind == "c" else 4) for x in (w, dcdw))
     is_moderate = all(_is_moderate(getattr(rule, name)) for name in names)
-    return float if short and is_moderate else Wide
+    return float if short and is_moderate else DoubleDouble
 
 
 def _is_moderate(x: float) -> bool:
@@ -146,13 +148,13 @@ def _norm(flat: Any, precision: Precision, number: Any) -> Any:
     if number is float:
         return math.sqrt(total[0])
     if _SAFE_SUM[0] < total[0] < _SAFE_SUM[1]:
-        return _wide(total).sqrt()
+        return _double_double(total).sqrt()
     largest = _largest(flat, precision)
     if largest == 0 or not np.isfinite(largest):
-        return Wide(float(largest))
+        return DoubleDouble(float(largest))
     exponent = int(np.frexp(largest)[1])
     total = _sum_of_squares(flat, precision, lambda x: np.ldexp(x, -exponent))
-    return _wide(total).sqrt().scaled(exponent)
+    return _double_double(total).sqrt().scaled(exponent)
 
 
 def _largest(flat: Any, precision: Precision) -> Any:
@@ -192,12 +194,12 @@ def _add(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
     return total, error + (a[1] + b[1])
 
 
-def _wide(pair: tuple[Any, Any]) -> Wide:
+def _double_double(pair: tuple[Any, Any]) -> DoubleDouble:
     """The sum of two numbers of any precision, the second far smaller."""
     mantissa, exponent = np.frexp(pair[0])
     high = float(mantissa)
     low = float((mantissa - high) + np.ldexp(pair[1], -exponent))
-    return Wide(*fast_two_sum(high, low), int(exponent))
+    return DoubleDouble(*fast_two_sum(high, low), int(exponent))
 
 
 def pieces(flat: Any) -> Iterator[slice]:

@@ -1,7 +1,8 @@
 """Numbers of twice the precision of double, with exponents that no norm can leave.
 
 The ratio of two norms of float64 arrays may lie beyond double on the way to a step that does not,
-and its rounding error would count against the few ulps that a result may be off. `_native/wide.hpp`
+and its rounding error would count against the few ulps that a result may be off.
+`_native/double_double.hpp`
 does the same double operations in the same order: both give the same bits.
 """
 
@@ -36,7 +37,7 @@ def two_product(a: Any, b: Any, splitter: float = SPLITTER) -> tuple[Any, Any]:
     return product, error
 
 
-class Wide:
+class DoubleDouble:
     """(high + low) * 2**exponent, where high is in [1, 2), and is the sum rounded.
 
     Or high is 0, infinite or NaN, and the others are 0. Not negative.
@@ -57,61 +58,61 @@ class Wide:
     def _is_plain(self) -> bool:
         return self.high != 0 and math.isfinite(self.high)
 
-    def __mul__(self, other: Wide | float) -> Wide:
-        other = other if isinstance(other, Wide) else Wide(float(other))
+    def __mul__(self, other: DoubleDouble | float) -> DoubleDouble:
+        other = other if isinstance(other, DoubleDouble) else DoubleDouble(float(other))
         if not (self._is_plain and other._is_plain):
-            return Wide(self.high * other.high)
+            return DoubleDouble(self.high * other.high)
         product, error = two_product(self.high, other.high)
         error += self.high * other.low + self.low * other.high
-        return Wide(*fast_two_sum(product, error), self.exponent + other.exponent)
+        return DoubleDouble(*fast_two_sum(product, error), self.exponent + other.exponent)
 
-    def __truediv__(self, other: Wide | int) -> Wide:
-        other = other if isinstance(other, Wide) else Wide(float(other))
+    def __truediv__(self, other: DoubleDouble | int) -> DoubleDouble:
+        other = other if isinstance(other, DoubleDouble) else DoubleDouble(float(other))
         if not (self._is_plain and other._is_plain):
-            return Wide(_ieee_divide(self.high, other.high))
+            return DoubleDouble(_ieee_divide(self.high, other.high))
         quotient = self.high / other.high
         product, error = two_product(quotient, other.high)
         rest = ((self.high - product) - error) + self.low - quotient * other.low
         pair = fast_two_sum(quotient, rest / other.high)
-        return Wide(*pair, self.exponent - other.exponent)
+        return DoubleDouble(*pair, self.exponent - other.exponent)
 
-    def __add__(self, other: Wide) -> Wide:
+    def __add__(self, other: DoubleDouble) -> DoubleDouble:
         if other.high == 0:
             return self
         if self.high == 0:
             return other
         if not (self._is_plain and other._is_plain):
-            return Wide(self.high + other.high)
+            return DoubleDouble(self.high + other.high)
         a, b = (self, other) if self.exponent >= other.exponent else (other, self)
         if a.exponent - b.exponent > 200:
             return a
         scale = math.ldexp(1.0, b.exponent - a.exponent)
         high, error = two_sum(a.high, b.high * scale)
         error += a.low + b.low * scale
-        return Wide(*fast_two_sum(high, error), a.exponent)
+        return DoubleDouble(*fast_two_sum(high, error), a.exponent)
 
-    def sqrt(self) -> Wide:
+    def sqrt(self) -> DoubleDouble:
         """The square root."""
         if not self._is_plain:
-            return Wide(math.sqrt(self.high))
+            return DoubleDouble(math.sqrt(self.high))
         odd = self.exponent % 2
         high, low = (2 * self.high, 2 * self.low) if odd else (self.high, self.low)
         root = math.sqrt(high)
         square, error = two_product(root, root)
         rest = ((high - square) - error) + low
-        return Wide(*fast_two_sum(root, rest / (2 * root)), (self.exponent - odd) // 2)
+        return DoubleDouble(*fast_two_sum(root, rest / (2 * root)), (self.exponent - odd) // 2)
 
-    def scaled(self, exponent: int) -> Wide:
+    def scaled(self, exponent: int) -> DoubleDouble:
         """The number times 2**exponent."""
-        return Wide(self.high, self.low, self.exponent + exponent)
+        return DoubleDouble(self.high, self.low, self.exponent + exponent)
 
-    def __gt__(self, other: Wide) -> bool:
+    def __gt__(self, other: DoubleDouble) -> bool:
         if not (self._is_plain and other._is_plain):
             return self.high > other.high
         return (self.exponent, self.high, self.low) > (other.exponent, other.high, other.low)
 
     def __eq__(self, other: object) -> bool:
-        if isinstance(other, Wide):
+        if isinstance(other, DoubleDouble):
             return (self.high, self.low, self.exponent) == (other.high, other.low, other.exponent)
         return other == 0 and self.high == 0
 
@@ -124,7 +125,7 @@ class Wide:
         except OverflowError:
             return math.inf
 
-    def split(self) -> tuple[Wide, int]:
+    def split(self) -> tuple[DoubleDouble, int]:
         """m, e with x = m 2**e, where e is 0 unless x is far from 1, and m in [1, 2) then.
 
         Scaling by 2**e first and multiplying by m then rounds once, and leaves the range of double
@@ -132,7 +133,7 @@ class Wide:
         """
         if not self._is_plain or -960 < self.exponent < 960:
             return self, 0
-        return Wide(self.high, self.low), max(-5000, min(5000, self.exponent))
+        return DoubleDouble(self.high, self.low), max(-5000, min(5000, self.exponent))
 
 
 def _ieee_divide(a: float, b: float) -> float:

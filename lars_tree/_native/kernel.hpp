@@ -18,7 +18,7 @@
 // this order depends on threads, on the instruction set or on alignment, and
 // lars_tree/_backends/norms.py adds in the same one: it gives the same bits. Where squares of
 // float64 numbers leave the range of double, the sum is made again of numbers that are scaled by a
-// power of two; coefficients are Wide (wide.hpp).
+// power of two; coefficients are DoubleDouble (double_double.hpp).
 //
 // tests/test_native.py holds this file to cpu.py, tests/test_numbers.py both to an exact reference.
 #pragma once
@@ -39,7 +39,7 @@
 
 #include "formats.hpp"
 #include "rule.hpp"
-#include "wide.hpp"
+#include "double_double.hpp"
 
 namespace lars {
 
@@ -225,11 +225,11 @@ inline Pair sum(const Vector& x, const Sums* sums, Pair Sums::* part) {
 }
 
 // The norm, given the sum of squares.
-inline Wide norm(const Loops& loops, const Vector& x, Pair total) {
+inline DoubleDouble norm(const Loops& loops, const Vector& x, Pair total) {
     // Only squares of float64 numbers overflow, or vanish where they would count.
     if (x.format != float64 ||
         (total.high > power_of_two(-900) && total.high < power_of_two(1000))) {
-        return sqrt(Wide(total));
+        return sqrt(DoubleDouble(total));
     }
     double largest = loops.largest[x.format](x.data, x.size);
     if (largest == 0 || !std::isfinite(largest)) return largest;
@@ -245,7 +245,7 @@ inline Wide norm(const Loops& loops, const Vector& x, Pair total) {
                                            lane_sums);
         total = add(total, sum_of_lanes(lane_sums[0]));
     }
-    Wide root = sqrt(Wide(fast_two_sum(total.high, total.low)));
+    DoubleDouble root = sqrt(DoubleDouble(fast_two_sum(total.high, total.low)));
     root.exponent += exponent;
     return root;
 }
@@ -267,7 +267,7 @@ inline double sum_exponent(const Loops& loops, const Vector& w, const Vector& dc
     int w_exponent, dcdw_exponent;
     std::frexp(w_most, &w_exponent);
     std::frexp(dcdw_most, &dcdw_exponent);
-    const Wide decay = Wide(rule.decay_lambda) * Wide(rule.grad_scale);
+    const DoubleDouble decay = DoubleDouble(rule.decay_lambda) * DoubleDouble(rule.grad_scale);
     w_exponent += static_cast<int>(decay.exponent) + 1;
     const int most = w_most == 0 && dcdw_most == 0 ? 0
                      : w_most == 0                 ? dcdw_exponent
@@ -277,7 +277,7 @@ inline double sum_exponent(const Loops& loops, const Vector& w, const Vector& dc
 }
 
 inline Addition addition(const Rule& rule, double exponent) {
-    const Wide decay = Wide(rule.decay_lambda) * Wide(rule.grad_scale);
+    const DoubleDouble decay = DoubleDouble(rule.decay_lambda) * DoubleDouble(rule.grad_scale);
     const int decay_exponent = static_cast<int>(decay.exponent);
     if (std::isnan(exponent)) {
         const double high = std::ldexp(decay.high, decay_exponent);

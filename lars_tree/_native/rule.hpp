@@ -1,7 +1,7 @@
 // The rule of one layer: coefficients from norms, and what norms prove of the results.
 //
 // The same statements as in lars_tree/_rule.py; kernel.hpp explains the two passes over memory.
-// Number is Wide, or double where that is enough (see `double_is_enough`).
+// Number is DoubleDouble, or double where that is enough (see `double_is_enough`).
 #pragma once
 
 #include <cmath>
@@ -10,7 +10,7 @@
 #include <limits>
 
 #include "formats.hpp"
-#include "wide.hpp"
+#include "double_double.hpp"
 
 namespace lars {
 
@@ -104,27 +104,27 @@ inline bool double_is_enough(const Rule& rule) {
 
 // ---- Between the two passes
 
-// What the first pass finds of a layer; all but the last are numbers of Wide. dcdw is the norm of
-// the sum where rule.is_joint(), whose scale has the exponent `sum_exponent`. `velocity_most` is
-// the largest magnitude of the velocity, where that was asked for.
+// What the first pass finds of a layer; all but the last are numbers of DoubleDouble. dcdw is the
+// norm of the sum where rule.is_joint(), whose scale has the exponent `sum_exponent`.
+// `velocity_most` is the largest magnitude of the velocity, where that was asked for.
 struct Norms {
     double w_high, w_low, w_exponent;
     double dcdw_high, dcdw_low, dcdw_exponent;
     double sum_exponent, velocity_most;
 
-    static Wide wide(double high, double low, double exponent) {
-        return Wide(Pair{high, low}, static_cast<std::int64_t>(exponent));
+    static DoubleDouble number(double high, double low, double exponent) {
+        return DoubleDouble(Pair{high, low}, static_cast<std::int64_t>(exponent));
     }
-    Wide w() const { return wide(w_high, w_low, w_exponent); }
-    Wide dcdw() const { return wide(dcdw_high, dcdw_low, dcdw_exponent); }
-    void set(Wide w, Wide dcdw) {
+    DoubleDouble w() const { return number(w_high, w_low, w_exponent); }
+    DoubleDouble dcdw() const { return number(dcdw_high, dcdw_low, dcdw_exponent); }
+    void set(DoubleDouble w, DoubleDouble dcdw) {
         w_high = w.high, w_low = w.low, w_exponent = static_cast<double>(w.exponent);
         dcdw_high = dcdw.high, dcdw_low = dcdw.low;
         dcdw_exponent = static_cast<double>(dcdw.exponent);
     }
 };
 
-// Whether coefficients are computed in double; else in Wide.
+// Whether coefficients are computed in double; else in DoubleDouble.
 inline bool is_short(const Layer& layer) {
     return layer.w_format != float64 && layer.dcdw_format != float64 &&
            double_is_enough(*layer.rule);
@@ -132,7 +132,7 @@ inline bool is_short(const Layer& layer) {
 
 inline Coefficients coefficients(const Layer& layer, const Norms& norms) {
     const Rule& rule = *layer.rule;
-    if (!rule.adapt) return coefficients<Wide>(0, 0, rule);
+    if (!rule.adapt) return coefficients<DoubleDouble>(0, 0, rule);
     if (is_short(layer)) {
         return coefficients<double>(rounded(norms.w()), rounded(norms.dcdw()), rule);
     }

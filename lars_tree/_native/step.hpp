@@ -167,7 +167,7 @@ private:
             found.set(std::sqrt(w_sum.high), std::sqrt(dcdw_sum.high));
         } else if (layer.rule->is_joint()) {
             const int exponent = std::isnan(sum_exponent) ? 0 : static_cast<int>(sum_exponent);
-            found.set(norm(loops, w, w_sum), scaled(sqrt(Wide(dcdw_sum)), exponent));
+            found.set(norm(loops, w, w_sum), scaled(sqrt(DoubleDouble(dcdw_sum)), exponent));
         } else {
             found.set(norm(loops, w, w_sum), norm(loops, dcdw, dcdw_sum));
         }
