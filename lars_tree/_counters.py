@@ -61,7 +61,7 @@ def check_apart(
 
 
 def spans(state: dict[str, Any]) -> list[tuple[int, int]]:
-    """The stretches of memory of those counters that can be written to."""
+    """The memory ranges of those counters that can be written to."""
     memories = (_place(unwrap(state[name]))[1] for name in NAMES if name in state)
     found = (_memory.span(memory) for memory in memories if memory is not None)
     return [(start, start + size) for start, size in found]

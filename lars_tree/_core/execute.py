@@ -83,7 +83,7 @@ def _execute(columns: Columns, caller: Caller, native: Native) -> Result:
     """The same where there is more to do than one call of the kernel."""
     rows, trusted = checked(columns, caller, native.rest, native)
     written, read = _spans(rows, columns.counters)
-    # Memory is compared in stretches here; the checks compare single elements.
+    # Memory is compared by ranges here; the checks compare single elements.
     if native.overlaps(written, read) or _must_wait(
         native, [*(row.leaf for row in rows), *trusted]
     ):
@@ -175,15 +175,15 @@ def _machine_number(x: complex) -> complex:
 
 
 def _spans(rows: list[Row], counters: Mapping[str, Any]) -> tuple[list[Span], list[Span]]:
-    """The stretches of CPU memory that are written and read, of leaves with an `out`."""
+    """The CPU memory ranges that are written and read, of leaves with an `out`."""
     rows = [row for row in rows if row.leaf.out is not None]
     written = [x for row in rows for x in (row.out, row.velocity)]
     read = [x for row in rows for x in (row.w, row.dcdw, *(x for _, x in row.options))]
-    return _stretches([*written, *map(Operand, counters.values())]), _stretches(read)
+    return _merged_spans([*written, *map(Operand, counters.values())]), _merged_spans(read)
 
 
-def _stretches(arrays: list[Operand]) -> list[Span]:
-    """As few stretches of memory as these arrays fill."""
+def _merged_spans(arrays: list[Operand]) -> list[Span]:
+    """As few memory ranges as these arrays fill."""
     found: list[Span] = []
     for x in arrays:
         if x.backend is None or x.backend.values(x.x) is not Values.HERE or x.memory is None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
     from lars_tree._writes import Writes
 
-Span = tuple[int, int]  # the addresses of a stretch of memory: its start and end
+Span = tuple[int, int]  # the addresses of a memory range: its start and end
 
 
 class Native:
@@ -99,7 +99,7 @@ class Native:
         """Whether memory that is written here is used twice, also by others.
 
         Args:
-            written: The stretches of memory that others write to; none of them overlap.
+            written: The memory ranges that others write to; none of them overlap.
             read: Those that others read.
         """
         plan = self.plan
@@ -108,7 +108,7 @@ class Native:
         return plan.overlaps(written or []) or plan.overlaps([], read or [])
 
     def spans(self) -> list[Span]:
-        """The stretches of memory that are written to."""
+        """The memory ranges that are written to."""
         return [] if self.plan is None else self.plan.spans()
 
     def announce(self) -> None:

@@ -116,8 +116,8 @@ public:
     }
 
     std::vector<Layer> layers;
-    std::vector<Py_ssize_t> places;      // of the leaf of each layer
-    std::vector<Stretch> written, read;  // of arrays that are given, not made
+    std::vector<Py_ssize_t> places;   // of the leaf of each layer
+    std::vector<Span> written, read;  // of arrays that are given, not made
 
 private:
     bool read_rule(const Reader& reader, PyObject* fields) {
@@ -138,7 +138,7 @@ private:
         return a.is_complex == b.is_complex && same_shape(a, b) && same_order(a, b);
     }
 
-    static void note(const Memory& x, std::vector<Stretch>& among) {
+    static void note(const Memory& x, std::vector<Span>& among) {
         if (x.size) among.push_back({x.data, x.data + x.bytes()});
     }
 

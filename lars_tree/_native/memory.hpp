@@ -113,26 +113,26 @@ struct ArrayFields {
     int flags;
 };
 
-// A stretch of memory.
-struct Stretch {
+// A memory range.
+struct Span {
     const char *start, *end;
 };
 
-inline void sort(std::vector<Stretch>& stretches) {
-    const auto before = [](const Stretch& a, const Stretch& b) { return a.start < b.start; };
+inline void sort(std::vector<Span>& spans) {
+    const auto before = [](const Span& a, const Span& b) { return a.start < b.start; };
     // As the allocator hands it out, memory is most often in order.
-    if (!std::is_sorted(stretches.begin(), stretches.end(), before)) {
-        std::sort(stretches.begin(), stretches.end(), before);
+    if (!std::is_sorted(spans.begin(), spans.end(), before)) {
+        std::sort(spans.begin(), spans.end(), before);
     }
 }
 
-// Whether some memory that is written is written twice, or read too. Sorts the stretches.
-inline bool overlap(std::vector<Stretch>& written, std::vector<Stretch>& read) {
+// Whether some memory that is written is written twice, or read too. Sorts the spans.
+inline bool overlap(std::vector<Span>& written, std::vector<Span>& read) {
     sort(written);
     sort(read);
     const char *written_to = nullptr, *read_to = nullptr;
     std::size_t next = 0;
-    for (const Stretch& x : written) {
+    for (const Span& x : written) {
         for (; next < read.size() && read[next].start < x.start; ++next) {
             if (read[next].start < written_to) return true;
             read_to = std::max(read_to, read[next].end);

@@ -199,7 +199,7 @@ PyObject* count(PyObject* self, PyObject* counter) {
 }
 
 // Adds pairs of addresses; false with an exception set.
-bool add_spans(PyObject* pairs, std::vector<Stretch>& to) {
+bool add_spans(PyObject* pairs, std::vector<Span>& to) {
     for (Py_ssize_t i = 0; pairs && i < PyList_Size(pairs); ++i) {
         unsigned long long start, end;
         PyObject* pair = PyList_GetItem(pairs, i);
@@ -222,7 +222,7 @@ PyObject* overlaps(PyObject* self, PyObject* arguments) {
     Leaves& leaves = plan_of(self).leaves;
     if (!written && !read) return PyBool_FromLong(overlap(leaves.written, leaves.read));
     try {
-        std::vector<Stretch> all_written = leaves.written, all_read = leaves.read;
+        std::vector<Span> all_written = leaves.written, all_read = leaves.read;
         if (!add_spans(written, all_written) || !add_spans(read, all_read)) return nullptr;
         return PyBool_FromLong(overlap(all_written, all_read));
     } catch (const std::bad_alloc&) {
@@ -232,7 +232,7 @@ PyObject* overlaps(PyObject* self, PyObject* arguments) {
 
 PyObject* spans(PyObject* self, PyObject*) {
     OwnedList found;
-    for (const Stretch& x : plan_of(self).leaves.written) {
+    for (const Span& x : plan_of(self).leaves.written) {
         const auto start =
             static_cast<unsigned long long>(reinterpret_cast<std::uintptr_t>(x.start));
         const auto end = static_cast<unsigned long long>(reinterpret_cast<std::uintptr_t>(x.end));
