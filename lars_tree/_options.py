@@ -66,13 +66,16 @@ OPTIMIZER_DEFAULTS: dict[str, Any] = {
 
 
 def _field(name: str) -> str:
-    """What the rule calls an option of `lars_update` or of an optimizer."""
-    return "decay_lambda" if name == "weight_decay" else name
+    """The field of `Rule` of an option of `lars_update` or of an optimizer."""
+    return _FIELDS.get(name, name)
+
+
+_FIELDS = {"weight_decay": "decay_lambda", "lr": "lr_before_momentum"}
 
 
 def called(name: str) -> str:
-    """What users call an option of the rule: what is `rate` there is the lr of torch optimizers."""
-    return "lr" if name == "rate" else name
+    """What users call a field of `Rule`."""
+    return "lr" if name in ("lr_before_momentum", "lr_after_momentum") else name
 
 
 # Names of other packages, and what they are called here.
@@ -121,7 +124,7 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
         raise _tree.changed()
     _refuse_gaps(tree, columns)
     places = [Rule._fields.index(_field(name)) for name in columns]
-    fields = list(Rule(**{"lr": 0.0, **shared}))
+    fields = list(Rule(**{"lr_before_momentum": 0.0, **shared}))
     # Most leaves share their values, and checked values live as long as their columns.
     ids = [map(id, column) for column in columns.values()]
     known: dict[Any, Rule] = {}
@@ -370,7 +373,7 @@ _CHECKS: dict[str, Callable[[Any, bool], Any]] = {
     "axis_name": _mesh_axes,
     "stop_gradients": _flag,
     "momentum": _number,
-    "rate": _number,
+    "lr_after_momentum": _number,
     "dampening": _number,
     "nesterov": _flag,
     "maximize": _flag,

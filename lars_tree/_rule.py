@@ -33,14 +33,15 @@ Number = Any
 class Rule(NamedTuple):
     """The options of the rule for one leaf; the defaults are those of `lars_update`.
 
-    The kernel reads the fields by their places. `momentum`, `rate` and `nesterov` matter only with
-    a velocity, `rate` also with `trust_clip`. `lr` is in what the velocity takes in, as in the
-    paper, `rate` in what it moves the weights by, as in torch: their product is the rate that
+    The kernel reads the fields by their places. `momentum`,
+    `lr_after_momentum` and `nesterov` matter only with a velocity, `lr_after_momentum` also with
+    `trust_clip`. `lr_before_momentum` is in what the velocity takes in, as in the paper,
+    `lr_after_momentum` in what it moves the weights by, as in torch: their product is the rate that
     `trust_clip` refers to. `maximize` turns the gradient round, not the decay. Among the names of
     `axis_name` () says that along all other mesh axes each device has whole layers.
     """
 
-    lr: Any
+    lr_before_momentum: Any
     decay_lambda: Any = 0.0
     trust_coefficient: Any = 1.0
     eps: Any = 0.0
@@ -51,7 +52,7 @@ class Rule(NamedTuple):
     layer_axis: int | None = None
     stop_gradients: bool = True
     momentum: Any = 0.0
-    rate: Any = 1.0
+    lr_after_momentum: Any = 1.0
     nesterov: bool = False
     maximize: bool = False
     joint_norm: bool = False
@@ -67,7 +68,7 @@ def coefficients(
 
 
 def _along_both(ratio: Number, rule: Rule) -> tuple[Number, Number]:
-    rate = rule.lr * ratio * (1 - rule.dampening)
+    rate = rule.lr_before_momentum * ratio * (1 - rule.dampening)
     return rate / rule.grad_scale, rate * rule.decay_lambda
 
 
@@ -96,7 +97,7 @@ def trust_ratio(
     denominator = denominator + rule.eps
     ratio = rule.trust_coefficient * w_norm / where(undefined, 1, denominator)
     if rule.trust_clip:  # LARC: the local rate is min(ratio, rate), which is rate times the result
-        rate = rule.lr * rule.rate * one
+        rate = rule.lr_before_momentum * rule.lr_after_momentum * one
         relative = ratio / where(rate == 0, one, rate) * one
         ratio = where(ratio > rate, one, relative) if bounded else relative
     return where(undefined, one, ratio)
@@ -121,7 +122,7 @@ def move(w: Any, velocity: Any, step: Any, rule: Rule) -> tuple[Any, Any]:
     """The weights and the velocity after a step with momentum."""
     velocity = rule.momentum * velocity + step
     moved_by = step + rule.momentum * velocity if rule.nesterov else velocity
-    return w - rule.rate * moved_by, velocity
+    return w - rule.lr_after_momentum * moved_by, velocity
 
 
 def is_zero(number: Any) -> bool:
@@ -129,8 +130,8 @@ def is_zero(number: Any) -> bool:
     return isinstance(number, (int, float)) and number == 0
 
 
-NUMBERS = ("lr", "decay_lambda", "trust_coefficient", "eps", "grad_scale")
-MOTION_NUMBERS = ("momentum", "rate", "dampening")
+NUMBERS = ("lr_before_momentum", "decay_lambda", "trust_coefficient", "eps", "grad_scale")
+MOTION_NUMBERS = ("momentum", "lr_after_momentum", "dampening")
 
 
 class Ops(Protocol):

@@ -12,6 +12,11 @@ from lars_tree._backends.numpy import as_bits
 from lars_tree._rule import Rule
 
 
+def options_of(**options: Any) -> dict[str, Any]:
+    """The options of `advance`, the rest at their defaults."""
+    return {"lr": 0.1, "stop_gradients": True, **options}
+
+
 def numpy_reader(**changes: Any) -> Any:
     """A reader of numpy arrays; `changes` are arguments of `Reader`."""
     how = {"make": np.empty_like, "copy": np.copy, "as_bits": as_bits, **changes}

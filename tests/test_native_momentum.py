@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from native_steps import numpy_reader, stepped
+from native_steps import numpy_reader, options_of, stepped
 from test_native import (
     OPTIONS,
     PAIRS,
@@ -38,7 +38,7 @@ SHORT = {"float16": "float32", "bfloat16": "float32"}
 def step(w, g, out, velocity, lr=0.1, **options):
     """The new weights, velocity and number of steps."""
     state = {"velocity": velocity, "step": np.zeros((), np.int64)}
-    new, state = advance(w, g, out, Rule(lr, **options)._asdict(), state)
+    new, state = advance(w, g, out, options_of(lr=lr, **options), state)
     return new, state["velocity"], state["step"]
 
 
@@ -83,7 +83,7 @@ def cases(draw):
 MOTIONS = st.fixed_dictionaries(
     {"momentum": st.sampled_from([0.9, 0.0, 0.5, 1.0, 3.0, 1e-300, 1e300])},
     optional={
-        "rate": st.sampled_from([0.0, 0.1, 0.5, 3.0, 1e-300, 1e290]),
+        "lr_after_momentum": st.sampled_from([0.0, 0.1, 0.5, 3.0, 1e-300, 1e290]),
         "nesterov": st.booleans(),
         "maximize": st.booleans(),
     },
@@ -131,7 +131,7 @@ def test_the_kernel_gives_the_bits_of_its_twin(case, lr, options, motion, way, i
 
 
 SIZES = [n + d for n in (16, 128, 256, 16_384, 131_072) for d in (-1, 0, 1)]
-MOTION = {"momentum": 0.9, "rate": 0.7}
+MOTION = {"momentum": 0.9, "lr_after_momentum": 0.7}
 WAYS = {
     "plain": {},
     "decay": {"decay_lambda": 0.1},
@@ -185,7 +185,7 @@ def test_the_numbers_by_the_formula(names, nesterov):
         ws = [a - 0.5 * x for a, x in zip(numbers["w"], by, strict=True)]
         options = {"adapt": False, "decay_lambda": decay, "maximize": sign < 0}
         new, moved, _ = by_kernel(
-            w, g, None, v, 0.5, momentum=0.5, rate=0.5, nesterov=nesterov, **options
+            w, g, None, v, 0.5, momentum=0.5, lr_after_momentum=0.5, nesterov=nesterov, **options
         )
         assert new.astype(complex).tolist() == ws
         assert moved.astype(complex).tolist() == vs
@@ -214,11 +214,11 @@ BIG = 2.0**1023
 # w, dcdw and the velocity, options, and the new w and velocity, all in units of BIG
 BEYOND = {
     "the old velocity": (1, -1.25, 1.5, {"lr": 2.0, "momentum": 2.0}, 0.5, 0.5),
-    "how far it moves": (1.5, 0, 1.5, {"momentum": 1.0, "rate": 2.0}, -1.5, 1.5),
+    "how far it moves": (1.5, 0, 1.5, {"momentum": 1.0, "lr_after_momentum": 2.0}, -1.5, 1.5),
     "nesterov's sum": (1.5, 1.25, -0.5, {"momentum": 1.0, "nesterov": True}, -0.5, 0.75),
     "the decay": (1.5, -1.5, 0, {"momentum": 0.5, "decay_lambda": 2.0}, 0, 1.5),
     "the velocity": (-1.5, 1.5, 1.5, {"momentum": 1.0}, -np.inf, np.inf),
-    "the velocity alone": (1.5, 1.5, 1.5, {"momentum": 1.0, "rate": 0.5}, 0, np.inf),
+    "the velocity alone": (1.5, 1.5, 1.5, {"momentum": 1.0, "lr_after_momentum": 0.5}, 0, np.inf),
     "the weights": (-1.5, 0, 1, {"momentum": 1.0}, -np.inf, 1),
 }
 

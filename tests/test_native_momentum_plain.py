@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from conftest import unit_lars as Lars
-from native_steps import numpy_reader, stepped, taken
+from native_steps import numpy_reader, options_of, stepped, taken
 from test_native import dtype_of
 from test_native_momentum import assert_same_step, by_kernel, by_twin, step
 
@@ -200,7 +200,7 @@ def test_other_counters_are_counted_the_long_way(case):
     state = {"velocity": v, "step": counter}
     for i in range(3):
         assert counter == i
-        advance(w, g, w, Rule(0.1, momentum=0.5)._asdict(), state)
+        advance(w, g, w, options_of(momentum=0.5), state)
     assert state["step"] is counter
 
 

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 from conftest import need
+from native_steps import options_of
 from test_native import SETS, patched, run, watched
 from test_native_torch import DTYPES, cut, equal, pytestmark, random  # noqa: F401
 
@@ -17,14 +18,13 @@ from lars_tree._rule import Rule
 
 torch = need("torch")
 
-OPTIONS = {"decay_lambda": 0.1, "momentum": 0.9, "rate": 0.7}
+OPTIONS = {"decay_lambda": 0.1, "momentum": 0.9, "lr_after_momentum": 0.7}
 
 
 def step(w, g, out, velocity, count=None, **options):
     """The new weights, velocity and number of steps."""
     state = {"velocity": velocity, "step": torch.tensor(0) if count is None else count}
-    rule = Rule(0.1, **{**OPTIONS, **options})
-    new, state = advance(w, g, out, rule._asdict(), state)
+    new, state = advance(w, g, out, options_of(**OPTIONS | options), state)
     return new, state["velocity"], state["step"]
 
 
@@ -230,8 +230,7 @@ def test_read_only_memory_is_refused(tmp_path):
     code = f"""if 1:
         import numpy as np, torch, lars_tree
         from lars_tree._core.advance import advance
-        from lars_tree._rule import Rule
-        options = Rule(0.5, momentum=0.5)._asdict()
+        options = {{"lr": 0.5, "momentum": 0.5, "stop_gradients": True}}
         mapped = np.memmap({str(file)!r}, np.float32, mode="r")
         step = np.memmap({str(tmp_path / "step")!r}, np.int64, mode="r")
         for offset in (0, 1, 1500):

@@ -137,7 +137,7 @@ def test_what_is_not_plain_is_left_alone_by_the_kernel(case):
     w, g, out, options, given = build(case)
     before = shown(given)
     outs = None if out is None else _tree.leaves(out)
-    rules = [Rule(**{"lr": 0.1, **options})] * len(_tree.leaves(w))
+    rules = [Rule(options.pop("lr", 0.1), **options)] * len(_tree.leaves(w))
     news = stepped(numpy_reader(), _tree.leaves(w), _tree.leaves(g), outs, rules)
     if "no gradient" not in case:
         assert news is None

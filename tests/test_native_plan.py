@@ -301,7 +301,7 @@ EDGES = {
     "with decay": {"decay_lambda": 0.5},
     "momentum": {"momentum": 0.5},
     "nesterov": {"momentum": 0.5, "nesterov": True},
-    "a small rate": {"momentum": 0.5, "rate": 0.125},
+    "a small rate": {"momentum": 0.5, "lr_after_momentum": 0.125},
     "joint": {"adapt": True, "joint_norm": True, "decay_lambda": 0.5},
 }
 
@@ -351,7 +351,7 @@ def test_a_velocity_that_is_not_finite_is_seen_though_the_weights_are():
     for momentum, rate, value in ((0.5, 0.0, np.inf), (0.5, 1.0, np.nan), (0.0, 1.0, np.inf)):
         w, g, v = np.ones(300), np.ones(300), np.zeros(300)
         v[200] = value
-        rule = Rule(0.1, momentum=momentum, rate=rate, nonfinite="skip")
+        rule = Rule(0.1, momentum=momentum, lr_after_momentum=rate, nonfinite="skip")
         columns = column_of(w, g, rule, v)
         assert finite_after(columns) == [False]
         assert nonfinite(columns) == [0]

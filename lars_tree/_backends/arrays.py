@@ -155,9 +155,10 @@ class ArraysBackend(Backend):
         shape = () if axis is None else (w.shape[axis],)
         w, dcdw, rule = self._widened(w, dcdw, rule)
         ops = self.ops(w).over(_rule.mesh_axes(rule))
-        if getattr(rule.lr, "ndim", 0):  # it matters to trust_clip, which has one ratio to report
-            rates = ops.xp.broadcast_to(rule.lr, w.shape)
-            rule = rule._replace(lr=ops.max(rates, _other_axes(w, axis)))
+        lr = rule.lr_before_momentum
+        if getattr(lr, "ndim", 0):  # trust_clip reports one ratio: that of the largest rate
+            largest = ops.max(ops.xp.broadcast_to(lr, w.shape), _other_axes(w, axis))
+            rule = rule._replace(lr_before_momentum=largest)
         if 0 in w.shape:  # a maximum over nothing is an error; their norms are 0, and so ratio is 1
             zeros = ops.xp.reshape(ops.sum(abs(w), _other_axes(w, axis)), shape)
             return Measured(zeros, zeros, zeros + 1, zeros + 1)

@@ -86,9 +86,9 @@ def _layers(
     arrays = {"w": w, "dcdw": np.broadcast_to(dcdw, w.shape), "out": out}
     if velocity is not None:
         arrays["velocity"] = velocity
-    if isinstance(rule.lr, np.ndarray):
-        arrays["lr"] = np.broadcast_to(rule.lr, w.shape)
-        rule = rule._replace(lr=1.0)
+    if isinstance(rule.lr_before_momentum, np.ndarray):
+        arrays["lr"] = np.broadcast_to(rule.lr_before_momentum, w.shape)
+        rule = rule._replace(lr_before_momentum=1.0)
     # Of no concern here.
     rule = rule._replace(nonfinite="propagate", stop_gradients=True, axis_name=None)
     if rule.layer_axis is None:
@@ -188,7 +188,7 @@ def _measure_layer(arrays: dict[str, Array], rule: Rule) -> tuple[float, ...]:
 
 def _measured_layer(arrays: dict[str, Array], rule: Rule) -> tuple[float, ...]:
     if "lr" in arrays:  # the largest rate matters to trust_clip
-        rule = rule._replace(lr=float(np.max(arrays["lr"], initial=0)))
+        rule = rule._replace(lr_before_momentum=float(np.max(arrays["lr"], initial=0)))
     precision = precision_for(arrays["w"], arrays["dcdw"])
     flat = {name: _flat(x) for name, x in _in_memory_order(arrays).items()}
     norms = norms_of(flat["w"], flat["dcdw"], precision, rule._replace(adapt=True))

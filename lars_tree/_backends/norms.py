@@ -52,7 +52,7 @@ class Norms(NamedTuple):
 
     def numbers(self, rule: Rule) -> Rule:
         """The rule in such numbers."""
-        names = (*_rule.NUMBERS, "rate")
+        names = (*_rule.NUMBERS, "lr_after_momentum")
         return rule._replace(**{name: self.number(getattr(rule, name)) for name in names})
 
 
@@ -129,7 +129,7 @@ def _norm_of_total(total: Total, number: Any) -> tuple[Any, Total]:
 
 def _number(w: Any, dcdw: Any, rule: Rule) -> Any:
     """The kind of number to compute norms and coefficients in."""
-    names = (*_rule.NUMBERS, *(["rate"] if rule.trust_clip else []))
+    names = (*_rule.NUMBERS, *(["lr_after_momentum"] if rule.trust_clip else []))
     short = all(dtype_of(x).itemsize <= (8 if dtype_of(x).kind == "c" else 4) for x in (w, dcdw))
     is_moderate = all(_is_moderate(getattr(rule, name)) for name in names)
     return float if short and is_moderate else DoubleDouble

@@ -21,7 +21,7 @@ def advance(
         w: As in `lars_update`.
         dcdw: The same; with a state, of the shapes of the weights.
         out: The same.
-        options: By name: those of the `Rule`.
+        options: By name, as `lars_update` and `Lars` have them.
         state: That of an optimizer: "step" and "skipped", which count and have been checked, and
             for momentum "velocity", a nest like w.
     """

@@ -177,7 +177,7 @@ LARS_TARGET inline Moved<Number> moved(Number w, Number dcdw, Number velocity,
     if (by.decays) step += by.on_w * w;
     velocity = motion.momentum * velocity + step;
     const Number moved_by = motion.nesterov ? step + motion.momentum * velocity : velocity;
-    return {w - motion.rate * moved_by, velocity};
+    return {w - motion.lr_after_momentum * moved_by, velocity};
 }
 
 template <class T, class G, class V>

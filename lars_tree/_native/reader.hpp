@@ -258,13 +258,13 @@ private:
         Py_ssize_t place;
     };
 
-    Field<double> numbers[8] = {{"lr", &Rule::lr, 0},
+    Field<double> numbers[8] = {{"lr_before_momentum", &Rule::lr_before_momentum, 0},
                                 {"decay_lambda", &Rule::decay_lambda, 0},
                                 {"trust_coefficient", &Rule::trust_coefficient, 0},
                                 {"eps", &Rule::eps, 0},
                                 {"grad_scale", &Rule::grad_scale, 0},
                                 {"momentum", &Rule::momentum, 0},
-                                {"rate", &Rule::rate, 0},
+                                {"lr_after_momentum", &Rule::lr_after_momentum, 0},
                                 {"dampening", &Rule::dampening, 0}};
     Field<bool> flags[5] = {{"adapt", &Rule::adapt, 0},
                             {"trust_clip", &Rule::trust_clip, 0},

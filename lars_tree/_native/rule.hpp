@@ -15,9 +15,9 @@
 namespace lars {
 
 struct Rule {
-    double lr, decay_lambda, trust_coefficient, eps, grad_scale;
+    double lr_before_momentum, decay_lambda, trust_coefficient, eps, grad_scale;
     bool adapt, trust_clip;
-    double momentum, rate;
+    double momentum, lr_after_momentum;
     bool nesterov, maximize;
     bool joint_norm;
     double dampening;
@@ -52,7 +52,7 @@ struct Coefficients {
 
 // How a velocity moves the weights.
 struct Motion {
-    double momentum, rate;
+    double momentum, lr_after_momentum;
     bool nesterov;
 };
 
@@ -68,7 +68,7 @@ inline Number trust_ratio(Number w_norm, Number dcdw_norm, const Rule& rule, boo
     denominator = denominator + Number(rule.eps);
     Number ratio = Number(rule.trust_coefficient) * w_norm / denominator;
     if (!rule.trust_clip) return ratio;
-    const Number rate = Number(rule.lr) * Number(rule.rate);
+    const Number rate = Number(rule.lr_before_momentum) * Number(rule.lr_after_momentum);
     if (bounded && ratio > rate) return one;
     return ratio / (is_zero(rate) ? one : rate);
 }
@@ -77,8 +77,8 @@ inline Number trust_ratio(Number w_norm, Number dcdw_norm, const Rule& rule, boo
 template <class Number>
 inline Coefficients coefficients(Number w_norm, Number dcdw_norm, const Rule& rule,
                                  int exponent = 0) {
-    Number rate =
-        Number(rule.lr) * trust_ratio(w_norm, dcdw_norm, rule) * Number(1 - rule.dampening);
+    Number rate = Number(rule.lr_before_momentum) * trust_ratio(w_norm, dcdw_norm, rule) *
+                  Number(1 - rule.dampening);
     const double on_w = rounded(rate * Number(rule.decay_lambda));
     const Number on_dcdw = rate / Number(rule.grad_scale);
     // g and decay_lambda * w may cancel, and what is left is stepped far along.
@@ -97,9 +97,10 @@ inline bool is_moderate(double x) {
 
 // Whether norms of numbers that are shorter than double make no coefficient that leaves its range.
 inline bool double_is_enough(const Rule& rule) {
-    return is_moderate(rule.lr) && is_moderate(rule.decay_lambda) && is_moderate(rule.eps) &&
-           is_moderate(rule.trust_coefficient) && is_moderate(rule.grad_scale) &&
-           (!rule.trust_clip || is_moderate(rule.rate));
+    return is_moderate(rule.lr_before_momentum) && is_moderate(rule.decay_lambda) &&
+           is_moderate(rule.eps) && is_moderate(rule.trust_coefficient) &&
+           is_moderate(rule.grad_scale) &&
+           (!rule.trust_clip || is_moderate(rule.lr_after_momentum));
 }
 
 // ---- Between the two passes
@@ -173,7 +174,8 @@ inline bool prove_finite(const Layer& layer, Number w, Number dcdw, double veloc
     const Rule& rule = *layer.rule;
     Number gradient = dcdw / Number(rule.grad_scale);
     if (!rule.is_joint()) gradient = gradient + Number(rule.decay_lambda) * w;
-    const Number rate = Number(rule.lr) * trust_ratio(w, dcdw, rule) * Number(1 - rule.dampening);
+    const Number rate =
+        Number(rule.lr_before_momentum) * trust_ratio(w, dcdw, rule) * Number(1 - rule.dampening);
     const double step = rounded(rate * gradient), slack = 1.001;
     // Beyond the range of double it makes infinite or NaN what in exact numbers is neither.
     if (!(rounded(rate * Number(rule.decay_lambda)) < limit(float64))) return false;
@@ -181,7 +183,8 @@ inline bool prove_finite(const Layer& layer, Number w, Number dcdw, double veloc
     if (layer.velocity) {
         const double velocity = rule.momentum * velocity_most + step;
         if (!(velocity * slack < limit(velocity_format(layer.w_format)))) return false;
-        moved_by = rule.rate * (rule.nesterov ? step + rule.momentum * velocity : velocity);
+        moved_by =
+            rule.lr_after_momentum * (rule.nesterov ? step + rule.momentum * velocity : velocity);
     }
     return (rounded(w) + moved_by) * slack < limit(layer.w_format);  // false for NaN
 }

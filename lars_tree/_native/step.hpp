@@ -304,7 +304,7 @@ private:
         char* velocity =
             static_cast<char*>(layer.velocity) + start * Vector::item_size(velocity_format(format));
         loops.move[format][dcdw_format](w, dcdw, velocity, out, size, by,
-                                        {rule.momentum, rule.rate, rule.nesterov});
+                                        {rule.momentum, rule.lr_after_momentum, rule.nesterov});
     }
 
     const Layer* layers;
@@ -347,8 +347,9 @@ inline bool is_finite(const Layer& layer, const Norms& norms, InstructionSet set
             const Rule& rule = *layer.rule;
             std::memcpy(velocity, static_cast<const char*>(layer.velocity) + start * moving_item,
                         size * moving_item);
-            loops.move[layer.w_format][format](w, gradient, velocity, out, size, by,
-                                               {rule.momentum, rule.rate, rule.nesterov});
+            loops.move[layer.w_format][format](
+                w, gradient, velocity, out, size, by,
+                {rule.momentum, rule.lr_after_momentum, rule.nesterov});
             if (!std::isfinite(loops.largest[moving](velocity, size))) return false;
         } else {
             loops.apply[layer.w_format][format](w, gradient, out, size, by);

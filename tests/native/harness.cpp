@@ -82,8 +82,8 @@ private:
     }
 };
 
-// lr, decay_lambda, trust_coefficient, eps, grad_scale, adapt, trust_clip;
-// momentum, rate, nesterov, maximize; joint_norm, dampening, must_be_finite
+// lr_before_momentum, decay_lambda, trust_coefficient, eps, grad_scale, adapt, trust_clip;
+// momentum, lr_after_momentum, nesterov, maximize; joint_norm, dampening, must_be_finite
 const Rule rules[] = {
     {0.1, 0, 1, 0, 1, true, false, 0.9, 1, false, false, false, 0, true},
     {0.1, 1e-2, 1, 1e-8, 1024, true, false, 0.9, 1, true, false, false, 0.5, true},
