@@ -1,4 +1,4 @@
-"""Steps by the native engine alone, as the tests of the kernel take them."""
+"""Steps of the native engine without the rest of the package, for the tests of the kernel."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from lars_tree._rule import Rule
 
 
 def options_of(**options: Any) -> dict[str, Any]:
-    """The options of `advance`, the rest at their defaults."""
+    """The options of `advance`; those not given have their defaults."""
     return {"lr": 0.1, "stop_gradients": True, **options}
 
 
 def numpy_reader(**changes: Any) -> Any:
-    """A reader of numpy arrays; `changes` are arguments of `Reader`."""
+    """A reader of numpy arrays; `changes` replaces arguments of `Reader`."""
     how = {"make": np.empty_like, "copy": np.copy, "as_bits": as_bits, **changes}
     return _native.kernel.Reader((np.ndarray,), Rule._fields, **how)
 
 
 def news_for(columns: Columns) -> News | tuple[()]:
-    """Where the results go: nowhere else where there are `outs`."""
+    """Lists for new arrays; none with `outs`."""
     if columns.outs is not None:
         return ()
     return News(*(None if x is None else [None] * len(x) for x in columns[:5:4]))
 
 
 def taken(reader: Any, *columns: Any, counter: Any = None, threads: int = 1) -> Any:
-    """A plan with all leaves, and where the results are; None if one is not supported.
+    """A plan with all leaves, and the lists that get the results.
 
-    So it is if the counter is not, or if memory overlaps.
+    None if a leaf or the counter is not supported, or if memory overlaps.
     """
     given = Columns(*columns)
     plan, news = _native.kernel.Plan(threads, _native.instruction_set), news_for(given)
@@ -45,7 +45,7 @@ def taken(reader: Any, *columns: Any, counter: Any = None, threads: int = 1) -> 
 
 
 def stepped(reader: Any, *columns: Any, **options: Any) -> Any:
-    """The new weights and velocities; None if one leaf is not supported."""
+    """The new weights and velocities; None where `taken` gives None."""
     found = taken(reader, *columns, **options)
     if found is None:
         return None

@@ -140,7 +140,7 @@ class ArraysBackend(Backend):
 
     def _widened(self, w: Array, dcdw: Array, rule: Rule) -> tuple[Array, Array, Rule]:
         """All in the type to compute with, the gradient in the shape of w."""
-        names = (*_rule.NUMBERS, *_rule.MOTION_NUMBERS)
+        names = (*_rule.NUMBERS, *_rule.MOMENTUM_NUMBERS)
         values = {name: getattr(rule, name) for name in names}
         numbers: dict[str, Any] = {
             name: value if isinstance(value, float) else self.widen(value, w)

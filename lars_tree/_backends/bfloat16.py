@@ -1,7 +1,7 @@
 """bfloat16 as bits: the upper half of a float32.
 
-numpy has no such type, so `cpu.py` reads and writes it through these two functions. Libraries round
-double to bfloat16 by way of float32, which rounds twice; `encode` rounds once.
+numpy does not have this type, so `cpu.py` reads and writes it through these two functions.
+Libraries convert double to bfloat16 through float32, with two roundings; `encode` rounds once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def encode(values: Array) -> Array:
     """Doubles rounded to the nearest bfloat16, ties to even, as bits (uint16)."""
     nearest = values.astype(np.float32)
     bits = nearest.view(np.uint32)
-    # Rounding to odd keeps "there was more" in the last bit, so that the second rounding is right.
+    # Rounding to odd sets the last bit of inexact values, so that the second rounding is correct.
     away = np.abs(nearest) > np.abs(values)
     odd = (bits - away) | (nearest != values)
     rounded = ((odd + 0x7FFF + ((odd >> 16) & 1)) >> 16).astype(np.uint16)

@@ -58,7 +58,7 @@ class Shards:
         columns = _Columns([], [], [], [], [])
         for leaf, new in zip(leaves, news, strict=True):
             columns.add(map(shard_of, (leaf.w, leaf.dcdw, *new)), leaf.rule)
-        first = len(self._plan.places)
+        first = len(self._plan.indices)
         rest = set(self._plan.prepare(READER, *columns))
         taken = [i for i in range(len(leaves)) if i not in rest]
         for row, i in enumerate(taken, first):
@@ -72,7 +72,7 @@ class Shards:
                     self._take(leaf, targets(leaf))
 
     def _take(self, leaf: Leaf, new: New) -> None:
-        first, axis = len(self._plan.places), leaf.rule.layer_axis
+        first, axis = len(self._plan.indices), leaf.rule.layer_axis
         columns = _Columns([], [], [], [], [])
         if leaf.w.device_mesh.get_coordinate() is not None:  # else it has no part in it
             options = leaf.rule._asdict().items()

@@ -152,9 +152,9 @@ class Native:
 
     def measured(self) -> dict[int, Measured]:
         """What the steps are made of, by place: numbers of the libraries of the weights."""
-        if self.plan is None or not self.plan.places:
+        if self.plan is None or not self.plan.indices:
             return {}
-        places, rows = self.plan.places, measured(self.plan)
+        places, rows = self.plan.indices, measured(self.plan)
         if any(is_joint(self.columns.rules[place]) for place in places):
             # The denominators are norms of sums: those of gradients alone are measured as well.
             rules = [rule._replace(joint_norm=False) for rule in self.columns.rules]
@@ -174,7 +174,7 @@ class Native:
 
     def norms(self, bounds: bool = False) -> bytearray | None:
         """The norms of all layers, of the whole of them; None where there are no layers."""
-        if self.plan is None or not (self.plan.places or self._shards):
+        if self.plan is None or not (self.plan.indices or self._shards):
             return None
         norms = self.plan.norms(bounds=bounds)
         for shards in self._shards.values():
@@ -186,7 +186,7 @@ class Native:
         norms = self.norms(bounds=True)
         if self.plan is None or norms is None:
             return None, None
-        places = dict(enumerate(self.plan.places))
+        places = dict(enumerate(self.plan.indices))
         for shards in self._shards.values():
             places |= shards.places
         bad = {places[row] for row in self.plan.nonfinite(norms)}
