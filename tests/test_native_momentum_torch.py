@@ -50,27 +50,26 @@ def assert_same_step(actual, expected):
     assert actual[2] == 1
 
 
-@pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize(("w_dtype", "g_dtype"), list(itertools.product(DTYPES, DTYPES)), ids=str)
-@pytest.mark.parametrize("shape", [(), (0,), (7,), (300, 3), (4, 3, 2), (132_000,)])
-def test_tensors_get_the_same_bits_as_from_the_twin(shape, w_dtype, g_dtype, nesterov):
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (300, 3), (4, 3, 2)])
+def test_tensors_get_the_same_bits_as_from_the_twin(shape, w_dtype, g_dtype):
     w, g = random(*shape, dtype=w_dtype), (1 + random(*shape) / 3).to(g_dtype)
     v = velocity_for(w)
-    expected = by_twin(w, g, None, v, nesterov=nesterov)
+    expected = by_twin(w, g, None, v)
     old = v.clone()
-    assert_same_step(by_kernel(w, g, None, v, nesterov=nesterov), expected)
+    assert_same_step(by_kernel(w, g, None, v), expected)
     turned = [x.permute(tuple(range(x.ndim))[::-1]) for x in (w, g, v)]
-    new = by_kernel(*turned[:2], None, turned[2], nesterov=nesterov)
+    new = by_kernel(*turned[:2], None, turned[2])
     assert [x.stride() for x in new[:2]] == [turned[0].stride()] * 2
     back = [x.permute(tuple(range(w.ndim))[::-1]) for x in new[:2]]
     assert_same_step([*back, new[2]], expected)
     assert equal(v, old)
     out = torch.empty_like(w)
-    actual = by_kernel(w, g, out, v, nesterov=nesterov)
+    actual = by_kernel(w, g, out, v)
     assert (actual[0] is out, actual[1] is v) == (True, True)
     assert_same_step(actual, expected)
     v = old.clone()
-    assert_same_step(by_kernel(w, g, w, v, nesterov=nesterov, instruction_set=0), expected)
+    assert_same_step(by_kernel(w, g, w, v, instruction_set=0), expected)
     assert equal(w, expected[0])
     assert equal(v, expected[1])
 

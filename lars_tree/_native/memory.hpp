@@ -1,7 +1,7 @@
 // The memory layout of arrays, and the overlap of memory ranges.
 //
-// The kernel reads an array as one run of elements, so it needs dense arrays with the same order of
-// axes. The order itself is free: all sums and products are elementwise or over all elements.
+// The kernel reads an array as one run of elements. So the arrays of a layer must be dense and have
+// their axes in the same order, but it may be any order.
 #pragma once
 
 #include <algorithm>
@@ -115,7 +115,7 @@ struct ArrayFields {
     int flags;
 };
 
-// A memory range, without its end.
+// A memory range: [start, end).
 struct Span {
     const char *start, *end;
 };

@@ -45,10 +45,10 @@ struct Plan {
     }
 
     // Makes one or both passes without the GIL; false with an exception set.
-    bool run(Phases phases, Norms* norms = nullptr, bool bounds = false) {
+    bool run(Passes passes, Norms* norms = nullptr, bool bounds = false) {
         try {
             GilReleased gil_released;
-            step(leaves.layers.data(), leaves.layers.size(), threads, set, phases, norms, bounds);
+            step(leaves.layers.data(), leaves.layers.size(), threads, set, passes, norms, bounds);
         } catch (const std::bad_alloc&) {
             call_python(PyErr_NoMemory);
             return false;
@@ -267,7 +267,7 @@ PyObject* norms(PyObject* self, PyObject* arguments, PyObject* keywords) {
     const std::size_t size = plan.leaves.layers.size() * sizeof(Norms);
     Owned bytes(call_python(PyByteArray_FromStringAndSize, nullptr, static_cast<Py_ssize_t>(size)));
     if (!bytes) return nullptr;
-    if (!plan.run(Phases::norms, norms_in(bytes, plan), bounds != 0)) return nullptr;
+    if (!plan.run(Passes::norms, norms_in(bytes, plan), bounds != 0)) return nullptr;
     return Py_NewRef(bytes);
 }
 
@@ -309,14 +309,14 @@ PyObject* nonfinite(PyObject* self, PyObject* bytes) {
 PyObject* apply(PyObject* self, PyObject* bytes) {
     Plan& plan = plan_of(self);
     Norms* known = norms_in(bytes, plan);
-    if (!known || !plan.can_write() || !plan.run(Phases::apply, known)) return nullptr;
+    if (!known || !plan.can_write() || !plan.run(Passes::apply, known)) return nullptr;
     plan.count_step();
     Py_RETURN_NONE;
 }
 
 PyObject* step(PyObject* self, PyObject*) {
     Plan& plan = plan_of(self);
-    if (!plan.can_write() || !plan.run(Phases::both)) return nullptr;
+    if (!plan.can_write() || !plan.run(Passes::both)) return nullptr;
     plan.count_step();
     Py_RETURN_NONE;
 }

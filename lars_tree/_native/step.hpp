@@ -57,7 +57,7 @@ struct Terms {
 };
 
 // The passes to make over each layer: `norms` only reads, `apply` writes and is given the norms.
-enum class Phases { both, norms, apply };
+enum class Passes { both, norms, apply };
 
 // The progress of all threads in a larger layer.
 struct Progress {
@@ -71,11 +71,11 @@ struct Progress {
 
 class Step {
 public:
-    // `norms` has one item for each layer, which Phases::norms writes and Phases::apply reads. With
-    // `bounds`, Phases::norms also finds the largest magnitude of each velocity.
+    // `norms` has one item for each layer, which Passes::norms writes and Passes::apply reads. With
+    // `bounds`, Passes::norms also finds the largest magnitude of each velocity.
     Step(const Layer* layers, std::size_t count, std::size_t max_threads, InstructionSet set,
-         Phases phases, Norms* norms, bool bounds)
-        : layers(layers), loops(loops_for(set)), phases(phases), norms(norms), bounds(bounds) {
+         Passes passes, Norms* norms, bool bounds)
+        : layers(layers), loops(loops_for(set)), passes(passes), norms(norms), bounds(bounds) {
         std::size_t longest = 0;
         for (std::size_t i = 0; i < count; ++i) {
             elements += layers[i].size;
@@ -98,7 +98,7 @@ public:
         joint_buffers.resize(threads * joint_size);
     }
 
-    // Called by each thread; returns when no work is left.
+    // The work of one thread; returns when no chunk or layer is left.
     void work(std::size_t thread) noexcept {
         DefaultFloats guard;
         for (std::size_t i = 0; i < large.size(); ++i) {
@@ -150,7 +150,7 @@ private:
     static double larger_or_nan(double x, double y) { return x > y || x != x ? x : y; }
 
     bool needs_norms(const Layer& layer) const {
-        return layer.rule->adapt || phases == Phases::norms;
+        return layer.rule->adapt || passes == Passes::norms;
     }
 
     Norms norms_of(const Layer& layer, const Sums* of_chunks, double joint_exponent) const {
@@ -199,7 +199,7 @@ private:
 
     void step_whole(std::size_t index, std::size_t thread) {
         const Layer& layer = layers[index];
-        if (phases == Phases::apply || !needs_norms(layer)) {
+        if (passes == Passes::apply || !needs_norms(layer)) {
             apply(layer, terms_of(layer, norms ? norms[index] : Norms{}), 0, layer.size);
             return;
         }
@@ -208,7 +208,7 @@ private:
         for (std::size_t i = 0; i < chunks(layer.size); ++i) {
             of_chunks[i] = sum_chunk(layer, i, exponent, thread);
         }
-        if (phases == Phases::norms) {
+        if (passes == Passes::norms) {
             norms[index] = norms_of(layer, of_chunks, exponent);
         } else {
             apply(layer, terms_of(layer, of_chunks, exponent), 0, layer.size);
@@ -240,7 +240,7 @@ private:
         const Layer& layer = layers[index];
         const std::size_t count = chunks(layer.size), chunk = chunk_size(layer.size);
         Terms terms;
-        if (phases == Phases::apply || !needs_norms(layer)) {
+        if (passes == Passes::apply || !needs_norms(layer)) {
             terms = terms_of(layer, norms ? norms[index] : Norms{});
         } else {
             std::call_once(now.joint_exponent_once,
@@ -248,7 +248,7 @@ private:
             const auto sum_one = [&](std::size_t start, std::size_t, std::size_t i) {
                 sums[start + i] = sum_chunk(layer, start + i, now.joint_exponent, thread);
                 if (now.summed.fetch_add(1) + 1 < count) return;
-                if (phases == Phases::norms) {
+                if (passes == Passes::norms) {
                     norms[index] = norms_of(layer, sums.data(), now.joint_exponent);
                 } else {
                     now.terms = terms_of(layer, sums.data(), now.joint_exponent);
@@ -259,7 +259,7 @@ private:
             while (!now.ready.load(std::memory_order_acquire)) std::this_thread::yield();
             terms = now.terms;
         }
-        if (phases == Phases::norms) return;
+        if (passes == Passes::norms) return;
         const auto apply_chunk = [&](std::size_t start, std::size_t length, std::size_t i) {
             const std::size_t first = (start + length - 1 - i) * chunk;
             apply(layer, terms, first, std::min(chunk, layer.size - first));
@@ -315,7 +315,7 @@ private:
     const Layer* layers;
     const Loops& loops;
     std::vector<std::size_t> large, small;
-    const Phases phases;
+    const Passes passes;
     Norms* const norms;
     const bool bounds;
     std::size_t elements = 0;
@@ -365,8 +365,8 @@ inline bool is_finite(const Layer& layer, const Norms& norms, InstructionSet set
 // Makes one or both passes over all layers. Either throws std::bad_alloc before anything is
 // written, or does not throw.
 inline void step(const Layer* layers, std::size_t count, std::size_t threads, InstructionSet set,
-                 Phases phases = Phases::both, Norms* norms = nullptr, bool bounds = false) {
-    Step all(layers, count, threads, set, phases, norms, bounds);
+                 Passes passes = Passes::both, Norms* norms = nullptr, bool bounds = false) {
+    Step all(layers, count, threads, set, passes, norms, bounds);
     std::vector<std::thread> others;
     others.reserve(all.threads);
     try {

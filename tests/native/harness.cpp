@@ -111,7 +111,7 @@ void step_layers(const std::vector<Layer>& layers, std::size_t threads, Instruct
                  Way way) {
     if (way == at_once) return step(layers.data(), layers.size(), threads, set);
     std::vector<Norms> norms(layers.size());
-    step(layers.data(), layers.size(), threads, set, Phases::norms, norms.data(), true);
+    step(layers.data(), layers.size(), threads, set, Passes::norms, norms.data(), true);
     std::vector<bool> finite;
     for (std::size_t i = 0; i < layers.size(); ++i) {
         finite.push_back(is_finite(layers[i], norms[i], set));
@@ -119,7 +119,7 @@ void step_layers(const std::vector<Layer>& layers, std::size_t threads, Instruct
             fail("layer %zu: a step with infinity or NaN is added to be finite", i);
         }
     }
-    step(layers.data(), layers.size(), threads, set, Phases::apply, norms.data());
+    step(layers.data(), layers.size(), threads, set, Passes::apply, norms.data());
     for (std::size_t i = 0; i < layers.size(); ++i) {
         const Layer& layer = layers[i];
         const Loops& loops = loops_for(set);
@@ -245,7 +245,7 @@ private:
             fail("%s: w %s, dcdw %s, size %zu, offset %zu, set %d, rule %d, out over %s, %s, %s",
                  wrong, names[w_format], names[dcdw_format], size, offset, static_cast<int>(set),
                  static_cast<int>(&rule - rules), in_place, moves ? "momentum" : "no momentum",
-                 way == at_once ? "at once" : "in two phases");
+                 way == at_once ? "at once" : "in two passes");
         }
     }
 
