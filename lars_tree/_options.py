@@ -367,7 +367,7 @@ _CHECKS: dict[str, Callable[[Any, bool], Any]] = {
     "axis_name": _mesh_axes,
     "stop_gradients": _flag,
     "momentum": _number,
-    "rate": _number,
+    "lr_after_momentum": _number,
     "dampening": _number,
     "nesterov": _flag,
     "maximize": _flag,

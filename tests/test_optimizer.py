@@ -78,7 +78,7 @@ def test_each_step_against_the_exact_rule(name, nesterov):
             (state.velocity, old_v, exact.v_new, v_name),
         ]:
             scale = reference.Step(
-                [max(map(abs, row)) for row in zip(step.u, exact.by, old_v, strict=True)],
+                [max(map(abs, row)) for row in zip(step.u, exact.change, old_v, strict=True)],
                 values,
                 None,
             )
