@@ -219,7 +219,7 @@ class JaxBackend(ArraysBackend):
         ws, dcdws, *more = views
         arrays = ws, dcdws, None, columns.rules, (more[0] if more else None)
         new_ws, new_velocities = results or (None, None)
-        return sorted(rest + plan.prepare(_READER, *arrays, new_ws, new_velocities, places=dense))
+        return sorted(rest + plan.prepare(_READER, *arrays, new_ws, new_velocities, indices=dense))
 
     def finish(self, columns: Columns, results: StepResults, indices: Iterable[int]) -> None:
         groups: dict[Any, list[tuple[list[Any], int]]] = {}
