@@ -1,4 +1,4 @@
-"""Two nests side by side: equal, close, or where they differ."""
+"""Two trees side by side: equal, close, or where they differ."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _NUMERIC = frozenset("biufc")  # kinds of dtypes whose elements compare and subt
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Whether two nests have the same keys, and leaves of the same shape and elements."""
+    """Whether two trees have the same keys, and leaves of the same shape and elements."""
     return _matches(a, b, _equal_elements)
 
 
 def close(a: Any, b: Any, rtol: float, atol: float) -> bool:
-    """Whether two nests have the same keys, and |x - y| <= atol + rtol |y| for all elements."""
+    """Whether two trees have the same keys, and |x - y| <= atol + rtol |y| for all elements."""
 
     def test(x: Array, y: Array) -> bool:
         numeric = x.dtype.kind in _NUMERIC and y.dtype.kind in _NUMERIC
@@ -89,7 +89,7 @@ def _is_plain(x: Any) -> bool:
 
 
 def differences(a: Any, b: Any) -> Iterator[Line]:
-    """Where two nests differ, and how."""
+    """Where two trees differ, and how."""
     return _tree.side_by_side(a, b, _difference)
 
 

@@ -1,7 +1,7 @@
-"""Nests of values: walk, match by key, broadcast a prefix, rebuild. Knows no arrays.
+"""Trees of values: walk, match by key, broadcast a prefix, rebuild. Knows no arrays.
 
 What a node is, how it is read and how another one is made says `_nodes.py`. A leaf is whatever is
-not a nest; None is a leaf that holds nothing. Depth is bounded by Python's recursion limit alone:
+not a tree; None is a leaf that holds nothing. Depth is bounded by Python's recursion limit alone:
 no walk here uses the C stack for it.
 
 Matching runs twice only when it fails: a fast pass that stops at the first difference, then a slow
@@ -32,7 +32,7 @@ children = _nodes.children
 
 
 def is_leaf(node: Tree) -> bool:
-    """Whether the node is no nest."""
+    """Whether the node is no tree."""
     return _kind(node) == _LEAF
 
 
@@ -42,7 +42,7 @@ def is_plain_dict(node: Tree) -> bool:
 
 
 def leaves(tree: Tree) -> list[Leaf]:
-    """The leaves, in the order in which the nest holds them."""
+    """The leaves, in the order in which the tree holds them."""
     found: list[Leaf] = []
     kernel = _native.in_use()
     try:
@@ -100,7 +100,7 @@ def walk(tree: Tree, path: Path = (), *, empty_nodes: bool = False) -> Iterator[
 
 
 def rebuild(tree: Tree, new_leaves: Iterable[Leaf], argument: str = "tree", at: Path = ()) -> Tree:
-    """A nest like `tree` with other leaves, given in the order of `leaves`.
+    """A tree like `tree` with other leaves, given in the order of `leaves`.
 
     `argument` is what the caller calls the tree, and `at` where in the argument it is.
 
@@ -134,7 +134,7 @@ def rebuilding(
 
 
 def changed(argument: str = "w") -> errors.LarsTreeError:
-    """What to say of a nest that no longer has the leaves that were found in it."""
+    """What to say of a tree that no longer has the leaves that were found in it."""
     headline = f"{argument} was changed while it was read, as another thread may do"
     text = "expected the same leaves until the end of the call"
     return errors.error(errors.StructureError, argument, headline, [((), text)])
@@ -175,7 +175,7 @@ def replace_children(node: Tree, values: Iterable[Tree]) -> Tree:
 
 
 def for_reading(tree: Tree, new_leaves: Iterable[Leaf]) -> Tree:
-    """A nest that reads like `tree`, with other leaves; nodes of users' classes are not rebuilt."""
+    """A tree that reads like `tree`, with other leaves; nodes of users' classes are not rebuilt."""
     return _consuming(new_leaves, lambda remaining: _fill_for_reading(tree, remaining))
 
 
@@ -201,7 +201,7 @@ def map_leaves(
 
 
 def pick(tree: Tree, kept: Iterator[bool]) -> Tree:
-    """The nest of those leaves for which `kept`, in their order, is true; NOTHING without any.
+    """The tree of those leaves for which `kept`, in their order, is true; NOTHING without any.
 
     Nodes that this empties go too. A list or tuple keeps its length, with None in the gaps.
     """
@@ -291,7 +291,7 @@ def _match_in_python(node: Tree, prefix: Tree, found: list[Leaf], exact: bool) -
 def side_by_side(
     a: Tree, b: Tree, compare: Callable[[Tree, Tree], tuple[str, bool]], path: Path = ()
 ) -> Iterator[Line]:
-    """What compare(x, y) says of the nodes at each path of two nests.
+    """What compare(x, y) says of the nodes at each path of two trees.
 
     It returns a text, or "" if there is nothing to say, and whether to go on into their children.
     For a key of one of them alone, the other is MISSING.
@@ -388,11 +388,11 @@ def explaining(arguments: dict[str, Tree]) -> Iterator[None]:
 
 
 def explained(arguments: dict[str, Tree]) -> Exception:
-    """What to say of a nest that was too deep to walk, found among these arguments."""
+    """What to say of a tree that was too deep to walk, found among these arguments."""
     for name, tree in arguments.items():
         found = cycle(tree)
         if found:
             earlier, path = found
             text = f"expected a tree, got the node at {errors.path_string(earlier) or name} again"
             return errors.error(errors.StructureError, name, f"{name} holds itself", [(path, text)])
-    return RecursionError("a nest is deeper than the recursion limit: sys.setrecursionlimit")
+    return RecursionError("a tree is deeper than the recursion limit: sys.setrecursionlimit")

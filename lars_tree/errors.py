@@ -48,7 +48,7 @@ class LarsTreeError(Exception):
 
 
 class StructureError(LarsTreeError, ValueError):
-    """An argument's nest does not match that of the weights; lists every differing path."""
+    """An argument's tree does not match that of the weights; lists every differing path."""
 
 
 class LeafError(LarsTreeError, TypeError):

@@ -199,7 +199,7 @@ def test_a_gradient_where_the_weights_have_none_is_not_dropped_silently():
     assert lars_update(w, 1.0, 0.1)["b"] is None
 
 
-def test_a_nest_that_holds_itself_is_named():
+def test_a_tree_that_holds_itself_is_named():
     w = Container(a=np.ones(2), b={})
     w.b["again"] = w
     with pytest.raises(StructureError, match=r"(?s)w holds itself.*b/again"):
@@ -211,7 +211,7 @@ def test_a_nest_that_holds_itself_is_named():
 
 
 @pytest.mark.parametrize("depth", [50, 100_000])
-def test_a_deep_nest_works_or_is_a_recursion_error(depth):
+def test_a_deep_tree_works_or_is_a_recursion_error(depth):
     w = np.ones(1)
     for _ in range(depth):
         w = [w]

@@ -1,4 +1,4 @@
-"""Laws that hold for all weights: nests, prefixes, libraries and options."""
+"""Laws that hold for all weights: trees, prefixes, libraries and options."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ DTYPES = st.sampled_from(["float16", "float32", "float64", ">f4", "complex64"])
 LAYERS = layers(DTYPES, broadcast=True)
 
 
-def nests(layers):
+def trees(layers):
     return weights_and_gradients(
         layers | st.just((None, None)),
         node_types=[Container, dict, OrderedDict, defaultdict, list, tuple, Point, Pair],
     )
 
 
-NESTS = nests(LAYERS)
+TREES = trees(LAYERS)
 
 
 def walk(tree, path=()):
@@ -61,8 +61,8 @@ def walk(tree, path=()):
     return [found for key, child in items for found in walk(child, (*path, key))]
 
 
-@given(NESTS, options())
-def test_a_nest_is_updated_like_its_leaves_one_by_one(pair, options):
+@given(TREES, options())
+def test_a_tree_is_updated_like_its_leaves_one_by_one(pair, options):
     w, g = pair
     new = lars_update(w, g, 0.1, **options)
     assert list(differences(new, w, check_type=True, values=False)) == []
@@ -71,7 +71,7 @@ def test_a_nest_is_updated_like_its_leaves_one_by_one(pair, options):
         assert_identical({path: actual}, {path: expected})
 
 
-@given(NESTS, options())
+@given(TREES, options())
 def test_in_place_is_out_of_place(pair, options):
     w, g = pair
     before = [None if x is None else x.tobytes() for _, x in walk(g)]
@@ -84,7 +84,7 @@ def test_in_place_is_out_of_place(pair, options):
     assert [None if x is None else x.tobytes() for _, x in walk(g)] == before
 
 
-@given(NESTS)
+@given(TREES)
 def test_inputs_are_never_modified(pair):
     before = [[None if x is None else x.tobytes() for _, x in walk(side)] for side in pair]
     new = lars_update(*pair, 0.1, decay_lambda=0.1)
@@ -109,7 +109,7 @@ def test_rescaling_the_loss_changes_no_bit(w, g, power):
         assert_identical(lars_update(w, g, 0.1, grad_scale=2.0**power), expected)
 
 
-@given(pair=NESTS, lr=st.sampled_from([0.0, 0.1, 0.5]), tc=st.sampled_from([1e-3, 1.0]))
+@given(pair=TREES, lr=st.sampled_from([0.0, 0.1, 0.5]), tc=st.sampled_from([1e-3, 1.0]))
 def test_a_layer_goes_at_most_its_rate_times_its_norm(pair, lr, tc):
     w, g = pair
     new = lars_update(w, g, lr, trust_coefficient=tc, decay_lambda=0.01)
@@ -183,7 +183,7 @@ def test_a_gradient_serves_a_whole_subtree():
     assert_identical(lars_update(w, {"a": row, "b": np.float64(1)}, 0.1), expected)
 
 
-@given(NESTS, st.data())
+@given(TREES, st.data())
 def test_key_order_does_not_matter(pair, data):
     w, g = pair
     assert_identical(lars_update(w, data.draw(shuffled(g)), 0.1), lars_update(w, g, 0.1))

@@ -289,10 +289,10 @@ def test_a_text_that_is_a_sequence_of_itself_is_a_leaf():
 
 
 def _used(cls):
-    nest = [cls({"a": W})]
-    _tree.leaves(nest)
-    lars_update(nest, cls({"a": G})["a"], 0.1)
-    Container(nest=nest)
+    tree = [cls({"a": W})]
+    _tree.leaves(tree)
+    lars_update(tree, cls({"a": G})["a"], 0.1)
+    Container(tree=tree)
     return weakref.ref(cls)
 
 

@@ -159,11 +159,11 @@ def test_jax_arrays(name):
 def test_libraries_may_be_mixed():
     torch = need("torch")
     either = testing.arrays(library=st.sampled_from(["numpy", "torch"]), shape=(1,))
-    nest = least(
+    tree = least(
         testing.nests(either, node_types=[list]),
-        lambda nest: len({type(x) for x in _tree.leaves(nest)}) == 2,
+        lambda tree: len({type(x) for x in _tree.leaves(tree)}) == 2,
     )
-    assert sorted(type(x).__module__ for x in nest) == ["numpy", "torch"]
+    assert sorted(type(x).__module__ for x in tree) == ["numpy", "torch"]
     w, g = least(testing.layers(library=st.just("torch"), shape=(1,)), lambda pair: pair[0].any())
     assert (type(w), w.dtype) == (torch.Tensor, g.dtype)
 
@@ -196,7 +196,7 @@ def test_without_hypothesis_one_line_says_what_to_install():
     assert "During handling" not in found.stderr
 
 
-# ---- Nests
+# ---- Trees
 
 
 def test_odd_keys_are_made():
@@ -204,8 +204,8 @@ def test_odd_keys_are_made():
 
     @settings(max_examples=1000, derandomize=True)
     @given(testing.nests(st.just(1), node_types=[Container]))
-    def collect(nest):
-        made.update(key for path, _ in _tree.walk(nest) for key in path)
+    def collect(tree):
+        made.update(key for path, _ in _tree.walk(tree) for key in path)
 
     collect()
     assert made >= {"a", 0, -1, *testing.trees.ODD_KEYS}
@@ -214,11 +214,11 @@ def test_odd_keys_are_made():
 
 @pytest.mark.parametrize("cls", testing.trees.NODE_TYPES, ids=lambda cls: cls.__name__)
 def test_nodes_of_each_type_are_made(cls):
-    node = least(testing.nests(st.just(1)), lambda nest: type(nest) is cls and len(nest) > 1)
+    node = least(testing.nests(st.just(1)), lambda tree: type(tree) is cls and len(tree) > 1)
     assert type(node) is cls
     inner = least(
         testing.nests(st.just(1), node_types=[dict, cls]),
-        lambda nest: type(nest) is dict and [type(x) for x in nest.values()] == [cls],
+        lambda tree: type(tree) is dict and [type(x) for x in tree.values()] == [cls],
     )
     assert list(inner) == ["a"]
 
@@ -229,7 +229,7 @@ def test_nodes_of_ones_own():
     assert least(testing.nests(st.just(1), node_types=[pair]), lambda x: x != 1) == pair(1, 1)
 
 
-def test_nests_shrink_to_the_least():
+def test_trees_shrink_to_the_least():
     assert _tree.leaves(least(testing.nests())) in ([], [0])
     assert least(testing.nests(), _tree.is_leaf).tolist() == 0
     assert least(testing.containers()) == Container()
@@ -245,8 +245,8 @@ def test_containers_shrink_to_flat_ones_from_most_starts():
     assert [w.paths() for (w,) in starts].count([("a",), ("b",)]) >= 8
 
 
-def is_tied(nest):
-    found = _tree.leaves(nest)
+def is_tied(tree):
+    found = _tree.leaves(tree)
     return len({id(x) for x in found}) < len(found)
 
 

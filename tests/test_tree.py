@@ -1,4 +1,4 @@
-"""The walk over nests, held to dm-tree; and what it says where two nests do not match."""
+"""The walk over trees, held to dm-tree; and what it says where two trees do not match."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _parents(child):
 
 
 LEAVES = st.integers(0, 9) | st.none() | st.text(max_size=2)
-NESTS = st.recursive(LEAVES, _parents, max_leaves=12)
+TREES = st.recursive(LEAVES, _parents, max_leaves=12)
 DICTS = st.recursive(
     st.just(0), lambda child: st.dictionaries(st.sampled_from("abc"), child, max_size=2)
 )
@@ -55,63 +55,63 @@ def assert_same(actual, expected):
 # Walk and rebuild
 
 
-@given(NESTS)
-def test_the_walk_finds_the_leaves_of_dm_tree(nest):
-    expected = dm_tree.flatten_with_path(nest)
-    actual = list(_tree.walk(nest))
+@given(TREES)
+def test_the_walk_finds_the_leaves_of_dm_tree(tree):
+    expected = dm_tree.flatten_with_path(tree)
+    actual = list(_tree.walk(tree))
     assert len(actual) == len(expected)
     assert dict(actual) == dict(expected)
 
 
-@given(NESTS)
-def test_leaves_come_in_the_order_of_the_walk(nest):
-    assert _tree.leaves(nest) == [leaf for _, leaf in _tree.walk(nest)]
+@given(TREES)
+def test_leaves_come_in_the_order_of_the_walk(tree):
+    assert _tree.leaves(tree) == [leaf for _, leaf in _tree.walk(tree)]
 
 
-@given(NESTS)
-def test_rebuild_maps_as_dm_tree_does(nest):
-    expected = dm_tree.map_structure(lambda x: f"{x}!", nest)
-    actual = _tree.rebuild(nest, [f"{x}!" for x in _tree.leaves(nest)])
+@given(TREES)
+def test_rebuild_maps_as_dm_tree_does(tree):
+    expected = dm_tree.map_structure(lambda x: f"{x}!", tree)
+    actual = _tree.rebuild(tree, [f"{x}!" for x in _tree.leaves(tree)])
     assert_same(actual, expected)
 
 
-@given(NESTS)
-def test_rebuild_from_its_own_leaves_is_the_nest(nest):
-    assert_same(_tree.rebuild(nest, _tree.leaves(nest)), nest)
+@given(TREES)
+def test_rebuild_from_its_own_leaves_is_the_tree(tree):
+    assert_same(_tree.rebuild(tree, _tree.leaves(tree)), tree)
 
 
-@given(NESTS)
-def test_every_node_is_a_leaf_or_has_children(nest):
-    assert _tree.is_leaf(nest) == (not dm_tree.is_nested(nest))
-    if not _tree.is_leaf(nest):
-        children = [child for _, child in _tree.children(nest)]
-        assert_same(_tree.replace_children(nest, children), nest)
+@given(TREES)
+def test_every_node_is_a_leaf_or_has_children(tree):
+    assert _tree.is_leaf(tree) == (not dm_tree.is_nested(tree))
+    if not _tree.is_leaf(tree):
+        children = [child for _, child in _tree.children(tree)]
+        assert_same(_tree.replace_children(tree, children), tree)
 
 
 @given(st.data())
 def test_attrs_are_nodes_as_in_dm_tree(layer, data):
-    nest = {"l": layer(data.draw(NESTS), layer(data.draw(NESTS), [None]))}
-    assert dict(_tree.walk(nest)) == dict(dm_tree.flatten_with_path(nest))
-    expected = dm_tree.map_structure(lambda x: f"{x}!", nest)
-    assert_same(_tree.rebuild(nest, [f"{x}!" for x in _tree.leaves(nest)]), expected)
+    tree = {"l": layer(data.draw(TREES), layer(data.draw(TREES), [None]))}
+    assert dict(_tree.walk(tree)) == dict(dm_tree.flatten_with_path(tree))
+    expected = dm_tree.map_structure(lambda x: f"{x}!", tree)
+    assert_same(_tree.rebuild(tree, [f"{x}!" for x in _tree.leaves(tree)]), expected)
 
 
 def test_keys_keep_their_own_order():
-    nest = {"b": 1, "a": collections.OrderedDict(z=2, y=3)}
-    assert list(_tree.walk(nest)) == [(("b",), 1), (("a", "z"), 2), (("a", "y"), 3)]
-    assert list(_tree.rebuild(nest, [1, 2, 3])["a"]) == ["z", "y"]
+    tree = {"b": 1, "a": collections.OrderedDict(z=2, y=3)}
+    assert list(_tree.walk(tree)) == [(("b",), 1), (("a", "z"), 2), (("a", "y"), 3)]
+    assert list(_tree.rebuild(tree, [1, 2, 3])["a"]) == ["z", "y"]
 
 
 def test_keys_may_be_of_several_types():
-    nest = {1: "a", "1": "b", None: "c", (1, 2): {2.5: "d"}}
-    assert [path for path, _ in _tree.walk(nest)] == [(1,), ("1",), (None,), ((1, 2), 2.5)]
-    assert _tree.rebuild(nest, _tree.leaves(nest)) == nest
+    tree = {1: "a", "1": "b", None: "c", (1, 2): {2.5: "d"}}
+    assert [path for path, _ in _tree.walk(tree)] == [(1,), ("1",), (None,), ((1, 2), 2.5)]
+    assert _tree.rebuild(tree, _tree.leaves(tree)) == tree
 
 
 def test_none_is_a_leaf_and_an_empty_node_has_none():
-    nest = {"a": None, "b": {}, "c": [], "d": ((), Point(None, [{}]))}
-    assert list(_tree.walk(nest)) == [(("a",), None), (("d", 1, "x"), None)]
-    assert_same(_tree.rebuild(nest, [None, None]), nest)
+    tree = {"a": None, "b": {}, "c": [], "d": ((), Point(None, [{}]))}
+    assert list(_tree.walk(tree)) == [(("a",), None), (("d", 1, "x"), None)]
+    assert_same(_tree.rebuild(tree, [None, None]), tree)
 
 
 def test_a_defaultdict_keeps_its_factory():
@@ -125,39 +125,39 @@ def test_a_dict_subclass_keeps_its_type_without_its_constructor_being_called():
         def __init__(self, name):
             self.name = name
 
-    nest = Named("encoder")
-    nest["a"] = 1
-    rebuilt = _tree.rebuild(nest, [2])
+    tree = Named("encoder")
+    tree["a"] = 1
+    rebuilt = _tree.rebuild(tree, [2])
     assert (type(rebuilt), rebuilt.name, rebuilt["a"]) == (Named, "encoder", 2)
-    assert nest["a"] == 1
+    assert tree["a"] == 1
 
 
 @pytest.mark.parametrize("leaf", ["text", b"bytes", 3, None, {1, 2}, np.ones(2)], ids=repr)
-def test_what_is_no_nest_is_a_leaf(leaf):
+def test_what_is_no_tree_is_a_leaf(leaf):
     assert _tree.is_leaf(leaf)
     assert list(_tree.walk(leaf)) == [((), leaf)]
 
 
 def test_a_key_that_is_named_like_a_method_hides_nothing():
-    nest = Container({"items": 1, "keys": {"values": 2}})
-    assert _tree.leaves(nest) == [1, 2]
-    assert _tree.broadcast("lr", nest, {"items": 3, "keys": 4}) == [3, 4]
+    tree = Container({"items": 1, "keys": {"values": 2}})
+    assert _tree.leaves(tree) == [1, 2]
+    assert _tree.broadcast("lr", tree, {"items": 3, "keys": 4}) == [3, 4]
 
 
 # Match and broadcast
 
 
-@given(NESTS, st.data())
-def test_a_prefix_broadcasts_as_dm_tree_does(nest, data):
+@given(TREES, st.data())
+def test_a_prefix_broadcasts_as_dm_tree_does(tree, data):
     """All leaves below a cut get what stands there."""
-    prefix = data.draw(prefixes_of(nest, st.integers(1, 99)))
+    prefix = data.draw(prefixes_of(tree, st.integers(1, 99)))
     expected = dm_tree.map_structure_up_to(
-        prefix, lambda value, part: dm_tree.map_structure(lambda _: value, part), prefix, nest
+        prefix, lambda value, part: dm_tree.map_structure(lambda _: value, part), prefix, tree
     )
-    actual = _tree.rebuild(nest, _tree.broadcast("lr", nest, prefix))
+    actual = _tree.rebuild(tree, _tree.broadcast("lr", tree, prefix))
     dm_tree.assert_same_structure(actual, expected)
     assert dm_tree.flatten_with_path(actual) == dm_tree.flatten_with_path(expected)
-    assert [path for path, _ in _tree.walk(actual)] == [path for path, _ in _tree.walk(nest)]
+    assert [path for path, _ in _tree.walk(actual)] == [path for path, _ in _tree.walk(tree)]
 
 
 @given(DICTS, DICTS)
@@ -268,14 +268,14 @@ def test_a_node_at_two_places_is_no_cycle():
     assert _tree.cycle({"a": shared, "b": [shared, shared]}) is None
 
 
-def test_a_nest_of_any_depth_is_searched_for_cycles():
-    nest = {}
+def test_a_tree_of_any_depth_is_searched_for_cycles():
+    tree = {}
     for _ in range(3000):
-        nest = {"deeper": nest}
-    assert _tree.cycle(nest) is None
+        tree = {"deeper": tree}
+    assert _tree.cycle(tree) is None
 
 
-def test_an_update_of_a_cyclic_nest_names_the_place():
+def test_an_update_of_a_cyclic_tree_names_the_place():
     with pytest.raises(StructureError, match="root/me/0"):
         lars_update(_cyclic(lambda n: [n]), 1.0, 0.1)
 
@@ -284,10 +284,10 @@ def test_an_update_of_a_cyclic_nest_names_the_place():
 
 
 @given(DICTS, st.data())
-def test_pick_keeps_what_is_to_be_kept(nest, data):
-    kept = [data.draw(st.booleans()) for _ in _tree.leaves(nest)]
-    picked = _tree.pick(nest, iter(kept))
-    expected = [pair for pair, keep in zip(_tree.walk(nest), kept, strict=True) if keep]
+def test_pick_keeps_what_is_to_be_kept(tree, data):
+    kept = [data.draw(st.booleans()) for _ in _tree.leaves(tree)]
+    picked = _tree.pick(tree, iter(kept))
+    expected = [pair for pair, keep in zip(_tree.walk(tree), kept, strict=True) if keep]
     assert ([] if picked is _tree.NOTHING else list(_tree.walk(picked))) == expected
 
 
@@ -295,7 +295,7 @@ def test_a_sequence_keeps_its_length_when_picked_from():
     assert _tree.pick({"a": [1, 2], "b": (3,)}, iter([False, True, False])) == {"a": [None, 2]}
 
 
-# Two nests side by side
+# Two trees side by side
 
 
 @pytest.mark.parametrize(("a", "b"), [([1], (1,)), ({}, []), ({0: 1}, [1])])

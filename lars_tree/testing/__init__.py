@@ -1,7 +1,7 @@
-"""For tests of optimizers: strategies of hypothesis, assertions on nests, and the laws of the rule.
+"""For tests of optimizers: strategies of hypothesis, assertions on trees, and the laws of the rule.
 
 Strategies make weights, gradients and options (`strategies.py`, `trees.py`), assertions compare
-two nests leaf by leaf (`assertions.py`), and `check_update_laws` holds any update function to the
+two trees leaf by leaf (`assertions.py`), and `check_update_laws` holds any update function to the
 laws (`laws.py`, `check.py`). The tests of this package are written with them.
 """
 

@@ -137,7 +137,7 @@ def times(x: Any, factor: float) -> Any:
 
 
 def copied(tree: Any) -> Any:
-    """The nest with copies of its arrays, which lie in memory as the originals do."""
+    """The tree with copies of its arrays, which lie in memory as the originals do."""
     return _tree.rebuild(tree, [_copy(x) for x in _tree.leaves(tree)])
 
 

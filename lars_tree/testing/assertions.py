@@ -1,4 +1,4 @@
-"""Assertions on two nests: the same to the last bit, or within so many units in the last place.
+"""Assertions on two trees: the same to the last bit, or within so many units in the last place.
 
 A failure lists every path that differs, in the dialect of `lars_tree.errors`, and of each array the
 worst element: its index, both values, and how far apart they are in ulps.
@@ -21,7 +21,7 @@ from lars_tree.testing._arrays import Array
 
 
 def assert_identical(actual: Any, expected: Any, *, check_type: bool = True) -> None:
-    """Assert that two nests are the same: node types, key order, dtypes, shapes, devices and bits.
+    """Assert that two trees are the same: node types, key order, dtypes, shapes, devices and bits.
 
     NaN is NaN, whatever its sign and payload: no library promises them. -0.0 is not 0.0. How arrays
     lie in memory does not matter.
@@ -34,7 +34,7 @@ def assert_identical(actual: Any, expected: Any, *, check_type: bool = True) -> 
       a: 1 of 2 elements differs: at [1] 2.0, expected 2.5, 1.13e+15 ulp off
 
     Args:
-        actual: A nest of arrays of any library, numbers and other leaves, or one of them.
+        actual: A tree of arrays of any library, numbers and other leaves, or one of them.
         expected: The same.
         check_type: Whether leaves must be of one type (`numpy.ndarray`, `torch.Tensor`, `Array`).
             False also compares arrays of two libraries, dtypes by their names.
@@ -55,7 +55,7 @@ def _raise(headline: str, lines: Iterator[Line]) -> None:
 def differences(
     actual: Any, expected: Any, check_type: bool, values: bool = True
 ) -> Iterator[Line]:
-    """Where two nests differ, and how; `values` False looks at all but the elements of arrays."""
+    """Where two trees differ, and how; `values` False looks at all but the elements of arrays."""
 
     def compare(wanted: Any, found: Any) -> tuple[str, bool]:
         if wanted is _tree.MISSING or found is _tree.MISSING:
@@ -177,8 +177,8 @@ def assert_close_ulp(
       a: 1 of 2 elements is too far off: at [1] 0.33333, expected 0.3333333333333333, 112 ulp off
 
     Args:
-        actual: A nest of floating-point or complex arrays of any library, or one.
-        expected: A nest of the same keys: arrays, or arrays of `decimal.Decimal` objects.
+        actual: A tree of floating-point or complex arrays of any library, or one.
+        expected: A tree of the same keys: arrays, or arrays of `decimal.Decimal` objects.
         ulp: The most that an element may be off, in ulps.
         scale: At what size an ulp is measured instead: a prefix of `expected`, of numbers or
             arrays that broadcast. For w - u, the larger of |w| and |u|: what cancels may not be

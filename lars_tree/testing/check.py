@@ -51,7 +51,7 @@ def check_update_laws(
 
     The function is called as `update(w, dcdw, lr)`, with `decay_lambda=` where a law is about decay
     and with `out=w` where one is about updates in place, and returns the new weights. w and dcdw
-    are nests of arrays, by the arguments below, lr is a float. An optimizer with another signature
+    are trees of arrays, by the arguments below, lr is a float. An optimizer with another signature
     needs a few lines around it; one with momentum is to be made without.
 
     Each law is tried on random weights and gradients, and what breaks it is reduced to the smallest

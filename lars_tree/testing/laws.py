@@ -1,7 +1,7 @@
 """The laws of an update: each is a function of a `Trial`, which draws what the law is about.
 
 A law asserts, so that it is broken by an AssertionError; any other error of the update breaks it
-too. `TREE_LAWS` are about nests and memory: they hold for every optimizer without a state.
+too. `TREE_LAWS` are about trees and memory: they hold for every optimizer without a state.
 `RULE_LAWS` are about the numbers of LARS.
 """
 
@@ -37,7 +37,7 @@ def _times(factor: float, tree: Any) -> Any:
     return mapped(lambda x: _arrays.times(x, factor), tree)
 
 
-# ---- Nests and memory
+# ---- Trees and memory
 
 
 def keeps_the_structure(trial: Trial) -> None:
@@ -254,7 +254,7 @@ TREE_LAWS: tuple[Law, ...] = (
     is_the_same_in_place,
     stands_still_at_rate_zero,
 )
-"""Those of nests and memory: they hold for every optimizer without a state."""
+"""Those of trees and memory: they hold for every optimizer without a state."""
 
 RULE_LAWS: tuple[Law, ...] = (
     does_not_see_the_scale_of_the_gradient,

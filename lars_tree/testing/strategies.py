@@ -1,7 +1,7 @@
 """Strategies of hypothesis for arrays, for layers with their gradients, and for options.
 
 Everything shrinks towards the least: zeros, float64, C order. Where an argument says "or a
-strategy", each value may be drawn anew, as in `hypothesis.extra.numpy`. Nests: `trees.py`.
+strategy", each value may be drawn anew, as in `hypothesis.extra.numpy`. Trees: `trees.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Strategies of hypothesis for nests: of arrays, of weights and gradients, and prefixes of them.
+"""Strategies of hypothesis for trees: of arrays, of weights and gradients, and prefixes of them.
 
 Everything shrinks towards the least: a bare leaf or an empty dict, key 'a', keys in their order.
 """
@@ -50,13 +50,13 @@ def nests(
     max_leaves: int = 6,
     tied: bool = False,
 ) -> Strategy:
-    """Nests of all kinds, also empty ones or a bare leaf.
+    """Trees of all kinds, also empty ones or a bare leaf.
 
     Args:
         leaves: A strategy of the leaves; None makes `arrays()`.
         keys: A strategy of the keys of dicts; None is `keys()`.
         node_types: Types of the nodes: of dict, list and tuple, namedtuples, attrs classes.
-        max_leaves: Most leaves of a nest, more or less.
+        max_leaves: Most leaves of a tree, more or less.
         tied: Whether one and the same leaf may be at several places.
     """
     known = _keys() if keys is None else keys
@@ -84,10 +84,10 @@ def _node(cls: type, keys: Strategy, children: Strategy) -> Strategy:
 
 
 @st.composite
-def _tied(draw: Draw, nest: Any) -> Any:
-    found = _tree.leaves(nest)
+def _tied(draw: Draw, tree: Any) -> Any:
+    found = _tree.leaves(tree)
     places = [draw(st.just(i) | st.integers(0, i)) for i in range(len(found))]
-    return _tree.rebuild(nest, [found[i] for i in places])
+    return _tree.rebuild(tree, [found[i] for i in places])
 
 
 def containers(
@@ -121,7 +121,7 @@ def containers(
 
 
 class _Pair:
-    """A leaf that is two, until the nest is taken apart."""
+    """A leaf that is two, until the tree is taken apart."""
 
     def __init__(self, pair: tuple[Any, Any]) -> None:
         self.w, self.dcdw = pair
@@ -137,7 +137,7 @@ def weights_and_gradients(
     tied: bool = False,
     shuffle_keys: bool = False,
 ) -> Strategy:
-    """Pairs (w, dcdw) of nests of the same structure, as `lars_update` takes them.
+    """Pairs (w, dcdw) of trees of the same structure, as `lars_update` takes them.
 
     >>> from hypothesis import find
     >>> from lars_tree.testing import weights_and_gradients
@@ -156,10 +156,10 @@ def weights_and_gradients(
     """
 
     def make(draw: Draw) -> tuple[Any, Any]:
-        nest = draw(nested)
-        pairs = _tree.leaves(nest)
-        w = _tree.rebuild(nest, [pair.w for pair in pairs])
-        dcdw = _tree.rebuild(nest, [pair.dcdw for pair in pairs])
+        tree = draw(nested)
+        pairs = _tree.leaves(tree)
+        w = _tree.rebuild(tree, [pair.w for pair in pairs])
+        dcdw = _tree.rebuild(tree, [pair.dcdw for pair in pairs])
         return w, draw(shuffled(dcdw)) if shuffle_keys else dcdw
 
     if layers is None:
@@ -174,7 +174,7 @@ def shuffled(tree: Any) -> Strategy:
     """The same tree with the keys of its dicts in any order.
 
     Args:
-        tree: A nest.
+        tree: A tree.
     """
 
     @st.composite
@@ -208,7 +208,7 @@ def prefixes_of(tree: Any, values: Strategy | None = None) -> Strategy:
     {'encoder': 0.0, 'head': 0.0}
 
     Args:
-        tree: A nest.
+        tree: A tree.
         values: A strategy of what stands where the tree is cut; None is integers.
     """
     some = st.integers(0, 9) if values is None else values

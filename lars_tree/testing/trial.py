@@ -62,10 +62,10 @@ class Domain:
         if not self.nested:
             pairs = st.dictionaries(keys, layers, max_size=4)
             return strategies.drawn(lambda draw: _flat(draw(pairs)))
-        nests = trees.weights_and_gradients(
+        found = trees.weights_and_gradients(
             layers, keys=keys, node_types=self.node_types, max_leaves=4
         )
-        return nests.filter(lambda pair: not _tree.is_leaf(pair[0]))
+        return found.filter(lambda pair: not _tree.is_leaf(pair[0]))
 
 
 def _flat(pairs: dict[Any, tuple[Any, Any]]) -> tuple[dict[Any, Any], dict[Any, Any]]:
@@ -97,7 +97,7 @@ class Trial:
         return self._data.draw(strategy, label)
 
     def pair(self, kind: str = "plain") -> tuple[Any, Any]:
-        """Weights and gradients: nests of arrays of the domain, in the same structure.
+        """Weights and gradients: trees of arrays of the domain, in the same structure.
 
         Args:
             kind: Of their numbers: "plain", "moderate" or "extreme".
@@ -175,7 +175,7 @@ def at(tree: Any, path: Any) -> Any:
 
 
 def nested(path: Any, leaf: Any) -> Any:
-    """A nest of dicts that holds this leaf alone."""
+    """A tree of dicts that holds this leaf alone."""
     for key in reversed(path):
         leaf = {key: leaf}
     return leaf
