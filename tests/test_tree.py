@@ -85,7 +85,7 @@ def test_every_node_is_a_leaf_or_has_children(tree):
     assert _tree.is_leaf(tree) == (not dm_tree.is_nested(tree))
     if not _tree.is_leaf(tree):
         children = [child for _, child in _tree.children(tree)]
-        assert_same(_tree.replace_children(tree, children), tree)
+        assert_same(_tree._nodes.replace_children(tree, children), tree)
 
 
 @given(st.data())
