@@ -194,25 +194,28 @@ def decays_as_in_the_paper(trial: Trial) -> None:
 
     With `joint_norm` the ratio is |w| / |g + decay * w|.
     """
-    w, dcdw = trial.pair()
-    rate = trial.draw(RATES, "lr")
-    decay = trial.draw(st.sampled_from([0.5, 2.0, 0.125]), "decay_lambda")
-    new = trial(w, dcdw, rate, decay_lambda=decay)
-    trial.assert_rule(new, w, dcdw, rate, decay, FORMULA_ULP)
+    _assert_rule(trial, st.sampled_from([0.5, 2.0, 0.125]))
+
+
+def _assert_rule(
+    trial: Trial,
+    decays: st.SearchStrategy[float],
+    kind: str = "plain",
+    ulp: float | None = FORMULA_ULP,
+) -> None:
+    w, dcdw = trial.pair(kind)
+    rate, decay = trial.draw(RATES, "lr"), trial.draw(decays, "decay_lambda")
+    trial.assert_rule(trial(w, dcdw, rate, decay_lambda=decay), w, dcdw, rate, decay, ulp)
 
 
 def is_exact(trial: Trial) -> None:
     """Results for numbers of moderate size are within `ulp` of the exact step."""
-    w, dcdw = trial.pair("moderate")
-    rate, decay = trial.draw(RATES, "lr"), trial.draw(DECAYS, "decay_lambda")
-    trial.assert_rule(trial(w, dcdw, rate, decay_lambda=decay), w, dcdw, rate, decay, None)
+    _assert_rule(trial, DECAYS, "moderate", ulp=None)
 
 
 def is_exact_over_the_whole_range(trial: Trial) -> None:
     """Results are exact for numbers of all sizes, from subnormal ones to the largest."""
-    w, dcdw = trial.pair("extreme")
-    rate, decay = trial.draw(RATES, "lr"), trial.draw(DECAYS, "decay_lambda")
-    trial.assert_rule(trial(w, dcdw, rate, decay_lambda=decay), w, dcdw, rate, decay, None)
+    _assert_rule(trial, DECAYS, "extreme", ulp=None)
 
 
 def is_exact_in_long_layers(trial: Trial) -> None:
@@ -230,13 +233,11 @@ def is_exact_in_long_layers(trial: Trial) -> None:
     w, dcdw = (many, one) if long_side == "w" else (one, many)
     arrays = [_in_library(x, dtype, trial.domain.library) for x in (w, dcdw)]
     new = at(trial({"a": arrays[0]}, {"a": arrays[1]}, 1.0), ("a",))
-    norms = exact_norm([value], count), exact_norm([value])
+    norms = exact_norm(value, count), exact_norm(value)
     norms = norms if long_side == "w" else norms[::-1]
-    exact = exact_step(
-        w[:2].tolist(), dcdw[:2].tolist(), 1.0, 0.0, trial.domain.trust_coefficient, norms
-    )
-    wanted, scale = (np.array(x, object) for x in exact)
-    assert_close_ulp(new[:2], wanted, trial.ulp(arrays[0]), scale, dtype=dtype)
+    parts = w[:2].tolist(), dcdw[:2].tolist()
+    expected, scale = exact_step(*parts, 1.0, 0.0, trial.domain.trust_coefficient, norms)
+    assert_close_ulp(new[:2], expected, trial.ulp(arrays[0]), scale, dtype=dtype)
 
 
 def _in_library(x: Any, dtype: str, library: str) -> Any:

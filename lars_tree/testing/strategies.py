@@ -138,16 +138,8 @@ def layers(
 ) -> Strategy:
     """Pairs (w, dcdw) of arrays of one dtype and library: one layer and its gradient.
 
-    Args:
-        dtype: As in `arrays`.
-        shape: The shape of w; as in `arrays`.
-        elements: As in `arrays`, for both arrays.
-        library: As in `arrays`.
-        layouts: As in `arrays`, for each of the two arrays.
-        broadcast: Whether the gradient may have fewer axes than w, and broadcast to it.
-
-    Raises:
-        ValueError: As for `arrays`.
+    With `broadcast`, the gradient may have fewer axes than w, and broadcasts to it. `shape` is the
+    shape of w. The other arguments and errors are those of `arrays`, for each of the two arrays.
     """
     libraries, shapes = _libraries(library, layouts), SHAPES if shape is None else _strategy(shape)
 
@@ -275,11 +267,7 @@ def containers(
     >>> len(find(containers(), lambda w: len(w.leaves()) > 1).leaves())
     2
 
-    Args:
-        leaves: As in `nests`.
-        keys: As in `nests`.
-        max_leaves: As in `nests`.
-        tied: As in `nests`.
+    The arguments are those of `nests`.
     """
     types = (Container, list, tuple)
     flat = arrays() if leaves is None else leaves
@@ -342,11 +330,7 @@ def weights_and_gradients(
 
 
 def shuffled(tree: Any) -> Strategy:
-    """The same tree with the keys of its dicts in any order.
-
-    Args:
-        tree: The tree.
-    """
+    """The same tree with the keys of its dicts in any order."""
     return _rebuilt(tree, None)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, localcontext
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
@@ -18,14 +18,19 @@ from hypothesis.extra import numpy as hnp
 
 from lars_tree import _tree
 from lars_tree.testing import _arrays, strategies
+from lars_tree.testing._arrays import Array
 from lars_tree.testing.assertions import assert_close_ulp
 
 Update = Callable[..., Any]
 
-# Numbers of few bits: they and their multiples by powers of two are exact in every format.
-PLAIN = st.integers(1, 64).map(lambda n: n / 8) | st.integers(-64, -1).map(lambda n: n / 8)
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=2, min_side=0, max_side=3)
-MODERATE = st.floats(-8, 8, width=16, allow_subnormal=False)
+ELEMENTS = {
+    # Not 0, and of few bits: their multiples by powers of two are exact in every format.
+    "plain": st.integers(1, 64).map(lambda n: n / 8) | st.integers(-64, -1).map(lambda n: n / 8),
+    # Their squares neither overflow nor underflow in float32.
+    "moderate": st.floats(-8, 8, width=16, allow_subnormal=False),
+    "extreme": None,  # any finite numbers
+}
 
 _CONTEXT = Context(prec=60, Emax=MAX_EMAX, Emin=MIN_EMIN)
 
@@ -43,19 +48,9 @@ class Domain:
     ulp: Mapping[str, float]
 
     @cached_property
-    def plain(self) -> st.SearchStrategy[Any]:
-        """Weights and gradients of few bits, without 0."""
-        return self._pairs(PLAIN)
-
-    @cached_property
-    def moderate(self) -> st.SearchStrategy[Any]:
-        """Weights and gradients whose squares neither overflow nor underflow in float32."""
-        return self._pairs(MODERATE)
-
-    @cached_property
-    def extreme(self) -> st.SearchStrategy[Any]:
-        """Weights and gradients of any finite numbers."""
-        return self._pairs(None)
+    def pairs(self) -> dict[str, st.SearchStrategy[Any]]:
+        """Strategies for weights and gradients, by the kind of their elements."""
+        return {kind: self._pairs(elements) for kind, elements in ELEMENTS.items()}
 
     def _pairs(self, elements: st.SearchStrategy[Any] | None) -> st.SearchStrategy[Any]:
         layers = strategies.layers(
@@ -102,9 +97,9 @@ class Trial:
         """Weights and gradients: two trees of the same structure.
 
         Args:
-            kind: The kind of their numbers: "plain", "moderate" or "extreme"; see `Domain`.
+            kind: The kind of their elements: "plain", "moderate" or "extreme"; see `ELEMENTS`.
         """
-        return self.draw(getattr(self.domain, kind), "w, dcdw")  # type: ignore[no-any-return]
+        return self.draw(self.domain.pairs[kind], "w, dcdw")  # type: ignore[no-any-return]
 
     def power(self, label: str) -> float:
         """A power of two by which "plain" numbers and their squares can be scaled exactly."""
@@ -125,21 +120,12 @@ class Trial:
             decay_lambda: The decay.
             ulp: The largest accepted distance; None means that of the domain for the dtype.
         """
-        wanted: list[Any] = []
-        scale: list[Any] = []
-        for x, g in zip(_tree.leaves(w), _tree.leaves(dcdw), strict=True):
+        domain = self.domain
+        for (path, x), g in zip(_tree.walk(w), _tree.leaves(dcdw), strict=True):
             old, gradient = (_arrays.to_numpy(y).ravel().tolist() for y in (x, g))
-            exact = exact_step(
-                old,
-                gradient,
-                lr,
-                decay_lambda,
-                self.domain.trust_coefficient,
-                joint_norm=self.domain.joint_norm,
-            )
-            for values, found in zip(exact, (wanted, scale), strict=True):
-                found.append(_objects(values, tuple(x.shape)))
-        self.assert_close(new, w, _tree.rebuild(w, wanted), _tree.rebuild(w, scale), ulp)
+            options = lr, decay_lambda, domain.trust_coefficient, None, domain.joint_norm
+            expected, scale = exact_step(old, gradient, *options)
+            self._assert_leaf_close(path, x, new, expected.reshape(x.shape), scale, ulp)
 
     def assert_close(self, new: Any, w: Any, expected: Any, scale: Any, ulp: float | None) -> None:
         """Assert that new weights are close to the expected ones, in ulps of the dtype of `w`.
@@ -151,23 +137,21 @@ class Trial:
             scale: For each element, the size at which an ulp is measured.
             ulp: As in `assert_rule`.
         """
-        for (path, x), y, size in zip(
-            _tree.walk(w), _tree.leaves(expected), _tree.leaves(scale), strict=True
-        ):
-            actual, wanted, sizes = (_nested(path, z) for z in (at(new, path), y, size))
-            most = self.ulp(x) if ulp is None else ulp
-            assert_close_ulp(actual, wanted, most, sizes, dtype=x.dtype)
+        rows = zip(_tree.walk(w), _tree.leaves(expected), _tree.leaves(scale), strict=True)
+        for (path, x), y, size in rows:
+            self._assert_leaf_close(path, x, new, y, size, ulp)
+
+    def _assert_leaf_close(
+        self, path: Any, x: Any, new: Any, expected: Any, scale: Any, ulp: float | None
+    ) -> None:
+        leaves = at(new, path), expected, scale.reshape(x.shape)
+        actual, wanted, sizes = (_nested(path, leaf) for leaf in leaves)
+        most = self.ulp(x) if ulp is None else ulp
+        assert_close_ulp(actual, wanted, most, sizes, dtype=x.dtype)
 
     def ulp(self, x: Any) -> float:
         """The distance that the domain accepts for elements of an array with this dtype."""
         return self.domain.ulp[_arrays.name_of(x.dtype)]
-
-
-class Exact(NamedTuple):
-    """The new weights, and the larger of |w| and |step|, for each element."""
-
-    w_new: list[Decimal]
-    scale: list[Decimal]
 
 
 def exact_step(
@@ -178,42 +162,33 @@ def exact_step(
     trust_coefficient: float,
     norms: tuple[Decimal, Decimal] | None = None,
     joint_norm: bool = False,
-) -> Exact:
-    """One step of one layer. `norms` are given if w and dcdw are only a part of the layer.
+) -> tuple[Array, Array]:
+    """The new weights of one layer, and the larger of |w| and |step| for each element.
 
-    With `joint_norm` the second norm is that of dcdw + decay_lambda * w.
+    `norms` of w and dcdw are given if these are only a part of the layer. With `joint_norm` the
+    second norm is that of dcdw + decay_lambda * w.
     """
     with localcontext(_CONTEXT):
-        ws, gs, rate, decay = _decimals(w), _decimals(dcdw), Decimal(lr), Decimal(decay_lambda)
-        decayed = [g + decay * x for x, g in zip(ws, gs, strict=True)]
-        w_norm, g_norm = norms or (_norm(ws), _norm(decayed if joint_norm else gs))
+        rate, decay = Decimal(lr), Decimal(decay_lambda)
+        x, g = (np.array([Decimal(y) for y in values], object) for values in (w, dcdw))
+        decayed = g + decay * x
+        w_norm, g_norm = norms or (_norm(x), _norm(decayed if joint_norm else g))
         ratio = Decimal(1)
         if w_norm and g_norm:
             denominator = g_norm if joint_norm else g_norm + decay * w_norm
             ratio = Decimal(trust_coefficient) * w_norm / denominator
-        steps = [rate * ratio * x for x in decayed]
-        pairs = list(zip(ws, steps, strict=True))
-        return Exact([x - u for x, u in pairs], [max(abs(x), abs(u)) for x, u in pairs])
+        step = rate * ratio * decayed
+        return x - step, np.maximum(abs(x), abs(step))
 
 
-def exact_norm(values: list[float], times: int = 1) -> Decimal:
-    """The 2-norm of the values, each repeated `times` times."""
+def exact_norm(value: float, count: int = 1) -> Decimal:
+    """The 2-norm of `count` elements of this value."""
     with localcontext(_CONTEXT):
-        return _norm(_decimals(values), times)
+        return (count * Decimal(value) ** 2).sqrt()
 
 
-def _norm(values: list[Decimal], times: int = 1) -> Decimal:
-    return (times * sum((x * x for x in values), Decimal(0))).sqrt()
-
-
-def _decimals(values: list[float]) -> list[Decimal]:
-    return [Decimal(x) for x in values]
-
-
-def _objects(values: list[Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    array = np.empty(len(values), object)
-    array[:] = values
-    return array.reshape(shape)
+def _norm(values: Array) -> Decimal:
+    return sum((x * x for x in values), Decimal(0)).sqrt()
 
 
 def at(tree: Any, path: Any) -> Any:
