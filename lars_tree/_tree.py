@@ -362,27 +362,22 @@ def cycle(tree: Tree) -> tuple[Path, Path] | None:
 
     Iterative, so that it can explain a RecursionError.
     """
-    keys: list[Hashable] = []
     depths = {id(tree): 0}  # of the nodes from the root to the current one
-    nodes, pending = [tree], [iter(list(children(tree)))]
+    pending: list[tuple[Hashable, Tree, Iterator[tuple[Hashable, Tree]]]]
+    pending = [(None, tree, iter(list(children(tree))))]
     while pending:
         if len(pending) > _DEEPEST:
             return None  # some classes make new nodes, without end, whenever they are read
-        item = next(pending[-1], None)
-        if item is None:
-            pending.pop()
-            del depths[id(nodes.pop())]
-            if keys:
-                keys.pop()
-            continue
-        key, child = item
-        if id(child) in depths:
-            return tuple(keys[: depths[id(child)]]), (*keys, key)
-        if not is_leaf(child):
-            keys.append(key)
-            depths[id(child)] = len(keys)
-            nodes.append(child)
-            pending.append(iter(list(children(child))))
+        for key, child in pending[-1][-1]:
+            if id(child) in depths:
+                keys = [parent for parent, *_ in pending[1:]]
+                return tuple(keys[: depths[id(child)]]), (*keys, key)
+            if not is_leaf(child):
+                depths[id(child)] = len(pending)
+                pending.append((key, child, iter(list(children(child)))))
+                break
+        else:
+            del depths[id(pending.pop()[1])]
     return None
 
 
@@ -398,8 +393,7 @@ def explaining(arguments: dict[str, Tree]) -> Iterator[None]:
 def explained(arguments: dict[str, Tree]) -> Exception:
     """The error for the one of these trees that is too deep to walk."""
     for name, tree in arguments.items():
-        found = cycle(tree)
-        if found:
+        if found := cycle(tree):
             earlier, path = found
             text = f"expected a tree, got the node at {errors.path_string(earlier) or name} again"
             return errors.error(errors.StructureError, name, f"{name} holds itself", [(path, text)])
