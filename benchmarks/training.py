@@ -342,11 +342,11 @@ def page(results: Results, command: str) -> str:
         "runs": len(runs),
         "minutes": f"{sum(run.seconds for run in runs) / 60:.0f}",
         "steps": ", ".join(steps),
-        "table": report._markdown(table(results)),
-        "by_rate": report._markdown(by_rate(results)),
+        "table": report.markdown(table(results)),
+        "by_rate": report.markdown(by_rate(results)),
         "findings": "\n* ".join(findings(results)),
         "extensions": "; ".join(extensions(results)) or "nowhere",
-        "versions": report._markdown([["", ""], *([name, versions[name]] for name in named)]),
+        "versions": report.markdown([["", ""], *([name, versions[name]] for name in named)]),
     }
     return Template(TEMPLATE.read_text()).substitute(parts, command=command)
 
@@ -384,7 +384,7 @@ def main(arguments: list[str]) -> None:
     _say(f"Runs are kept in {path}")
     settings = {**asdict(plan), "versions": {name: version(name) for name in PACKAGES}}
     results = experiment(load(), plan, Log(path, settings))
-    tables = [report._columns(rows) for rows in (table(results), by_rate(results))]
+    tables = [report.columns(rows) for rows in (table(results), by_rate(results))]
     sys.stdout.write("\n".join([*tables, *findings(results), *extensions(results)]) + "\n")
     if options.write:
         plot(results, DOCS / "images" / "training.svg")
