@@ -5,15 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from pathlib import Path
 from time import perf_counter
 
 import lars_tree
 from benchmarks import plots, report
 from benchmarks.contestants import CONTESTANTS, MOMENTUM, OPTIMIZERS, check, present
 from benchmarks.sections import SECTIONS, Plan, Results
-
-DOCS = Path(__file__).parent.parent / "docs"
 
 
 def main(arguments: list[str]) -> None:
@@ -49,8 +46,8 @@ def main(arguments: list[str]) -> None:
     sys.stdout.write(report.text(results) + "\n")
     if options.write:
         command = " ".join(["python -m benchmarks", *arguments])
-        plots.write(results, DOCS / "images")
-        (DOCS / "performance.md").write_text(report.page(results, command))
+        plots.write(results, report.DOCS / "images")
+        (report.DOCS / "performance.md").write_text(report.page(results, command))
 
 
 def _say(line: str) -> None:

@@ -19,7 +19,7 @@ Row = list[str]
 Table = tuple[str, list[Row]]  # a title, and rows of which the first is the heading
 
 PACKAGES = ["numpy", "torch", "ml_dtypes", "pytorch_optimizer", "timm", "jax", "optax", "ivy"]
-TEMPLATE = Path(__file__).with_name("performance.md.in")
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 def tables(results: Results) -> Iterator[tuple[str, Table]]:
@@ -94,7 +94,12 @@ def page(results: Results, command: str) -> str:
         else ""
     )
     bandwidth = "not measured" if results.bandwidth is None else f"{results.bandwidth / 1e9:.1f}"
-    return Template(TEMPLATE.read_text()).substitute(parts, command=command, bandwidth=bandwidth)
+    return fill("performance.md.in", {**parts, "command": command, "bandwidth": bandwidth})
+
+
+def fill(template: str, parts: dict[str, object]) -> str:
+    """A template of this folder, filled in."""
+    return Template(Path(__file__).with_name(template).read_text()).substitute(parts)
 
 
 def _notes() -> str:
