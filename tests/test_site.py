@@ -1,4 +1,4 @@
-"""The site builds strictly, shows every public name, and takes nothing from elsewhere."""
+"""The site builds in strict mode, documents every public name, and loads nothing remote."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def build(root, site):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The directory of the built site."""
+    """Build the site; return its directory."""
     directory = tmp_path_factory.mktemp("site")
     result = build(ROOT, directory)
     assert result.returncode == 0, result.stderr
     return directory
 
 
-def test_every_public_name_is_shown(site):
+def test_every_public_name_is_documented(site):
     pages = {path.stem: path.read_text() for path in (site / "api").glob("*.html")}
     ids = set(re.findall(r'id="([\w.]+)"', "".join(pages.values())))
     assert {
@@ -55,13 +55,13 @@ def test_every_public_name_is_shown(site):
             if isinstance(value, types.ModuleType):
                 assert value.__name__ in pages
             else:
-                home = getattr(value, "__module__", module_name)  # values have none
+                home = getattr(value, "__module__", module_name)  # plain values have no __module__
                 assert {f"{module_name}.{name}", f"{home}.{name}"} & ids, name
             assert re.search(rf">{name}<", text), f"{name} is not on the page of {module_name}"
 
 
-def test_nothing_is_loaded_from_elsewhere(site):
-    """Links may lead anywhere; what a browser asks for by itself is here."""
+def test_the_pages_load_nothing_remote(site):
+    """Links may lead to other sites; what a browser loads by itself is part of the site."""
     tags = r"<(?:script|img|link|iframe|source|object)\b"
     loads = tags + r"[^>]*?(?:src|href|data)=\"?((?:https?:)?//[^\" >]+)"
     for path in site.rglob("*.html"):
@@ -73,7 +73,7 @@ def test_nothing_is_loaded_from_elsewhere(site):
 
 @pytest.fixture
 def copy(tmp_path):
-    """A copy of all that the site is made of, to be spoilt."""
+    """A copy of the sources of the site, which a test may damage."""
     root = tmp_path / "root"
     shutil.copytree(ROOT / "docs", root / "docs")
     shutil.copytree(PACKAGE, root / "lars_tree", ignore=shutil.ignore_patterns("*.so", "*.pyc"))
@@ -98,7 +98,7 @@ def test_broken_links_fail_the_build(copy, tmp_path):
         assert any(target in line for line in warnings), target
 
 
-def test_a_page_that_the_navigation_lacks_fails_the_build(copy, tmp_path):
+def test_a_page_missing_in_the_navigation_fails_the_build(copy, tmp_path):
     (copy / "docs" / "stray.md").write_text("# Stray\n")
     result = build(copy, tmp_path / "site")
     assert result.returncode != 0
@@ -107,14 +107,14 @@ def test_a_page_that_the_navigation_lacks_fails_the_build(copy, tmp_path):
 
 UNDOCUMENTED = {
     "a name without a docstring": ('"Bare"', "class Bare: pass", "schedules.Bare"),
-    "a name that is not there": ('"Bare"', "", "schedules.Bare"),
+    "a name that does not exist": ('"Bare"', "", "schedules.Bare"),
     "a method without a docstring": ('"A"', 'class A:\n "A"\n def b(self): 0', "schedules.A.b"),
     "a property without a docstring": (
         '"A"',
         'class A:\n "A"\n @property\n def b(self): 0',
         "schedules.A.b",
     ),
-    "a docstring that cannot be read": (
+    "a docstring that cannot be parsed": (
         '"a"',
         'def a():\n "A\\n\\nRaises:\\n  b"',
         "lars_tree/schedules.py",
@@ -131,7 +131,7 @@ def test_undocumented_names_fail_the_build(fault, copy, tmp_path):
     assert message in result.stderr
 
 
-def test_a_module_of_which_nothing_is_known_fails_the_build(copy, tmp_path):
+def test_a_module_without_exports_fails_the_build(copy, tmp_path):
     (copy / "lars_tree" / "fresh.py").write_text('"""Fresh."""\n')
     result = build(copy, tmp_path / "site")
     assert result.returncode != 0
