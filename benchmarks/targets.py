@@ -94,7 +94,7 @@ def _with_momentum(results: Results) -> Iterator[Target]:
                 fused = _ratio(times, name, "torch SGD, fused")
                 yield Target(f"{title}{name} / torch SGD, fused", 1.3, fused)
         extra = results.memory.get("in place", {}).get(name)
-        what = f"{name}: extra memory beside the velocity"
+        what = f"{name}: extra memory beyond the velocity"
         yield Target(what, 1.0, None if extra is None else extra / MIB, "MiB")
 
 
