@@ -56,7 +56,7 @@ def container():
     return w
 
 
-def opened(browser, folder, theme, head=""):
+def open_page(browser, folder, theme="light", head=""):
     page = folder / "page.html"
     html = container()._repr_html_()
     page.write_text(
@@ -65,10 +65,9 @@ def opened(browser, folder, theme, head=""):
     features = [{"name": "prefers-color-scheme", "value": theme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     browser.get(page.as_uri())
-    return page
 
 
-def named(browser, name):
+def row(browser, name):
     """The element that shows this key."""
     found = [
         x
@@ -100,32 +99,31 @@ def contrast(ink, page):
     return (max(lights) + 0.05) / (min(lights) + 0.05)
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_the_tree_folds_and_unfolds(browser, tmp_path, theme):
-    opened(browser, tmp_path, theme)
-    assert named(browser, "encoder").is_displayed()
-    assert named(browser, "head").is_displayed()
-    assert not named(browser, "kernel").is_displayed()
+def test_the_tree_folds_and_unfolds(browser, tmp_path):
+    open_page(browser, tmp_path)
+    assert row(browser, "encoder").is_displayed()
+    assert row(browser, "head").is_displayed()
+    assert not row(browser, "kernel").is_displayed()
     folded = browser.get_screenshot_as_png()
 
-    named(browser, "encoder").click()
-    assert named(browser, "kernel").is_displayed()
-    assert not named(browser, "bias").is_displayed()
-    named(browser, "deep").click()
-    assert named(browser, "bias").is_displayed()
+    row(browser, "encoder").click()
+    assert row(browser, "kernel").is_displayed()
+    assert not row(browser, "bias").is_displayed()
+    row(browser, "deep").click()
+    assert row(browser, "bias").is_displayed()
     unfolded = browser.get_screenshot_as_png()
     assert folded != unfolded
 
-    named(browser, "encoder").click()
-    assert not named(browser, "kernel").is_displayed()
-    assert not named(browser, "bias").is_displayed()
+    row(browser, "encoder").click()
+    assert not row(browser, "kernel").is_displayed()
+    assert not row(browser, "bias").is_displayed()
 
 
 @pytest.mark.parametrize("head", ["", JUPYTER_DARK], ids=["page", "jupyter-dark"])
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_all_text_is_legible(browser, tmp_path, theme, head):
     """WCAG requires a contrast of 4.5."""
-    opened(browser, tmp_path, theme, head)
+    open_page(browser, tmp_path, theme, head)
     for selector in (
         ".lars-tree b",
         ".lars-tree summary",
@@ -145,7 +143,7 @@ def test_contrast_has_the_values_of_the_standard():
 
 
 def test_hostile_keys_run_no_script(browser, tmp_path):
-    opened(browser, tmp_path, "light")
+    open_page(browser, tmp_path)
     for summary in browser.find_elements("css selector", "summary")[1:]:
         if not summary.find_element("xpath", "..").get_property("open"):
             summary.click()
