@@ -210,7 +210,7 @@ def test_finished_runs_are_read_from_the_log(tmp_path):
 
 
 def test_the_plot_has_a_line_for_each_optimizer(results, tmp_path):
-    pytest.importorskip("matplotlib.pyplot")  # only the benchmarks need it, so it is not in `dev`
+    need("matplotlib")
     training.plot(results, tmp_path / "plot.svg")
     text = (tmp_path / "plot.svg").read_text()
     assert len(text) < 200_000
