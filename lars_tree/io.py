@@ -6,8 +6,7 @@ What is in the files is what other programs expect: each array under the keys of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -108,22 +107,15 @@ def load(path: Path, *, library: str = "numpy") -> Container:
         text = f"library is not known: expected 'numpy', 'torch' or 'jax', got {library!r}"
         raise errors.error(errors.OptionError, "library", text, [])
     found = {}
-    if formats.find(path) is npz:
-        read, kept = npz.read(path)
-        for name, x in read.items():
-            with _naming(path, name):
-                found[name] = _FROM_NUMPY[library](x)
-    else:
-        with safetensors.opened(path) as view:
-            kept = view.metadata
-            for name, place in view.places.items():
-                fill = partial(view.read, name)
-                with _naming(path, name):
-                    if library == "torch":
-                        found[name] = arrays.fill_torch(place.size, fill)
-                    else:
-                        found[name] = _FROM_NUMPY[library](fill(np.empty(place.size, np.uint8)))
-    return _tree(path, found, kept)
+    with formats.find(path).opened(path) as view:
+        for name in view.names:
+            with formats.file_errors(path, name):
+                if library == "torch" and isinstance(view, safetensors.View):
+                    size = view.places[name].size
+                    found[name] = arrays.fill_torch(size, partial(view.read, name))
+                else:
+                    found[name] = _FROM_NUMPY[library](view.read(name))
+        return _tree(path, found, view.metadata)
 
 
 def open(path: Path, mode: str = "r") -> Container:  # noqa: A001
@@ -160,13 +152,7 @@ def open(path: Path, mode: str = "r") -> Container:  # noqa: A001
         raise errors.error(errors.OptionError, "mode", text, [])
     if formats.find(path) is npz:
         raise errors.file_error(path, "expected a .safetensors file: an .npz cannot be mapped")
-    with safetensors.opened(path, "rb" if mode == "r" else "r+b") as view:
-        mapped = np.memmap(view.file, np.uint8, "r" if mode == "r" else "r+")
-        found = {
-            name: view.array(name, mapped[place.start : place.start + place.size])
-            for name, place in view.places.items()
-        }
-    return _tree(path, found, view.metadata)
+    return _tree(path, *safetensors.mapped(path, "r" if mode == "r" else "r+"))
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -178,7 +164,7 @@ def metadata(path: Path) -> dict[str, str]:
     """
     with formats.find(path).opened(path) as view:
         kept = view.metadata
-        with _naming(path):
+        with formats.file_errors(path):
             names.check(view.names, kept.get(formats.STRUCTURE))
     return {name: text for name, text in kept.items() if name != formats.STRUCTURE}
 
@@ -231,19 +217,7 @@ def _checked(metadata: Mapping[str, str] | None) -> dict[str, str]:
     return kept
 
 
-@contextmanager
-def _naming(path: Path, name: str | None = None) -> Iterator[None]:
-    """Say which file, and which entry, a ValueError is about."""
-    try:
-        yield
-    except errors.FileError:
-        raise
-    except ValueError as error:
-        raise errors.file_error(path, str(error), name) from None
-
-
-def _tree(path: Path, found: dict[str, Any], kept: dict[str, str]) -> Container:
-    with _naming(path):
-        tree = names.unflatten(found, kept.get(formats.STRUCTURE), Container)
+def _tree(path: Path, leaves: dict[str, Any], metadata: dict[str, str]) -> Container:
+    tree = formats.tree(path, leaves, metadata, Container)
     assert isinstance(tree, Container)
     return tree

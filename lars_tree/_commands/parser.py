@@ -134,7 +134,7 @@ def _with_rates(required: bool) -> Callable[[Any], Any]:
         def run(
             lr: float, lr_for: Sequence[tuple[str, float]], no_adapt: Sequence[str], **rest: Any
         ) -> Any:
-            from lars_tree._commands.steps import Rates
+            from lars_tree._commands.rates import Rates
 
             rates = Rates(lr, lr_for, no_adapt, {name: rest.pop(name) for name in shared})
             return function(rates=rates, **rest)

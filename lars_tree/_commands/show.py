@@ -8,7 +8,7 @@ from typing import Any
 
 from lars_tree import _show, _tree, errors, report
 from lars_tree._commands.output import Output, columns
-from lars_tree._commands.steps import Rates, steps
+from lars_tree._commands.rates import Rates, read
 from lars_tree._files import formats
 
 
@@ -42,21 +42,10 @@ def _described(path: str, x: Any) -> dict[str, Any]:
 
 
 def table(file: str, grads: str, rates: Rates) -> Output:
-    """The layers beside the step that these gradients would make; read one leaf at a time."""
-    records: list[dict[str, Any]] = []
-    with formats.opened(file) as w, formats.opened(grads) as g, warnings.catch_warnings():
-        # Each ratio that is odd is in the table.
-        warnings.simplefilter("ignore", report.TrustRatioWarning)
-        for step in steps(w, g, rates):
-            lr, options = step.options["lr"], {k: x for k, x in step.options.items() if k != "lr"}
-            old, dcdw = (_nested(step.path, x) for x in step.fetch())
-            records += report.layer_table(old, dcdw, lr, **options).records
-    layers = report.LayerTable(records)
+    """The table of the layers for a step with these gradients."""
+    w = read(file)
+    lr, options = rates.options(w)
+    # The table shows the ratios that the warning is about.
+    with warnings.catch_warnings(action="ignore", category=report.TrustRatioWarning):
+        layers = report.layer_table(w, read(grads), lr, **options)
     return Output(layers.to_text(), {"file": file, "gradients": grads, "layers": layers.records})
-
-
-def _nested(path: errors.Path, leaf: Any) -> Any:
-    """A nest of this leaf alone."""
-    for key in reversed(path):
-        leaf = {key: leaf}
-    return leaf

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping
-from math import prod
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lars_tree import _backends, errors
-from lars_tree._backends.base import Backend, Values
+from lars_tree._backends.base import Values
 from lars_tree._core.wrapper import unwrap
 from lars_tree.errors import Line, Path
 
@@ -22,32 +22,15 @@ Array = np.ndarray[Any, Any]
 
 
 class Entry(NamedTuple):
-    """What will be written under a name: elements in C order and little-endian."""
+    """An array that is to be written, or is in a file. Its elements are little-endian."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
-    leaf: Any
+    read: Callable[[], Array]
 
     def fetch(self) -> Array:
-        """The elements, in CPU memory and contiguous."""
-        backend = _backends.find(self.leaf)
-        assert backend is not None
-        if backend.name == "torch":  # whose own numpy() lacks bfloat16
-            return _of_torch(backend, self.leaf, self.dtype)
-        return np.asarray(backend.to_numpy(self.leaf), dtype=self.dtype, order="C")
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of the elements."""
-        return prod(self.shape) * self.dtype.itemsize
-
-
-class Lazy(Entry):
-    """An entry of which only the dtype and the shape are known: `leaf` makes the elements."""
-
-    def fetch(self) -> Array:
-        """The elements, made now; they are kept nowhere."""
-        return np.asarray(self.leaf(), dtype=self.dtype, order="C")
+        """The elements, read now, in C order."""
+        return np.asarray(self.read(), dtype=self.dtype, order="C")
 
 
 def check(leaves: Mapping[str, tuple[Path, Any]]) -> dict[str, Entry]:
@@ -70,7 +53,7 @@ def check(leaves: Mapping[str, tuple[Path, Any]]) -> dict[str, Entry]:
             text = f"expected numbers or truth values, got {x.dtype}"
             faults.setdefault(errors.DtypeError, []).append((path, text))
             continue
-        entries[name] = Entry(dtype, tuple(map(int, x.shape)), x)
+        entries[name] = Entry(dtype, tuple(map(int, x.shape)), partial(_to_numpy, x, dtype))
     for kind, lines in faults.items():
         raise errors.error(kind, "tree", "tree holds something that cannot be saved", lines)
     return entries
@@ -116,7 +99,11 @@ def dtype_named(name: str) -> np.dtype[Any] | None:
         return None if scalar is None else np.dtype(scalar)
 
 
-def _of_torch(backend: Backend, x: Any, dtype: np.dtype[Any]) -> Array:
+def _to_numpy(x: Any, dtype: np.dtype[Any]) -> Array:
+    backend = _backends.find(x)
+    assert backend is not None
+    if backend.name != "torch":
+        return backend.to_numpy(x)
     x = x.detach().resolve_conj().resolve_neg().cpu().contiguous()
     if not x.numel():
         return np.empty(x.shape, dtype)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lars_tree import errors
 from lars_tree._files import names, npz, safetensors
-from lars_tree._files.arrays import Entry, Lazy
+from lars_tree._files.arrays import Entry
 from lars_tree._files.replacing import Path
 
 _FORMATS: dict[str, Any] = {".safetensors": safetensors, ".npz": npz}
@@ -58,7 +59,7 @@ class Stored(NamedTuple):
     """
 
     tree: dict[Any, Any]
-    entries: dict[str, Lazy]
+    entries: dict[str, Entry]
     metadata: dict[str, str]
 
 
@@ -71,14 +72,40 @@ def opened(path: Path) -> Iterator[Stored]:
         OSError: as the built-in `open` does.
     """
     with find(path).opened(path) as view:
-        entries, metadata = view.entries(), view.metadata
-        try:
-            blanks = {name: _blank(entry) for name, entry in entries.items()}
-            tree = names.unflatten(blanks, metadata.get(STRUCTURE))
-        except ValueError as error:
-            raise errors.file_error(path, str(error)) from None
-        yield Stored(tree, entries, metadata)
+        entries = {
+            name: Entry(*view.dtype_and_shape(name), partial(view.read, name))
+            for name in view.names
+        }
+        metadata = view.metadata
+        with file_errors(path):
+            blanks = {
+                name: np.broadcast_to(np.empty((), entry.dtype), entry.shape)
+                for name, entry in entries.items()
+            }
+        yield Stored(tree(path, blanks, metadata), entries, metadata)
 
 
-def _blank(entry: Entry) -> np.ndarray[Any, Any]:
-    return np.broadcast_to(np.empty((), entry.dtype), entry.shape)
+def tree(
+    path: Path,
+    leaves: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    make: Callable[[], dict[Any, Any]] = dict,
+) -> Any:
+    """The tree of the leaves of a file, in dicts of the kind that `make` makes.
+
+    Raises:
+        FileError: the names, or the structure in the metadata, are not those of a tree.
+    """
+    with file_errors(path):
+        return names.unflatten(leaves, metadata.get(STRUCTURE), make)
+
+
+@contextmanager
+def file_errors(path: Path, name: str | None = None) -> Iterator[None]:
+    """Turn a ValueError into a FileError about this file, and its entry of this name."""
+    try:
+        yield
+    except errors.FileError:
+        raise
+    except ValueError as error:
+        raise errors.file_error(path, str(error), name) from None

@@ -19,14 +19,13 @@ from numpy.lib import format as npy
 
 from lars_tree import errors
 from lars_tree._files import names
-from lars_tree._files.arrays import Array, Entry, Lazy, is_extension
+from lars_tree._files.arrays import Array, Entry, is_extension
 from lars_tree._files.replacing import Path
 
 NAME = "npz"
 
 _SUFFIX = ".npy"
 _MOST_INFLATED = 1032  # how many bytes deflate can make of one
-_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 def has(dtype: np.dtype[Any]) -> bool:
@@ -49,17 +48,6 @@ def _write(archive: zipfile.ZipFile, name: str, array: Array) -> None:
         npy.write_array(stream, array, allow_pickle=False)
 
 
-def read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """All arrays by name, and the metadata.
-
-    Raises:
-        FileError: the file is malformed, or an array in it is of a kind that is not read.
-        OSError: as the built-in `open` does.
-    """
-    with opened(path) as view:
-        return {name: view.read(name) for name in view.names}, view.metadata
-
-
 class View(NamedTuple):
     """An archive whose directory is valid, open for reading, in the order of that."""
 
@@ -79,14 +67,14 @@ class View(NamedTuple):
             return {}
         return _metadata(self.path, self.read(names.RESERVED))
 
-    def entries(self) -> dict[str, Lazy]:
-        """What the arrays are. Each is read from the file, as long as it is open, when fetched."""
+    def dtype_and_shape(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
+        """The dtype, little-endian, and the shape of an array.
 
-        def entry(name: str) -> Lazy:
-            with self._member(name) as (shape, _, dtype, _):
-                return Lazy(dtype.newbyteorder("<"), shape, lambda: self.read(name))
-
-        return {name: entry(name) for name in self.names}
+        Raises:
+            FileError: as `read` does.
+        """
+        with self._member(name) as (shape, _, dtype, _):
+            return dtype.newbyteorder("<"), shape
 
     def read(self, name: str) -> Array:
         """Read an array.
@@ -103,10 +91,29 @@ class View(NamedTuple):
             return data.view(dtype).reshape(shape, order="F" if fortran_order else "C")
 
     @contextmanager
-    def _member(self, name: str) -> Iterator[_Header]:
+    def _member(self, name: str) -> Iterator[tuple[tuple[int, ...], bool, np.dtype[Any], Any]]:
+        """The shape, whether the order is Fortran's, the dtype, and the stream of the elements."""
+        info = self.members[name]
+        stream: Any
         try:
-            with _opened_member(self.archive, self.members[name]) as header:
-                yield header
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError("expected an entry that is stored or deflated")
+            if info.file_size > info.compress_size * _MOST_INFLATED:
+                raise ValueError(f"declares {info.file_size} bytes in {info.compress_size}")
+            with self.archive.open(info) as stream:
+                version = npy.read_magic(stream)
+                readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+                if version not in readers:
+                    raise ValueError(f"expected version 1.0 or 2.0 of the npy format, got {version}")
+                shape, fortran_order, dtype = readers[version](stream)
+                is_text = name == names.RESERVED
+                if dtype.kind not in ("U" if is_text else "biufc") or dtype.itemsize == 0:
+                    kind = "text" if is_text else "numbers or truth values"
+                    raise ValueError(f"expected {kind}, got {dtype}")
+                size = prod(shape) * dtype.itemsize
+                if size != info.file_size - stream.tell() or min(shape, default=0) < 0:
+                    raise ValueError(f"expected {size} bytes for {dtype} {shape}")
+                yield shape, fortran_order, dtype, stream
         except Exception as error:
             raise errors.file_error(self.path, str(error), name) from error
 
@@ -142,33 +149,6 @@ def _members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
     if sum(info.compress_size for info in members.values()) > size:
         raise ValueError("its entries overlap, or are longer than the file")
     return members
-
-
-_Header = tuple[tuple[int, ...], bool, np.dtype[Any], Any]
-
-
-@contextmanager
-def _opened_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[_Header]:
-    """The shape, whether it is in Fortran's order, the dtype, and the stream of the elements."""
-    if info.compress_type not in _METHODS:
-        raise ValueError("expected an entry that is stored or deflated")
-    if info.file_size > info.compress_size * _MOST_INFLATED:
-        raise ValueError(f"declares {info.file_size} bytes in {info.compress_size}")
-    stream: Any
-    with archive.open(info) as stream:
-        version = npy.read_magic(stream)
-        readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-        if version not in readers:
-            raise ValueError(f"expected version 1.0 or 2.0 of the npy format, got {version}")
-        shape, fortran_order, dtype = readers[version](stream)
-        kinds = "U" if info.filename == names.RESERVED + _SUFFIX else "biufc"
-        if dtype.kind not in kinds or dtype.itemsize == 0:
-            what = "text" if kinds == "U" else "numbers or truth values"
-            raise ValueError(f"expected {what}, got {dtype}")
-        size = prod(shape) * dtype.itemsize
-        if size != info.file_size - stream.tell() or min(shape, default=0) < 0:
-            raise ValueError(f"expected {size} bytes for {dtype} {shape}")
-        yield shape, fortran_order, dtype, stream
 
 
 def _metadata(path: Path, text: Array) -> dict[str, str]:

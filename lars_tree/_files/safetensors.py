@@ -17,13 +17,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from io import BufferedReader
-from typing import Any, BinaryIO, NamedTuple
+from math import prod
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
 from lars_tree import errors
 from lars_tree._files import names
-from lars_tree._files.arrays import Array, Entry, Lazy, dtype_named
+from lars_tree._files.arrays import Array, Entry, dtype_named
 from lars_tree._files.replacing import Path
 
 NAME = "safetensors"
@@ -81,8 +82,8 @@ def write(file: BinaryIO, entries: dict[str, Entry], metadata: dict[str, str]) -
     header |= dict.fromkeys(entries)
     end = 0
     for name in order:
-        dtype, shape, _ = entry = entries[name]
-        start, end = end, end + entry.nbytes
+        dtype, shape, _ = entries[name]
+        start, end = end, end + prod(shape) * dtype.itemsize
         header[name] = {"dtype": _short(dtype), "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
@@ -116,23 +117,27 @@ class View(NamedTuple):
         """The names of the arrays."""
         return self.places
 
-    def entries(self) -> dict[str, Lazy]:
-        """What the arrays are. Each is read from the file, as long as it is open, when fetched."""
+    def dtype_and_shape(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
+        """The dtype, little-endian, and the shape of an array.
 
-        def entry(name: str, place: Place) -> Lazy:
-            def read() -> Array:
-                return self.read(name, np.empty(place.size, np.uint8))
+        Raises:
+            FileError: numpy has no such dtype.
+        """
+        place = self.places[name]
+        dtype = _dtype(place.dtype)
+        if dtype is None:
+            text = f"numpy and ml_dtypes have no {place.dtype}"
+            raise errors.file_error(self.path, text, name)
+        return dtype, place.shape
 
-            return Lazy(self.dtype(name), place.shape, read)
-
-        return {name: entry(name, place) for name, place in self.places.items()}
-
-    def read(self, name: str, memory: Array) -> Array:
-        """Read an array to this memory, as many bytes as it has.
+    def read(self, name: str, memory: Array | None = None) -> Array:
+        """Read an array, to the memory given, which has the size of the array, or to new memory.
 
         Raises:
             FileError: as `array` does; and for a bool that is neither 0 nor 1.
         """
+        if memory is None:
+            memory = np.empty(self.places[name].size, np.uint8)
         self.file.seek(self.places[name].start)
         if self.file.readinto(memory.data) != len(memory):
             raise errors.file_error(self.path, "it was truncated while it was read", name)
@@ -141,27 +146,15 @@ class View(NamedTuple):
             raise errors.file_error(self.path, text, name)
         return self.array(name, memory)
 
-    def dtype(self, name: str) -> np.dtype[Any]:
-        """The dtype of the array of this name.
-
-        Raises:
-            FileError: numpy has no such type.
-        """
-        short = self.places[name].dtype
-        dtype = _dtype(short)
-        if dtype is None:
-            text = f"numpy and ml_dtypes have no {short}"
-            raise errors.file_error(self.path, text, name)
-        return dtype
-
     def array(self, name: str, memory: Array) -> Array:
         """The array of this name over the memory that has its bytes.
 
         Raises:
             FileError: a type or a shape that numpy does not have.
         """
+        dtype, shape = self.dtype_and_shape(name)
         try:
-            array: Array = memory.view(self.dtype(name)).reshape(self.places[name].shape)
+            array: Array = memory.view(dtype).reshape(shape)
         except ValueError as error:  # an empty array with axes that are too long
             raise errors.file_error(self.path, str(error), name) from error
         return array
@@ -183,6 +176,22 @@ def opened(path: Path, mode: str = "rb") -> Iterator[View]:
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 yield View(path, file, *_parsed(path, file))
                 return
+
+
+def mapped(path: Path, mode: Literal["r", "r+"]) -> tuple[dict[str, Array], dict[str, str]]:
+    """All arrays by name, as parts of one memory map of the file, and the metadata.
+
+    Raises:
+        FileError: the file is malformed, or numpy does not have a dtype or shape in it.
+        OSError: as the built-in `open` does.
+    """
+    with opened(path, f"{mode}b") as view:
+        memory = np.memmap(view.file, np.uint8, mode)
+        found = {
+            name: view.array(name, memory[place.start : place.start + place.size])
+            for name, place in view.places.items()
+        }
+        return found, view.metadata
 
 
 def _check(path: Path) -> None:
