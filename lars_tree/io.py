@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from lars_tree import errors
 from lars_tree._core.wrapper import unwrap
 from lars_tree._files import arrays, formats, names, npz, safetensors

@@ -1,26 +1,24 @@
-"""lars-tree show, diff and bench: what they say, and to whom."""
+"""`lars-tree show` and `lars-tree diff`: their text, JSON and exit status."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
-from math import inf, nan, prod
+from math import inf, nan
 
 import numpy as np
 import pytest
 from conftest import need
 
-from lars_tree import Container, io, native_available, report
+from lars_tree import Container, io, report
 from lars_tree.cli import main
 
 bfloat16 = need("ml_dtypes").bfloat16
 for library in ("click", "rich", "safetensors"):
     need(library)
 
-from lars_tree._commands import bench  # noqa: E402
 from lars_tree._commands.diff import Change, compared  # noqa: E402
 
 
@@ -226,23 +224,3 @@ def test_changes_are_those_of_all_blocks(monkeypatch):
     monkeypatch.setattr("lars_tree._commands.diff._BLOCK", 4)
     expected = Change(int(np.sum(a != b)), float(np.max(np.abs(b - a) / np.abs(a))))
     assert compared(a, b) == expected
-
-
-def test_bench_has_the_weights_of_resnet50():
-    """25,557,032 parameters (torchvision) in 53 convolutions, their norms, and the last layer."""
-    shapes = list(bench.resnet50())
-    assert sum(map(prod, shapes)) == 25_557_032
-    assert len(shapes) == 53 * 3 + 2
-
-
-def test_bench_times_an_update_beside_the_same_bytes(capsys, monkeypatch):
-    monkeypatch.setattr(bench, "resnet50", lambda: [(300, 1000), (7,)])
-    monkeypatch.setattr(bench, "_REST", 0)
-    found = as_json(capsys, "bench", "--rounds", 3)
-    assert (found["leaves"], found["parameters"], found["bytes"]) == (2, 300_007, 3 * 4 * 300_007)
-    assert found["kernel"] == native_available()
-    for prefix in ("", "limit_"):
-        gigabytes = found[f"{prefix}gigabytes_per_second"] * found[f"{prefix}milliseconds"] / 1e3
-        assert gigabytes * 1e9 == pytest.approx(found["bytes"])
-    text = printed(capsys, "bench", "--rounds", 3)
-    assert re.search(r"lars_update in place +[\d.]+ ms +[\d.]+ GB/s\n  limit +[\d.]+ ms", text)

@@ -6,7 +6,6 @@ To add one: a function here with its arguments, decorated like the others, which
 from __future__ import annotations
 
 import importlib
-import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -15,10 +14,10 @@ from typing import Any
 import click
 
 import lars_tree
-from lars_tree import errors
+from lars_tree import _options, errors
 from lars_tree._commands.output import Output
 
-_LIBRARIES = {"cli": ("ml_dtypes", "rich", "safetensors"), "demo": ("rich", "sklearn"), "": ()}
+_LIBRARIES = {"cli": ("ml_dtypes", "safetensors"), "demo": ("sklearn",)}
 
 
 def _pair(text: str) -> tuple[str, float]:
@@ -30,27 +29,10 @@ def _pair(text: str) -> tuple[str, float]:
         raise click.BadParameter(f"expected PATTERN=RATE, got {text!r}") from None
 
 
-def _number(
-    kind: type[int] | type[float], holds: Callable[[float], bool], meaning: str
-) -> Callable[[str], float]:
-    """A type of arguments: numbers for which something holds."""
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not holds(value):
-            raise click.BadParameter(f"expected {meaning}, got {text!r}")
-        return value
-
-    return parse
-
-
 _FILE = click.Path()
-_COUNT = _number(int, lambda x: x > 0, "a whole number above 0")
-_SEED = _number(int, lambda x: 0 <= x < 2**32, "a whole number from 0 to 2**32 - 1")
-_RATE = _number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
+_COUNT = click.IntRange(min=1)
+_SEED = click.IntRange(0, 2**32 - 1)
+_RATE = click.FloatRange(min=0, min_open=True)
 
 
 def _subcommand(group: click.Group, extra: str = "cli") -> Callable[[Callable[..., Output]], Any]:
@@ -199,26 +181,14 @@ def diff(a: str, b: str) -> Output:
     return diff.diff(a, b)
 
 
-@_subcommand(commands, extra="")
-@click.option("--rounds", type=_COUNT, default=20, metavar="N", help="How often each is timed.")
-def bench(rounds: int) -> Output:
-    """Time an update beside the limit of this machine's memory.
-
-    It is one in place of the weights of ResNet-50. The limit is what it takes to move the same
-    bytes and no more.
-    """
-    from lars_tree._commands import bench
-
-    return bench.bench(rounds)
-
-
 @_subcommand(commands, extra="demo")
-@click.option("--seed", type=_SEED, default=0, metavar="X", help="Of split, weights and order.")
-@click.option("--epochs", type=_COUNT, default=40, metavar="X", help="Passes over the images.")
-@click.option("--batch", type=_COUNT, default=512, metavar="X", help="Images a step, of 1437.")
-@click.option("--rate", type=_RATE, default=0.1, metavar="X", help="First rate; it falls to 0.")
+@click.option("--seed", type=_SEED, default=0, help="Seed of the split, the weights and the order.")
+@click.option("--epochs", type=_COUNT, default=40, help="Passes over the images.")
+@click.option("--batch", type=_COUNT, default=512, help="Images per step, of 1437.")
+@click.option("--rate", type=_RATE, default=0.1, help="First rate; it falls to 0.")
 def demo(seed: int, epochs: int, batch: int, rate: float) -> Output:
     """Train on handwritten digits, by LARS and by plain SGD."""
     from lars_tree import demo
 
+    _options.check({"lr": rate})  # NaN and infinity pass the type of the option
     return Output(*demo.run(seed=seed, epochs=epochs, batch=batch, rate=rate))
