@@ -72,17 +72,13 @@ def opened(path: Path) -> Iterator[Stored]:
         OSError: as the built-in `open` does.
     """
     with find(path).opened(path) as view:
-        entries = {
-            name: Entry(*view.dtype_and_shape(name), partial(view.read, name))
-            for name in view.names
-        }
-        metadata = view.metadata
-        with file_errors(path):
-            blanks = {
-                name: np.broadcast_to(np.empty((), entry.dtype), entry.shape)
-                for name, entry in entries.items()
-            }
-        yield Stored(tree(path, blanks, metadata), entries, metadata)
+        entries, blanks = {}, {}
+        for name in view.names:
+            dtype, shape = view.dtype_and_shape(name)
+            entries[name] = Entry(dtype, shape, partial(view.read, name))
+            with file_errors(path):
+                blanks[name] = np.broadcast_to(np.empty((), dtype), shape)
+        yield Stored(tree(path, blanks, view.metadata), entries, view.metadata)
 
 
 def tree(

@@ -104,9 +104,7 @@ class View(NamedTuple):
                 version = npy.read_magic(stream)
                 readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
                 if version not in readers:
-                    raise ValueError(
-                        f"expected version 1.0 or 2.0 of the npy format, got {version}"
-                    )
+                    raise ValueError(f"expected npy format version 1.0 or 2.0, got {version}")
                 shape, fortran_order, dtype = readers[version](stream)
                 is_text = name == names.RESERVED
                 if dtype.kind not in ("U" if is_text else "biufc") or dtype.itemsize == 0:
