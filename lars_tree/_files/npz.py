@@ -1,7 +1,7 @@
-"""The .npz format of numpy: a zip archive of .npy files. Nothing is pickled, and no pickle is read.
+"""numpy's .npz format: a zip archive of .npy files. Nothing is pickled or unpickled.
 
-Written without compression, as `numpy.savez` does. Read with or without it, by numpy's own parser
-of headers; what an archive declares is held against what it contains before it is allocated.
+Archives are written without compression, as by `numpy.savez`, and read with or without it. numpy
+parses the headers; the sizes in them are checked against the archive before memory is allocated.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import prod
 from typing import Any, BinaryIO, NamedTuple
 
@@ -25,7 +25,7 @@ from lars_tree._files.replacing import Path
 NAME = "npz"
 
 _SUFFIX = ".npy"
-_MOST_INFLATED = 1032  # how many bytes deflate can make of one
+_MOST_INFLATED = 1032  # the most bytes that deflate can encode in one
 
 
 def has(dtype: np.dtype[Any]) -> bool:
@@ -34,7 +34,7 @@ def has(dtype: np.dtype[Any]) -> bool:
 
 
 def write(file: BinaryIO, entries: dict[str, Entry], metadata: dict[str, str]) -> None:
-    """Write these entries, one after the other, to an empty file."""
+    """Write the entries to an empty file, one at a time."""
     with zipfile.ZipFile(file, "w") as archive:
         if metadata:
             _write(archive, names.RESERVED, np.array(json.dumps(metadata)))
@@ -43,13 +43,16 @@ def write(file: BinaryIO, entries: dict[str, Entry], metadata: dict[str, str]) -
 
 
 def _write(archive: zipfile.ZipFile, name: str, array: Array) -> None:
-    # A ZipInfo of our own has a fixed date: the same tree makes the same file.
+    # A new ZipInfo has a fixed date: equal trees make equal files.
     with archive.open(zipfile.ZipInfo(name + _SUFFIX), "w", force_zip64=True) as stream:
         npy.write_array(stream, array, allow_pickle=False)
 
 
 class View(NamedTuple):
-    """An archive whose directory is valid, open for reading, in the order of that."""
+    """An open archive with a valid directory; the arrays are in the order of the directory.
+
+    Its methods raise FileError where an array is malformed, or neither numeric nor bool.
+    """
 
     path: Path
     archive: zipfile.ZipFile
@@ -65,34 +68,33 @@ class View(NamedTuple):
         """The strings that were saved with the arrays."""
         if names.RESERVED not in self.members:
             return {}
-        return _metadata(self.path, self.read(names.RESERVED))
+        text = self.read(names.RESERVED)
+        with suppress(ValueError):
+            # Not by item(): numpy makes strings of code points that do not exist.
+            codes = text.astype(text.dtype.newbyteorder("<")).tobytes()
+            metadata = names.parsed(codes.decode("utf-32-le").rstrip("\0"))
+            if isinstance(metadata, dict) and all(isinstance(x, str) for x in metadata.values()):
+                return metadata
+        raise errors.file_error(self.path, "expected a JSON object of strings", names.RESERVED)
 
     def dtype_and_shape(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
-        """The dtype, little-endian, and the shape of an array.
-
-        Raises:
-            FileError: as `read` does.
-        """
+        """The dtype, little-endian, and the shape of an array."""
         with self._member(name) as (shape, _, dtype, _):
             return dtype.newbyteorder("<"), shape
 
     def read(self, name: str) -> Array:
-        """Read an array.
-
-        Raises:
-            FileError: it is malformed, or of a kind that is not read.
-        """
+        """Read an array."""
         with self._member(name) as (shape, fortran_order, dtype, stream):
             data = np.empty(prod(shape) * dtype.itemsize, np.uint8)
             if stream.readinto(data.data) != data.size:
                 raise ValueError("its data is truncated")
             if dtype.kind == "b" and data.size and data.max() > 1:
-                raise ValueError("expected truth values of 0 or 1")
+                raise ValueError("expected bools of 0 or 1")
             return data.view(dtype).reshape(shape, order="F" if fortran_order else "C")
 
     @contextmanager
     def _member(self, name: str) -> Iterator[tuple[tuple[int, ...], bool, np.dtype[Any], Any]]:
-        """The shape, whether the order is Fortran's, the dtype, and the stream of the elements."""
+        """Shape, whether in Fortran order, dtype, and a stream of the elements of an array."""
         info = self.members[name]
         stream: Any
         try:
@@ -108,7 +110,7 @@ class View(NamedTuple):
                 shape, fortran_order, dtype = readers[version](stream)
                 is_text = name == names.RESERVED
                 if dtype.kind not in ("U" if is_text else "biufc") or dtype.itemsize == 0:
-                    kind = "text" if is_text else "numbers or truth values"
+                    kind = "text" if is_text else "numbers or bools"
                     raise ValueError(f"expected {kind}, got {dtype}")
                 size = prod(shape) * dtype.itemsize
                 if size != info.file_size - stream.tell() or min(shape, default=0) < 0:
@@ -120,20 +122,13 @@ class View(NamedTuple):
 
 @contextmanager
 def opened(path: Path) -> Iterator[View]:
-    """Open an archive and check its directory.
-
-    Raises:
-        FileError: the file is malformed.
-        OSError: as the built-in `open` does.
-    """
+    """Open an archive and check its directory."""
     with open(path, "rb") as file:
         try:
             archive = zipfile.ZipFile(file)
             members = _members(archive, os.fstat(file.fileno()).st_size)
-        except Exception as error:  # of many kinds: the parser trusts what it reads
-            raise errors.file_error(
-                path, f"it is no zip archive that can be read: {error}"
-            ) from error
+        except Exception as error:  # of many kinds: the parser trusts its input
+            raise errors.file_error(path, f"not a readable zip archive: {error}") from error
         yield View(path, archive, members)
 
 
@@ -142,22 +137,10 @@ def _members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
     for info in archive.infolist():
         name = info.filename.removesuffix(_SUFFIX)
         if name == info.filename:
-            raise ValueError(f"{name!r} is no {_SUFFIX} file")
+            raise ValueError(f"{name!r} is not a {_SUFFIX} file")
         if name in members:
             raise ValueError(f"it has {name!r} twice")
         members[name] = info
     if sum(info.compress_size for info in members.values()) > size:
         raise ValueError("its entries overlap, or are longer than the file")
     return members
-
-
-def _metadata(path: Path, text: Array) -> dict[str, str]:
-    try:
-        # Not by item(): numpy makes strings of code points that do not exist.
-        codes = text.astype(text.dtype.newbyteorder("<")).tobytes()
-        metadata = names.parsed(codes.decode("utf-32-le").rstrip("\0"))
-        if isinstance(metadata, dict) and all(isinstance(x, str) for x in metadata.values()):
-            return metadata
-    except ValueError:
-        pass
-    raise errors.file_error(path, "expected a JSON object of strings", names.RESERVED)

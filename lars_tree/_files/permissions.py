@@ -1,7 +1,7 @@
-"""Who may read and write a file that takes the place of another. What `replacing.py` asks for.
+"""The permissions, owner and attributes of a file that replaces another.
 
-The rule: what the system lets us preserve is preserved; where it does not, nobody gains a right
-that the old file did not give. On Windows nothing is done. `tests/test_io_permissions.py`.
+They are preserved as far as the system allows. Where it does not allow it, nobody gains a right
+that the old file did not give. On Windows nothing is done. Tests: `tests/test_io_permissions.py`.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ import stat
 from contextlib import suppress
 
 _ACL = "system.posix_acl_access"
-# Attributes about the old content, or about running it: they are wrong for the new content.
+# Attributes that describe the old content or how it is run.
 _NOT_COPIED = {_ACL, "security.capability", "security.evm", "security.ima"}
 
 
 def of_new_file(name: str) -> int:
-    """The permissions of any new file in this directory, found by making one of this name.
+    """The permissions of a new file in this directory, found by creating one with this name.
 
-    The umask can only be read by setting it, for all threads, and a default ACL overrides it.
+    Reading the umask would need setting it, for all threads; and a default ACL overrides it.
     """
     with open(name, "xb", buffering=0) as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-    with suppress(FileNotFoundError):  # another saver may have cleared it as a stray
+    with suppress(FileNotFoundError):  # another writer may have removed it
         os.unlink(name)
     return mode
 
 
 def give(file: int, new_mode: int, target: str, old: os.stat_result | None) -> None:
-    """Give the open file all that the target has; if none is there, these permissions.
+    """Give the open file the rights of the target, or `new_mode` if there is no old file.
 
-    First the group, then attributes, ACL and permissions, which depend on whether it is the same
-    group, and the owner last: nobody else can change the permissions of a file.
+    The group comes first, as the ACL and the permissions depend on it. The owner comes last: only
+    the owner can change permissions.
     """
     if not hasattr(os, "fchown"):
         return
@@ -48,30 +48,27 @@ def give(file: int, new_mode: int, target: str, old: os.stat_result | None) -> N
 
 
 def _permitted(mode: int, same_group: bool, same_acl: bool) -> int:
-    """What the new file permits, given what could be preserved.
-
-    Without setuid and setgid, which writing to a file clears too.
-    """
-    if not same_acl:  # the group's bits are the mask of the ACL: not the rights of the group
+    """The permissions of the new file; without setuid and setgid, which a write clears too."""
+    if not same_acl:  # with an ACL, the group's bits are its mask, not the rights of the group
         return mode & 0o700
     if same_group:
         return mode & 0o777
-    # Members of the old group are others now, and some others are in the new group.
+    # Members of the old group now count as others, and some others are in the new group.
     both = mode >> 3 & mode & 0o7
     return mode & 0o700 | both << 3 | both
 
 
 def _copy_attributes(file: int, target: str, same_group: bool) -> bool:
-    """Copy what can be copied; whether the ACLs are the same in the end, and mean the same."""
-    if not hasattr(os, "getxattr"):  # only Linux has them
+    """Copy the attributes and the ACL; return whether the ACLs now grant the same rights."""
+    if not hasattr(os, "getxattr"):  # only on Linux
         return True
     with suppress(OSError):
         for name in set(os.listxattr(target)) - _NOT_COPIED:
-            with suppress(OSError):  # such as those of namespaces that are reserved for root
+            with suppress(OSError):  # some namespaces are reserved for root
                 os.setxattr(file, name, os.getxattr(target, name))
     acl = _acl(target)
     with suppress(OSError):
-        if acl is None:  # the new file may have inherited one from its directory
+        if acl is None:  # remove an ACL inherited from the directory
             os.removexattr(file, _ACL)
         elif same_group:
             os.setxattr(file, _ACL, acl)
@@ -79,7 +76,7 @@ def _copy_attributes(file: int, target: str, same_group: bool) -> bool:
 
 
 def _acl(file: int | str) -> bytes | None:
-    """The POSIX ACL, None without one."""
+    """The POSIX ACL, None if there is none."""
     try:
         return os.getxattr(file, _ACL)
     except OSError:

@@ -1,10 +1,10 @@
-"""Replace a file in one step: at any moment there is the old file or the new one, and it is whole.
+"""Replace a file atomically: at any moment its name leads to the whole old file or the whole new one.
 
-The new content goes to a temporary file in the same directory, which is renamed when all of it is
-on the disk. Whoever writes to a temporary file holds a lock on it, which ends with the process: one
-that can be locked is the stray of a process that was killed, and the next to write clears it.
+The new content is written to a temporary file in the same directory, synced and renamed. The writer
+holds a lock on the temporary file, which ends with its process: a temporary file that can be locked
+was left by a killed process, and the next writer removes it.
 
-Nobody else can open the temporary file (mode 0600) until it is complete: `permissions.py`.
+Until it is complete, nobody else can open the temporary file (mode 0600): see `permissions.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lars_tree._files import permissions
 fcntl: Any
 try:
     import fcntl
-except ImportError:  # Windows, where a file that is open can be neither removed nor renamed
+except ImportError:  # Windows, where an open file can be neither removed nor renamed
     fcntl = None
 
 Path = str | os.PathLike[str]
@@ -33,16 +33,15 @@ _PREFIX, _SUFFIX = ".lars_tree-", ".tmp"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A temporary file to write to, which takes the place of `path` when the block ends well.
+    """Yield a temporary file, which replaces `path` when the block ends without an exception.
 
-    Its `name` is where it is. Of a link, the file it leads to is replaced. The new file has the
-    permissions, owner, group and extended attributes of the old one, as far as the system allows
-    it, or the permissions of any new file. After an exception, `path` is as it was and the
-    temporary file is gone.
+    Its `name` is its path. If `path` is a link, its target is replaced. The new file has the
+    permissions, owner, group and extended attributes of the old one, as far as the system allows.
+    After an exception, `path` is unchanged and the temporary file is removed.
 
     Raises:
-        OSError: as `open(path, "wb")` does; also where something else than a file is there. Where
-            the file was replaced but its directory could not be synced, the error says so.
+        OSError: as `open(path, "wb")` does; also if `path` is not a regular file. If only the
+            directory could not be synced, the error says that the new file is in place.
     """
     target = os.path.realpath(path)
     directory = os.path.dirname(target)
@@ -50,19 +49,19 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     _clear_strays(directory)
     name = os.path.join(directory, f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}")
     file = None
-    try:  # from before it is there: Ctrl-C may come at any moment
+    try:  # entered before the file is created: Ctrl-C may come at any moment
         new_mode = permissions.of_new_file(name) if is_new else 0o600
         file = _locked_file(name)
         yield file
         file.flush()
-        # The status as it is now: the permissions may have changed meanwhile.
+        # The current status: the permissions may have changed meanwhile.
         permissions.give(file.fileno(), new_mode, target, _status(target))
         os.fsync(file.fileno())
         if fcntl is None:
             file.close()
         os.replace(name, target)
     except BaseException:
-        with suppress(OSError):  # such as that of a full disk, again
+        with suppress(OSError):  # a full disk fails again
             if file is not None:
                 file.close()
         with suppress(FileNotFoundError):
@@ -77,11 +76,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _status(target: str) -> os.stat_result | None:
-    """The status of the file that is there; None if none is.
-
-    Raises:
-        OSError: it cannot be replaced.
-    """
+    """The status of the target, None if it does not exist; an OSError if it cannot be replaced."""
     try:
         status = os.stat(target)
     except FileNotFoundError:
@@ -96,11 +91,11 @@ def _status(target: str) -> os.stat_result | None:
 
 
 def _locked_file(name: str) -> BinaryIO:
-    """A new file of this name that nobody else can open or takes for a stray."""
+    """A new file that nobody else can open, locked so that no other writer removes it."""
     while True:
-        # No function of Python between the descriptor and its owner: Ctrl-C would lose it there.
+        # No Python code runs between os.open and the file object: Ctrl-C would leak the descriptor.
         file: BinaryIO = open(name, "x+b", opener=partial(os.open, mode=0o600))  # noqa: SIM115
-        # Another saver may have locked and cleared it before this one could lock it.
+        # Another writer may have locked and removed it first.
         if _lock(file.fileno(), wait=True) is None or _is_at(name, file.fileno()):
             return file
         file.close()
@@ -110,7 +105,7 @@ def _clear_strays(directory: str) -> None:
     with os.scandir(directory) as entries:
         names = [x.path for x in entries if x.name.startswith(_PREFIX) and x.name.endswith(_SUFFIX)]
     for name in names:
-        # What cannot be opened or removed belongs to somebody else, or is gone already.
+        # Ignore files of other users, and files that are already gone.
         with suppress(OSError):
             _clear(name)
 
@@ -120,16 +115,16 @@ def _clear(name: str) -> None:
         os.unlink(name)
         return
     with _descriptor(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK) as file:
-        # A saver that was done meanwhile has renamed what is open here: look at the name again.
+        # Its writer may have renamed it meanwhile: check the name again.
         if _lock(file, wait=False) and _is_at(name, file):
             os.unlink(name)
 
 
 @contextmanager
 def _descriptor(name: str, flags: int) -> Iterator[int]:
-    """A file descriptor, which is closed exactly once, at whichever line Ctrl-C comes.
+    """A file descriptor that is closed exactly once, wherever Ctrl-C comes.
 
-    It goes into the list, and out of it to be closed, without a function of Python in between.
+    No Python code runs while the descriptor is put into the list, or taken out and closed.
     """
     held: list[int] = []
     try:
@@ -138,7 +133,7 @@ def _descriptor(name: str, flags: int) -> Iterator[int]:
             yield held[0]
         finally:
             _close(held)
-    finally:  # where Ctrl-C came at the start of the first one
+    finally:  # if Ctrl-C came at the start of the inner `finally`
         _close(held)
 
 
@@ -148,7 +143,7 @@ def _close(held: list[int]) -> None:
 
 
 def _lock(file: int, *, wait: bool) -> bool | None:
-    """Lock an open file; False if another has it, None where the file system knows no locks."""
+    """Lock an open file; False if another process has it, None if locks are not supported."""
     if fcntl is None:
         return None
     try:
@@ -161,7 +156,7 @@ def _lock(file: int, *, wait: bool) -> bool | None:
 
 
 def _is_at(name: str, file: int) -> bool:
-    """Whether the open file is the one that has this name."""
+    """Whether the open file still has this name."""
     try:
         return os.path.samestat(os.fstat(file), os.stat(name, follow_symlinks=False))
     except FileNotFoundError:
@@ -175,5 +170,5 @@ def _sync(directory: str) -> None:
         try:
             os.fsync(file)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not offered by every file system
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems lack it
                 raise
