@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from lars_tree import errors
 from lars_tree._core.wrapper import unwrap
@@ -75,7 +75,7 @@ def save(path: Path, tree: Any, *, metadata: Mapping[str, str] | None = None) ->
         format_.write(file, entries, strings)
 
 
-def load(path: Path, *, library: str = "numpy") -> Container:
+def load(path: Path, *, library: Literal["numpy", "torch", "jax"] = "numpy") -> Container:
     """Read a .safetensors or .npz file, written by any program.
 
     >>> save("w.npz", {"layers": [{"w": np.ones(2)}, {"w": np.zeros(2)}]})
@@ -112,10 +112,10 @@ def load(path: Path, *, library: str = "numpy") -> Container:
                     found[name] = arrays.fill_torch(size, partial(view.read, name))
                 else:
                     found[name] = _FROM_NUMPY[library](view.read(name))
-        return _tree(path, found, view.metadata)
+        return formats.tree(path, found, view.metadata, Container)
 
 
-def open(path: Path, mode: str = "r") -> Container:  # noqa: A001
+def open(path: Path, mode: Literal["r", "r+"] = "r") -> Container:  # noqa: A001
     """Map a .safetensors file: a Container of `np.memmap` leaves, whose elements are not read yet.
 
     >>> save("w.safetensors", {"w": np.array([3.0, 4.0]), "step": np.array(0)})
@@ -148,7 +148,7 @@ def open(path: Path, mode: str = "r") -> Container:  # noqa: A001
         raise errors.error(errors.OptionError, "mode", text, [])
     if formats.find(path) is npz:
         raise errors.file_error(path, "expected a .safetensors file: an .npz cannot be mapped")
-    return _tree(path, *safetensors.mapped(path, "r" if mode == "r" else "r+"))
+    return formats.tree(path, *safetensors.mapped(path, mode), Container)
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -210,9 +210,3 @@ def _checked(metadata: Mapping[str, str] | None) -> dict[str, str]:
         text = f"metadata has the name {formats.STRUCTURE!r}, which is reserved for `save`"
         raise errors.error(errors.OptionError, "metadata", text, [])
     return strings
-
-
-def _tree(path: Path, leaves: dict[str, Any], metadata: dict[str, str]) -> Container:
-    tree = formats.tree(path, leaves, metadata, Container)
-    assert isinstance(tree, Container)
-    return tree

@@ -244,16 +244,16 @@ class Point(tuple):
 REFUSED = [
     ({"a": {"b": 1.0}}, LeafError, "a/b: expected an array, got a float"),
     ({"a": "text"}, LeafError, "a: expected an array, got a str"),
-    ({"a": np.array(["text"])}, DtypeError, "a: expected numbers or truth values, got <U4"),
-    ({"a": np.array([None])}, DtypeError, "a: expected numbers or truth values, got object"),
-    ({"a": np.zeros(2, "M8[s]")}, DtypeError, "a: expected numbers or truth values"),
-    ({"a": np.zeros(2, "f4,i4")}, DtypeError, "a: expected numbers or truth values"),
+    ({"a": np.array(["text"])}, DtypeError, "a: expected numbers or bools, got <U4"),
+    ({"a": np.array([None])}, DtypeError, "a: expected numbers or bools, got object"),
+    ({"a": np.zeros(2, "M8[s]")}, DtypeError, "a: expected numbers or bools"),
+    ({"a": np.zeros(2, "f4,i4")}, DtypeError, "a: expected numbers or bools"),
     ({"a": np.ma.masked_array([1.0], [True])}, LeafError, "a: expected dense data, got a masked"),
     ({"a": Point([np.ones(1)])}, StructureError, "a: expected a dict, list or tuple, got a Point"),
     ({"a": {1.5: np.ones(1)}}, StructureError, r"a: expected keys of type str or int, got 1.5"),
     ({True: np.ones(1)}, StructureError, "expected keys of type str or int, got True"),
-    ({1: np.ones(1), "1": np.ones(1)}, StructureError, "1: its name '1' is that of 1 too"),
-    ({"a.b": np.ones(1), "a": {"b": np.ones(1)}}, StructureError, "a/b: its name 'a.b' is that"),
+    ({1: np.ones(1), "1": np.ones(1)}, StructureError, "1: its name '1' is also the name of 1"),
+    ({"a.b": np.ones(1), "a": {"b": np.ones(1)}}, StructureError, "a/b: its name 'a.b' is also"),
     ({"__metadata__": np.ones(1)}, StructureError, "'__metadata__' cannot be a name"),
     ({"\ud800": np.ones(1)}, StructureError, "cannot be a name"),
     (np.ones(1), StructureError, "tree: expected a Container or dict, got an array"),
@@ -312,11 +312,11 @@ def test_arguments(file):
     io.save(file, {})
     assert_same(io.load(str(file)), Container())
     assert io.metadata(file) == {}
-    with pytest.raises(OptionError, match=r"library is not known: expected .* got 'keras'"):
+    with pytest.raises(OptionError, match=r"library is unknown: expected .* got 'keras'"):
         io.load(file, library="keras")
     with pytest.raises(FileNotFoundError):
         io.load(file.with_name(f"x{file.suffix}"))
-    with pytest.raises(OptionError, match=r"mode is not known: expected 'r' or 'r.', got 'w'"):
+    with pytest.raises(OptionError, match=r"mode is unknown: expected 'r' or 'r.', got 'w'"):
         io.open(file, "w")
 
 

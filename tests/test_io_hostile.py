@@ -146,7 +146,7 @@ def test_the_entry_is_named(tmp_path):
     assert "\n  x.y: the header has this name twice" in refused(
         path, safetensors(b'{"x.y": ' + ONE + b', "x.y": ' + ONE + b"}")
     )
-    assert "\n  x: expected truth values" in refused(
+    assert "\n  x: expected bools" in refused(
         path, SAFETENSORS["not 0 or 1"].replace(b'"a"', b'"x"')
     )
     assert "\n  a: numpy and ml_dtypes have no F4" in refused(path, SAFETENSORS["half bytes"])

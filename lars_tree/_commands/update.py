@@ -13,6 +13,7 @@ from lars_tree._core.advance import matched
 from lars_tree._core.execute import checked
 from lars_tree._files import formats, names, npz, safetensors
 from lars_tree._files.replacing import replacing
+from lars_tree.container import Container
 from lars_tree.update import lars_update
 
 
@@ -34,7 +35,7 @@ def update(weights: str, grads: str, out: str, rates: Rates) -> Output:
             with replacing(out) as file:
                 format_.write(file, w.entries, w.metadata)
                 file.flush()
-                new = formats.tree(file.name, *safetensors.mapped(file.name, "r+"))
+                new = formats.tree(file.name, *safetensors.mapped(file.name, "r+"), Container)
                 lars_update(new, g, lr, **options, out=new)
         blanks = _tree.leaves(w.tree)
     record = {"weights": weights, "gradients": grads, "out": out, **_show.totals(blanks)._asdict()}

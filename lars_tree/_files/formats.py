@@ -65,15 +65,15 @@ def opened(path: Path) -> Iterator[Stored]:
             entries[name] = Entry(dtype, shape, partial(view.read, name))
             with file_errors(path):
                 blanks[name] = np.broadcast_to(np.empty((), dtype), shape)
-        yield Stored(tree(path, blanks, view.metadata), entries, view.metadata)
+        yield Stored(tree(path, blanks, view.metadata, dict), entries, view.metadata)
 
 
 def tree(
     path: Path,
     leaves: Mapping[str, Any],
     metadata: Mapping[str, str],
-    make: Callable[[], dict[Any, Any]] = dict,
-) -> Any:
+    make: Callable[[], names.Dict],
+) -> names.Dict:
     """The tree of the leaves in a file; `make` makes its dicts."""
     with file_errors(path):
         return names.unflatten(leaves, metadata.get(STRUCTURE), make)

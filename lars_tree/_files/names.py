@@ -11,7 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from lars_tree import _tree, errors
 from lars_tree.errors import Line, Path
@@ -36,13 +36,13 @@ def _most_nodes(leaves: int) -> int:
 # null for None, true for a leaf, whose name follows from its path.
 Structure = Any
 
+Dict = TypeVar("Dict", bound=dict[Any, Any])
+
 
 def flatten(tree: Any) -> tuple[dict[str, tuple[Path, Any]], str | None]:
     """The (path, leaf) pairs by name, and the structure if the names alone do not tell it.
 
-    Raises:
-        StructureError: tree is not a mapping, two leaves have one name, a key is neither str nor
-            int, a node is not a dict, list or tuple, or there are more than DEEPEST levels.
+    Raises a StructureError for trees that cannot be restored from a file.
     """
     encoder = _Encoder()
     if _tree.is_leaf(tree) or not isinstance(tree, Mapping):
@@ -66,19 +66,12 @@ def _refusal(faults: list[Line]) -> errors.LarsTreeError:
 
 
 class _Encoder:
-    """Walks a tree once and collects what `flatten` needs.
-
-    Attributes:
-        found: The (path, leaf) pairs by name.
-        faults: The paths that cannot be saved, and why.
-        can_split: Whether splitting the names restores the tree: it has only dicts and leaves.
-        nodes: The number of nodes.
-    """
+    """Walks a tree once and collects what `flatten` needs."""
 
     def __init__(self) -> None:
-        self.found: dict[str, tuple[Path, Any]] = {}
+        self.found: dict[str, tuple[Path, Any]] = {}  # by name
         self.faults: list[Line] = []
-        self.can_split = True
+        self.can_split = True  # whether splitting the names restores the tree
         self.nodes = 0
 
     def encode(self, node: Any, path: Path) -> Structure:
@@ -92,26 +85,26 @@ class _Encoder:
             self._add_leaf(node, path)
             return True
         self.nodes += 1
-        pairs = list(_tree.children(node))
-        if isinstance(node, Mapping):
-            structure: Structure = ["dict"]
-            self.can_split = self.can_split and bool(pairs)
-            for key, child in pairs:
-                if type(key) not in (str, int):
-                    text = f"expected keys of type str or int, got {key!r} ({type(key).__name__})"
-                    self.faults.append((path, text))
-                if type(key) is not str or "." in key:
-                    self.can_split = False
-                structure.append([key, self.encode(child, (*path, key))])
-            return structure
-        if type(node) not in (list, tuple):
+        is_dict = isinstance(node, Mapping)
+        if not is_dict and type(node) not in (list, tuple):
             text = f"expected a dict, list or tuple, got {errors.describe(node)}"
             self.faults.append((path, text))
-        self.can_split = False
-        structure = [type(node).__name__]
-        for i, child in pairs:
-            structure.append(self.encode(child, (*path, i)))
+        pairs = list(_tree.children(node))
+        self.can_split = self.can_split and is_dict and bool(pairs)
+        structure: Structure = ["dict" if is_dict else type(node).__name__]
+        for key, child in pairs:
+            if is_dict:
+                self._check_key(key, path)
+            below = self.encode(child, (*path, key))
+            structure.append([key, below] if is_dict else below)
         return structure
+
+    def _check_key(self, key: Any, path: Path) -> None:
+        if type(key) not in (str, int):
+            text = f"expected keys of type str or int, got {key!r} ({type(key).__name__})"
+            self.faults.append((path, text))
+        if type(key) is not str or "." in key:
+            self.can_split = False
 
     def _add_leaf(self, leaf: Any, path: Path) -> None:
         name = join(path)
@@ -130,16 +123,10 @@ def join(path: Path) -> str:
 
 def is_text(name: str) -> bool:
     """Whether name can be encoded as UTF-8; a lone surrogate cannot."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return name.encode(errors="ignore").decode() == name
 
 
-def unflatten(
-    leaves: Mapping[str, Any], text: str | None, make: Callable[[], dict[Any, Any]] = dict
-) -> dict[Any, Any]:
+def unflatten(leaves: Mapping[str, Any], text: str | None, make: Callable[[], Dict]) -> Dict:
     """The tree of these leaves by name: lists, tuples, and dicts made by `make`.
 
     `text` is the structure; None splits the names. Raises a ValueError if they do not make a tree.
@@ -153,7 +140,7 @@ def unflatten(
         raise ValueError("the structure is not a dict")
     if left:
         raise ValueError(f"the structure lacks {errors.enumerated(map(repr, left))}")
-    return tree
+    return cast("Dict", tree)
 
 
 def check(names: Iterable[str], text: str | None) -> None:
@@ -164,12 +151,12 @@ def check(names: Iterable[str], text: str | None) -> None:
                 raise ValueError(f"{name!r} has more than {DEEPEST} levels")
 
 
-def _split(leaves: Mapping[str, Any], make: Callable[[], dict[Any, Any]]) -> dict[Any, Any]:
+def _split(leaves: Mapping[str, Any], make: Callable[[], Dict]) -> Dict:
     tree = make()  # accessed by methods of dict: a Container would read '/' in a key as a path
     nodes, most = 1, _most_nodes(len(leaves))
     for name, leaf in leaves.items():
         *parents, last = name.split(".")
-        node = tree
+        node: dict[Any, Any] = tree
         for key in parents:
             child = dict.get(node, key)
             if child is None:
@@ -187,9 +174,7 @@ def _split(leaves: Mapping[str, Any], make: Callable[[], dict[Any, Any]]) -> dic
     return tree
 
 
-def _decode(
-    node: Structure, path: Path, left: dict[str, Any], make: Callable[[], dict[Any, Any]]
-) -> Any:
+def _decode(node: Structure, path: Path, left: dict[str, Any], make: Callable[[], Dict]) -> Any:
     """The tree of a structure; its leaves are taken out of `left`."""
     if len(path) > DEEPEST:
         raise ValueError(f"the structure has more than {DEEPEST} levels")

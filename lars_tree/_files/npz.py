@@ -35,17 +35,14 @@ def has(dtype: np.dtype[Any]) -> bool:
 
 def write(file: BinaryIO, entries: dict[str, Entry], metadata: dict[str, str]) -> None:
     """Write the entries to an empty file, one at a time."""
+    if metadata:
+        text = np.array(json.dumps(metadata))
+        entries = {names.RESERVED: Entry(text.dtype, (), lambda: text), **entries}
     with zipfile.ZipFile(file, "w") as archive:
-        if metadata:
-            _write(archive, names.RESERVED, np.array(json.dumps(metadata)))
         for name, entry in entries.items():
-            _write(archive, name, entry.fetch())
-
-
-def _write(archive: zipfile.ZipFile, name: str, array: Array) -> None:
-    # A new ZipInfo has a fixed date: equal trees make equal files.
-    with archive.open(zipfile.ZipInfo(name + _SUFFIX), "w", force_zip64=True) as stream:
-        npy.write_array(stream, array, allow_pickle=False)
+            # A new ZipInfo has a fixed date: equal trees make equal files.
+            with archive.open(zipfile.ZipInfo(name + _SUFFIX), "w", force_zip64=True) as stream:
+                npy.write_array(stream, entry.fetch(), allow_pickle=False)
 
 
 class View(NamedTuple):

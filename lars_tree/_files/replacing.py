@@ -1,10 +1,12 @@
-"""Replace a file atomically: at any moment its name leads to the whole old file or the whole new one.
+"""Replace a file atomically: at any moment, its path has the whole old file or the whole new one.
 
 The new content is written to a temporary file in the same directory, synced and renamed. The writer
 holds a lock on the temporary file, which ends with its process: a temporary file that can be locked
 was left by a killed process, and the next writer removes it.
 
-Until it is complete, nobody else can open the temporary file (mode 0600): see `permissions.py`.
+Nobody else can open the temporary file (mode 0600) until it is complete. Then it gets the
+permissions, owner and attributes of the old file, as far as the system allows; where it does not,
+nobody gains a right that the old file did not give. On Windows permissions are not preserved.
 """
 
 from __future__ import annotations
@@ -18,8 +20,6 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, BinaryIO
 
-from lars_tree._files import permissions
-
 fcntl: Any
 try:
     import fcntl
@@ -29,6 +29,9 @@ except ImportError:  # Windows, where an open file can be neither removed nor re
 Path = str | os.PathLike[str]
 
 _PREFIX, _SUFFIX = ".lars_tree-", ".tmp"
+_ACL = "system.posix_acl_access"
+# Attributes that describe the old content or how it is run.
+_NOT_COPIED = {_ACL, "security.capability", "security.evm", "security.ima"}
 
 
 @contextmanager
@@ -50,12 +53,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     name = os.path.join(directory, f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}")
     file = None
     try:  # entered before the file is created: Ctrl-C may come at any moment
-        new_mode = permissions.of_new_file(name) if is_new else 0o600
+        new_mode = _mode_of_new_file(name) if is_new else 0o600
         file = _locked_file(name)
         yield file
         file.flush()
         # The current status: the permissions may have changed meanwhile.
-        permissions.give(file.fileno(), new_mode, target, _status(target))
+        _give_rights(file.fileno(), new_mode, target, _status(target))
         os.fsync(file.fileno())
         if fcntl is None:
             file.close()
@@ -172,3 +175,71 @@ def _sync(directory: str) -> None:
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems lack it
                 raise
+
+
+def _mode_of_new_file(name: str) -> int:
+    """The permissions of a new file in this directory, found by creating one with this name.
+
+    Reading the umask would need setting it, for all threads; and a default ACL overrides it.
+    """
+    with open(name, "xb", buffering=0) as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    with suppress(FileNotFoundError):  # another writer may have removed it
+        os.unlink(name)
+    return mode
+
+
+def _give_rights(file: int, new_mode: int, target: str, old: os.stat_result | None) -> None:
+    """Give the open file the rights of the target, or `new_mode` if there is no old file.
+
+    The group comes first, as the ACL and the permissions depend on it. The owner comes last: only
+    the owner can change permissions.
+    """
+    if not hasattr(os, "fchown"):
+        return
+    if old is None:
+        os.fchmod(file, new_mode)
+        return
+    with suppress(OSError):
+        os.fchown(file, -1, old.st_gid)
+    same_group = os.fstat(file).st_gid == old.st_gid
+    same_acl = _copy_attributes(file, target, same_group)
+    os.fchmod(file, _permitted(old.st_mode, same_group, same_acl))
+    with suppress(OSError):
+        os.fchown(file, old.st_uid, -1)
+
+
+def _permitted(mode: int, same_group: bool, same_acl: bool) -> int:
+    """The permissions of the new file; without setuid and setgid, which a write clears too."""
+    if not same_acl:  # with an ACL, the group's bits are its mask, not the rights of the group
+        return mode & 0o700
+    if same_group:
+        return mode & 0o777
+    # Members of the old group now count as others, and some others are in the new group.
+    both = mode >> 3 & mode & 0o7
+    return mode & 0o700 | both << 3 | both
+
+
+def _copy_attributes(file: int, target: str, same_group: bool) -> bool:
+    """Copy the attributes and the ACL; return whether the ACLs now grant the same rights."""
+    if not hasattr(os, "getxattr"):  # only on Linux
+        return True
+    with suppress(OSError):
+        for name in set(os.listxattr(target)) - _NOT_COPIED:
+            with suppress(OSError):  # some namespaces are reserved for root
+                os.setxattr(file, name, os.getxattr(target, name))
+    acl = _acl(target)
+    with suppress(OSError):
+        if acl is None:  # remove an ACL inherited from the directory
+            os.removexattr(file, _ACL)
+        elif same_group:
+            os.setxattr(file, _ACL, acl)
+    return _acl(file) == acl and (acl is None or same_group)
+
+
+def _acl(file: int | str) -> bytes | None:
+    """The POSIX ACL, None if there is none."""
+    try:
+        return os.getxattr(file, _ACL)
+    except OSError:
+        return None
