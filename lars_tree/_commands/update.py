@@ -6,9 +6,11 @@ renamed. An .npz file cannot be mapped: it is loaded, updated in memory, and sav
 
 from __future__ import annotations
 
+from typing import Any
+
 from lars_tree import _options, _show, _tree, io
 from lars_tree._commands.output import Output
-from lars_tree._commands.rates import Rates, read
+from lars_tree._commands.rates import for_leaves, read
 from lars_tree._core.advance import matched
 from lars_tree._core.execute import checked
 from lars_tree._files import formats, names, npz, safetensors
@@ -17,13 +19,13 @@ from lars_tree.container import Container
 from lars_tree.update import lars_update
 
 
-def update(weights: str, grads: str, out: str, rates: Rates) -> Output:
+def update(weights: str, grads: str, out: str, options: dict[str, Any]) -> Output:
     """Write the new weights to `out`, which may be `weights` or `grads`."""
     format_ = formats.find(out)
     with formats.opened(weights) as w:
         g = read(grads)
-        lr, options = rates.options(w.tree)
-        # All faults are raised before the weights are copied.
+        lr, options = for_leaves(w.tree, **options)
+        # Everything that lars_update refuses is refused before the weights are copied.
         checked(*matched(w.tree, g, {**_options.DEFAULTS, **options, "lr": lr}))
         paths = {names.join(path): path for path, _ in _tree.walk(w.tree)}
         formats.check(format_, w.entries, paths)
