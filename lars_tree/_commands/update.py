@@ -39,6 +39,7 @@ def update(weights: str, grads: str, out: str, options: dict[str, Any]) -> Outpu
                 file.flush()
                 new = formats.tree(file.name, *safetensors.mapped(file.name, "r+"), Container)
                 lars_update(new, g, lr, **options, out=new)
+                del new  # Windows does not rename a mapped file
         blanks = _tree.leaves(w.tree)
     record = {"weights": weights, "gradients": grads, "out": out, **_show.totals(blanks)._asdict()}
     return Output(f"{out}: {_show.summary(blanks)}", record)
