@@ -49,7 +49,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     target = os.path.realpath(path)
     directory = os.path.dirname(target)
     is_new = _status(target) is None
-    _clear_strays(directory)
+    _remove_abandoned_files(directory)
     name = os.path.join(directory, f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}")
     file = None
     try:  # entered before the file is created: Ctrl-C may come at any moment
@@ -104,16 +104,16 @@ def _locked_file(name: str) -> BinaryIO:
         file.close()
 
 
-def _clear_strays(directory: str) -> None:
+def _remove_abandoned_files(directory: str) -> None:
     with os.scandir(directory) as entries:
         names = [x.path for x in entries if x.name.startswith(_PREFIX) and x.name.endswith(_SUFFIX)]
     for name in names:
         # Ignore files of other users, and files that are already gone.
         with suppress(OSError):
-            _clear(name)
+            _remove_if_abandoned(name)
 
 
-def _clear(name: str) -> None:
+def _remove_if_abandoned(name: str) -> None:
     if fcntl is None:
         os.unlink(name)
         return
