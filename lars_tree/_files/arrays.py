@@ -78,7 +78,16 @@ def _dtype(x: Any) -> np.dtype[Any] | None:
     dtype = x.dtype if known else dtype_named(str(x.dtype).rpartition(".")[2])
     if dtype is None or not (dtype.kind in "biufc" or is_extension(dtype)):
         return None
-    return dtype.newbyteorder("<")
+    return little_endian(dtype)
+
+
+def little_endian(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype with little-endian elements; not marked "<" if that is native.
+
+    The native kernel does not support dtypes with an explicit byte order.
+    """
+    dtype = dtype.newbyteorder("<")
+    return dtype.newbyteorder("=") if dtype.isnative else dtype
 
 
 def is_extension(dtype: np.dtype[Any]) -> bool:

@@ -19,7 +19,7 @@ from numpy.lib import format as npy
 
 from lars_tree import errors
 from lars_tree._files import names
-from lars_tree._files.arrays import Array, Entry, is_extension
+from lars_tree._files.arrays import Array, Entry, is_extension, little_endian
 from lars_tree._files.replacing import Path
 
 NAME = "npz"
@@ -77,7 +77,7 @@ class View(NamedTuple):
     def dtype_and_shape(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
         """The dtype, little-endian, and the shape of an array."""
         with self._member(name) as (shape, _, dtype, _):
-            return dtype.newbyteorder("<"), shape
+            return little_endian(dtype), shape
 
     def read(self, name: str) -> Array:
         """Read an array."""

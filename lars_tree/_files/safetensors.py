@@ -22,7 +22,7 @@ import numpy as np
 
 from lars_tree import errors
 from lars_tree._files import names
-from lars_tree._files.arrays import Array, Entry, dtype_named
+from lars_tree._files.arrays import Array, Entry, dtype_named, little_endian
 from lars_tree._files.replacing import Path
 
 NAME = "safetensors"
@@ -68,7 +68,7 @@ def has(dtype: np.dtype[Any]) -> bool:
 def _dtype(short: str) -> np.dtype[Any] | None:
     """The dtype, little-endian, with this name in the format; None if numpy does not have it."""
     dtype = dtype_named(_TYPES[short]) if short in _TYPES else None
-    return dtype and dtype.newbyteorder("<")
+    return dtype and little_endian(dtype)
 
 
 def write(file: BinaryIO, entries: dict[str, Entry], metadata: dict[str, str]) -> None:
