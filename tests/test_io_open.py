@@ -58,7 +58,7 @@ def test_a_file_opened_for_reading_is_read_only(tmp_path):
 
 
 def test_a_mapped_file_is_updated_without_memory_for_its_leaves(tmp_path):
-    """4 leaves of 32 MiB are updated within 32 MiB of address space and 8 MiB of memory."""
+    """4 leaves of 32 MiB need at most 8 MiB of memory and 120 MiB of address space."""
     code = """if 1:
         import json, re, resource, sys
         import numpy as np
@@ -83,7 +83,7 @@ def test_a_mapped_file_is_updated_without_memory_for_its_leaves(tmp_path):
         limit, before = kib("VmSize") + (32 << 10), kib("RssAnon")
         resource.setrlimit(resource.RLIMIT_AS, (limit << 10,) * 2)
         try:
-            bytearray(48 << 20)
+            bytearray(120 << 20)
         except MemoryError:
             pass
         else:
