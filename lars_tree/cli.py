@@ -1,24 +1,24 @@
-"""The `lars-tree` command: how it starts and ends. What it takes is in `_commands/parser.py`.
+"""Start and end of the `lars-tree` command; `_commands/parser.py` has its arguments.
 
-0 is success; `diff` returns 1 for files that differ; 2 is an error, of which one line on stderr
-says what is wrong; 130 is Ctrl-C.
+The exit status is 0 for success; 1 if `diff` finds differences; 2 for an error, with one line on
+stderr; 130 for Ctrl-C.
 """
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status.
 
     Args:
-        argv: The arguments; None takes those of the process.
+        argv: The arguments; by default those of the process.
 
     Raises:
-        SystemExit: 1, without a word, where the reader of stdout has gone away.
+        SystemExit: with status 1 and no message, if stdout was closed by its reader.
     """
     try:
         import click
@@ -26,8 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("lars-tree", "click is not installed: pip install 'lars-tree[cli]'")
     from lars_tree._commands.parser import commands
 
-    for stream in (sys.stdout, sys.stderr):  # keys may be of any script
-        _show_any_character(stream)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # keys may have characters that it cannot encode
+            stream.reconfigure(errors="backslashreplace")
     try:
         status: int = commands.main(argv, "lars-tree", standalone_mode=False)
     except click.exceptions.Abort:  # Ctrl-C
@@ -37,11 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         return _fail("lars-tree", error.format_message())
     return status
-
-
-def _show_any_character(stream: Any) -> None:
-    if hasattr(stream, "reconfigure"):
-        stream.reconfigure(errors="backslashreplace")
 
 
 def _fail(name: str, message: str) -> int:

@@ -1,4 +1,4 @@
-"""How to spoil a call of lars_update at one leaf, and what must hold then."""
+"""Ways to make one leaf of a call of lars_update invalid, and what must hold then."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEYS = ["a", "b", "c", "d", "e"]
 
 @dataclass
 class Call:
-    """The arguments of one call, to be spoilt at one leaf."""
+    """The arguments of one call, one leaf of which is to be made invalid."""
 
     w: dict[str, Any]
     g: dict[str, Any]
@@ -25,7 +25,7 @@ class Call:
     options: dict[str, Any] = field(default_factory=dict)
 
     def spoil(self, side: str, key: str, value: Any) -> None:
-        """Put a value into w, g or out; in place out is w, so w takes what out should have."""
+        """Put a value into w, g or out. In an update in place, w and out are the same dict."""
         getattr(self, side)[key] = value
 
     def run(self) -> Any:
@@ -48,7 +48,7 @@ def torch_call(mode):
 
 
 def contents(call):
-    """The bytes of all memory that the call can reach."""
+    """The bytes of all arrays in w, g and out; for other objects, their ids."""
     found = []
     for tree in (call.w, call.g, call.out or {}):
         for key in KEYS:
@@ -63,7 +63,7 @@ def contents(call):
 
 
 def put(side, value, **options):
-    """A way to spoil: this value at one leaf of one argument."""
+    """A fault: this value at one leaf of one argument."""
 
     def spoil(call, key):
         call.spoil(side, key, value() if callable(value) else value)
@@ -88,7 +88,7 @@ def rename(side):
 
 
 def option(name, value):
-    """A way to spoil: this value of an option at one leaf, good ones elsewhere."""
+    """A fault: this value of an option at one leaf, valid values elsewhere."""
 
     def spoil(call, key):
         prefix = dict.fromkeys(KEYS, 1.0) | {key: value}
@@ -101,7 +101,7 @@ def option(name, value):
 
 
 def other_w_and_out(make):
-    """A way to spoil: w (and out, if it is another tree) of a bad kind at one leaf."""
+    """A fault: an invalid leaf in w, and in out if it is another tree."""
 
     def spoil(call, key):
         call.w[key] = make()
@@ -117,6 +117,7 @@ def tie(call, key):
 
 
 def check(call, key, spoil, kind, argument):
+    """The call with this fault raises an error that names the leaf, and changes nothing."""
     spoil(call, key)
     before = contents(call)
     with pytest.raises(kind) as caught:

@@ -1,26 +1,24 @@
-"""lars-tree show, diff and bench: what they say, and to whom."""
+"""`lars-tree show` and `lars-tree diff`: their text, JSON and exit status."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
-from math import inf, nan, prod
+from math import inf, nan
 
 import numpy as np
 import pytest
 from conftest import need
 
-from lars_tree import Container, io, native_available, report
+from lars_tree import Container, io, report
 from lars_tree.cli import main
 
 bfloat16 = need("ml_dtypes").bfloat16
 for library in ("click", "rich", "safetensors"):
     need(library)
 
-from lars_tree._commands import bench  # noqa: E402
 from lars_tree._commands.diff import Change, compared  # noqa: E402
 
 
@@ -43,7 +41,7 @@ def printed(capsys, *arguments, status=0):
 
 
 def as_json(capsys, *arguments, status=0):
-    """The document that is printed: valid JSON, which Python's parser is not strict about."""
+    """The printed document: strictly valid JSON, without NaN and Infinity."""
 
     def refuse(constant):
         raise AssertionError(constant)
@@ -53,7 +51,7 @@ def as_json(capsys, *arguments, status=0):
     return json.loads(out, parse_constant=refuse)
 
 
-def test_show_lists_what_is_in_a_file(capsys):
+def test_show_lists_the_leaves(capsys):
     io.save("w.safetensors", W, metadata={"step": "1"})
     assert printed(capsys, "show", "w.safetensors") == (
         "w.safetensors: 3 leaves, 18 parameters, 72 bytes\n"
@@ -73,7 +71,7 @@ def test_show_lists_what_is_in_a_file(capsys):
 
 
 def test_show_reads_no_elements(capsys):
-    """A file of 1 TiB, nothing of which is on the disk."""
+    """A sparse file of 1 TiB."""
     text = b'{"w":{"dtype":"F32","shape":[274877906944],"data_offsets":[0,1099511627776]}}'
     with open("w.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -91,7 +89,7 @@ def test_show_lists_all_leaves_of_a_large_tree(capsys):
 
 
 @pytest.mark.parametrize("grads", ["g.npz", "g.safetensors"])
-def test_show_with_gradients_is_the_table_of_the_layers(grads, capsys):
+def test_show_with_gradients_prints_the_layer_table(grads, capsys):
     w = {"encoder": W.encoder.to_dict(), "head": np.array([3.0, 4.0]), "kept": np.ones(2, "f4")}
     g = {"encoder": {"kernel": np.ones((3, 4)), "bias": np.full(4, 2.0)}, "head": 1e-3 * np.ones(2)}
     g["kept"] = None
@@ -114,13 +112,13 @@ def test_show_with_gradients_is_the_table_of_the_layers(grads, capsys):
     ]
 
 
-def test_the_rates_of_show_are_checked_as_those_of_an_update(capsys):
+def test_show_checks_patterns(capsys):
     io.save("w.npz", {"a": np.ones(2)})
     assert main(["show", "w.npz", "--grads", "w.npz", "--lr-for", "b=1"]) == 2
     assert capsys.readouterr().err.startswith("lars-tree show: lr_for matches no leaf")
 
 
-def test_keys_that_a_terminal_cannot_show():
+def test_keys_that_a_terminal_cannot_encode():
     io.save("w.npz", {"ключ": np.ones(2), "a/b\nc": np.ones(2)})
     command = [sys.executable, "-m", "lars_tree", "show", "w.npz"]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
@@ -130,10 +128,9 @@ def test_keys_that_a_terminal_cannot_show():
     ]
 
 
-@pytest.mark.parametrize("arguments", [["show", "w.npz"], ["diff", "w.npz", "v.npz"], ["--help"]])
-def test_a_reader_that_goes_away_is_no_error(arguments):
+@pytest.mark.parametrize("arguments", [["show", "w.npz"], ["--help"]])
+def test_a_closed_pipe_is_not_an_error(arguments):
     io.save("w.npz", {"a": np.ones(1)})
-    io.save("v.npz", {"a": np.zeros(1)})
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "lars_tree", *arguments]
@@ -153,7 +150,7 @@ def test_equal_files_do_not_differ(suffix, capsys):
     assert [leaf["changed"] for leaf in found["leaves"]] == [0, 0, 0]
 
 
-def test_diff_says_how_much_each_leaf_changed(capsys):
+def test_diff_reports_how_much_each_leaf_changed(capsys):
     w = {"a": np.array([1.0, 2, 4]), "b": {"c": np.ones((2, 3), "f4"), "d": np.zeros(4, bfloat16)}}
     new = {"a": np.array([1.0, 2.5, 5]), "b": {"c": w["b"]["c"], "d": np.array([0, 0, 3, 0], "f4")}}
     io.save("a.safetensors", w)
@@ -182,7 +179,7 @@ def test_diff_says_how_much_each_leaf_changed(capsys):
         ({"a": {"bias": 0, "kernel": np.ones(1, "f4")}, "b": 2}, "float64 (1,) in A, float32 (1,)"),
     ],
 )
-def test_diff_says_where_the_structure_differs(other, line, capsys):
+def test_diff_reports_where_the_structure_differs(other, line, capsys):
     def filled(node):
         return Container(node).map(lambda n: np.ones(n) if isinstance(n, int) else n)
 
@@ -192,7 +189,7 @@ def test_diff_says_where_the_structure_differs(other, line, capsys):
     assert not as_json(capsys, "diff", "a.npz", "b.npz", status=1)["equal"]
 
 
-def test_diff_of_what_cannot_be_read_is_an_error(capsys):
+def test_diff_of_a_missing_file_is_an_error(capsys):
     io.save("a.npz", {"a": np.ones(1)})
     assert main(["diff", "a.npz", "b.npz"]) == 2
     assert capsys.readouterr() == ("", "lars-tree diff: b.npz: No such file or directory\n")
@@ -219,30 +216,10 @@ def test_relative_changes(a, b, expected):
     assert largest == pytest.approx(expected[1], nan_ok=True, rel=1e-15)
 
 
-def test_changes_are_those_of_all_blocks(monkeypatch):
+def test_changes_are_counted_over_all_blocks(monkeypatch):
     rng = np.random.default_rng(0)
     a = rng.standard_normal((7, 9))
     b = np.where(rng.random(a.shape) < 0.5, a, rng.standard_normal(a.shape))
     monkeypatch.setattr("lars_tree._commands.diff._BLOCK", 4)
     expected = Change(int(np.sum(a != b)), float(np.max(np.abs(b - a) / np.abs(a))))
     assert compared(a, b) == expected
-
-
-def test_bench_has_the_weights_of_resnet50():
-    """25,557,032 parameters (torchvision) in 53 convolutions, their norms, and the last layer."""
-    shapes = list(bench.resnet50())
-    assert sum(map(prod, shapes)) == 25_557_032
-    assert len(shapes) == 53 * 3 + 2
-
-
-def test_bench_times_an_update_beside_the_same_bytes(capsys, monkeypatch):
-    monkeypatch.setattr(bench, "resnet50", lambda: [(300, 1000), (7,)])
-    monkeypatch.setattr(bench, "_REST", 0)
-    found = as_json(capsys, "bench", "--rounds", 3)
-    assert (found["leaves"], found["parameters"], found["bytes"]) == (2, 300_007, 3 * 4 * 300_007)
-    assert found["kernel"] == native_available()
-    for prefix in ("", "limit_"):
-        gigabytes = found[f"{prefix}gigabytes_per_second"] * found[f"{prefix}milliseconds"] / 1e3
-        assert gigabytes * 1e9 == pytest.approx(found["bytes"])
-    text = printed(capsys, "bench", "--rounds", 3)
-    assert re.search(r"lars_update in place +[\d.]+ ms +[\d.]+ GB/s\n  limit +[\d.]+ ms", text)

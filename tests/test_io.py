@@ -1,9 +1,8 @@
-"""Trees in files: what is saved comes back, or is refused with its path."""
+"""Saving and loading: a tree comes back unchanged, or is refused with the path."""
 
 from __future__ import annotations
 
 import os
-import stat
 
 import numpy as np
 import pytest
@@ -30,6 +29,7 @@ PLAIN = ["float16", "float32", "float64", "complex64", "bool"] + [
     f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
 ]
 EXTENSIONS = ["bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"]
+READ = {".safetensors": [io.load, io.open], ".npz": [io.load]}
 SHAPES = [(), (0,), (3,), (2, 3), (0, 4), (2, 0, 3), (4, 1, 2)]
 
 
@@ -93,7 +93,7 @@ LAYOUTS = {
 
 
 CASES = [(x, dtype, suffix) for x in LAYOUTS for dtype in ("f4", "c8") for suffix in SUFFIXES]
-CASES += [(x, "bfloat16", ".safetensors") for x in LAYOUTS if "big" not in x]  # there is no such
+CASES += [(x, "bfloat16", ".safetensors") for x in LAYOUTS if "big" not in x]  # not bfloat16
 
 
 @pytest.mark.parametrize(("layout", "dtype", "suffix"), CASES)
@@ -108,7 +108,14 @@ def test_every_layout_comes_back(layout, dtype, suffix, tmp_path):
     assert x.tobytes() == before
 
 
-def test_a_map_of_the_file_itself_can_be_saved_to_it(tmp_path):
+def test_loaded_arrays_have_dtypes_that_the_native_kernel_supports(file):
+    """It does not support dtypes with an explicit byte order, which compare equal."""
+    io.save(file, {name: np.ones(2, name) for name in ("float16", "float32", "float64")})
+    for read in READ[file.suffix]:
+        assert {x.dtype.byteorder for x in read(file).leaves()} == {"="}
+
+
+def test_a_mapped_file_can_be_saved_to_itself(tmp_path):
     path = tmp_path / "w.safetensors"
     w = Container(a=np.arange(5.0), b=np.ones((2, 2), np.float32))
     io.save(path, w)
@@ -155,7 +162,7 @@ def test_torch(tmp_path):
     resizable = base.untyped_storage().resizable()
     io.save(path, w)
     assert base.untyped_storage().resizable() is resizable is True
-    assert path.stat().st_size < 3000  # a view is written, not all that it is a view of
+    assert path.stat().st_size < 3000  # only the elements of a view are written
     for loaded in (io.load(path, library="torch"), need("safetensors.torch").load_file(path)):
         assert set(loaded) == set(w)
         for name, x in w.items():
@@ -163,7 +170,7 @@ def test_torch(tmp_path):
             assert (y.dtype, y.shape) == (x.dtype, x.shape)
             assert torch.equal(y.double() if "f" in name else y, x.double() if "f" in name else x)
     loaded = io.load(path, library="torch")
-    assert loaded.bf16.untyped_storage().resizable()  # as the storage of any tensor
+    assert loaded.bf16.untyped_storage().resizable()  # like any tensor
     assert io.load(path).bf16.dtype == ml_dtypes.bfloat16
     assert np.array_equal(io.load(path).bf16.astype(float), w["bf16"].double().numpy())
 
@@ -244,16 +251,16 @@ class Point(tuple):
 REFUSED = [
     ({"a": {"b": 1.0}}, LeafError, "a/b: expected an array, got a float"),
     ({"a": "text"}, LeafError, "a: expected an array, got a str"),
-    ({"a": np.array(["text"])}, DtypeError, "a: expected numbers or truth values, got <U4"),
-    ({"a": np.array([None])}, DtypeError, "a: expected numbers or truth values, got object"),
-    ({"a": np.zeros(2, "M8[s]")}, DtypeError, "a: expected numbers or truth values"),
-    ({"a": np.zeros(2, "f4,i4")}, DtypeError, "a: expected numbers or truth values"),
+    ({"a": np.array(["text"])}, DtypeError, "a: expected numbers or bools, got <U4"),
+    ({"a": np.array([None])}, DtypeError, "a: expected numbers or bools, got object"),
+    ({"a": np.zeros(2, "M8[s]")}, DtypeError, "a: expected numbers or bools"),
+    ({"a": np.zeros(2, "f4,i4")}, DtypeError, "a: expected numbers or bools"),
     ({"a": np.ma.masked_array([1.0], [True])}, LeafError, "a: expected dense data, got a masked"),
     ({"a": Point([np.ones(1)])}, StructureError, "a: expected a dict, list or tuple, got a Point"),
     ({"a": {1.5: np.ones(1)}}, StructureError, r"a: expected keys of type str or int, got 1.5"),
     ({True: np.ones(1)}, StructureError, "expected keys of type str or int, got True"),
-    ({1: np.ones(1), "1": np.ones(1)}, StructureError, "1: its name '1' is that of 1 too"),
-    ({"a.b": np.ones(1), "a": {"b": np.ones(1)}}, StructureError, "a/b: its name 'a.b' is that"),
+    ({1: np.ones(1), "1": np.ones(1)}, StructureError, "1: its name '1' is also the name of 1"),
+    ({"a.b": np.ones(1), "a": {"b": np.ones(1)}}, StructureError, "a/b: its name 'a.b' is also"),
     ({"__metadata__": np.ones(1)}, StructureError, "'__metadata__' cannot be a name"),
     ({"\ud800": np.ones(1)}, StructureError, "cannot be a name"),
     (np.ones(1), StructureError, "tree: expected a Container or dict, got an array"),
@@ -262,7 +269,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("tree", "kind", "text"), REFUSED)
-def test_what_would_not_come_back_is_refused(tree, kind, text, file):
+def test_trees_that_would_not_come_back_are_refused(tree, kind, text, file):
     io.save(file, {"old": np.ones(1)})
     with pytest.raises(kind, match=text) as caught:
         io.save(file, tree)
@@ -271,12 +278,12 @@ def test_what_would_not_come_back_is_refused(tree, kind, text, file):
     assert os.listdir(file.parent) == [file.name]
 
 
-def test_what_a_format_does_not_have_is_refused(tmp_path):
+def test_dtypes_and_names_that_a_format_lacks_are_refused(tmp_path):
     with pytest.raises(DtypeError, match=r"a/b: safetensors has no complex128: save it as \.npz$"):
         io.save(tmp_path / "w.safetensors", {"a": {"b": np.ones(1, complex)}})
     with pytest.raises(DtypeError, match=r"a: npz has no bfloat16: save it as \.safetensors$"):
         io.save(tmp_path / "w.npz", {"a": np.ones(1, ml_dtypes.bfloat16)})
-    with pytest.raises(DtypeError, match=r"a: safetensors has no int4$"):  # nor has the other
+    with pytest.raises(DtypeError, match=r"a: safetensors has no int4$"):  # neither has .npz
         io.save(tmp_path / "w.safetensors", {"a": np.ones(1, ml_dtypes.int4)})
     with pytest.raises(StructureError, match="cannot be a name"):
         io.save(tmp_path / "w.npz", {"a\0b": np.ones(1)})
@@ -293,17 +300,10 @@ def test_tensors_without_elements_are_refused(file):
         io.save(file, {"a": torch.ones(2).to_sparse()})
 
 
-def test_a_tree_that_holds_itself_is_refused(file):
-    tree = {"a": {}}
-    tree["a"]["b"] = tree
-    with pytest.raises(StructureError, match="tree holds itself"):
-        io.save(file, tree)
-
-
 @pytest.mark.parametrize(
     "metadata", [{"a": 1}, {1: "a"}, {"a": "\ud800"}, {"lars_tree.structure": ""}]
 )
-def test_metadata_is_text(metadata, file):
+def test_metadata_must_be_strings(metadata, file):
     with pytest.raises(OptionError, match="metadata"):
         io.save(file, {}, metadata=metadata)
 
@@ -312,29 +312,17 @@ def test_arguments(file):
     io.save(file, {})
     assert_same(io.load(str(file)), Container())
     assert io.metadata(file) == {}
-    with pytest.raises(OptionError, match=r"library is not known: expected .* got 'keras'"):
+    with pytest.raises(OptionError, match=r"library is unknown: expected .* got 'keras'"):
         io.load(file, library="keras")
     with pytest.raises(FileNotFoundError):
         io.load(file.with_name(f"x{file.suffix}"))
-    with pytest.raises(OptionError, match=r"mode is not known: expected 'r' or 'r.', got 'w'"):
+    with pytest.raises(OptionError, match=r"mode is unknown: expected 'r' or 'r.', got 'w'"):
         io.open(file, "w")
-
-
-def test_permissions_are_those_of_open(file):
-    old = os.umask(0o027)
-    try:
-        io.save(file, {})
-        assert stat.S_IMODE(file.stat().st_mode) == 0o640
-        file.chmod(0o604)
-        io.save(file, {"a": np.ones(1)})
-        assert stat.S_IMODE(file.stat().st_mode) == 0o604
-    finally:
-        os.umask(old)
 
 
 def test_links_stay_links(file):
     real = file.with_name(f"real{file.suffix}")
-    file.symlink_to(real)  # which is not there yet
+    file.symlink_to(real)  # does not exist yet
     for value in (1.0, 2.0):
         io.save(file, {"a": np.array(value)})
         assert file.is_symlink()

@@ -1,4 +1,4 @@
-"""Deep, long and many names: what is saved is read, and time and memory stay in proportion."""
+"""Deep trees, long names and many names, which take proportional time and memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ need("safetensors")
 DEEPEST = 100
 EMPTY = entry(dtype="U8", shape=[0], offsets=[0, 0])
 
-# How to put a tree one level deeper.
+# Ways to put a tree one level deeper.
 NODES = {
     "dict": lambda x: {"k": x},
     "list": lambda x: [x],
@@ -46,7 +46,7 @@ def deep(kind, levels, leaf):
 
 
 def refused(path, content):
-    """The message with which all ways to read a file refuse it."""
+    """The message with which every function refuses the file: it is always the same."""
     path.write_bytes(content)
     texts = set()
     for read in READ if path.suffix == ".safetensors" else [io.load, io.metadata]:
@@ -59,7 +59,7 @@ def refused(path, content):
 
 @pytest.mark.parametrize("kind", NODES)
 @pytest.mark.parametrize("leaf", [np.ones(1), None, {}, [], ()], ids=repr)
-def test_what_is_deep_comes_back_or_is_refused(kind, leaf, path):
+def test_100_levels_come_back_and_101_are_refused(kind, leaf, path):
     tree = deep(kind, DEEPEST, leaf)
     io.save(path, tree, metadata={"a": "b"})
     assert_same(io.load(path), Container(tree))
@@ -131,7 +131,7 @@ def test_a_flat_name_may_have_any_number_of_dots(path):
 
 @pytest.mark.parametrize("levels", [DEEPEST + 1, 250, 100_000])
 @pytest.mark.parametrize(("start", "end"), [('["list",', "]"), ('["dict",["a",', "]]")])
-def test_a_structure_has_the_same_depth(start, end, levels, tmp_path):
+def test_a_deeper_structure_is_refused(start, end, levels, tmp_path):
     text = '["dict",["top",' + start * (levels - 1) + "null" + end * (levels - 1) + "]]"
     kept = {"lars_tree.structure": text}
     contents = {
@@ -145,8 +145,8 @@ def test_a_structure_has_the_same_depth(start, end, levels, tmp_path):
             io.load(path)
 
 
-def test_a_name_that_is_there_twice_is_found_in_linear_time(tmp_path):
-    """Of 50,000 names the last: comparing each with all before it takes half a minute."""
+def test_a_duplicate_name_is_found_in_linear_time(tmp_path):
+    """The last of 50,000 names: comparing each pair of names would take half a minute."""
     path = tmp_path / "w.safetensors"
     text = json.dumps({f"n{i}": EMPTY for i in range(50_000)})
     path.write_bytes(safetensors(f'{text[:-1]}, "n49999": {json.dumps(EMPTY)}}}'.encode(), b""))
@@ -182,7 +182,7 @@ def test_long_names_take_memory_in_proportion(case, tmp_path):
 
 
 def test_many_nodes_for_few_leaves_come_back(path):
-    """More than names alone may make: the structure is recorded."""
+    """There are more nodes than may be made from names alone: the structure is recorded."""
     tree = {f"{i}": deep("dict", 50, np.ones(1)) for i in range(30)}
     io.save(path, tree)
     assert_same(io.load(path), Container(tree))

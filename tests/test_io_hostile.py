@@ -1,4 +1,4 @@
-"""Files that lie: each is refused by one kind of error, and allocates nothing that it declares."""
+"""Malformed files: each raises FileError, and no memory is allocated for the sizes it declares."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ SAFETENSORS = {
 
 @pytest.fixture
 def bounded():
-    """Nothing may be allocated that a small file only declares."""
+    """Fail if memory is allocated for a size that a small file only declares."""
     tracemalloc.start()
     yield
     peak = tracemalloc.get_traced_memory()[1]
@@ -136,17 +136,17 @@ def refused(path, content, library="numpy"):
 def test_malformed_safetensors(case, tmp_path):
     path = tmp_path / "w.safetensors"
     refused(path, SAFETENSORS[case])
-    if case != "not 0 or 1":  # which are not read
+    if case != "not 0 or 1":  # elements are not read
         with pytest.raises(FileError):
             io.open(path)
 
 
-def test_the_entry_is_named(tmp_path):
+def test_the_error_names_the_entry(tmp_path):
     path = tmp_path / "w.safetensors"
     assert "\n  x.y: the header has this name twice" in refused(
         path, safetensors(b'{"x.y": ' + ONE + b', "x.y": ' + ONE + b"}")
     )
-    assert "\n  x: expected truth values" in refused(
+    assert "\n  x: expected bools" in refused(
         path, SAFETENSORS["not 0 or 1"].replace(b'"a"', b'"x"')
     )
     assert "\n  a: numpy and ml_dtypes have no F4" in refused(path, SAFETENSORS["half bytes"])
@@ -159,7 +159,7 @@ def test_malformed_for_other_libraries(case, library, tmp_path):
     refused(tmp_path / "w.safetensors", SAFETENSORS[case], library)
 
 
-def test_odd_but_valid(tmp_path):
+def test_unusual_but_valid_files(tmp_path):
     path = tmp_path / "w.safetensors"
     odd = "../../é\n\0/'\""
     path.write_bytes(
@@ -171,7 +171,7 @@ def test_odd_but_valid(tmp_path):
 
 
 def test_a_file_that_is_replaced_while_it_is_opened(tmp_path, monkeypatch):
-    """The package opens the path by itself: what it has checked must be what is read."""
+    """The package opens the path again: the file that it checks must be the file that is read."""
     path, other = tmp_path / "w.safetensors", tmp_path / "other.safetensors"
     io.save(path, {"a": np.zeros(9)})
     io.save(other, {"b": np.ones(2)})
@@ -294,7 +294,7 @@ NPZ |= {
 
 
 def declared(size, compressed=None):
-    """An archive whose header and directory agree that its entry is this long."""
+    """An archive whose header and directory both declare an entry of this size."""
     start = npy(header=head((size // 8,)), body=b"")
     content = bytearray(archive(("a.npy", start + b"1" * 8)))
     directory = content.index(b"PK\x01\x02")
@@ -319,7 +319,7 @@ def test_malformed_npz(case, tmp_path):
 
 
 def test_entries_that_overlap(tmp_path):
-    """Many entries of one directory that all are the same bytes: small, but large when read."""
+    """Many entries share the same bytes: the file is small, but its arrays are large."""
     content = npy(np.zeros(1 << 16))
     stream = memory.BytesIO()
     with zipfile.ZipFile(stream, "w") as file:
@@ -334,7 +334,7 @@ def test_entries_that_overlap(tmp_path):
     assert "its entries overlap" in refused(tmp_path / "w.npz", stream.getvalue())
 
 
-def test_what_numpy_writes_is_read(tmp_path):
+def test_numpy_and_lars_tree_read_the_files_of_each_other(tmp_path):
     path = tmp_path / "w.npz"
     w = {"a.b": np.asfortranarray(np.arange(6.0).reshape(2, 3)), "c": np.ones(3, ">f4")}
     for save in (np.savez, np.savez_compressed):

@@ -1,4 +1,4 @@
-"""Valid files with a few bytes changed: each loads as what it then is, or is refused."""
+"""Valid files with a few bytes changed: each loads, or raises FileError."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def mutated(content, changes):
 
 
 def mutated_inside(content, changes, suffix):
-    """Mutations that the length of the header, or the checksum of an entry, does not give away."""
+    """Mutations that neither the length of the header nor the checksum of an entry reveals."""
     if suffix == ".safetensors":
         end = 8 + int.from_bytes(content[:8], "little")
         return safetensors(mutated(content[8:end], changes), content[end:])
@@ -74,7 +74,7 @@ def test_a_mutated_file_loads_or_is_refused(suffix, where, tmp_path):
     content = valid(path)
     outcomes = set()
 
-    @example(changes=[("set", 0.0, b"", 1)])  # none, which loads, as few of the others do
+    @example(changes=[("set", 0.0, b"", 1)])  # no change: the file loads
     @given(changes=mutations)
     def check(changes):
         inside = where == "inside"

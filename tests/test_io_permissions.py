@@ -1,4 +1,4 @@
-"""Who may read a file that is saved, and while it is: nobody gains a right by it."""
+"""The permissions of saved files and of temporary files: a save gives nobody a new right."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from conftest import need, traced
 
 from lars_tree import Container, io
-from lars_tree._files import permissions, replacing
+from lars_tree._files import replacing
 
 need("ml_dtypes")
 need("safetensors")
@@ -112,8 +112,8 @@ def test_the_content_is_whole_before_anybody_can_open_it(path, monkeypatch):
     assert sizes == [path.stat().st_size] * 2
 
 
-def test_what_changes_while_a_file_is_written_counts(path, monkeypatch):
-    """The permissions are those that the old file has in the end, not those at the start."""
+def test_permissions_changed_during_a_save_count(path, monkeypatch):
+    """The permissions are those of the old file at the end of the save, not at its start."""
     saved(path)
     path.chmod(0o644)
     fetch = io.arrays.Entry.fetch
@@ -123,7 +123,7 @@ def test_what_changes_while_a_file_is_written_counts(path, monkeypatch):
     monkeypatch.setattr(io.arrays.Entry, "fetch", lambda x: path.unlink() or fetch(x))
     path.chmod(0o644)
     saved(path)
-    assert mode(path) == 0o600  # nobody knows what it should be
+    assert mode(path) == 0o600  # the permissions of the old file are unknown
 
 
 @root
@@ -138,7 +138,7 @@ def test_owner_and_group_stay(path):
 OF_OTHER_GROUPS = [
     (0o640, 0o600),  # the new group must not have what the old one had
     (0o664, 0o644),
-    (0o604, 0o600),  # the members of the old group are others now
+    (0o604, 0o600),  # the members of the old group now count as others
     (0o666, 0o666),
     (0o4755, 0o755),
 ]
@@ -200,8 +200,8 @@ def test_an_acl_stays(path):
 
 
 @pytest.mark.parametrize("fails", ["setting it", "the group"])
-def test_without_its_acl_a_file_is_for_its_owner_alone(fails, path, monkeypatch):
-    """The mode of a file with an ACL has the mask of that in place of the group's rights."""
+def test_a_file_that_loses_its_acl_is_for_its_owner_alone(fails, path, monkeypatch):
+    """With an ACL, the group bits of the mode are the mask of the ACL, not the group's rights."""
     saved(path)
     set_attribute(path, ACL, SHARED)
 
@@ -221,7 +221,7 @@ def test_without_its_acl_a_file_is_for_its_owner_alone(fails, path, monkeypatch)
         os.getxattr(path, ACL)
 
 
-def test_an_acl_of_the_directory_is_for_new_files_alone(path):
+def test_a_default_acl_applies_only_to_new_files(path):
     saved(path)
     path.chmod(0o660)
     set_attribute(path.parent, DEFAULT_ACL, SHARED)
@@ -248,7 +248,7 @@ def test_a_hard_link_leads_to_the_old_file(path):
 
 
 @pytest.mark.parametrize("fails", ["fsync", "open"])
-def test_where_the_directory_cannot_be_synced_the_new_file_is_in_place(fails, path, monkeypatch):
+def test_if_the_directory_cannot_be_synced_the_new_file_is_in_place(fails, path, monkeypatch):
     saved(path)
     call, directory = getattr(os, fails), path.parent
 
@@ -266,7 +266,7 @@ def test_where_the_directory_cannot_be_synced_the_new_file_is_in_place(fails, pa
     assert os.listdir(directory) == [path.name]
 
 
-def test_where_the_file_cannot_be_synced_the_old_file_is_in_place(path, monkeypatch):
+def test_if_the_file_cannot_be_synced_the_old_file_is_in_place(path, monkeypatch):
     saved(path)
 
     def broken(file):
@@ -280,12 +280,12 @@ def test_where_the_file_cannot_be_synced_the_old_file_is_in_place(path, monkeypa
 
 
 def interrupted_at(opcode, call):
-    """Make a call, with Ctrl-C at that opcode of `replacing.py`; whether it had so many."""
+    """Make a call with Ctrl-C at that opcode of `replacing.py`; False if it had fewer opcodes."""
     opcodes = iter(range(opcode, -1, -1))
-    files = {replacing.__file__, permissions.__file__}
+    file = replacing.__file__
 
     def trace(frame, event, arg):
-        if frame.f_code.co_filename not in files:
+        if frame.f_code.co_filename != file:
             return None
         frame.f_trace_opcodes = True
         if event == "opcode" and next(opcodes, None) == 0:

@@ -1,1 +1,1 @@
-"""What the subcommands of `lars-tree` do, as plain functions; what they take is in `parser.py`."""
+"""The subcommands of `lars-tree`, as functions; `parser.py` has their arguments."""

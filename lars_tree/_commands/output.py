@@ -1,4 +1,4 @@
-"""What a subcommand came to: text for people, or one JSON document."""
+"""The result of a subcommand: text for people, or one JSON document."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 
 class Output(NamedTuple):
-    """What to print, and the exit status."""
+    """The text or the record to print, and the exit status."""
 
     text: str
     record: dict[str, Any]
     status: int = 0
 
     def as_json(self) -> str:
-        """The record in one line; what JSON has no number for is a string: "NaN", "Infinity"."""
+        """The record in one line; infinities and NaN, which JSON lacks, are strings."""
         return json.dumps(_plain(self.record), allow_nan=False)
 
 
@@ -31,6 +31,6 @@ def _plain(value: Any) -> Any:
 
 
 def columns(lines: list[tuple[str, str]]) -> list[str]:
-    """Names and what is said of them, side by side."""
+    """Names and texts in two aligned columns."""
     width = max((len(name) for name, _ in lines), default=0)
     return [f"  {name:<{width}}  {text}" for name, text in lines]

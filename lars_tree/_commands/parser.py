@@ -1,62 +1,42 @@
-"""What `lars-tree` takes: its table of contents. What a subcommand does is in a module of its own.
+"""The arguments of `lars-tree` and its subcommands. Each subcommand's work is in its own module.
 
-To add one: a function here with its arguments, decorated like the others, which returns `Output`.
+To add a subcommand, write a function here that returns `Output`, decorated like the others.
 """
 
 from __future__ import annotations
 
 import importlib
-import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 import click
 
 import lars_tree
-from lars_tree import errors
+from lars_tree import _options, errors
 from lars_tree._commands.output import Output
 
-_LIBRARIES = {"cli": ("ml_dtypes", "rich", "safetensors"), "demo": ("rich", "sklearn"), "": ()}
+_LIBRARIES = {"cli": ("ml_dtypes", "safetensors"), "demo": ("sklearn",)}  # by extra
 
 
-def _pair(text: str) -> tuple[str, float]:
-    """A pattern and a rate."""
-    pattern, _, rate = text.rpartition("=")
-    try:
-        return pattern, float(rate)
-    except ValueError:
-        raise click.BadParameter(f"expected PATTERN=RATE, got {text!r}") from None
+@click.group(
+    no_args_is_help=False,
+    epilog="To complete commands, options and files in your shell, add the output of "
+    "_LARS_TREE_COMPLETE=bash_source lars-tree (or zsh_source, fish_source) to its startup file.",
+)
+@click.version_option(lars_tree.__version__, message="%(prog)s %(version)s")
+def commands() -> None:
+    """Layer-wise Adaptive Rate Scaling over trees of weights.
+
+    FILEs are .safetensors or .npz. After an error the exit status is 2, and nothing was written.
+    """
 
 
-def _number(
-    kind: type[int] | type[float], holds: Callable[[float], bool], meaning: str
-) -> Callable[[str], float]:
-    """A type of arguments: numbers for which something holds."""
+def _subcommand(extra: str) -> Callable[[Callable[..., Output]], click.Command]:
+    """Make a function a subcommand with --json, which prints what the function returns."""
 
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not holds(value):
-            raise click.BadParameter(f"expected {meaning}, got {text!r}")
-        return value
-
-    return parse
-
-
-_FILE = click.Path()
-_COUNT = _number(int, lambda x: x > 0, "a whole number above 0")
-_SEED = _number(int, lambda x: 0 <= x < 2**32, "a whole number from 0 to 2**32 - 1")
-_RATE = _number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
-
-
-def _subcommand(group: click.Group, extra: str = "cli") -> Callable[[Callable[..., Output]], Any]:
-    """Make a function a subcommand with --json, which prints what it returns."""
-
-    def made(function: Callable[..., Output]) -> click.Command:
+    def decorated(function: Callable[..., Output]) -> click.Command:
         @wraps(function)
         def run(as_json: bool, **arguments: Any) -> int:
             output = _run(function, extra, arguments)
@@ -66,9 +46,9 @@ def _subcommand(group: click.Group, extra: str = "cli") -> Callable[[Callable[..
             return output.status
 
         option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-        return group.command(context_settings={"show_default": True})(option(run))
+        return commands.command(context_settings={"show_default": True})(option(run))
 
-    return made
+    return decorated
 
 
 def _run(function: Callable[..., Output], extra: str, arguments: dict[str, Any]) -> Output:
@@ -87,138 +67,132 @@ def _run(function: Callable[..., Output], extra: str, arguments: dict[str, Any])
         raise click.UsageError(str(error) or type(error).__name__, context) from None
 
 
-@click.group(
-    no_args_is_help=False,
-    epilog="Completion of commands, options and files: put the output of "
-    "_LARS_TREE_COMPLETE=bash_source lars-tree (or zsh_source, fish_source) where your shell "
-    "reads it at its start.",
-)
-@click.version_option(lars_tree.__version__, message="%(prog)s %(version)s")
-def commands() -> None:
-    """Layer-wise Adaptive Rate Scaling over trees of weights.
-
-    FILEs are .safetensors or .npz. The exit status is 2 after an error, and nothing was written.
-    """
+def _pattern_and_rate(text: str) -> tuple[str, float]:
+    pattern, _, rate = text.rpartition("=")
+    try:
+        return pattern, float(rate)
+    except ValueError:
+        raise click.BadParameter(f"expected PATTERN=RATE, got {text!r}") from None
 
 
-def _with_rates(required: bool) -> Callable[[Any], Any]:
-    """The options of the rule, gathered to `rates`."""
-    lr: dict[str, Any] = {"required": True} if required else {"default": 1.0}
-    shared = ("decay_lambda", "trust_coefficient", "eps", "grad_scale", "trust_clip", "joint_norm")
+_SHARED = {
+    "decay_lambda": "Weight decay.",
+    "trust_coefficient": "The paper's eta.",
+    "eps": "Added to the denominator.",
+    "grad_scale": "Loss scale: gradients are divided by it.",
+    "trust_clip": "LARC: lr bounds the local rate.",
+    "joint_norm": "Divide by the norm of g + decay * w.",
+}
+
+
+def _step_options(**lr: Any) -> Callable[[Any], Any]:
+    """Add the options of a step; `lr` is `required=True` or the default of --lr."""
     options = [
-        click.option("--lr", type=float, help="Rate: the step is in proportion to it.", **lr),
-        click.option("--decay-lambda", type=float, default=0.0, help="Weight decay."),
-        click.option("--trust-coefficient", type=float, default=1.0, help="The paper's eta."),
-        click.option("--eps", type=float, default=0.0, help="Added to the denominator."),
-        click.option("--grad-scale", type=float, default=1.0, help="Of the loss; divided out."),
-        click.option("--trust-clip", is_flag=True, help="LARC: lr bounds the local rate."),
-        click.option("--joint-norm", is_flag=True, help="Norm of g + decay * w, not of each."),
+        click.option("--lr", type=float, help="Rate: the step is proportional to it.", **lr),
+        *(
+            click.option(
+                f"--{name.replace('_', '-')}",
+                default=default if isinstance(default, bool) else float(default),
+                is_flag=isinstance(default, bool),
+                help=_SHARED[name],
+            )
+            for name, default in _options.DEFAULTS.items()
+            if name in _SHARED
+        ),
         click.option(
             "--lr-for",
-            type=_pair,
+            type=_pattern_and_rate,
             multiple=True,
             metavar="PATTERN=RATE",
             help="Rate of the leaves that match, such as 'encoder/*=0.1'. Repeatable; the last "
-            "match counts. * matches / too.",
+            "match counts. * also matches /.",
         ),
         click.option(
             "--no-adapt",
             multiple=True,
             metavar="PATTERN",
-            help="Leaves with ratio 1, plain SGD, such as '*/bias'. Repeatable.",
+            help="Leaves updated by plain SGD (ratio 1), such as '*/bias'. Repeatable.",
         ),
     ]
 
-    def decorated(function: Callable[..., Any]) -> Any:
-        @wraps(function)
-        def run(
-            lr: float, lr_for: Sequence[tuple[str, float]], no_adapt: Sequence[str], **rest: Any
-        ) -> Any:
-            from lars_tree._commands.steps import Rates
-
-            rates = Rates(lr, lr_for, no_adapt, {name: rest.pop(name) for name in shared})
-            return function(rates=rates, **rest)
-
-        wrapped: Any = run
+    def decorated(function: Any) -> Any:
         for option in reversed(options):
-            wrapped = option(wrapped)
-        return wrapped
+            function = option(function)
+        return function
 
     return decorated
 
 
-@_subcommand(commands)
-@click.argument("file", type=_FILE)
-@click.option("--grads", type=_FILE, help="Show the layers beside the step of these gradients.")
-@_with_rates(required=False)
-def show(file: str, grads: str | None, rates: Any) -> Output:
+@_subcommand("cli")
+@click.argument("file", type=click.Path())
+@click.option("--grads", type=click.Path(), help="Show the table of a step with these gradients.")
+@_step_options(default=1.0)
+def show(file: str, grads: str | None, **options: Any) -> Output:
     """Show the tree in FILE, or with --grads the table of its layers.
 
-    The table has what `update` would do with the same options. Without --grads they do not count.
+    The table shows the step that `update` would take with the same options. Without --grads the
+    other options have no effect.
     """
     from lars_tree._commands import show
 
-    return show.tree(file) if grads is None else show.table(file, grads, rates)
+    return show.tree(file) if grads is None else show.table(file, grads, options)
 
 
-@_subcommand(commands)
-@click.argument("weights", type=_FILE)
-@click.argument("grads", type=_FILE)
-@_with_rates(required=True)
-@click.option("-o", "--out", type=_FILE, help="Where to write the new weights.")
-@click.option("--in-place", is_flag=True, help="Replace WEIGHTS by them.")
-def update(weights: str, grads: str, rates: Any, out: str | None, in_place: bool) -> Output:
+@_subcommand("cli")
+@click.argument("weights", type=click.Path())
+@click.argument("grads", type=click.Path())
+@_step_options(required=True)
+@click.option("-o", "--out", type=click.Path(), help="The file of the new weights.")
+@click.option("--in-place", is_flag=True, help="Replace WEIGHTS by the new weights.")
+def update(weights: str, grads: str, out: str | None, in_place: bool, **options: Any) -> Output:
     """Take one LARS step on the weights in a file.
 
     GRADS has the gradients. Messages call WEIGHTS w, and GRADS dcdw.
 
-    Leaf by leaf: memory is bounded by the largest one. The new weights go to a temporary file
-    beside OUT, which takes its place in one step: a kill at any moment leaves the old file or the
-    new one. --in-place does the same for WEIGHTS, and needs disk space for a copy of it. Metadata
-    is kept.
+    The weights are copied to a temporary file beside OUT, updated there, and renamed: a kill at any
+    moment leaves the old file or the new one. --in-place does the same for WEIGHTS, and needs disk
+    space for a copy. .safetensors files are mapped and may be larger than memory; .npz files are
+    loaded. Metadata is kept.
     """
     from lars_tree._commands import update
 
     if (out is not None) == in_place:
         raise click.UsageError("expected one of -o OUT and --in-place")
-    return update.update(weights, grads, weights if out is None else out, rates)
+    return update.update(weights, grads, weights if out is None else out, options)
 
 
-@_subcommand(commands)
-@click.argument("a", type=_FILE)
-@click.argument("b", type=_FILE)
+@_subcommand("cli")
+@click.argument("a", type=click.Path())
+@click.argument("b", type=click.Path())
 def diff(a: str, b: str) -> Output:
-    """Say where the trees in two files differ.
+    """Compare the trees in two files.
 
-    Compared are keys, shapes, dtypes and elements, for which it says the largest |b - a| / |a|;
-    not metadata, nor the order of keys. The exit status is 0 if all is equal, 1 if something
-    differs.
+    Compares keys, shapes, dtypes and elements, and reports the largest |b - a| / |a|. Ignores
+    metadata and the order of keys. The exit status is 0 if the trees are equal, 1 if they differ.
     """
     from lars_tree._commands import diff
 
     return diff.diff(a, b)
 
 
-@_subcommand(commands, extra="")
-@click.option("--rounds", type=_COUNT, default=20, metavar="N", help="How often each is timed.")
-def bench(rounds: int) -> Output:
-    """Time an update beside the limit of this machine's memory.
-
-    It is one in place of the weights of ResNet-50. The limit is what it takes to move the same
-    bytes and no more.
-    """
-    from lars_tree._commands import bench
-
-    return bench.bench(rounds)
-
-
-@_subcommand(commands, extra="demo")
-@click.option("--seed", type=_SEED, default=0, metavar="X", help="Of split, weights and order.")
-@click.option("--epochs", type=_COUNT, default=40, metavar="X", help="Passes over the images.")
-@click.option("--batch", type=_COUNT, default=512, metavar="X", help="Images a step, of 1437.")
-@click.option("--rate", type=_RATE, default=0.1, metavar="X", help="First rate; it falls to 0.")
+@_subcommand("demo")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    help="Seed of the split, the weights and the order of the images.",
+)
+@click.option("--epochs", type=click.IntRange(1), default=40, help="Passes over the images.")
+@click.option("--batch", type=click.IntRange(1), default=512, help="Images per step, of 1437.")
+@click.option(
+    "--rate",
+    type=click.FloatRange(0, min_open=True),
+    default=0.1,
+    help="First rate; it falls to 0.",
+)
 def demo(seed: int, epochs: int, batch: int, rate: float) -> Output:
     """Train on handwritten digits, by LARS and by plain SGD."""
     from lars_tree import demo
 
+    _options.check({"lr": rate})  # FloatRange accepts NaN and infinity
     return Output(*demo.run(seed=seed, epochs=epochs, batch=batch, rate=rate))

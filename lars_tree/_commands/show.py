@@ -1,62 +1,42 @@
-"""`lars-tree show`: the tree in a file, and with gradients the table of its layers."""
+"""`lars-tree show`: the tree in a file, or with gradients the table of its layers."""
 
 from __future__ import annotations
 
 import warnings
-from math import prod
 from typing import Any
 
 from lars_tree import _show, _tree, errors, report
 from lars_tree._commands.output import Output, columns
-from lars_tree._commands.steps import Rates, steps
+from lars_tree._commands.rates import for_leaves, read
 from lars_tree._files import formats
 
 
 def tree(file: str) -> Output:
-    """What arrays there are. None of them is read."""
+    """The arrays in the file, without reading their elements."""
     with formats.opened(file) as stored:
         leaves = [(errors.path_string(path), x) for path, x in _tree.walk(stored.tree)]
         metadata = {k: text for k, text in stored.metadata.items() if k != formats.STRUCTURE}
-    totals = _show.totals(x for _, x in leaves)
-    text = [f"{file}: {_show.summary(x for _, x in leaves)}"]
-    text += columns([(path, _show.leaf(x)) for path, x in leaves])
-    record = {
-        "file": file,
-        **totals._asdict(),
-        "metadata": metadata,
-        "tree": [_described(path, x) for path, x in leaves],
-    }
-    return Output("\n".join(text), record)
+    lines = columns([(path, _show.leaf(x)) for path, x in leaves])
+    text = "\n".join([f"{file}: {_show.summary(x for _, x in leaves)}", *lines])
+    totals = _show.totals(x for _, x in leaves)._asdict()
+    described = [
+        {
+            "path": path,
+            "shape": None if x is None else x.shape,
+            "dtype": None if x is None else str(x.dtype),
+            "parameters": 0 if x is None else x.size,
+            "bytes": 0 if x is None else x.nbytes,
+        }
+        for path, x in leaves
+    ]
+    return Output(text, {"file": file, **totals, "metadata": metadata, "tree": described})
 
 
-def _described(path: str, x: Any) -> dict[str, Any]:
-    if x is None:
-        return {"path": path, "shape": None, "dtype": None, "parameters": 0, "bytes": 0}
-    return {
-        "path": path,
-        "shape": x.shape,
-        "dtype": str(x.dtype),
-        "parameters": prod(x.shape),
-        "bytes": x.nbytes,
-    }
-
-
-def table(file: str, grads: str, rates: Rates) -> Output:
-    """The layers beside the step that these gradients would make; read one leaf at a time."""
-    records: list[dict[str, Any]] = []
-    with formats.opened(file) as w, formats.opened(grads) as g, warnings.catch_warnings():
-        # Each ratio that is odd is in the table.
-        warnings.simplefilter("ignore", report.TrustRatioWarning)
-        for step in steps(w, g, rates):
-            lr, options = step.options["lr"], {k: x for k, x in step.options.items() if k != "lr"}
-            old, dcdw = (_nested(step.path, x) for x in step.fetch())
-            records += report.layer_table(old, dcdw, lr, **options).records
-    layers = report.LayerTable(records)
+def table(file: str, grads: str, options: dict[str, Any]) -> Output:
+    """The table of the layers for a step with these gradients and options."""
+    w = read(file)
+    lr, options = for_leaves(w, **options)
+    # The table already shows the ratios that the warning names.
+    with warnings.catch_warnings(action="ignore", category=report.TrustRatioWarning):
+        layers = report.layer_table(w, read(grads), lr, **options)
     return Output(layers.to_text(), {"file": file, "gradients": grads, "layers": layers.records})
-
-
-def _nested(path: errors.Path, leaf: Any) -> Any:
-    """A tree of this leaf alone."""
-    for key in reversed(path):
-        leaf = {key: leaf}
-    return leaf

@@ -1,65 +1,45 @@
-"""`lars-tree update`: one LARS step on weights in a file, a leaf at a time.
+"""`lars-tree update`: one LARS step on the weights in a file.
 
-Each leaf is read, stepped and written when its turn comes: memory is bounded by the largest leaf.
-The result is written to a temporary file, which takes its place in one step.
+The weights are copied to a temporary file beside OUT, updated there through a memory map, and
+renamed. An .npz file cannot be mapped: it is loaded, updated in memory, and saved.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from typing import Any
 
-from lars_tree import _show, _tree
+from lars_tree import _options, _show, _tree, io
 from lars_tree._commands.output import Output
-from lars_tree._commands.steps import Array, Rates, Step, steps
-from lars_tree._files import formats
-from lars_tree._files.arrays import Lazy
+from lars_tree._commands.rates import for_leaves, read
+from lars_tree._core.advance import matched
+from lars_tree._core.execute import checked
+from lars_tree._files import formats, names, npz, safetensors
 from lars_tree._files.replacing import replacing
+from lars_tree.container import Container
 from lars_tree.update import lars_update
 
 
-def update(weights: str, grads: str, out: str, rates: Rates) -> Output:
-    """Write the new weights to `out`, which may be one of the files that are read."""
+def update(weights: str, grads: str, out: str, options: dict[str, Any]) -> Output:
+    """Write the new weights to `out`, which may be `weights` or `grads`."""
     format_ = formats.find(out)
-    with formats.opened(weights) as w, formats.opened(grads) as g:
-        todo = steps(w, g, rates)
-        entries = {step.name: step.weights for step in todo}
-        formats.check(format_, entries, {step.name: step.path for step in todo})
-        with replacing(out) as file, _progress(sum(x.nbytes for x in entries.values())) as advance:
-            news = {
-                step.name: Lazy(x.dtype, x.shape, _stepping(step, advance))
-                for step, x in zip(todo, entries.values(), strict=True)
-            }
-            format_.write(file, news, w.metadata)
+    with formats.opened(weights) as w:
+        g = read(grads)
+        lr, options = for_leaves(w.tree, **options)
+        # Everything that lars_update refuses is refused before the weights are copied.
+        checked(*matched(w.tree, g, {**_options.DEFAULTS, **options, "lr": lr}))
+        paths = {names.join(path): path for path, _ in _tree.walk(w.tree)}
+        formats.check(format_, w.entries, paths)
+        if format_ is npz:
+            new = io.load(weights)
+            lars_update(new, g, lr, **options, out=new)
+            io.save(out, new, metadata=io.metadata(weights))
+        else:
+            with replacing(out) as file:
+                format_.write(file, w.entries, w.metadata)
+                file.flush()
+                new = formats.tree(file.name, *safetensors.mapped(file.name, "r+"), Container)
+                lars_update(new, g, lr, **options, out=new)
+                del new  # Windows does not rename a mapped file
         blanks = _tree.leaves(w.tree)
-    totals = _show.totals(blanks)
-    record = {"weights": weights, "gradients": grads, "out": out, **totals._asdict()}
+    record = {"weights": weights, "gradients": grads, "out": out, **_show.totals(blanks)._asdict()}
     return Output(f"{out}: {_show.summary(blanks)}", record)
-
-
-def _stepping(step: Step, advance: Callable[[int], None]) -> Callable[[], Array]:
-    """What reads a leaf and steps it."""
-
-    def stepped() -> Array:
-        w, dcdw = step.fetch()
-        if dcdw is not None:
-            options = dict(step.options)
-            lars_update(w, dcdw, options.pop("lr"), **options, out=w)
-        advance(w.nbytes)
-        return w
-
-    return stepped
-
-
-@contextmanager
-def _progress(size: int) -> Iterator[Callable[[int], None]]:
-    """What to call with the number of bytes that are done: it moves a bar, in a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
-
-    console = Console(stderr=True)
-    columns = BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("", total=size)
-        yield lambda count: progress.advance(task, count)

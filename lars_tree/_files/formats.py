@@ -1,29 +1,26 @@
-"""The formats, by the names of files; and trees in files of which nothing has been read."""
+"""The file formats by suffix, and the trees in files, of which no elements are read."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lars_tree import errors
 from lars_tree._files import names, npz, safetensors
-from lars_tree._files.arrays import Entry, Lazy
+from lars_tree._files.arrays import Entry
 from lars_tree._files.replacing import Path
 
 _FORMATS: dict[str, Any] = {".safetensors": safetensors, ".npz": npz}
-STRUCTURE = "lars_tree.structure"  # the key of the metadata that is ours
+STRUCTURE = "lars_tree.structure"  # the key of the metadata that holds the structure of the tree
 
 
 def find(path: Path) -> Any:
-    """The module that reads and writes files with such a name.
-
-    Raises:
-        FileError: none does.
-    """
+    """The module that reads and writes files with this suffix; a FileError if there is none."""
     suffix = os.path.splitext(os.fspath(path))[1]
     if suffix not in _FORMATS:
         lines = [((), "expected a name that ends in .safetensors or .npz")]
@@ -32,11 +29,7 @@ def find(path: Path) -> Any:
 
 
 def check(format_: Any, entries: Mapping[str, Entry], paths: Mapping[str, errors.Path]) -> None:
-    """Refuse dtypes that the format does not have.
-
-    Raises:
-        DtypeError: naming the leaves.
-    """
+    """Raise a DtypeError that names the leaves whose dtype the format does not have."""
     faults = []
     for name, entry in entries.items():
         if not format_.has(entry.dtype):
@@ -44,41 +37,54 @@ def check(format_: Any, entries: Mapping[str, Entry], paths: Mapping[str, errors
             hint = f": save it as {others[0]}" if others else ""
             faults.append((paths[name], f"{format_.NAME} has no {entry.dtype}{hint}"))
     if faults:
-        headline = "tree holds something that cannot be saved"
+        headline = "tree has leaves that cannot be saved"
         raise errors.error(errors.DtypeError, "tree", headline, faults)
 
 
 class Stored(NamedTuple):
-    """A tree in a file that is open.
+    """A tree in an open file.
 
     Attributes:
-        tree: Arrays of the right dtype and shape, which have no memory and no meaning.
-        entries: By the name of each leaf, where to fetch it.
-        metadata: All of it, the structure too.
+        tree: Arrays with the right dtypes and shapes, without memory or meaning.
+        entries: By name, what reads the elements of each leaf.
+        metadata: All metadata, including the structure.
     """
 
     tree: dict[Any, Any]
-    entries: dict[str, Lazy]
+    entries: dict[str, Entry]
     metadata: dict[str, str]
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Stored]:
-    """Open a file, and check all but the elements.
-
-    Raises:
-        FileError: the file is malformed.
-        OSError: as the built-in `open` does.
-    """
+    """Open a file, and check everything but the elements."""
     with find(path).opened(path) as view:
-        entries, metadata = view.entries(), view.metadata
-        try:
-            blanks = {name: _blank(entry) for name, entry in entries.items()}
-            tree = names.unflatten(blanks, metadata.get(STRUCTURE))
-        except ValueError as error:
-            raise errors.file_error(path, str(error)) from None
-        yield Stored(tree, entries, metadata)
+        entries, blanks = {}, {}
+        for name in view.names:
+            dtype, shape = view.dtype_and_shape(name)
+            entries[name] = Entry(dtype, shape, partial(view.read, name))
+            with file_errors(path):
+                blanks[name] = np.broadcast_to(np.empty((), dtype), shape)
+        yield Stored(tree(path, blanks, view.metadata, dict), entries, view.metadata)
 
 
-def _blank(entry: Entry) -> np.ndarray[Any, Any]:
-    return np.broadcast_to(np.empty((), entry.dtype), entry.shape)
+def tree(
+    path: Path,
+    leaves: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    make: Callable[[], names.Dict],
+) -> names.Dict:
+    """The tree of the leaves in a file; `make` makes its dicts."""
+    with file_errors(path):
+        return names.unflatten(leaves, metadata.get(STRUCTURE), make)
+
+
+@contextmanager
+def file_errors(path: Path, name: str | None = None) -> Iterator[None]:
+    """Turn a ValueError into a FileError about this file, or about its entry of this name."""
+    try:
+        yield
+    except errors.FileError:
+        raise
+    except ValueError as error:
+        raise errors.file_error(path, str(error), name) from None

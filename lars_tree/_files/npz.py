@@ -1,7 +1,7 @@
-"""The .npz format of numpy: a zip archive of .npy files. Nothing is pickled, and no pickle is read.
+"""numpy's .npz format: a zip archive of .npy files. Nothing is pickled or unpickled.
 
-Written without compression, as `numpy.savez` does. Read with or without it, by numpy's own parser
-of headers; what an archive declares is held against what it contains before it is allocated.
+Archives are written without compression, as by `numpy.savez`, and read with or without it. numpy
+parses the headers; the sizes in them are checked against the archive before memory is allocated.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import prod
 from typing import Any, BinaryIO, NamedTuple
 
@@ -19,14 +19,13 @@ from numpy.lib import format as npy
 
 from lars_tree import errors
 from lars_tree._files import names
-from lars_tree._files.arrays import Array, Entry, Lazy, is_extension
+from lars_tree._files.arrays import Array, Entry, is_extension, little_endian
 from lars_tree._files.replacing import Path
 
 NAME = "npz"
 
 _SUFFIX = ".npy"
-_MOST_INFLATED = 1032  # how many bytes deflate can make of one
-_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_MOST_INFLATED = 1032  # the most bytes that deflate can encode in one
 
 
 def has(dtype: np.dtype[Any]) -> bool:
@@ -35,33 +34,22 @@ def has(dtype: np.dtype[Any]) -> bool:
 
 
 def write(file: BinaryIO, entries: dict[str, Entry], metadata: dict[str, str]) -> None:
-    """Write these entries, one after the other, to an empty file."""
+    """Write the entries to an empty file, one at a time."""
+    if metadata:
+        text = np.array(json.dumps(metadata))
+        entries = {names.RESERVED: Entry(text.dtype, (), lambda: text), **entries}
     with zipfile.ZipFile(file, "w") as archive:
-        if metadata:
-            _write(archive, names.RESERVED, np.array(json.dumps(metadata)))
         for name, entry in entries.items():
-            _write(archive, name, entry.fetch())
-
-
-def _write(archive: zipfile.ZipFile, name: str, array: Array) -> None:
-    # A ZipInfo of our own has a fixed date: the same tree makes the same file.
-    with archive.open(zipfile.ZipInfo(name + _SUFFIX), "w", force_zip64=True) as stream:
-        npy.write_array(stream, array, allow_pickle=False)
-
-
-def read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """All arrays by name, and the metadata.
-
-    Raises:
-        FileError: the file is malformed, or an array in it is of a kind that is not read.
-        OSError: as the built-in `open` does.
-    """
-    with opened(path) as view:
-        return {name: view.read(name) for name in view.names}, view.metadata
+            # A new ZipInfo has a fixed date: equal trees make equal files.
+            with archive.open(zipfile.ZipInfo(name + _SUFFIX), "w", force_zip64=True) as stream:
+                npy.write_array(stream, entry.fetch(), allow_pickle=False)
 
 
 class View(NamedTuple):
-    """An archive whose directory is valid, open for reading, in the order of that."""
+    """An open archive with a valid directory; the arrays are in the order of the directory.
+
+    Its methods raise FileError where an array is malformed, or neither numeric nor bool.
+    """
 
     path: Path
     archive: zipfile.ZipFile
@@ -77,56 +65,67 @@ class View(NamedTuple):
         """The strings that were saved with the arrays."""
         if names.RESERVED not in self.members:
             return {}
-        return _metadata(self.path, self.read(names.RESERVED))
+        text = self.read(names.RESERVED)
+        with suppress(ValueError):
+            # Not by item(): numpy makes strings of code points that do not exist.
+            codes = text.astype(text.dtype.newbyteorder("<")).tobytes()
+            metadata = names.parsed(codes.decode("utf-32-le").rstrip("\0"))
+            if isinstance(metadata, dict) and all(isinstance(x, str) for x in metadata.values()):
+                return metadata
+        raise errors.file_error(self.path, "expected a JSON object of strings", names.RESERVED)
 
-    def entries(self) -> dict[str, Lazy]:
-        """What the arrays are. Each is read from the file, as long as it is open, when fetched."""
-
-        def entry(name: str) -> Lazy:
-            with self._member(name) as (shape, _, dtype, _):
-                return Lazy(dtype.newbyteorder("<"), shape, lambda: self.read(name))
-
-        return {name: entry(name) for name in self.names}
+    def dtype_and_shape(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
+        """The dtype, little-endian, and the shape of an array."""
+        with self._member(name) as (shape, _, dtype, _):
+            return little_endian(dtype), shape
 
     def read(self, name: str) -> Array:
-        """Read an array.
-
-        Raises:
-            FileError: it is malformed, or of a kind that is not read.
-        """
+        """Read an array."""
         with self._member(name) as (shape, fortran_order, dtype, stream):
             data = np.empty(prod(shape) * dtype.itemsize, np.uint8)
             if stream.readinto(data.data) != data.size:
                 raise ValueError("its data is truncated")
             if dtype.kind == "b" and data.size and data.max() > 1:
-                raise ValueError("expected truth values of 0 or 1")
+                raise ValueError("expected bools of 0 or 1")
             return data.view(dtype).reshape(shape, order="F" if fortran_order else "C")
 
     @contextmanager
-    def _member(self, name: str) -> Iterator[_Header]:
+    def _member(self, name: str) -> Iterator[tuple[tuple[int, ...], bool, np.dtype[Any], Any]]:
+        """Shape, whether in Fortran order, dtype, and a stream of the elements of an array."""
+        info = self.members[name]
+        stream: Any
         try:
-            with _opened_member(self.archive, self.members[name]) as header:
-                yield header
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError("expected an entry that is stored or deflated")
+            if info.file_size > info.compress_size * _MOST_INFLATED:
+                raise ValueError(f"declares {info.file_size} bytes in {info.compress_size}")
+            with self.archive.open(info) as stream:
+                version = npy.read_magic(stream)
+                readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+                if version not in readers:
+                    raise ValueError(f"expected npy format version 1.0 or 2.0, got {version}")
+                shape, fortran_order, dtype = readers[version](stream)
+                is_text = name == names.RESERVED
+                if dtype.kind not in ("U" if is_text else "biufc") or dtype.itemsize == 0:
+                    kind = "text" if is_text else "numbers or bools"
+                    raise ValueError(f"expected {kind}, got {dtype}")
+                size = prod(shape) * dtype.itemsize
+                if size != info.file_size - stream.tell() or min(shape, default=0) < 0:
+                    raise ValueError(f"expected {size} bytes for {dtype} {shape}")
+                yield shape, fortran_order, dtype, stream
         except Exception as error:
             raise errors.file_error(self.path, str(error), name) from error
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[View]:
-    """Open an archive and check its directory.
-
-    Raises:
-        FileError: the file is malformed.
-        OSError: as the built-in `open` does.
-    """
+    """Open an archive and check its directory."""
     with open(path, "rb") as file:
         try:
             archive = zipfile.ZipFile(file)
             members = _members(archive, os.fstat(file.fileno()).st_size)
-        except Exception as error:  # of many kinds: the parser trusts what it reads
-            raise errors.file_error(
-                path, f"it is no zip archive that can be read: {error}"
-            ) from error
+        except Exception as error:  # of many kinds: the parser trusts its input
+            raise errors.file_error(path, f"not a readable zip archive: {error}") from error
         yield View(path, archive, members)
 
 
@@ -135,49 +134,10 @@ def _members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
     for info in archive.infolist():
         name = info.filename.removesuffix(_SUFFIX)
         if name == info.filename:
-            raise ValueError(f"{name!r} is no {_SUFFIX} file")
+            raise ValueError(f"{name!r} is not a {_SUFFIX} file")
         if name in members:
             raise ValueError(f"it has {name!r} twice")
         members[name] = info
     if sum(info.compress_size for info in members.values()) > size:
         raise ValueError("its entries overlap, or are longer than the file")
     return members
-
-
-_Header = tuple[tuple[int, ...], bool, np.dtype[Any], Any]
-
-
-@contextmanager
-def _opened_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[_Header]:
-    """The shape, whether it is in Fortran's order, the dtype, and the stream of the elements."""
-    if info.compress_type not in _METHODS:
-        raise ValueError("expected an entry that is stored or deflated")
-    if info.file_size > info.compress_size * _MOST_INFLATED:
-        raise ValueError(f"declares {info.file_size} bytes in {info.compress_size}")
-    stream: Any
-    with archive.open(info) as stream:
-        version = npy.read_magic(stream)
-        readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-        if version not in readers:
-            raise ValueError(f"expected version 1.0 or 2.0 of the npy format, got {version}")
-        shape, fortran_order, dtype = readers[version](stream)
-        kinds = "U" if info.filename == names.RESERVED + _SUFFIX else "biufc"
-        if dtype.kind not in kinds or dtype.itemsize == 0:
-            what = "text" if kinds == "U" else "numbers or truth values"
-            raise ValueError(f"expected {what}, got {dtype}")
-        size = prod(shape) * dtype.itemsize
-        if size != info.file_size - stream.tell() or min(shape, default=0) < 0:
-            raise ValueError(f"expected {size} bytes for {dtype} {shape}")
-        yield shape, fortran_order, dtype, stream
-
-
-def _metadata(path: Path, text: Array) -> dict[str, str]:
-    try:
-        # Not by item(): numpy makes strings of code points that do not exist.
-        codes = text.astype(text.dtype.newbyteorder("<")).tobytes()
-        metadata = names.parsed(codes.decode("utf-32-le").rstrip("\0"))
-        if isinstance(metadata, dict) and all(isinstance(x, str) for x in metadata.values()):
-            return metadata
-    except ValueError:
-        pass
-    raise errors.file_error(path, "expected a JSON object of strings", names.RESERVED)

@@ -1,10 +1,12 @@
-"""Replace a file in one step: at any moment there is the old file or the new one, and it is whole.
+"""Replace a file atomically: at any moment, its path has the whole old file or the whole new one.
 
-The new content goes to a temporary file in the same directory, which is renamed when all of it is
-on the disk. Whoever writes to a temporary file holds a lock on it, which ends with the process: one
-that can be locked is the stray of a process that was killed, and the next to write clears it.
+The new content is written to a temporary file in the same directory, synced and renamed. The writer
+holds a lock on the temporary file, which ends with its process: a temporary file that can be locked
+was left by a killed process, and the next writer removes it.
 
-Nobody else can open the temporary file (mode 0600) until it is complete: `permissions.py`.
+Nobody else can open the temporary file (mode 0600) until it is complete. Then it gets the
+permissions, owner and attributes of the old file, as far as the system allows; where it does not,
+nobody gains a right that the old file did not give. On Windows permissions are not preserved.
 """
 
 from __future__ import annotations
@@ -18,51 +20,51 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, BinaryIO
 
-from lars_tree._files import permissions
-
 fcntl: Any
 try:
     import fcntl
-except ImportError:  # Windows, where a file that is open can be neither removed nor renamed
+except ImportError:  # Windows, where an open file can be neither removed nor renamed
     fcntl = None
 
 Path = str | os.PathLike[str]
 
 _PREFIX, _SUFFIX = ".lars_tree-", ".tmp"
+_ACL = "system.posix_acl_access"
+# Attributes that describe the old content or how it is run.
+_NOT_COPIED = {_ACL, "security.capability", "security.evm", "security.ima"}
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A temporary file to write to, which takes the place of `path` when the block ends well.
+    """Yield a temporary file, which replaces `path` when the block ends without an exception.
 
-    Its `name` is where it is. Of a link, the file it leads to is replaced. The new file has the
-    permissions, owner, group and extended attributes of the old one, as far as the system allows
-    it, or the permissions of any new file. After an exception, `path` is as it was and the
-    temporary file is gone.
+    Its `name` is its path. If `path` is a link, its target is replaced. The new file has the
+    permissions, owner, group and extended attributes of the old one, as far as the system allows.
+    After an exception, `path` is unchanged and the temporary file is removed.
 
     Raises:
-        OSError: as `open(path, "wb")` does; also where something else than a file is there. Where
-            the file was replaced but its directory could not be synced, the error says so.
+        OSError: as `open(path, "wb")` does; also if `path` is not a regular file. If only the
+            directory could not be synced, the error says that the new file is in place.
     """
     target = os.path.realpath(path)
     directory = os.path.dirname(target)
     is_new = _status(target) is None
-    _clear_strays(directory)
+    _remove_abandoned_files(directory)
     name = os.path.join(directory, f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}")
     file = None
-    try:  # from before it is there: Ctrl-C may come at any moment
-        new_mode = permissions.of_new_file(name) if is_new else 0o600
+    try:  # entered before the file is created: Ctrl-C may come at any moment
+        new_mode = _mode_of_new_file(name) if is_new else 0o600
         file = _locked_file(name)
         yield file
         file.flush()
-        # The status as it is now: the permissions may have changed meanwhile.
-        permissions.give(file.fileno(), new_mode, target, _status(target))
+        # The current status: the permissions may have changed meanwhile.
+        _give_rights(file.fileno(), new_mode, target, _status(target))
         os.fsync(file.fileno())
         if fcntl is None:
             file.close()
         os.replace(name, target)
     except BaseException:
-        with suppress(OSError):  # such as that of a full disk, again
+        with suppress(OSError):  # a full disk fails again
             if file is not None:
                 file.close()
         with suppress(FileNotFoundError):
@@ -77,11 +79,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _status(target: str) -> os.stat_result | None:
-    """The status of the file that is there; None if none is.
-
-    Raises:
-        OSError: it cannot be replaced.
-    """
+    """The status of the target, None if it does not exist; an OSError if it cannot be replaced."""
     try:
         status = os.stat(target)
     except FileNotFoundError:
@@ -96,40 +94,40 @@ def _status(target: str) -> os.stat_result | None:
 
 
 def _locked_file(name: str) -> BinaryIO:
-    """A new file of this name that nobody else can open or takes for a stray."""
+    """A new file that nobody else can open, locked so that no other writer removes it."""
     while True:
-        # No function of Python between the descriptor and its owner: Ctrl-C would lose it there.
+        # No Python code runs between os.open and the file object: Ctrl-C would leak the descriptor.
         file: BinaryIO = open(name, "x+b", opener=partial(os.open, mode=0o600))  # noqa: SIM115
-        # Another saver may have locked and cleared it before this one could lock it.
+        # Another writer may have locked and removed it first.
         if _lock(file.fileno(), wait=True) is None or _is_at(name, file.fileno()):
             return file
         file.close()
 
 
-def _clear_strays(directory: str) -> None:
+def _remove_abandoned_files(directory: str) -> None:
     with os.scandir(directory) as entries:
         names = [x.path for x in entries if x.name.startswith(_PREFIX) and x.name.endswith(_SUFFIX)]
     for name in names:
-        # What cannot be opened or removed belongs to somebody else, or is gone already.
+        # Ignore files of other users, and files that are already gone.
         with suppress(OSError):
-            _clear(name)
+            _remove_if_abandoned(name)
 
 
-def _clear(name: str) -> None:
+def _remove_if_abandoned(name: str) -> None:
     if fcntl is None:
         os.unlink(name)
         return
     with _descriptor(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK) as file:
-        # A saver that was done meanwhile has renamed what is open here: look at the name again.
+        # Its writer may have renamed it meanwhile: check the name again.
         if _lock(file, wait=False) and _is_at(name, file):
             os.unlink(name)
 
 
 @contextmanager
 def _descriptor(name: str, flags: int) -> Iterator[int]:
-    """A file descriptor, which is closed exactly once, at whichever line Ctrl-C comes.
+    """A file descriptor that is closed exactly once, wherever Ctrl-C comes.
 
-    It goes into the list, and out of it to be closed, without a function of Python in between.
+    No Python code runs while the descriptor is put into the list, or taken out and closed.
     """
     held: list[int] = []
     try:
@@ -138,7 +136,7 @@ def _descriptor(name: str, flags: int) -> Iterator[int]:
             yield held[0]
         finally:
             _close(held)
-    finally:  # where Ctrl-C came at the start of the first one
+    finally:  # if Ctrl-C came at the start of the inner `finally`
         _close(held)
 
 
@@ -148,7 +146,7 @@ def _close(held: list[int]) -> None:
 
 
 def _lock(file: int, *, wait: bool) -> bool | None:
-    """Lock an open file; False if another has it, None where the file system knows no locks."""
+    """Lock an open file; False if another process has it, None if locks are not supported."""
     if fcntl is None:
         return None
     try:
@@ -161,7 +159,7 @@ def _lock(file: int, *, wait: bool) -> bool | None:
 
 
 def _is_at(name: str, file: int) -> bool:
-    """Whether the open file is the one that has this name."""
+    """Whether the open file still has this name."""
     try:
         return os.path.samestat(os.fstat(file), os.stat(name, follow_symlinks=False))
     except FileNotFoundError:
@@ -175,5 +173,73 @@ def _sync(directory: str) -> None:
         try:
             os.fsync(file)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not offered by every file system
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems lack it
                 raise
+
+
+def _mode_of_new_file(name: str) -> int:
+    """The permissions of a new file in this directory, found by creating one with this name.
+
+    Reading the umask would need setting it, for all threads; and a default ACL overrides it.
+    """
+    with open(name, "xb", buffering=0) as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    with suppress(FileNotFoundError):  # another writer may have removed it
+        os.unlink(name)
+    return mode
+
+
+def _give_rights(file: int, new_mode: int, target: str, old: os.stat_result | None) -> None:
+    """Give the open file the rights of the target, or `new_mode` if there is no old file.
+
+    The group comes first, as the ACL and the permissions depend on it. The owner comes last: only
+    the owner can change permissions.
+    """
+    if not hasattr(os, "fchown"):
+        return
+    if old is None:
+        os.fchmod(file, new_mode)
+        return
+    with suppress(OSError):
+        os.fchown(file, -1, old.st_gid)
+    same_group = os.fstat(file).st_gid == old.st_gid
+    same_acl = _copy_attributes(file, target, same_group)
+    os.fchmod(file, _permitted(old.st_mode, same_group, same_acl))
+    with suppress(OSError):
+        os.fchown(file, old.st_uid, -1)
+
+
+def _permitted(mode: int, same_group: bool, same_acl: bool) -> int:
+    """The permissions of the new file; without setuid and setgid, which a write clears too."""
+    if not same_acl:  # with an ACL, the group's bits are its mask, not the rights of the group
+        return mode & 0o700
+    if same_group:
+        return mode & 0o777
+    # Members of the old group now count as others, and some others are in the new group.
+    both = mode >> 3 & mode & 0o7
+    return mode & 0o700 | both << 3 | both
+
+
+def _copy_attributes(file: int, target: str, same_group: bool) -> bool:
+    """Copy the attributes and the ACL; return whether the ACLs now grant the same rights."""
+    if not hasattr(os, "getxattr"):  # only on Linux
+        return True
+    with suppress(OSError):
+        for name in set(os.listxattr(target)) - _NOT_COPIED:
+            with suppress(OSError):  # some namespaces are reserved for root
+                os.setxattr(file, name, os.getxattr(target, name))
+    acl = _acl(target)
+    with suppress(OSError):
+        if acl is None:  # remove an ACL inherited from the directory
+            os.removexattr(file, _ACL)
+        elif same_group:
+            os.setxattr(file, _ACL, acl)
+    return _acl(file) == acl and (acl is None or same_group)
+
+
+def _acl(file: int | str) -> bytes | None:
+    """The POSIX ACL, None if there is none."""
+    try:
+        return os.getxattr(file, _ACL)
+    except OSError:
+        return None

@@ -1,11 +1,9 @@
 """The safetensors format: 8 bytes of length, a JSON header with offsets, then the elements.
 
-The safetensors package says whether a file is valid: its parser is typed, and refuses holes,
-overlaps and whatever does not add up before anything is allocated. Beyond it we refuse duplicate
-names, and read the types that it has not for numpy.
-
-Files are written here: the package wants all arrays at once, contiguous and in CPU memory, where
-this takes one leaf at a time, and it sorts the names, where this keeps the order of the tree.
+The safetensors package validates files: it refuses holes, overlaps and inconsistent sizes before
+any allocation. This module also refuses duplicate names, and reads dtypes that the package does not
+read for numpy. It writes files itself: the package needs all arrays at once in CPU memory, and
+sorts the names; this module writes one leaf at a time, in the order of the tree.
 """
 
 from __future__ import annotations
@@ -17,13 +15,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from io import BufferedReader
-from typing import Any, BinaryIO, NamedTuple
+from math import prod
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
 from lars_tree import errors
 from lars_tree._files import names
-from lars_tree._files.arrays import Array, Entry, Lazy, dtype_named
+from lars_tree._files.arrays import Array, Entry, dtype_named, little_endian
 from lars_tree._files.replacing import Path
 
 NAME = "safetensors"
@@ -51,8 +50,13 @@ _TYPES = {
 }
 _SHORT = {name: short for short, name in _TYPES.items()}
 
-_LONGEST_HEADER = 100_000_000  # that of the package
+_LONGEST_HEADER = 100_000_000  # the limit of the package
 _ALIGNMENT = 8
+
+
+@cache  # numpy computes `dtype.name` anew each time
+def _short(dtype: np.dtype[Any]) -> str | None:
+    return _SHORT.get(dtype.name)
 
 
 def has(dtype: np.dtype[Any]) -> bool:
@@ -61,28 +65,22 @@ def has(dtype: np.dtype[Any]) -> bool:
 
 
 @cache
-def _short(dtype: np.dtype[Any]) -> str | None:
-    """What the format calls a dtype."""
-    return _SHORT.get(dtype.name)
-
-
-@cache
 def _dtype(short: str) -> np.dtype[Any] | None:
-    """The dtype of which the format has this name, little-endian; None if numpy has none."""
+    """The dtype, little-endian, with this name in the format; None if numpy does not have it."""
     dtype = dtype_named(_TYPES[short]) if short in _TYPES else None
-    return dtype and dtype.newbyteorder("<")
+    return dtype and little_endian(dtype)
 
 
 def write(file: BinaryIO, entries: dict[str, Entry], metadata: dict[str, str]) -> None:
-    """Write these entries, one after the other, to an empty file."""
-    # The longest types first: each array is aligned, as in the files of the package.
+    """Write the entries to an empty file, one at a time."""
+    # The largest dtypes first, as in the package: every array is aligned.
     order = sorted(entries, key=lambda name: -entries[name].dtype.itemsize)
     header: dict[str, Any] = {names.RESERVED: metadata} if metadata else {}
     header |= dict.fromkeys(entries)
     end = 0
     for name in order:
-        dtype, shape, _ = entry = entries[name]
-        start, end = end, end + entry.nbytes
+        dtype, shape, _ = entries[name]
+        start, end = end, end + prod(shape) * dtype.itemsize
         header[name] = {"dtype": _short(dtype), "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
@@ -94,8 +92,8 @@ def write(file: BinaryIO, entries: dict[str, Entry], metadata: dict[str, str]) -
         file.write(entries[name].fetch().reshape(-1).view(np.uint8).data)
 
 
-class Place(NamedTuple):
-    """Where an array is in a file, and what it is."""
+class Record(NamedTuple):
+    """The header's record of an array; start (in the file) and size are in bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -104,89 +102,77 @@ class Place(NamedTuple):
 
 
 class View(NamedTuple):
-    """A valid file, open for reading, in the order of its header."""
+    """An open file with a valid header; the arrays are in the order of the header.
+
+    Its methods raise FileError where the elements are malformed, or numpy lacks the dtype or shape.
+    """
 
     path: Path
     file: BufferedReader
-    places: dict[str, Place]
+    records: dict[str, Record]
     metadata: dict[str, str]
 
     @property
     def names(self) -> Iterable[str]:
         """The names of the arrays."""
-        return self.places
+        return self.records
 
-    def entries(self) -> dict[str, Lazy]:
-        """What the arrays are. Each is read from the file, as long as it is open, when fetched."""
+    def dtype_and_shape(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
+        """The dtype, little-endian, and the shape of an array."""
+        record = self.records[name]
+        dtype = _dtype(record.dtype)
+        if dtype is None:
+            text = f"numpy and ml_dtypes have no {record.dtype}"
+            raise errors.file_error(self.path, text, name)
+        return dtype, record.shape
 
-        def entry(name: str, place: Place) -> Lazy:
-            def read() -> Array:
-                return self.read(name, np.empty(place.size, np.uint8))
-
-            return Lazy(self.dtype(name), place.shape, read)
-
-        return {name: entry(name, place) for name, place in self.places.items()}
-
-    def read(self, name: str, memory: Array) -> Array:
-        """Read an array to this memory, as many bytes as it has.
-
-        Raises:
-            FileError: as `array` does; and for a bool that is neither 0 nor 1.
-        """
-        self.file.seek(self.places[name].start)
+    def read(self, name: str, memory: Array | None = None) -> Array:
+        """Read an array into memory of its size, by default into new memory."""
+        record = self.records[name]
+        if memory is None:
+            memory = np.empty(record.size, np.uint8)
+        self.file.seek(record.start)
         if self.file.readinto(memory.data) != len(memory):
             raise errors.file_error(self.path, "it was truncated while it was read", name)
-        if self.places[name].dtype == "BOOL" and memory.size and memory.max() > 1:
-            text = "expected truth values of 0 or 1"
-            raise errors.file_error(self.path, text, name)
+        if record.dtype == "BOOL" and memory.size and memory.max() > 1:
+            raise errors.file_error(self.path, "expected bools of 0 or 1", name)
         return self.array(name, memory)
 
-    def dtype(self, name: str) -> np.dtype[Any]:
-        """The dtype of the array of this name.
-
-        Raises:
-            FileError: numpy has no such type.
-        """
-        short = self.places[name].dtype
-        dtype = _dtype(short)
-        if dtype is None:
-            text = f"numpy and ml_dtypes have no {short}"
-            raise errors.file_error(self.path, text, name)
-        return dtype
-
     def array(self, name: str, memory: Array) -> Array:
-        """The array of this name over the memory that has its bytes.
-
-        Raises:
-            FileError: a type or a shape that numpy does not have.
-        """
+        """The array of this name, over memory that has its bytes."""
+        dtype, shape = self.dtype_and_shape(name)
         try:
-            array: Array = memory.view(self.dtype(name)).reshape(self.places[name].shape)
-        except ValueError as error:  # an empty array with axes that are too long
+            array: Array = memory.view(dtype).reshape(shape)
+        except ValueError as error:  # too many axes, or an empty array with a too long one
             raise errors.file_error(self.path, str(error), name) from error
         return array
 
 
 @contextmanager
 def opened(path: Path, mode: str = "rb") -> Iterator[View]:
-    """Open a file and check all of its header.
-
-    Raises:
-        FileError: the file is malformed.
-        OSError: as the built-in `open` does.
-    """
+    """Open a file and check its header."""
     while True:
         file: Any
         with open(path, mode) as file:
             _check(path)
-            # That opened the path by itself: between the two the file may have been replaced.
+            # The package opened the path again: the file may have been replaced in between.
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 yield View(path, file, *_parsed(path, file))
                 return
 
 
+def mapped(path: Path, mode: Literal["r", "r+"]) -> tuple[dict[str, Array], dict[str, str]]:
+    """All arrays by name, as parts of one memory map of the file, and the metadata."""
+    with opened(path, f"{mode}b") as view:
+        memory = np.memmap(view.file, np.uint8, mode)
+        found = {
+            name: view.array(name, memory[record.start : record.start + record.size])
+            for name, record in view.records.items()
+        }
+        return found, view.metadata
+
+
 def _check(path: Path) -> None:
-    """Have the package check the file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -196,20 +182,20 @@ def _check(path: Path) -> None:
         raise errors.file_error(path, str(error)) from error
 
 
-def _parsed(path: Path, file: BufferedReader) -> tuple[dict[str, Place], dict[str, str]]:
+def _parsed(path: Path, file: BufferedReader) -> tuple[dict[str, Record], dict[str, str]]:
     length = int.from_bytes(file.read(8), "little")
 
-    def place(found: dict[str, Any]) -> Any:
-        """The place of an array, made at once, as that takes less memory; others as they are."""
+    def record(found: dict[str, Any]) -> Any:
+        """Convert the entry of an array at once, to save memory; leave other objects unchanged."""
         match found:
             case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
-                return Place(sys.intern(dtype), tuple(shape), 8 + length + start, end - start)
+                return Record(sys.intern(dtype), tuple(shape), 8 + length + start, end - start)
         return found
 
     try:
-        header = names.parsed(file.read(length).decode(), place)
+        header = names.parsed(file.read(length).decode(), record)
         metadata = header.pop(names.RESERVED, {})
-        if not all(isinstance(x, Place) for x in header.values()):
+        if not all(isinstance(x, Record) for x in header.values()):
             raise ValueError("it changed while it was read")
     except names.TwiceError as error:
         raise errors.file_error(path, "the header has this name twice", error.name) from None
