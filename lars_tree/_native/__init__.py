@@ -28,7 +28,7 @@ def _load() -> _Kernel | None:
 
 kernel = _load()
 
-# Which of its instruction sets the kernel takes; all give the same bits.
+# The instruction set that the kernel uses; all give the same bits.
 instruction_set = kernel.best_instruction_set() if kernel else 0
 
 
@@ -56,5 +56,5 @@ def plan() -> Plan | None:
     return found.Plan(min(threads.get_num_threads(), sys.maxsize), instruction_set)
 
 
-# A `Reader` of the kernel, to be used only with a `plan`: it is None where there is no kernel.
+# Makes a `Reader` of the kernel, see _kernel.pyi; it is None where there is no kernel.
 reader = kernel.Reader if kernel else cast("type[Reader]", lambda *_, **__: None)
