@@ -17,7 +17,7 @@ With momentum a velocity v takes the step u in, and moves the weights (`along`, 
 
 where the velocity takes in u = (1 - dampening) * lr * ratio * (g + decay_lambda * w).
 
-Knows nothing of nests (`_tree.py`) or of grouping (`update.py`). `_native/kernel.hpp` states the
+Knows nothing of trees (`_tree.py`) or of grouping (`update.py`). `_native/kernel.hpp` states the
 rule again for CPU memory, and `tests/reference.py`, independently, in mpmath:
 `tests/test_numbers.py` holds both to that.
 """

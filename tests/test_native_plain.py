@@ -1,4 +1,4 @@
-"""What the native kernel takes, and what it leaves alone; its walks over nests."""
+"""What the native kernel takes, and what it leaves alone; its walks over trees."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_what_a_callback_raises_is_raised_and_nothing_is_written(name):
     assert counter == 0
 
 
-# ---- Walks over nests
+# ---- Walks over trees
 
 Pair = namedtuple("Pair", ["a", "b"])
 
@@ -265,7 +265,7 @@ def test_the_native_walks_find_what_their_twins_find(tree, data, exact):
 
 @pytest.mark.parametrize("limit", [1000, 10**7])
 @pytest.mark.parametrize("node", ["[tree]", "(tree,)", "{'a': tree}"])
-def test_a_nest_may_be_too_deep_but_does_not_end_the_process(node, limit):
+def test_a_tree_may_be_too_deep_but_does_not_end_the_process(node, limit):
     code = f"""if 1:
         import sys
         from lars_tree import _tree

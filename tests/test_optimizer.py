@@ -1,4 +1,4 @@
-"""Lars over nests: the rule with momentum, in every library. Its state: test_optimizer_state.py."""
+"""Lars over trees: the rule with momentum, in every library. Its state: test_optimizer_state.py."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_neither_weights_nor_state_nor_gradients_are_modified(leaf, nesterov):
     assert [x.tobytes() for x in (w, g, state.velocity, state.step)] == before
 
 
-def test_one_leaf_of_a_nest_steps_as_alone():
+def test_one_leaf_of_a_tree_steps_as_alone():
     w, g = random_tree(0), random_tree(1)
     together, _ = steps(Lars(0.1), w, [g, g])
     for path in w.paths():

@@ -125,7 +125,7 @@ def collect(
     kind_of: Callable[[Any], int],
     others: Callable[..., Any],
 ) -> None:
-    """Append the leaves of a nest to a list.
+    """Append the leaves of a tree to a list.
 
     others(node, found) does so for the nodes of kinds that are not walked natively.
     """
@@ -139,7 +139,7 @@ def match(
     kind_of: Callable[[Any], int],
     others: Callable[..., Any],
 ) -> bool:
-    """Append the value that a prefix has for each leaf of a nest; whether it is a prefix.
+    """Append the value that a prefix has for each leaf of a tree; whether it is a prefix.
 
     others(node, prefix, found, exact) does so for the nodes of kinds that are not walked natively.
     """

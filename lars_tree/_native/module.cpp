@@ -1,4 +1,4 @@
-// The module: functions that walk over nests, and the types of plan.hpp.
+// The module: functions that walk over trees, and the types of plan.hpp.
 //
 // _kernel.pyi says what they are for. A leaf that the kernel does not support is
 // not taken: the caller leaves it to engines in Python, which give the same bits, and whose checks
@@ -13,7 +13,7 @@ using namespace lars;
 
 const char collect_doc[] =
     "collect(tree, found, kinds, kind_of, others)\n--\n\n"
-    "Append the leaves of a nest to a list; others(node, found) does so for the nodes of kinds\n"
+    "Append the leaves of a tree to a list; others(node, found) does so for the nodes of kinds\n"
     "that are not walked here.";
 
 PyObject* collect(PyObject*, PyObject* args) {
@@ -28,7 +28,7 @@ PyObject* collect(PyObject*, PyObject* args) {
 
 const char match_doc[] =
     "match(tree, prefix, found, exact, kinds, kind_of, others)\n--\n\n"
-    "Append the value that a prefix has for each leaf of a nest; whether it is a prefix.\n"
+    "Append the value that a prefix has for each leaf of a tree; whether it is a prefix.\n"
     "others(node, prefix, found, exact) does so for the nodes of kinds that are not walked here.";
 
 PyObject* match(PyObject*, PyObject* args) {

@@ -1,5 +1,5 @@
-// Walks over nests: the twins of _collect_in_python and _match_in_python in lars_tree/_tree.py;
-// _nodes.py says what a nest is. Plain dicts (Container is one), lists and tuples are walked here;
+// Walks over trees: the twins of _collect_in_python and _match_in_python in lars_tree/_tree.py;
+// _nodes.py says what a tree is. Plain dicts (Container is one), lists and tuples are walked here;
 // every other node, and what lies too deep for the stack of a thread, is handed to the Python
 // function.
 #pragma once
@@ -97,7 +97,7 @@ private:
             while (PyDict_Next(node, &place, &key, &child)) {
                 if (seen++ == size) return changed(), -1;
                 Owned held_key(Py_NewRef(key)), held(Py_NewRef(child));
-                // Nests that were made alike have their keys in the same order.
+                // Trees that were made alike have their keys in the same order.
                 if (!PyDict_Next(prefix, &other_place, &other_key, &other) || other_key != key) {
                     other = call_python(PyDict_GetItemWithError, prefix, key);
                     if (!other && PyErr_Occurred()) return -1;

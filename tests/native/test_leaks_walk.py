@@ -1,4 +1,4 @@
-"""No walk of the kernel over nests leaks a reference or memory: see test_leaks.py."""
+"""No walk of the kernel over trees leaks a reference or memory: see test_leaks.py."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Other(list):  # not walked natively
     pass
 
 
-def nest(key="b", **others):
+def tree(key="b", **others):
     return {"a": [object(), (object(), Other([object()]))], Key(key, **others): {"c": object()}}
 
 
 def objects(node):
-    """A nest and all that is in it."""
+    """A tree and all that is in it."""
     yield node
     if isinstance(node, dict):
         node = [*node, *node.values()]
@@ -56,7 +56,7 @@ def walk(*trees, kind_of=_tree._kind, others=None, exact=False):
 
 
 def changing(tree):
-    """What is called for an `Other`: adds to the nest that is being read, and takes from it."""
+    """What is called for an `Other`: adds to the tree that is being read, and takes from it."""
 
     def others(node, *_):
         tree[0.5] = tree.pop(0.5, None)
@@ -71,11 +71,11 @@ def unknown():  # its type is new, so its kind must be asked for
 
 
 COLLECTS = {
-    "nest": (None, nest, {}),
+    "tree": (None, tree, {}),
     "leaf": (None, object, {}),
     "the kind raises": (ValueError, unknown, {"kind_of": raising}),
     "the kind is no number": (TypeError, unknown, {"kind_of": lambda node: "leaf"}),
-    "another node raises": (ValueError, nest, {"others": raising}),
+    "another node raises": (ValueError, tree, {"others": raising}),
 }
 
 
@@ -89,18 +89,18 @@ def test_collect_leaks_nothing(name):
 
 OK, NO = (True, {}), (False, {})
 MATCHES = {
-    "nests": (*OK, nest, nest),
+    "trees": (*OK, tree, tree),
     "a value for all": (*OK, lambda: Other([object()]), object),
     "not exact": (False, {"exact": True}, lambda: [object()], object),
-    "another key": (*NO, nest, lambda: nest("other")),
-    "a key too few": (*NO, nest, lambda: without(nest(), "a")),
+    "another key": (*NO, tree, lambda: tree("other")),
+    "a key too few": (*NO, tree, lambda: without(tree(), "a")),
     "another length": (*NO, lambda: [object()], lambda: [object(), object()]),
-    "a node for a leaf": (*NO, object, nest),
-    "a list for a dict": (*NO, nest, lambda: [object()]),
-    "keys raise": (ValueError, {}, lambda: nest(fails=True), lambda: nest(fails=True)),
+    "a node for a leaf": (*NO, object, tree),
+    "a list for a dict": (*NO, tree, lambda: [object()]),
+    "keys raise": (ValueError, {}, lambda: tree(fails=True), lambda: tree(fails=True)),
     "the kind raises": (ValueError, {"kind_of": raising}, unknown, unknown),
-    "another node raises": (ValueError, {"others": raising}, nest, nest),
-    "another node gives None": (False, {"others": lambda *_: None}, nest, nest),
+    "another node raises": (ValueError, {"others": raising}, tree, tree),
+    "another node gives None": (False, {"others": lambda *_: None}, tree, tree),
 }
 
 
@@ -114,7 +114,7 @@ def test_match_leaks_nothing(name):
     check(call(expected, lambda: walk(tree, prefix, **options)), given)
 
 
-def test_a_nest_that_is_changed_while_it_is_read_leaks_nothing():
+def test_a_tree_that_is_changed_while_it_is_read_leaks_nothing():
     tree = {"a": [Other()], "b": object()}
     call = expecting(RuntimeError, lambda: walk(tree, others=changing(tree)))
     check(call, [tree, *tree.values()])
@@ -122,7 +122,7 @@ def test_a_nest_that_is_changed_while_it_is_read_leaks_nothing():
     check(call, [tree, tree["a"], tree["b"]])
 
 
-def test_a_nest_that_holds_itself_leaks_nothing():
+def test_a_tree_that_holds_itself_leaks_nothing():
     tree = []
     tree.append(tree)
     check(expecting(RecursionError, lambda: walk(tree)), [tree], calls=100)
