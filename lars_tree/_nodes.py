@@ -98,7 +98,7 @@ def _classify(cls: type) -> int:
 
 
 def _inherits(cls: type, names: Iterable[str], *bases: type) -> bool:
-    """Whether the class has these methods, or those that it has, from the bases or Container."""
+    """Whether all methods of these names that the class has are those of the bases or Container."""
     for name in names:
         provider = next((base for base in cls.__mro__ if name in vars(base)), bases[0])
         if provider not in bases and MAKE not in vars(provider):
@@ -189,7 +189,7 @@ def with_items(node: Node, items: Items) -> Node:
 
 
 def replace_for_reading(node: Node, values: Iterable[Any]) -> Node:
-    """The same for a node that is only read: one of another class becomes a list or a dict."""
+    """Like `replace_children` for a node that is only read, which may become a list or dict."""
     if is_trusted(node):
         return replace_children(node, values)
     if kind_of(node) == SEQUENCE:

@@ -114,7 +114,7 @@ def rebuild(tree: T, new_leaves: Iterable[Leaf], argument: str = "tree", at: Pat
 
 
 def for_reading(tree: Tree, new_leaves: Iterable[Leaf]) -> Tree:
-    """The same for a tree that is only read: nodes of other classes become dicts and lists."""
+    """Like `rebuild` for a tree that is only read: nodes of other classes become dicts or lists."""
     return _rebuild(_fill_for_reading, tree, new_leaves, "w")
 
 

@@ -38,6 +38,11 @@ def example(strategy, condition=lambda x: True):
     raise NoSuchExample("from three seeds")
 
 
+def made(strategy, condition):
+    """Whether any of 100 values fulfils the condition."""
+    return bool(found(strategy, condition, settings(GENERATE, max_examples=100), 0))
+
+
 def least(strategy, condition=lambda x: True):
     """The simplest value that fulfils the condition.
 
@@ -135,8 +140,7 @@ def test_shapes_and_elements_from_strategies():
     assert example(arrays, lambda x: x.ndim == 2 and np.isnan(x).all()).shape == (2, 2)
     complexes = testing.arrays("complex64", (1,), elements=st.just(1 + 2j))
     assert example(complexes).tolist() == [1 + 2j]
-    with pytest.raises(NoSuchExample):
-        example(testing.arrays(layouts=["C"]), lambda x: not x.flags.c_contiguous)
+    assert not made(testing.arrays(layouts=["C"]), lambda x: not x.flags.c_contiguous)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -261,8 +265,7 @@ def test_leaves_are_tied_only_on_request():
     w = least(tied, is_tied)
     assert w.a is w.b
     assert example(tied, lambda w: len(w.leaves()) > 1 and not is_tied(w))
-    with pytest.raises(NoSuchExample):
-        example(testing.containers(objects), is_tied)
+    assert not made(testing.containers(objects), is_tied)
 
 
 @given(testing.weights_and_gradients(shuffle_keys=True))
@@ -283,8 +286,7 @@ def test_weights_and_gradients_of_each_kind_are_made():
     assert np.broadcast_shapes(w.shape, g.shape) == w.shape
     assert example(testing.layers(), lambda p: p[0].shape == p[1].shape == (2,))
     ordered = testing.weights_and_gradients(testing.layers(shape=()), node_types=[dict])
-    with pytest.raises(NoSuchExample):
-        example(ordered, lambda p: isinstance(p[0], dict) and list(p[0]) != list(p[1]))
+    assert not made(ordered, lambda p: isinstance(p[0], dict) and list(p[0]) != list(p[1]))
 
 
 TREE = Container(a={"b": 1, "items": [2, 3]}, c=(4, OrderedDict(d=5)), e=defaultdict(list, f=6))

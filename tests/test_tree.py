@@ -76,11 +76,6 @@ def test_rebuild_maps_as_dm_tree_does(tree):
 
 
 @given(TREES)
-def test_a_tree_rebuilt_from_its_own_leaves_is_the_same(tree):
-    assert_same(_tree.rebuild(tree, _tree.leaves(tree)), tree)
-
-
-@given(TREES)
 def test_every_node_is_a_leaf_or_has_children(tree):
     assert _tree.is_leaf(tree) == (not dm_tree.is_nested(tree))
     if not _tree.is_leaf(tree):

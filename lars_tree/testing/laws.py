@@ -72,12 +72,8 @@ def matches_by_key(trial: Trial) -> None:
 def takes_each_layer_on_its_own(trial: Trial) -> None:
     """Every layer is updated as if it were alone: its step does not depend on other layers."""
     w, dcdw = trial.pair()
-    new = trial(w, dcdw, 0.5)
-    alone = [
-        trial({"layer": x}, {"layer": g}, 0.5)["layer"]
-        for x, g in zip(_tree.leaves(w), _tree.leaves(dcdw), strict=True)
-    ]
-    same(new, _tree.rebuild(w, alone))
+    alone = mapped(lambda x, g: trial({"layer": x}, {"layer": g}, 0.5)["layer"], w, dcdw)
+    same(trial(w, dcdw, 0.5), alone)
 
 
 def depends_on_its_arguments_alone(trial: Trial) -> None:
@@ -93,12 +89,9 @@ def leaves_weights_without_a_gradient(trial: Trial) -> None:
     w, dcdw = trial.pair()
     count = len(_tree.leaves(dcdw))
     missing = trial.draw(st.lists(st.booleans(), min_size=count, max_size=count), "missing")
-    partly = _tree.rebuild(
-        dcdw, [None if no else g for no, g in zip(missing, _tree.leaves(dcdw), strict=True)]
-    )
-    new, full = (trial(w, g, 0.5, decay_lambda=0.5) for g in (partly, dcdw))
-    choices = zip(missing, _tree.leaves(w), _tree.leaves(full), strict=True)
-    same(new, _tree.rebuild(w, [x if no else y for no, x, y in choices]))
+    partial = mapped(lambda g, no: None if no else g, dcdw, missing)
+    new, full = (trial(w, g, 0.5, decay_lambda=0.5) for g in (partial, dcdw))
+    same(new, mapped(lambda x, y, no: x if no else y, w, full, missing))
 
 
 def is_the_same_in_place(trial: Trial) -> None:

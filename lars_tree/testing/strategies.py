@@ -56,32 +56,32 @@ def arrays(
     Raises:
         ValueError: There is no such library or layout.
     """
-    libraries, shapes = _libraries(library, layouts), SHAPES if shape is None else _strategy(shape)
-
-    def make(draw: Draw) -> Any:
-        one = draw(libraries)
-        return _array(draw, _dtype(draw, dtype, one), draw(shapes), elements, one, layouts)
-
-    return drawn(make)
+    shapes = _strategy(SHAPES if shape is None else shape).map(lambda shape: [shape])
+    return _groups(dtype, shapes, elements, library, layouts).map(lambda found: found[0])
 
 
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)
 
 
-def _strategy(value: Any) -> Strategy:
-    return value if isinstance(value, st.SearchStrategy) else st.just(value)
-
-
-def _libraries(library: Any, layouts: Sequence[str]) -> Strategy:
+def _groups(
+    dtype: Any, shapes: Strategy, elements: Strategy | None, library: Any, layouts: Sequence[str]
+) -> Strategy:
+    """Tuples of arrays with one dtype and library; `shapes` makes lists of their shapes."""
     if not isinstance(library, st.SearchStrategy):
         _arrays.check_known("library", library, _arrays.LIBRARIES)
     for layout in layouts:
         _arrays.check_known("layouts", layout, _arrays.LAYOUTS)
-    return _strategy(library)
+
+    def make(draw: Draw) -> tuple[Any, ...]:
+        name = draw(_strategy(library))
+        kind = draw(_strategy(st.sampled_from(_arrays.names_for(name)) if dtype is None else dtype))
+        return tuple(_array(draw, kind, x, elements, name, layouts) for x in draw(shapes))
+
+    return drawn(make)
 
 
-def _dtype(draw: Draw, dtype: Any, library: str) -> Any:
-    return draw(st.sampled_from(_arrays.names_for(library)) if dtype is None else _strategy(dtype))
+def _strategy(value: Any) -> Strategy:
+    return value if isinstance(value, st.SearchStrategy) else st.just(value)
 
 
 @st.composite
@@ -141,16 +141,13 @@ def layers(
     With `broadcast`, the gradient may have fewer axes than w, and broadcasts to it. `shape` is the
     shape of w. The other arguments and errors are those of `arrays`, for each of the two arrays.
     """
-    libraries, shapes = _libraries(library, layouts), SHAPES if shape is None else _strategy(shape)
 
-    def make(draw: Draw) -> tuple[Any, Any]:
-        one = draw(libraries)
-        kind, whole = _dtype(draw, dtype, one), draw(shapes)
-        part = draw(st.sampled_from([whole, whole[1:], ()])) if broadcast else whole
-        w, dcdw = (_array(draw, kind, x, elements, one, layouts) for x in (whole, part))
-        return w, dcdw
+    def pairs(shape: tuple[int, ...]) -> Strategy:
+        parts = [shape, shape[1:], ()] if broadcast else [shape]
+        return st.sampled_from([(shape, part) for part in parts])
 
-    return drawn(make)
+    shapes = _strategy(SHAPES if shape is None else shape).flatmap(pairs)
+    return _groups(dtype, shapes, elements, library, layouts)
 
 
 OPTIONS = {

@@ -206,6 +206,6 @@ def _nested(path: Any, leaf: Any) -> Any:
 
 
 def mapped(fn: Callable[..., Any], *trees: Any) -> Any:
-    """A tree of fn(leaf, ...) over the leaves of trees of the same structure."""
+    """A tree like the first one, of fn(leaf, ...) over the leaves of all trees."""
     leaves = zip(*map(_tree.leaves, trees), strict=True)
     return _tree.rebuild(trees[0], [fn(*row) for row in leaves])
