@@ -41,7 +41,8 @@ def read_only():
 def leaf(index=0, w=None, *, out=None, velocity=None, **options):
     w = ones() if w is None else w
     dcdw = options.pop("dcdw", ones())
-    return Leaf(index, w, dcdw, out, Rule(**{"lr": 0.1, **options}), _backends.find(w), velocity)
+    rule = Rule(options.pop("lr", 0.1), **options)
+    return Leaf(index, w, dcdw, out, rule, _backends.find(w), velocity)
 
 
 def paths():
