@@ -51,8 +51,9 @@ class StepOptions(Options, total=False):
 
 # The options of `lars_update` without lr, and those of optimizers.
 DEFAULTS: dict[str, Any] = {
-    name: Rule._field_defaults[name]
-    for name in ("decay_lambda", "stop_gradients", *Options.__annotations__)
+    name: default
+    for name, default in Rule._field_defaults.items()
+    if name in StepOptions.__annotations__
 }
 OPTIMIZER_DEFAULTS: dict[str, Any] = {
     "weight_decay": 0,
@@ -60,7 +61,6 @@ OPTIMIZER_DEFAULTS: dict[str, Any] = {
     "trust_coefficient": 0.001,
     "eps": 1e-8,
 }
-
 
 # The fields of the rule for options with other names.
 _FIELDS = {"weight_decay": "decay_lambda", "lr": "lr_before_momentum"}
