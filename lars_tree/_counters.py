@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from lars_tree import _backends, _memory, errors
-from lars_tree._backends.base import Kind, Leaf
+from lars_tree import _backends, _memory, _overlaps, errors
+from lars_tree._backends.base import Kind
 from lars_tree._core.wrapper import rewrapped, unwrap
+from lars_tree._operands import Operand, Row
 from lars_tree._writes import Writes
 
 NAMES = ("step", "skipped")
@@ -37,22 +38,21 @@ def check(state: dict[str, Any], written: bool) -> None:
             raise _unwritable(name, f"it is {fault}")
     if written and len(counters) == len(NAMES):
         (one, x), (other, y) = counters.items()
-        if x is y or _sharing(x, [y]):
+        if x is y or _sharing(x, [Operand(y)]):
             raise _unwritable(other, f"it shares memory with {one}")
 
 
 def check_apart(
-    counters: Mapping[str, Any], leaves: list[Leaf], paths: Callable[[], list[errors.Path]]
+    counters: Mapping[str, Any], rows: list[Row], paths: Callable[[], list[errors.Path]]
 ) -> None:
     """Check that no counter shares memory with weights or velocities that are written.
 
     Raises:
         OutError: names both.
     """
-    targets = [(leaf, "out", leaf.out) for leaf in leaves if leaf.out is not None]
-    targets += [(leaf, "state", leaf.velocity) for leaf, *_ in targets if leaf.velocity is not None]
+    targets = _overlaps.targets([row for row in rows if row.leaf.out is not None])
     for name in counters if targets else ():
-        found = _sharing(counters[name], [x for *_, x in targets])
+        found = _sharing(counters[name], [target.array for target in targets])
         if found:
             leaf, argument, _ = targets[found[0]]
             path = errors.path_string(paths()[leaf.leaf_index]) or "the array"
@@ -61,7 +61,7 @@ def check_apart(
 
 def spans(state: dict[str, Any]) -> list[tuple[int, int]]:
     """The memory ranges of the counters, where they are known."""
-    memories = (_space_and_memory(unwrap(state[name]))[1] for name in NAMES if name in state)
+    memories = (Operand(unwrap(state[name])).memory for name in NAMES if name in state)
     found = (_memory.span(memory) for memory in memories if memory is not None)
     return [(start, start + size) for start, size in found]
 
@@ -87,22 +87,19 @@ def _unwritable(name: str, text: str) -> errors.LarsTreeError:
     return errors.error(errors.OutError, "state", "state cannot be written to", [((name,), text)])
 
 
-def _sharing(x: Any, others: list[Any]) -> list[int]:
-    """The indices of those others that are known to share memory with x."""
-    space, memory = _space_and_memory(x)
-    memories = ((i, *_space_and_memory(other)) for i, other in enumerate(others))
-    near = [(i, theirs) for i, there, theirs in memories if there == space and theirs is not None]
-    if memory is None or not near:
+def _sharing(counter: Any, others: list[Operand]) -> list[int]:
+    """The indices of those others that are known to share memory with a counter."""
+    x = Operand(counter)
+    if x.memory is None:
         return []
-    found = _memory.overlapping([memory], [theirs for _, theirs in near])
+    device = str(x.facts.device)  # CPU memory of all libraries is one address space
+    near = [
+        (i, other.memory)
+        for i, other in enumerate(others)
+        if other.memory is not None and str(other.facts.device) == device
+    ]
+    found = _memory.overlapping([x.memory], [memory for _, memory in near])
     return sorted(near[k][0] for _, k in found)
-
-
-def _space_and_memory(x: Any) -> tuple[str, _memory.NumpyArray | None]:
-    """The address space of an array, and its addresses there if they are known."""
-    backend = _backends.find(x)
-    assert backend is not None
-    return str(backend.facts(x).device), backend.memory(x)
 
 
 def counted(counter: Any, name: str, taken: Any) -> Any:

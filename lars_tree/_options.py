@@ -51,8 +51,9 @@ class StepOptions(Options, total=False):
 
 # The options of `lars_update` without lr, and those of optimizers.
 DEFAULTS: dict[str, Any] = {
-    name: Rule._field_defaults[name]
-    for name in ("decay_lambda", "stop_gradients", *Options.__annotations__)
+    name: default
+    for name, default in Rule._field_defaults.items()
+    if name in StepOptions.__annotations__
 }
 OPTIMIZER_DEFAULTS: dict[str, Any] = {
     "weight_decay": 0,
@@ -61,14 +62,12 @@ OPTIMIZER_DEFAULTS: dict[str, Any] = {
     "eps": 1e-8,
 }
 
-
-def _field(name: str) -> str:
-    """The field of the rule for an option of `lars_update` or of an optimizer."""
-    return {"weight_decay": "decay_lambda", "lr": "lr_before_momentum"}.get(name, name)
+# The fields of the rule for options with other names.
+_FIELDS = {"weight_decay": "decay_lambda", "lr": "lr_before_momentum"}
 
 
 def option_name(field: str) -> str:
-    """The user's name for a field of the rule: `rate` is the lr of torch optimizers."""
+    """The user's name for a field of the rule."""
     return "lr" if field in ("lr_before_momentum", "lr_after_momentum") else field
 
 
@@ -104,11 +103,11 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
     for name, value in options.items():
         default, checked = _KNOWN.get((name, type(value)), (_UNKNOWN, None))
         if default is not _UNKNOWN and value == default:  # the usual case
-            shared[_field(name)] = checked
+            shared[_FIELDS.get(name, name)] = checked
             continue
         given = _readable(name, value)
         if _tree.is_leaf(given):
-            shared[_field(name)] = _checked(name, [((), given)], keep_graph)[0]
+            shared[_FIELDS.get(name, name)] = _checked(name, [((), given)], keep_graph)[0]
         else:
             columns[name] = _column(name, tree, given, keep_graph)
     if not columns:
@@ -116,7 +115,7 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
     if any(len(column) != count for column in columns.values()):
         raise _tree.changed()
     _refuse_gaps(tree, columns)
-    indices = [Rule._fields.index(_field(name)) for name in columns]
+    indices = [Rule._fields.index(_FIELDS.get(name, name)) for name in columns]
     fields = list(Rule(**{"lr_before_momentum": 0.0, **shared}))
     # By identity: most leaves share their values, and the columns keep these alive.
     ids = [map(id, column) for column in columns.values()]

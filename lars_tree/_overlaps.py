@@ -20,7 +20,7 @@ class Target(NamedTuple):
     array: Operand
 
 
-def _targets(group: list[Row]) -> list[Target]:
+def targets(group: list[Row]) -> list[Target]:
     outs = [Target(row.leaf, "out", row.out) for row in group]
     moving = (row for row in group if row.leaf.velocity is not None)
     return outs + [Target(row.leaf, "state", row.velocity) for row in moving]
@@ -29,8 +29,7 @@ def _targets(group: list[Row]) -> list[Target]:
 def shared(rows: list[Row]) -> Iterator[tuple[Target, Target]]:
     """Pairs of written arrays that share memory, such as tied weights."""
     for group in _by_device(rows):
-        targets = _targets(group)
-        memories = [(target, target.array.memory) for target in targets]
+        memories = [(target, target.array.memory) for target in targets(group)]
         known = [(target, memory) for target, memory in memories if memory is not None]
         for i, j in _memory.overlapping([memory for _, memory in known]):
             yield known[i][0], known[j][0]
@@ -61,7 +60,7 @@ def detach_inputs(rows: list[Row]) -> list[Leaf]:
 
 def _overwritten(group: list[Row]) -> Iterator[tuple[Leaf, str]]:
     """The inputs that are written by another leaf, or in another order of their elements."""
-    written = [(x, x.array.memory) for x in _targets(group) if x.array.memory is not None]
+    written = [(x, x.array.memory) for x in targets(group) if x.array.memory is not None]
     # One array may be an input of many leaves.
     readers: dict[Operand, list[tuple[Leaf, str]]] = {}
     for row in group:

@@ -44,21 +44,21 @@ class Rule(NamedTuple):
 
     lr_before_momentum: Any
     decay_lambda: Any = 0.0
+    stop_gradients: bool = True
     trust_coefficient: Any = 1.0
     eps: Any = 0.0
-    grad_scale: Any = 1.0
     adapt: bool = True
     trust_clip: bool = False
+    joint_norm: bool = False
+    grad_scale: Any = 1.0
     nonfinite: str = "propagate"
     layer_axis: int | None = None
-    stop_gradients: bool = True
+    axis_name: frozenset[Any] | None = None
     momentum: Any = 0.0
     lr_after_momentum: Any = 1.0
     nesterov: bool = False
     maximize: bool = False
-    joint_norm: bool = False
     dampening: Any = 0.0
-    axis_name: frozenset[Any] | None = None
 
 
 NUMBERS = ("lr_before_momentum", "decay_lambda", "trust_coefficient", "eps", "grad_scale")

@@ -32,7 +32,7 @@ class Foreach(NamedTuple):
     unless: Tensor | None
 
     def trusted(self, leaves: list[Leaf]) -> list[Leaf]:
-        """Fully check CPU tensors; fully check all tensors if the cheap pre-check fails."""
+        """The tensors on devices, if the cheap pre-check passes; CPU tensors are fully checked."""
         ours = [leaf for leaf in leaves if leaf.leaf_index in self.indices]
         if not _look_right(ours):
             return []

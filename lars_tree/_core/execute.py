@@ -100,7 +100,7 @@ def _execute(columns: Columns, caller: Caller, native: Native) -> Result:
         rows, trusted = checked(columns, caller, native.rest, native)
     # Leaves of the native engine overlap with none of these rows.
     _checks.check_apart(rows, caller.paths, caller.words)
-    _counters.check_apart(columns.counters, [row.leaf for row in rows], caller.paths)
+    _counters.check_apart(columns.counters, rows, caller.paths)
     with _writing(native, rows, columns):
         writes = Writes(native.plan)
         results, taken = _run(native, _overlaps.detach_inputs(rows) + trusted, caller, writes)

@@ -20,7 +20,7 @@ from lars_tree._rule import Rule
 
 def leaves(**changes):
     """The arguments of one step. The last of the three leaves is None."""
-    rule = Rule(0.1, 0.01, 1.0, 0.0, 1.0)
+    rule = Rule(0.1, 0.01)
     made = SimpleNamespace(
         ws=[np.ones(5), np.ones((2, 3), np.complex64), None],
         dcdws=[np.ones(5, np.float32), np.ones((2, 3), np.complex128), None],
