@@ -83,7 +83,7 @@ class TrustHistory:
             step: Its number; one more than the last one if it is left out.
 
         Raises:
-            StructureError: The nest is not that of the first record.
+            StructureError: The tree is not that of the first record.
             LeafError: The values are traced, or no numbers; or a leaf has more or fewer layers than
                 before. In all cases nothing is recorded.
         """

@@ -1,4 +1,4 @@
-"""What the steps of a nest are made of, measured by the code that takes them; nothing is written.
+"""What the steps of a tree are made of, measured by the code that takes them; nothing is written.
 
 Also what reports need of such numbers: the paths of the layers, and one wait for all values.
 """

@@ -1,6 +1,6 @@
 """The options of the rule: checked, and resolved to one `Rule` for each leaf.
 
-Every option is one value or a prefix of the weights' nest. Values are checked where the user wrote
+Every option is one value or a prefix of the weights' tree. Values are checked where the user wrote
 them; whether they suit the arrays of a leaf is the business of `_checks.py`.
 """
 
@@ -102,7 +102,7 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
     """The rule for each of the `count` leaves of `tree`, in their order.
 
     Raises:
-        StructureError: an option is a nest that is no prefix of `tree`.
+        StructureError: an option is a tree that is no prefix of `tree`.
         OptionError: a value is not one that the option can take.
     """
     keep_history = any(value is not True for value in _tree.leaves(options["stop_gradients"]))

@@ -286,7 +286,7 @@ def test_a_class_of_attrs_is_a_schedule_where_it_can_be_called():
         ("eps", lambda eps: Lars(0.1, eps=eps)),
     ],
 )
-def test_a_nest_that_holds_itself_is_named(name, call):
+def test_a_tree_that_holds_itself_is_named(name, call):
     tree = {"a": {"b": 0.5}}
     tree["a"]["c"] = tree["a"]
     with pytest.raises(StructureError, match=f"{name} holds itself\n  a/c: expected a tree"):

@@ -64,7 +64,7 @@ class Layout(NamedTuple):
 class Leaf(NamedTuple):
     """One array of the weights with all that its step takes.
 
-    `place` counts the leaves of the nest. `dcdw` is None where the weights stay as they are, `out`
+    `place` counts the leaves of the tree. `dcdw` is None where the weights stay as they are, `out`
     where the results are new arrays, `velocity` where there is no momentum. Where there is an `out`
     the velocity is written to where it is.
     """

@@ -23,7 +23,7 @@ def advance(
         out: The same.
         options: By name, as `lars_update` and `Lars` have them.
         state: That of an optimizer: "step" and "skipped", which count and have been checked, and
-            for momentum "velocity", a nest like w.
+            for momentum "velocity", a tree like w.
     """
     try:
         columns, caller = _matched(w, dcdw, out, options, state)
