@@ -33,7 +33,7 @@ instruction_set: int = kernel.best_instruction_set() if kernel else 0
 
 
 def in_use() -> Any:
-    """The kernel; None where there is none, or where torch.compile traces and must see Python."""
+    """The kernel, or None: also while torch.compile traces, which must see the Python code."""
     torch = sys.modules.get("torch")
     compiler = getattr(torch, "compiler", None)  # missing while torch is being imported
     return None if compiler is not None and compiler.is_compiling() else kernel

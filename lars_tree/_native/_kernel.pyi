@@ -146,4 +146,4 @@ def match(
     """
 
 def best_instruction_set() -> int:
-    """The number of the best instruction set here: 0 none in particular, 1 AVX2, 2 AVX-512."""
+    """The best supported instruction set: 0 baseline, 1 AVX2, 2 AVX-512."""
