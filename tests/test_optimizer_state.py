@@ -322,7 +322,7 @@ def test_values_that_make_no_optimizer_are_refused(make, kind, says):
 def test_errors_of_options_have_the_names_of_the_optimizer():
     opt = lars_tree.Lars(0.1, weight_decay={"a": None, "b": 0.1})
     w = {"a": W, "b": W}
-    with pytest.raises(OptionError, match=r"^weight_decay has a value"):
+    with pytest.raises(OptionError, match=r"^weight_decay has an invalid value"):
         opt.update(w, w, opt.init(w))
 
 
