@@ -163,16 +163,16 @@ def test_memory_is_kept_alive_until_it_was_read():
     step = native_engine(w, g)
     w[0].delete()  # as another thread may
     step.step()
-    assert_identical(np.asarray(step.news.ws[0]), np.asarray(expected[0]))
+    assert_identical(np.asarray(step.results.ws[0]), np.asarray(expected[0]))
 
 
 def test_large_results_are_not_copied():
     w = [array((300, 301)) + 1]
     step = native_engine(w, w)
     step.step()
-    address = step.news.ws[0].ctypes.data
+    address = step.results.ws[0].ctypes.data
     step.finish()
-    assert step.news.ws[0].unsafe_buffer_pointer() == address
+    assert step.results.ws[0].unsafe_buffer_pointer() == address
 
 
 @pytest.mark.parametrize("bad", [False, True])
