@@ -4,8 +4,8 @@
 // the layer is in the cache. A larger layer is updated by all threads, chunk by chunk: they sum in
 // forward order, wait until the sums are complete, and apply in backward order, as the chunks that
 // were read last are still in a cache. Each thread begins with chunks of its own, and then takes
-// chunks that others have not begun. Sums are stored by chunk and added in their order, so threads
-// change no bit.
+// chunks that others have not begun. Sums are stored by chunk and added in their order, so the bits
+// do not depend on threads.
 //
 // The threads end with the call, so a forked child finds nothing broken.
 #pragma once
