@@ -32,7 +32,7 @@ class Container(Arithmetic, dict[Any, Any]):
       head            float64 (4,)
     >>> w.encoder.bias is w["encoder"]["bias"] is w["encoder/bias"] is w["encoder", "bias"]
     True
-    >>> w["decoder/bias"] = np.zeros(2)               # makes the parent
+    >>> w["decoder", "bias"] = np.zeros(2)            # makes the parent
     >>> list(w.decoder)
     ['bias']
     >>> (2 * w).head
@@ -70,20 +70,24 @@ class Container(Arithmetic, dict[Any, Any]):
 
     def __getitem__(self, key: Any) -> Any:
         found = _paths.find(self, key)
-        if found is _paths.MISSING:
+        if found is _tree.MISSING:
             raise _paths.missing_error(PathKeyError, self, _paths.split(key))
         return found
 
     def __contains__(self, key: object) -> bool:
-        return _paths.find(self, key) is not _paths.MISSING
+        return _paths.find(self, key) is not _tree.MISSING
 
     def get(self, key: Any, default: Any = None) -> Any:
         """The value at a key or path, or the default."""
         found = _paths.find(self, key)
-        return default if found is _paths.MISSING else found
+        return default if found is _tree.MISSING else found
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        _paths.put(self, key, _conversion.taken("value", value, type(self)), type(self))
+        value = _conversion.taken("value", value, type(self))
+        if isinstance(key, tuple):
+            _paths.put(self, key, value, type(self))
+        else:
+            dict.__setitem__(self, key, value)
 
     def __delitem__(self, key: Any) -> None:
         _paths.remove(self, key)
@@ -97,7 +101,7 @@ class Container(Arithmetic, dict[Any, Any]):
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._refuse_method(name)
-        self[(name,)] = value
+        self[name] = value
 
     def __delattr__(self, name: str) -> None:
         self._refuse_method(name)
@@ -128,8 +132,12 @@ class Container(Arithmetic, dict[Any, Any]):
         dict.update(self, taken)
 
     def setdefault(self, key: Any, default: Any = None) -> Any:
-        """The value at a key or path, which is set to the default first if nothing is there."""
-        if key not in self:
+        """The value at a key; a missing one is set to the default first, as in a dict.
+
+        A tuple is a path, also here.
+        """
+        exists = key in self if isinstance(key, tuple) else dict.__contains__(self, key)
+        if not exists:
             self[key] = default
         return self[key]
 

@@ -270,8 +270,8 @@ def test_a_container_takes_every_item_of_a_mapping():
 def test_a_path_reads_and_writes_a_node_as_its_user_does(make):
     w = Container(layers=UserList([make({"a": 1, 7: 2})]))  # a list that is not looked into
     node = w["layers"][0]
-    w["layers/0/a"] = 3
-    w["layers/0/b/c"] = 4
+    w["layers", 0, "a"] = 3
+    w["layers", "0", "b", "c"] = 4
     assert type(node) is make
     assert (node["a"], node["b"]["c"], w["layers/0/7"]) == (3, 4, 2)
     assert w["layers/0/b/c"] == w["layers", 0, "b", "c"] == 4

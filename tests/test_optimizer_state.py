@@ -196,7 +196,7 @@ def test_a_velocity_that_cannot_be_written_to_is_refused(name):
     w, g = random_tree(0), random_tree(1)
     opt = Lars(0.1)
     state = opt.init(w)
-    state["velocity/b"] = UNWRITABLE[name](w, np.zeros(5))
+    state["velocity", "b"] = UNWRITABLE[name](w, np.zeros(5))
     before = copy.deepcopy(w)
     with pytest.raises(OutError, match="state"):
         opt.update(w, g, state, out=w)
