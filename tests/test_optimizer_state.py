@@ -143,17 +143,17 @@ BAD_STATES = {
         "velocity: missing 'b'",
     ),
     "a shape": (
-        lambda s: change(s, "velocity/b", np.zeros(4)),
+        lambda s: change(s, ("velocity", "b"), np.zeros(4)),
         StateError,
         r"b: expected a velocity of float64 \(5,\)",
     ),
     "a dtype": (
-        lambda s: change(s, "velocity/a/bias", np.zeros(3, np.float32)),
+        lambda s: change(s, ("velocity", "a", "bias"), np.zeros(3, np.float32)),
         StateError,
         r"a/bias: expected a velocity of float64 \(3,\).* got float32",
     ),
     "None for a leaf": (
-        lambda s: change(s, "velocity/b", None),
+        lambda s: change(s, ("velocity", "b"), None),
         LarsTreeError,
         "b: expected a velocity, got None",
     ),
