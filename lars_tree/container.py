@@ -350,7 +350,9 @@ class Container(Arithmetic, dict[Any, Any]):
         return _show.text(self)
 
     def _repr_html_(self) -> str:
-        return _show.html(self)
+        from lars_tree import _html  # only notebooks need it
+
+        return _html.tree(self)
 
     def __rich__(self) -> Any:
         return _show.rich_tree(self)

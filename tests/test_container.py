@@ -379,38 +379,3 @@ def test_a_union_prefers_the_right_side_and_converts():
     same |= {"e": {"f": 4}}
     assert same is w
     assert w.e.f == 4
-
-
-# Show
-
-
-def test_repr_has_a_header_and_a_line_for_each_leaf(w):
-    w["l"] = [np.float32(1), None]
-    assert repr(w).splitlines() == [
-        "Container: 4 leaves, 21 parameters, 164 bytes",
-        "  encoder/kernel  float64 (3, 4)",
-        "  encoder/bias    float64 (4,)",
-        "  head            float64 (4,)",
-        "  l/0             float32 ()",
-        "  l/1             None",
-    ]
-    assert (w.num_leaves(), w.num_parameters(), w.num_bytes()) == (4, 21, 164)
-
-
-def test_repr_counts_one_in_the_singular():
-    assert repr(Container(a=np.ones(1, bool))).splitlines()[0] == (
-        "Container: 1 leaf, 1 parameter, 1 byte"
-    )
-
-
-def test_repr_is_capped():
-    lines = repr(Container({f"k{i}": np.ones(1) for i in range(100_000)})).splitlines()
-    assert lines[0] == "Container: 100,000 leaves, 100,000 parameters, 800 kB"
-    assert lines[-1] == "  ... and 99,960 more"
-    assert len(lines) == 42
-    assert len(repr(Container(a="x" * 10_000))) < 200
-
-
-@given(st.dictionaries(st.text(), st.text(), min_size=1, max_size=3))
-def test_keys_and_values_cannot_add_lines_to_the_repr(nest):
-    assert len(repr(Container(nest)).splitlines()) == 1 + len(nest)
