@@ -1,7 +1,6 @@
 """Container: a dict of dicts with paths and attribute access. Structure only.
 
-What is about arrays is a function; the few methods that look at arrays call them (`_compare.py`,
-`_show.py`, `update.py`). `_pytrees.py` makes Container known to JAX, torch and optree.
+Methods about arrays call functions of other modules: `_compare.py`, `_show.py`, `update.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Container(Arithmetic, dict[Any, Any]):
-    """A dict that holds nested Containers, read by key, by attribute or by path.
+    """A dict of nested Containers, read by key, by attribute or by path.
 
     >>> w = Container(encoder={"kernel": np.ones((3, 4)), "bias": np.zeros(4)}, head=np.ones(4))
     >>> w
@@ -32,15 +31,16 @@ class Container(Arithmetic, dict[Any, Any]):
       head            float64 (4,)
     >>> w.encoder.bias is w["encoder"]["bias"] is w["encoder/bias"] is w["encoder", "bias"]
     True
-    >>> w["decoder", "bias"] = np.zeros(2)            # makes the parent
+    >>> w["decoder", "bias"] = np.zeros(2)            # creates the parent
     >>> list(w.decoder)
     ['bias']
     >>> (2 * w).head
     array([2., 2., 2., 2.])
 
-    Mappings inside become Containers on the way in; lists and tuples stay nodes. Keys are literal
-    in the constructor, in `update` and in `|`. Elsewhere the exact key comes first, then the path:
-    a string split at '/', or a tuple of keys. Other nests may stand wherever a Container may.
+    Mappings become Containers when they are put in; lists and tuples stay lists and tuples.
+    Reading and deleting look for the exact key first, then for a path: a tuple of keys, or a string
+    split at '/'. Writing a string key is literal, as in a dict; a tuple of keys is a path. Methods
+    that take another Container take any other tree as well.
 
     Args:
         mapping: A mapping or (key, value) pairs, as for dict.
@@ -61,7 +61,7 @@ class Container(Arithmetic, dict[Any, Any]):
 
     @classmethod
     def _lars_tree_make(cls, items: Mapping[Any, Any] | Iterable[tuple[Hashable, Any]]) -> Self:
-        """A Container of children that need no conversion."""
+        """A Container of children that are already converted."""
         new = cls.__new__(cls)
         dict.update(new, items)
         return new
@@ -121,10 +121,10 @@ class Container(Arithmetic, dict[Any, Any]):
     def _ipython_key_completions_(self) -> list[Any]:
         return list(self)
 
-    # dict's own methods, where dict would not convert or would not give Containers back
+    # Methods of dict that would not convert mappings or not return Containers
 
     def update(self, mapping: Any = (), /, **keys: Any) -> None:
-        """Put in all keys of a mapping or of pairs, literally, as dict.update does."""
+        """Write all items of a mapping or of (key, value) pairs. Keys are literal."""
         items = dict(_tree.children(mapping) if isinstance(mapping, Mapping) else mapping)
         whole = mapping if isinstance(mapping, Mapping) else items
         with _tree.explaining({"mapping": whole, "keys": keys}):
@@ -132,17 +132,14 @@ class Container(Arithmetic, dict[Any, Any]):
         dict.update(self, taken)
 
     def setdefault(self, key: Any, default: Any = None) -> Any:
-        """The value at a key; a missing one is set to the default first, as in a dict.
-
-        A tuple is a path, also here.
-        """
+        """The value at a literal key or a tuple path, which is set to the default if missing."""
         exists = key in self if isinstance(key, tuple) else dict.__contains__(self, key)
         if not exists:
             self[key] = default
         return self[key]
 
     def pop(self, key: Any, *default: Any) -> Any:
-        """Remove a key or path and return what was there, or the default."""
+        """Remove a key or path and return its value, or the default if it is missing."""
         if default and key not in self:
             return default[0]
         value = self[key]
@@ -151,7 +148,7 @@ class Container(Arithmetic, dict[Any, Any]):
 
     @_conversion.explained
     def copy(self) -> Self:
-        """A copy of all nodes that shares the leaves."""
+        """A copy of the nodes, which shares the leaves."""
         return _tree.rebuild(self, _tree.leaves(self), "self")  # type: ignore[no-any-return]
 
     __copy__ = copy
@@ -179,16 +176,16 @@ class Container(Arithmetic, dict[Any, Any]):
         self.update(other)
         return self
 
-    # Leaves and shapes of nests
+    # Leaves, names, selection
 
     @_conversion.explained
     def leaves(self) -> list[Any]:
-        """The leaves in order; None and empty nodes: None is a leaf, an empty node has none."""
+        """The leaves in order. None counts as a leaf; an empty node has no leaves."""
         return _tree.leaves(self)
 
     @_conversion.explained
     def paths(self) -> list[Path]:
-        """The path of each leaf, a tuple of keys."""
+        """The path of each leaf: a tuple of keys."""
         return [path for path, _ in _tree.walk(self)]
 
     @_conversion.explained
@@ -206,27 +203,27 @@ class Container(Arithmetic, dict[Any, Any]):
 
     @_conversion.explained
     def to_flat(self, sep: str = "/") -> dict[str, Any]:
-        """The leaves by name, keys joined by `sep`; '.' gives the names of a state_dict.
+        """The leaves by name: keys joined by `sep`. '.' gives the names of a state_dict.
 
-        An empty node stays, as an empty Container. Of a list the indices become names.
+        Indices of lists become names. An empty node is kept as an empty Container.
 
         >>> Container(a={"b": 1, "c": 2}).to_flat(".")
         {'a.b': 1, 'a.c': 2}
 
         Raises:
-            StructureError: a key holds `sep`, or two paths have the same name.
+            StructureError: a key contains `sep`, or two paths have the same name.
         """
         return _paths.flat(self, sep, type(self))
 
     @classmethod
     def from_flat(cls, flat: Mapping[Any, Any], sep: str = "/") -> Self:
-        """The Container whose leaves have these names, split at `sep`.
+        """The Container of leaves whose names, split at `sep`, are their paths.
 
         >>> Container.from_flat({"a.b": 1, "a.c": 2}, sep=".").to_dict()
         {'a': {'b': 1, 'c': 2}}
 
         Raises:
-            PathKeyError: two names are the same, or one goes through the leaf of another.
+            PathKeyError: one name is the beginning of another, such as 'a' and 'a.b'.
         """
         return cls._from_flat(flat, sep, "flat")
 
@@ -240,25 +237,23 @@ class Container(Arithmetic, dict[Any, Any]):
 
     @_conversion.explained
     def to_dict(self) -> dict[Any, Any]:
-        """Plain nested dicts, sharing the leaves."""
+        """Nested dicts, which share the leaves."""
         return _tree.rebuilding("self", _conversion.plain, self)  # type: ignore[no-any-return]
 
     @_conversion.explained
     def map(self, fn: Callable[..., Any], /, *rest: Any, with_path: bool = False) -> Self:
-        """A Container of fn(leaf, ...) for each leaf; None, which holds nothing, stays None.
+        """A Container of fn(leaf, ...) for each leaf. None stays None.
 
         >>> Container(a=1, b={"c": 2}).map(lambda x, y: x * y, {"a": 10, "b": 100}).to_dict()
         {'a': 10, 'b': {'c': 200}}
 
         Args:
-            fn: Called with a leaf and with the values that `rest` has for it.
-            *rest: Nests like this one, or prefixes: a value at an inner node serves all below it.
+            fn: Called with a leaf and its values in `rest`. An exception gets a note with the path.
+            *rest: Trees like this one, or prefixes: a value at a node applies to its subtree.
             with_path: Whether to call fn(path, leaf, ...), with the path as a tuple of keys.
 
         Raises:
-            StructureError: one of the rest is no prefix of this Container.
-
-        Whatever fn raises gets a note with the path of the leaf.
+            StructureError: one of `rest` is not a prefix of this Container.
         """
         columns = [
             _tree.broadcast(f"argument {i}", self, tree, to="the Container")
@@ -271,9 +266,9 @@ class Container(Arithmetic, dict[Any, Any]):
 
     @_conversion.explained
     def filter(self, pred: Callable[[Path, Any], Any], /) -> Self:
-        """The leaves for which pred(path, leaf) holds, without the nodes that this empties.
+        """The leaves for which pred(path, leaf) is true. Nodes left without leaves are removed.
 
-        A list or tuple that keeps one of its leaves keeps its length, with None for the others.
+        A list or tuple keeps its length unless it is removed, with None for the missing leaves.
 
         >>> Container(a={"kernel": 1, "bias": 2}).filter(lambda p, x: p[-1] == "bias").to_dict()
         {'a': {'bias': 2}}
@@ -303,12 +298,12 @@ class Container(Arithmetic, dict[Any, Any]):
 
     @_conversion.explained
     def allclose(self, other: Any, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
-        """Whether the keys are the same and all |a - b| <= atol + rtol |b|."""
+        """Whether the keys are the same and |a - b| <= atol + rtol |b| for all elements."""
         return _compare.close(self, other, rtol, atol)
 
     @_conversion.explained
     def diff(self, other: Any) -> dict[str, str]:
-        """The differences from another nest: what they are, by path.
+        """The differences from another tree, by path.
 
         >>> Container(a=np.ones(2), b=np.ones(3)).diff({"a": np.ones(2), "b": np.zeros(4)})
         {'b': 'float64 (3,) here, float64 (4,) there'}
@@ -319,21 +314,20 @@ class Container(Arithmetic, dict[Any, Any]):
     def _operate(self, operation: Callable[..., Any], *operands: Any) -> Any:
         lead = self
         for other in operands:
-            # Of two trees, one may be a prefix of the other.
-            if isinstance(other, Mapping) and any(_tree.differences(self, other)):
-                lead = self
-                if not any(_tree.differences(other, self)):
-                    lead = _conversion.taken("one operand", other, Container)
+            if not isinstance(other, Mapping) or not any(_tree.differences(self, other)):
+                continue
+            if not any(_tree.differences(other, self)):  # self is a prefix of the other
+                lead = _conversion.taken("one operand", other, Container)
         columns = [
             _tree.broadcast("one operand", lead, operand, to="the other") for operand in operands
         ]
-        # The leaves of `lead` say where there is something; the operands are in their own order.
+        # The leaves of `lead` only say where None stays None.
         results = _tree.map_leaves(lambda _, *values: operation(*values), lead, *columns)
         return _tree.rebuild(lead, results, "one operand")
 
     @_conversion.explained
     def num_leaves(self) -> int:
-        """The number of leaves that hold something."""
+        """The number of leaves that are not None."""
         return sum(leaf is not None for leaf in _tree.leaves(self))
 
     @_conversion.explained
@@ -343,7 +337,7 @@ class Container(Arithmetic, dict[Any, Any]):
 
     @_conversion.explained
     def num_bytes(self) -> int:
-        """The memory of all arrays in bytes."""
+        """The number of bytes of all arrays."""
         return _show.totals(_tree.leaves(self)).bytes
 
     def __repr__(self) -> str:
@@ -377,19 +371,8 @@ class Container(Arithmetic, dict[Any, Any]):
         >>> w.lars_update(g, {"kernel": 0.1, "bias": 1}, out=w).bias                # in place
         array([-1.])
 
-        Args:
-            dcdw: Gradients: an array, a scalar, or a Container or dict that is a prefix of self.
-            lr: The rate: the same.
-            decay_lambda: Weight decay: the same.
-            stop_gradients: False to differentiate through the step.
-            out: The Container to write to; may be self.
-            **options: The further options of `lars_tree.lars_update`.
-
-        Returns:
-            A new Container, or `out`.
-
-        Raises:
-            LarsTreeError: as `lars_tree.lars_update` does; nothing was written then.
+        The arguments are those of `lars_tree.lars_update`. `out` is a Container, may be self, and
+        is returned.
         """
         return lars_update(  # type: ignore[no-any-return]
             self,
