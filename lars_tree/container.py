@@ -83,7 +83,7 @@ class Container(Arithmetic, dict[Any, Any]):
         return default if found is _tree.MISSING else found
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        value = _conversion.taken("value", value, type(self))
+        value = _conversion.convert("value", value, type(self))
         if isinstance(key, tuple):
             _paths.put(self, key, value, type(self))
         else:
@@ -128,8 +128,10 @@ class Container(Arithmetic, dict[Any, Any]):
         items = dict(_tree.children(mapping) if isinstance(mapping, Mapping) else mapping)
         whole = mapping if isinstance(mapping, Mapping) else items
         with _tree.explaining({"mapping": whole, "keys": keys}):
-            taken = _tree.rebuilding("mapping", _conversion.converted, items | keys, type(self))
-        dict.update(self, taken)
+            converted = _tree.rebuilding(
+                "mapping", _conversion.convert_node, items | keys, type(self)
+            )
+        dict.update(self, converted)
 
     def setdefault(self, key: Any, default: Any = None) -> Any:
         """The value at a literal key or a tuple path, which is set to the default if missing."""
@@ -146,7 +148,7 @@ class Container(Arithmetic, dict[Any, Any]):
         del self[key]
         return value
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def copy(self) -> Self:
         """A copy of the nodes, which shares the leaves."""
         return _tree.rebuild(self, _tree.leaves(self), "self")  # type: ignore[no-any-return]
@@ -178,17 +180,17 @@ class Container(Arithmetic, dict[Any, Any]):
 
     # Leaves, names, selection
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def leaves(self) -> list[Any]:
         """The leaves in order. None counts as a leaf; an empty node has no leaves."""
         return _tree.leaves(self)
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def paths(self) -> list[Path]:
         """The path of each leaf: a tuple of keys."""
         return [path for path, _ in _tree.walk(self)]
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def unflatten(self, leaves: Iterable[Any]) -> Self:
         """A Container like this one with other leaves, given in the order of `leaves()`.
 
@@ -201,7 +203,7 @@ class Container(Arithmetic, dict[Any, Any]):
         new: Self = _tree.rebuild(self, leaves, "self")
         return new
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def to_flat(self, sep: str = "/") -> dict[str, Any]:
         """The leaves by name: keys joined by `sep`. '.' gives the names of a state_dict.
 
@@ -230,17 +232,17 @@ class Container(Arithmetic, dict[Any, Any]):
     @classmethod
     def _from_flat(cls, flat: Mapping[Any, Any], sep: str, argument: str) -> Self:
         new = cls()
-        for name, leaf in _conversion.taken(argument, flat, cls).items():
+        for name, leaf in _conversion.convert(argument, flat, cls).items():
             path = tuple(name.split(sep)) if isinstance(name, str) else (name,)
             _paths.put_new(new, path, leaf, cls)
         return new
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def to_dict(self) -> dict[Any, Any]:
         """Nested dicts, which share the leaves."""
-        return _tree.rebuilding("self", _conversion.plain, self)  # type: ignore[no-any-return]
+        return _tree.rebuilding("self", _conversion.to_dicts, self)  # type: ignore[no-any-return]
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def map(self, fn: Callable[..., Any], /, *rest: Any, with_path: bool = False) -> Self:
         """A Container of fn(leaf, ...) for each leaf. None stays None.
 
@@ -260,11 +262,13 @@ class Container(Arithmetic, dict[Any, Any]):
             for i, tree in enumerate(rest, 1)
         ]
         results = _tree.map_leaves(fn, self, *columns, with_path=with_path)
-        taken = [_conversion.taken("the result of fn", result, type(self)) for result in results]
-        new: Self = _tree.rebuild(self, taken, "self")
+        converted = [
+            _conversion.convert("the result of fn", result, type(self)) for result in results
+        ]
+        new: Self = _tree.rebuild(self, converted, "self")
         return new
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def filter(self, pred: Callable[[Path, Any], Any], /) -> Self:
         """The leaves for which pred(path, leaf) is true. Nodes left without leaves are removed.
 
@@ -276,7 +280,7 @@ class Container(Arithmetic, dict[Any, Any]):
         kept = [bool(pred(path, leaf)) for path, leaf in _tree.walk(self)]
         return self._picked(kept)
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def partition(self, pred: Callable[[Path, Any], Any], /) -> tuple[Self, Self]:
         """`filter` and its complement."""
         kept = [bool(pred(path, leaf)) for path, leaf in _tree.walk(self)]
@@ -296,12 +300,12 @@ class Container(Arithmetic, dict[Any, Any]):
 
     __hash__ = None
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def allclose(self, other: Any, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
         """Whether the keys are the same and |a - b| <= atol + rtol |b| for all elements."""
         return _compare.close(self, other, rtol, atol)
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def diff(self, other: Any) -> dict[str, str]:
         """The differences from another tree, by path.
 
@@ -310,14 +314,14 @@ class Container(Arithmetic, dict[Any, Any]):
         """
         return {path_string(path): text for path, text in _compare.differences(self, other)}
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def _operate(self, operation: Callable[..., Any], *operands: Any) -> Any:
         lead = self
         for other in operands:
             if not isinstance(other, Mapping) or not any(_tree.differences(self, other)):
                 continue
             if not any(_tree.differences(other, self)):  # self is a prefix of the other
-                lead = _conversion.taken("one operand", other, Container)
+                lead = _conversion.convert("one operand", other, Container)
         columns = [
             _tree.broadcast("one operand", lead, operand, to="the other") for operand in operands
         ]
@@ -325,17 +329,17 @@ class Container(Arithmetic, dict[Any, Any]):
         results = _tree.map_leaves(lambda _, *values: operation(*values), lead, *columns)
         return _tree.rebuild(lead, results, "one operand")
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def num_leaves(self) -> int:
         """The number of leaves that are not None."""
         return sum(leaf is not None for leaf in _tree.leaves(self))
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def num_parameters(self) -> int:
         """The number of elements of all arrays."""
         return _show.totals(_tree.leaves(self)).parameters
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def num_bytes(self) -> int:
         """The number of bytes of all arrays."""
         return _show.totals(_tree.leaves(self)).bytes
