@@ -7,10 +7,10 @@ split at '/'. A key made of digits may be an index. Works on any tree; knows no 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 from lars_tree import _tree, errors
+from lars_tree._tree import MISSING
 from lars_tree.errors import LarsTreeError, Path, PathKeyError, path_string
 
 _INDEX = re.compile("0|[1-9][0-9]{0,17}")
@@ -37,37 +37,30 @@ def find(root: dict[Any, Any], key: Any) -> Any:
         return dict.__getitem__(root, key)
     path = split(key)
     if path == (key,) or not path:
-        return _tree.MISSING
+        return MISSING
     parent, depth = _parent(root, path)
-    return _child(parent, path[-1]) if depth == len(path) - 1 else _tree.MISSING
+    return _child(parent, path[-1])[1] if depth == len(path) - 1 else MISSING
 
 
 def _parent(root: Any, path: Path) -> tuple[Any, int]:
-    """The last node above the end of the path that exists, and how many keys lead to it."""
+    """The deepest node above the end of the path, and how many keys lead to it."""
     node, depth = root, 0
-    while depth < len(path) - 1 and (child := _child(node, path[depth])) is not _tree.MISSING:
+    while depth < len(path) - 1 and (child := _child(node, path[depth])[1]) is not MISSING:
         node, depth = child, depth + 1
     return node, depth
 
 
-def _child(node: Any, key: Any) -> Any:
+def _child(node: Any, key: Any) -> tuple[Any, Any]:
+    """The key, or the index that a string of digits stands for, and its value or MISSING."""
     if _tree.is_leaf(node):
-        return _tree.MISSING
-    return dict.get(_items(node), _own_key(node, key), _tree.MISSING)
+        return key, MISSING
+    items = node if _tree.is_plain_dict(node) else dict(_tree.children(node))
+    if isinstance(key, str) and _INDEX.fullmatch(key) and not dict.__contains__(items, key):
+        key = int(key) if dict.__contains__(items, int(key)) else key
+    return key, dict.get(items, key, MISSING)
 
 
-def _items(node: Any) -> dict[Any, Any]:
-    return node if _tree.is_plain_dict(node) else dict(_tree.children(node))
-
-
-def _own_key(node: Any, key: Any) -> Any:
-    """The key itself, or the index that a string stands for."""
-    if isinstance(key, str) and _INDEX.fullmatch(key) and not dict.__contains__(_items(node), key):
-        return int(key)
-    return key
-
-
-def put(root: dict[Any, Any], path: Path, value: Any, new_node: Callable[[], Any]) -> None:
+def put(root: dict[Any, Any], path: Path, value: Any) -> None:
     """Write a value at a path and create the missing parents.
 
     Raises:
@@ -79,21 +72,18 @@ def put(root: dict[Any, Any], path: Path, value: Any, new_node: Callable[[], Any
     if not path:
         raise PathKeyError("an empty path names no key")
     parent, depth = _parent(root, path)
-    exists = _child(parent, path[depth]) is not _tree.MISSING
-    if not isinstance(parent, dict) and not (isinstance(parent, list) and exists):
+    key, child = _child(parent, path[depth])
+    can_set = isinstance(parent, dict) or (isinstance(parent, list) and child is not MISSING)
+    if not can_set:
         raise _unreachable(path, depth, parent)
-    for key in reversed(path[depth + 1 :]):  # bottom-up: only the last write changes the tree
-        node = new_node()
-        dict.__setitem__(node, key, value)
+    for missing in reversed(path[depth + 1 :]):  # bottom-up: only the last write changes the tree
+        node = type(root)()
+        dict.__setitem__(node, missing, value)
         value = node
-    _set(parent, _own_key(parent, path[depth]) if exists else path[depth], value)
-
-
-def _set(node: Any, key: Any, value: Any) -> None:
-    if _tree.is_plain_dict(node):
-        dict.__setitem__(node, key, value)  # a Container would convert the value again
+    if _tree.is_plain_dict(parent):
+        dict.__setitem__(parent, key, value)  # a Container would read a tuple as a path
     else:
-        node[key] = value
+        parent[key] = value
 
 
 def remove(root: dict[Any, Any], key: Any) -> None:
@@ -102,17 +92,16 @@ def remove(root: dict[Any, Any], key: Any) -> None:
     Raises:
         PathKeyError: there is none, or it is in a list or tuple.
     """
-    if find(root, key) is _tree.MISSING:
-        raise missing_error(PathKeyError, root, split(key))
-    path = (key,) if dict.__contains__(root, key) else split(key)
+    if dict.__contains__(root, key):
+        dict.__delitem__(root, key)
+        return
+    path = split(key)
+    if find(root, key) is MISSING:
+        raise missing_error(PathKeyError, root, path)
     parent, depth = _parent(root, path)
     if not isinstance(parent, dict):
         raise _unreachable(path, depth, parent)
-    key = _own_key(parent, path[-1])
-    if _tree.is_plain_dict(parent):
-        dict.__delitem__(parent, key)
-    else:
-        del parent[key]
+    del parent[_child(parent, path[-1])[0]]
 
 
 def _unreachable(path: Path, depth: int, node: Any) -> LarsTreeError:
@@ -137,8 +126,8 @@ def missing_error(kind: type[LarsTreeError], root: Any, path: Path) -> LarsTreeE
     return error
 
 
-def flat(root: Any, sep: str, empty: Callable[[], Any]) -> dict[str, Any]:
-    """The leaves by name; empty() stands for a node without children."""
+def flat(root: dict[Any, Any], sep: str) -> dict[str, Any]:
+    """The leaves by name; an empty node counts as a leaf, and is of the type of the root."""
     found: dict[str, Any] = {}
     for path, node in _tree.walk(root, empty_nodes=True):
         if any(sep in str(key) for key in path):
@@ -147,25 +136,24 @@ def flat(root: Any, sep: str, empty: Callable[[], Any]) -> dict[str, Any]:
         name = sep.join(map(str, path))
         if name in found:
             raise errors.StructureError(f"two leaves have the name {name!r}")
-        found[name] = node if _tree.is_leaf(node) else empty()
+        found[name] = node if _tree.is_leaf(node) else type(root)()
     return found
 
 
-def put_new(root: dict[Any, Any], path: Path, value: Any, new_node: Callable[[], Any]) -> None:
+def put_new(root: dict[Any, Any], path: Path, value: Any) -> None:
     """Write a value at a new path of literal keys and create the missing parents.
 
     Raises:
         PathKeyError: the path exists, or goes through a leaf.
     """
     node: Any = root
-    for depth, key in enumerate(path[:-1], 1):
-        child = dict.get(node, key, _tree.MISSING)
-        if child is _tree.MISSING:
-            child = new_node()
-            dict.__setitem__(node, key, child)
-        if not isinstance(child, type(root)):
-            raise _unreachable(path, depth, child)
-        node = child
-    if dict.__contains__(node, path[-1]):
-        raise _unreachable(path, len(path), dict.__getitem__(node, path[-1]))
-    dict.__setitem__(node, path[-1], value)
+    *parents, last = path
+    for depth, key in enumerate(parents, 1):
+        if not dict.__contains__(node, key):
+            dict.__setitem__(node, key, type(root)())
+        node = dict.__getitem__(node, key)
+        if not isinstance(node, type(root)):
+            raise _unreachable(path, depth, node)
+    if dict.__contains__(node, last):
+        raise _unreachable(path, len(path), dict.__getitem__(node, last))
+    dict.__setitem__(node, last, value)

@@ -85,7 +85,7 @@ class Container(Arithmetic, dict[Any, Any]):
     def __setitem__(self, key: Any, value: Any) -> None:
         value = _conversion.convert("value", value, type(self))
         if isinstance(key, tuple):
-            _paths.put(self, key, value, type(self))
+            _paths.put(self, key, value)
         else:
             dict.__setitem__(self, key, value)
 
@@ -215,7 +215,7 @@ class Container(Arithmetic, dict[Any, Any]):
         Raises:
             StructureError: a key contains `sep`, or two paths have the same name.
         """
-        return _paths.flat(self, sep, type(self))
+        return _paths.flat(self, sep)
 
     @classmethod
     def from_flat(cls, flat: Mapping[Any, Any], sep: str = "/") -> Self:
@@ -234,7 +234,7 @@ class Container(Arithmetic, dict[Any, Any]):
         new = cls()
         for name, leaf in _conversion.convert(argument, flat, cls).items():
             path = tuple(name.split(sep)) if isinstance(name, str) else (name,)
-            _paths.put_new(new, path, leaf, cls)
+            _paths.put_new(new, path, leaf)
         return new
 
     @_conversion.explain_cycles
