@@ -59,9 +59,9 @@ def test_writing_does_not_change_the_mapping_it_was_made_from():
 
 
 @given(DICTS)
-def test_to_dict_inverts_the_constructor(nest):
-    assert Container(Container(nest).to_dict()) == Container(nest)
-    assert repr(Container(nest).to_dict()) == repr(nest)
+def test_to_dict_inverts_the_constructor(tree):
+    assert Container(Container(tree).to_dict()) == Container(tree)
+    assert repr(Container(tree).to_dict()) == repr(tree)
 
 
 # Read
@@ -335,11 +335,11 @@ def test_diff_is_empty_exactly_for_equal_containers(a, b):
 
 
 @given(DICTS)
-def test_a_dict_compares_and_maps_like_a_container(nest):
-    w = Container(nest)
-    assert (w == nest) is True
-    assert (nest == w) is not (w != nest)
-    assert w.map(lambda x, y: (x is y) or 1 / 0, nest).paths() == w.paths()
+def test_a_dict_compares_and_maps_like_a_container(tree):
+    w = Container(tree)
+    assert (w == tree) is True
+    assert (tree == w) is not (w != tree)
+    assert w.map(lambda x, y: (x is y) or 1 / 0, tree).paths() == w.paths()
 
 
 @pytest.mark.parametrize("other", [1, None, np.ones(4), [1], "a", Container(), {"a": 2}, {"b": 1}])
