@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lars_tree import _backends, _pytrees, errors
 from lars_tree._core.wrapper import Wrapper, unwrap
 from lars_tree._operators import Arithmetic
@@ -173,8 +175,6 @@ class Array(Wrapper, Arithmetic):
         return "Array(" + "\n".join([first, *rest]) + ")"
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        import numpy as np
-
         return np.array(self._data, dtype=dtype, copy=copy)
 
     def __dlpack__(self, **options: Any) -> Any:

@@ -118,9 +118,6 @@ class Container(Arithmetic, dict[Any, Any]):
         names = (key for key in self if isinstance(key, str) and key.isidentifier())
         return [*super().__dir__(), *names]
 
-    def _ipython_key_completions_(self) -> list[Any]:
-        return list(self)
-
     # Methods of dict that would not convert mappings or not return Containers
 
     def update(self, mapping: Any = (), /, **keys: Any) -> None:
