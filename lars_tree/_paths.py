@@ -55,7 +55,7 @@ def _child(node: Any, key: Any) -> tuple[Any, Any]:
     if _tree.is_leaf(node):
         return key, MISSING
     items = node if _tree.is_plain_dict(node) else dict(_tree.children(node))
-    if isinstance(key, str) and _INDEX.fullmatch(key) and not dict.__contains__(items, key):
+    if isinstance(key, str) and not dict.__contains__(items, key) and _INDEX.fullmatch(key):
         key = int(key) if dict.__contains__(items, int(key)) else key
     return key, dict.get(items, key, MISSING)
 

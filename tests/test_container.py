@@ -1,4 +1,4 @@
-"""Container: section 4 of docs/design.md or the laws of a dict, whichever is stricter."""
+"""Container: construction, keys and paths, map, selection, comparison, copies."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_writing_each_item_equals_the_constructor(items):
 
 
 @given(st.dictionaries(KEYS, VALUES), st.lists(st.tuples(st.sampled_from(WRITES), KEYS, VALUES)))
-def test_writing_string_keys_does_what_it_does_to_a_dict(items, calls):
+def test_writing_and_deleting_string_keys_has_the_effect_and_result_of_a_dict(items, calls):
     w, expected = Container(items), dict(items)
     for write, key, value in calls:
         if write not in {dict.pop, dict.__delitem__}:
@@ -158,7 +158,7 @@ def test_writing_string_keys_does_what_it_does_to_a_dict(items, calls):
         elif key in expected:
             arguments = (key,)
         else:
-            continue  # would remove the value at a path
+            continue  # a dict would raise, a Container may find a path
         results = [getattr(x, write.__name__)(*arguments) for x in (w, expected)]
         assert repr(Container(a=results[0]).to_dict()) == repr({"a": results[1]})
     assert same_as_dict(w, expected)
