@@ -50,9 +50,10 @@ def convert_node(value: Any, cls: type) -> Any:
         return value
     if isinstance(value, Mapping):
         keys = [key for key, _ in _tree.children(value)]
-        return _nodes.container(cls, zip(keys, _nodes.each(value, convert_node, cls), strict=True))
+        children = _nodes.map_children(value, convert_node, cls)
+        return _nodes.container(cls, zip(keys, children, strict=True))
     if isinstance(value, (list, tuple)):
-        items = _nodes.each(value, convert_node, cls)
+        items = _nodes.map_children(value, convert_node, cls)
         if any(new is not old for new, (_, old) in zip(items, _tree.children(value), strict=True)):
             return _nodes.replace_children(value, items)
     return value
@@ -62,7 +63,7 @@ def to_dicts(node: Any, _: None = None) -> Any:
     """The node with dicts in place of its Containers."""
     if _tree.is_leaf(node):
         return node
-    children = _nodes.each(node, to_dicts)
+    children = _nodes.map_children(node, to_dicts)
     if _nodes.is_container(node):
         return dict(zip(node, children, strict=True))
     return _nodes.replace_children(node, children)

@@ -83,7 +83,7 @@ class TrustHistory:
             step: Its number; one more than the last one if it is left out.
 
         Raises:
-            StructureError: The nest is not that of the first record.
+            StructureError: The tree is not that of the first record.
             LeafError: The values are traced, or no numbers; or a leaf has more or fewer layers than
                 before. In all cases nothing is recorded.
         """
@@ -185,7 +185,7 @@ def _kept(x: Any) -> Any:
         return np.asarray(x, np.float64)
     if is_traced(x):
         raise traced_error("ratios")
-    return fetch("ratios", [x])[0] if backend.values(x) is Values.LATER else x
+    return fetch("ratios", [x])[0] if backend.values(x) is Values.TRACED else x
 
 
 def _common(like: Any, shapes: list[Any], row: list[Any]) -> list[Any]:

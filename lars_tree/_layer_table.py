@@ -31,7 +31,7 @@ _COLUMNS = [
 
 
 class LayerTable:
-    """The layers of a nest in a table, for a terminal, a notebook, rich and Markdown.
+    """The layers of a tree in a table, for a terminal, a notebook, rich and Markdown.
 
     Attributes:
         records: One dict for each layer, ready for a data frame: `path`, `shape`, `dtype`,

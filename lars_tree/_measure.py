@@ -1,4 +1,4 @@
-"""What the steps of a nest are made of, measured by the code that takes them; nothing is written.
+"""What the steps of a tree are made of, measured by the code that takes them; nothing is written.
 
 Also what reports need of such numbers: the paths of the layers, and one wait for all values.
 """
@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lars_tree import _backends, _nonfinite, errors
-from lars_tree._backends.base import Backend, Leaf, Values
+from lars_tree import _backends, errors
+from lars_tree._backends.base import Backend, Leaf, Values, grouped
 from lars_tree._core.advance import matched
 from lars_tree._core.execute import checked
 from lars_tree._core.native import Native
@@ -41,8 +41,8 @@ def measure(
     leaves = [row.leaf for row in checked(columns, caller, native.rest)[0]]
     moving = [leaf for leaf in leaves if leaf.dcdw is not None]
     found = native.measured()
-    for backend, group in _nonfinite.by_backend(moving).items():
-        places = (leaf.place for leaf in group)
+    for backend, group in grouped(moving, lambda leaf: leaf.backend).items():
+        places = (leaf.leaf_index for leaf in group)
         found |= zip(places, backend.measure(group), strict=True)
     steps: list[Step | None] = [None] * len(columns.ws)
     for place, measured in found.items():
@@ -106,7 +106,7 @@ def unreadable(x: Any) -> str | None:
 def is_traced(x: Any) -> bool:
     """Whether x stands for a value that this call will never see."""
     backend = _backends.find(x)
-    return backend is not None and backend.values(x) is Values.LATER and backend.records(x)
+    return backend is not None and backend.values(x) is Values.TRACED and backend.is_tracked(x)
 
 
 def traced_error(argument: str) -> errors.LarsTreeError:

@@ -1,4 +1,4 @@
-"""Lars: the rule with momentum, as an optimizer over any nest. Its state is a Container.
+"""Lars: the rule with momentum, as an optimizer over any tree. Its state is a Container.
 
 The step itself is `update.advance`; this module has what stands around it. For parameters of a
 torch model with their gradients in them, there is `lars_tree.torch.Lars`.
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class Lars:
-    """LARS with momentum, over a nest of weights.
+    """LARS with momentum, over a tree of weights.
 
     For the step u of `lars_update`, with `weight_decay` as its decay_lambda, and a velocity v that
     starts at zero,
@@ -133,7 +133,7 @@ class Lars:
           velocity/b  float32 (2,)
 
         Args:
-            w: The weights: a nest of arrays, or one array.
+            w: The weights: a tree of arrays, or one array.
 
         Raises:
             StructureError: w holds itself, or has a node that cannot be rebuilt.
@@ -226,10 +226,10 @@ def _rate(schedule: Callable[[Any], Any], step: Any) -> Any:
 
 
 def _without_schedules(lr: Any, rate: Callable[[Any], Any]) -> Any:
-    """The rate with rate(schedule) for each schedule, which may have the type of a nest."""
+    """The rate with rate(schedule) for each schedule, which may have the type of a tree."""
     if callable(lr):
         return rate(lr)
     if _tree.is_leaf(lr):
         return lr
     new = [_without_schedules(child, rate) for _, child in _tree.children(lr)]
-    return _nodes.plain(lr, new)
+    return _nodes.replace_for_reading(lr, new)

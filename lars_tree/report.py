@@ -74,7 +74,7 @@ def trust_ratios(
         **options: The further options of `lars_update`; `nonfinite` is of no effect.
 
     Returns:
-        A nest like w. At each leaf a number, or a vector with one for each index of `layer_axis`:
+        A tree like w. At each leaf a number, or a vector with one for each index of `layer_axis`:
         an array of the library and on the device of the weights, which nothing has waited for.
         float64, on accelerators the type that the update computes in. JAX has float32 for weights
         that are not double, unless jax_enable_x64 is set. None where the weights stay as they are.
@@ -236,7 +236,7 @@ class ScalarCallback:
         self.every = errors.whole_number("every", every, least=1)
 
     def __call__(self, ratios: Any, step: int) -> None:
-        """Write the ratios, a nest as `trust_ratios` returns it, of this step.
+        """Write the ratios, a tree as `trust_ratios` returns it, of this step.
 
         Raises:
             LeafError: a leaf is not a number or an array, or an array without data.

@@ -16,13 +16,11 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
-
-import numpy as np
 
 from lars_tree import _backends
 from lars_tree._backends.base import Values
+from lars_tree._options import finite_number
 from lars_tree.errors import OptionError, whole_number
 
 __all__ = ["Constant", "Cosine", "Polynomial"]
@@ -151,7 +149,7 @@ def value(step: Any) -> Any:
     An array stays as it is if it has a shape, or if its value is not known yet.
     """
     backend = _backends.find(step)
-    if backend is not None and (backend.values(step) is not Values.HERE or step.shape):
+    if backend is not None and (backend.values(step) is not Values.CPU or step.shape):
         return step
     try:
         return operator.index(step)
@@ -197,11 +195,11 @@ def _clipped(x: float) -> float:
 def _check_rates(schedule: Any, *names: str) -> None:
     for name in names:
         rate = getattr(schedule, name)
-        is_real = isinstance(rate, Real) and not isinstance(rate, bool)
-        if not (is_real and 0 <= rate < math.inf):
+        number = finite_number(rate)
+        if number is None:
             raise OptionError(f"{name}: expected a finite number >= 0, got {rate!r}")
-        if not isinstance(rate, (int, float)) or isinstance(rate, np.generic):
-            _put(schedule, name, float(rate))
+        if type(rate) not in (int, float):
+            _put(schedule, name, number)
 
 
 def _check_steps(schedule: Any, *names: str) -> None:

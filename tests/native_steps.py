@@ -1,4 +1,4 @@
-"""Steps by the native engine alone, as the tests of the kernel take them."""
+"""Steps of the native engine without the rest of the package, for the tests of the kernel."""
 
 from __future__ import annotations
 
@@ -7,43 +7,48 @@ from typing import Any
 import numpy as np
 
 from lars_tree import _native
-from lars_tree._backends.base import Columns, News
+from lars_tree._backends.base import Columns, StepResults
 from lars_tree._backends.numpy import as_bits
 from lars_tree._rule import Rule
 
 
+def options_of(**options: Any) -> dict[str, Any]:
+    """The options of `advance`; those not given have their defaults."""
+    return {"lr": 0.1, "stop_gradients": True, **options}
+
+
 def numpy_reader(**changes: Any) -> Any:
-    """A reader of numpy arrays; `changes` are arguments of `Reader`."""
+    """A reader of numpy arrays; `changes` replaces arguments of `Reader`."""
     how = {"make": np.empty_like, "copy": np.copy, "as_bits": as_bits, **changes}
     return _native.kernel.Reader((np.ndarray,), Rule._fields, **how)
 
 
-def news_for(columns: Columns) -> News | tuple[()]:
+def results_for(columns: Columns) -> StepResults | tuple[()]:
     """Where the results go: nowhere else where there are `outs`."""
     if columns.outs is not None:
         return ()
-    return News(*(None if x is None else [None] * len(x) for x in columns[:5:4]))
+    return StepResults(*(None if x is None else [None] * len(x) for x in columns[:5:4]))
 
 
 def taken(reader: Any, *columns: Any, counter: Any = None, threads: int = 1) -> Any:
-    """A plan with all leaves, and where the results are; None if one is not supported.
+    """A plan with all leaves, and the lists that get the results.
 
-    So it is if the counter is not, or if memory overlaps.
+    None if a leaf or the counter is not supported, or if memory overlaps.
     """
     given = Columns(*columns)
-    plan, news = _native.kernel.Plan(threads, _native.instruction_set), news_for(given)
+    plan, results = _native.kernel.Plan(threads, _native.instruction_set), results_for(given)
     if counter is not None and not plan.count(counter):
         return None
-    if plan.prepare(reader, *given[:5], *news) or plan.overlaps():
+    if plan.prepare(reader, *given[:5], *results) or plan.overlaps():
         return None
-    return plan, tuple(news) or (given.outs, given.velocities)
+    return plan, tuple(results) or (given.outs, given.velocities)
 
 
 def stepped(reader: Any, *columns: Any, **options: Any) -> Any:
-    """The new weights and velocities; None if one leaf is not supported."""
+    """The new weights and velocities; None where `taken` gives None."""
     found = taken(reader, *columns, **options)
     if found is None:
         return None
-    plan, news = found
+    plan, results = found
     plan.step()
-    return news
+    return results

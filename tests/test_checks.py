@@ -1,16 +1,28 @@
-"""The checks of arrays: what they read, and in whose words they report."""
+"""The checks of arrays: each array is read once, and messages use the words of the caller."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from decimal import Decimal
+from fractions import Fraction
+from inspect import signature
 
 import numpy as np
 import pytest
 from conftest import need
 
-from lars_tree import LarsTreeError, NonFiniteError, _backends, _checks, _nonfinite
-from lars_tree._backends.base import Layout, Leaf, New
+from lars_tree import (
+    Lars,
+    LarsTreeError,
+    NonFiniteError,
+    _backends,
+    _checks,
+    _nonfinite,
+    _options,
+    lars_update,
+)
+from lars_tree._backends.base import Leaf, Sharding, StepResult
 from lars_tree._operands import with_operands
 from lars_tree._rule import Rule
 from lars_tree.errors import WORDS, Words
@@ -29,15 +41,45 @@ def read_only():
 def leaf(index=0, w=None, *, out=None, velocity=None, **options):
     w = ones() if w is None else w
     dcdw = options.pop("dcdw", ones())
-    return Leaf(index, w, dcdw, out, Rule(**{"lr": 0.1, **options}), _backends.find(w), velocity)
+    rule = Rule(options.pop("lr", 0.1), **options)
+    return Leaf(index, w, dcdw, out, rule, _backends.find(w), velocity)
 
 
 def paths():
     return [("a", i) for i in range(9)]
 
 
+@pytest.mark.parametrize(
+    ("function", "defaults"),
+    [(lars_update, _options.DEFAULTS), (Lars, _options.OPTIMIZER_DEFAULTS)],
+)
+def test_the_defaults_of_signatures_are_those_of_the_rule(function, defaults):
+    stated = {
+        name: parameter.default
+        for name, parameter in signature(function).parameters.items()
+        if name in defaults
+    }
+    assert len(stated) >= 4
+    assert stated == {name: defaults[name] for name in stated}
+
+
+@pytest.mark.parametrize(
+    ("x", "expected"),
+    [
+        *((2, 2.0), (0.5, 0.5), (-0.0, 0.0), (Decimal("0.5"), 0.5), (Fraction(1, 4), 0.25)),
+        *((np.float32(2), 2.0), (np.int8(3), 3.0), (True, None), (np.True_, None)),
+        *((-1, None), (-1e-300, None), (np.inf, None), (np.nan, None), (10**400, None)),
+        *((1j, None), ("1", None), (None, None), (np.ones(()), None)),
+        *((np.timedelta64(1), None), (Decimal("sNaN"), None)),
+    ],
+    ids=repr,
+)
+def test_finite_numbers(x, expected):
+    assert repr(_options.finite_number(x)) == repr(expected)
+
+
 def test_each_array_is_read_once(monkeypatch):
-    """However many leaves it serves: weights, gradients, results, velocities and options."""
+    """Weights, gradients, results, velocities and options, even if many leaves share one."""
     backend, counts = _backends.find(ones()), Counter()
     for name in ("facts", "fault", "out_fault", "memory", "varying"):
         real = getattr(type(backend), name)
@@ -88,10 +130,8 @@ FAULTS = {
     "velocity in out": lambda: [leaf(out=big[:2, :3]), leaf(1, out=ones(), velocity=big[1:3, :3])],
     "tied velocities": lambda: [leaf(i, out=ones(), velocity=tied) for i in range(2)],
 }
-TERMS = re.compile(
-    r"\b(dcdw|w|(?<!laid )(?<!leave )out|state|velocity|weights|leaf|leaves|decay_lambda)\b"
-)
-# Each word is unlike all that a message has otherwise.
+TERMS = re.compile(r"\b(dcdw|w|(?<!leave )out|state|velocity|weights|leaf|leaves|decay_lambda)\b")
+# Words that cannot occur in a message otherwise.
 OTHERS = {name: f"<{name}>" for name in (*WORDS._fields[:7], "decay_lambda")}
 WORDS_OF_TEST = Words(*list(OTHERS.values())[:7], options={"decay_lambda": OTHERS["decay_lambda"]})
 
@@ -106,7 +146,7 @@ def in_default_words(text):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_errors_are_in_the_words_of_the_caller(fault):
-    """The message is that of all others but for these words."""
+    """Messages in other words differ in these words only."""
     seen = []
     for words in (WORDS, WORDS_OF_TEST):
         with pytest.raises(LarsTreeError) as caught:
@@ -126,13 +166,13 @@ def test_errors_are_in_the_words_of_the_caller(fault):
     "facts",
     [
         {"device": "another"},
-        {"layout": Layout("mesh", "placements")},
+        {"sharding": Sharding("mesh", "placements")},
         {"varying": frozenset("i")},
         {"shape": (4,)},
     ],
     ids=str,
 )
-def test_so_are_errors_of_arrays_that_are_elsewhere(argument, facts):
+def test_errors_of_arrays_on_other_devices_are_in_these_words(argument, facts):
     row = with_operands([leaf()])[0]
     varying = facts.get("varying", frozenset())
     row.dcdw.facts = row.dcdw.facts._replace(**{k: x for k, x in facts.items() if k != "varying"})
@@ -178,4 +218,4 @@ def test_the_torch_optimizer_has_its_own_words():
     ]
     bad = leaf(nonfinite="raise")
     with pytest.raises(NonFiniteError, match=r"^p.grad would make parameters that .*\n  a: "):
-        _nonfinite.guard([bad], {0: New(ones() * np.inf)}, lambda: [("a",)], TORCH_WORDS)
+        _nonfinite.guard([bad], {0: StepResult(ones() * np.inf)}, lambda: [("a",)], TORCH_WORDS)

@@ -64,7 +64,7 @@ def test_a_layer_without_a_ratio_has_a_gap():
         np.testing.assert_array_equal(column, expected[name])
 
 
-def test_keys_match_by_name_and_another_nest_is_refused():
+def test_keys_match_by_name_and_another_tree_is_refused():
     history = TrustHistory()
     history.record({"b": 1.0, "a": 2.0})
     history.record({"a": 4.0, "b": 3.0})

@@ -286,7 +286,7 @@ def test_a_class_of_attrs_is_a_schedule_where_it_can_be_called():
         ("eps", lambda eps: Lars(0.1, eps=eps)),
     ],
 )
-def test_a_nest_that_holds_itself_is_named(name, call):
+def test_a_tree_that_holds_itself_is_named(name, call):
     tree = {"a": {"b": 0.5}}
     tree["a"]["c"] = tree["a"]
     with pytest.raises(StructureError, match=f"{name} holds itself\n  a/c: expected a tree"):
@@ -322,7 +322,7 @@ def test_values_that_make_no_optimizer_are_refused(make, kind, says):
 def test_errors_of_options_have_the_names_of_the_optimizer():
     opt = lars_tree.Lars(0.1, weight_decay={"a": None, "b": 0.1})
     w = {"a": W, "b": W}
-    with pytest.raises(OptionError, match=r"^weight_decay has a value"):
+    with pytest.raises(OptionError, match=r"^weight_decay has an invalid value"):
         opt.update(w, w, opt.init(w))
 
 

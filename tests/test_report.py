@@ -164,7 +164,7 @@ def test_without_a_gradient_the_smallest_weights_take_their_plain_decay():
     assert new.tolist() == [2.0**-101] * 3
 
 
-# The nest
+# The tree
 
 
 def test_the_result_has_the_nodes_of_w(library):
@@ -198,7 +198,7 @@ def test_wrong_arguments_are_refused_as_by_the_update(function):
         function(w, {"a": {"kernal": np.ones(2)}}, 0.1)
     with pytest.raises(DtypeError, match="a/kernel: expected"):
         function(w.map(lambda x: x.astype(int)), 1.0, 0.1)
-    with pytest.raises(lars_tree.OptionError, match="lr has a value"):
+    with pytest.raises(lars_tree.OptionError, match="lr has an invalid value"):
         function(w, 1.0, -1.0)
     with pytest.raises(TypeError, match=r"weight_decay.*decay_lambda"):
         function(w, 1.0, 0.1, weight_decay=1)
@@ -390,7 +390,7 @@ def test_a_table_of_traced_values_is_refused():
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from(OPTIONS))
-def test_ratios_do_not_depend_on_the_nest_or_the_rate(seed, options):
+def test_ratios_do_not_depend_on_the_tree_or_the_rate(seed, options):
     w, g = pair((7,), seed=seed)
     alone = trust_ratios(w, g, 0.1, **options)
     rate = 0.1 if "trust_clip" in options else 5.0  # the rate bounds clipped ratios

@@ -142,7 +142,7 @@ def lose_memory(opt, p):
     p.data = opt.param_groups[0]["params"][0].data[0, :4]
 
 
-# What the calls over a nest say.
+# What the calls over a tree say.
 OTHER_TERMS = re.compile(r"\b(dcdw|w|out|state|velocity|weights|leaf|leaves)\b(?!_)")
 
 
