@@ -20,7 +20,8 @@ LEAVES = st.integers(-9, 9) | st.none() | st.lists(st.floats(-9, 9), max_size=2)
 NESTED = st.recursive(LEAVES, lambda c: st.dictionaries(NAMES, c, max_size=3), max_leaves=8)
 DICTS = st.dictionaries(NAMES, NESTED, max_size=3)
 WEIGHTS = DICTS.map(Container)
-KEYS = st.sampled_from(["a", "0", "a/0", "0/a", "a/a", "", "/", 0])  # few, so that paths meet keys
+# Some keys are drawn often, so that a key is also a path or an index.
+KEYS = st.sampled_from(["a", "0", "a/0", "0/a", "a/a", "", "/", 0]) | st.text(max_size=2)
 VALUES = st.recursive(
     st.integers(0, 9),
     lambda child: st.dictionaries(KEYS, child, max_size=2) | st.lists(child, max_size=2),
