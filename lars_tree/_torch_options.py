@@ -8,14 +8,36 @@ from __future__ import annotations
 from collections.abc import Callable
 from numbers import Complex, Number, Real
 from operator import index
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lars_tree._core.types import NonFinite
 from lars_tree._rule import Rule
 from lars_tree.errors import did_you_mean
+
+
+class GroupOptions(TypedDict, total=False):
+    """The options of `torch.Lars`, which a parameter group may have; see there."""
+
+    lr: float | Tensor
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+    trust_coefficient: float
+    eps: float
+    trust_clip: bool
+    joint_norm: bool
+    adapt: bool | Literal["decayed"]
+    foreach: bool | None
+    maximize: bool
+    layer_axis: int | None
+    nonfinite: NonFinite
+    fused: bool | None
+
 
 _REAL_DTYPES = "iuf"  # of numpy: integers and floats
 

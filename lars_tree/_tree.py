@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from lars_tree import _native, _nodes, errors
 from lars_tree._nodes import KINDS as _KINDS
@@ -26,6 +26,7 @@ from lars_tree.errors import Line, Path
 
 Tree = Any
 Leaf = Any
+T = TypeVar("T")
 What = Literal["", "leaves", "nodes", "keys", "order", "missing"]
 Pair = tuple[Path, Tree, Tree, What]
 
@@ -101,7 +102,7 @@ def walk(tree: Tree, path: Path = (), *, empty_nodes: bool = False) -> Iterator[
                 keys.pop()
 
 
-def rebuild(tree: Tree, new_leaves: Iterable[Leaf], argument: str = "tree", at: Path = ()) -> Tree:
+def rebuild(tree: T, new_leaves: Iterable[Leaf], argument: str = "tree", at: Path = ()) -> T:
     """A tree like `tree` with other leaves, given in the order of `leaves`.
 
     Errors name the tree as `argument`; `at` is its path within that argument.
@@ -118,11 +119,11 @@ def for_reading(tree: Tree, new_leaves: Iterable[Leaf]) -> Tree:
 
 
 def _rebuild(
-    fill: Callable[..., Tree], tree: Tree, leaves: Iterable[Leaf], argument: str, at: Path = ()
-) -> Tree:
+    fill: Callable[..., Tree], tree: T, leaves: Iterable[Leaf], argument: str, at: Path = ()
+) -> T:
     remaining = iter(leaves)
     try:
-        new = rebuilding(argument, fill, tree, remaining, at=at)
+        new: T = rebuilding(argument, fill, tree, remaining, at=at)
     except StopIteration:
         raise changed(argument) from None
     if next(remaining, NOTHING) is not NOTHING:
@@ -254,8 +255,7 @@ def _match(tree: Tree, prefix: Tree, found: list[Leaf], exact: bool) -> bool:
     kernel = _native.in_use()
     if kernel is None:
         return _match_in_python(tree, prefix, found, exact)
-    matched: bool = kernel.match(tree, prefix, found, exact, _KINDS, _kind, _match_in_python)
-    return matched
+    return kernel.match(tree, prefix, found, exact, _KINDS, _kind, _match_in_python)
 
 
 def _match_in_python(node: Tree, prefix: Tree, found: list[Leaf], exact: bool) -> bool:

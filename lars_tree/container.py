@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self, Unpack, overload
 
 from lars_tree import _compare, _conversion, _paths, _pytrees, _show, _tree, errors
+from lars_tree._core.types import Flags, Numbers, T
 from lars_tree._operators import Arithmetic
+from lars_tree._options import Options, StepOptions
 from lars_tree.errors import Path, PathAttributeError, PathKeyError, path_string
 from lars_tree.update import lars_update
-
-if TYPE_CHECKING:
-    from typing import Unpack
-
-    from lars_tree._options import Options
 
 
 class Container(Arithmetic, dict[Any, Any]):
@@ -148,7 +145,7 @@ class Container(Arithmetic, dict[Any, Any]):
     @_conversion.explain_cycles
     def copy(self) -> Self:
         """A copy of the nodes, which shares the leaves."""
-        return _tree.rebuild(self, _tree.leaves(self), "self")  # type: ignore[no-any-return]
+        return _tree.rebuild(self, _tree.leaves(self), "self")
 
     __copy__ = copy
 
@@ -161,14 +158,14 @@ class Container(Arithmetic, dict[Any, Any]):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (dict(self),)
 
-    def __or__(self, other: Any) -> Any:
+    def __or__(self, other: Any) -> Self:
         if not isinstance(other, Mapping):
             return NotImplemented
         new = self.copy()
         new.update(other)
         return new
 
-    def __ror__(self, other: Any) -> Any:
+    def __ror__(self, other: Any) -> Self:
         return type(self)(other) | self if isinstance(other, Mapping) else NotImplemented
 
     def __ior__(self, other: Any) -> Self:
@@ -197,8 +194,7 @@ class Container(Arithmetic, dict[Any, Any]):
         leaves, count = list(leaves), len(_tree.leaves(self))
         if len(leaves) != count:
             raise errors.StructureError(f"expected {count} leaves, got {len(leaves)}")
-        new: Self = _tree.rebuild(self, leaves, "self")
-        return new
+        return _tree.rebuild(self, leaves, "self")
 
     @_conversion.explain_cycles
     def to_flat(self, sep: str = "/") -> dict[str, Any]:
@@ -262,8 +258,7 @@ class Container(Arithmetic, dict[Any, Any]):
         converted = [
             _conversion.convert("the result of fn", result, type(self)) for result in results
         ]
-        new: Self = _tree.rebuild(self, converted, "self")
-        return new
+        return _tree.rebuild(self, converted, "self")
 
     @_conversion.explain_cycles
     def filter(self, pred: Callable[[Path, Any], Any], /) -> Self:
@@ -312,7 +307,7 @@ class Container(Arithmetic, dict[Any, Any]):
         return {path_string(path): text for path, text in _compare.differences(self, other)}
 
     @_conversion.explain_cycles
-    def _operate(self, operation: Callable[..., Any], *operands: Any) -> Any:
+    def _operate(self, operation: Callable[..., Any], *operands: Any) -> Self:
         lead = self
         for other in operands:
             if not isinstance(other, Mapping) or not any(_tree.differences(self, other)):
@@ -352,17 +347,26 @@ class Container(Arithmetic, dict[Any, Any]):
     def __rich__(self) -> Any:
         return _show.rich_tree(self)
 
+    @overload
+    def lars_update(
+        self, dcdw: Any, lr: Numbers, /, *, out: None = None, **options: Unpack[StepOptions]
+    ) -> Self: ...
+    @overload
+    def lars_update(
+        self, dcdw: Any, lr: Numbers, /, *, out: T, **options: Unpack[StepOptions]
+    ) -> T: ...
+
     def lars_update(
         self,
         dcdw: Any,
-        lr: Any,
+        lr: Numbers,
         /,
         *,
-        decay_lambda: Any = 0,
-        stop_gradients: Any = True,
+        decay_lambda: Numbers = 0,
+        stop_gradients: Flags = True,
         out: Any = None,
         **options: Unpack[Options],
-    ) -> Self:
+    ) -> Any:
         """Take one LARS step on every array: `lars_tree.lars_update` with self as `w`.
 
         >>> w = Container(kernel=np.array([3.0, 4.0]), bias=np.array([0.0]))
@@ -375,7 +379,7 @@ class Container(Arithmetic, dict[Any, Any]):
         The arguments are those of `lars_tree.lars_update`. `out` is a Container, may be self, and
         is returned.
         """
-        return lars_update(  # type: ignore[no-any-return]
+        return lars_update(
             self,
             dcdw,
             lr,

@@ -8,25 +8,25 @@ needed. `pip install 'lars-tree[report]'` has both.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar, Unpack, overload
 
 import numpy as np
 
 from lars_tree import _backends, _options, _tree, errors
+from lars_tree._core.types import Flags, Numbers
 from lars_tree._core.wrapper import unwrap
 from lars_tree._history import TrustHistory, TrustRatioWarning, warn
 from lars_tree._layer_table import LayerTable
 from lars_tree._measure import fetch, layer_paths, measure, unreadable
+from lars_tree._options import Options, StepOptions
 from lars_tree._rule import Measured
 from lars_tree.array import Array
+from lars_tree.container import Container
 
-if TYPE_CHECKING:
-    from typing import Unpack
-
-    from lars_tree._options import Options
+Tree = TypeVar("Tree", bound=Container)
 
 __all__ = [
     "LayerTable",
@@ -38,14 +38,20 @@ __all__ = [
 ]
 
 
+@overload
+def trust_ratios(w: Tree, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptions]) -> Tree: ...
+@overload
+def trust_ratios(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptions]) -> Any: ...
+
+
 def trust_ratios(
     w: Any,
     dcdw: Any,
-    lr: Any,
+    lr: Numbers,
     /,
     *,
-    decay_lambda: Any = 0,
-    stop_gradients: Any = True,
+    decay_lambda: Numbers = 0,
+    stop_gradients: Flags = True,
     **options: Unpack[Options],
 ) -> Any:
     """The trust ratios by which `lars_update` would step, for the same arguments.
@@ -97,11 +103,11 @@ def trust_ratios(
 def layer_table(
     w: Any,
     dcdw: Any,
-    lr: Any,
+    lr: Numbers,
     /,
     *,
-    decay_lambda: Any = 0,
-    stop_gradients: Any = True,
+    decay_lambda: Numbers = 0,
+    stop_gradients: Flags = True,
     **options: Unpack[Options],
 ) -> LayerTable:
     """The layers of w beside the step that `lars_update` would take, for the same arguments.
@@ -164,7 +170,7 @@ def layer_table(
 
 
 def _given(
-    function: str, lr: Any, decay_lambda: Any, stop_gradients: Any, options: Mapping[str, Any]
+    function: str, lr: Numbers, decay_lambda: Numbers, stop_gradients: Flags, options: Options
 ) -> dict[str, Any]:
     _options.check_names(options, function=function)
     given = {"lr": lr, "decay_lambda": decay_lambda, "stop_gradients": stop_gradients}
@@ -207,6 +213,13 @@ def _faults(layer: Measured) -> Iterator[str]:
         yield f"ratio is clipped to {layer.ratio:g} from {layer.unclipped:.4g}"
 
 
+class Writer(Protocol):
+    """What writes scalars, as a `SummaryWriter` does."""
+
+    def add_scalar(self, tag: str, value: float, step: int, /) -> object:
+        """Write one value."""
+
+
 class ScalarCallback:
     """Writes trust ratios to whatever has `add_scalar(tag, value, step)`, as TensorBoard's has.
 
@@ -231,7 +244,7 @@ class ScalarCallback:
         OptionError: `every` is no whole number, or below 1.
     """
 
-    def __init__(self, writer: Any, tag: str = "trust_ratio", every: int = 1) -> None:
+    def __init__(self, writer: Writer, tag: str = "trust_ratio", every: int = 1) -> None:
         self.writer, self.tag = writer, tag
         self.every = errors.whole_number("every", every, least=1)
 

@@ -14,20 +14,44 @@ from __future__ import annotations
 
 import math
 import operator
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, overload
+
+import numpy as np
 
 from lars_tree import _backends
 from lars_tree._backends.base import Values
+from lars_tree._core.types import AnyArray
 from lars_tree._options import finite_number
 from lars_tree.errors import OptionError, whole_number
 
 __all__ = ["Constant", "Cosine", "Polynomial"]
 
+A = TypeVar("A", bound=AnyArray)
+
+
+class _Schedule:
+    """The types of a schedule: a number gives a float, an array an array."""
+
+    @overload
+    def __call__(self, step: float | np.number[Any]) -> float: ...
+    @overload
+    def __call__(self, step: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]: ...
+    @overload
+    def __call__(self, step: A) -> A: ...
+
+    def __call__(self, step: Any) -> Any:
+        """The rate at a step; the first one has number 0."""
+        return self._rate(step)
+
+    @abstractmethod
+    def _rate(self, step: Any) -> Any: ...
+
 
 @dataclass(frozen=True)
-class Constant:
+class Constant(_Schedule):
     """The same rate at every step, after a linear warm-up.
 
     >>> schedule = Constant(0.4, warmup_steps=4)
@@ -49,13 +73,12 @@ class Constant:
         _check_rates(self, "rate")
         _check_steps(self, "warmup_steps")
 
-    def __call__(self, step: Any) -> Any:
-        """The rate at a step; the first one has number 0."""
+    def _rate(self, step: Any) -> Any:
         return _at(step, self.warmup_steps, self.warmup_steps, self.rate, self.rate, _flat)
 
 
 @dataclass(frozen=True)
-class Polynomial:
+class Polynomial(_Schedule):
     """Linear warm-up, then polynomial decay: the schedule of the LARS paper, with power 2.
 
         peak * step / warmup_steps                                   up to warmup_steps
@@ -90,9 +113,7 @@ class Polynomial:
         _check_rates(self, "peak", "end", "power")
         _check_steps(self, "warmup_steps", "total_steps")
 
-    def __call__(self, step: Any) -> Any:
-        """The rate at a step; the first one has number 0."""
-
+    def _rate(self, step: Any) -> Any:
         def left(t: Any, xp: Any) -> Any:
             return (1 - t) ** self.power
 
@@ -100,7 +121,7 @@ class Polynomial:
 
 
 @dataclass(frozen=True)
-class Cosine:
+class Cosine(_Schedule):
     """Linear warm-up, then half a cosine wave down: the usual schedule of SimCLR and BYOL.
 
         end + (peak - end) * (1 + cos(pi t)) / 2,    t as in `Polynomial`
@@ -130,9 +151,7 @@ class Cosine:
         _check_rates(self, "peak", "end")
         _check_steps(self, "warmup_steps", "total_steps")
 
-    def __call__(self, step: Any) -> Any:
-        """The rate at a step; the first one has number 0."""
-
+    def _rate(self, step: Any) -> Any:
         def left(t: Any, xp: Any) -> Any:
             return (1 + xp.cos(math.pi * t)) / 2
 

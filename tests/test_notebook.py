@@ -1,4 +1,4 @@
-"""The HTML of a Container in a browser: headless Chromium opens it from a file."""
+"""The HTML of a Container in a browser, headless Chromium: it folds, is legible and safe."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FLAGS = [
     "--disable-dev-shm-usage",
     "--window-size=800,600",
 ]
-# Set by the dark theme of JupyterLab, whatever the system prefers.
+# The variables of JupyterLab's dark theme, which does not depend on the theme of the system.
 JUPYTER_DARK = """<style>:root{--jp-content-font-color1:rgba(255,255,255,1);
 --jp-content-font-color2:rgba(255,255,255,0.7);--jp-layout-color0:#111111;
 --jp-border-color2:#424242}</style>"""
@@ -56,21 +56,19 @@ def container():
     return w
 
 
-def open_page(browser, folder, theme, head=""):
+def open_page(browser, folder, theme="light", head=""):
     page = folder / "page.html"
     html = container()._repr_html_()
     page.write_text(
-        f"<!doctype html><meta charset=utf-8><title>unchanged</title>{head}<body>{html}</body>",
-        "utf-8",
+        f"<!doctype html><meta charset=utf-8><title>calm</title>{head}<body>{html}</body>", "utf-8"
     )
     features = [{"name": "prefers-color-scheme", "value": theme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     browser.get(page.as_uri())
-    return page
 
 
-def find_key(browser, name):
-    """The element of this key."""
+def row(browser, name):
+    """The element that shows this key."""
     found = [
         x
         for x in browser.find_elements("css selector", "b")
@@ -81,7 +79,7 @@ def find_key(browser, name):
 
 
 def colors(browser, selector):
-    """The colours of text and of its background as (red, green, blue, opacity)."""
+    """The colours of a text and of its background, as [red, green, blue, opacity]."""
     script = """
         let x = document.querySelector(arguments[0]);
         const ink = getComputedStyle(x).color;
@@ -92,40 +90,39 @@ def colors(browser, selector):
 
 
 def contrast(ink, page):
-    """The contrast ratio of WCAG 2.1, from 1 to 21; `ink` may be transparent."""
+    """The contrast ratio of WCAG 2.1, from 1 to 21; transparent ink is mixed with the page."""
     ink = [a * ink[3] + b * (1 - ink[3]) for a, b in zip(ink[:3], page[:3], strict=True)]
-    luminances = []
+    lights = []
     for color in (ink, page):
         linear = [x / 255 / 12.92 if x <= 10 else ((x / 255 + 0.055) / 1.055) ** 2.4 for x in color]
-        luminances.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
-    return (max(luminances) + 0.05) / (min(luminances) + 0.05)
+        lights.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    return (max(lights) + 0.05) / (min(lights) + 0.05)
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_the_tree_folds_and_unfolds(browser, tmp_path, theme):
-    open_page(browser, tmp_path, theme)
-    assert find_key(browser, "encoder").is_displayed()
-    assert find_key(browser, "head").is_displayed()
-    assert not find_key(browser, "kernel").is_displayed()
+def test_the_tree_folds_and_unfolds(browser, tmp_path):
+    open_page(browser, tmp_path)
+    assert row(browser, "encoder").is_displayed()
+    assert row(browser, "head").is_displayed()
+    assert not row(browser, "kernel").is_displayed()
     folded = browser.get_screenshot_as_png()
 
-    find_key(browser, "encoder").click()
-    assert find_key(browser, "kernel").is_displayed()
-    assert not find_key(browser, "bias").is_displayed()
-    find_key(browser, "deep").click()
-    assert find_key(browser, "bias").is_displayed()
+    row(browser, "encoder").click()
+    assert row(browser, "kernel").is_displayed()
+    assert not row(browser, "bias").is_displayed()
+    row(browser, "deep").click()
+    assert row(browser, "bias").is_displayed()
     unfolded = browser.get_screenshot_as_png()
     assert folded != unfolded
 
-    find_key(browser, "encoder").click()
-    assert not find_key(browser, "kernel").is_displayed()
-    assert not find_key(browser, "bias").is_displayed()
+    row(browser, "encoder").click()
+    assert not row(browser, "kernel").is_displayed()
+    assert not row(browser, "bias").is_displayed()
 
 
 @pytest.mark.parametrize("head", ["", JUPYTER_DARK], ids=["page", "jupyter-dark"])
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_text_has_enough_contrast(browser, tmp_path, theme, head):
-    """WCAG requires 4.5."""
+def test_all_text_is_legible(browser, tmp_path, theme, head):
+    """WCAG requires a contrast of 4.5."""
     open_page(browser, tmp_path, theme, head)
     for selector in (
         ".lars-tree b",
@@ -139,14 +136,14 @@ def test_text_has_enough_contrast(browser, tmp_path, theme, head):
         assert (sum(page[:3]) < 200) == is_dark
 
 
-def test_contrast_matches_known_values():
+def test_contrast_has_the_values_of_the_standard():
     assert contrast([0, 0, 0, 1], [255, 255, 255, 1]) == pytest.approx(21)
     assert contrast([119, 119, 119, 1], [255, 255, 255, 1]) == pytest.approx(4.48, abs=0.01)
     assert contrast([0, 0, 0, 0.5], [255, 255, 255, 1]) == pytest.approx(3.95, abs=0.05)
 
 
-def test_hostile_keys_do_not_run_scripts(browser, tmp_path):
-    open_page(browser, tmp_path, "light")
+def test_hostile_keys_run_no_script(browser, tmp_path):
+    open_page(browser, tmp_path)
     for summary in browser.find_elements("css selector", "summary")[1:]:
         if not summary.find_element("xpath", "..").get_property("open"):
             summary.click()
@@ -154,11 +151,11 @@ def test_hostile_keys_do_not_run_scripts(browser, tmp_path):
     text = browser.find_element("css selector", ".lars-tree").text
     for key in HOSTILE:
         assert text.count(key[:30]) >= 2
-    assert browser.title == "unchanged"
+    assert browser.title == "calm"
 
 
-def test_a_script_that_runs_is_detected(browser, tmp_path):
+def test_a_script_in_a_page_would_run(browser, tmp_path):
     page = tmp_path / "page.html"
-    page.write_text(f"<!doctype html><title>unchanged</title>{HOSTILE[0]}")
+    page.write_text(f"<!doctype html><title>calm</title>{HOSTILE[0]}")
     browser.get(page.as_uri())
     assert browser.title == "script ran"

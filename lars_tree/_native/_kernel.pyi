@@ -1,7 +1,7 @@
 """The types of the extension module (module.cpp)."""
 
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, Protocol, final
 
 @final
 class Reader:
@@ -125,6 +125,7 @@ def collect(
     kinds: dict[type, int],
     kind_of: Callable[[Any], int],
     others: Callable[..., Any],
+    /,
 ) -> None:
     """Append the leaves of a tree to a list.
 
@@ -139,6 +140,7 @@ def match(
     kinds: dict[type, int],
     kind_of: Callable[[Any], int],
     others: Callable[..., Any],
+    /,
 ) -> bool:
     """Append the value of a prefix for each leaf of a tree; return whether it is a prefix.
 
@@ -147,3 +149,32 @@ def match(
 
 def best_instruction_set() -> int:
     """The best supported instruction set: 0 baseline, 1 AVX2, 2 AVX-512."""
+
+class _Kernel(Protocol):
+    """The type of this module, for values that are None where it was not built."""
+
+    @property
+    def Reader(self) -> type[Reader]: ...  # noqa: N802
+    @property
+    def Plan(self) -> type[Plan]: ...  # noqa: N802
+    def collect(
+        self,
+        tree: Any,
+        found: list[Any],
+        kinds: dict[type, int],
+        kind_of: Callable[[Any], int],
+        others: Callable[..., Any],
+        /,
+    ) -> None: ...
+    def match(
+        self,
+        tree: Any,
+        prefix: Any,
+        found: list[Any],
+        exact: bool,
+        kinds: dict[type, int],
+        kind_of: Callable[[Any], int],
+        others: Callable[..., Any],
+        /,
+    ) -> bool: ...
+    def best_instruction_set(self) -> int: ...
