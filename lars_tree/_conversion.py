@@ -1,4 +1,7 @@
-"""What becomes of values on their way into a Container and out of it. Knows no arrays."""
+"""Converts mappings to Containers on the way into a Container, and Containers to dicts.
+
+Knows no arrays.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def explained(method: Callable[P, T]) -> Callable[P, T]:
-    """The method of a Container, which says where a tree that it is given holds itself."""
+def explain_cycles(method: Callable[P, T]) -> Callable[P, T]:
+    """Let a method of Container name the cycle in a tree that it is given."""
 
     @wraps(method)
     def explaining(*arguments: P.args, **options: P.kwargs) -> T:
@@ -24,12 +27,12 @@ def explained(method: Callable[P, T]) -> Callable[P, T]:
             error = _tree.explained(dict(zip(names, arguments, strict=True)))
             if isinstance(error, errors.StructureError):
                 raise error from None
-            raise  # it may come from a function that the user gave
+            raise  # no cycle: a function of the user may recurse too deeply
 
     return explaining
 
 
-def taken(argument: str, value: Any, cls: Any) -> Any:
+def convert(argument: str, value: Any, cls: type) -> Any:
     """The value, with its mappings converted to Containers of this class.
 
     Raises:
@@ -38,30 +41,29 @@ def taken(argument: str, value: Any, cls: Any) -> Any:
     if _tree.is_leaf(value):
         return value
     with _tree.explaining({argument: value}):
-        return _tree.rebuilding(argument, converted, value, cls)
+        return _tree.rebuilding(argument, convert_node, value, cls)
 
 
-def converted(value: Any, cls: Any) -> Any:
+def convert_node(value: Any, cls: type) -> Any:
     """The value with its mappings, also those in lists and tuples, as Containers."""
     if _tree.is_leaf(value) or _nodes.is_container(value):
         return value
     if isinstance(value, Mapping):
         keys = [key for key, _ in _tree.children(value)]
-        return _nodes.container(
-            cls, zip(keys, _nodes.map_children(value, converted, cls), strict=True)
-        )
+        children = _nodes.map_children(value, convert_node, cls)
+        return _nodes.container(cls, zip(keys, children, strict=True))
     if isinstance(value, (list, tuple)):
-        items = _nodes.map_children(value, converted, cls)
+        items = _nodes.map_children(value, convert_node, cls)
         if any(new is not old for new, (_, old) in zip(items, _tree.children(value), strict=True)):
             return _nodes.replace_children(value, items)
     return value
 
 
-def plain(node: Any, _: None = None) -> Any:
-    """The node with dicts for its Containers."""
+def to_dicts(node: Any, _: None = None) -> Any:
+    """The node with dicts in place of its Containers."""
     if _tree.is_leaf(node):
         return node
-    children = _nodes.map_children(node, plain)
+    children = _nodes.map_children(node, to_dicts)
     if _nodes.is_container(node):
         return dict(zip(node, children, strict=True))
     return _nodes.replace_children(node, children)

@@ -1,19 +1,19 @@
-"""HTML for notebooks: trees that fold and tables, in the colours of the page around them.
-
-All text is escaped: keys may come from anywhere.
-"""
+"""HTML for notebooks: Containers as trees that fold, and tables. All text is escaped."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from lars_tree._show import Row
+from lars_tree import _show
+from lars_tree._show import Row
 
-# JupyterLab and VS Code say what their colours are. Elsewhere we paint the background as well, so
-# that it always goes with the text.
+_MOST_ROWS = 500
+_MOST_CHILDREN = 100
+
+# The colours are those of JupyterLab or VS Code. On other pages we set text and background, so that
+# they have enough contrast.
 _DARK = "--lt-ink:#e6edf3;--lt-muted:#a3acb6;--lt-line:#3d444d;--lt-page:#0d1117"
 _LIGHT = "--lt-ink:#1f2328;--lt-muted:#59636e;--lt-line:#d1d9e0;--lt-page:#ffffff"
 _STYLE = f"""<style>
@@ -43,23 +43,22 @@ white-space:pre}}
 </style>"""
 
 
-def page(root: Row) -> str:
-    """A tree of rows; only the first node is unfolded."""
-    return _scoped(_details(root, "<details open>"))
-
-
-def plain(text: str) -> str:
-    """Text as it is."""
-    return _scoped(f"<div>{escape(text)}</div>")
+def tree(container: Any) -> str:
+    """A Container as a tree in which only the root is unfolded."""
+    try:
+        root = _show.rows(container, _MOST_ROWS, _MOST_CHILDREN)
+        return _scoped(_details(root, "<details open>"))
+    except RecursionError:
+        return _scoped(f"<div>{escape(_show.text(container))}</div>")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: Sequence[bool]) -> str:
-    """A table; `texts` says which columns hold words, the others hold numbers."""
-    marks = [' class="text"' if is_text else "" for is_text in texts]
+    """A table; `texts` says which columns hold text, aligned left, and which hold numbers."""
+    classes = [' class="text"' if is_text else "" for is_text in texts]
 
     def line(cells: Sequence[str], tag: str) -> str:
-        pairs = zip(cells, marks, strict=True)
-        return "".join(f"<{tag}{mark}>{escape(cell)}</{tag}>" for cell, mark in pairs)
+        pairs = zip(cells, classes, strict=True)
+        return "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for cell, kind in pairs)
 
     body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
     return _scoped(
@@ -67,20 +66,20 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: Sequence[bo
     )
 
 
-def _scoped(inside: str) -> str:
-    return f'{_STYLE}<div class="lars-tree">{inside}</div>'
+def _scoped(body: str) -> str:
+    return f'{_STYLE}<div class="lars-tree">{body}</div>'
 
 
 def _details(row: Row, tag: str = "<details>") -> str:
-    parts = [tag, "<summary>", _words(row), "</summary>"]
+    parts = [tag, "<summary>", _label(row), "</summary>"]
     for child in row.children or ():
         is_leaf = child.children is None
-        parts.append(f"<div>{_words(child)}</div>" if is_leaf else _details(child))
+        parts.append(f"<div>{_label(child)}</div>" if is_leaf else _details(child))
     if row.hidden:
         parts += ["<div><i>", row.more, "</i></div>"]
     return "".join([*parts, "</details>"])
 
 
-def _words(row: Row) -> str:
+def _label(row: Row) -> str:
     size = f"<i>{escape(row.size)}</i>" if row.size else ""
     return f"<b>{escape(row.name)}</b>{escape(row.what)}{size}"

@@ -1,4 +1,4 @@
-"""The arithmetic operators of Array and Container, in both orders, in terms of one method."""
+"""The arithmetic operators of Array and Container, in terms of one method."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class Arithmetic:
 
     __slots__ = ()
 
-    # numpy leaves operators with one of ours on either side to us.
+    # With an array on the left, numpy returns NotImplemented, so Python calls our operator.
     __array_ufunc__ = None
 
     @abstractmethod
     def _operate(self, operation: Callable[..., Any], *operands: Any) -> Self:
-        """operation(*operands), one of which is self; NotImplemented leaves it to another."""
+        """operation(*operands), of which one is self; or NotImplemented, as from an operator."""
 
     def __add__(self, other: Any) -> Self:
         return self._operate(operator.add, self, other)

@@ -1,19 +1,17 @@
-"""Keys and paths: how a Container finds, puts and removes what a key or a path names.
+"""How a Container finds, writes and removes what a key or a path names.
 
-The exact key comes first, then the path: a tuple of keys, or a string split at '/', in which digits
-may be an index. Works on any tree of dicts, lists and tuples; knows no arrays.
+An exact key takes precedence over a path. A path is a tuple of keys or, except in writing, a string
+split at '/'. A key made of digits may be an index. Works on any tree; knows no arrays.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 from lars_tree import _tree, errors
+from lars_tree._tree import MISSING
 from lars_tree.errors import LarsTreeError, Path, PathKeyError, path_string
-
-MISSING = object()
 
 _INDEX = re.compile("0|[1-9][0-9]{0,17}")
 
@@ -26,135 +24,110 @@ def split(key: Any) -> Path:
 
 
 def is_special(name: str) -> bool:
-    """Whether it is a name of Python's protocols, such as __setstate__, which is never a key.
+    """Whether Python reserves the name, as it does __setstate__: never an attribute for a key.
 
-    Libraries call what they find under it, and the keys of a file may come from anybody.
+    Libraries call the methods that have such names, and the keys of a file may come from anybody.
     """
     return name.startswith("__") and name.endswith("__")
 
 
 def find(root: dict[Any, Any], key: Any) -> Any:
-    """What is at a key or path; MISSING if nothing is."""
+    """The value at a key or path; MISSING if there is none."""
     if dict.__contains__(root, key):
         return dict.__getitem__(root, key)
     path = split(key)
     if path == (key,) or not path:
         return MISSING
-    return _descend(root, path)
+    parent, depth = _parent(root, path)
+    return _child(parent, path[-1])[1] if depth == len(path) - 1 else MISSING
 
 
-def _descend(node: Any, path: Path) -> Any:
-    for key in path:
-        node = _child(node, key)
-    return node
+def _parent(root: Any, path: Path) -> tuple[Any, int]:
+    """The deepest node above the end of the path, and how many keys lead to it."""
+    node, depth = root, 0
+    while depth < len(path) - 1 and (child := _child(node, path[depth])[1]) is not MISSING:
+        node, depth = child, depth + 1
+    return node, depth
 
 
-def _child(node: Any, key: Any) -> Any:
-    if node is MISSING or _tree.is_leaf(node):
-        return MISSING
-    return dict.get(_items(node), _own_key(node, key), MISSING)
+def _child(node: Any, key: Any) -> tuple[Any, Any]:
+    """The key, or the index that a string of digits stands for, and its value or MISSING."""
+    if _tree.is_leaf(node):
+        return key, MISSING
+    items = node if _tree.is_plain_dict(node) else dict(_tree.children(node))
+    if isinstance(key, str) and not dict.__contains__(items, key) and _INDEX.fullmatch(key):
+        key = int(key) if dict.__contains__(items, int(key)) else key
+    return key, dict.get(items, key, MISSING)
 
 
-def _items(node: Any) -> dict[Any, Any]:
-    return node if _tree.is_plain_dict(node) else dict(_tree.children(node))
-
-
-def _set(node: dict[Any, Any], key: Any, value: Any) -> None:
-    if _tree.is_plain_dict(node):
-        dict.__setitem__(node, key, value)  # a Container would read the key as a path
-    else:
-        node[key] = value
-
-
-def _own_key(node: Any, key: Any) -> Any:
-    """The key itself, or the index that a string stands for."""
-    if isinstance(key, str) and _INDEX.fullmatch(key) and not dict.__contains__(_items(node), key):
-        return int(key)
-    return key
-
-
-def put(root: dict[Any, Any], key: Any, value: Any, new_node: Callable[[], Any]) -> None:
-    """Put a value at a key or path, making the nodes on the way.
+def put(root: dict[Any, Any], path: Path, value: Any) -> None:
+    """Write a value at a path and create the missing parents.
 
     Raises:
-        PathKeyError: the path goes through a leaf, or into a list or tuple where nothing is.
+        PathKeyError: the path goes through a leaf, or to an index that a list or tuple cannot set.
     """
-    if dict.__contains__(root, key):
-        dict.__setitem__(root, key, value)
+    if dict.__contains__(root, path):
+        dict.__setitem__(root, path, value)
         return
-    path = split(key)
     if not path:
         raise PathKeyError("an empty path names no key")
-    # Look before anything is made: a path that cannot be reached leaves no parents behind.
-    node: Any = root
-    missing = 0
-    for depth, step in enumerate(path[:-1]):
-        child = _child(node, step)
-        if child is MISSING and isinstance(node, dict):
-            missing = len(path) - 1 - depth
-            break
-        if child is MISSING or _tree.is_leaf(child):
-            raise _unreachable(path, depth + 1, child)
-        node = child
-    for step in path[len(path) - 1 - missing : -1]:
-        parent, node = node, new_node()
-        _set(parent, step, node)
-    last = path[-1]
-    if isinstance(node, dict):
-        there = len(path) > 1 and _child(node, last) is not MISSING
-        _set(node, _own_key(node, last) if there else last, value)
-    elif isinstance(node, list) and _child(node, last) is not MISSING:
-        node[int(str(last))] = value
+    parent, depth = _parent(root, path)
+    key, child = _child(parent, path[depth])
+    can_set = isinstance(parent, dict) or (isinstance(parent, list) and child is not MISSING)
+    if not can_set:
+        raise _unreachable(path, depth, parent)
+    for missing in reversed(path[depth + 1 :]):  # bottom-up: only the last write changes the tree
+        node = type(root)()
+        dict.__setitem__(node, missing, value)
+        value = node
+    if _tree.is_plain_dict(parent):
+        dict.__setitem__(parent, key, value)  # a Container would read a tuple as a path
     else:
-        raise _unreachable(path, len(path) - 1, node)
+        parent[key] = value
 
 
 def remove(root: dict[Any, Any], key: Any) -> None:
-    """Remove what is at a key or path.
+    """Remove the value at a key or path.
 
     Raises:
-        PathKeyError: nothing is there, or it is in a list or tuple.
+        PathKeyError: there is none, or it is in a list or tuple.
     """
+    if dict.__contains__(root, key):
+        dict.__delitem__(root, key)
+        return
+    path = split(key)
     if find(root, key) is MISSING:
-        raise missing_error(PathKeyError, root, split(key))
-    path = (key,) if dict.__contains__(root, key) else split(key)
-    node = _descend(root, path[:-1])
-    if not isinstance(node, dict):
-        raise _unreachable(path, len(path) - 1, node)
-    key = _own_key(node, path[-1])
-    if _tree.is_plain_dict(node):
-        dict.__delitem__(node, key)
-    else:
-        del node[key]
+        raise missing_error(PathKeyError, root, path)
+    parent, depth = _parent(root, path)
+    if not isinstance(parent, dict):
+        raise _unreachable(path, depth, parent)
+    del parent[_child(parent, path[-1])[0]]
 
 
 def _unreachable(path: Path, depth: int, node: Any) -> LarsTreeError:
     where = path_string(path[:depth])
-    what = "is not there" if node is MISSING else f"is {errors.describe(node)}"
-    error = PathKeyError(f"cannot change {path_string(path)}: {where} {what}")
+    error = PathKeyError(f"cannot change {path_string(path)}: {where} is {errors.describe(node)}")
     error.paths = (path,)
     return error
 
 
 def missing_error(kind: type[LarsTreeError], root: Any, path: Path) -> LarsTreeError:
-    """The error for a path that is not there: how far it goes, what is there, and near misses."""
+    """The error for a path that does not exist: its first missing key, and the keys that exist."""
     if not path:
         return kind("an empty path names no key")
-    node, depth = root, 0
-    while depth < len(path) - 1 and (child := _child(node, path[depth])) is not MISSING:
-        node, depth = child, depth + 1
-    known = [key for key, _ in _tree.children(node)]
+    parent, depth = _parent(root, path)
+    known = [key for key, _ in _tree.children(parent)]
     where = f" in {path_string(path[:depth])}" if depth else ""
     there = f"there is {errors.enumerated(known, shown=repr)}" if known else "it is empty"
-    what = "that is a leaf" if _tree.is_leaf(node) else there
+    found = "that is a leaf" if _tree.is_leaf(parent) else there
     hint = errors.did_you_mean(path[depth], known)
-    error = kind(f"no {path_string(path[depth : depth + 1])!r}{where}: {what}{hint}")
+    error = kind(f"no {path_string(path[depth : depth + 1])!r}{where}: {found}{hint}")
     error.paths = (path,)
     return error
 
 
-def flat(root: Any, sep: str, empty: Callable[[], Any]) -> dict[str, Any]:
-    """The leaves by name; a node without children counts as a leaf, namely what `empty` makes."""
+def flat(root: dict[Any, Any], sep: str) -> dict[str, Any]:
+    """The leaves by name; an empty node counts as a leaf, and is of the type of the root."""
     found: dict[str, Any] = {}
     for path, node in _tree.walk(root, empty_nodes=True):
         if any(sep in str(key) for key in path):
@@ -163,25 +136,24 @@ def flat(root: Any, sep: str, empty: Callable[[], Any]) -> dict[str, Any]:
         name = sep.join(map(str, path))
         if name in found:
             raise errors.StructureError(f"two leaves have the name {name!r}")
-        found[name] = node if _tree.is_leaf(node) else empty()
+        found[name] = node if _tree.is_leaf(node) else type(root)()
     return found
 
 
-def put_new(root: dict[Any, Any], path: Path, value: Any, new_node: Callable[[], Any]) -> None:
-    """Put a value at a path of literal keys where nothing is yet, making the nodes on the way.
+def put_new(root: dict[Any, Any], path: Path, value: Any) -> None:
+    """Write a value at a new path of literal keys and create the missing parents.
 
     Raises:
-        PathKeyError: something is there, or the path goes through a leaf.
+        PathKeyError: the path exists, or goes through a leaf.
     """
     node: Any = root
-    for depth, key in enumerate(path[:-1], 1):
-        child = dict.get(node, key, MISSING)
-        if child is MISSING:
-            child = new_node()
-            dict.__setitem__(node, key, child)
-        if not isinstance(child, type(root)):
-            raise _unreachable(path, depth, child)
-        node = child
-    if dict.__contains__(node, path[-1]):
-        raise _unreachable(path, len(path), dict.__getitem__(node, path[-1]))
-    dict.__setitem__(node, path[-1], value)
+    *parents, last = path
+    for depth, key in enumerate(parents, 1):
+        if not dict.__contains__(node, key):
+            dict.__setitem__(node, key, type(root)())
+        node = dict.__getitem__(node, key)
+        if not isinstance(node, type(root)):
+            raise _unreachable(path, depth, node)
+    if dict.__contains__(node, last):
+        raise _unreachable(path, len(path), dict.__getitem__(node, last))
+    dict.__setitem__(node, last, value)

@@ -1,27 +1,25 @@
-"""Container and Array as nodes of the tree libraries of JAX, torch and optree.
+"""Registers Container and Array as pytree nodes of JAX, torch and optree.
 
-Nothing is imported here that the user does not import: each library is told when it is there, at
-once or right after its own import. dm-tree needs no telling: to it a Container is a dict.
+Imports none of these libraries: each library gets the types at once if it is imported already,
+otherwise right after its import. dm-tree needs no registration: it treats a Container as a dict.
 """
 
 from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from functools import partial
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-Items = Iterable[tuple[Hashable, Any]]
-
 
 class Keys:
-    """The keys of a node in two orders: sorted, by which nodes compare equal, and their own.
+    """The keys of a node in sorted order, by which nodes are compared, and in their own order.
 
-    So key order is kept, and a function that is compiled for one order serves the others.
+    So the order of keys is kept, and a function compiled for one order is not compiled for another.
     """
 
     def __init__(self, keys: Iterable[Hashable]) -> None:
@@ -37,98 +35,90 @@ class Keys:
     def __repr__(self) -> str:
         return f"Keys({list(self.own)})"
 
-    def flatten(self, node: dict[Any, Any]) -> list[Any]:
-        """The children in sorted order."""
-        return [dict.__getitem__(node, key) for key in self.sorted]
-
-    def items(self, children: Iterable[Any]) -> Items:
-        """The (key, child) pairs in their own order, from children in sorted order."""
-        by_key = dict(zip(self.sorted, children, strict=True))
-        return [(key, by_key[key]) for key in self.own]
-
 
 def _sort_key(key: Hashable) -> tuple[str, Any]:
-    """Keys of several types sort by type first, those without an order by how they are written."""
+    """Sorts keys by type first, and keys without an order by their repr."""
     return type(key).__qualname__, key if isinstance(key, (str, int, float)) else repr(key)
 
 
-def register(cls: Any) -> None:
-    """Make a Container type known to each library, now or when it is imported.
+def _flatten(node: dict[Any, Any]) -> tuple[list[Any], Keys]:
+    keys = Keys(node)
+    return [dict.__getitem__(node, key) for key in keys.sorted], keys
 
-    A library keeps the types that it knows alive. One that is imported later is not told of types
-    that are no more.
+
+def _flatten_with(
+    entry: Callable[[Hashable], Any], node: dict[Any, Any]
+) -> tuple[list[tuple[Any, Any]], Keys]:
+    """`_flatten`, with each child in a pair with its entry of a path."""
+    children, keys = _flatten(node)
+    return list(zip(map(entry, keys.sorted), children, strict=True)), keys
+
+
+def _unflatten(cls: Any, keys: Keys, children: Iterable[Any]) -> Any:
+    by_key = dict(zip(keys.sorted, children, strict=True))
+    return cls._lars_tree_make([(key, by_key[key]) for key in keys.own])
+
+
+def _register_with_jax(cls: type, jax: Any) -> None:
+    flatten_with_keys = partial(_flatten_with, jax.tree_util.DictKey)
+    unflatten = partial(_unflatten, cls)
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, _flatten)
+
+
+def _register_with_torch(cls: type, torch: Any) -> None:
+    pytree = sys.modules["torch.utils._pytree"]
+    pytree.register_pytree_node(
+        cls,
+        _flatten,
+        lambda children, keys: _unflatten(cls, keys, children),
+        serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+        to_dumpable_context=lambda keys: list(keys.own),
+        from_dumpable_context=Keys,
+        flatten_with_keys_fn=partial(_flatten_with, pytree.MappingKey),
+    )
+
+
+def _register_with_optree(cls: type, optree: Any) -> None:
+    def flatten(node: dict[Any, Any]) -> tuple[list[Any], Keys, tuple[Hashable, ...]]:
+        children, keys = _flatten(node)
+        return children, keys, keys.sorted
+
+    optree.register_pytree_node(
+        cls,
+        flatten,
+        partial(_unflatten, cls),
+        path_entry_type=optree.MappingEntry,
+        namespace=optree.registry.__GLOBAL_NAMESPACE,
+    )
+
+
+def register(cls: type) -> None:
+    """Register a Container type with each library, now or after the import of the library.
+
+    A library keeps its registered types alive. Until then the type may be freed.
     """
-    known = weakref.ref(cls)
-    for name in ("jax", "torch", "optree"):
-        when_imported(name, partial(_tell, known, name))
+    hook = partial(_register_if_alive, weakref.ref(cls))
+    when_imported("jax", partial(hook, _register_with_jax))
+    when_imported("torch", partial(hook, _register_with_torch))
+    when_imported("optree", partial(hook, _register_with_optree))
 
 
-def _tell(known: weakref.ref[Any], name: str, library: Any) -> None:
-    cls = known()
+def _register_if_alive(
+    reference: weakref.ref[type], register_with: Callable[[type, Any], None], library: Any
+) -> None:
+    cls = reference()
     if cls is not None:
-        _hooks(cls)[name](library)
-
-
-def _hooks(cls: Any) -> dict[str, Callable[[Any], None]]:
-    def flatten(node: dict[Any, Any]) -> tuple[list[Any], Keys]:
-        keys = Keys(node)
-        return keys.flatten(node), keys
-
-    def unflatten(keys: Keys, children: Iterable[Any]) -> Any:
-        return cls._lars_tree_make(keys.items(children))
-
-    def with_jax(jax: Any) -> None:
-        def flatten_with_keys(node: dict[Any, Any]) -> tuple[list[Any], Keys]:
-            children, keys = flatten(node)
-            names = map(jax.tree_util.DictKey, keys.sorted)
-            return list(zip(names, children, strict=True)), keys
-
-        jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-
-    def with_torch(torch: Any) -> None:
-        pytree = sys.modules["torch.utils._pytree"]
-
-        def flatten_with_keys(node: dict[Any, Any]) -> tuple[list[Any], Keys]:
-            children, keys = flatten(node)
-            names = map(pytree.MappingKey, keys.sorted)
-            return list(zip(names, children, strict=True)), keys
-
-        pytree.register_pytree_node(
-            cls,
-            flatten,
-            lambda children, keys: unflatten(keys, children),
-            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
-            to_dumpable_context=lambda keys: list(keys.own),
-            from_dumpable_context=Keys,
-            flatten_with_keys_fn=flatten_with_keys,
-        )
-
-    def with_optree(optree: Any) -> None:
-        def flatten_with_entries(
-            node: dict[Any, Any],
-        ) -> tuple[list[Any], Keys, Sequence[Hashable]]:
-            children, keys = flatten(node)
-            return children, keys, keys.sorted
-
-        optree.register_pytree_node(
-            cls,
-            flatten_with_entries,
-            unflatten,
-            path_entry_type=optree.MappingEntry,
-            namespace=optree.registry.__GLOBAL_NAMESPACE,
-        )
-
-    return {"jax": with_jax, "torch": with_torch, "optree": with_optree}
+        register_with(cls, library)
 
 
 def register_wrapper(cls: type, data: str) -> None:
-    """Make a type that wraps one value known to each library."""
+    """Register a type whose only child is its attribute `data`."""
 
     def flatten(node: Any) -> tuple[list[Any], None]:
         return [getattr(node, data)], None
 
     def unflatten(_: None, children: Iterable[Any]) -> Any:
-        new: Any = object.__new__(cls)  # libraries put all kinds of placeholders into the nodes
+        new: Any = object.__new__(cls)  # the child may be a placeholder of the library
         setattr(new, data, next(iter(children)))
         return new
 
@@ -147,7 +137,7 @@ def register_wrapper(cls: type, data: str) -> None:
 
 
 def trust_in_files(cls: type) -> None:
-    """Let `torch.load(weights_only=True)` call this class with whatever a file says.
+    """Let `torch.load(weights_only=True)` call this class with any arguments that a file contains.
 
     Only for our own classes: the constructor of a user's subclass may do anything.
     """
@@ -155,7 +145,7 @@ def trust_in_files(cls: type) -> None:
 
 
 def when_imported(name: str, hook: Callable[[ModuleType], None]) -> None:
-    """Call hook(module) now if the module is there, otherwise after its import."""
+    """Call hook(module) now if the module is imported, otherwise after its import."""
     module = sys.modules.get(name)
     if module is not None:
         hook(module)
@@ -166,9 +156,9 @@ def when_imported(name: str, hook: Callable[[ModuleType], None]) -> None:
 
 
 class _Finder:
-    """Finds nothing itself: lets the others find, and has the hooks called after the import.
+    """A finder that leaves the search to the other finders, and wraps the loader of hooked modules.
 
-    No MetaPathFinder, as the loader is no Loader: importing importlib.abc takes ten milliseconds.
+    Not a subclass of MetaPathFinder, because importing importlib.abc takes ten milliseconds.
     """
 
     def __init__(self) -> None:
@@ -184,17 +174,16 @@ class _Finder:
         finally:
             self.searching.discard(name)
         if spec is not None and spec.loader is not None:
-            hooked: Any = _HookedLoader(spec.loader, self)
+            hooked: Any = _HookedLoader(spec.loader)
             spec.loader = hooked
         return spec
 
 
 class _HookedLoader:
-    """The module's own loader, which calls the hooks at the end and then steps aside."""
+    """Loads a module with its own loader, restores that as its loader, and calls the hooks."""
 
-    def __init__(self, loader: Any, finder: _Finder) -> None:
+    def __init__(self, loader: Any) -> None:
         self._loader = loader
-        self._finder = finder
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -207,7 +196,7 @@ class _HookedLoader:
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        for hook in self._finder.hooks.pop(module.__name__, []):
+        for hook in _FINDER.hooks.pop(module.__name__, []):
             hook(module)
 
 

@@ -1,6 +1,6 @@
-"""How a Container looks: as text, as a tree in a terminal or a notebook, in sums.
+"""How a Container is shown: as text, as a tree in a terminal, and the rows that `_html.py` shows.
 
-Nothing here looks at the elements of an array. `_html.py` writes the tree for a notebook.
+Looks at dtypes, shapes and sizes, never at the elements of an array.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby, islice
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lars_tree import _backends, _tree, errors
 from lars_tree._core.wrapper import Wrapper, unwrap
 
+if TYPE_CHECKING:
+    from rich.text import Text
+    from rich.tree import Tree
+
 _MOST_LINES = 40
-_MOST_ROWS = 500
-_MOST_CHILDREN = 100
 
 
 class Totals(NamedTuple):
-    """What the leaves of a tree come to."""
+    """Sums over leaves; a leaf that is None does not count."""
 
     leaves: int
     parameters: int
@@ -30,38 +32,35 @@ class Totals(NamedTuple):
 
 
 def totals(leaves: Iterable[Any]) -> Totals:
-    """The number of leaves that hold something, of their elements, and of their bytes."""
-    return _Sizes(list(leaves)).of(slice(None))
+    """The number of leaves, of their elements, and of their bytes."""
+    return _Sizes(leaves).total(slice(None))
 
 
 class _Sizes:
-    """The sizes of all leaves side by side: runs of one type are measured at once."""
+    """The sizes of each leaf. Neighbours of the same type are measured together."""
 
-    def __init__(self, leaves: list[Any]) -> None:
-        self.present: list[int] = []
+    def __init__(self, leaves: Iterable[Any]) -> None:
+        arrays = list(leaves)
+        if any(issubclass(cls, Wrapper) for cls in set(map(type, arrays))):
+            arrays = list(map(unwrap, arrays))
+        self.present: list[bool] = []
         self.parameters: list[int] = []
         self.bytes: list[int] = []
-        for cls, run in groupby(leaves, type):
-            if issubclass(cls, Wrapper):
-                for x in map(unwrap, run):
-                    self._add(type(x), [x])
-            else:
-                self._add(cls, list(run))
+        for cls, run in groupby(arrays, type):
+            xs = list(run)
+            self.present += [cls is not NoneType] * len(xs)
+            backend = _backends.find(xs[0])
+            zeros = [0] * len(xs)
+            parameters, sizes = (zeros, zeros) if backend is None else backend.sizes(xs)
+            self.parameters += parameters
+            self.bytes += sizes
 
-    def _add(self, cls: type, xs: list[Any]) -> None:
-        backend = _backends.find(xs[0])
-        nothing = [0] * len(xs)
-        parameters, sizes = backend.sizes(xs) if backend is not None else (nothing, nothing)
-        self.present += nothing if cls is NoneType else [1] * len(xs)
-        self.parameters += parameters
-        self.bytes += sizes
-
-    def of(self, places: slice) -> Totals:
-        return Totals(*(sum(x[places]) for x in (self.present, self.parameters, self.bytes)))
+    def total(self, part: slice) -> Totals:
+        return Totals(*(sum(x[part]) for x in (self.present, self.parameters, self.bytes)))
 
 
 def leaf(x: Any) -> str:
-    """One leaf or node in a few words: dtype and shape of an array, never its values."""
+    """A leaf or node in a few words: an array by its dtype and shape."""
     x = unwrap(x)
     backend = _backends.find(x)
     if backend is None:
@@ -70,8 +69,7 @@ def leaf(x: Any) -> str:
         return f"{type(x).__name__} that cannot be used"
     facts = backend.facts(x)
     where = f" on {facts.device}" if backend.name == "torch" and str(facts.device) != "cpu" else ""
-    shape = str(tuple(facts.shape))
-    return f"{facts.dtype} {shape}{where}"
+    return f"{facts.dtype} {tuple(facts.shape)}{where}"
 
 
 def summary(leaves: Iterable[Any]) -> str:
@@ -93,11 +91,11 @@ def _size(count: int) -> str:
 
 
 def text(container: Any) -> str:
-    """A header, then one line for each leaf, up to a number of lines."""
+    """A header, then one line for each of the first leaves."""
     try:
         leaves = _tree.leaves(container)
     except RecursionError:
-        return f"{type(container).__name__}: holds itself, or deeper than the recursion limit"
+        return f"{type(container).__name__}: holds itself, or is deeper than the recursion limit"
     shown = list(islice(_tree.walk(container), _MOST_LINES))
     names = [_clipped(errors.path_string(path)) for path, _ in shown]
     width = max(map(len, names), default=0)
@@ -111,23 +109,65 @@ def _clipped(name: str, most: int = 60) -> str:
     return name if len(name) <= most else f"{name[: most - 23]}...{name[-20:]}"
 
 
-def html(container: Any) -> str:
-    """A tree that folds."""
-    from lars_tree import _html  # only notebooks need it
+@dataclass
+class Row:
+    """One row of a tree: a leaf, whose `children` are None, or a node.
 
-    try:
-        return _html.page(rows(container, _MOST_ROWS, _MOST_CHILDREN))
-    except RecursionError:
-        return _html.plain(text(container))
+    `hidden` counts the children that are left out. The text is not escaped.
+    """
+
+    name: str
+    what: str
+    size: str
+    children: list[Row] | None = None
+    hidden: int = 0
+
+    @property
+    def more(self) -> str:
+        """The text that stands for the hidden children."""
+        return f"... and {self.hidden:,} more" if self.children else f"{self.hidden:,} not shown"
 
 
-def rich_tree(container: Any) -> Any:
+def rows(container: Any, most: int, most_children: int) -> Row:
+    """The first row of a tree; below it at most `most` rows in all, `most_children` per node.
+
+    Rows near the root take precedence.
+    """
+    leaves = _tree.leaves(container)
+    sizes = _Sizes(leaves)
+
+    def row(name: str, node: Any, start: int, count: int) -> Row:
+        if _tree.is_leaf(node):
+            is_array = _backends.find(unwrap(node)) is not None
+            return Row(name, leaf(node), _size(sizes.bytes[start]) if is_array else "")
+        total = sizes.total(slice(start, start + count))
+        return Row(name, _counted(total), _size(total.bytes))
+
+    root = row(type(container).__name__, container, 0, len(leaves))
+    queue = deque([(root, container, 0)])
+    room = most - 1
+    while queue:
+        parent, node, start = queue.popleft()
+        children = list(_tree.children(node))
+        shown = children[: min(most_children, room)]
+        parent.children, parent.hidden = [], len(children) - len(shown)
+        room -= len(shown)
+        for key, child in shown:
+            count = len(_tree.leaves(child))
+            new = row(_clipped(errors.path_string((key,))), child, start, count)
+            parent.children.append(new)
+            if not _tree.is_leaf(child):
+                queue.append((new, child, start))
+            start += count
+    return root
+
+
+def rich_tree(container: Any) -> Tree | Text:
     """A tree for `rich.print`."""
     from rich.text import Text
     from rich.tree import Tree
 
-    def label(row: Row) -> Text:
-        # Not a string: rich would read markup in it.
+    def label(row: Row) -> Text:  # a string would be read as markup
         return Text.assemble((row.name, "bold"), "  ", row.what, "  ", (row.size, "dim"))
 
     def grow(branch: Tree, row: Row) -> Tree:
@@ -142,57 +182,3 @@ def rich_tree(container: Any) -> Any:
         return grow(Tree(label(root)), root)
     except RecursionError:
         return Text(text(container))
-
-
-@dataclass
-class Row:
-    """A node or a leaf as a tree shows it: its name, what it is, its bytes, and what is below.
-
-    `children` is None for a leaf, and `hidden` counts those that there is no room for. Names and
-    words are text of any kind, to be escaped.
-    """
-
-    name: str
-    what: str
-    size: str
-    children: list[Row] | None = None
-    hidden: int = 0
-
-    @property
-    def more(self) -> str:
-        """What stands for the children that are not shown."""
-        return f"... and {self.hidden:,} more" if self.children else f"{self.hidden:,} not shown"
-
-
-def rows(container: Any, most: int, most_children: int) -> Row:
-    """The rows of a tree: those near the root first, at most `most`, `most_children` to a node."""
-    leaves = _tree.leaves(container)
-    sizes = _Sizes(leaves)
-
-    def of_node(name: str, start: int, count: int) -> Row:
-        summed = sizes.of(slice(start, start + count))
-        return Row(name, _counted(summed), _size(summed.bytes))
-
-    def of_leaf(name: str, x: Any, start: int) -> Row:
-        is_array = _backends.find(unwrap(x)) is not None
-        return Row(name, leaf(x), _size(sizes.bytes[start]) if is_array else "")
-
-    root = of_node(type(container).__name__, 0, len(leaves))
-    waiting = deque([(root, container, 0)])
-    room = most - 1
-    while waiting:
-        row, node, start = waiting.popleft()
-        children = list(_tree.children(node))
-        shown = children[: min(most_children, room)]
-        row.children, row.hidden = [], len(children) - len(shown)
-        room -= len(shown)
-        for key, child in shown:
-            name = _clipped(errors.path_string((key,)))
-            count = len(_tree.leaves(child))
-            is_leaf = _tree.is_leaf(child)
-            below = of_leaf(name, child, start) if is_leaf else of_node(name, start, count)
-            row.children.append(below)
-            if not is_leaf:
-                waiting.append((below, child, start))
-            start += count
-    return root

@@ -1,6 +1,6 @@
-"""Array: a thin wrapper around one native array, for those who like methods.
+"""Array: a thin wrapper of one native array, for users who prefer methods.
 
-Nothing is computed here: operators go to the native array, `lars_update` to the function.
+Operators call those of the native array; `lars_update` calls the function.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import operator
 from collections.abc import Callable, Iterator
 from math import prod
 from typing import TYPE_CHECKING, Any, Self, Unpack, overload
+
+import numpy as np
 
 from lars_tree import _backends, _pytrees, errors
 from lars_tree._core.types import Flags, Numbers, T
@@ -42,14 +44,14 @@ class Array(Wrapper, Arithmetic):
     >>> 2 * w > 7
     Array([False,  True])
 
-    It has no `__array_namespace__`, as the functions of a library take only native arrays: pass
-    `.data` to them.
+    Functions of an array library take native arrays: pass them `.data`. Therefore an Array has no
+    `__array_namespace__`.
 
     Args:
-        data: The native array, which is not copied; an Array gives its own.
+        data: The native array, or another Array, whose native array is shared. Not copied.
 
     Raises:
-        LeafError: data is not an array of a library, such as a list or a number.
+        LeafError: data is not an array of a supported library; it is a list or a number, say.
     """
 
     __slots__ = ()
@@ -76,7 +78,7 @@ class Array(Wrapper, Arithmetic):
 
     @property
     def dtype(self) -> Any:
-        """The type of the elements, as the library has it."""
+        """The dtype object of the library."""
         return self._data.dtype
 
     @property
@@ -91,7 +93,7 @@ class Array(Wrapper, Arithmetic):
 
     @property
     def device(self) -> Any:
-        """Where the elements live, as the library says it."""
+        """The device, as the library names it; "cpu" if it has no devices."""
         return getattr(self._data, "device", "cpu")
 
     @overload
@@ -119,19 +121,8 @@ class Array(Wrapper, Arithmetic):
         >>> Array(np.array([3.0, 4.0])).lars_update(np.array([0.4, 0.3]), 0.1, decay_lambda=0.1)
         Array([2.65, 3.65])
 
-        Args:
-            dcdw: The gradient, of a shape that broadcasts to that of the weights.
-            lr: The rate.
-            decay_lambda: Weight decay.
-            stop_gradients: False to differentiate through the step.
-            out: The array to write to; may be self.
-            **options: The further options of `lars_tree.lars_update`.
-
-        Returns:
-            A new Array, or `out`.
-
-        Raises:
-            LarsTreeError: as `lars_tree.lars_update` does.
+        The arguments are those of `lars_tree.lars_update`. `out` is an array, may be self, and is
+        returned.
         """
         return lars_update(
             self,
@@ -144,7 +135,7 @@ class Array(Wrapper, Arithmetic):
         )
 
     def _operate(self, operation: Callable[..., Any], *operands: Any) -> Self:
-        result: Self = NotImplemented  # a Container takes the array for each of its leaves
+        result: Self = NotImplemented  # a Container applies the operation to each of its leaves
         if not any(issubclass(type(operand), dict) for operand in operands):
             result = _wrapped(operation(*map(unwrap, operands)))
         return result
@@ -208,16 +199,14 @@ class Array(Wrapper, Arithmetic):
 
     def __repr__(self) -> str:
         text = repr(self._data)
-        inside = text[text.find("(") + 1 : -1] if text.endswith(")") else text
-        # Continuation lines are indented for the native name, which is not ours in length.
-        shift = len("Array") - text.find("(")
-        lines = inside.split("\n")
-        rest = [" " * shift + line if shift > 0 else line[-shift:] for line in lines[1:]]
-        return "Array(" + "\n".join([lines[0], *rest]) + ")"
+        start = text.find("(")
+        first, *rest = (text[start + 1 : -1] if text.endswith(")") else text).split("\n")
+        # The library aligns continuation lines with its own class name, of another length.
+        shift = len("Array") - start
+        rest = [" " * shift + line if shift > 0 else line[-shift:] for line in rest]
+        return "Array(" + "\n".join([first, *rest]) + ")"
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        import numpy as np
-
         return np.array(self._data, dtype=dtype, copy=copy)
 
     def __dlpack__(self, **options: Any) -> Any:
@@ -227,13 +216,13 @@ class Array(Wrapper, Arithmetic):
         return self._data.__dlpack_device__()
 
     def __copy__(self) -> Array:
-        new: Array = object.__new__(Array)  # in a tree of JAX or torch, data may be a placeholder
+        new: Array = object.__new__(Array)  # in a pytree of JAX or torch, data may be a placeholder
         new._data = self._data
         return new
 
 
 def _wrapped(x: Any) -> Any:
-    """An Array of an array; what an operation may return instead, such as a bool, as it is."""
+    """An Array of x if x is an array, otherwise x: an operation may return a bool, for example."""
     return x if _backends.find(x) is None else Array(x)
 
 

@@ -1,7 +1,6 @@
 """Container: a dict of dicts with paths and attribute access. Structure only.
 
-What is about arrays is a function; the few methods that look at arrays call them (`_compare.py`,
-`_show.py`, `update.py`). `_pytrees.py` makes Container known to JAX, torch and optree.
+Methods about arrays call functions of other modules: `_compare.py`, `_show.py`, `update.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from lars_tree.update import lars_update
 
 
 class Container(Arithmetic, dict[Any, Any]):
-    """A dict that holds nested Containers, read by key, by attribute or by path.
+    """A dict of nested Containers, read by key, by attribute or by path.
 
     >>> w = Container(encoder={"kernel": np.ones((3, 4)), "bias": np.zeros(4)}, head=np.ones(4))
     >>> w
@@ -29,15 +28,16 @@ class Container(Arithmetic, dict[Any, Any]):
       head            float64 (4,)
     >>> w.encoder.bias is w["encoder"]["bias"] is w["encoder/bias"] is w["encoder", "bias"]
     True
-    >>> w["decoder/bias"] = np.zeros(2)               # makes the parent
+    >>> w["decoder", "bias"] = np.zeros(2)            # creates the parent
     >>> list(w.decoder)
     ['bias']
     >>> (2 * w).head
     array([2., 2., 2., 2.])
 
-    Mappings inside become Containers on the way in; lists and tuples stay nodes. Keys are literal
-    in the constructor, in `update` and in `|`. Elsewhere the exact key comes first, then the path:
-    a string split at '/', or a tuple of keys. Other trees may stand wherever a Container may.
+    Mappings become Containers when they are put in; lists and tuples stay lists and tuples.
+    Reading and deleting look for the exact key first, then for a path: a tuple of keys, or a string
+    split at '/'. Writing a string key is literal, as in a dict; a tuple of keys is a path. Methods
+    that take another Container take any other tree as well.
 
     Args:
         mapping: A mapping or (key, value) pairs, as for dict.
@@ -58,7 +58,7 @@ class Container(Arithmetic, dict[Any, Any]):
 
     @classmethod
     def _lars_tree_make(cls, items: Mapping[Any, Any] | Iterable[tuple[Hashable, Any]]) -> Self:
-        """A Container of children that need no conversion."""
+        """A Container of children that are already converted."""
         new = cls.__new__(cls)
         dict.update(new, items)
         return new
@@ -67,20 +67,24 @@ class Container(Arithmetic, dict[Any, Any]):
 
     def __getitem__(self, key: Any) -> Any:
         found = _paths.find(self, key)
-        if found is _paths.MISSING:
+        if found is _tree.MISSING:
             raise _paths.missing_error(PathKeyError, self, _paths.split(key))
         return found
 
     def __contains__(self, key: object) -> bool:
-        return _paths.find(self, key) is not _paths.MISSING
+        return _paths.find(self, key) is not _tree.MISSING
 
     def get(self, key: Any, default: Any = None) -> Any:
         """The value at a key or path, or the default."""
         found = _paths.find(self, key)
-        return default if found is _paths.MISSING else found
+        return default if found is _tree.MISSING else found
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        _paths.put(self, key, _conversion.taken("value", value, type(self)), type(self))
+        value = _conversion.convert("value", value, type(self))
+        if isinstance(key, tuple):
+            _paths.put(self, key, value)
+        else:
+            dict.__setitem__(self, key, value)
 
     def __delitem__(self, key: Any) -> None:
         _paths.remove(self, key)
@@ -94,7 +98,7 @@ class Container(Arithmetic, dict[Any, Any]):
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._refuse_method(name)
-        self[(name,)] = value
+        self[name] = value
 
     def __delattr__(self, name: str) -> None:
         self._refuse_method(name)
@@ -111,36 +115,36 @@ class Container(Arithmetic, dict[Any, Any]):
         names = (key for key in self if isinstance(key, str) and key.isidentifier())
         return [*super().__dir__(), *names]
 
-    def _ipython_key_completions_(self) -> list[Any]:
-        return list(self)
-
-    # dict's own methods, where dict would not convert or would not give Containers back
+    # Methods of dict that would not convert mappings or not return Containers
 
     def update(self, mapping: Any = (), /, **keys: Any) -> None:
-        """Put in all keys of a mapping or of pairs, literally, as dict.update does."""
+        """Write all items of a mapping or of (key, value) pairs. Keys are literal."""
         items = dict(_tree.children(mapping) if isinstance(mapping, Mapping) else mapping)
         whole = mapping if isinstance(mapping, Mapping) else items
         with _tree.explaining({"mapping": whole, "keys": keys}):
-            taken = _tree.rebuilding("mapping", _conversion.converted, items | keys, type(self))
-        dict.update(self, taken)
+            converted = _tree.rebuilding(
+                "mapping", _conversion.convert_node, items | keys, type(self)
+            )
+        dict.update(self, converted)
 
     def setdefault(self, key: Any, default: Any = None) -> Any:
-        """The value at a key or path, which is set to the default first if nothing is there."""
-        if key not in self:
+        """The value at a literal key or a tuple path, which is set to the default if missing."""
+        exists = key in self if isinstance(key, tuple) else dict.__contains__(self, key)
+        if not exists:
             self[key] = default
         return self[key]
 
     def pop(self, key: Any, *default: Any) -> Any:
-        """Remove a key or path and return what was there, or the default."""
+        """Remove a key or path and return its value, or the default if it is missing."""
         if default and key not in self:
             return default[0]
         value = self[key]
         del self[key]
         return value
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def copy(self) -> Self:
-        """A copy of all nodes that shares the leaves."""
+        """A copy of the nodes, which shares the leaves."""
         return _tree.rebuild(self, _tree.leaves(self), "self")
 
     __copy__ = copy
@@ -168,19 +172,19 @@ class Container(Arithmetic, dict[Any, Any]):
         self.update(other)
         return self
 
-    # Leaves and shapes of trees
+    # Leaves, names, selection
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def leaves(self) -> list[Any]:
-        """The leaves in order; None and empty nodes: None is a leaf, an empty node has none."""
+        """The leaves in order. None counts as a leaf; an empty node has no leaves."""
         return _tree.leaves(self)
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def paths(self) -> list[Path]:
-        """The path of each leaf, a tuple of keys."""
+        """The path of each leaf: a tuple of keys."""
         return [path for path, _ in _tree.walk(self)]
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def unflatten(self, leaves: Iterable[Any]) -> Self:
         """A Container like this one with other leaves, given in the order of `leaves()`.
 
@@ -192,75 +196,75 @@ class Container(Arithmetic, dict[Any, Any]):
             raise errors.StructureError(f"expected {count} leaves, got {len(leaves)}")
         return _tree.rebuild(self, leaves, "self")
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def to_flat(self, sep: str = "/") -> dict[str, Any]:
-        """The leaves by name, keys joined by `sep`; '.' gives the names of a state_dict.
+        """The leaves by name: keys joined by `sep`. '.' gives the names of a state_dict.
 
-        An empty node stays, as an empty Container. Of a list the indices become names.
+        Indices of lists become names. An empty node is kept as an empty Container.
 
         >>> Container(a={"b": 1, "c": 2}).to_flat(".")
         {'a.b': 1, 'a.c': 2}
 
         Raises:
-            StructureError: a key holds `sep`, or two paths have the same name.
+            StructureError: a key contains `sep`, or two paths have the same name.
         """
-        return _paths.flat(self, sep, type(self))
+        return _paths.flat(self, sep)
 
     @classmethod
     def from_flat(cls, flat: Mapping[Any, Any], sep: str = "/") -> Self:
-        """The Container whose leaves have these names, split at `sep`.
+        """The Container of leaves whose names, split at `sep`, are their paths.
 
         >>> Container.from_flat({"a.b": 1, "a.c": 2}, sep=".").to_dict()
         {'a': {'b': 1, 'c': 2}}
 
         Raises:
-            PathKeyError: two names are the same, or one goes through the leaf of another.
+            PathKeyError: one name is the beginning of another, such as 'a' and 'a.b'.
         """
         return cls._from_flat(flat, sep, "flat")
 
     @classmethod
     def _from_flat(cls, flat: Mapping[Any, Any], sep: str, argument: str) -> Self:
         new = cls()
-        for name, leaf in _conversion.taken(argument, flat, cls).items():
+        for name, leaf in _conversion.convert(argument, flat, cls).items():
             path = tuple(name.split(sep)) if isinstance(name, str) else (name,)
-            _paths.put_new(new, path, leaf, cls)
+            _paths.put_new(new, path, leaf)
         return new
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def to_dict(self) -> dict[Any, Any]:
-        """Plain nested dicts, sharing the leaves."""
-        return _tree.rebuilding("self", _conversion.plain, self)  # type: ignore[no-any-return]
+        """Nested dicts, which share the leaves."""
+        return _tree.rebuilding("self", _conversion.to_dicts, self)  # type: ignore[no-any-return]
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def map(self, fn: Callable[..., Any], /, *rest: Any, with_path: bool = False) -> Self:
-        """A Container of fn(leaf, ...) for each leaf; None, which holds nothing, stays None.
+        """A Container of fn(leaf, ...) for each leaf. None stays None.
 
         >>> Container(a=1, b={"c": 2}).map(lambda x, y: x * y, {"a": 10, "b": 100}).to_dict()
         {'a': 10, 'b': {'c': 200}}
 
         Args:
-            fn: Called with a leaf and with the values that `rest` has for it.
-            *rest: Trees like this one, or prefixes: a value at an inner node serves all below it.
+            fn: Called with a leaf and its values in `rest`. An exception gets a note with the path.
+            *rest: Trees like this one, or prefixes: a value at a node applies to its subtree.
             with_path: Whether to call fn(path, leaf, ...), with the path as a tuple of keys.
 
         Raises:
-            StructureError: one of the rest is no prefix of this Container.
-
-        Whatever fn raises gets a note with the path of the leaf.
+            StructureError: one of `rest` is not a prefix of this Container.
         """
         columns = [
             _tree.broadcast(f"argument {i}", self, tree, to="the Container")
             for i, tree in enumerate(rest, 1)
         ]
         results = _tree.map_leaves(fn, self, *columns, with_path=with_path)
-        taken = [_conversion.taken("the result of fn", result, type(self)) for result in results]
-        return _tree.rebuild(self, taken, "self")
+        converted = [
+            _conversion.convert("the result of fn", result, type(self)) for result in results
+        ]
+        return _tree.rebuild(self, converted, "self")
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def filter(self, pred: Callable[[Path, Any], Any], /) -> Self:
-        """The leaves for which pred(path, leaf) holds, without the nodes that this empties.
+        """The leaves for which pred(path, leaf) is true. Nodes left without leaves are removed.
 
-        A list or tuple that keeps one of its leaves keeps its length, with None for the others.
+        A list or tuple keeps its length unless it is removed, with None for the missing leaves.
 
         >>> Container(a={"kernel": 1, "bias": 2}).filter(lambda p, x: p[-1] == "bias").to_dict()
         {'a': {'bias': 2}}
@@ -268,7 +272,7 @@ class Container(Arithmetic, dict[Any, Any]):
         kept = [bool(pred(path, leaf)) for path, leaf in _tree.walk(self)]
         return self._picked(kept)
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def partition(self, pred: Callable[[Path, Any], Any], /) -> tuple[Self, Self]:
         """`filter` and its complement."""
         kept = [bool(pred(path, leaf)) for path, leaf in _tree.walk(self)]
@@ -288,56 +292,57 @@ class Container(Arithmetic, dict[Any, Any]):
 
     __hash__ = None
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def allclose(self, other: Any, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
-        """Whether the keys are the same and all |a - b| <= atol + rtol |b|."""
+        """Whether the keys are the same and |a - b| <= atol + rtol |b| for all elements."""
         return _compare.close(self, other, rtol, atol)
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def diff(self, other: Any) -> dict[str, str]:
-        """The differences from another tree: what they are, by path.
+        """The differences from another tree, by path.
 
         >>> Container(a=np.ones(2), b=np.ones(3)).diff({"a": np.ones(2), "b": np.zeros(4)})
         {'b': 'float64 (3,) here, float64 (4,) there'}
         """
         return {path_string(path): text for path, text in _compare.differences(self, other)}
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def _operate(self, operation: Callable[..., Any], *operands: Any) -> Self:
         lead = self
         for other in operands:
-            # Of two trees, one may be a prefix of the other.
-            if isinstance(other, Mapping) and any(_tree.differences(self, other)):
-                lead = self
-                if not any(_tree.differences(other, self)):
-                    lead = _conversion.taken("one operand", other, Container)
+            if not isinstance(other, Mapping) or not any(_tree.differences(self, other)):
+                continue
+            if not any(_tree.differences(other, self)):  # self is a prefix of the other
+                lead = _conversion.convert("one operand", other, Container)
         columns = [
             _tree.broadcast("one operand", lead, operand, to="the other") for operand in operands
         ]
-        # The leaves of `lead` say where there is something; the operands are in their own order.
+        # The leaves of `lead` only say where None stays None.
         results = _tree.map_leaves(lambda _, *values: operation(*values), lead, *columns)
         return _tree.rebuild(lead, results, "one operand")
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def num_leaves(self) -> int:
-        """The number of leaves that hold something."""
+        """The number of leaves that are not None."""
         return sum(leaf is not None for leaf in _tree.leaves(self))
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def num_parameters(self) -> int:
         """The number of elements of all arrays."""
         return _show.totals(_tree.leaves(self)).parameters
 
-    @_conversion.explained
+    @_conversion.explain_cycles
     def num_bytes(self) -> int:
-        """The memory of all arrays in bytes."""
+        """The number of bytes of all arrays."""
         return _show.totals(_tree.leaves(self)).bytes
 
     def __repr__(self) -> str:
         return _show.text(self)
 
     def _repr_html_(self) -> str:
-        return _show.html(self)
+        from lars_tree import _html  # only notebooks need it
+
+        return _html.tree(self)
 
     def __rich__(self) -> Any:
         return _show.rich_tree(self)
@@ -371,19 +376,8 @@ class Container(Arithmetic, dict[Any, Any]):
         >>> w.lars_update(g, {"kernel": 0.1, "bias": 1}, out=w).bias                # in place
         array([-1.])
 
-        Args:
-            dcdw: Gradients: an array, a scalar, or a Container or dict that is a prefix of self.
-            lr: The rate: the same.
-            decay_lambda: Weight decay: the same.
-            stop_gradients: False to differentiate through the step.
-            out: The Container to write to; may be self.
-            **options: The further options of `lars_tree.lars_update`.
-
-        Returns:
-            A new Container, or `out`.
-
-        Raises:
-            LarsTreeError: as `lars_tree.lars_update` does; nothing was written then.
+        The arguments are those of `lars_tree.lars_update`. `out` is a Container, may be self, and
+        is returned.
         """
         return lars_update(
             self,

@@ -1,6 +1,6 @@
-"""What the tests share: hypothesis profiles, and the array libraries that are there.
+"""Shared by the tests: hypothesis profiles, array libraries, interruptions.
 
-A library that is not installed skips its tests by name; with CI=true it fails them.
+Tests of a library that is not installed are skipped; with CI=true they fail.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 
 CI = os.environ.get("CI") == "true"
 
-# A shell lets what it starts in the background ignore Ctrl-C: tests of that need the handler.
+# A shell lets its background processes ignore Ctrl-C; tests of Ctrl-C need the handler.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -37,18 +37,18 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if CI else "defa
 
 
 def unit_lars(*args: Any, decay_lambda: Any = 0, **options: Any) -> lars_tree.Lars:
-    """A `Lars` with the names and defaults of `lars_update`, to take the same steps."""
+    """A `Lars` that takes the options and has the defaults of `lars_update`."""
     given = {"weight_decay": decay_lambda, "trust_coefficient": 1.0, "eps": 0.0, **options}
     return lars_tree.Lars(*args, **given)
 
 
 class Library(NamedTuple):
-    """An array library as the tests see it."""
+    """An array library and its properties."""
 
     name: str
     module: str
-    mutable: bool  # whether its arrays can be written to
-    exact: bool  # whether it computes by the CPU kernel, to the same bits as numpy
+    mutable: bool  # its arrays can be written to
+    exact: bool  # it uses the CPU kernel, so it gives the same bits as numpy
 
 
 # To add a backend: one row.
@@ -62,14 +62,14 @@ LIBRARIES = [
 
 
 def need(module: str) -> Any:
-    """The module; where it is missing the test is skipped, or fails on CI."""
+    """The module; the test is skipped, or fails on CI, if it is not installed."""
     if CI:
         return importlib.import_module(module)
     return pytest.importorskip(module, reason=f"{module} is not installed")
 
 
 def need_program(name: str) -> str:
-    """Where a program is; where it is missing the test is skipped, or fails on CI."""
+    """The path of a program; the test is skipped, or fails on CI, if it is not installed."""
     path = shutil.which(name)
     if path is None:
         (pytest.fail if CI else pytest.skip)(f"{name} is not installed")
@@ -77,7 +77,7 @@ def need_program(name: str) -> str:
 
 
 def to_library(name: str, x: Any) -> Any:
-    """A numpy array as one of the library's."""
+    """A copy of a numpy array as an array of the library."""
     x = np.asarray(x)
     if name == "numpy":
         return x.copy()
@@ -92,7 +92,7 @@ def to_library(name: str, x: Any) -> Any:
 
 
 def to_numpy(x: Any) -> np.ndarray:
-    """The elements of an array of any library."""
+    """An array of any library as a numpy array."""
     if isinstance(x, lars_tree.Array):
         x = x.data
     if hasattr(x, "detach"):
@@ -112,7 +112,7 @@ def library(request: pytest.FixtureRequest) -> Library:
 
 
 def traced(trace: Callable[..., Any], call: Callable[[], Any]) -> None:
-    """Make a call under a trace function, which may interrupt it with Ctrl-C."""
+    """Call with a trace function, which may interrupt the call with Ctrl-C."""
     sys.settrace(trace)
     try:
         call()
@@ -123,7 +123,7 @@ def traced(trace: Callable[..., Any], call: Callable[[], Any]) -> None:
 
 
 def interrupted_at(line: int, folder: str, call: Callable[[], Any]) -> bool:
-    """Make a call, with Ctrl-C at that line of what it runs in a folder; whether it had so many."""
+    """Call with Ctrl-C at the given line that it executes in a folder; whether it got that far."""
     lines = iter(range(line, -1, -1))
 
     def trace(frame: Any, event: str, arg: Any) -> Any:
@@ -139,7 +139,7 @@ def interrupted_at(line: int, folder: str, call: Callable[[], Any]) -> bool:
 
 @pytest.fixture(autouse=True)
 def subnormal_numbers() -> Iterator[None]:
-    """No test, and nothing that one imports, may leave subnormal numbers flushed to zero."""
+    """No test or import may leave the CPU in flush-to-zero mode."""
     yield
     smallest = np.float64(5e-324)
     assert smallest * 1 > 0

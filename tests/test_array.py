@@ -1,4 +1,4 @@
-"""Array: everything it does, the native array does. And Containers as far as they are of arrays."""
+"""Array, which does what its native array does, and the Container methods that look at arrays."""
 
 from __future__ import annotations
 
@@ -27,10 +27,9 @@ ARITHMETIC = [
     operator.mod,
 ]
 COMPARISONS = [operator.lt, operator.le, operator.eq, operator.ne, operator.ge, operator.gt]
-# Raises on what it does not know, where Python wants NotImplemented: no turn for the other side.
+# Its operators raise for unknown operands instead of returning NotImplemented.
 REFUSES = {"strict"}
 PICKLED = [library.name for library in LIBRARIES if library.name in {"numpy", "torch", "jax"}]
-
 
 NAMES = st.text("ab", max_size=2)
 NUMBERS = st.recursive(
@@ -40,36 +39,27 @@ OPERATORS = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow"]
 
 
 def assert_native(actual, expected):
-    """An Array around what the library itself has given."""
+    """Check for an Array of the same type, dtype and elements as a result of the library."""
     assert type(actual) is Array
     assert type(actual.data) is type(expected)
     assert actual.dtype == expected.dtype
     np.testing.assert_array_equal(to_numpy(actual), to_numpy(expected))
 
 
-def test_it_holds_the_very_array(library):
+def test_it_does_not_copy_its_array(library):
     x = to_library(library.name, A)
-    assert Array(x).data is x
+    assert Array(x).data is Array(Array(x)).data is x
 
 
-def test_it_never_nests():
-    assert Array(Array(A)).data is A
-
-
-def test_its_facts_are_those_of_the_array(library):
+def test_its_attributes_are_those_of_its_array(library):
     x = to_library(library.name, A)
     array = Array(x)
     assert (array.shape, array.ndim, array.size) == ((2, 3), 2, 6)
-    assert array.dtype == x.dtype
-
-
-def test_it_is_where_its_array_is(library):
-    x = to_library(library.name, A)
-    assert Array(x).device == getattr(x, "device", "cpu")
+    assert (array.dtype, array.device) == (x.dtype, getattr(x, "device", "cpu"))
 
 
 @pytest.mark.parametrize("operation", ARITHMETIC + COMPARISONS, ids=lambda op: op.__name__)
-def test_operators_are_those_of_the_array(library, operation):
+def test_operators_give_the_results_of_its_array(library, operation):
     a, b = to_library(library.name, A), to_library(library.name, B)
     assert_native(operation(Array(a), Array(b)), operation(a, b))
     assert_native(operation(Array(a), b), operation(a, b))
@@ -79,7 +69,7 @@ def test_operators_are_those_of_the_array(library, operation):
     assert_native(operation(2.0, Array(a)), operation(2.0, a))
 
 
-def test_powers_and_products_are_those_of_the_array(library):
+def test_powers_and_products_give_the_results_of_its_array(library):
     a, b = to_library(library.name, np.abs(A)), to_library(library.name, B[0])
     assert_native(Array(a) ** 3.0, a**3.0)
     assert_native(2.0 ** Array(a), 2.0**a)
@@ -89,12 +79,12 @@ def test_powers_and_products_are_those_of_the_array(library):
 
 
 @pytest.mark.parametrize("operation", [operator.neg, operator.pos, operator.abs])
-def test_signs_are_those_of_the_array(library, operation):
+def test_signs_give_the_results_of_its_array(library, operation):
     a = to_library(library.name, A)
     assert_native(operation(Array(a)), operation(a))
 
 
-def test_a_numpy_scalar_on_the_left_leaves_the_operator_to_us():
+def test_a_numpy_scalar_on_the_left_gives_an_array():
     assert_native(np.float64(2.0) * Array(A), np.float64(2.0) * A)
 
 
@@ -106,56 +96,56 @@ def test_inplace_operators_make_a_new_array():
     assert (x == A).all()
 
 
-def test_it_is_indexed_as_the_array_is(library):
+def test_indexing_gives_the_results_of_its_array(library):
     a = to_library(library.name, A)
     assert_native(Array(a)[1, :], a[1, :])
     assert_native(Array(a)[:, 0:2], a[:, 0:2])
 
 
-def test_an_array_may_be_the_index():
+def test_an_array_can_be_an_index():
     assert_native(Array(A)[Array(A > 1.0)], A[A > 1.0])
 
 
-def test_writing_to_it_writes_to_its_array():
+def test_assignment_writes_to_its_array():
     x = A.copy()
     Array(x)[0] = Array(B)[0]
     assert (x == [B[0], A[1]]).all()
 
 
-def test_an_immutable_array_says_so_itself():
+def test_assignment_to_an_immutable_array_raises_the_error_of_the_library():
     with pytest.raises(TypeError, match="immutable"):
         Array(to_library("jax", A))[0] = 1.0
 
 
-def test_iterating_gives_arrays():
+def test_iteration_gives_arrays():
     assert len(Array(A)) == 2
     assert [row.data.tolist() for row in Array(A)] == A.tolist()
     assert all(type(row) is Array for row in Array(A))
 
 
-def test_one_element_is_a_number(library):
+def test_an_array_of_one_element_converts_to_a_number(library):
     x = Array(to_library(library.name, np.array(3.0)))
     assert (float(x), int(x), complex(x), bool(x)) == (3.0, 3, 3 + 0j, True)
     assert ["a", "b", "c"][Array(to_library(library.name, np.array(2)))] == "c"
 
 
-def test_the_truth_of_many_elements_is_refused_as_by_the_array():
+def test_the_truth_value_of_many_elements_is_an_error():
     with pytest.raises(ValueError, match="ambiguous"):
         bool(Array(A))
 
 
-def test_it_has_no_hash():
+def test_it_is_unhashable():
     with pytest.raises(TypeError, match="unhashable"):
         hash(Array(A))
 
 
-def test_numpy_reads_it(library):
+def test_numpy_converts_it(library):
     actual = np.asarray(Array(to_library(library.name, A)))
     assert type(actual) is np.ndarray
     assert (actual == A).all()
 
 
-def test_numpy_shares_its_memory_unless_told_otherwise():
+def test_numpy_shares_its_memory_unless_a_copy_is_requested():
     array = Array(A)
     assert np.shares_memory(np.asarray(array), A)
     assert not np.shares_memory(np.array(array, copy=True), A)
@@ -164,19 +154,19 @@ def test_numpy_shares_its_memory_unless_told_otherwise():
         np.asarray(array, dtype=np.float64, copy=False)
 
 
-def test_a_ufunc_refuses_it_rather_than_guess():
+def test_ufuncs_refuse_it():
     with pytest.raises(TypeError, match="__array_ufunc__"):
         np.sqrt(Array(A))
 
 
-def test_dlpack_hands_its_memory_on():
+def test_dlpack_shares_its_memory():
     x = A.copy()
     assert np.shares_memory(np.from_dlpack(Array(x)), x)
     torch = need("torch")
     assert torch.from_dlpack(Array(x)).data_ptr() == x.ctypes.data
 
 
-def test_it_claims_no_namespace_as_functions_take_native_arrays_alone():
+def test_it_has_no_array_namespace():
     compat = need("array_api_compat")
     assert not hasattr(Array(A), "__array_namespace__")
     assert not compat.is_array_api_obj(Array(A))
@@ -201,13 +191,13 @@ def test_it_claims_no_namespace_as_functions_take_native_arrays_alone():
     ],
     ids=lambda make: type(make()).__name__,
 )
-def test_what_is_not_an_array_is_refused(make):
+def test_data_that_is_not_an_array_is_refused(make):
     with pytest.raises(LeafError, match=r"(?s)data is not an array.*numpy\.asarray") as caught:
         Array(make())
     assert (caught.value.argument, caught.value.paths) == ("data", ((),))
 
 
-def test_operations_that_give_no_array_give_what_the_array_gives():
+def test_results_that_are_not_arrays_are_not_wrapped():
     torch = need("torch")
     assert (Array(torch.ones(2)) == None) is False  # noqa: E711
     mixed = Array(np.array([A, "x", None], dtype=object))
@@ -216,7 +206,7 @@ def test_operations_that_give_no_array_give_what_the_array_gives():
     assert_native(Array(np.ones(2))[0], np.float64(1))
 
 
-def test_placeholders_of_tree_libraries_are_kept():
+def test_placeholders_of_pytree_libraries_are_kept():
     jax = need("jax")
     made = jax.tree.map(lambda _: None, Array(A))
     assert type(made) is Array
@@ -238,19 +228,19 @@ def test_a_deep_copy_shares_no_memory():
     assert (array.data == A).all()
 
 
-def test_it_shows_its_elements_under_its_own_name():
+def test_repr_shows_the_elements():
     assert repr(Array(np.array([1.0, 2.5]))) == "Array([1. , 2.5])"
     assert repr(Array(np.float64(2.0))) == "Array(2.0)"
 
 
 @pytest.mark.parametrize("name", ["numpy", "torch", "jax"])
-def test_lines_of_a_repr_are_aligned(name):
+def test_repr_aligns_its_lines(name):
     first, second = repr(Array(to_library(name, A))).split("\n")
     assert first.startswith("Array([[")
     assert second.index("[") == first.index("[[") + 1
 
 
-def test_lars_update_is_the_function(library):
+def test_lars_update_is_that_of_the_package(library):
     w, g = to_library(library.name, A), to_library(library.name, B)
     expected = lars_update(w, g, 0.1, decay_lambda=0.5)
     assert_native(Array(w).lars_update(g, 0.1, decay_lambda=0.5), expected)
@@ -274,24 +264,24 @@ def test_lars_update_takes_an_array_as_its_rate():
     assert (expected[0] != A[0]).all()
 
 
-def test_lars_update_names_what_does_not_fit():
+def test_lars_update_names_the_invalid_argument():
     with pytest.raises(LarsTreeError, match="dcdw"):
         Array(A).lars_update(np.ones(5), 0.1)
 
 
-def test_a_container_takes_it_for_each_leaf():
+def test_arithmetic_with_a_container_applies_it_to_each_leaf():
     w = Container(a=A, b={"c": 2 * A})
     assert (Array(B) - w == Container(a=B - A, b={"c": B - 2 * A})) is True
     assert (w - Array(B) == Container(a=A - B, b={"c": 2 * A - B})) is True
 
 
-def test_a_plain_dict_is_no_operand():
+def test_a_dict_is_not_an_operand():
     with pytest.raises(TypeError, match="unsupported operand"):
         Array(A) + {"a": A}
     assert (Array(A) == {"a": A}) is False
 
 
-def test_as_a_leaf_it_keeps_its_type():
+def test_a_leaf_stays_an_array():
     w = Container(a=Array(A), b=[Array(B)])
     new = w.lars_update(Container(a=B, b=[A]), 0.1)
     assert [type(x) for x in new.leaves()] == [Array, Array]
@@ -299,7 +289,7 @@ def test_as_a_leaf_it_keeps_its_type():
     assert "float32 (2, 3)" in repr(w)
 
 
-# Containers of arrays: compared, shown, computed with
+# Containers of arrays: comparison, display, arithmetic
 
 
 @pytest.mark.parametrize(
@@ -318,8 +308,8 @@ def test_as_a_leaf_it_keeps_its_type():
     ],
     ids=["object", "struct", "str", "date", "scipy", "float8", "sparse", "meta", "key", "dask"],
 )
-def test_nothing_raises_on_odd_arrays(make):
-    """An array that cannot be compared is equal to itself at least, and is still shown."""
+def test_odd_arrays_are_compared_and_shown_without_errors(make):
+    """An array whose elements cannot be compared is equal at least to itself."""
     x, twin = make(), make()
     assert Container(a=x) == Container(a=x)
     assert (Container(a=x) == Container(a=twin)) in {True, False}
@@ -329,11 +319,11 @@ def test_nothing_raises_on_odd_arrays(make):
     assert "<b>a</b>" in Container(a=x)._repr_html_()
 
 
-def test_equality_and_closeness_look_at_elements(library):
+def test_equality_and_allclose_compare_elements(library):
     x = np.array([1.0, 2.0], np.float32)
     w, same = (Container(a=[to_library(library.name, x)]) for _ in range(2))
     nearly = Container(a=[to_library(library.name, x + np.float32(1e-4))])
-    if library.name == "dask":  # not computed to be looked at
+    if library.name == "dask":  # lazy elements are not computed
         same = w
     assert w == same
     assert w.allclose(same)
@@ -344,14 +334,14 @@ def test_equality_and_closeness_look_at_elements(library):
     )
 
 
-def test_nan_is_not_equal_to_itself_and_keys_have_no_order():
+def test_equality_ignores_key_order_but_nan_differs_from_itself():
     assert Container(a=np.array([np.nan])) != Container(a=np.array([np.nan]))
     assert Container(a=1, b=2) == Container(b=2, a=1)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 @given(w=NUMBERS, number=st.floats(1, 3))
-def test_operators_work_on_each_leaf_from_both_sides(name, w, number):
+def test_operators_apply_to_each_leaf_from_both_sides(name, w, number):
     f = getattr(operator, name)
     array = np.array([1.0, number])
     for x in (number, np.float64(number), array, Array(array)):
@@ -363,7 +353,7 @@ def test_operators_work_on_each_leaf_from_both_sides(name, w, number):
         assert f(x, w) == other.map(f, w)
 
 
-def test_a_prefix_may_stand_on_either_side():
+def test_either_operand_can_be_a_prefix():
     w, prefix = Container(a={"b": 6, "c": 8}, d=9), Container(a=2, d=3)
     assert w - prefix == {"a": {"b": 4, "c": 6}, "d": 6}
     assert prefix - w == prefix.to_dict() - w == {"a": {"b": -4, "c": -6}, "d": -6}

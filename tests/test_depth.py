@@ -41,7 +41,7 @@ TAKE_A_TREE = {
     "| on the right": ("mapping", lambda tree: tree | Container()),
     "|=": ("mapping", lambda tree: Container().__ior__(tree)),
     "setitem": ("value", lambda tree: Container().__setitem__("a", tree)),
-    "setitem of a path": ("value", lambda tree: Container().__setitem__("a/b", tree)),
+    "setitem of a path": ("value", lambda tree: Container().__setitem__(("a", "b"), tree)),
     "setattr": ("value", lambda tree: setattr(Container(), "a", tree)),
     "setdefault": ("value", lambda tree: Container().setdefault("a", tree)),
     "from_flat": ("flat", lambda tree: Container.from_flat({"a.b": tree}, ".")),

@@ -272,8 +272,8 @@ def test_a_path_reads_and_writes_through_the_methods_of_the_node(make):
         layers=UserList([make({"a": 1, 7: 2})])
     )  # a Container does not convert a UserList
     node = w["layers"][0]
-    w["layers/0/a"] = 3
-    w["layers/0/b/c"] = 4
+    w["layers", 0, "a"] = 3
+    w["layers", "0", "b", "c"] = 4
     assert type(node) is make
     assert (node["a"], node["b"]["c"], w["layers/0/7"]) == (3, 4, 2)
     assert w["layers/0/b/c"] == w["layers", 0, "b", "c"] == 4

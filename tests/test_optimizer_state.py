@@ -143,17 +143,17 @@ BAD_STATES = {
         "velocity: missing 'b'",
     ),
     "a shape": (
-        lambda s: change(s, "velocity/b", np.zeros(4)),
+        lambda s: change(s, ("velocity", "b"), np.zeros(4)),
         StateError,
         r"b: expected a velocity of float64 \(5,\)",
     ),
     "a dtype": (
-        lambda s: change(s, "velocity/a/bias", np.zeros(3, np.float32)),
+        lambda s: change(s, ("velocity", "a", "bias"), np.zeros(3, np.float32)),
         StateError,
         r"a/bias: expected a velocity of float64 \(3,\).* got float32",
     ),
     "None for a leaf": (
-        lambda s: change(s, "velocity/b", None),
+        lambda s: change(s, ("velocity", "b"), None),
         LarsTreeError,
         "b: expected a velocity, got None",
     ),
@@ -196,7 +196,7 @@ def test_a_velocity_that_cannot_be_written_to_is_refused(name):
     w, g = random_tree(0), random_tree(1)
     opt = Lars(0.1)
     state = opt.init(w)
-    state["velocity/b"] = UNWRITABLE[name](w, np.zeros(5))
+    state["velocity", "b"] = UNWRITABLE[name](w, np.zeros(5))
     before = copy.deepcopy(w)
     with pytest.raises(OutError, match="state"):
         opt.update(w, g, state, out=w)

@@ -1,4 +1,4 @@
-"""Names and keys: flat names and back, and what is said of keys that do not match."""
+"""Flat names of leaves, and error messages about keys that do not match."""
 
 from __future__ import annotations
 
@@ -20,20 +20,19 @@ TREES = st.dictionaries(
 
 
 @given(TREES, st.sampled_from("./"), st.randoms(use_true_random=False))
-def test_flat_names_lead_back_in_any_order(tree, sep, random):
-    """For every Container that has flat names, whatever else is in its keys."""
+def test_from_flat_inverts_to_flat_in_any_order(tree, sep, random):
     w = Container(tree)
     try:
         flat = w.to_flat(sep)
     except StructureError:
-        return  # a key holds the separator
+        return  # a key contains the separator
     assert list(Container.from_flat(flat, sep).to_flat(sep)) == list(flat)
     names = list(flat)
     random.shuffle(names)
     assert Container.from_flat({name: flat[name] for name in names}, sep) == w
 
 
-def test_a_key_that_holds_another_separator_is_literal():
+def test_keys_that_contain_another_separator_are_literal():
     tree = {"a": {"b": 1}, "a/b": 2}
     for w in (Container(tree), Container(dict(reversed(tree.items())))):
         assert Container.from_flat(w.to_flat("."), ".") == w
@@ -46,7 +45,7 @@ def test_a_key_that_holds_another_separator_is_literal():
 
 
 @pytest.mark.parametrize("names", [("a/b", "a/b/c"), ("a/b/c", "a/b"), ("a", "a/b"), ("a/b", "a")])
-def test_a_name_through_another_is_refused_in_any_order(names):
+def test_a_name_that_begins_with_another_is_refused_in_any_order(names):
     with pytest.raises(PathKeyError, match="cannot change a"):
         Container.from_flat(dict.fromkeys(names, 1))
 
@@ -55,38 +54,38 @@ def test_a_name_through_another_is_refused_in_any_order(names):
 
 
 @pytest.fixture
-def compared(monkeypatch):
-    """How many candidates each hint was looked for among."""
-    seen = []
+def candidates(monkeypatch):
+    """The number of candidates in each search for a hint."""
+    counts = []
     close = difflib.get_close_matches
 
     def counted(word, possibilities, *args, **kwargs):
-        seen.append(len(possibilities))
+        counts.append(len(possibilities))
         return close(word, possibilities, *args, **kwargs)
 
     monkeypatch.setattr(difflib, "get_close_matches", counted)
-    return seen
+    return counts
 
 
-def test_hints_are_sought_only_for_the_keys_that_are_shown(compared):
+def test_hints_are_searched_only_for_the_keys_that_are_shown(candidates):
     w, g = ({f"{name}.{i}": np.ones(1) for i in range(2000)} for name in ("layer", "layr"))
     with pytest.raises(StructureError) as caught:
         lars_update(w, g, 0.1)
     assert "'layr.0' (did you mean 'layer.0'?)" in str(caught.value)
     assert str(caught.value).endswith("(did you mean 'layer.4'?) and 1995 more")
-    assert compared == [errors.MOST_CANDIDATES] * 5
+    assert candidates == [errors.MOST_CANDIDATES] * 5
 
 
-def test_hints_are_sought_only_for_the_nodes_that_are_shown(compared):
+def test_hints_are_searched_only_for_the_nodes_that_are_shown(candidates):
     w, g = ({i: {name: 1} for i in range(1000)} for name in ("bias", "bais"))
     with pytest.raises(StructureError, match=r"9: missing 'bias'; unexpected 'bais' .did you") as e:
         _tree.broadcast("dcdw", w, g)
     assert len(e.value.paths) == 1000
-    assert compared == [1] * errors.MOST_LINES
+    assert candidates == [1] * errors.MOST_LINES
 
 
-def test_renamed_keys_take_linear_time():
-    """A quadratic look-up would take hours for this many."""
+def test_mismatches_of_many_keys_take_linear_time():
+    """A quadratic search would take hours for 100,000 keys."""
     w, g = ({f"{name}{i}": 1 for i in range(100_000)} for name in "ab")
     with pytest.raises(StructureError, match=r"missing 'a0'.* and 99995 more; unexpected 'b0'"):
         _tree.broadcast("dcdw", w, g)

@@ -1,4 +1,4 @@
-"""Container as a tree, in HTML and in rich: what is in it, what is left out, what cannot get in."""
+"""How a Container is shown: as text, as HTML and by rich; what is capped and what is escaped."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lars_tree.report import layer_table
 
 
 class Reader(HTMLParser):
-    """The rows of a page: how deep each is, and its words; no tag but ours, and all closed."""
+    """Parses a page into rows of (depth, *texts), and checks that all tags are known and closed."""
 
     def __init__(self, page):
         super().__init__()
-        self.open, self.words, self.rows = [], [], []
+        self.open, self.texts, self.rows = [], [], []
         self.feed(page)
         self.close()
         assert self.open == []
@@ -34,22 +34,27 @@ class Reader(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
-        if tag in {"div", "summary"} and self.words:
+        if tag in {"div", "summary"} and self.texts:
             depth = self.open.count("details") - (tag == "summary")
-            self.rows.append((depth, *self.words))
-            self.words = []
+            self.rows.append((depth, *self.texts))
+            self.texts = []
 
     def handle_data(self, data):
-        if "style" in self.open:
-            return
-        self.words.append(data)
+        if "style" not in self.open:
+            self.texts.append(data)
 
     def handle_entityref(self, name):
-        raise AssertionError(name)  # all that is escaped becomes data
+        raise AssertionError(name)  # the parser turns known entities into data
 
 
-def shown(container):
+def html_rows(container):
     return Reader(container._repr_html_()).rows
+
+
+def rich_lines(x):
+    console = need("rich.console").Console(width=200, record=True, file=io.StringIO())
+    console.print(x)
+    return [line.rstrip() for line in console.export_text().splitlines()]
 
 
 @pytest.fixture
@@ -62,8 +67,40 @@ def w():
     )
 
 
-def test_html_has_a_row_for_each_node_and_leaf_with_what_it_is_and_its_bytes(w):
-    assert shown(w) == [
+def test_repr_has_a_header_and_a_line_for_each_leaf(w):
+    assert repr(w).splitlines() == [
+        "Container: 5 leaves, 21 parameters, 152 bytes",
+        "  encoder/kernel  float64 (3, 4)",
+        "  encoder/bias    float32 (4,)",
+        "  blocks/0/w      float64 (2,)",
+        "  blocks/1        None",
+        "  note            'text'",
+        "  wrapped         float64 (3,)",
+    ]
+    assert (w.num_leaves(), w.num_parameters(), w.num_bytes()) == (5, 21, 152)
+
+
+def test_repr_counts_one_in_the_singular():
+    assert repr(Container(a=np.ones(1, bool))).startswith(
+        "Container: 1 leaf, 1 parameter, 1 byte\n"
+    )
+
+
+def test_repr_is_capped():
+    lines = repr(Container({f"k{i}": np.ones(1) for i in range(100_000)})).splitlines()
+    assert lines[0] == "Container: 100,000 leaves, 100,000 parameters, 800 kB"
+    assert lines[-1] == "  ... and 99,960 more"
+    assert len(lines) == 42
+    assert len(repr(Container(a="x" * 10_000))) < 200
+
+
+@given(st.dictionaries(st.text(), st.text(), min_size=1, max_size=3))
+def test_keys_and_values_cannot_add_lines_to_the_repr(texts):
+    assert len(repr(Container(texts)).splitlines()) == 1 + len(texts)
+
+
+def test_html_has_a_row_for_each_node_and_leaf(w):
+    assert html_rows(w) == [
         (0, "Container", "5 leaves, 21 parameters", "152 bytes"),
         (1, "encoder", "2 leaves, 16 parameters", "112 bytes"),
         (2, "kernel", "float64 (3, 4)", "96 bytes"),
@@ -77,36 +114,30 @@ def test_html_has_a_row_for_each_node_and_leaf_with_what_it_is_and_its_bytes(w):
     ]
 
 
-def test_html_is_unfolded_at_the_root_alone(w):
+def test_html_unfolds_only_the_root(w):
     page = w._repr_html_()
     assert (page.count("<details open>"), page.count("<details>")) == (1, 3)
 
 
 @given(st.text(min_size=1, max_size=5), st.text(max_size=10))
 def test_html_escapes_keys_and_values(key, value):
-    found = shown(Container({key: {"<b>&'": "<i>" + value}}))
+    found = html_rows(Container({key: {"<b>&'": "<i>" + value}}))
     assert [row[1] for row in found] == ["Container", path_string((key,)), "<b>&'"]
     assert found[2][2].startswith(("'<i>", '"<i>'))
 
 
 @given(st.text(min_size=1, max_size=5))
-def test_rich_reads_no_markup_in_keys(key):
-    lines = printed(Container({key: {"[red]x[/red]": np.ones(1)}}))
+def test_rich_does_not_interpret_markup_in_keys(key):
+    lines = rich_lines(Container({key: {"[red]x[/red]": np.ones(1)}}))
     name = path_string((key,))
     assert len(lines) == 3
     assert lines[1].startswith(f"└── {name}  1 leaf")
     assert "[red]x[/red]" in lines[2]
 
 
-def printed(x, width=200):
-    console = need("rich.console").Console(width=width, record=True, file=io.StringIO())
-    console.print(x)
-    return [line.rstrip() for line in console.export_text().splitlines()]
-
-
 def test_rich_shows_the_same_tree(w):
     del w["blocks"], w["note"]
-    assert printed(w) == [
+    assert rich_lines(w) == [
         "Container  3 leaves, 19 parameters  136 bytes",
         "├── encoder  2 leaves, 16 parameters  112 bytes",
         "│   ├── kernel  float64 (3, 4)  96 bytes",
@@ -121,21 +152,21 @@ def test_large_trees_are_capped_near_the_root(shape):
         return {f"k{i}": grow(shape[1:]) if shape[1:] else i for i in range(shape[0])}
 
     w = Container(grow(shape))
-    found = shown(w)
-    # No subtree takes the room of its siblings, and what is hidden is told.
+    found = html_rows(w)
+    # No subtree displaces its siblings, and hidden children are counted.
     hidden = [row for row in found if "not shown" in row[-1] or " more" in row[-1]]
     assert 100 <= len(found) - len(hidden) <= 500
     assert sum(row[0] == 1 for row in found) == min(100, shape[0]) + (shape[0] > 100)
     assert hidden
     assert f"{np.prod(shape):,} leaves" in found[0][2]
     assert len(w._repr_html_()) < 100_000
-    assert len(printed(w)) < 100
+    assert len(rich_lines(w)) < 100
 
 
 @given(
     st.recursive(st.none() | st.integers(), lambda x: st.lists(x) | st.dictionaries(st.text(), x))
 )
-def test_each_node_has_the_sums_of_what_is_below_it_shown_or_not(tree):
+def test_each_node_shows_the_totals_of_its_leaves_also_of_hidden_ones(tree):
     def check(row, node):
         leaves = Container({"": node}).num_leaves()
         assert row.what.startswith(f"{leaves} lea")
@@ -145,23 +176,23 @@ def test_each_node_has_the_sums_of_what_is_below_it_shown_or_not(tree):
             if isinstance(child, (dict, list)):
                 check(below, child)
 
-    w = Container({"tree": tree})
+    w = Container(tree=tree)
     check(rows(w, 8, 3), w)
 
 
 def test_long_keys_are_clipped():
     key = "k" * 10_000
     assert len(Container({key: 1})._repr_html_()) < 3000
-    assert max(map(len, printed(Container({key: 1})))) < 100
+    assert max(map(len, rich_lines(Container({key: 1})))) < 100
 
 
-def test_what_holds_itself_is_shown_in_rich_too():
+def test_rich_shows_a_cyclic_container():
     w = Container(a=1)
     dict.__setitem__(w, "self", w)
-    assert printed(w) == ["Container: holds itself, or deeper than the recursion limit"]
+    assert rich_lines(w) == ["Container: holds itself, or is deeper than the recursion limit"]
 
 
-def test_sizes_are_those_that_arrays_declare():
+def test_sizes_are_declared_sizes():
     torch = need("torch")
     freed = torch.ones(4)
     freed.untyped_storage().resize_(0)
@@ -173,10 +204,10 @@ def test_sizes_are_those_that_arrays_declare():
     assert (w.num_leaves(), w.num_parameters(), w.num_bytes()) == (6, 15, 54)
 
 
-def test_a_table_escapes_what_its_keys_hold():
+def test_a_table_escapes_its_keys():
     key = "<b>|`*_[x]"
     table = layer_table({key: np.ones(1)}, 1.0, 0.1)
     assert "&lt;b&gt;|`*_[x]" in table._repr_html_()
     assert "<b>" not in table._repr_html_()
     assert r"\<b\>\|\`\*\_\[x\]" in table.to_markdown()
-    assert any(key in line for line in printed(table))
+    assert any(key in line for line in rich_lines(table))
