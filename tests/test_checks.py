@@ -147,7 +147,7 @@ def test_so_are_errors_of_arrays_that_are_elsewhere(argument, facts):
 
 def test_the_torch_optimizer_has_its_own_words():
     need("torch")
-    from lars_tree._torch_messages import TORCH_WORDS
+    from lars_tree._torch_rows import TORCH_WORDS
 
     def message(leaves, names):
         with pytest.raises(LarsTreeError) as caught:
