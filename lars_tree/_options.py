@@ -6,6 +6,7 @@ them; whether they suit the arrays of a leaf is the business of `_checks.py`.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Collection, Hashable, Mapping
 from functools import wraps
@@ -249,22 +250,32 @@ def _positive(value: Any, keep_history: bool) -> Any:
     return _number(value, keep_history)
 
 
+def finite_number(x: Any) -> float | None:
+    """The number as a float, or None if it is not a finite real number >= 0.
+
+    Numbers are those of Python and numpy, decimals and fractions; not bools, and not arrays.
+    """
+    if type(x) is not float:  # most are
+        kind = type(x)  # `__class__` may say something else
+        # decimal.Decimal is a Number, but neither Real nor Complex.
+        is_real = issubclass(kind, Real) or (
+            issubclass(kind, Number) and not issubclass(kind, Complex)
+        )
+        if not is_real or issubclass(kind, (bool, np.timedelta64)):
+            return None
+        try:
+            x = float(x)
+        except (OverflowError, ValueError):  # beyond double; a signalling NaN
+            return None
+    return abs(x) if 0 <= x < math.inf else None  # never -0.0
+
+
 def _rate(value: Any, keep_history: bool) -> Any:
     """A float, a numpy array, or an array whose values may not be looked at."""
+    number = finite_number(value)
+    if number is not None:
+        return number
     wanted = "a finite number >= 0"
-    if type(value) is float and 0 <= value < np.inf:  # most often
-        return abs(value)  # no negative zero
-    if _is(value, bool, np.timedelta64):
-        raise _Unfit(wanted)
-    # decimal.Decimal is a Number, but registers as nothing more.
-    if _is(value, Real) or (_is(value, Number) and not _is(value, Complex)):
-        try:
-            number = float(value)
-        except (OverflowError, ValueError):  # beyond double; a signalling NaN
-            number = np.inf
-        if not 0 <= number < np.inf:
-            raise _Unfit(wanted)
-        return abs(number)
     backend = _backends.find(value)
     if backend is None or backend.fault(value):
         raise _Unfit(wanted)
@@ -273,9 +284,10 @@ def _rate(value: Any, keep_history: bool) -> Any:
         raise _Unfit(wanted)
     if backend.values(value) is not Values.HERE:
         return value
-    numbers = np.ascontiguousarray(backend.to_numpy(value), np.float64).reshape(facts.shape)
+    with np.errstate(over="ignore"):  # a long double beyond double becomes inf
+        numbers = np.ascontiguousarray(backend.to_numpy(value), np.float64).reshape(facts.shape)
     if not (np.isfinite(numbers) & (numbers >= 0)).all():
-        raise _Unfit(wanted + " in every element")
+        raise _Unfit(wanted + " in every element" if facts.shape else wanted)
     if keep_history and backend.records(value):
         return value
     return float(numbers) if numbers.shape == () else numbers
