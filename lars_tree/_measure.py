@@ -21,17 +21,18 @@ from lars_tree._writes import Writes
 
 
 class LeafReport(NamedTuple):
-    """The norms and ratios of one leaf, and the norm of its step if that was asked for."""
+    """A leaf and its rule; unless the leaf is not updated, the norms and ratio of its step."""
 
+    w: Any
     rule: Rule
-    measured: Measured
-    step_norm: Any = None
+    measured: Measured | None = None
+    step_norm: Any = None  # only if it was asked for
 
 
 def measure(
     w: Any, dcdw: Any, options: dict[str, Any], with_steps: bool = False
-) -> list[LeafReport | None]:
-    """A report for each leaf; None if `lars_update` would not update the leaf. Writes nothing.
+) -> list[LeafReport]:
+    """A report for each leaf, by the code that makes the step of `lars_update`. Writes nothing.
 
     Does not wait for a device, and works under `jax.jit`. `with_steps` also computes the steps, one
     leaf at a time, for their norms.
@@ -44,10 +45,10 @@ def measure(
     for backend, group in _nonfinite.by_backend(to_measure).items():
         places = (leaf.place for leaf in group)
         found |= zip(places, backend.measure(group), strict=True)
-    reports: list[LeafReport | None] = [None] * len(columns.ws)
+    reports = list(map(LeafReport, columns.ws, columns.rules))
     for place, measured in found.items():
         norm = _step_norm(checked(columns, caller, [place])[0][0].leaf) if with_steps else None
-        reports[place] = LeafReport(columns.rules[place], measured, norm)
+        reports[place] = reports[place]._replace(measured=measured, step_norm=norm)
     return reports
 
 

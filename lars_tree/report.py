@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lars_tree import _backends, _options, _tree, errors
-from lars_tree._core.wrapper import unwrap
+from lars_tree._core.wrapper import rewrapped, unwrap
 from lars_tree._history import TrustHistory, TrustRatioWarning, warn
 from lars_tree._layer_table import LayerTable
-from lars_tree._measure import LeafReport, fetch, layer_paths, measure, unreadable
+from lars_tree._measure import fetch, layer_paths, measure, unreadable
 from lars_tree._rule import Measured
-from lars_tree.array import Array
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -82,10 +81,10 @@ def trust_ratios(
         LarsTreeError: As in `lars_update`.
     """
     given = _given("trust_ratios()", lr, decay_lambda, stop_gradients, options)
-    ratios = []
-    for x, report in _with_leaves(_tree.leaves(w), measure(w, dcdw, given)):
-        ratio = None if report is None else report.measured.ratio
-        ratios.append(Array(ratio) if isinstance(x, Array) and report is not None else ratio)
+    ratios = [
+        None if report.measured is None else rewrapped(report.measured.ratio, report.w)
+        for report in measure(w, dcdw, given)
+    ]
     return _tree.rebuild(w, ratios, "w")
 
 
@@ -130,21 +129,20 @@ def layer_table(
     """
     given = _given("layer_table()", lr, decay_lambda, stop_gradients, options)
     reports = measure(w, dcdw, given, with_steps=True)
-    numbers = [x for report in reports if report for x in (*report.measured, report.step_norm)]
-    values = iter(fetch("w", numbers))
+    numbers = [x for report in reports for x in (*(report.measured or ()), report.step_norm)]
+    values = iter(fetch("w", [x for x in numbers if x is not None]))
     records: list[dict[str, Any]] = []
     faults: list[errors.Line] = []
-    for (path, leaf), report in _with_leaves(list(_tree.walk(w)), reports):
-        x = unwrap(leaf)
+    for path, report in zip(_tree.paths(w, len(reports)), reports, strict=True):
+        x, axis = unwrap(report.w), report.rule.layer_axis
         backend = _backends.find(x)
         if backend is None:
             continue
         shape, dtype = tuple(backend.facts(x).shape), str(backend.facts(x).dtype)
-        if report is None:
+        if report.measured is None:
             records.append(_record(path, shape, dtype, _NO_STEP))
             continue
         columns = np.stack(list(islice(values, 5)), axis=-1)
-        axis = report.rule.layer_axis
         if axis is not None:
             shape = tuple(np.delete(shape, axis).tolist())
         layers = layer_paths(path, columns.shape[:-1])
@@ -164,18 +162,7 @@ def _given(
     return {**_options.DEFAULTS, **given, **options}
 
 
-def _with_leaves(
-    leaves: list[Any], reports: list[LeafReport | None]
-) -> Iterator[tuple[Any, LeafReport | None]]:
-    if len(leaves) != len(reports):
-        raise _tree.changed()
-    return zip(leaves, reports, strict=True)
-
-
-_NO_STEP = {
-    **dict.fromkeys(("w_norm", "g_norm", "ratio", "relative_step")),
-    "clipped": False,
-}
+_NO_STEP = {**dict.fromkeys(("w_norm", "g_norm", "ratio", "relative_step")), "clipped": False}
 
 
 def _record(

@@ -167,7 +167,7 @@ def test_ratios_come_out_of_jit_and_not_before():
 
     history.record(step(w))
     assert history.ratios["b"] == pytest.approx([5 / 2**0.5])
-    with pytest.raises(LeafError, match="ratios is not known yet"):
+    with pytest.raises(LeafError, match="values of ratios are not known yet"):
         jax.jit(lambda w: history.record(trust_ratios(w, 1.0, 0.1)))(w)
     assert len(history) == 1
 

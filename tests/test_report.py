@@ -385,7 +385,7 @@ def test_usual_layers_are_not_warned_of():
 
 def test_a_table_of_traced_values_is_refused():
     jax = need("jax")
-    with pytest.raises(LeafError, match="w is not known yet"):
+    with pytest.raises(LeafError, match="values of w are not known yet"):
         jax.jit(lambda w: layer_table(w, 1.0, 0.1))(jax.numpy.ones(2))
 
 

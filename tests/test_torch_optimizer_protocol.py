@@ -111,7 +111,7 @@ def test_a_rate_that_is_negative_by_rounding_is_0(foreach, make, momentum):
         if fits:
             opt.step()
             continue
-        with pytest.raises(ValueError, match=r"param_groups\[0\]: Invalid learning rate: -3"):
+        with pytest.raises(ValueError, match=r"param_groups\[0\]: Invalid lr: .* got .*-3"):
             opt.step()
     assert [p.tolist() for p in opt.param_groups[0]["params"]] == [W]
 
