@@ -158,14 +158,15 @@ def refuse_flat(group: dict[str, Any], number: int) -> None:
 
 
 def _refuse_flat(parameters: Iterable[_Named]) -> None:
-    lines: list[errors.Line] = []
-    for name, p in parameters:
-        if getattr(p, "_fsdp_flattened", False):
-            lines.append(((name,), "flattened by FSDP1: use FSDP2 (fully_shard) instead"))
-        elif hasattr(p, "ds_id"):
-            lines.append(((name,), "partitioned by DeepSpeed's ZeRO-3: use FSDP2 instead"))
+    lines = [((name,), text) for name, p in parameters if (text := _flattened_by(p))]
     if lines:
         raise _flat_error(lines)
+
+
+def _flattened_by(p: Tensor) -> str:
+    if getattr(p, "_fsdp_flattened", False):
+        return "flattened by FSDP1: use FSDP2 (fully_shard) instead"
+    return "partitioned by DeepSpeed's ZeRO-3: use FSDP2 instead" if hasattr(p, "ds_id") else ""
 
 
 def refuse_flattened_since(group: dict[str, Any], number: int) -> None:
@@ -174,18 +175,15 @@ def refuse_flattened_since(group: dict[str, Any], number: int) -> None:
     Looks at the first parameter only, as each step calls this.
     """
     params = group["params"]
-    if not params:
-        return
-    p = params[0]
-    if getattr(p, "_fsdp_flattened", False) or hasattr(p, "ds_id"):
+    if params and _flattened_by(params[0]):
         refuse_flat(group, number)
     # DeepSpeed replaces the parameters of a group by one flat tensor, which is not a Parameter.
-    is_flat = type(p) is Tensor and p.ndim == 1 and len(params) == 1
+    is_flat = len(params) == 1 and type(params[0]) is Tensor and params[0].ndim == 1
     if is_flat and "deepspeed" in sys.modules and adapts(group):
         text = "flattened by DeepSpeed's ZeRO: use ZeRO stage 0, or FSDP2, instead"
         raise _flat_error([((name_of(group, number, 0),), text)])
 
 
-def _flat_error(lines: list[errors.Line]) -> errors.LarsTreeError:
+def _flat_error(lines: Iterable[errors.Line]) -> errors.LarsTreeError:
     headline = "params holds parts of layers: LARS needs each layer as one tensor"
     return errors.error(errors.LeafError, "params", headline, lines)

@@ -198,7 +198,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         ours = (p for group in self.param_groups for p in group["params"])
         for i, p in zip(saved, ours, strict=True):
             buffer = final["state"].get(i, {}).get("momentum_buffer")
-            # The next step raises for anything else.
+            # Any other value is loaded as it is, and the next step raises for it.
             fits = isinstance(buffer, Tensor) and not buffer.is_meta
             if fits and buffer.is_complex() == p.is_complex():
                 moved = buffer.detach().to(p.device, BACKEND.velocity_dtype(p))

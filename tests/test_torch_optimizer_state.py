@@ -139,7 +139,7 @@ def test_the_first_step_that_is_taken_is_not_dampened(foreach, itself):
     assert not opt.state[p]
     p.grad = torch.tensor(G, dtype=torch.float64)
     opt.param_groups[0]["weight_decay"] = float("nan")
-    with pytest.raises(ValueError, match="Invalid weight_decay: expected a finite number >= 0, got nan"):
+    with pytest.raises(ValueError, match=r"Invalid weight_decay: .* got nan"):
         opt.step()
     assert not opt.state[p]
     opt.param_groups[0]["weight_decay"] = 0.0
