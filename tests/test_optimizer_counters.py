@@ -47,7 +47,7 @@ NO_COUNTERS = {
 
 @pytest.mark.parametrize("name", ["step", "skipped"])
 @pytest.mark.parametrize("kind", NO_COUNTERS)
-def test_what_is_no_counter_is_refused(kind, name):
+def test_invalid_counters_are_refused(kind, name):
     make, says = NO_COUNTERS[kind]
     for in_place in (False, True):
         w = W.copy()
@@ -91,7 +91,7 @@ def parts_of_one_array(w):
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
-def test_counters_may_lie_beside_what_they_count(nonfinite):
+def test_counters_may_lie_beside_weights_in_one_buffer(nonfinite):
     opt = Lars(0.1, nonfinite=nonfinite)
     w, state = parts_of_one_array(W)
     expected = opt.update(W, G, opt.init(W))
@@ -150,7 +150,7 @@ def test_counters_that_share_memory_are_refused_in_place(share, nonfinite):
     assert state == before[1]
 
 
-def test_tensors_that_count_twice_are_refused_in_place():
+def test_counters_that_are_views_of_one_tensor_are_refused_in_place():
     torch = need("torch")
     w = torch.tensor(W)
     state = OPT.init(w)
@@ -165,7 +165,7 @@ def test_tensors_that_count_twice_are_refused_in_place():
 # ---- Schedules
 
 
-def test_each_of_many_threads_takes_a_step_of_its_own():
+def test_steps_of_many_threads_follow_each_other():
     steps = []
 
     def rate(step):

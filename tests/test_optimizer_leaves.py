@@ -32,7 +32,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("which", ["w", "velocity", "step", "skipped", "dcdw", "all"])
 @pytest.mark.parametrize("way", OPTIONS)
-def test_inference_tensors_are_stepped_like_others(way, which):
+def test_inference_tensors_are_updated_like_other_tensors(way, which):
     torch = need("torch")
     options = {"lr": 0.1, **OPTIONS[way]}
     opt = Lars(**options)
@@ -78,7 +78,7 @@ def counts():
 
 
 @pytest.mark.parametrize("make", [a_key, quantized, in_words, counts], ids=lambda f: f.__name__)
-def test_leaves_that_cannot_be_computed_with_are_kept(make):
+def test_leaves_that_are_not_floating_point_are_kept(make):
     opt, other = Lars(0.1), make()
     w, g = {"a": W, "b": other}, {"a": G, "b": None}
     state = opt.init(w)
@@ -98,7 +98,7 @@ def test_leaves_that_cannot_be_computed_with_are_kept(make):
         opt.update({"a": W, "b": make()}, {"a": G, "b": make()}, opt.init(w))
 
 
-def test_an_integer_velocity_of_an_older_state_does_no_harm():
+def test_an_integer_velocity_of_an_older_version_is_kept():
     opt, w = Lars(0.1), {"a": W, "b": np.array([1, 2])}
     state = opt.init(w)
     state.velocity["b"] = np.zeros(2, int)
@@ -130,7 +130,7 @@ def test_a_step_is_compiled_once(place):
     assert int(state.step) == 3
 
 
-def test_velocities_are_made_on_the_device_of_weights_that_may_still_move():
+def test_velocities_of_uncommitted_jax_arrays_are_on_their_device():
     jax = need("jax")
     with jax.default_device(jax.devices()[2]):
         w = jax.numpy.ones(3)
@@ -143,7 +143,7 @@ OPT = Lars(0.1)
 
 
 @pytest.mark.parametrize("name", ["numpy", "torch"])
-def test_counters_may_be_arrays_of_ours(name):
+def test_counters_may_be_wrapped_arrays(name):
     opt, w, g = Lars(0.1), to_library(name, W), to_library(name, G)
     state = opt.init(w)
     for counter in ("step", "skipped"):

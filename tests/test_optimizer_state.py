@@ -58,7 +58,7 @@ def test_keys_in_another_order_keep_their_velocities():
     assert not np.array_equal(after.velocity.a, after.velocity.b)
 
 
-def test_a_velocity_that_is_a_scalar_of_numpy_is_stepped():
+def test_a_velocity_may_be_a_numpy_scalar():
     opt, w, g = Lars(0.1, 0.5), np.array(3.0), np.array(1.0)
     _, state = steps(opt, w, [g])
     expected = opt.update(w, g, state)
@@ -103,7 +103,7 @@ def test_nothing_is_written_when_a_step_raises():
     assert (w, state) == before
 
 
-def test_a_skipped_step_leaves_all_but_its_count():
+def test_a_skipped_step_changes_only_its_count():
     for out in (False, True):
         w, g = random_tree(0), random_tree(1)
         opt = Lars(0.1, nonfinite="skip")
@@ -214,7 +214,7 @@ def test_a_counter_that_cannot_be_written_to_is_refused():
     assert int(opt.update(w, G, state)[1].step) == 4
 
 
-def test_a_schedule_is_asked_for_each_step_that_was_taken():
+def test_a_schedule_is_called_with_the_number_of_steps_taken():
     asked = []
 
     def schedule(step):
@@ -268,7 +268,7 @@ def test_a_callable_of_any_type_is_a_schedule(place, schedule):
     assert int(state.step) == 2
 
 
-def test_a_class_of_attrs_is_a_schedule_where_it_can_be_called():
+def test_a_callable_attrs_class_is_a_schedule():
     attrs = need("attrs")
     cls = attrs.make_class("Schedule", ["rate"], class_body={"__call__": lambda self, _: self.rate})
     new, _ = steps(Lars(cls(0.5), 0.0, adapt=False), W, [G])
@@ -286,7 +286,7 @@ def test_a_class_of_attrs_is_a_schedule_where_it_can_be_called():
         ("eps", lambda eps: Lars(0.1, eps=eps)),
     ],
 )
-def test_a_nest_that_holds_itself_is_named(name, call):
+def test_a_tree_that_contains_itself_is_refused(name, call):
     tree = {"a": {"b": 0.5}}
     tree["a"]["c"] = tree["a"]
     with pytest.raises(StructureError, match=f"{name} holds itself\n  a/c: expected a tree"):
@@ -314,26 +314,26 @@ def test_a_nest_that_holds_itself_is_named(name, call):
         (lambda: Lars(0.1, trust_coeficient=1), TypeError, "did you mean 'trust_coefficient'"),
     ],
 )
-def test_values_that_make_no_optimizer_are_refused(make, kind, says):
+def test_invalid_options_are_refused(make, kind, says):
     with pytest.raises(kind, match=says):
         make()
 
 
-def test_errors_of_options_have_the_names_of_the_optimizer():
+def test_errors_use_the_option_names_of_the_optimizer():
     opt = lars_tree.Lars(0.1, weight_decay={"a": None, "b": 0.1})
     w = {"a": W, "b": W}
     with pytest.raises(OptionError, match=r"^weight_decay has a value"):
         opt.update(w, w, opt.init(w))
 
 
-def test_a_schedule_that_gives_no_rate_is_refused_before_anything_is_written():
+def test_an_invalid_scheduled_rate_is_refused_before_writing():
     opt, w = Lars(lambda step: -1.0), W.copy()
     with pytest.raises(OptionError, match=r"lr: expected a finite number >= 0, got -1\.0"):
         opt.update(w, G, opt.init(w), out=w)
     assert np.array_equal(w, W)
 
 
-def test_repr_shows_what_is_not_as_usual():
+def test_repr_shows_options_that_are_not_defaults():
     assert repr(lars_tree.Lars(0.1)) == "Lars(0.1)"
     opt = lars_tree.Lars(Constant(0.1), nesterov=True, weight_decay=1e-4)
     shown = "Lars(Constant(rate=0.1, warmup_steps=0), nesterov=True, weight_decay=0.0001)"
@@ -341,7 +341,7 @@ def test_repr_shows_what_is_not_as_usual():
     assert repr(pickle.loads(pickle.dumps(lars_tree.Lars(0.1)))) == "Lars(0.1)"
 
 
-def test_repr_takes_one_line():
+def test_repr_is_one_line():
     adapt = Container(a={"b": True}, c=[False, np.True_])
     lr = Container(a=0.1, c=np.array([[0.1], [0.2]]))
     shown = "Lars({'a': 0.1, 'c': array([[0.1], [0.2]])}, "

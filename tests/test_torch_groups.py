@@ -35,7 +35,7 @@ def renamed(name, base=nn.Module, **parameters):
     return made
 
 
-def left_out(net, **options):
+def excluded(net, **options):
     """The names of what is left out; all others are adapted and decayed."""
     groups = param_groups(net, named=True, weight_decay=0.1, **options)
     assert all((g["weight_decay"] == 0.1) == g.get("adapt", True) for g in groups)
@@ -131,15 +131,15 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_left_out_of_adaptation_and_decay(case):
+def test_parameters_excluded_from_adaptation_and_decay(case):
     net, expected = CASES[case]
-    assert left_out(net) == expected
+    assert excluded(net) == expected
 
 
 def test_stacked_layers_have_one_axis_more():
     net = module(kernel=(2, 3, 3), shift=(2, 3), scale=())
     net.act = nn.PReLU(3)
-    assert left_out(net, layer_axis=0) == ["shift", "scale", "act.weight"]
+    assert excluded(net, layer_axis=0) == ["shift", "scale", "act.weight"]
     groups = param_groups(net, layer_axis=0, weight_decay=0.1)
     opt = Lars(groups, 0.1)
     sum(p.sum() for p in net.parameters()).backward()
@@ -149,7 +149,7 @@ def test_stacked_layers_have_one_axis_more():
 
 def test_a_predicate_decides_instead():
     net = nn.Sequential(nn.LayerNorm([2, 3]), nn.Linear(3, 3))
-    assert left_out(net, exclude=lambda name, p: name == "1.weight") == ["1.weight"]
+    assert excluded(net, exclude=lambda name, p: name == "1.weight") == ["1.weight"]
     (only,) = param_groups(net, exclude=lambda name, p: True)
     assert len(only["params"]) == 4
 
@@ -191,7 +191,7 @@ def test_anything_but_a_model_is_refused(given, says):
         param_groups(given(model()))
 
 
-def test_options_that_are_none_and_parameters_without_a_shape_are_refused():
+def test_unknown_options_and_lazy_parameters_are_refused():
     with pytest.raises(TypeError, match=r"'trust_coeff'.*it is 'trust_coefficient' here"):
         param_groups(model(), trust_coeff=1e-3)
     with pytest.raises(ValueError, match=r"^0.weight has no shape yet"):

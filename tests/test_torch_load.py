@@ -75,7 +75,7 @@ def test_what_torch_trusts_does_not_change_with_subclasses():
 
 @pytest.mark.parametrize("state", ["text", {"a": 1}, (None, {"__setstate__": 1}), (1, 2)])
 @pytest.mark.parametrize("key", ["__setstate__", "__dict__"])
-def test_a_state_in_a_file_does_not_reach_what_keys_hold(key, state):
+def test_a_crafted_state_does_not_call_values_of_special_keys(key, state):
     file = saved(Crafted(Container, ({key: Called()},), state))
     with torch.serialization.safe_globals([Called]), pytest.raises(Exception, match=r"__|unpack"):
         loaded(file)

@@ -129,7 +129,7 @@ def test_all_optimizers_have_the_same_defaults():
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-8])
-def test_rounding_noise_moves_a_parameter_by_no_full_steps(eps):
+def test_eps_keeps_steps_along_rounding_noise_small(eps):
     """A bias before batch norm has the gradient 0 but for rounding, which eps keeps small."""
     p = torch.nn.Parameter(torch.ones(8))
     noise = torch.Generator().manual_seed(0)
@@ -151,7 +151,7 @@ def test_without_adaptation_it_is_sgd():
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
-def test_a_new_rate_acts_at_once():
+def test_a_new_rate_takes_effect_at_once():
     p = parameter()
     opt = Lars([p], lr=0.5, trust_coefficient=0.1)
     opt.step()
@@ -185,7 +185,7 @@ def test_groups_override_each_option(foreach):
 
 
 @FOREACH
-def test_without_decay_an_infinite_weight_is_no_reason_for_nan(foreach):
+def test_without_decay_an_infinite_weight_gives_no_nan(foreach):
     """Also where another group decays."""
     p, q = parameter([np.inf, 1.0]), parameter()
     groups = [{"params": [p]}, {"params": [q], "weight_decay": 0.1}]
@@ -197,7 +197,7 @@ def test_without_decay_an_infinite_weight_is_no_reason_for_nan(foreach):
 
 
 @FOREACH
-def test_stacked_layers_step_like_each_alone(foreach):
+def test_stacked_layers_are_updated_like_separate_layers(foreach):
     generator = torch.Generator().manual_seed(0)
     w, *gs = torch.randn(4, 3, 4, 5, generator=generator, dtype=torch.float64)
     stack = torch.nn.Parameter(w.clone())
@@ -216,7 +216,7 @@ def test_stacked_layers_step_like_each_alone(foreach):
 # ---- Parameters of all kinds
 
 
-def test_gradients_are_only_read():
+def test_gradients_are_not_modified():
     net = model()
     opt = Lars(net.parameters(), 0.5, weight_decay=0.1, nesterov=True, maximize=True)
     net(torch.ones(2, 5)).sum().backward()

@@ -60,7 +60,7 @@ from lars_tree.torch import Lars, param_groups  # noqa: E402
     ],
     ids=str,
 )
-def test_values_that_make_no_optimizer_are_refused(options, says):
+def test_invalid_options_are_refused(options, says):
     with pytest.raises(ValueError, match=says):
         Lars([parameter()], **options)
     with pytest.raises(ValueError, match=rf"^param_groups\[0\]: .*{says}"):
@@ -77,7 +77,7 @@ def test_values_that_make_no_optimizer_are_refused(options, says):
     assert not opt.state
 
 
-def test_parameters_that_torch_would_refuse_are_refused():
+def test_parameters_that_torch_refuses_are_refused():
     p = parameter()
     with pytest.raises(ValueError, match="empty parameter list"):
         Lars([])
@@ -109,36 +109,36 @@ def test_a_rate_that_a_scheduler_broke_is_refused(foreach, momentum):
     assert p.tolist() == W
 
 
-def lose_shape(opt, p):
+def wrong_shape(opt, p):
     opt.state[p]["momentum_buffer"] = torch.zeros(3)
 
 
-def lose_dtype(opt, p):
+def wrong_dtype(opt, p):
     opt.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=torch.float16)
 
 
-def lose_tensor(opt, p):
+def numpy_buffer(opt, p):
     opt.state[p]["momentum_buffer"] = np.zeros(4)
 
 
-def lose_device(opt, p):
+def meta_buffer(opt, p):
     opt.state[p]["momentum_buffer"] = torch.zeros_like(p, device="meta")
 
 
-def lose_axis(opt, p):
+def invalid_axis(opt, p):
     opt.param_groups[-1]["layer_axis"] = 2
 
 
-def lose_gradient(opt, p):
+def reshaped_parameter(opt, p):
     """torch looks at its shape when it is set alone."""
     p.data = torch.ones(7)
 
 
-def lose_storage(opt, p):
+def freed_gradient(opt, p):
     p.grad.untyped_storage().resize_(0)
 
 
-def lose_memory(opt, p):
+def shared_memory(opt, p):
     p.data = opt.param_groups[0]["params"][0].data[0, :4]
 
 
@@ -150,17 +150,17 @@ OTHER_TERMS = re.compile(r"\b(dcdw|w|out|state|velocity|weights|leaf|leaves)\b(?
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lose_shape, r"momentum_buffer .* p\n  1.weight: expected .* \(4,\) .*, got .* \(3,\)"),
+        (wrong_shape, r"momentum_buffer .* p\n  1.weight: expected .* \(4,\) .*, got .* \(3,\)"),
         (
-            lose_dtype,
+            wrong_dtype,
             r"momentum_buffer .* p\n  1.weight: expected .* torch.float32 .* torch.float16",
         ),
-        (lose_tensor, r"momentum_buffer and p .*\n  1.weight: expected a torch array as in p"),
-        (lose_device, r"momentum_buffer .*\n  1.weight: expected dense data, got .* meta device"),
-        (lose_axis, r"layer_axis is no axis of the parameters\n  0.bias: expected an axis"),
-        (lose_gradient, r"p.grad .* p\n  1.weight: expected .*\(7,\), got \(4,\)"),
-        (lose_storage, r"p.grad .*\n  1.weight: expected dense data, got .* freed"),
-        (lose_memory, r"two parameters share memory .*\n  1.weight: shares memory with 0.weight"),
+        (numpy_buffer, r"momentum_buffer and p .*\n  1.weight: expected a torch array as in p"),
+        (meta_buffer, r"momentum_buffer .*\n  1.weight: expected dense data, got .* meta device"),
+        (invalid_axis, r"layer_axis is no axis of the parameters\n  0.bias: expected an axis"),
+        (reshaped_parameter, r"p.grad .* p\n  1.weight: expected .*\(7,\), got \(4,\)"),
+        (freed_gradient, r"p.grad .*\n  1.weight: expected dense data, got .* freed"),
+        (shared_memory, r"two parameters share memory .*\n  1.weight: shares memory with 0.weight"),
     ],
 )
 def test_an_error_names_the_parameters_and_nothing_is_written(spoil, says, foreach):
@@ -180,7 +180,7 @@ def test_an_error_names_the_parameters_and_nothing_is_written(spoil, says, forea
     assert same(net.parameters(), before[0])
     for each, old in zip(opt.state_dict()["state"].values(), before[1].values(), strict=True):
         buffers = [x["momentum_buffer"] for x in (each, old)]
-        assert spoil is lose_device or np.array_equal(*buffers)
+        assert spoil is meta_buffer or np.array_equal(*buffers)
 
 
 @FOREACH

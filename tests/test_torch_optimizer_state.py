@@ -50,7 +50,7 @@ def test_training_goes_on_from_a_saved_state(way, dtype):
     assert same([again.state[p]["momentum_buffer"] for p in other.parameters()], buffers)
 
 
-def test_the_last_of_the_hooks_decides_what_is_loaded():
+def test_pre_hooks_may_change_what_is_loaded():
     net = model(dtype=torch.bfloat16)
     opt = Lars(net.parameters(), 0.5)
     train(net, opt, 1)
@@ -68,7 +68,7 @@ def test_the_last_of_the_hooks_decides_what_is_loaded():
         assert torch.equal(again.state[p]["momentum_buffer"], 2 * opt.state[p]["momentum_buffer"])
 
 
-def test_hooks_may_change_what_was_loaded():
+def test_post_hooks_may_change_what_was_loaded():
     net = model(dtype=torch.bfloat16)
     opt = Lars(net.parameters(), 0.5)
     train(net, opt, 1)
@@ -99,7 +99,7 @@ def test_a_state_of_sgd_can_be_loaded():
     assert all(x["momentum_buffer"].dtype == torch.float32 for x in opt.state.values())
 
 
-def test_what_another_state_lacks_stays_as_it_is_in_each_group():
+def test_options_that_a_loaded_state_lacks_keep_their_values():
     net = model()
     sgd = torch.optim.SGD(param_groups(net), 0.1, momentum=0.9)
     sgd_groups = [{"params": group["params"]} for group in sgd.param_groups]
@@ -124,7 +124,7 @@ ITSELF = pytest.mark.parametrize("itself", [fused, lambda opt: opt], ids=["fused
 
 @FOREACH
 @ITSELF
-def test_the_first_step_that_is_taken_is_not_dampened(foreach, itself):
+def test_the_first_step_taken_is_not_dampened(foreach, itself):
     """Whether one before it was skipped, or raised."""
     p = parameter()
     opt = itself(Lars([p], 0.1, dampening=0.5, adapt=False, foreach=foreach))
@@ -254,7 +254,7 @@ def test_grad_scaler_skips_steps_with_infinite_gradients(foreach, itself, nonfin
     assert opt.skipped == 0  # by the scaler, and not by the optimizer
 
 
-def test_compiled_steps_are_whole_graphs_that_never_look_at_values():
+def test_compiled_steps_are_whole_graphs_that_read_no_values():
     """fullgraph=True raises where a value would have to be waited for."""
     results = []
     for compiled in (False, True):
@@ -274,7 +274,7 @@ def test_compiled_steps_are_whole_graphs_that_never_look_at_values():
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
-def test_a_step_that_looks_at_values_is_not_compiled():
+def test_a_step_that_reads_values_is_not_compiled():
     p = parameter(dtype=torch.float32)
     opt = Lars([p], 0.5, nonfinite="skip")
     step = torch.compile(opt.step, backend="eager")
@@ -292,7 +292,7 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"
 
 @CUDA
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_cuda_takes_the_steps_of_the_cpu_and_never_waits(dtype):
+def test_cuda_agrees_with_the_cpu_and_never_waits(dtype):
     results = []
     for device in ("cpu", "cuda"):
         net = model(dtype=dtype).to(device)

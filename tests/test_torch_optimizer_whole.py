@@ -54,7 +54,7 @@ def equal(a, b):
 
 
 @BOTH
-def test_ctrl_c_comes_before_a_step_of_all_parameters_or_after_it(steps):
+def test_ctrl_c_interrupts_before_or_after_a_step_of_all_parameters(steps):
     before = snapshot(*mixed(steps))
     done = snapshot(*mixed(steps + 1))
     assert not equal(before, done)
@@ -95,7 +95,7 @@ def failing_at(count, monkeypatch):
 
 @BOTH
 @pytest.mark.parametrize("foreach", [True, None], ids=["all elsewhere", "mixed"])
-def test_no_operation_that_fails_leaves_half_a_step(steps, foreach, monkeypatch):
+def test_a_failing_operation_leaves_no_partial_step(steps, foreach, monkeypatch):
     params, opt = mixed(steps)
     if foreach:
         opt.param_groups[0]["foreach"] = True
@@ -117,7 +117,7 @@ def test_no_operation_that_fails_leaves_half_a_step(steps, foreach, monkeypatch)
 
 @BOTH
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
-def test_no_fault_in_cpu_memory_leaves_half_a_step(steps, error, monkeypatch):
+def test_an_error_in_cpu_memory_leaves_no_partial_step(steps, error, monkeypatch):
     params, opt = mixed(steps)
     before = snapshot(params, opt)
 
@@ -138,7 +138,7 @@ def test_no_fault_in_cpu_memory_leaves_half_a_step(steps, error, monkeypatch):
     assert equal(snapshot(params, opt), snapshot(*mixed(steps + 1)))
 
 
-class Elsewhere(torch.nn.Parameter):
+class OnAccelerator(torch.nn.Parameter):
     """Stepped as a parameter on an accelerator."""
 
 
@@ -150,7 +150,7 @@ def test_one_group_may_hold_parameters_of_both_kinds(nonfinite):
             p.grad = torch.tensor([0.4, 0.3])
         return params, Lars(params, 0.1, trust_coefficient=0.1, nonfinite=nonfinite)
 
-    kinds = [torch.nn.Parameter, Elsewhere, torch.nn.Parameter, Elsewhere]
+    kinds = [torch.nn.Parameter, OnAccelerator, torch.nn.Parameter, OnAccelerator]
     params, opt = made(kinds)
     alike, other = made([torch.nn.Parameter] * 4)
     for _ in range(2):
@@ -172,7 +172,7 @@ def test_one_group_may_hold_parameters_of_both_kinds(nonfinite):
 def test_parameters_are_taken_one_by_one_and_written_at_once(monkeypatch):
     """foreach=False on an accelerator, whose memory only torch can write to."""
     monkeypatch.setattr(type(BACKEND), "copied_memory", lambda *args: None)
-    params = [Elsewhere(torch.ones(3)) for _ in range(3)]
+    params = [OnAccelerator(torch.ones(3)) for _ in range(3)]
     opt = Lars(params, 0.1, foreach=False)
     for p in params:
         p.grad = torch.ones(3)
@@ -232,7 +232,7 @@ def test_a_step_that_is_not_finite_is_refused_as_a_whole(place):
     assert opt.skipped == 0
 
 
-def test_the_groups_that_ask_for_it_are_looked_at():
+def test_only_groups_that_ask_for_it_are_checked():
     """And what they see, or do not, is for all."""
     for place, moves in {0: False, 2: True}.items():
         params, opt = spoiled(place)
@@ -244,7 +244,7 @@ def test_the_groups_that_ask_for_it_are_looked_at():
         assert bool(params[place].isfinite().all()) is not moves
 
 
-def test_a_first_step_that_is_skipped_is_not_the_first():
+def test_a_skipped_step_does_not_count_as_the_first():
     p = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
     opt = Lars([p], 0.1, dampening=0.5, adapt=False, nonfinite="skip")
     p.grad = torch.tensor([torch.nan, 0.0])
@@ -256,7 +256,7 @@ def test_a_first_step_that_is_skipped_is_not_the_first():
     assert p.tolist() == pytest.approx([3 - 0.04, 4 - 0.03])
 
 
-def test_without_looking_nan_goes_where_it_goes():
+def test_propagate_writes_nan():
     params, opt = spoiled(0)
     opt.step()
     assert not params[0].isfinite().all()
