@@ -1,4 +1,4 @@
-"""torch: parameters, autograd, torch.func, the multi-tensor way, version counters."""
+"""torch: parameters, autograd, torch.func, multi-tensor operations, version counters."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_a_step_that_is_refused_bumps_no_version():
 
 
 def test_nonfinite_may_be_a_numpy_string():
-    w = torch.ones(2, 3).t()  # no fast engine takes it beside this gradient
+    w = torch.ones(2, 3).t()  # not supported by the native engine with this gradient
     new = lars_update(w, torch.full((3, 2), torch.inf), 0.1, nonfinite=np.str_("skip"))
     assert torch.equal(new, w)
 
@@ -182,7 +182,7 @@ def test_a_state_dict_is_updated_in_place():
 
 
 def many(wide, leaves, rules, velocities=None):
-    """Step through the multi-tensor operations that accelerators use, in their precision."""
+    """The new weights by the multi-tensor operations for accelerators, computed in dtype wide."""
     velocities = velocities or [None] * len(leaves)
     news = [New(torch.empty_like(w), v) for (w, _), v in zip(leaves, velocities, strict=True)]
     rows = zip(leaves, news, rules, velocities, strict=True)
@@ -226,7 +226,7 @@ def test_multi_tensor_steps_agree_with_separate_steps(options, dtype):
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
 def test_multi_tensor_momentum_agrees_with_double_precision(dtype, nesterov):
-    """Against the same in double precision."""
+    """Compared with the same operations in double precision."""
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, dtype)
     shapes = [(3, 4), (), (5,), (0, 2), (2, 3, 2)]

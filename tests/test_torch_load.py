@@ -1,4 +1,4 @@
-"""What torch.load(weights_only=True) lets a file do with Containers: it makes them, no more."""
+"""torch.load(weights_only=True) makes Containers, and calls nothing else for a crafted file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Weights(Container):
 
 
 class Called:
-    """An object that a user trusts files to make, but not to call."""
+    """An object that files may create, but must not call."""
 
     def __call__(self, *args):
         pytest.fail("a file called it")
@@ -35,7 +35,7 @@ class Called:
 
 
 class Crafted:
-    """Pickled as what another class reduces to."""
+    """Pickled as these arguments of __reduce__."""
 
     def __init__(self, *reduced):
         self.reduced = reduced

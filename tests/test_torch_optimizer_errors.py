@@ -1,4 +1,4 @@
-"""What lars_tree.torch.Lars refuses; and a step is whole or not taken, whatever comes between."""
+"""Invalid options, parameters and buffers of lars_tree.torch.Lars; steps of many threads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import interrupted_at, need
+from conftest import need
 
 from lars_tree import LarsTreeError
 
@@ -16,7 +16,6 @@ torch = need("torch")
 
 from test_torch_optimizer import FOREACH, W, model, parameter, same, train  # noqa: E402
 
-import lars_tree.torch  # noqa: E402
 from lars_tree.torch import Lars, param_groups  # noqa: E402
 
 
@@ -98,17 +97,6 @@ def test_sparse_gradients_are_refused(foreach):
     assert p.tolist() == W
 
 
-@FOREACH
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_a_rate_that_a_scheduler_broke_is_refused(foreach, momentum):
-    p = parameter()
-    opt = Lars([p], momentum=momentum, foreach=foreach)
-    opt.param_groups[0]["lr"] = float("nan")
-    with pytest.raises(ValueError, match="Invalid lr: expected a finite number >= 0, got nan"):
-        opt.step()
-    assert p.tolist() == W
-
-
 def wrong_shape(opt, p):
     opt.state[p]["momentum_buffer"] = torch.zeros(3)
 
@@ -130,7 +118,7 @@ def invalid_axis(opt, p):
 
 
 def reshaped_parameter(opt, p):
-    """torch looks at its shape when it is set alone."""
+    """torch checks the shape of a gradient only when it is assigned."""
     p.data = torch.ones(7)
 
 
@@ -142,7 +130,7 @@ def shared_memory(opt, p):
     p.data = opt.param_groups[0]["params"][0].data[0, :4]
 
 
-# What the calls over a nest say.
+# The argument names of `lars_update`, which must not occur.
 OTHER_TERMS = re.compile(r"\b(dcdw|w|out|state|velocity|weights|leaf|leaves)\b(?!_)")
 
 
@@ -164,7 +152,7 @@ OTHER_TERMS = re.compile(r"\b(dcdw|w|out|state|velocity|weights|leaf|leaves)\b(?
     ],
 )
 def test_an_error_names_the_parameters_and_nothing_is_written(spoil, says, foreach):
-    """Whatever group they are in, in the terms of torch."""
+    """In the terms of torch, whichever group the parameter is in."""
     net = model()
     first, second = param_groups(net, named=True)
     opt = Lars([{**first, "momentum": 0.0}, second], 0.5, foreach=foreach)
@@ -186,7 +174,7 @@ def test_an_error_names_the_parameters_and_nothing_is_written(spoil, says, forea
 @FOREACH
 @pytest.mark.parametrize("momenta", [(0.9, 0.9), (0.9, 0.0), (0.0, 0.0)])
 def test_parameters_that_share_memory_are_refused(momenta, foreach):
-    """Each is another Parameter, so torch does not see that they are tied."""
+    """They are different Parameters, so torch does not see that they are tied."""
     x = torch.ones(4)
     params = [torch.nn.Parameter(y) for y in (x, x[1:3])]
     groups = [{"params": [p], "momentum": m} for p, m in zip(params, momenta, strict=True)]
@@ -201,7 +189,7 @@ def test_parameters_that_share_memory_are_refused(momenta, foreach):
 
 @FOREACH
 def test_steps_of_many_threads_are_all_taken(foreach):
-    """The first ones too: all of them move one buffer."""
+    """Also the first step: all threads use one buffer."""
     p = torch.nn.Parameter(torch.zeros(20_000))
     p.grad = -torch.ones_like(p)
     opt = Lars([p], 1.0, momentum=1.0, adapt=False, foreach=foreach)
@@ -219,34 +207,6 @@ def test_steps_of_many_threads_are_all_taken(foreach):
         worker.join()
     assert opt.state[p]["momentum_buffer"].unique().tolist() == [-160]
     assert p.unique().tolist() == [160 * 161 / 2]
-
-
-@pytest.mark.parametrize("foreach", [None, True])
-def test_ctrl_c_comes_before_a_first_step_or_after_it(foreach):
-    def stepped(line=None):
-        generator = torch.Generator().manual_seed(0)
-        params = [torch.nn.Parameter(torch.randn(3, generator=generator)) for _ in range(3)]
-        groups = [{"params": params[:2]}, {"params": params[2:], "momentum": 0.0}]
-        opt = Lars(groups, 0.1, dampening=0.5, trust_coefficient=0.1, foreach=foreach)
-        for p in params:
-            p.grad = torch.ones(3)
-        reached = line is None or interrupted_at(line, lars_tree.__path__[0], opt.step)
-        buffers = [opt.state[p].get("momentum_buffer") for p in params]
-        return params, opt, buffers, reached
-
-    (*before, _), line, seen = stepped(), 0, set()
-    done, opt, *_ = stepped()
-    opt.step()
-    while True:
-        params, opt, buffers, reached = stepped(line)
-        if not reached:
-            break
-        whole = same(params, done)
-        assert whole or same(params, before[0]), line
-        assert [x is not None for x in buffers] == [whole, whole, False], line
-        seen.add(whole)
-        line += 1
-    assert seen == {False, True}
 
 
 def test_after_the_dtype_of_a_model_has_changed_the_error_says_what_to_do():
