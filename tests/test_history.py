@@ -1,4 +1,4 @@
-"""TrustHistory and ScalarCallback: what is kept, what is waited for, what is drawn."""
+"""TrustHistory and ScalarCallback: recording, waiting for devices, plots."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def recorded(steps=5, count=2, **options):
     return history
 
 
-# What is kept
+# Recording
 
 
 def test_a_history_has_the_ratios_of_each_layer_by_step(library):
@@ -116,9 +116,8 @@ def test_reading_in_between_changes_nothing(read_at):
         history.record(ratios(step))
         if step in read_at:
             assert history.ratios["layer/k1"][-1] == history.steps[-1] + 1
-            assert {type(x) for row in history._rows for x in row} == {
-                np.ndarray
-            }  # no more to fetch
+            kinds = {type(x) for row in history._rows for x in row}
+            assert kinds == {np.ndarray}  # nothing left to fetch
     assert history.ratios["layer/k1"].tolist() == (history.steps + 1).tolist()
 
 
@@ -128,7 +127,7 @@ def test_an_invalid_capacity_is_refused(capacity):
         TrustHistory(capacity=capacity)
 
 
-# What is waited for
+# Waiting
 
 
 @pytest.mark.parametrize("name", ["torch", "jax"])
@@ -178,7 +177,7 @@ def test_lazy_ratios_are_computed_when_recorded():
     assert type(history._rows[0][0]) is np.ndarray
 
 
-# What is drawn
+# Plots
 
 
 def axes_of(history, *arguments):

@@ -1,4 +1,4 @@
-"""Lars over nests: the rule with momentum, in every library. Its state: test_optimizer_state.py."""
+"""Lars over trees: the rule with momentum, in every library. Its state: test_optimizer_state.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ W, G = np.array([3.0, 4.0]), np.array([0.4, 0.3])
 
 
 def steps(opt, w, gradients, out=False):
-    """The weights and the state after a step for each gradient."""
+    """The weights and the state after one step for each gradient."""
     state = opt.init(w)
     for g in gradients:
         w, state = opt.update(w, g, state, out=w if out else None)
@@ -116,7 +116,7 @@ def test_the_whole_range_of_float64(w_exponent, g_exponent):
 
 # ---- Laws
 
-# An optimizer wants gradients of the shapes of their weights.
+# Gradients of an optimizer have the shapes of their weights.
 LAYERS = layers(DTYPES)
 NESTS = nests(LAYERS)
 
@@ -132,7 +132,7 @@ def test_without_momentum_it_is_lars_update_to_the_bit(pair, options, momentum):
 
 @given(pair=NESTS, options=options(), nesterov=st.booleans())
 def test_the_first_step_moves_by_the_step_of_lars_update(pair, options, nesterov):
-    """From rest v = u, to the bit that w - u shows: and with nesterov 1 + m times that."""
+    """The velocity after the first step is u, within the rounding errors of w - u."""
     w, g = pair
     _, state = steps(Lars(0.25, 0.5, nesterov, **options), w, [g])
     zero = [(path, x) for path, x in walk(state["velocity"])]
@@ -155,7 +155,7 @@ def test_the_first_step_moves_by_the_step_of_lars_update(pair, options, nesterov
 @given(pair=NESTS, nesterov=st.booleans())
 def test_in_place_and_out_of_place_agree(pair, nesterov):
     w, g = pair
-    assume(w is not None)  # which as `out` means something else
+    assume(w is not None)  # out=None is out of place
     opt = Lars(0.1, 0.9, nesterov, decay_lambda=0.01)
     expected, after = steps(opt, w, [g, g, g])
     out = copy.deepcopy(w)
@@ -203,7 +203,7 @@ def test_stacked_layers_are_updated_like_separate_layers():
 
 
 def test_trust_clip_limits_the_local_rate():
-    """LARC: it is min(ratio, lr), so a layer whose ratio is below lr moves at that."""
+    """LARC: the local rate is min(ratio, lr)."""
     w, g = {"a": 100 * W, "b": 0.001 * W}, {"a": G, "b": G}
     _, state = steps(Lars(0.1, trust_clip=True), w, [g])
     np.testing.assert_allclose(state.velocity.a, 0.1 * G, rtol=1e-15)
@@ -251,10 +251,10 @@ def test_every_library_agrees_with_numpy(library):
 
 
 def test_every_library_stacks_and_clips_layers(library):
-    """Against a loop over the layers, in numpy."""
+    """Compared with a loop over the layers in numpy."""
     rng = np.random.default_rng(0)
     w, g = rng.normal(size=(2, 3, 4))
-    w[1] *= 1e-3  # so that one ratio is clipped, and one is not
+    w[1] *= 1e-3  # one ratio is clipped, the other is not
     options = {"trust_clip": True, "decay_lambda": 0.1, "nesterov": True}
     each = [steps(Lars(0.1, **options), x, [dx, dx])[0] for x, dx in zip(w, g, strict=True)]
     made, given = to_library(library.name, w), to_library(library.name, g)

@@ -1,4 +1,4 @@
-"""Schedules: values, laws, and the same numbers from traced steps."""
+"""Schedules: values, laws, and agreement of the libraries."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_schedules_compare_hash_and_pickle_by_value(schedule):
 
 @pytest.mark.parametrize("number", [np.int64, np.uint8, np.array], ids=lambda x: x.__name__)
 def test_numpy_numbers_become_python_numbers(number):
-    """Also under jit, where they would bring their own precision in."""
+    """Also under jit, where numpy numbers would change the dtype of the rate."""
     rate = np.float32(0.5)
     for plain, other in [
         (Constant(0.5, 7), Constant(rate, number(7))),
@@ -171,7 +171,7 @@ STEPS = (-1.5, 0.5, 3.0, 6.75, 7.0, 20.5, 60.25, 99.5, 1000.0, math.inf)
 
 @pytest.mark.parametrize("schedule", EACH, ids=repr)
 def test_a_fractional_step_has_one_rate_in_every_library(schedule):
-    """Eagerly, where it was that of the whole step below, and traced."""
+    """Eager and traced."""
     jax, torch = need("jax"), need("torch")
     expected = [schedule(step) for step in STEPS]
     assert all(isinstance(rate, float) for rate in expected)

@@ -67,8 +67,8 @@ def test_ctrl_c_interrupts_before_or_after_a_step_of_all_parameters(steps, nativ
     before, done = snapshot(*made(steps)), snapshot(*made(steps + 1))
     assert not equal(before, done)
     seen = set()
-    # Every third line of the optimizer, and every seventh line of what it calls.
-    for paths, stride in (((f"{FOLDER}/torch", f"{FOLDER}/_torch"), 3), (FOLDER, 7)):
+    # Every third line of the optimizer, and every eleventh line of the package.
+    for paths, stride in (((f"{FOLDER}/torch", f"{FOLDER}/_torch"), 3), (FOLDER, 11)):
         line = steps
         while True:
             params, opt = made(steps)
