@@ -1,7 +1,7 @@
-"""All that can be wrong with the arrays of an update, found before the first byte is written.
+"""All checks of the arrays of an update, made before the first byte is written.
 
-One function a question; each looks at one leaf and reports what it finds. Structure is checked in
-`_tree.py`, the values of options in `_options.py`.
+One function for each question, which looks at one leaf and returns the first fault. Structure is
+checked in `_tree.py`, the values of options in `_options.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Paths = Callable[[], list[errors.Path]]
 
 
 class Fault(NamedTuple):
-    """One thing wrong at one leaf."""
+    """One fault of one leaf."""
 
     kind: type[errors.LarsTreeError]
     argument: str
@@ -32,55 +32,51 @@ class Fault(NamedTuple):
 def check(
     leaves: list[Leaf], paths: Paths, *, same_shapes: bool = False, words: Words = WORDS
 ) -> list[Row]:
-    """Raise what is wrong with the arrays of these leaves: one kind of error, all its paths.
+    """Check the arrays of these leaves, and return the leaves with their operands.
 
     Args:
-        leaves: What is to be stepped or copied.
-        paths: Makes the paths of all leaves of the tree, for an error.
+        leaves: The leaves to be updated or copied.
+        paths: Returns the paths of all leaves of the tree, for an error.
         same_shapes: Whether gradients must have the shapes of their weights.
         words: What the caller calls the arguments.
 
-    Returns:
-        The leaves with what was read of their arrays.
-
     Raises:
-        LarsTreeError: of the kind found first.
+        LarsTreeError: of the kind of the first fault; names all leaves with this fault.
     """
     rows = with_operands(leaves)
     faults = ((row, _fault(row, same_shapes, words)) for row in rows)
-    found = [(row.leaf.place, fault) for row, fault in faults if fault]
+    found = [(row.leaf.leaf_index, fault) for row, fault in faults if fault]
     _raise(found, paths, words)
     return rows
 
 
 def check_apart(rows: list[Row], paths: Paths, words: Words = WORDS) -> None:
-    """Raise where two arrays that are to be written to share memory: one kind of error, all paths.
+    """Check that no two arrays that are written share memory.
 
     Raises:
-        OutError: of the kind found first.
+        OutError: names all leaves with the first fault.
     """
     pairs = _overlaps.shared(rows)
-    found = [(other.leaf.place, _shared(one, other, paths, words)) for one, other in pairs]
+    found = [(other.leaf.leaf_index, _shared(one, other, paths, words)) for one, other in pairs]
     _raise(found, paths, words)
 
 
 def check_weights(leaves: list[Any], paths: Paths) -> None:
-    """Raise what is wrong with weights alone: what no step takes, whatever the gradients.
+    """Check weights without gradients.
 
-    None, and arrays of numbers or words that are not floating point, may stand among weights: they
-    never move.
+    None, and arrays that are not floating point, are allowed: they are never updated.
 
     Raises:
-        LarsTreeError: of the kind found first.
+        LarsTreeError: as `check`.
     """
-    faults = ((place, _unfit(Operand(x))) for place, x in enumerate(leaves) if x is not None)
-    _raise([(place, fault) for place, fault in faults if fault], paths, WORDS)
+    faults = ((index, _unfit(Operand(x))) for index, x in enumerate(leaves) if x is not None)
+    _raise([(index, fault) for index, fault in faults if fault], paths, WORDS)
 
 
 def _raise(found: list[tuple[int, Fault]], paths: Paths, words: Words) -> None:
     if found:
         first = found[0][1]
-        same = [(paths()[place], fault.text) for place, fault in found if fault[:3] == first[:3]]
+        same = [(paths()[index], fault.text) for index, fault in found if fault[:3] == first[:3]]
         raise words.error(*first[:3], same)
 
 
@@ -95,26 +91,22 @@ def _unfit(w: Operand) -> Fault | None:
 
 def _fault(row: Row, same_shapes: bool, words: Words) -> Fault | None:
     """The first fault of a leaf."""
-    shape = (_same_shape,) if same_shapes else ()
-    step = (_weights, _gradient, *shape, _rates, _layer_axis, _mesh_axes, _looking)
-    for question in (*(step if row.leaf.dcdw is not None else (_data,)), _velocity, _out):
-        fault: Fault | None = question(row, words)
-        if fault:
-            return fault
-    return None
-
-
-def _weights(row: Row, words: Words) -> Fault | None:
-    return _unusable("w", row.w, words)
-
-
-def _data(row: Row, words: Words) -> Fault | None:
-    """Weights without a gradient may be of any dtype, but must be there to be copied."""
-    return _faulty("w", row.w, words)
+    if row.leaf.dcdw is None:  # the weights are at most copied, so their dtype does not matter
+        fault = _faulty("w", row.w, words)
+    else:
+        fault = (
+            _unusable("w", row.w, words)
+            or _gradient(row, same_shapes, words)
+            or _options(row, words)
+            or _layer_axis(row, words)
+            or _mesh_axes(row, words)
+            or _readable(row, words)
+        )
+    return fault or _velocity(row, words) or _out(row, words)
 
 
 def _not_an_array(argument: str, x: Operand, words: Words) -> Fault:
-    headline = f"{words.name(argument)} holds something that is no array"
+    headline = f"{words.name(argument)} holds something that is not an array"
     text = f"expected an array, got {errors.describe(x.x)}"
     return Fault(errors.LeafError, argument, headline, text)
 
@@ -134,7 +126,7 @@ def _unusable(argument: str, x: Operand, words: Words) -> Fault | None:
     return Fault(errors.DtypeError, argument, headline, text)
 
 
-def _gradient(row: Row, words: Words) -> Fault | None:
+def _gradient(row: Row, same_shapes: bool, words: Words) -> Fault | None:
     fault = _belongs("dcdw", row, row.dcdw, words) or _unusable("dcdw", row.dcdw, words)
     if fault:
         return fault
@@ -143,20 +135,16 @@ def _gradient(row: Row, words: Words) -> Fault | None:
         headline = f"{words.dcdw} and {words.w} mix real and complex numbers"
         text = f"expected {ours.kind.value} as in {words.w} ({ours.dtype}), got {theirs.dtype}"
         return Fault(errors.DtypeError, "dcdw", headline, text)
-    return _broadcasts("dcdw", ours, theirs, words)
-
-
-def _same_shape(row: Row, words: Words) -> Fault | None:
-    ours, theirs = row.w.facts.shape, row.dcdw.facts.shape
-    if ours == theirs:
-        return None
+    fault = _broadcasts("dcdw", ours, theirs, words)
+    if fault or not same_shapes or ours.shape == theirs.shape:
+        return fault
     headline = f"{words.dcdw} has another shape than {words.w}"
-    text = f"expected shape {ours} as in {words.w}, got {theirs}"
+    text = f"expected shape {ours.shape} as in {words.w}, got {theirs.shape}"
     return Fault(errors.ShapeError, "dcdw", headline, text)
 
 
 def _belongs(argument: str, row: Row, x: Operand, words: Words) -> Fault | None:
-    """Whether x is of the library of the weights, and on their device."""
+    """Whether x is of the same library, and on the same devices, as the weights."""
     backend = row.leaf.backend
     if x is row.w or (x.backend is backend and x.fault):
         return None
@@ -169,8 +157,10 @@ def _belongs(argument: str, row: Row, x: Operand, words: Words) -> Fault | None:
     if ours.device != theirs.device and None not in (ours.device, theirs.device):
         text = f"expected an array on {_device(ours)} as in {words.w}, got one on {_device(theirs)}"
         return _misplaced(argument, text, words)
-    if ours.layout != theirs.layout:
-        return _spread(argument, ours, theirs, words) or _varies(argument, row.w, x, words)
+    if ours.sharding != theirs.sharding:
+        fault = _sharded(argument, ours, theirs, words)
+        if fault:
+            return fault
     return _varies(argument, row.w, x, words) if x.varying else None
 
 
@@ -179,22 +169,21 @@ def _misplaced(argument: str, text: str, words: Words) -> Fault:
     return Fault(errors.BackendError, argument, headline, text)
 
 
-def _spread(argument: str, ours: Facts, theirs: Facts, words: Words) -> Fault | None:
-    """Whether x is on the device mesh of w and, where it is written, has its placements."""
-    headline = f"{words.name(argument)} is not laid out over the processes as {words.w} is"
+def _sharded(argument: str, ours: Facts, theirs: Facts, words: Words) -> Fault | None:
+    """X must be on the device mesh of w; an array that is written must also have its placements."""
+    headline = f"{words.name(argument)} is not sharded like {words.w}"
     if argument not in ("out", "state"):
-        # A number is the same in all processes, for weights that are spread over them too.
-        is_number = theirs.layout is None and math.prod(theirs.shape) == 1
-        meshes = [facts.layout and facts.layout.mesh for facts in (ours, theirs)]
+        is_number = theirs.sharding is None and math.prod(theirs.shape) == 1
+        meshes = [facts.sharding and facts.sharding.mesh for facts in (ours, theirs)]
         if is_number or meshes[0] == meshes[1]:
             return None
-        headline = f"{words.name(argument)} and {words.w} are not spread over the same processes"
-    text = f"expected {_layout(ours)}, got {_layout(theirs)}"
+        headline = f"{words.name(argument)} and {words.w} are not on the same device mesh"
+    text = f"expected {_tensor(ours)}, got {_tensor(theirs)}"
     return Fault(errors.BackendError, argument, headline, text)
 
 
 def _varies(argument: str, w: Operand, x: Operand, words: Words) -> Fault | None:
-    """Whether x differs between devices of a `jax.shard_map` that hold the same weights."""
+    """X must not differ between devices of a `jax.shard_map` that hold the same weights."""
     axes = x.varying - w.varying
     if not axes:
         return None
@@ -207,10 +196,10 @@ def _varies(argument: str, w: Operand, x: Operand, words: Words) -> Fault | None
     return Fault(errors.BackendError, argument, headline, text)
 
 
-def _layout(facts: Facts) -> str:
-    if facts.layout is None:
-        return f"a plain tensor of shape {facts.shape}"
-    mesh, placements = facts.layout
+def _tensor(facts: Facts) -> str:
+    if facts.sharding is None:
+        return f"a tensor of shape {facts.shape} that is not a DTensor"
+    mesh, placements = facts.sharding
     return f"a DTensor of shape {facts.shape} with placements {placements} over {mesh}"
 
 
@@ -222,7 +211,7 @@ def _device(facts: Facts) -> str:
 def _broadcasts(argument: str, ours: Facts, theirs: Facts, words: Words) -> Fault | None:
     if ours.shape == theirs.shape:
         return None
-    # Not by numpy.broadcast_shapes, which knows no more than 32 axes. Each is 1 or as in w.
+    # numpy.broadcast_shapes takes 32 axes at most.
     extra = len(ours.shape) - len(theirs.shape)
     pairs = zip(ours.shape[max(extra, 0) :], theirs.shape, strict=False)
     if extra >= 0 and all(n in (1, most) for most, n in pairs):
@@ -247,13 +236,13 @@ def _velocity(row: Row, words: Words) -> Fault | None:
     return Fault(errors.StateError, "state", f"{words.state} does not fit {words.w}", text)
 
 
-def _rates(row: Row, words: Words) -> Fault | None:
-    """Options that are still arrays: rates with a shape, tracers, numbers on an accelerator."""
+def _options(row: Row, words: Words) -> Fault | None:
+    """Options that are arrays: rates with a shape, tracers, numbers on an accelerator."""
     for name, value in row.options:
-        # One in CPU memory serves every library.
+        # A numpy array fits every library.
         fault = None if isinstance(value.x, np.ndarray) else _belongs(name, row, value, words)
         ours, theirs = row.w.facts, value.facts
-        if not fault and ours.layout is not None and math.prod(theirs.shape) != 1:
+        if not fault and ours.sharding is not None and math.prod(theirs.shape) != 1:
             text = f"expected one number for a DTensor, got an array of shape {theirs.shape}"
             return Fault(
                 errors.ShapeError, name, f"{words.name(name)} does not broadcast to {words.w}", text
@@ -279,12 +268,12 @@ def _mesh_axes(row: Row, words: Words) -> Fault | None:
     return Fault(errors.OptionError, "axis_name", headline, fault) if fault else None
 
 
-def _looking(row: Row, words: Words) -> Fault | None:
-    """Whether nonfinite="raise" can look at the values."""
+def _readable(row: Row, words: Words) -> Fault | None:
+    """With nonfinite="raise", the values must be known."""
     if row.leaf.rule.nonfinite != "raise":
         return None
     arrays = (row.w, row.dcdw, *(x for _, x in row.options))
-    if not any(x.backend and x.backend.values(x.x) is Values.LATER for x in arrays):
+    if not any(x.backend and x.backend.values(x.x) is Values.TRACED for x in arrays):
         return None
     headline = "nonfinite cannot raise: the values are not known yet"
     text = "expected 'propagate' or 'skip' for a traced or lazy array, got 'raise'"
@@ -314,7 +303,7 @@ def _unwritable(argument: str, row: Row, x: Operand, words: Words) -> Fault | No
     fault = x.fault or row.leaf.backend.out_fault(x.x)
     if not (fault or row.leaf.rule.stop_gradients):
         arrays = (row.w, row.dcdw, x, *(option for _, option in row.options))
-        if any(array.backend and array.backend.records(array.x) for array in arrays):
+        if any(array.backend and array.backend.is_tracked(array.x) for array in arrays):
             fault = f"part of a graph: with stop_gradients=False, leave out `{words.out}`"
     if fault:
         headline = f"{words.name(argument)} cannot be written to"
@@ -326,7 +315,7 @@ def _unwritable(argument: str, row: Row, x: Operand, words: Words) -> Fault | No
 
 
 def _shared(one: _overlaps.Target, other: _overlaps.Target, paths: Paths, words: Words) -> Fault:
-    path = words.path(paths()[one.leaf.place])
+    path = words.path(paths()[one.leaf.leaf_index])
     if one.argument == other.argument == "out":
         headline, text = f"two {words.outs} share memory (tied {words.weights})", path
     else:

@@ -75,7 +75,7 @@ def _elements(x: Any) -> Array | None:
     if isinstance(x, (int, float, complex)):
         return np.asarray(x)
     backend = _backends.find(x)
-    if backend is None or backend.fault(x) or backend.values(x) is Values.LATER:
+    if backend is None or backend.fault(x) or backend.values(x) is Values.TRACED:
         return None
     if backend.facts(x).kind is Kind.OTHER and not _is_plain(x):
         return None

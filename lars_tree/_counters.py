@@ -1,4 +1,4 @@
-"""The counters in the state of an optimizer: what can be wrong with them."""
+"""The counters in the state of an optimizer: their checks, and how they are incremented."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from lars_tree._writes import Writes
 
 NAMES = ("step", "skipped")
 
-# Shorter ones overflow while people watch, and that in silence.
-_FEWEST_BYTES = 4
+_MIN_BYTES = 4  # shorter counters may overflow silently within one training run
 
 
 def check(state: dict[str, Any], written: bool) -> None:
-    """Raise what is wrong with the counters of a state.
+    """Check the counters of a state.
 
     Raises:
-        StateError: one is no integer array without axes, or is too short.
-        OutError: one is to be written to, and cannot be, or shares memory with the other.
+        StateError: a counter is not a 0-d integer array of at least 32 bits.
+        OutError: a counter that is written is read-only, or shares memory with the other one.
     """
     counters = {name: unwrap(state[name]) for name in NAMES if name in state}
     for name, x in counters.items():
@@ -45,10 +44,10 @@ def check(state: dict[str, Any], written: bool) -> None:
 def check_apart(
     counters: Mapping[str, Any], leaves: list[Leaf], paths: Callable[[], list[errors.Path]]
 ) -> None:
-    """Raise where a counter shares memory with weights or velocities that are to be written to.
+    """Check that no counter shares memory with weights or velocities that are written.
 
     Raises:
-        OutError: naming both.
+        OutError: names both.
     """
     targets = [(leaf, "out", leaf.out) for leaf in leaves if leaf.out is not None]
     targets += [(leaf, "state", leaf.velocity) for leaf, *_ in targets if leaf.velocity is not None]
@@ -56,19 +55,19 @@ def check_apart(
         found = _sharing(counters[name], [x for *_, x in targets])
         if found:
             leaf, argument, _ = targets[found[0]]
-            path = errors.path_string(paths()[leaf.place]) or "the array"
+            path = errors.path_string(paths()[leaf.leaf_index]) or "the array"
             raise _unwritable(name, f"it shares memory with {path} of {argument}")
 
 
 def spans(state: dict[str, Any]) -> list[tuple[int, int]]:
-    """The stretches of memory of those counters that can be written to."""
-    memories = (_place(unwrap(state[name]))[1] for name in NAMES if name in state)
+    """The memory ranges of the counters, where they are known."""
+    memories = (_space_and_memory(unwrap(state[name]))[1] for name in NAMES if name in state)
     found = (_memory.span(memory) for memory in memories if memory is not None)
     return [(start, start + size) for start, size in found]
 
 
 def _fault(x: Any) -> str | None:
-    """What x is instead of a counter; None if it is one."""
+    """A description of x if it is not a valid counter; otherwise None."""
     backend = _backends.find(x)
     if backend is None:
         return errors.describe(x)
@@ -76,8 +75,8 @@ def _fault(x: Any) -> str | None:
     if fault:
         return fault
     facts = backend.facts(x)
-    # Types that do not tell their size are those of the array API standard.
-    is_long = getattr(facts.dtype, "itemsize", _FEWEST_BYTES) >= _FEWEST_BYTES
+    # The dtypes of the array API standard have no itemsize.
+    is_long = getattr(facts.dtype, "itemsize", _MIN_BYTES) >= _MIN_BYTES
     can_count = getattr(facts.dtype, "is_signed", True)  # torch cannot add to its unsigned types
     if facts.kind is Kind.INTEGER and facts.shape == () and is_long and can_count:
         return None
@@ -89,25 +88,25 @@ def _unwritable(name: str, text: str) -> errors.LarsTreeError:
 
 
 def _sharing(x: Any, others: list[Any]) -> list[int]:
-    """Which of the others share memory with x, as far as that is known."""
-    space, memory = _place(x)
-    places = ((i, *_place(other)) for i, other in enumerate(others))
-    near = [(i, theirs) for i, there, theirs in places if there == space and theirs is not None]
+    """The indices of those others that are known to share memory with x."""
+    space, memory = _space_and_memory(x)
+    memories = ((i, *_space_and_memory(other)) for i, other in enumerate(others))
+    near = [(i, theirs) for i, there, theirs in memories if there == space and theirs is not None]
     if memory is None or not near:
         return []
     found = _memory.overlapping([memory], [theirs for _, theirs in near])
     return sorted(near[k][0] for _, k in found)
 
 
-def _place(x: Any) -> tuple[str, np.ndarray[Any, Any] | None]:
-    """The address space that an array is in, and its addresses there if they are known."""
+def _space_and_memory(x: Any) -> tuple[str, _memory.NumpyArray | None]:
+    """The address space of an array, and its addresses there if they are known."""
     backend = _backends.find(x)
     assert backend is not None
     return str(backend.facts(x).device), backend.memory(x)
 
 
 def counted(counter: Any, name: str, taken: Any) -> Any:
-    """A counter after a step that was taken, or was not; `taken` may be an array, not known yet."""
+    """The new value of a counter; `taken` may be an array that is not known yet."""
     if isinstance(taken, bool):
         count = unwrap(counter) + int(taken is (name == "step"))
     else:
@@ -116,7 +115,7 @@ def counted(counter: Any, name: str, taken: Any) -> Any:
 
 
 def count_in_place(counters: Mapping[str, Any], taken: Any, writes: Writes) -> None:
-    """Have these counters written as they are after the step."""
+    """Add the new values of these counters to the writes."""
     for name, counter in counters.items():
         backend = _backends.find(counter)
         if backend is not None:

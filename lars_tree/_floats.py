@@ -1,8 +1,8 @@
-"""The floating-point environment: the default one, whatever the caller or a library has set.
+"""Run Python code in the default floating-point environment, whatever the caller has set.
 
-Rounding modes and flushing subnormal numbers to zero change what numpy and Python compute. The
-native kernel (step.hpp) sees to itself; this is for what is computed in Python. The functions are
-those of the C library, on Linux and macOS; elsewhere the caller's environment stays.
+Rounding modes and flushing subnormal numbers to zero change the results of numpy and Python. The
+native kernel sets its own environment (step.hpp). Elsewhere than on Linux and macOS the
+environment of the caller stays.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any, ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_SIZE = 256  # of any fenv_t, and more
+_SIZE = 256  # bytes, more than any fenv_t has
 
 
 def _environment() -> tuple[Any, Any, Any] | None:
-    """Fegetenv, fesetenv and FE_DFL_ENV; None where they are not known."""
+    """`fegetenv`, `fesetenv` and `FE_DFL_ENV` of the C library; None if they are unknown."""
     if sys.platform not in ("linux", "darwin"):
         return None
-    # PyDLL: such short calls keep the GIL.
+    # PyDLL: calls this short need not release the GIL.
     for name in (None, "libm.so.6"):
         try:
             library = ctypes.PyDLL(name)
@@ -32,7 +32,7 @@ def _environment() -> tuple[Any, Any, Any] | None:
             continue
         if sys.platform == "darwin":
             return *functions, ctypes.byref(ctypes.c_char.in_dll(library, "_FE_DFL_ENV"))
-        return *functions, ctypes.c_void_p(-1)  # of glibc and musl, on any processor
+        return *functions, ctypes.c_void_p(-1)  # glibc and musl, on any processor
     return None
 
 
@@ -40,7 +40,7 @@ _ENVIRONMENT = _environment()
 
 
 def in_default_floats(function: Callable[P, T]) -> Callable[P, T]:
-    """The function, called in the default environment; that of the caller is there again after."""
+    """Decorator: call the function in the default environment, then restore the caller's."""
     if _ENVIRONMENT is None:
         return function
     get, set_, default = _ENVIRONMENT
@@ -49,7 +49,7 @@ def in_default_floats(function: Callable[P, T]) -> Callable[P, T]:
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         before = ctypes.create_string_buffer(_SIZE)
         get(before)
-        # C functions, called directly: no signal is handled between one and the `try` around it.
+        # No signal handler runs between a direct call of a C function and the `try` around it.
         try:
             set_(default)
             return function(*args, **kwargs)

@@ -184,7 +184,7 @@ def _kept(x: Any) -> Any:
         return np.asarray(x, np.float64)
     if is_traced(x):
         raise traced_error("ratios")
-    return fetch("ratios", [x])[0] if backend.values(x) is Values.LATER else x
+    return fetch("ratios", [x])[0] if backend.values(x) is Values.TRACED else x
 
 
 def _shapes_with(row: list[Any], shapes: list[Any], like: Any) -> list[Any]:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lars_tree import _backends, _nonfinite, errors
-from lars_tree._backends.base import Backend, Leaf, Values
+from lars_tree import _backends, errors
+from lars_tree._backends.base import Backend, Leaf, Values, grouped
 from lars_tree._core.advance import matched
 from lars_tree._core.execute import checked
 from lars_tree._core.native import Native
@@ -42,13 +42,13 @@ def measure(
     leaves = [row.leaf for row in checked(columns, caller, native.rest)[0]]
     found = native.measured()
     to_measure = [leaf for leaf in leaves if leaf.dcdw is not None]
-    for backend, group in _nonfinite.by_backend(to_measure).items():
-        places = (leaf.place for leaf in group)
-        found |= zip(places, backend.measure(group), strict=True)
+    for backend, group in grouped(to_measure, lambda leaf: leaf.backend).items():
+        indices = (leaf.leaf_index for leaf in group)
+        found |= zip(indices, backend.measure(group), strict=True)
     reports = list(map(LeafReport, columns.ws, columns.rules))
-    for place, measured in found.items():
-        norm = _step_norm(checked(columns, caller, [place])[0][0].leaf) if with_steps else None
-        reports[place] = reports[place]._replace(measured=measured, step_norm=norm)
+    for i, measured in found.items():
+        norm = _step_norm(checked(columns, caller, [i])[0][0].leaf) if with_steps else None
+        reports[i] = reports[i]._replace(measured=measured, step_norm=norm)
     return reports
 
 
@@ -104,7 +104,7 @@ def unreadable(x: Any) -> str | None:
 def is_traced(x: Any) -> bool:
     """Whether x is a tracer, which never has a value."""
     backend = _backends.find(x)
-    return backend is not None and backend.values(x) is Values.LATER and backend.records(x)
+    return backend is not None and backend.values(x) is Values.TRACED and backend.is_tracked(x)
 
 
 def traced_error(argument: str) -> errors.LarsTreeError:

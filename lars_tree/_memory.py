@@ -1,7 +1,6 @@
-"""Where arrays lie in memory.
+"""Addresses of arrays: which overlap, and which can be written to.
 
-Works on addresses alone: the arrays given here are numpy arrays that may stand for memory of any
-device, and are never read.
+The numpy arrays given here may describe the memory of any device, and are never read.
 """
 
 from __future__ import annotations
@@ -16,14 +15,16 @@ from typing import Any
 import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
-Array = np.ndarray[Any, Any]
+NumpyArray = np.ndarray[Any, Any]
 
-# How hard to try to prove that two interleaved views share no element, before assuming they do.
+# The effort to prove that two interleaved views share no element, before assuming that they do.
 _MAX_WORK: Any = 10_000
 
+READ_ONLY_MAP = "read-only: it shares memory that is mapped for reading alone"
 
-def overlaps_itself(x: Array) -> bool:
-    """Whether two elements may share memory, as in the result of a broadcast."""
+
+def overlaps_itself(x: NumpyArray) -> bool:
+    """Whether two elements may share memory, as after a broadcast."""
     if x.flags.forc or not x.size:
         return False
     extent = x.itemsize
@@ -34,20 +35,20 @@ def overlaps_itself(x: Array) -> bool:
     return False
 
 
-def same(a: Array, b: Array) -> bool:
-    """Whether a and b are the very same elements in the same places."""
-    return _layout(a) == _layout(b)
+def same(a: NumpyArray, b: NumpyArray) -> bool:
+    """Whether a and b are the same elements in the same order."""
+    starts = [x.__array_interface__["data"][0] for x in (a, b)]
+    layouts = [(x.shape, x.strides, x.itemsize) for x in (a, b)]
+    return starts[0] == starts[1] and layouts[0] == layouts[1]
 
 
-def _layout(x: Array) -> tuple[int, tuple[int, ...], tuple[int, ...], int]:
-    return x.__array_interface__["data"][0], x.shape, x.strides, x.itemsize
-
-
-def overlapping(written: list[Array], read: list[Array] | None = None) -> Iterator[tuple[int, int]]:
+def overlapping(
+    written: list[NumpyArray], read: list[NumpyArray] | None = None
+) -> Iterator[tuple[int, int]]:
     """Pairs of indices of arrays that share an element.
 
-    Both among `written`, the first index the smaller one; or, where `read` is given, the first
-    among `written` and the second among `read`.
+    With `read`, the first index is one of `written` and the second one of `read`; otherwise both
+    are of `written`, the smaller one first.
     """
     lists = [written] if read is None else [written, read]
     bounds = sorted(
@@ -56,7 +57,7 @@ def overlapping(written: list[Array], read: list[Array] | None = None) -> Iterat
         for i, x in enumerate(xs)
         if x.size
     )
-    # For each side the (end, index) of those arrays seen that may reach into the next ones.
+    # For each list: (end, index) of the previous arrays that end after the current start.
     reaching: list[list[tuple[int, int]]] = [[] for _ in lists]
     for start, end, side, i in bounds:
         for k, ends in enumerate(reaching):
@@ -68,21 +69,21 @@ def overlapping(written: list[Array], read: list[Array] | None = None) -> Iterat
         reaching[side].append((end, i))
 
 
-def _share(a: Array, b: Array) -> bool:
+def _share(a: NumpyArray, b: NumpyArray) -> bool:
     try:
         return np.shares_memory(a, b, max_work=_MAX_WORK)
     except np.exceptions.TooHardError:
         return True
 
 
-def span(x: Array) -> tuple[int, int]:
-    """The address of the first byte of an array, and the number of bytes up to its last one."""
+def span(x: NumpyArray) -> tuple[int, int]:
+    """The address of the first byte of an array, and the number of bytes up to its end."""
     start, end = byte_bounds(x)
     return start, end - start if x.size else 0
 
 
 def is_mapped_read_only(address: int, size: int) -> bool:
-    """Whether part of this memory is mapped for reading alone, where the system tells (Linux)."""
+    """Whether part of this memory is mapped read-only; known on Linux only."""
     maps = Path("/proc/self/maps")
     if not size or _can_be_written(address, size) or not maps.exists():
         return False
@@ -95,14 +96,14 @@ def is_mapped_read_only(address: int, size: int) -> bool:
 
 
 def _can_be_written(address: int, size: int) -> bool:
-    """Whether the first and the last page can be written to, where the system tells (Linux 5.14).
+    """Whether the first and the last page can be written to; known since Linux 5.14.
 
-    As `is_writable` of `_native/memory.hpp`; takes microseconds, where reading all maps takes
-    milliseconds in a process with many.
+    As `is_writable` of `_native/memory.hpp`. Takes microseconds; reading all maps of a large
+    process takes milliseconds.
     """
     advise, page = _madvise(), mmap.PAGESIZE
-    places = {place - place % page for place in (address, address + size - 1)}
-    return advise is not None and all(advise(place, page, _POPULATE_WRITE) == 0 for place in places)
+    starts = {x - x % page for x in (address, address + size - 1)}
+    return advise is not None and all(advise(x, page, _POPULATE_WRITE) == 0 for x in starts)
 
 
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE
@@ -112,15 +113,15 @@ _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE
 def _madvise() -> Callable[[int, int, int], int] | None:
     if sys.platform != "linux":
         return None
-    import ctypes  # for memory of other libraries alone
+    import ctypes  # only for memory of other libraries
 
     function = ctypes.CDLL(None).madvise
     function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return function
 
 
-def is_foreign(x: Array) -> bool:
-    """Whether numpy did not allocate the memory of x: then its writeable flag may be wrong."""
+def is_foreign(x: NumpyArray) -> bool:
+    """Whether the memory of x is not numpy's own, so that its writeable flag may be wrong."""
     owner: Any = x
     while issubclass(type(owner), np.ndarray):
         owner, array = owner.base, owner

@@ -1,4 +1,4 @@
-"""What `nonfinite` asks for: whether results may be written, or what stands in their place."""
+"""The option `nonfinite`: whether the results may be written, or the old values are kept."""
 
 from __future__ import annotations
 
@@ -6,83 +6,79 @@ from collections.abc import Callable
 from typing import Any
 
 from lars_tree import errors
-from lars_tree._backends.base import Backend, Leaf, New, Values
+from lars_tree._backends.base import Leaf, StepResult, Values, grouped
 
 Paths = Callable[[], list[errors.Path]]
 
 
 def guard(
     leaves: list[Leaf],
-    results: dict[int, New],
+    results: dict[int, StepResult],
     paths: Paths,
     words: errors.Words = errors.WORDS,
     native: dict[int, str] | None = None,
-) -> tuple[dict[int, New], Any]:
-    """The results, or what `nonfinite` asks for where they would hold NaN or infinity.
-
-    And whether the step is taken: a bool, or an array of one that is not known yet.
+) -> tuple[dict[int, StepResult], Any]:
+    """Apply the option `nonfinite`: raise, or replace all results by the old values, or neither.
 
     Args:
-        leaves: Those that the native engine does not take.
-        results: Theirs, by place.
-        paths: The paths of all leaves.
+        leaves: The leaves that the native engine does not take.
+        results: Their results, by leaf index.
+        paths: Returns the paths of all leaves.
         words: What the caller calls the arguments.
-        native: What `nonfinite` is for those leaves, by place, to which the native engine would
-            write NaN or infinity; None if it has no leaves.
+        native: The option of each leaf for which the native engine would write NaN or infinity,
+            by leaf index; None if it has no leaves.
+
+    Returns:
+        The results, and whether the step applies: a bool, or an array if that is not known yet.
     """
     steps = [leaf for leaf in leaves if leaf.dcdw is not None]
 
-    def are_finite(backend: Backend, group: list[Leaf]) -> Any:
-        arrays = [x for leaf in group for x in results[leaf.place] if x is not None]
-        return backend.all_finite(arrays)
+    def are_finite(group: list[Leaf]) -> Any:  # all of one backend
+        arrays = [x for leaf in group for x in results[leaf.leaf_index] if x is not None]
+        return group[0].backend.all_finite(arrays)
 
-    bad = [place for place, choice in (native or {}).items() if choice == "raise"]
+    bad = [index for index, choice in (native or {}).items() if choice == "raise"]
     bad += [
-        leaf.place
+        leaf.leaf_index
         for leaf in steps
-        if leaf.rule.nonfinite == "raise" and not bool(are_finite(leaf.backend, [leaf]))
+        if leaf.rule.nonfinite == "raise" and not bool(are_finite([leaf]))
     ]
     if bad:
         headline = f"{words.dcdw} would make {words.weights} that are not finite"
         text = "expected finite numbers, got NaN or infinity"
-        lines = [(paths()[place], text) for place in sorted(bad)]
+        lines = [(paths()[index], text) for index in sorted(bad)]
         raise words.error(errors.NonFiniteError, "dcdw", headline, lines)
-    watched = by_backend([leaf for leaf in steps if leaf.rule.nonfinite == "skip"])
-    flags = [are_finite(backend, group) for backend, group in watched.items()]
+    watched = [leaf for leaf in steps if leaf.rule.nonfinite == "skip"]
+    flags = [are_finite(group) for group in grouped(watched, lambda leaf: leaf.backend).values()]
     flags += [False] if native else []
     if not flags:
         return results, True
     values = {leaf.backend.values(leaf.w) for leaf in steps}
     if native is not None:
-        values.add(Values.HERE)
-    if values != {Values.HERE} and set(watched) == set(by_backend(steps)) and len(flags) == 1:
-        # It stays on its device, and unknown where it is traced.
+        values.add(Values.CPU)
+    backends = {leaf.backend for leaf in steps}
+    if values != {Values.CPU} and len(flags) == 1 and backends == {x.backend for x in watched}:
+        # The flag stays on its device, or traced.
         flag = steps[0].backend.on_all_shards(flags[0], steps)
-    elif Values.LATER in values:
+    elif Values.TRACED in values:
         headline = "nonfinite cannot skip: the values are not known yet"
         text = "expected arrays of one library where some are traced or lazy"
-        lines = [(paths()[leaf.place], text) for leaf in steps if leaf.rule.nonfinite == "skip"]
+        lines = [(paths()[leaf.leaf_index], text) for leaf in watched]
         raise words.error(errors.OptionError, "nonfinite", headline, lines)
     else:
         flag = all(bool(flag) for flag in flags)
 
-    def chosen(leaf: Leaf) -> New:
-        pairs = zip(results[leaf.place], copies(leaf), strict=True)
-        return New(*(None if a is None else leaf.backend.choose(flag, a, b) for a, b in pairs))
+    def chosen(leaf: Leaf) -> StepResult:
+        pairs = zip(results[leaf.leaf_index], copies(leaf), strict=True)
+        return StepResult(
+            *(None if a is None else leaf.backend.choose(flag, a, b) for a, b in pairs)
+        )
 
-    return {leaf.place: chosen(leaf) for leaf in steps}, flag
-
-
-def by_backend(leaves: list[Leaf]) -> dict[Backend, list[Leaf]]:
-    """The leaves of each library."""
-    groups: dict[Backend, list[Leaf]] = {}
-    for leaf in leaves:
-        groups.setdefault(leaf.backend, []).append(leaf)
-    return groups
+    return {leaf.leaf_index: chosen(leaf) for leaf in steps}, flag
 
 
-def copies(leaf: Leaf) -> New:
-    """What the leaf has, in memory of its own."""
+def copies(leaf: Leaf) -> StepResult:
+    """Copies of the old values of a leaf."""
     old = (leaf.w, leaf.velocity)
     stops = leaf.rule.stop_gradients
-    return New(*(None if x is None else leaf.backend.copy(x, stops) for x in old))
+    return StepResult(*(None if x is None else leaf.backend.copy(x, stops) for x in old))

@@ -1,21 +1,19 @@
-"""The arrays of a leaf with what their libraries say of them, each of which is read once."""
+"""Operands: the arrays of leaves with what their libraries report, read once for each array."""
 
 from __future__ import annotations
 
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from lars_tree import _backends, _options
+from lars_tree import _backends, _memory, _options
 from lars_tree._backends.base import Facts, Kind, Leaf
 
 
 class Operand:
-    """An array and what its library reports about it; or None, for which nothing is reported."""
+    """An array and what its library reports about it; or any other object, without a backend."""
 
     fault: str | None = None
-    # Of arrays without a fault.
+    # Only set for arrays without a fault:
     facts = Facts((), Kind.OTHER, None, None)
     varying: frozenset[Any] = frozenset()
 
@@ -29,12 +27,12 @@ class Operand:
                 self.varying = backend.varying(x)
 
     @cached_property
-    def memory(self) -> np.ndarray[Any, Any] | None:
+    def memory(self) -> _memory.NumpyArray | None:
         return None if self.backend is None else self.backend.memory(self.x)
 
 
 class Row(NamedTuple):
-    """A leaf and its arrays, and those among its options by their names."""
+    """A leaf with its operands; `options` are those options that are arrays, by name."""
 
     leaf: Leaf
     w: Operand
@@ -45,7 +43,7 @@ class Row(NamedTuple):
 
 
 def with_operands(leaves: list[Leaf]) -> list[Row]:
-    """The leaves with their arrays, each of which is read once, however many leaves it serves."""
+    """The leaves with their operands; an array that many leaves use is read once."""
     known: dict[int, Operand] = {}
     options: dict[int, list[tuple[str, Operand]]] = {}
 
@@ -60,7 +58,7 @@ def with_operands(leaves: list[Leaf]) -> list[Row]:
         rule = leaf.rule
         if id(rule) not in options:
             given = [(name, x) for name, x in zip(rule._fields, rule, strict=True) if _is_array(x)]
-            options[id(rule)] = [(_options.called(name), read(x)) for name, x in given]
+            options[id(rule)] = [(_options.option_name(name), read(x)) for name, x in given]
         arrays = (read(leaf.w), read(leaf.dcdw), read(leaf.out), read(leaf.velocity))
         rows.append(Row(leaf, *arrays, options[id(rule)]))
     return rows

@@ -1,7 +1,7 @@
 """The options of the rule: checked, and resolved to one `Rule` for each leaf.
 
-Every option is one value or a prefix of the weights' nest. Values are checked where the user wrote
-them; whether they suit the arrays of a leaf is the business of `_checks.py`.
+Every option is one value or a tree of values that is a prefix of the weights. Here values are
+checked by themselves, with their paths in that tree; `_checks.py` compares them with the arrays.
 """
 
 from __future__ import annotations
@@ -41,23 +41,11 @@ class Options(SharedOptions, total=False):
     eps: Any
 
 
-# Of all but the rate, as the signature of `lars_update` has them.
+# The options of `lars_update` without lr, and those of optimizers.
 DEFAULTS: dict[str, Any] = {
-    "decay_lambda": 0,
-    "stop_gradients": True,
-    "trust_coefficient": 1.0,
-    "eps": 0.0,
-    "adapt": True,
-    "trust_clip": False,
-    "joint_norm": False,
-    "grad_scale": 1.0,
-    "nonfinite": "propagate",
-    "layer_axis": None,
-    "axis_name": None,
+    name: Rule._field_defaults[name]
+    for name in ("decay_lambda", "stop_gradients", *Options.__annotations__)
 }
-
-
-# Of optimizers, which have the names and defaults of the field.
 OPTIMIZER_DEFAULTS: dict[str, Any] = {
     "weight_decay": 0,
     **{name: x for name, x in DEFAULTS.items() if name != "decay_lambda"},
@@ -67,16 +55,16 @@ OPTIMIZER_DEFAULTS: dict[str, Any] = {
 
 
 def _field(name: str) -> str:
-    """What the rule calls an option of `lars_update` or of an optimizer."""
+    """The field of the rule for an option of `lars_update` or of an optimizer."""
     return "decay_lambda" if name == "weight_decay" else name
 
 
-def called(name: str) -> str:
-    """What users call an option of the rule: what is `rate` there is the lr of torch optimizers."""
-    return "lr" if name == "rate" else name
+def option_name(field: str) -> str:
+    """The user's name for a field of the rule: `rate` is the lr of torch optimizers."""
+    return "lr" if field == "rate" else field
 
 
-# Names of other packages, and what they are called here.
+# Names in other packages, and the names here.
 CALLED_ELSEWHERE = {
     "weight_decay": "decay_lambda",
     "decay_lambda": "weight_decay",
@@ -88,86 +76,85 @@ CALLED_ELSEWHERE = {
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-
 _UNKNOWN = object()
 
 
-class _Unfit(Exception):
-    """A value that an option cannot take; the message says what was expected."""
+class _Invalid(Exception):
+    """An invalid value of an option; the message says what was expected."""
 
 
 def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
-    """The rule for each of the `count` leaves of `tree`, in their order.
+    """The rule for each of the `count` leaves of `tree`, in leaf order.
 
     Raises:
-        StructureError: an option is a nest that is no prefix of `tree`.
-        OptionError: a value is not one that the option can take.
+        StructureError: an option is a tree that is not a prefix of `tree`.
+        OptionError: an option has an invalid value.
     """
-    keep_history = any(value is not True for value in _tree.leaves(options["stop_gradients"]))
+    keep_graph = any(value is not True for value in _tree.leaves(options["stop_gradients"]))
     shared: dict[str, Any] = {}
     columns: dict[str, list[Any]] = {}
     for name, value in options.items():
         default, checked = _KNOWN.get((name, type(value)), (_UNKNOWN, None))
-        if default is not _UNKNOWN and value == default:  # most are left at their defaults
+        if default is not _UNKNOWN and value == default:  # the usual case
             shared[_field(name)] = checked
             continue
         given = _readable(name, value)
         if _tree.is_leaf(given):
-            shared[_field(name)] = _checked(name, [((), given)], keep_history)[0]
+            shared[_field(name)] = _checked(name, [((), given)], keep_graph)[0]
         else:
-            columns[name] = _column(name, tree, given, keep_history)
+            columns[name] = _column(name, tree, given, keep_graph)
     if not columns:
         return [Rule(**shared)] * count
     if any(len(column) != count for column in columns.values()):
         raise _tree.changed()
     _refuse_gaps(tree, columns)
-    places = [Rule._fields.index(_field(name)) for name in columns]
+    indices = [Rule._fields.index(_field(name)) for name in columns]
     fields = list(Rule(**{"lr": 0.0, **shared}))
-    # Most leaves share their values, and checked values live as long as their columns.
+    # By identity: most leaves share their values, and the columns keep these alive.
     ids = [map(id, column) for column in columns.values()]
     known: dict[Any, Rule] = {}
     rules = []
     for key, row in zip(zip(*ids, strict=True), zip(*columns.values(), strict=True), strict=True):
         rule = known.get(key)
         if rule is None:
-            for place, x in zip(places, row, strict=True):
-                fields[place] = x
+            for index, x in zip(indices, row, strict=True):
+                fields[index] = x
             rule = known[key] = Rule._make(fields)
         rules.append(rule)
     return rules
 
 
-def _column(name: str, tree: Any, given: Any, keep_history: bool) -> list[Any]:
-    """The checked value that a prefix has for each leaf of the tree; each is checked once."""
+def _column(name: str, tree: Any, given: Any, keep_graph: bool) -> list[Any]:
+    """The checked value of a prefix for each leaf of the tree; each value is checked once."""
     values = _tree.leaves(given)
-    known: dict[int, Any] = {id(None): None}  # which stands where the weights have nothing
+    known: dict[int, Any] = {id(None): None}  # allowed at leaves without weights
     try:
         for value in values:
             if id(value) not in known:
-                known[id(value)] = _CHECKS[name](unwrap(value), keep_history)
+                known[id(value)] = _CHECKS[name](unwrap(value), keep_graph)
         return [known[id(value)] for value in _tree.broadcast(name, tree, given)]
-    except (_Unfit, KeyError):  # raised below, with its path; a node makes its values when read
-        checked = _checked(name, list(_tree.walk(given)), keep_history)
+    except (_Invalid, KeyError):  # find its path; or the node creates new values at each reading
+        checked = _checked(name, list(_tree.walk(given)), keep_graph)
         return _tree.broadcast(name, tree, given, values=checked)
 
 
 def check(options: dict[str, Any]) -> None:
-    """Raise for the first option with a value that it cannot take; whatever the weights.
+    """Check options without weights.
 
     Raises:
-        OptionError: naming the option and where in it the value is.
+        OptionError: for the first option with an invalid value; names the paths.
     """
     for name, given in options.items():
-        _checked(name, list(_tree.walk(_readable(name, given))), keep_history=False)
+        _checked(name, list(_tree.walk(_readable(name, given))), keep_graph=False)
 
 
 def check_names(
     options: Mapping[str, Any], known: Collection[str] = DEFAULTS, *, function: str
 ) -> None:
-    """Raise for a keyword that is not among the known ones of a function, as Python itself does.
+    """Check the keywords of a function as Python does, but with hints.
 
     Raises:
-        TypeError: with what may have been meant.
+        TypeError: for an unknown keyword.
     """
     for name in options.keys() - set(known):
         elsewhere = CALLED_ELSEWHERE.get(name, "")
@@ -177,36 +164,36 @@ def check_names(
 
 
 def with_hints(function: Function) -> Function:
-    """The function, which says of a keyword that it does not have what may have been meant."""
+    """Decorator: the errors of the function for unknown keywords suggest known ones."""
     known = signature(function).parameters
 
     @wraps(function)
-    def called(*arguments: Any, **keywords: Any) -> Any:
+    def checked(*arguments: Any, **keywords: Any) -> Any:
         if not keywords.keys() <= known.keys():
             check_names(keywords, known, function=f"{function.__qualname__}()")
         return function(*arguments, **keywords)
 
-    return cast(Function, called)
+    return cast(Function, checked)
 
 
-def _checked(name: str, values: list[tuple[errors.Path, Any]], keep_history: bool) -> list[Any]:
+def _checked(name: str, values: list[tuple[errors.Path, Any]], keep_graph: bool) -> list[Any]:
     checked: list[Any] = []
     faults: list[errors.Line] = []
     for path, value in values:
         if value is None and path:
-            checked.append(None)  # None stands where the weights have nothing
+            checked.append(None)  # allowed at leaves without weights
             continue
         try:
-            checked.append(_CHECKS[name](unwrap(value), keep_history))
-        except _Unfit as unfit:
-            faults.append((path, f"expected {unfit}, got {_shown(value)}"))
+            checked.append(_CHECKS[name](unwrap(value), keep_graph))
+        except _Invalid as invalid:
+            faults.append((path, f"expected {invalid}, got {_shown(value)}"))
     if faults:
-        raise _unfit_error(name, faults)
+        raise _error(name, faults)
     return checked
 
 
 def _refuse_gaps(tree: Any, columns: dict[str, list[Any]]) -> None:
-    """None as the value for real weights is an error, but for options that have it as a value."""
+    """Refuse None at leaves with weights, except for options of which None is a valid value."""
     for name, column in columns.items():
         if DEFAULTS.get(name, 0) is None or all(value is not None for value in column):
             continue
@@ -217,37 +204,35 @@ def _refuse_gaps(tree: Any, columns: dict[str, list[Any]]) -> None:
             if value is None and leaf is not None
         ]
         if faults:
-            raise _unfit_error(name, faults)
+            raise _error(name, faults)
 
 
-def _unfit_error(name: str, faults: list[errors.Line]) -> errors.LarsTreeError:
-    name = called(name)
-    return errors.error(
-        errors.OptionError, name, f"{name} has a value that the rule is not defined for", faults
-    )
+def _error(name: str, faults: list[errors.Line]) -> errors.LarsTreeError:
+    name = option_name(name)
+    return errors.error(errors.OptionError, name, f"{name} has an invalid value", faults)
 
 
 def _shown(value: Any) -> str:
-    """The value itself if it is short, otherwise what it is."""
+    """The value itself if it is short, otherwise a description."""
     backend = _backends.find(value)
     if backend is not None and backend.fault(value):
-        return f"{backend.fault(value)}"  # which may crash when it is read
+        return f"{backend.fault(value)}"  # its repr may crash
     text = repr(value)
     return text if len(text) <= 60 and "\n" not in text else errors.describe(value)
 
 
-def _number(value: Any, keep_history: bool) -> Any:
-    number = _rate(value, keep_history)
+def _number(value: Any, keep_graph: bool) -> Any:
+    number = _rate(value, keep_graph)
     if getattr(number, "shape", ()) != ():
-        raise _Unfit("a number")
+        raise _Invalid("a number")
     return number
 
 
-def _positive(value: Any, keep_history: bool) -> Any:
-    known = _number(value, False)  # a float wherever the value can be looked at
+def _positive(value: Any, keep_graph: bool) -> Any:
+    known = _number(value, False)  # a float if the value can be read
     if isinstance(known, float) and known == 0:
-        raise _Unfit("a finite number > 0")
-    return _number(value, keep_history)
+        raise _Invalid("a finite number > 0")
+    return _number(value, keep_graph)
 
 
 def finite_number(x: Any) -> float | None:
@@ -270,63 +255,63 @@ def finite_number(x: Any) -> float | None:
     return abs(x) if 0 <= x < math.inf else None  # never -0.0
 
 
-def _rate(value: Any, keep_history: bool) -> Any:
-    """A float, a numpy array, or an array whose values may not be looked at."""
+def _rate(value: Any, keep_graph: bool) -> Any:
+    """A float, a numpy array, or an array whose values cannot be read without waiting."""
     number = finite_number(value)
     if number is not None:
         return number
     wanted = "a finite number >= 0"
     backend = _backends.find(value)
     if backend is None or backend.fault(value):
-        raise _Unfit(wanted)
+        raise _Invalid(wanted)
     facts = backend.facts(value)
     if facts.kind not in (Kind.REAL, Kind.INTEGER):
-        raise _Unfit(wanted)
-    if backend.values(value) is not Values.HERE:
+        raise _Invalid(wanted)
+    if backend.values(value) is not Values.CPU:
         return value
     with np.errstate(over="ignore"):  # a long double beyond double becomes inf
         numbers = np.ascontiguousarray(backend.to_numpy(value), np.float64).reshape(facts.shape)
     if not (np.isfinite(numbers) & (numbers >= 0)).all():
-        raise _Unfit(wanted + " in every element" if facts.shape else wanted)
-    if keep_history and backend.records(value):
+        raise _Invalid(wanted + " in every element" if facts.shape else wanted)
+    if keep_graph and backend.is_tracked(value):
         return value
     return float(numbers) if numbers.shape == () else numbers
 
 
 def _is(value: Any, *classes: type) -> bool:
-    """As isinstance, by the real type: `__class__` may say something else."""
+    """As isinstance, but by the real type: `__class__` may differ."""
     return issubclass(type(value), classes)
 
 
-def _flag(value: Any, keep_history: bool) -> bool:
+def _flag(value: Any, keep_graph: bool) -> bool:
     if not _is(value, bool, np.bool_):
-        raise _Unfit("True or False")
+        raise _Invalid("True or False")
     return bool(value)
 
 
 _NONFINITE = ("propagate", "raise", "skip")
 
 
-def _nonfinite(value: Any, keep_history: bool) -> Any:
+def _nonfinite(value: Any, keep_graph: bool) -> Any:
     if not _is(value, str) or value not in _NONFINITE:
         hint = errors.did_you_mean(value, _NONFINITE)
-        raise _Unfit("'propagate', 'raise' or 'skip'" + hint)
-    return _NONFINITE[_NONFINITE.index(value)]  # a str of numpy counts as an array
+        raise _Invalid("'propagate', 'raise' or 'skip'" + hint)
+    return _NONFINITE[_NONFINITE.index(value)]  # never a numpy str, which counts as an array
 
 
-def _axis(value: Any, keep_history: bool) -> int | None:
+def _axis(value: Any, keep_graph: bool) -> int | None:
     if value is None:
         return None
     if _is(value, bool, np.bool_):
-        raise _Unfit("an axis or None")
+        raise _Invalid("an axis or None")
     try:
         return operator.index(value)
     except TypeError:
-        raise _Unfit("an axis or None") from None
+        raise _Invalid("an axis or None") from None
 
 
 class _Tuple:
-    """A tuple that is one value, not a node: the names of several mesh axes."""
+    """A tuple that is a leaf, not a node: the names of several mesh axes."""
 
     def __init__(self, items: tuple[Any, ...]) -> None:
         self.items = items
@@ -336,12 +321,12 @@ class _Tuple:
 
 
 def _readable(name: str, given: Any) -> Any:
-    """An option as a prefix whose leaves are its values."""
+    """An option as a tree whose leaves are its values."""
     return _with_tuples_as_leaves(given) if name == "axis_name" else given
 
 
 def _with_tuples_as_leaves(node: Any) -> Any:
-    """A prefix that matches the same weights as `node`, in which tuples are leaves."""
+    """The same prefix, with tuples as leaves."""
     if type(node) is tuple:
         return _Tuple(node)
     if _tree.is_leaf(node):
@@ -350,19 +335,19 @@ def _with_tuples_as_leaves(node: Any) -> Any:
     return list(new.values()) if isinstance(node, list) else new
 
 
-def _mesh_axes(value: Any, keep_history: bool) -> frozenset[Any] | None:
+def _mesh_axes(value: Any, keep_graph: bool) -> frozenset[Any] | None:
     if value is None:
         return None
     names = value.items if isinstance(value, _Tuple) else (value,)
     if not all(map(_is_axis_name, names)):
-        raise _Unfit("the name of a mesh axis, a tuple of names, or None")
+        raise _Invalid("the name of a mesh axis, a tuple of names, or None")
     return frozenset(names or ((),))
 
 
 def _is_axis_name(x: Any) -> bool:
-    """JAX takes any hashable name, but for None, and takes integers for axes of the array."""
+    """JAX takes any hashable name except None and integers, which are axes of the array."""
     if isinstance(x, tuple):
-        return not x  # () says that there are no further axes
+        return not x  # (): no further axes
     is_other = x is None or isinstance(x, int) or _backends.find(x) is not None
     return isinstance(x, Hashable) and not is_other
 
@@ -388,9 +373,8 @@ _CHECKS: dict[str, Callable[[Any, bool], Any]] = {
     "maximize": _flag,
 }
 
-# The defaults, by name and type, and what they are when they have been checked.
+# The defaults by name and type, each with its checked value; signatures have decays of 0, not 0.0.
 _KNOWN: dict[tuple[str, type], tuple[Any, Any]] = {
     (name, type(default)): (default, _CHECKS[name](default, False))
-    for defaults in (OPTIMIZER_DEFAULTS, DEFAULTS)
-    for name, default in defaults.items()
+    for name, default in [*DEFAULTS.items(), ("decay_lambda", 0), ("weight_decay", 0)]
 }

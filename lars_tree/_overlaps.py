@@ -1,19 +1,19 @@
-"""Arrays that are to be written to, and which others share memory with them."""
+"""Overlaps: which arrays share memory with those that are written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from lars_tree import _memory
-from lars_tree._backends.base import Leaf
+from lars_tree._backends.base import Leaf, grouped
 from lars_tree._operands import Operand, Row
 
 
 class Target(NamedTuple):
-    """An array that is to be written to."""
+    """An array that is written."""
 
     leaf: Leaf
     argument: str
@@ -27,45 +27,42 @@ def _targets(group: list[Row]) -> list[Target]:
 
 
 def shared(rows: list[Row]) -> Iterator[tuple[Target, Target]]:
-    """Pairs of arrays that are both to be written to and share memory, as tied weights do."""
+    """Pairs of written arrays that share memory, such as tied weights."""
     for group in _by_device(rows):
         targets = _targets(group)
         memories = [(target, target.array.memory) for target in targets]
         known = [(target, memory) for target, memory in memories if memory is not None]
         for i, j in _memory.overlapping([memory for _, memory in known]):
             yield known[i][0], known[j][0]
-        # Where the library does not tell addresses, the very same array is seen all the same.
+        # If addresses are unknown, two uses of one and the same array are still found.
         first: dict[Operand, Target] = {}
         for target, memory in memories:
             if memory is None and first.setdefault(target.array, target) is not target:
                 yield first[target.array], target
 
 
-def _by_device(rows: list[Row]) -> list[list[Row]]:
-    """The leaves with an `out` by the address space that they live in: all CPU memory is one."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.leaf.out is not None:
-            groups.setdefault(str(row.w.facts.device), []).append(row)
-    return list(groups.values())
+def _by_device(rows: list[Row]) -> Iterable[list[Row]]:
+    """The leaves with an `out` by address space, so that CPU memory of all libraries is one."""
+    written = [row for row in rows if row.leaf.out is not None]
+    return grouped(written, lambda row: str(row.w.facts.device)).values()
 
 
 def detach_inputs(rows: list[Row]) -> list[Leaf]:
-    """The leaves with copies of those inputs that `out` would overwrite before they are read.
+    """The leaves, with copies of those inputs that would be overwritten before they are read.
 
-    An input may be the very same memory as the `out` of its own leaf: it is read first.
+    An input may be the same memory as the `out` of its own leaf, which reads it first.
     """
-    new = {row.leaf.place: row.leaf for row in rows}
+    new = {row.leaf.leaf_index: row.leaf for row in rows}
     for group in _by_device(rows):
         for leaf, role in _overwritten(group):
-            new[leaf.place] = _COPIES[role](new[leaf.place])
+            new[leaf.leaf_index] = _COPIES[role](new[leaf.leaf_index])
     return list(new.values())
 
 
 def _overwritten(group: list[Row]) -> Iterator[tuple[Leaf, str]]:
-    """The inputs that are written to as a part of another leaf, or in another order."""
+    """The inputs that are written by another leaf, or in another order of their elements."""
     written = [(x, x.array.memory) for x in _targets(group) if x.array.memory is not None]
-    # An array may serve many leaves: it is one input with many readers.
+    # One array may be an input of many leaves.
     readers: dict[Operand, list[tuple[Leaf, str]]] = {}
     for row in group:
         inputs = [("w", row.w), ("dcdw", row.dcdw)]

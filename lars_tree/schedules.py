@@ -138,7 +138,7 @@ def value(step: Any) -> Any:
     Arrays with axes, or without a known value, are returned as they are.
     """
     backend = _backends.find(step)
-    if backend is not None and (backend.values(step) is not Values.HERE or step.shape):
+    if backend is not None and (backend.values(step) is not Values.CPU or step.shape):
         return step
     try:
         return operator.index(step)

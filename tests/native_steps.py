@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lars_tree import _native
-from lars_tree._backends.base import Columns, News
+from lars_tree._backends.base import Columns, StepResults
 from lars_tree._backends.numpy import as_bits
 from lars_tree._rule import Rule
 
@@ -18,11 +18,11 @@ def numpy_reader(**changes: Any) -> Any:
     return _native.kernel.Reader((np.ndarray,), Rule._fields, **how)
 
 
-def news_for(columns: Columns) -> News | tuple[()]:
+def results_for(columns: Columns) -> StepResults | tuple[()]:
     """Where the results go: nowhere else where there are `outs`."""
     if columns.outs is not None:
         return ()
-    return News(*(None if x is None else [None] * len(x) for x in columns[:5:4]))
+    return StepResults(*(None if x is None else [None] * len(x) for x in columns[:5:4]))
 
 
 def taken(reader: Any, *columns: Any, counter: Any = None, threads: int = 1) -> Any:
@@ -31,12 +31,12 @@ def taken(reader: Any, *columns: Any, counter: Any = None, threads: int = 1) -> 
     So it is if the counter is not, or if memory overlaps.
     """
     given = Columns(*columns)
-    plan, news = _native.kernel.Plan(threads, _native.instruction_set), news_for(given)
+    plan, results = _native.kernel.Plan(threads, _native.instruction_set), results_for(given)
     if counter is not None and not plan.count(counter):
         return None
-    if plan.prepare(reader, *given[:5], *news) or plan.overlaps():
+    if plan.prepare(reader, *given[:5], *results) or plan.overlaps():
         return None
-    return plan, tuple(news) or (given.outs, given.velocities)
+    return plan, tuple(results) or (given.outs, given.velocities)
 
 
 def stepped(reader: Any, *columns: Any, **options: Any) -> Any:
@@ -44,6 +44,6 @@ def stepped(reader: Any, *columns: Any, **options: Any) -> Any:
     found = taken(reader, *columns, **options)
     if found is None:
         return None
-    plan, news = found
+    plan, results = found
     plan.step()
-    return news
+    return results

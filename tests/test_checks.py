@@ -1,4 +1,4 @@
-"""The checks of arrays: what they read, and in whose words they report."""
+"""The checks of arrays: each array is read once, and messages use the words of the caller."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from conftest import need
 
 from lars_tree import LarsTreeError, NonFiniteError, _backends, _checks, _nonfinite
-from lars_tree._backends.base import Layout, Leaf, New
+from lars_tree._backends.base import Leaf, Sharding, StepResult
 from lars_tree._operands import with_operands
 from lars_tree._rule import Rule
 from lars_tree.errors import WORDS, Words
@@ -37,7 +37,7 @@ def paths():
 
 
 def test_each_array_is_read_once(monkeypatch):
-    """However many leaves it serves: weights, gradients, results, velocities and options."""
+    """Weights, gradients, results, velocities and options, even if many leaves share one."""
     backend, counts = _backends.find(ones()), Counter()
     for name in ("facts", "fault", "out_fault", "memory", "varying"):
         real = getattr(type(backend), name)
@@ -88,10 +88,8 @@ FAULTS = {
     "velocity in out": lambda: [leaf(out=big[:2, :3]), leaf(1, out=ones(), velocity=big[1:3, :3])],
     "tied velocities": lambda: [leaf(i, out=ones(), velocity=tied) for i in range(2)],
 }
-TERMS = re.compile(
-    r"\b(dcdw|w|(?<!laid )(?<!leave )out|state|velocity|weights|leaf|leaves|decay_lambda)\b"
-)
-# Each word is unlike all that a message has otherwise.
+TERMS = re.compile(r"\b(dcdw|w|(?<!leave )out|state|velocity|weights|leaf|leaves|decay_lambda)\b")
+# Words that cannot occur in a message otherwise.
 OTHERS = {name: f"<{name}>" for name in (*WORDS._fields[:7], "decay_lambda")}
 WORDS_OF_TEST = Words(*list(OTHERS.values())[:7], options={"decay_lambda": OTHERS["decay_lambda"]})
 
@@ -106,7 +104,7 @@ def in_default_words(text):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_errors_are_in_the_words_of_the_caller(fault):
-    """The message is that of all others but for these words."""
+    """Messages in other words differ in these words only."""
     seen = []
     for words in (WORDS, WORDS_OF_TEST):
         with pytest.raises(LarsTreeError) as caught:
@@ -126,13 +124,13 @@ def test_errors_are_in_the_words_of_the_caller(fault):
     "facts",
     [
         {"device": "another"},
-        {"layout": Layout("mesh", "placements")},
+        {"sharding": Sharding("mesh", "placements")},
         {"varying": frozenset("i")},
         {"shape": (4,)},
     ],
     ids=str,
 )
-def test_so_are_errors_of_arrays_that_are_elsewhere(argument, facts):
+def test_errors_of_arrays_on_other_devices_are_in_these_words(argument, facts):
     row = with_operands([leaf()])[0]
     varying = facts.get("varying", frozenset())
     row.dcdw.facts = row.dcdw.facts._replace(**{k: x for k, x in facts.items() if k != "varying"})
@@ -178,4 +176,4 @@ def test_the_torch_optimizer_has_its_own_words():
     ]
     bad = leaf(nonfinite="raise")
     with pytest.raises(NonFiniteError, match=r"^p.grad would make parameters that .*\n  a: "):
-        _nonfinite.guard([bad], {0: New(ones() * np.inf)}, lambda: [("a",)], TORCH_WORDS)
+        _nonfinite.guard([bad], {0: StepResult(ones() * np.inf)}, lambda: [("a",)], TORCH_WORDS)

@@ -1,4 +1,4 @@
-"""Dask on two worker processes, with a tree that is larger than either of them may hold."""
+"""Dask on two worker processes, with a tree larger than the memory limit of each."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ da = need("dask.array")
 distributed = need("distributed")
 cloudpickle = need("cloudpickle")
 
-# Or the workers would have to import this file, and pytest.
+# Otherwise the workers would have to import this file, and pytest.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 MIB = 2**20
 LIMIT = 400 * MIB
 LR, DECAY, MOMENTUM = 0.1, 0.01, 0.9
-# Each with its chunks, the last of which may be shorter.
+# For each leaf: its shape and the shape of its chunks.
 W = {
     "kernel": ((6000, 8000), (750, 1000)),
     "embedding": ((20_000_000,), (700_000,)),
@@ -35,7 +35,7 @@ DCDW = {**W, "kernel": ((8000,), (1000,))}  # broadcasts to the rows
 
 
 def chunk(shape, place, lowest):
-    """Numbers within 1 of the lowest, made out of nothing."""
+    """Elements within 1 of the lowest, computed from their positions."""
     start = lowest + sum(math.sqrt(p + i) for i, p in enumerate(place, 2))
     return (np.arange(math.prod(shape)) * 0.6180339887 + start).reshape(shape) % 1 + lowest
 
@@ -49,7 +49,7 @@ def of_dcdw(shape, place):
 
 
 def lazy(make, shape, chunks, log):
-    """An array whose chunks each leave a mark in the log of the process that makes them."""
+    """An array of which each chunk is logged by the process that computes it."""
 
     def block(block_info=None):
         with (Path(log) / str(os.getpid())).open("a") as file:
@@ -61,18 +61,18 @@ def lazy(make, shape, chunks, log):
 
 
 def places(x):
-    """The shape and place of each chunk."""
+    """The shape and position of each chunk."""
     for place in np.ndindex(*x.numblocks):
         yield tuple(sizes[i] for sizes, i in zip(x.chunks, place, strict=True)), place
 
 
 def norm(x, make):
-    """The 2-norm by numpy, chunk by chunk, here."""
+    """The 2-norm, computed chunk by chunk by numpy in this process."""
     return math.sqrt(math.fsum(float(np.vdot(c, c)) for c in (make(*p) for p in places(x))))
 
 
 def worst(results, ndim, coefficients):
-    """The largest relative error of arrays that are sums of w and dcdw, found by the workers."""
+    """The largest relative error of linear combinations of w and dcdw, computed by the workers."""
 
     def block(*xs, block_info=None):
         shape, place = xs[0].shape, block_info[0]["chunk-location"]
@@ -88,18 +88,18 @@ def worst(results, ndim, coefficients):
 
 
 def made(log):
-    """How many chunks were made, by process."""
+    """The number of computed chunks by process."""
     return {int(path.name): len(path.read_text()) for path in log.iterdir()}
 
 
 @pytest.fixture
 def workers(tmp_path):
-    """The process numbers of two workers."""
+    """Two workers; calling the fixture returns their process numbers."""
     options = {"n_workers": 2, "threads_per_worker": 1, "memory_limit": LIMIT}
-    # Without a dashboard there is a server all the same, at a port that may not be free.
+    # Even without a dashboard there is a server, whose default port may be in use.
     local = {"host": "127.0.0.1", "scheduler_kwargs": {"dashboard_address": "127.0.0.1:0"}}
     where = {"local_directory": tmp_path / "spill", "dashboard_address": None}
-    # Chunks go to disk, and work waits for it, well before a worker would be ended for its memory.
+    # Spill chunks to disk, and pause, well before a worker would be killed for its memory.
     early = {"target": 0.4, "spill": 0.5, "pause": 0.6}
     with (
         dask.config.set({f"distributed.worker.memory.{name}": x for name, x in early.items()}),
@@ -143,6 +143,6 @@ def test_two_workers_update_more_than_either_may_hold(workers, tmp_path):
     assert errors.shape == (3,)
     assert errors.max() <= 1e-12
     counts = made(log)
-    assert set(counts) == pids == workers()  # both worked, and none was ended for its memory
+    assert set(counts) == pids == workers()  # both worked, and none was restarted
     chunks = sum(math.prod(x.numblocks) for x in (*w.values(), *dcdw.values()))
     assert sum(counts.values()) >= chunks

@@ -1,4 +1,4 @@
-"""Inputs that once broke a promise of the package, one test for each."""
+"""Inputs for which the package once failed, one test for each."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_tracing_records_the_step():
     assert traced(2 * w).tolist() == pytest.approx(lars_update(2 * w, g, 0.1).tolist())
 
 
-def test_tied_weights_of_a_subclass_or_of_any_library_are_seen(library):
+def test_tied_weights_of_a_subclass_or_of_any_library_are_refused(library):
     if not library.mutable:
         pytest.skip("nothing can be written in place")
     x = to_library(library.name, np.ones(2))
@@ -134,7 +134,7 @@ def test_rates_of_any_layout_serve_every_library(name):
     np.testing.assert_allclose(new, expected, rtol=1e-15)
 
 
-def test_a_batch_of_rates():
+def test_vmap_over_rates():
     torch = need("torch")
     w, g = torch.tensor([3.0, 4.0]), torch.tensor([0.4, 0.3])
     new = torch.func.vmap(lambda lr: lars_update(w, g, lr))(torch.tensor([0.1, 0.2]))
@@ -170,7 +170,7 @@ def test_a_skipped_step_has_the_gradients_of_no_step():
     assert w.grad.tolist() == [1, 1]
 
 
-def test_what_is_not_known_cannot_decide_for_others():
+def test_traced_values_cannot_decide_about_other_arrays():
     jax = need("jax")
     w = jax.numpy.ones(2)
     with pytest.raises(OptionError, match="nonfinite"):
@@ -179,7 +179,7 @@ def test_what_is_not_known_cannot_decide_for_others():
         jax.jit(lambda a: lars_update({"a": a, "b": np.ones(2)}, 1.0, 0.1, nonfinite="skip"))(w)
 
 
-def test_rates_with_history_are_checked_and_out_is_no_graph():
+def test_rates_in_a_graph_are_checked_and_out_is_refused():
     torch = need("torch")
     w = torch.ones(2)
     for name, bad in (("lr", -0.1), ("lr", float("nan")), ("grad_scale", 0.0)):
@@ -212,7 +212,7 @@ def test_weights_without_a_gradient_are_copied_on_dask():
 
 
 @pytest.mark.parametrize("bad", ["Decimal('sNaN')", "np.timedelta64(3, 's')"])
-def test_odd_numbers_are_no_rates(bad):
+def test_odd_numbers_are_refused_as_rates(bad):
     from decimal import Decimal  # noqa: F401
 
     with pytest.raises(OptionError):
@@ -223,7 +223,7 @@ def test_a_number_beyond_all_floats_is_infinite():
     assert lars_update(np.ones(2), 10**400, 0.1, nonfinite="skip").tolist() == [1, 1]
 
 
-def test_the_order_of_bytes_of_bfloat16():
+def test_bfloat16_of_another_byte_order_is_refused():
     foreign = np.dtype(need("ml_dtypes").bfloat16).newbyteorder(">")
     with pytest.raises(TypeError, match="w is not floating point"):
         lars_update(np.ones(2).astype(foreign), 1.0, 0.1)

@@ -1,4 +1,4 @@
-"""The seam: each leaf goes to the engine that supports it, and all are stepped or none."""
+"""execute: each leaf goes to an engine that supports it, and all leaves are updated or none."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def complex_numbers(x):
     return (x + 1j * x[::-1]).astype(np.complex64)
 
 
-# Of each kind: weights, gradient, and options of that leaf.
+# For each kind of leaf: weights, gradient, and options.
 KINDS = {
     "dense": lambda: (dense(), dense(), {}),
     "Array": lambda: (Array(dense()), Array(dense()), {}),
@@ -79,8 +79,8 @@ shared = st.sampled_from([{}, {"decay_lambda": 0.3, "joint_norm": True}, {"nonfi
 
 
 @given(kinds=kinds, shared=shared)
-def test_a_leaf_is_stepped_as_if_it_was_alone(kinds, shared):
-    """To the bit, in place and out of place."""
+def test_each_leaf_is_updated_as_if_it_were_alone(kinds, shared):
+    """The same bits, in place and in new arrays."""
     w, g, options = tree_of(kinds)
     expected = {
         name: update(w[name], g[name], {k: x[name] for k, x in options.items()}, **shared)
@@ -95,7 +95,7 @@ def test_a_leaf_is_stepped_as_if_it_was_alone(kinds, shared):
 
 
 @given(kinds=kinds, nesterov=st.booleans())
-def test_so_it_is_with_momentum(kinds, nesterov):
+def test_each_leaf_with_momentum_is_updated_as_if_it_were_alone(kinds, nesterov):
     w, g, options = tree_of(kind for kind in kinds if kind not in ("number", "row", "words"))
     opt = Lars(options["lr"], layer_axis=options["layer_axis"], nesterov=nesterov)
     state = opt.init(w)
@@ -123,8 +123,8 @@ def test_one_update_may_hold_arrays_of_several_libraries():
 
 
 @pytest.mark.parametrize("odd", ["dense", "strided"])
-def test_a_fault_of_one_leaf_leaves_all_as_they_were(odd):
-    """And all faulty leaves are named, whichever engine takes the others."""
+def test_a_fault_of_one_leaf_leaves_all_leaves_unchanged(odd):
+    """All faulty leaves are named, whichever engine takes the others."""
     w, g, options = tree_of(["dense", odd, "dense", odd, "dense"])
     names = list(w)
     before = {name: bits(x) for name, x in w.items()}
@@ -148,7 +148,7 @@ def test_memory_is_compared_across_engines():
         lars_update(w, {"a": ones, "b": ones, "c": ones[:2]}, 0.1, out=w)
     assert sorted(caught.value.paths) == [("b",), ("c",)]  # c shares memory with b alone
     assert np.array_equal(base, np.ones((4, 4)))
-    # An input of one leaf that is written to as another one is read before.
+    # The memory of an output is read as the gradient of another leaf before it is written.
     w = {"a": np.arange(4.0), "b": strided(dense(np.float64))[0]}
     g = {"a": w["b"][:4], "b": np.ones(6)}
     expected = lars_update(w, g, 0.1)
@@ -189,11 +189,11 @@ def test_only_updates_of_the_same_memory_wait_for_each_other():
     thread = threading.Thread(target=opt.update, args=(w, w, state, w))
     thread.start()
     assert inside.wait(60)
-    opt.update(other, other, others, out=other)  # of other weights: at once
+    opt.update(other, other, others, out=other)  # other weights: does not wait
     done = threading.Event()
     late = threading.Thread(target=lambda: (lars_update(w, 1.0, 0.0, out=w), done.set()))
     late.start()
-    assert done.wait(60)  # only the state is kept while a schedule is called
+    assert done.wait(60)  # only the state is locked while a schedule is called
     leave.set()
     thread.join()
     late.join()

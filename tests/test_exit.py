@@ -81,7 +81,7 @@ def test_a_daemon_thread_inside_an_update_does_not_crash_the_exit():
 
 
 # Ends threads inside each kind of call into Python, as Python does: it releases the GIL, and
-# pthread_exit unwinds. Prints the calls whose threads were ended; those of the others sleep.
+# pthread_exit unwinds the stack. Prints the calls whose threads ended; the other threads sleep.
 END = """
 import ctypes, os, threading, time
 import numpy as np
@@ -158,8 +158,8 @@ def test_a_thread_that_is_ended_inside_a_call_into_python_unwinds_nothing():
     assert result(start(END)) == (0, "[]\n", "")
 
 
-# What never runs code, allocates no object that the garbage collector knows of, and waits for
-# no lock.
+# Functions that never run code, wait for no lock, and allocate no object that the garbage collector
+# tracks.
 HARMLESS = {
     *("PyBool_FromLong", "PyDict_Next", "PyDict_Size", "PyErr_ExceptionMatches"),
     *("PyErr_Occurred", "PyEval_SaveThread", "PyFloat_AsDouble", "PyFloat_Check"),
@@ -168,7 +168,7 @@ HARMLESS = {
     *("PyType_GetSlot", "PyUnicode_Check", "PyUnicode_CompareWithASCIIString", "Py_NewRef"),
     "Py_TYPE",
 }
-# Called where nothing is owned yet.
+# Functions called before C++ objects own anything.
 FIRST = {"PyArg_ParseTuple", "PyArg_ParseTupleAndKeywords", "PyCapsule_GetPointer"}
 FIRST |= {"PyInit__kernel", "PyModuleDef_Init"}
 

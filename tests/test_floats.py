@@ -1,6 +1,6 @@
-"""The caller's floating-point environment changes no bit, and is there again afterwards.
+"""The floating-point environment of the caller changes no bit, and is restored afterwards.
 
-With the kernel and without; of whole-array libraries that compute by themselves nothing is said.
+With and without the kernel. Libraries that compute with whole arrays are not covered.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lars_tree.report import trust_ratios
 from lars_tree.testing import assert_identical
 
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="the numbers of the modes are looked up nowhere else"
+    sys.platform != "linux", reason="the numbers of the modes are those of Linux"
 )
 X86 = sys.platform == "linux" and os.uname().machine == "x86_64"
 MODES = {
@@ -37,7 +37,7 @@ LIBM = ctypes.CDLL(ctypes.util.find_library("m")) if sys.platform == "linux" els
 
 @contextmanager
 def environment(mode):
-    """The caller's: a rounding mode, or subnormal numbers that are flushed to zero."""
+    """The caller sets a rounding mode, or flushes subnormal numbers to zero."""
     if mode == "flushed":
         torch = need("torch")
         if not torch.set_flush_denormal(True):
@@ -69,7 +69,7 @@ def array(dtype, scale):
 
 
 def steps(dtype):
-    """Results of each way through the twin of the kernel: strided, rates with a shape, momentum."""
+    """Steps on all paths of the twin: strided weights, rates with a shape, momentum, ratios."""
     tiny = {"float16": 1e-7, "float64": 1e-310, "longdouble": 1e-310}.get(dtype, 1e-39)
     g = array(dtype, 1.0)
     for w in (array(dtype, 1.0), array(dtype, tiny)):
@@ -94,7 +94,7 @@ def in_place(w, g, options):
 def test_the_bits_are_those_of_the_default_environment(mode, kernel, monkeypatch):
     if not kernel:
         monkeypatch.setattr(_native, "kernel", None)
-        monkeypatch.setattr(_writes, "MOST_HELD", 0)  # in place in a thread of its own
+        monkeypatch.setattr(_writes, "MAX_HELD", 0)  # updates in place run in a separate thread
     for dtype in DTYPES:
         for step in steps(dtype):
             expected = step()
@@ -122,7 +122,7 @@ def test_schedules_are_called_in_the_default_environment():
     assert modes == [0]
 
 
-def test_where_the_functions_are_not_known_nothing_is_wrapped(monkeypatch):
+def test_without_the_c_functions_nothing_is_wrapped(monkeypatch):
     monkeypatch.setattr(_floats, "_ENVIRONMENT", None)
     assert _floats.in_default_floats(len) is len
     monkeypatch.setattr(sys, "platform", "win32")

@@ -28,7 +28,7 @@ def close(actual, expected, rtol=1e-6):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_jit_gives_what_the_plain_call_gives(dtype):
+def test_jit_gives_the_same_result(dtype):
     w, g = tree(0, getattr(jnp, dtype)), tree(1, getattr(jnp, dtype))
     update = jax.jit(lambda w, g, lr: lars_update(w, g, lr, decay_lambda=0.01))
     close(update(w, g, 0.1), lars_update(w, g, 0.1, decay_lambda=0.01))
@@ -60,7 +60,7 @@ def test_scan_and_vmap():
     close(jax.tree.map(lambda x: x[0], batched), w.lars_update(g, 0.1))
 
 
-def test_the_step_is_differentiable_and_stops_where_asked():
+def test_the_step_is_differentiable_unless_stop_gradients():
     def loss(w, g, lr, decay, stop):
         new = lars_update(w, g, lr, decay_lambda=decay, stop_gradients=stop)
         return (new**2).sum()
@@ -93,18 +93,6 @@ def test_gradients_are_finite_at_zero(zero):
     assert all(np.isfinite(x).all() for x in gradients)
     if zero == "w":
         np.testing.assert_allclose(gradients[1], [-0.1, -0.1], rtol=1e-6)
-
-
-@pytest.mark.parametrize("jit", [False, True])
-def test_sharded_arrays_stay_sharded(jit):
-    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
-    w, g = tree(0).head, tree(1).head
-    ours = [jax.device_put(x, sharding) for x in (w, g)]
-    update = jax.jit(lars_update) if jit else lars_update
-    new = update(*ours, 0.1)
-    assert new.sharding.is_equivalent_to(sharding, new.ndim)
-    np.testing.assert_allclose(new, lars_update(w, g, 0.1), rtol=1e-6)
 
 
 def test_the_device_is_kept():

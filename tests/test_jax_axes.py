@@ -1,4 +1,4 @@
-"""Inside jax.shard_map: norms over mesh axes, by `axis_name`, and what is refused."""
+"""Inside jax.shard_map: norms over the mesh axes in `axis_name`, and refused arguments."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ jnp = jax.numpy
 from jax.sharding import AxisType  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
-# By leaf: its shape, how it is sharded over a mesh of two by two, axis_name and layer_axis.
+# For each leaf: its shape, its sharding over a mesh of two by two, axis_name and layer_axis.
 LEAVES = {
     "rows": ((8, 3), P("x"), "x", None),
     "both": ((4, 6), P("x", "y"), ("x", "y"), None),
@@ -33,7 +33,7 @@ LEAVES = {
 }
 SPECS = {name: spec for name, (_, spec, *_) in LEAVES.items()}
 AXES = {name: axes for name, (*_, axes, _) in LEAVES.items()}
-# An index of this layer axis is a part of a layer on each device along x, but whole along y.
+# Each index of this layer axis is sharded along x, but whole on the devices along y.
 AXES["across"] = ("x", ())
 OPTIONS = {  # the same for whole weights
     "decay_lambda": 0.01,
@@ -52,7 +52,7 @@ def tree(seed, names=LEAVES, dtype=np.float32):
 
 
 def cut(names, options):
-    """The options, or the specs, of these leaves alone."""
+    """The options, or the specs, of these leaves only."""
     some = lambda x: {name: x[name] for name in names}  # noqa: E731
     if options is SPECS:
         return some(SPECS)
@@ -226,7 +226,7 @@ def test_all_devices_skip_together(checked):
         for name in ("rows", "replicated"):
             np.testing.assert_allclose(new[name], expected[name], 1e-6)
         assert np.array_equal(new["layers"], w["layers"]) == (bad is not None)
-        # All copies of what is replicated are the same.
+        # All replicas are identical.
         for x in (new["replicated"], state.step):
             assert len({np.asarray(shard.data).tobytes() for shard in x.addressable_shards}) == 1
 
@@ -277,7 +277,7 @@ W, G = {"a": {"b": np.ones((4, 2), np.float32)}}, {"a": {"b": np.ones((4, 2), np
 
 
 def refused(step, kind, says, *args, specs=ROWS, **how):
-    """That a step fails on shards, with the path and this in the message."""
+    """Assert that a step on shards fails, with the path and these texts in the message."""
     with pytest.raises(kind) as caught:
         on_line(step, *(args or (W, G)), specs=specs, **how)
     assert caught.value.paths == (("a", "b"),), caught.value
@@ -294,7 +294,7 @@ def test_sharded_weights_without_the_option_are_refused(eager):
     move = lambda w, g: optimizer.update(w, g, optimizer.init(w))[0]  # noqa: E731
     refused(move, OptionError, says, eager=eager)
     refused(lambda w, g: trust_ratios(w, g, 0.1), OptionError, says, eager=eager)
-    # One axis is named, and the weights vary over another one as well.
+    # One axis is named, but the weights also vary over another one.
     both = lambda w, g: lars_update(w, g, 0.1, axis_name="x")  # noqa: E731
     with pytest.raises(OptionError, match="got 'x', and weights that vary over 'x' and 'y'"):
         on_mesh(both, P(("x", "y")), P(("x", "y")))(W, G)
@@ -344,7 +344,7 @@ def test_sums_over_an_axis_with_the_same_weights_on_all_devices_are_refused():
 
 
 @pytest.mark.parametrize("checked", [True, False])
-def test_axes_that_are_not_there_are_refused(checked):
+def test_unknown_axes_are_refused(checked):
     update = lambda w, g: lars_update(w, g, 0.1, axis_name=("x", "nope"))  # noqa: E731
     refused(update, OptionError, ["'nope'", "shard_map"], checked=checked)
     with pytest.raises(OptionError, match=r"a/b: expected an axis .*shard_map, got 'nope'"):
@@ -365,7 +365,7 @@ def test_partial_sums_are_refused():
 
 
 @pytest.mark.parametrize("library", ["numpy", "jax", "torch"])
-def test_other_arrays_have_no_axes(library):
+def test_arrays_outside_of_shard_map_have_no_axes(library):
     module = need("jax.numpy" if library == "jax" else library)
     make = getattr(module, "asarray", None) or module.array
     w = {"a": {"b": make(np.ones(3))}, "c": make(np.ones(3))}
@@ -387,10 +387,10 @@ def test_other_arrays_have_no_axes(library):
 @pytest.mark.parametrize(
     "axes", [0, True, bytearray(b"x"), ("x", None), (("x",),), ("x", []), np.int32(1), {"x"}]
 )
-def test_values_that_name_no_axis(axes):
+def test_invalid_axis_names_are_refused(axes):
     w = {"a": {"b": np.ones(3)}}
     for value, path in ((axes, ""), ({"a": {"b": axes}}, "a/b")):
-        says = "axis_name has a value"
+        says = "axis_name has an invalid value"
         with pytest.raises(OptionError, match=says) as caught:
             lars_update(w, w, 0.1, axis_name=value)
         assert "the name of a mesh axis, a tuple of names, or None" in str(caught.value)

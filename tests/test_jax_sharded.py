@@ -1,4 +1,4 @@
-"""JAX arrays sharded over four devices: the numbers are those of one, and all stay in place."""
+"""JAX arrays sharded over four devices: the same results as on one, with the same shardings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ jnp = jax.numpy
 
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding  # noqa: E402
 
-# By leaf: its shape, how it is cut over a mesh of two by two, and its layer axis.
+# For each leaf: its shape, its partition over a mesh of two by two, and its layer axis.
 LEAVES = {
     "rows": ((8, 3), ("x",), None),
     "columns": ((3, 6), (None, "y"), None),
@@ -114,13 +114,13 @@ def test_weights_and_velocities(mesh, way):
 
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("cut", [(), ("y",)])
-def test_gradients_that_are_cut_otherwise(mesh, jit, cut):
+def test_gradients_with_another_sharding(mesh, jit, cut):
     shardings = layouts(mesh)
     cut_otherwise = NamedSharding(mesh, PartitionSpec(*cut))
     even = ("rows", "both", "rows_over_all", "layers", "across")
     w = jax.device_put(tree(0), shardings)
     g = jax.device_put(tree(1), shardings | dict.fromkeys(even, cut_otherwise))
-    # The compiler lays out what it is not told of, and knows no layouts unless they are in types.
+    # The compiler chooses shardings, unless they are explicit or given as out_shardings.
     told = jit and AxisType.Auto in mesh.axis_types
     step = jax.jit(update, out_shardings=shardings if told else None) if jit else update
     check(step(w, g), update(tree(0), tree(1)), shardings)
@@ -146,7 +146,7 @@ def test_some_leaves_on_one_device(mesh):
     shardings = layouts(mesh) | {"both": SingleDeviceSharding(device)}
     w, g = (jax.device_put(tree(seed), shardings) for seed in range(2))
     w["number"], g["number"] = (jnp.asarray(tree(seed)["number"]) for seed in range(2))
-    shardings["number"] = w["number"].sharding  # of one device too, but free to move
+    shardings["number"] = w["number"].sharding  # also on one device, but not committed to it
     new, state = one_by_one(w, g, OPTIMIZER.init(w))
     expected, moving = one_by_one(tree(0), tree(1), OPTIMIZER.init(tree(0)))
     check(new, expected, shardings)
@@ -154,11 +154,11 @@ def test_some_leaves_on_one_device(mesh):
     assert [new[name].committed for name in ("both", "number")] == [True, False]
 
 
-def test_a_skipped_step_leaves_all_where_it_is(mesh):
+def test_a_skipped_step_keeps_the_shardings(mesh):
     shardings = layouts(mesh)
     w, g = (jax.device_put(tree(seed), shardings) for seed in range(2))
     bad = tree(1)["rows"]
-    bad[-1, -1] = np.nan  # in the part of one device
+    bad[-1, -1] = np.nan  # in the shard of one device
     g["rows"] = jax.device_put(bad, shardings["rows"])
     optimizer = Lars(0.1, nonfinite="skip", **OPTIONS)
     for step in (optimizer.update, jax.jit(optimizer.update)):

@@ -1,4 +1,4 @@
-"""Updates of the same memory wait for each other; others, and those of one thread, do not."""
+"""Updates of the same memory wait for each other, unless they are of one thread; others do not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PATIENCE = 30  # seconds until a test that hangs fails
 
 
 class Spans:
-    """Spans that tell when they were asked for: another thread is within a block then."""
+    """Spans that record when they are asked for, which means that another thread is in a block."""
 
     def __init__(self, spans):
         self.spans, self.calls, self.asked = spans, 0, threading.Event()
@@ -49,7 +49,7 @@ def join(threads):
 
 @contextmanager
 def held(spans, until=None):
-    """Another thread within a block, which leaves it in the end or at an event."""
+    """Another thread is in a block until the context ends, or until an event."""
     inside, leave = threading.Event(), until or threading.Event()
 
     def hold():
@@ -93,7 +93,7 @@ def test_other_memory_is_free():
             can_enter(locks.of(B))
 
 
-def test_the_same_memory_is_written_by_the_thread_that_came_first():
+def test_the_thread_that_came_first_writes_first():
     log, spans = [], Spans(BOTH)
 
     def second():
@@ -118,7 +118,7 @@ def test_spans_are_asked_for_once_and_only_beside_another_thread():
     assert (alone.calls, beside.calls) == (0, 1)
 
 
-def test_a_thread_that_comes_again_comes_after_those_that_wait():
+def test_a_thread_that_comes_again_queues_behind_waiting_threads():
     log, spans = [], [Spans(A) for _ in range(3)]
 
     def wait(number):
@@ -137,7 +137,7 @@ def test_a_thread_that_comes_again_comes_after_those_that_wait():
 
 
 @pytest.mark.parametrize("inner", [A, B])
-def test_a_nested_block_comes_before_those_that_wait_for_the_outer_one(inner):
+def test_a_nested_block_precedes_threads_that_wait_for_the_outer_one(inner):
     log, spans = [], Spans(A + B)
 
     def wait():
@@ -156,7 +156,7 @@ def test_a_nested_block_comes_before_those_that_wait_for_the_outer_one(inner):
 
 
 def test_a_nested_block_waits_for_one_that_runs():
-    """Also where that one came after the outer block."""
+    """Even if that block came after the outer one."""
     log, inner, leave = [], Spans(B), threading.Event()
 
     def release():
@@ -172,8 +172,8 @@ def test_a_nested_block_waits_for_one_that_runs():
     assert log == ["runs", "nested"]
 
 
-def test_who_waits_looks_again_at_what_was_nested_meanwhile():
-    """It waits for one block, and then for one that was not there when it came."""
+def test_a_waiting_thread_checks_again_for_blocks_nested_meanwhile():
+    """It waits for one block, and then for a block that is newer than itself."""
     log, spans = [], Spans(A + B)
     first = threading.Event()
 
@@ -204,7 +204,7 @@ def test_spans_overlap_where_they_share_an_address(a, b):
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_no_update_of_many_threads_is_lost(nested):
-    """Of pairs of elements; where nested, each thread first locks an object that another has."""
+    """Each update is of two elements; nested updates first lock an object that threads share."""
     w, owners = np.zeros(4), [object() for _ in range(3)]
     pairs = [(0, 1), (1, 2), (2, 3), (3, 0)]
     counts = np.zeros(4)

@@ -24,9 +24,9 @@ from lars_tree._core import locks
 
 
 def at_moment(number, call, send):
-    """Make a call, and something at that moment of it; whether it had so many.
+    """Make a call, and `send` at the given moment of it; whether the call had so many moments.
 
-    Python looks for signals when a function starts, after calls, and when a loop starts again.
+    Python checks for signals when a function starts, after calls, and when a loop starts again.
     """
     moments = iter(range(number, -1, -1))
     previous = {}  # by the ids of frames: a frame would keep its block
@@ -59,7 +59,7 @@ def beside_another():
 
 
 def after_another():
-    """The other thread leaves when this one is about to wait."""
+    """The other thread leaves its block when this one is about to wait."""
     spans = Spans(A)
     return held(lambda: A, spans.asked), spans
 
@@ -68,7 +68,7 @@ each_case = pytest.mark.parametrize("case", [alone, beside_another, after_anothe
 
 
 def at_each_moment(case, send):
-    """Enter a block, and `send` at each moment; whether blocks that were entered were held."""
+    """Enter a block, and `send` at each moment; for each block that was entered: was it held?"""
     number, reached, entered = 0, True, []
     while reached:
         other, spans = case()
@@ -112,7 +112,7 @@ def send_when_waiting(thread, number):
     def send():
         while sys._current_frames()[thread].f_code.co_name != "_wait":
             time.sleep(0.001)
-        time.sleep(0.1)  # Python looks for signals right before a lock is waited for, or in there
+        time.sleep(0.1)  # signals are handled right before the wait for a lock, or during it
         signal.pthread_kill(thread, number)
 
     return start(send)
@@ -120,7 +120,7 @@ def send_when_waiting(thread, number):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals do not interrupt locks there")
 def test_waiting_can_be_interrupted():
-    """Who waits for this thread goes on then, even while the exception is kept."""
+    """Threads that wait for this one continue, even while the exception is referenced."""
     spans, behind = Spans(A + B), Spans(B)
 
     def wait():
@@ -184,7 +184,7 @@ def test_an_error_of_spans_leaves_nothing():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_child_has_the_blocks_of_its_own_thread_alone():
+def test_a_forked_child_has_only_the_blocks_of_its_own_thread():
     code = """
     import os, threading
     from lars_tree._core import locks

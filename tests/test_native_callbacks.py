@@ -99,7 +99,7 @@ def test_a_list_of_leaves_that_becomes_shorter():
 @pytest.mark.parametrize("index", range(1, 6))
 def test_what_a_method_of_a_tensor_raises_is_raised(index):
     torch = need("torch")
-    from lars_tree._backends.reader import _EXCHANGE, PLAIN_TYPES
+    from lars_tree._backends.reader import _EXCHANGE, TENSOR_TYPES
 
     if _EXCHANGE is None:
         pytest.skip("this torch has no exchange of tensors")
@@ -109,7 +109,7 @@ def test_what_a_method_of_a_tensor_raises_is_raised(index):
 
     tensors = (*_EXCHANGE[:index], raising, *_EXCHANGE[index + 1 :])
     ws, g = [torch.from_numpy(np.ones(3))], [torch.ones(3)]
-    reader = _native.kernel.Reader(PLAIN_TYPES, Rule._fields, tensors=tensors)
+    reader = _native.kernel.Reader(TENSOR_TYPES, Rule._fields, tensors=tensors)
     with pytest.raises(KeyError, match="on purpose"):
         stepped(reader, ws, g, ws, [Rule(0.1)])
 

@@ -212,7 +212,7 @@ def test_tensors_that_count(dtype):
     w, g, v = random(3), random(3), random(3)
     count = torch.tensor(5, dtype=dtype)
     columns = Columns([w], [g], [w], [Rule(0.1)], [v])
-    backend, plan = need("lars_tree._backends.torch").backend_of(w), _native.plan()
+    backend, plan = need("lars_tree._backends.torch").BACKEND, _native.plan()
     taken = backend.count(plan, count)
     assert taken is (dtype == torch.int64)
     assert backend.prepare(plan, columns, None, None) == []

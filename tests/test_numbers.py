@@ -1,4 +1,4 @@
-"""How exact the numbers are: against `reference.py`, over the whole range of each format.
+"""Exactness: errors against `reference.py`, over the whole range of each format.
 
 Bounds in ulps of max(|w|, |u|) at each element: 1 for float16, bfloat16 and float32, 4 for float64.
 """
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from lars_tree import lars_update
 
-# A result halfway between two neighbours may round either way: hence the last bit of slack.
+# The slack is for results halfway between two numbers, which may be rounded either way.
 BOUNDS = {"float16": 1 + 1e-6, "bfloat16": 1 + 1e-6, "float32": 1 + 1e-6, "float64": 4}
 DECAYS = [0.0, 1e-4, 0.1, 3.0]
 
@@ -28,7 +28,7 @@ def dtype_of(name):
 
 
 def random_array(rng, name, exponent, size):
-    """Numbers with about this exponent; out of range they become subnormal, 0 or the largest."""
+    """Elements with about this exponent; out of range they are subnormal, 0 or the largest."""
     bits, smallest, largest = reference.FORMATS[name]
     exponents = exponent + rng.integers(-2, 3, size)
     mantissas = rng.uniform(1, 2, size) * rng.choice([-1, 1], size)
@@ -91,7 +91,7 @@ def test_the_error_is_bounded_for_every_option(name, options):
 @pytest.mark.parametrize("decay", [1e-4, 0.1, 3.0])
 @pytest.mark.parametrize("name", reference.FORMATS)
 def test_the_norm_of_a_sum_is_exact_where_the_sum_cancels(name, decay):
-    """g is -decay * w but for its rounding, or for a small part: a dot product would lose that."""
+    """g is -decay * w except for rounding or a small part, which a dot product would lose."""
     rng = np.random.default_rng(9)
     for exponent, part in itertools.product(exponents(name, 7)[1:-1], [0, 1e-12, 1e-6, 1e-2]):
         w = random_array(rng, name, exponent, 5)
@@ -102,7 +102,7 @@ def test_the_norm_of_a_sum_is_exact_where_the_sum_cancels(name, decay):
         assert error(w, g, 0.1, name, **options) <= BOUNDS[name]
 
 
-def test_plain_values_of_the_options_of_the_denominator():
+def test_simple_values_of_the_options_of_the_denominator():
     w, g = np.array([3.0, 4.0]), np.array([0.4, 0.3])
     joint = lars_update(w, g, 0.1, decay_lambda=0.1, joint_norm=True)
     assert joint.round(3).tolist() == [2.646, 3.646]
@@ -131,7 +131,7 @@ def test_elements_of_all_sizes_in_one_array(name):
 @pytest.mark.parametrize("name", reference.FORMATS)
 @pytest.mark.parametrize("size", [1, 63, 128, 129, 1000, 16_384, 16_385, 50_001])
 def test_long_sums_lose_nothing(name, size):
-    """A constant array is the worst case: the rounding errors of its squares all have one sign."""
+    """A constant array is the worst case: the rounding errors of all squares have one sign."""
     rng = np.random.default_rng(size)
     for values in (np.full(size, 1.7), rng.uniform(1, 2, size)):
         w, g = values.astype(dtype_of(name)), (values[::-1] * 0.3).astype(dtype_of(name))
@@ -268,8 +268,8 @@ def test_bfloat16_is_rounded_to_nearest_even_like_the_reference():
     ("decay", "joint"), [(0.0, False), (1e-4, False), (0.1, False), (0.1, True)]
 )
 @pytest.mark.parametrize("name", reference.FORMATS)
-def test_jit_keeps_the_bounds_where_xla_keeps_the_numbers(name, decay, joint):
-    """XLA flushes subnormal numbers to zero on the CPU, so these stay out."""
+def test_jit_keeps_the_bounds_for_normal_numbers(name, decay, joint):
+    """XLA flushes subnormal numbers to zero on the CPU."""
     jax = need("jax")
     rng = np.random.default_rng(5)
     bits, smallest, largest = reference.FORMATS[name]
@@ -290,7 +290,7 @@ def test_jit_keeps_the_bounds_where_xla_keeps_the_numbers(name, decay, joint):
 @pytest.mark.parametrize(("decay", "joint"), [(0.0, False), (0.1, False), (0.1, True)])
 @pytest.mark.parametrize("name", ["float32", "float64"])
 def test_array_operations_keep_the_bounds(library_name, name, decay, joint):
-    """The way that autograd, Dask and other libraries take: `_rule.step`."""
+    """Autograd, Dask and the array API standard compute by `_rule.step`."""
     from conftest import to_library
 
     rng = np.random.default_rng(6)
@@ -314,10 +314,10 @@ def compiled(**options):
 
 
 def stepped_from_rest(way, w, g, options):
-    """The velocity after one step by `_rule.step`: what the weights moved by, all digits of it."""
+    """The velocity after one step by `_rule.step`: the change of the weights, to all digits."""
     from conftest import to_library
 
-    if way == "foreach":  # many tensors as one, as on accelerators
+    if way == "foreach":  # multi-tensor operations, as on accelerators
         torch = need("torch")
         optimizer = need("lars_tree.torch").Lars
         names = {"decay_lambda": "weight_decay"}
@@ -346,7 +346,7 @@ WAYS = pytest.mark.parametrize("way", ["numpy", "foreach", "torch", "strict", "j
 @WAYS
 @pytest.mark.parametrize(("decay", "joint"), [(0.0, False), (0.1, False), (0.1, True)])
 def test_a_velocity_has_its_digits_where_the_weights_hide_them(way, decay, joint):
-    """The shortest steps of the longest weights, and the longest steps of none at all."""
+    """The smallest steps of the largest weights, and the largest steps of zero weights."""
     rng = np.random.default_rng(7)
     grid = [-960, 0, 1000]
     for w_exponent, g_exponent, clip in itertools.product([None, *grid], grid, [False, True]):
@@ -364,7 +364,7 @@ def test_a_velocity_has_its_digits_where_the_weights_hide_them(way, decay, joint
 @WAYS
 @pytest.mark.parametrize(("g_exponent", "grad_scale"), [(-1010, 2.0**80), (1010, 2.0**-80)])
 def test_the_loss_scale_may_take_a_gradient_out_of_range(way, g_exponent, grad_scale):
-    """The gradient is no number of its format without the scale, but the step is one."""
+    """The gradient without the loss scale is out of range, but the step is not."""
     rng = np.random.default_rng(8)
     for w_exponent, decay, clip in itertools.product([0, 900], [0.0, 1e-4], [False, True]):
         w, g = (random_array(rng, "float64", e, 5) for e in (w_exponent, g_exponent))

@@ -314,7 +314,7 @@ def test_invalid_options_are_refused(make, kind, says):
 def test_errors_use_the_option_names_of_the_optimizer():
     opt = lars_tree.Lars(0.1, weight_decay={"a": None, "b": 0.1})
     w = {"a": W, "b": W}
-    with pytest.raises(OptionError, match=r"^weight_decay has a value"):
+    with pytest.raises(OptionError, match=r"^weight_decay has an invalid value"):
         opt.update(w, w, opt.init(w))
 
 

@@ -196,7 +196,7 @@ def test_wrong_arguments_are_refused_as_by_the_update(function):
         function(w, {"a": {"kernal": np.ones(2)}}, 0.1)
     with pytest.raises(DtypeError, match="a/kernel: expected"):
         function(w.map(lambda x: x.astype(int)), 1.0, 0.1)
-    with pytest.raises(lars_tree.OptionError, match="lr has a value"):
+    with pytest.raises(lars_tree.OptionError, match="lr has an invalid value"):
         function(w, 1.0, -1.0)
     with pytest.raises(TypeError, match=r"weight_decay.*decay_lambda"):
         function(w, 1.0, 0.1, weight_decay=1)

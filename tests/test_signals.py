@@ -23,7 +23,7 @@ def test_no_handler_is_swapped(monkeypatch):
 
     for name in ("signal", "siginterrupt", "set_wakeup_fd"):
         monkeypatch.setattr(signal, name, fail)
-    monkeypatch.setattr(_writes, "MOST_HELD", 2**18)
+    monkeypatch.setattr(_writes, "MAX_HELD", 2**18)
     for case in (of_strides, of_momentum, in_chunks):
         trees, call = case()
         before = contents(trees)

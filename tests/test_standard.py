@@ -1,4 +1,4 @@
-"""Libraries that follow the array API standard: in place, types, devices, foreign arrays."""
+"""Libraries that follow the array API standard: updates in place, dtypes, devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many threads there are, and what goes on beside a native call: forks, float modes."""
+"""The number of threads; other threads, forks and float modes during a native call."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_number_is_the_one_set_or_the_default():
 
 
 @pytest.mark.parametrize("n", [0, -1, 1.0, True, "2", np.int64(2), [1]])
-def test_what_is_no_number_of_threads_is_refused(n):
+def test_invalid_numbers_of_threads_are_refused(n):
     set_num_threads(2)
     with pytest.raises(OptionError, match="whole number of threads >= 1 or None, got"):
         set_num_threads(n)
@@ -146,12 +146,12 @@ def test_without_control_groups_the_affinity_counts(tmp_path, monkeypatch):
     assert threads.cores(tmp_path) == os.cpu_count()
 
 
-# ---- Beside a call
+# ---- During a call
 
 
 @with_kernel
 def test_other_threads_run_during_a_call(monkeypatch):
-    """Python itself hands over to no other thread here: only the call can let one run."""
+    """Only the call can let another thread run: Python's own switch interval is too long."""
     count, stop, seen = 0, threading.Event(), []
 
     def beside():
@@ -226,8 +226,8 @@ def step():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_child_steps_too():
-    """Also where another thread held the lock of updates in place when the fork came."""
+def test_a_forked_child_can_update():
+    """Even if another thread held the lock of updates in place during the fork."""
     code = f"""{STEP}
 lars_tree.set_num_threads(4)
 busy, stop = threading.Event(), threading.Event()
@@ -253,11 +253,11 @@ print(step() == expected)"""
 
 
 @with_kernel
-@pytest.mark.skipif(sys.platform != "linux", reason="the limit is that of Linux")
-def test_where_the_system_gives_no_threads_one_does_the_work():
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit exists on Linux only")
+def test_one_thread_does_the_work_if_no_other_can_start():
     code = f"""{STEP}
 import resource
-lars_tree.set_num_threads(1)  # the system keeps the stacks of threads that were
+lars_tree.set_num_threads(1)  # the system keeps the stacks of ended threads
 expected = step()
 lars_tree.set_num_threads(8)
 pages = int(open("/proc/self/statm").read().split()[0])
@@ -307,7 +307,7 @@ def test_flushing_subnormal_numbers_does_not_matter():
 
 
 @with_kernel
-@pytest.mark.skipif(sys.platform != "linux", reason="FE_UPWARD is looked up nowhere else")
+@pytest.mark.skipif(sys.platform != "linux", reason="the number of FE_UPWARD is that of Linux")
 def test_the_rounding_mode_does_not_matter():
     libm = ctypes.CDLL(ctypes.util.find_library("m"))
     upward = 0x800 if os.uname().machine == "x86_64" else 0x400000

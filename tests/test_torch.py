@@ -12,7 +12,7 @@ from lars_tree import Container, Lars, OutError, lars_update
 torch = need("torch")
 
 from lars_tree._backends import tensors  # noqa: E402
-from lars_tree._backends.base import Leaf, New  # noqa: E402
+from lars_tree._backends.base import Leaf, StepResult  # noqa: E402
 from lars_tree._rule import Rule  # noqa: E402
 
 DOUBLE = {"dtype": torch.float64}
@@ -184,7 +184,9 @@ def test_a_state_dict_is_updated_in_place():
 def many(wide, leaves, rules, velocities=None):
     """The new weights by the multi-tensor operations for accelerators, computed in dtype wide."""
     velocities = velocities or [None] * len(leaves)
-    news = [New(torch.empty_like(w), v) for (w, _), v in zip(leaves, velocities, strict=True)]
+    news = [
+        StepResult(torch.empty_like(w), v) for (w, _), v in zip(leaves, velocities, strict=True)
+    ]
     rows = zip(leaves, news, rules, velocities, strict=True)
     given = [
         (layer, None)

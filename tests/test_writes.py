@@ -1,5 +1,5 @@
-"""Updates in place are made whole or not at all: whatever memory lacks, and whenever an exception
-comes, from a signal handler or from another thread.
+"""Updates in place are complete or not made at all, whichever allocation fails, and whenever a
+signal handler or another thread raises an exception.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lars_tree._backends import cpu
 FOLDER = os.path.dirname(lars_tree.__file__)
 
 
-# ---- Calls that take the general path, each with all arrays that it may write to
+# ---- Calls on the general path, each with all arrays that it may write to
 
 
 def strided(start):
@@ -100,7 +100,7 @@ def of_a_library_that_writes_itself():
 
 
 def in_chunks():
-    """Leaves whose results are too large to be held; those of `strided` still are."""
+    """The results of two leaves are too large to be held; those of `strided` are held."""
     w = {"strided": strided(1), **{key: np.ones((40_000, 2))[:, 0] for key in "ab"}}
     return w, lambda: lars_update(w, 1.0, 0.1, out=w)
 
@@ -120,14 +120,14 @@ def contents(trees):
 
 @pytest.fixture(autouse=True)
 def _little_room(monkeypatch):
-    monkeypatch.setattr(_writes, "MOST_HELD", 2**18)
+    monkeypatch.setattr(_writes, "MAX_HELD", 2**18)
 
 
 # ---- Exceptions at each moment
 
 
 def sent_by_a_thread():
-    """As another thread asks this one to raise."""
+    """An exception as another thread can request it."""
     ident = ctypes.c_ulong(threading.get_ident())
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(KeyboardInterrupt))
 
@@ -137,9 +137,9 @@ def sent_by_the_system():
 
 
 def interrupted_at(number, call, send):
-    """Make a call that is interrupted at that moment of `Writes.make`; whether there was one.
+    """Make a call, interrupted at this moment of `Writes.make`; whether there was such a moment.
 
-    Python looks for signals when a function starts, after calls, and when a loop starts again.
+    Python checks for signals when a function starts, after calls, and when a loop starts again.
     """
     moments = iter(range(number, -1, -1))
     previous = {}
@@ -154,7 +154,7 @@ def interrupted_at(number, call, send):
         return trace(frame, event, _)
 
     def trace(frame, event, _):
-        # In `make`, and in what it calls.
+        # In `make`, and in the functions that it calls.
         inside = frame.f_back is not None and frame.f_back.f_trace is not None
         if frame.f_code is not _writes.Writes.make.__code__ and not inside:
             return None
@@ -170,7 +170,7 @@ def interrupted_at(number, call, send):
 @each_case
 @pytest.mark.parametrize("send", [sent_by_a_thread, sent_by_the_system])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_exception_at_any_moment_finds_all_written_or_nothing(case, send):
+def test_an_exception_at_any_moment_leaves_all_written_or_nothing(case, send):
     trees, call = case()
     before = contents(trees)
     call()
@@ -195,13 +195,13 @@ def test_an_exception_at_any_moment_finds_all_written_or_nothing(case, send):
 @pytest.mark.parametrize(
     "case", [of_strides, of_rates, of_momentum, of_kept_weights, of_two_libraries]
 )
-def test_whichever_allocation_fails_all_is_written_or_nothing(case, monkeypatch):
-    """Within the call that writes; Python itself does not survive all that fail elsewhere."""
+def test_a_failing_allocation_leaves_all_written_or_nothing(case, monkeypatch):
+    """Only within the call that writes: elsewhere, Python itself may not survive."""
     testcapi = pytest.importorskip("_testcapi", reason="this Python has no test modules")
     deque, number = _writes.deque, 0
 
     def without_memory(*args):
-        # One failure: where all allocations fail, Python may unwind forever.
+        # One failure only: if all allocations fail, Python may unwind forever.
         testcapi.set_nomemory(number, number + 1)
         try:
             deque(*args)
@@ -224,8 +224,8 @@ def test_whichever_allocation_fails_all_is_written_or_nothing(case, monkeypatch)
     assert number > 1
 
 
-def test_no_memory_for_one_leaf_leaves_the_others_as_they_were(monkeypatch):
-    """Where results are computed, before anything is written."""
+def test_no_memory_for_one_leaf_leaves_the_others_unchanged(monkeypatch):
+    """The failure is in the computation of results, before anything is written."""
     trees, call = of_momentum()
     before = contents(trees)
     stepped = cpu._stepped
@@ -245,8 +245,8 @@ def test_no_memory_for_one_leaf_leaves_the_others_as_they_were(monkeypatch):
     assert contents(trees) != before
 
 
-def test_what_a_library_has_written_is_put_back():
-    """Where its second write fails."""
+def test_arrays_that_a_library_has_written_are_restored():
+    """The second write of the library fails."""
     need("array_api_strict")
     trees, call = of_a_library_that_writes_itself()
     before = contents(trees)

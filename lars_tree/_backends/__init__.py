@@ -1,9 +1,9 @@
-"""Array libraries: one module each, and the table that finds it by the type of a leaf.
+"""Array libraries: one module each, and a table that finds the module by the type of a leaf.
 
-Nothing is imported that the user has not imported: the table is looked up in `sys.modules` only.
-Only the real type of an object counts: what `__class__` says of it may be a lie, and C code that
-believes it crashes. To add a library: a module with a `backend_of`, a row here, a row in
-`tests/conftest.py`. One that follows the array API standard needs neither module nor row here.
+Libraries are looked up in `sys.modules` only, so that none is imported unless the user did so.
+Only the real type of an object counts: C code crashes if it believes a wrong `__class__`. To add a
+library: a module with a `BACKEND`, a row here, a row in `tests/conftest.py`. A library that
+follows the array API standard needs neither module nor row here.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import sys
 import threading
 from importlib import import_module
 from typing import Any
-from weakref import ref
+from weakref import WeakKeyDictionary
 
 from lars_tree._backends.base import Backend
 from lars_tree._nodes import is_permanent
 
-# Where the library defines the type, the name of the type, the module here.
+# The module that defines the type, the name of the type, the module here.
 _TABLE = [
     ("numpy", "ndarray", "numpy"),
     ("numpy", "generic", "numpy"),
@@ -29,10 +29,9 @@ _TABLE = [
     ("cupy", "ndarray", "standard"),
 ]
 
-# Of classes that their modules keep alive anyway.
+# By class, as `KINDS` of `_nodes`: a class that no module keeps alive must not be kept alive here.
 _CACHE: dict[type, Backend | None] = {type(None): None}
-# Of all others, by their ids: each entry goes when its class is freed.
-_OTHERS: dict[int, tuple[ref[type], Backend | None]] = {}
+_CACHE_OF_OTHERS: WeakKeyDictionary[type, Backend | None] = WeakKeyDictionary()
 
 
 def find(x: Any) -> Backend | None:
@@ -40,15 +39,10 @@ def find(x: Any) -> Backend | None:
     cls = type(x)
     if cls in _CACHE:
         return _CACHE[cls]
-    known = _OTHERS.get(id(cls))
-    return known[1] if known is not None else _remembered(cls, _look_up(x))
-
-
-def _remembered(cls: type, backend: Backend | None) -> Backend | None:
-    if is_permanent(cls):
-        return _CACHE.setdefault(cls, backend)
-    key = id(cls)
-    _OTHERS[key] = (ref(cls, lambda _: _OTHERS.pop(key, None)), backend)
+    if cls in _CACHE_OF_OTHERS:
+        return _CACHE_OF_OTHERS[cls]
+    backend = _look_up(x)
+    (_CACHE if is_permanent(cls) else _CACHE_OF_OTHERS)[cls] = backend
     return backend
 
 
@@ -63,8 +57,8 @@ def _look_up(x: Any) -> Backend | None:
     return None
 
 
-# A fork waits until no thread is importing a backend: that thread would not be in the child to
-# finish, and the child would wait for it.
+# A fork waits until no thread imports a backend: the child does not have that thread, and would
+# wait for its import forever.
 _importing = threading.RLock()
 
 if hasattr(os, "register_at_fork"):
@@ -78,5 +72,5 @@ if hasattr(os, "register_at_fork"):
 def _load(name: str, x: Any) -> Backend | None:
     with _importing:
         module = import_module(f"lars_tree._backends.{name}")
-    backend: Backend | None = module.backend_of(x)
+    backend: Backend | None = module.backend_of(x) if name == "standard" else module.BACKEND
     return backend

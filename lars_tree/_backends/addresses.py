@@ -1,12 +1,12 @@
-"""The CPU memory of torch tensors, as numpy sees it."""
+"""Numpy views of the CPU memory of torch tensors."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from lars_tree._memory import NumpyArray
 
 NUMPY_TYPES = {
     torch.float16: "f2",
@@ -19,17 +19,17 @@ NUMPY_TYPES = {
 
 
 def bytes_needed(x: Tensor) -> int:
-    """How long its storage must be, from the start, to hold a tensor."""
+    """The size that its storage must have to hold a tensor."""
     if x.numel() == 0:
         return 0
     last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
     return int((x.storage_offset() + last + 1) * x.element_size())
 
 
-def view(x: Tensor) -> np.ndarray[Any, Any]:
-    """A numpy view for `cpu.update`: bfloat16 as the bits it is.
+def view(x: Tensor) -> NumpyArray:
+    """A numpy view for `cpu.update`, with the bits of bfloat16.
 
-    Not by `x.numpy()`: that makes the storage one that can never be resized or freed again.
+    Not by `x.numpy()`, after which the storage can never be resized or freed.
     """
     x = x.detach().resolve_conj().resolve_neg()
     if not x.numel():
@@ -37,8 +37,8 @@ def view(x: Tensor) -> np.ndarray[Any, Any]:
     return np.asarray(Address(x, NUMPY_TYPES[x.dtype]))
 
 
-def bits(x: Tensor) -> np.ndarray[Any, Any]:
-    """A numpy view to copy to or from, of a tensor of any dtype: of its bits."""
+def bits(x: Tensor) -> NumpyArray:
+    """A numpy view of the bits of a tensor of any dtype, to copy from or to."""
     x = x.detach().resolve_conj().resolve_neg()
     size = x.element_size()
     typestr = f"u{size}" if size <= 8 else f"c{size}"
@@ -46,11 +46,11 @@ def bits(x: Tensor) -> np.ndarray[Any, Any]:
 
 
 class Address:
-    """The memory of a tensor as numpy describes it; without a type, not to be read."""
+    """The memory of a tensor by numpy's protocol; without a typestr, it must not be read."""
 
     def __init__(self, x: Tensor, typestr: str | None = None) -> None:
         size = x.element_size()
-        self._keep = x  # the view that numpy makes keeps this object, and so the memory
+        self._keep = x  # numpy's view keeps this object alive, and so the memory
         self.__array_interface__ = {
             "version": 3,
             "shape": tuple(x.shape),

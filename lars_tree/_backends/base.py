@@ -1,4 +1,12 @@
-"""What an array library has to offer, and what is the same for most of them."""
+"""The interface of an array library, with defaults that most libraries share.
+
+The words for one array of an update, in the order in which they arise:
+
+    Columns    all leaves of an update side by side, one list per argument, unchecked
+    Operand    one array with what its library reports about it (`_operands.py`), for the checks
+    Leaf       everything that the step of one array of the weights needs, checked
+    Engine     what computes the step of some leaves in place, if the caller chooses it
+"""
 
 from __future__ import annotations
 
@@ -8,21 +16,26 @@ from enum import Enum
 from functools import lru_cache, partial
 from math import prod
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from lars_tree._memory import NumpyArray
 from lars_tree._rule import Measured, Rule, mesh_axes
 
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
-    from lars_tree._writes import Writes
 
-Array = Any
+NativeArray = Any  # an array of any library
+
+Item = TypeVar("Item")
+Key = TypeVar("Key", bound=Hashable | None)
+
+MAX_AXES = 64  # as in numpy
 
 
 class Kind(Enum):
-    """Kinds of element types, as far as the rule cares."""
+    """Kinds of element types, as far as the rule distinguishes them."""
 
     REAL = "real"
     COMPLEX = "complex"
@@ -30,46 +43,43 @@ class Kind(Enum):
     OTHER = "other"
 
 
-# Of an array: as many as numpy has.
-MOST_AXES = 64
-
 FLOATING = (Kind.REAL, Kind.COMPLEX)
 
 
 class Values(Enum):
-    """Whether the elements of an array can be looked at."""
+    """Where the elements of an array are, and so whether they can be read."""
 
-    HERE = "in CPU memory"
-    FAR = "on an accelerator: looking means waiting"
-    LATER = "not computed yet: a tracer or a lazy array"
+    CPU = "in CPU memory"
+    DEVICE = "on an accelerator: reading them waits for it"
+    TRACED = "not computed yet: a tracer or a lazy array"
 
 
 class Facts(NamedTuple):
-    """What the checks need to know of an array."""
+    """What the checks need to know about an array."""
 
     shape: tuple[int, ...]
     kind: Kind
     dtype: Any
     device: Hashable
-    layout: Layout | None = None  # over processes, of what is spread over some
+    sharding: Sharding | None = None  # None: not sharded over processes
 
 
-class Layout(NamedTuple):
-    """How the parts of an array are spread over processes."""
+class Sharding(NamedTuple):
+    """How an array is sharded over processes."""
 
     mesh: Hashable
     placements: Hashable
 
 
 class Leaf(NamedTuple):
-    """One array of the weights with all that its step takes.
+    """Everything that the step of one array of the weights needs.
 
-    `place` counts the leaves of the nest. `dcdw` is None where the weights stay as they are, `out`
-    where the results are new arrays, `velocity` where there is no momentum. Where there is an `out`
-    the velocity is written to where it is.
+    `leaf_index` counts the leaves of the tree. `dcdw` is None if the weights stay unchanged, `out`
+    if the results are new arrays, `velocity` if there is no momentum. With an `out`, the velocity
+    is updated in place.
     """
 
-    place: int
+    leaf_index: int
     w: Any
     dcdw: Any
     out: Any
@@ -79,11 +89,10 @@ class Leaf(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """All leaves of an update side by side, one item of each list for each leaf; unchecked.
+    """All leaves of an update side by side: one list per argument, one item per leaf; unchecked.
 
-    Where `outs` is None the results are new arrays; else velocities are written to where they are,
-    and so are the `counters` of a state, by their names. A leaf without momentum may have None
-    among the velocities.
+    If `outs` is None, the results are new arrays; otherwise the velocities and the `counters` of
+    the state are updated in place. A leaf without momentum may have None among the velocities.
     """
 
     ws: list[Any]
@@ -93,231 +102,252 @@ class Columns(NamedTuple):
     velocities: list[Any] | None = None
     counters: Mapping[str, Any] = MappingProxyType({})
 
-    def row(self, place: int) -> tuple[Any, Any, Any, Any]:
-        """w, dcdw, out and velocity of a leaf; None where there are none."""
+    def row(self, index: int) -> tuple[Any, Any, Any, Any]:
+        """w, dcdw, out and velocity of a leaf; None for each that does not exist."""
         columns = (self.ws, self.dcdws, self.outs, self.velocities)
-        w, dcdw, out, velocity = (None if xs is None else xs[place] for xs in columns)
+        w, dcdw, out, velocity = (None if xs is None else xs[index] for xs in columns)
         return w, dcdw, out, velocity
 
 
-class News(NamedTuple):
-    """The results of an update out of place, one item for each leaf; None until it is there."""
-
-    ws: list[Any]
-    velocities: list[Any] | None
-
-
-class New(NamedTuple):
-    """What a step makes of a leaf."""
+class StepResult(NamedTuple):
+    """The new weights and velocity of one leaf."""
 
     w: Any
     velocity: Any = None
 
 
+class StepResults(NamedTuple):
+    """Lists for the results of an update that makes new arrays: None until a leaf is computed."""
+
+    ws: list[Any]
+    velocities: list[Any] | None
+
+
 class Engine(Protocol):
-    """What a caller wants to step some leaves of an update in place, at these places."""
+    """Updates some leaves in place, at the request of the caller: those with these indices."""
 
     @property
-    def places(self) -> Collection[int]:
-        """The places of its leaves."""
+    def indices(self) -> Collection[int]: ...
 
     def trusted(self, leaves: list[Leaf]) -> list[Leaf]:
-        """Those of all leaves that need not be checked: it can tell that nothing is wrong."""
+        """Those leaves among all that need no full check: a cheap pre-check passed."""
 
-    def results(self, leaves: list[Leaf]) -> Iterable[tuple[Array, Array]]:
-        """Pairs of an array to write to, and what to write; nothing is written yet."""
+    def results(self, leaves: list[Leaf]) -> Iterable[tuple[NativeArray, NativeArray]]:
+        """Pairs of an array to write to and its new values; writes nothing itself."""
 
 
 class Shards(Protocol):
-    """What this process has of leaves that are spread over processes, as layers of a plan.
+    """The shards of this process, as layers of a plan.
 
-    It is not yet stepped when they are taken: first come the norms of the plan, which `reduce`
-    changes. All processes must take the same leaves, reduce, and `agree` in the same order.
+    They are taken first; then `reduce` completes the norms of the plan, and the plan is applied.
+    All processes must take the same leaves, and reduce and `agree` in the same order.
 
     Attributes:
-        news: The results by place.
-        copies: Pairs of an array to write to and of what to write, when the plan was stepped.
+        results: By leaf index.
+        copies: Pairs of an array to write to and its new values, once the plan was applied.
     """
 
-    news: dict[int, New]
-    copies: list[tuple[Array, Array]]
+    results: dict[int, StepResult]
+    copies: list[tuple[NativeArray, NativeArray]]
 
     @property
-    def places(self) -> dict[int, int]:
-        """The places of the leaves by the rows of the plan."""
+    def leaf_indices(self) -> dict[int, int]:
+        """By the row of the plan."""
 
     def trust(self, leaves: list[Leaf]) -> list[Leaf]:
-        """Take those of unchecked leaves of which a few comparisons tell that nothing is wrong.
-
-        Returns:
-            The leaves that were taken.
-        """
+        """Take those unchecked leaves that pass a cheap pre-check, and return them."""
 
     def take(self, leaves: list[Leaf]) -> None:
-        """Take all of these leaves, which were checked, that a plan can step."""
+        """Take all checked leaves that a plan can step."""
 
     def reduce(self, norms: bytearray) -> None:
-        """Put the norms of whole layers in the place of those of the parts here."""
+        """Replace the norms of shards by those of whole layers."""
 
     def agree(self, bad: set[int]) -> set[int]:
-        """The places that are bad in any process, given those that are bad in this one."""
+        """The leaf indices that are bad in any process, given those bad in this one."""
 
     def announce(self) -> None:
-        """Have the library know that arrays are written to without it."""
+        """As `Backend.announce`, for the arrays of these leaves."""
+
+
+class Writes(Protocol):
+    """What the step of one leaf may ask of `_writes.Writes`, which documents these methods."""
+
+    plan: Plan | None
+
+    def add(self, backend: Backend, out: NativeArray, x: NativeArray) -> None: ...
+    def result(self, leaf: Leaf, new: StepResult) -> StepResult: ...
+    def announce(self, backend: Backend, outs: Iterable[NativeArray]) -> None: ...
+    def copy(self, target: NumpyArray, values: NumpyArray) -> None: ...
+    def holds(self, size: int) -> bool: ...
+    def step_in_chunks(self, step: Callable[[], Any]) -> None: ...
 
 
 class Backend(ABC):
-    """One array library. Checks come first: what reaches `update` has passed them all."""
+    """One array library. `update` and `measure` only receive what passed all checks."""
 
     name: str
 
     @abstractmethod
-    def facts(self, x: Array) -> Facts:
+    def facts(self, x: NativeArray) -> Facts:
         """Shape, dtype and device of an array that has no fault."""
 
     @abstractmethod
-    def values(self, x: Array) -> Values:
+    def values(self, x: NativeArray) -> Values:
         """Where the elements are."""
 
     @abstractmethod
-    def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
-        """The elements of an array whose values are here or far; a view where that is possible."""
+    def to_numpy(self, x: NativeArray) -> NumpyArray:
+        """The elements of an array that is not traced; a view if possible."""
 
     @abstractmethod
-    def full(self, number: complex, like: Array) -> Array:
-        """A 0-d array of a number, on the device of `like` and as precise as it needs."""
+    def full(self, number: complex, like: NativeArray) -> NativeArray:
+        """A number as a 0-d array of double precision, on the device of `like`."""
 
     @abstractmethod
-    def copy(self, x: Array, stop_gradients: bool) -> Array:
+    def copy(self, x: NativeArray, stop_gradients: bool) -> NativeArray:
         """A copy that shares no memory."""
 
     @abstractmethod
-    def zeros(self, w: Array, dtype: Any) -> Array:
-        """Zeros of the shape of w, where w is."""
+    def zeros(self, w: NativeArray, dtype: Any) -> NativeArray:
+        """Zeros with the shape and device of w."""
 
     @abstractmethod
-    def counter(self, w: Array) -> Array:
-        """A new 0-d array of integers that counts from 0, on the device of w."""
+    def counter(self, w: NativeArray) -> NativeArray:
+        """A new 0-d array of integers with the value 0, on the device of w."""
 
     @abstractmethod
-    def update(self, leaves: list[Leaf], writes: Writes) -> list[New]:
-        """The weights and velocities after one step; those of leaves with an `out` are in memory
-        that holds them only when the writes, to which they are added, are made.
+    def update(self, leaves: list[Leaf], writes: Writes) -> list[StepResult]:
+        """The weights and velocities after one step.
 
+        The results of leaves with an `out` are added to `writes`, and valid once these are made.
         Every leaf has a gradient.
         """
 
     @abstractmethod
     def measure(self, leaves: list[Leaf]) -> list[Measured]:
-        """What their steps are made of, by the code that makes them: arrays where the leaves are.
+        """The norms and ratios of their steps, computed by the same code, on the same device.
 
-        Each is 0-d, or a vector where the leaf has a layer axis. Every leaf has a gradient.
+        Each is 0-d, or a vector if the leaf has a layer axis. Every leaf has a gradient.
         """
 
-    def numbers(self, rows: np.ndarray[Any, Any], ws: list[Array]) -> list[Measured]:
-        """What the native engine measured, a row for each of the weights, as numbers like them."""
+    def numbers(self, rows: NumpyArray, ws: list[NativeArray]) -> list[Measured]:
+        """The measurements of the native engine, one row for each of the weights."""
         return list(map(Measured._make, rows))
 
-    def fetch(self, xs: list[Array]) -> list[np.ndarray[Any, Any]]:
-        """The elements of arrays with known values, waiting for them once."""
+    def fetch(self, xs: list[NativeArray]) -> list[NumpyArray]:
+        """The elements of arrays that are not traced, waiting for the device once."""
         return [self.to_numpy(x) for x in xs]
 
     @abstractmethod
-    def all_finite(self, xs: list[Array]) -> Any:
-        """A truth value, or a 0-d array of one where values are not here."""
+    def all_finite(self, xs: list[NativeArray]) -> Any:
+        """A bool, or a 0-d bool array unless the values are in CPU memory."""
 
     @abstractmethod
-    def choose(self, flag: Any, a: Array, b: Array) -> Array:
-        """A where the flag (of `all_finite`) holds, else b."""
+    def choose(self, flag: Any, a: NativeArray, b: NativeArray) -> NativeArray:
+        """A if the flag (of `all_finite`) is true, else b."""
 
     @abstractmethod
-    def write(self, out: Array, x: Array) -> None:
+    def write(self, out: NativeArray, x: NativeArray) -> None:
         """Copy the elements of x, of the same shape and dtype, into `out`."""
 
-    def writers(self, pairs: list[tuple[Array, Array]]) -> list[Callable[[], Any]]:
-        """Calls that copy x to `out`, for pairs of both; as few calls as possible."""
+    def writers(self, pairs: list[tuple[NativeArray, NativeArray]]) -> list[Callable[[], Any]]:
+        """As few calls as possible that copy x to `out`, for pairs (out, x)."""
         return [partial(self.write, out, x) for out, x in pairs]
 
     def copied_memory(
-        self, out: Array, x: Array
-    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
-        """Numpy arrays of one dtype with the memory of `out` and the elements of x; None where the
-        library must copy them itself.
+        self, out: NativeArray, x: NativeArray
+    ) -> tuple[NumpyArray, NumpyArray] | None:
+        """Numpy arrays of one dtype: the memory of `out` and the elements of x.
+
+        None if the library has to copy them itself.
         """
         return None
 
-    def announce(self, outs: Iterable[Array]) -> None:
-        """Have the library know that arrays are written to without it."""
+    def announce(self, outs: Iterable[NativeArray]) -> None:
+        """Tell the library that these arrays are written to without it."""
         return
 
     def prepare(
-        self, plan: Plan, columns: Columns, news: News | None, places: list[int] | None
+        self,
+        plan: Plan,
+        columns: Columns,
+        results: StepResults | None,
+        indices: list[int] | None,
     ) -> list[int]:
-        """Add those leaves to a plan of the native engine that it supports; the places of others.
+        """Add the leaves that the native engine supports to its plan; return the other indices.
 
-        The arrays are unchecked, and may be none of this library. Without `outs` the results are
-        new arrays, put into `news`; without these either, the leaves are only measured. `places`
-        says which leaves to look at; None means all.
+        The arrays are unchecked, and may belong to another library. Without `outs`, new arrays are
+        put into `results`; without both, the leaves are only measured. `indices` says which leaves
+        to look at; None means all.
         """
-        return list(range(len(columns.ws))) if places is None else places
+        return list(range(len(columns.ws))) if indices is None else indices
 
     def shards(self, plan: Plan) -> Shards | None:
-        """What takes leaves that are spread over processes; None if the native engine cannot."""
+        """What adds sharded leaves to a plan; None if the native engine cannot step them."""
         return None
 
-    def finish(self, columns: Columns, news: News, places: Iterable[int]) -> None:
-        """Make the new arrays at these places, which `prepare` took, what users expect."""
+    def finish(self, columns: Columns, results: StepResults, indices: Iterable[int]) -> None:
+        """Convert the new arrays of leaves that `prepare` took to what users expect."""
         return
 
-    def count(self, plan: Plan, counter: Array) -> bool:
-        """Have a plan add one to a counter when the step is taken; whether it can."""
+    def count(self, plan: Plan, counter: NativeArray) -> bool:
+        """Let a plan increment a counter when the step is taken; return whether it can."""
         return False
 
-    def velocity_dtype(self, w: Array) -> Any:
-        """The dtype of the velocity of w: its own, or float32 if that is shorter than float32."""
+    def velocity_dtype(self, w: NativeArray) -> Any:
+        """The dtype of the velocity of w: that of w, but float32 for half precision."""
         return np.dtype(np.float32) if w.dtype.itemsize == 2 else w.dtype
 
-    def namespace(self, x: Array) -> Any:
-        """The module with functions such as `clip` and `cos` of arrays like x."""
+    def namespace(self, x: NativeArray) -> Any:
+        """The module with functions such as `clip` and `cos` for arrays like x."""
         return np
 
-    def fault(self, x: Array) -> str | None:
+    def fault(self, x: NativeArray) -> str | None:
         """Why x cannot be computed with; None if it can."""
         return None
 
-    def out_fault(self, x: Array) -> str | None:
-        """Why nothing can be written to x; None if it can."""
+    def out_fault(self, x: NativeArray) -> str | None:
+        """Why x cannot be written to; None if it can."""
         return None
 
-    def sizes(self, xs: list[Array]) -> tuple[list[int], list[int]]:
-        """The numbers of elements and of bytes, as arrays of one type declare them; 0 if unknown.
+    def sizes(self, xs: list[NativeArray]) -> tuple[list[int], list[int]]:
+        """The declared numbers of elements and of bytes of arrays of one type; 0 if unknown.
 
-        May be called for 100,000 of them.
+        Must be fast for 100,000 arrays.
         """
         usable = [None if self.fault(x) else x for x in xs]
         counts = [0 if x is None else prod(x.shape) for x in usable]
         return counts, [getattr(x, "nbytes", 0) for x in usable]
 
-    def axis_fault(self, w: Array, rule: Rule) -> str | None:
-        """What is wrong with the option axis_name for weights w; None if it is right."""
+    def axis_fault(self, w: NativeArray, rule: Rule) -> str | None:
+        """What is wrong with the option axis_name for weights w; None if nothing is."""
         axes = mesh_axes(rule)
         return f"expected None for an array of {self.name}, got {named(axes)}" if axes else None
 
-    def varying(self, x: Array) -> frozenset[Any]:
-        """The mesh axes of a surrounding `jax.shard_map` over which x is known to vary."""
+    def varying(self, x: NativeArray) -> frozenset[Any]:
+        """The mesh axes of the surrounding `jax.shard_map` over which x varies."""
         return frozenset()
 
     def on_all_shards(self, flag: Any, leaves: list[Leaf]) -> Any:
-        """A flag of `all_finite`, true where it is true for all shards of these leaves."""
+        """A flag of `all_finite`, true if it is true for all shards of these leaves."""
         return flag
 
-    def memory(self, x: Array) -> np.ndarray[Any, Any] | None:
-        """An array at the same addresses, for arithmetic with addresses alone; None if unknown."""
+    def memory(self, x: NativeArray) -> NumpyArray | None:
+        """An array with the addresses of x, never to be read; None if they are unknown."""
         return None
 
-    def records(self, x: Array) -> bool:
-        """Whether the history of x is being recorded for differentiation."""
+    def is_tracked(self, x: NativeArray) -> bool:
+        """Whether x is tracked by autograd."""
         return False
+
+
+def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """The items by key, in the given order."""
+    groups: dict[Key, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 def named(axes: Iterable[Hashable]) -> str:
@@ -325,9 +355,9 @@ def named(axes: Iterable[Hashable]) -> str:
     return " and ".join(sorted(map(repr, axes)))
 
 
-@lru_cache(256)  # not all: programs make structured dtypes as they go
+@lru_cache(256)  # bounded, as programs may create structured dtypes without end
 def kind_of_numpy(dtype: np.dtype[Any]) -> Kind:
-    """The kind of a numpy dtype, the extension type bfloat16 included."""
+    """The kind of a numpy dtype, including the extension type bfloat16."""
     if dtype.kind == "f" or (is_bfloat16(dtype) and dtype.isnative):
         return Kind.REAL if dtype.itemsize > 1 else Kind.OTHER
     if dtype.kind == "c":

@@ -1,7 +1,6 @@
-"""bfloat16 as bits: the upper half of a float32.
+"""Conversions of bfloat16, which numpy does not have, from and to its bits: half of a float32.
 
-numpy has no such type, so `cpu.py` reads and writes it through these two functions. Libraries round
-double to bfloat16 by way of float32, which rounds twice; `encode` rounds once.
+Libraries convert double to bfloat16 by way of float32, which rounds twice; `encode` rounds once.
 """
 
 from __future__ import annotations
@@ -10,19 +9,19 @@ from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+NumpyArray = np.ndarray[Any, Any]
 
 
-def decode(bits: Array) -> Array:
+def decode(bits: NumpyArray) -> NumpyArray:
     """bfloat16 bits (uint16) as doubles, exactly."""
     return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
-def encode(values: Array) -> Array:
+def encode(values: NumpyArray) -> NumpyArray:
     """Doubles rounded to the nearest bfloat16, ties to even, as bits (uint16)."""
     nearest = values.astype(np.float32)
     bits = nearest.view(np.uint32)
-    # Rounding to odd keeps "there was more" in the last bit, so that the second rounding is right.
+    # Round to odd first: the last bit records inexactness, so the second rounding is correct.
     away = np.abs(nearest) > np.abs(values)
     odd = (bits - away) | (nearest != values)
     rounded = ((odd + 0x7FFF + ((odd >> 16) & 1)) >> 16).astype(np.uint16)

@@ -35,8 +35,8 @@ from lars_tree._floats import in_default_floats
 from lars_tree._rule import Measured, Rule
 
 if TYPE_CHECKING:
+    from lars_tree._backends.base import Writes
     from lars_tree._native._kernel import Plan
-    from lars_tree._writes import Writes
 
 Array = np.ndarray[Any, Any]
 

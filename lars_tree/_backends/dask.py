@@ -1,4 +1,4 @@
-"""Dask arrays: the update stays lazy, chunked like the weights."""
+"""Dask arrays: the update stays lazy and keeps the chunks of the weights."""
 
 from __future__ import annotations
 
@@ -10,78 +10,72 @@ import dask.array as da
 import numpy as np
 
 from lars_tree._backends.arrays import ArraysBackend, NamespaceOps
-from lars_tree._backends.base import Backend, Facts, Values, kind_of_numpy
-
-Array = Any
+from lars_tree._backends.base import Facts, Values, kind_of_numpy
+from lars_tree._memory import NumpyArray
 
 
 class DaskOps(NamespaceOps):
-    """dask.array as an array namespace, where it is not yet one."""
+    """dask.array, which lacks `isdtype`."""
 
-    def is_complex(self, x: Array) -> bool:
+    def is_complex(self, x: da.Array) -> bool:
         return bool(x.dtype.kind == "c")
 
 
 _OPS = DaskOps(da)
 
-_MOST_AXES = 32  # more cannot be rechunked
+_MAX_AXES = 32  # more cannot be rechunked
 
 
 class DaskBackend(ArraysBackend):
-    """Lazy arrays, whose elements are not looked at."""
+    """Lazy arrays, which are never computed here."""
 
     name = "dask"
 
-    def facts(self, x: Array) -> Facts:
+    def facts(self, x: da.Array) -> Facts:
         return Facts(x.shape, kind_of_numpy(x.dtype), x.dtype, None)
 
-    def values(self, x: Array) -> Values:
-        return Values.LATER
+    def values(self, x: da.Array) -> Values:
+        return Values.TRACED
 
-    def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
+    def to_numpy(self, x: da.Array) -> NumpyArray:
         return np.asarray(x)
 
-    def fetch(self, xs: list[Array]) -> list[np.ndarray[Any, Any]]:
+    def fetch(self, xs: list[da.Array]) -> list[NumpyArray]:
         return [np.asarray(x) for x in dask.compute(*xs)]
 
-    def full(self, number: complex, like: Array) -> Array:
+    def full(self, number: complex, like: da.Array) -> da.Array:
         is_complex = isinstance(number, complex) or like.dtype.kind == "c"
         return da.asarray(np.asarray(number, np.complex128 if is_complex else np.float64))
 
-    def copy(self, x: Array, stop_gradients: bool) -> Array:
+    def copy(self, x: da.Array, stop_gradients: bool) -> da.Array:
         return x.copy()
 
-    def zeros(self, w: Array, dtype: Any) -> Array:
+    def zeros(self, w: da.Array, dtype: Any) -> da.Array:
         return da.zeros(w.shape, dtype=dtype, chunks=w.chunks)
 
-    def counter(self, w: Array) -> Array:
+    def counter(self, w: da.Array) -> da.Array:
         return da.zeros((), dtype=np.int64)
 
-    def fault(self, x: Array) -> str | None:
+    def fault(self, x: da.Array) -> str | None:
         if any(math.isnan(length) for length in x.shape):
             return "a dask array of unknown shape: call its compute_chunk_sizes() first"
-        if x.ndim > _MOST_AXES:
-            return f"a dask array of {x.ndim} axes, where Dask computes with {_MOST_AXES} at most"
+        if x.ndim > _MAX_AXES:
+            return f"a dask array of {x.ndim} axes, where Dask computes with {_MAX_AXES} at most"
         return None
 
-    def out_fault(self, x: Array) -> str | None:
+    def out_fault(self, x: da.Array) -> str | None:
         return "a dask array, which is immutable: leave out `out` and use the returned value"
 
-    def ops(self, x: Array) -> DaskOps:
+    def ops(self, x: da.Array) -> DaskOps:
         return _OPS
 
-    def widen(self, x: Any, w: Array) -> Array:
+    def widen(self, x: Any, w: da.Array) -> da.Array:
         x = da.asarray(x)
         double = np.complex128 if x.dtype.kind == "c" else np.float64
         return x.astype(np.result_type(double, x.dtype))
 
-    def narrow(self, x: Array, w: Array) -> Array:
+    def narrow(self, x: da.Array, w: da.Array) -> da.Array:
         return x.astype(w.dtype)
 
 
-_BACKEND = DaskBackend()
-
-
-def backend_of(x: Any) -> Backend:
-    """The one backend of this module."""
-    return _BACKEND
+BACKEND = DaskBackend()

@@ -1,8 +1,8 @@
-"""JAX: concrete arrays in CPU memory through the kernel or `cpu.py`, others by array operations.
+"""JAX: concrete arrays in CPU memory by the kernel or `cpu.py`, others by array operations.
 
-Traced arrays (jit, grad, vmap, scan), sharded ones and those on accelerators keep to `jax.numpy`,
-so that transformations compose and shardings propagate. On the CPU these compute in double as well,
-whether or not jax_enable_x64 is set.
+Traced arrays (jit, grad, vmap, scan), sharded arrays and arrays on accelerators are updated by
+`jax.numpy`, so that transformations compose and shardings propagate. On the CPU these also compute
+in double, whether or not jax_enable_x64 is set.
 """
 
 from __future__ import annotations
@@ -18,34 +18,30 @@ from lars_tree import _native
 from lars_tree._backends import cpu
 from lars_tree._backends.arrays import ArraysBackend, NamespaceOps
 from lars_tree._backends.base import (
-    MOST_AXES,
-    Backend,
+    MAX_AXES,
     Columns,
     Facts,
     Kind,
     Leaf,
-    New,
-    News,
+    StepResult,
+    StepResults,
     Values,
+    Writes,
+    grouped,
     kind_of_numpy,
     named,
 )
 from lars_tree._backends.jax_memory import copy, device_to_view, empty_like, put
 from lars_tree._backends.numpy import as_bits, raw
+from lars_tree._memory import NumpyArray
 from lars_tree._rule import Measured, Rule, mesh_axes
 
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
-    from lars_tree._writes import Writes
-
-Array = Any
 
 
 class JaxOps(NamespaceOps):
-    """jax.numpy, where a constant is what `stop_gradient` makes.
-
-    Inside `shard_map` each device computes with its shard: sums and maxima go over mesh axes too.
-    """
+    """jax.numpy; inside `shard_map`, sums and maxima are also taken over mesh axes."""
 
     def __init__(self, axes: tuple[Any, ...] = ()) -> None:
         super().__init__(jnp)
@@ -54,19 +50,19 @@ class JaxOps(NamespaceOps):
     def over(self, mesh_axes: frozenset[Any]) -> JaxOps:
         return JaxOps(_in_order(mesh_axes)) if mesh_axes else self
 
-    def constant(self, x: Array) -> Array:
+    def constant(self, x: jax.Array) -> jax.Array:
         return jax.lax.stop_gradient(x)
 
-    def upper_half(self, x: Array) -> Array:
-        # XLA may join products and sums, which the usual way to split a number does not survive.
+    def upper_half(self, x: jax.Array) -> jax.Array:
+        # Not by arithmetic, which XLA may change by fusing products and sums.
         limits = jnp.finfo(x.dtype)
         return jax.lax.reduce_precision(x, limits.nexp, (limits.nmant + 1) // 2 - 1)
 
-    def sum(self, x: Array, axes: tuple[int, ...]) -> Array:
+    def sum(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         x = super().sum(x, axes)
         return jax.lax.psum(x, self.axes) if self.axes else x
 
-    def max(self, x: Array, axes: tuple[int, ...]) -> Array:
+    def max(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         x = super().max(x, axes)
         return jax.lax.pmax(x, self.axes) if self.axes else x
 
@@ -79,32 +75,32 @@ class JaxBackend(ArraysBackend):
 
     name = "jax"
 
-    def facts(self, x: Array) -> Facts:
+    def facts(self, x: jax.Array) -> Facts:
         kind = kind_of_numpy(x.dtype) if isinstance(x.dtype, np.dtype) else Kind.OTHER
         return Facts(x.shape, kind, x.dtype, _device(x))
 
-    def values(self, x: Array) -> Values:
+    def values(self, x: jax.Array) -> Values:
         if _is_traced(x):
-            return Values.LATER
+            return Values.TRACED
         platforms = {device.platform for device in x.devices()}
-        return Values.HERE if platforms == {"cpu"} and x.is_fully_addressable else Values.FAR
+        return Values.CPU if platforms == {"cpu"} and x.is_fully_addressable else Values.DEVICE
 
-    def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
+    def to_numpy(self, x: jax.Array) -> NumpyArray:
         return np.asarray(x)
 
-    def full(self, number: complex, like: Array) -> Array:
+    def full(self, number: complex, like: jax.Array) -> jax.Array:
         is_complex = isinstance(number, complex) or jnp.iscomplexobj(like)
         with jax.enable_x64(True):
             return jnp.asarray(number, jnp.complex128 if is_complex else jnp.float64)
 
-    def copy(self, x: Array, stop_gradients: bool) -> Array:
+    def copy(self, x: jax.Array, stop_gradients: bool) -> jax.Array:
         return jax.lax.stop_gradient(x) if stop_gradients else x
 
-    def fault(self, x: Array) -> str | None:
+    def fault(self, x: jax.Array) -> str | None:
         if not isinstance(x, jax.Array):  # a tracer of something else
             return "a reference to an array: read it first, as x[...]"
-        if x.ndim > MOST_AXES:
-            return f"an array of {x.ndim} axes, where numpy has {MOST_AXES} at most"
+        if x.ndim > MAX_AXES:
+            return f"an array of {x.ndim} axes, where numpy has {MAX_AXES} at most"
         if not _is_traced(x) and x.is_deleted():
             return "an array that was deleted or donated"
         unreduced = _manual_axes(x, "unreduced")
@@ -112,13 +108,13 @@ class JaxBackend(ArraysBackend):
             return f"partial sums over the mesh axis {named(unreduced)}: reduce them first"
         return None
 
-    def axis_fault(self, w: Array, rule: Rule) -> str | None:
+    def axis_fault(self, w: jax.Array, rule: Rule) -> str | None:
         axes = mesh_axes(rule)
         if axes and not _is_traced(w):
             return f"expected None outside of jax.shard_map, got {named(axes)}"
         return _axis_fault(self.varying(w), axes, rule)
 
-    def varying(self, x: Array) -> frozenset[Any]:
+    def varying(self, x: jax.Array) -> frozenset[Any]:
         return _manual_axes(x, "varying")
 
     def on_all_shards(self, flag: Any, leaves: list[Leaf]) -> Any:
@@ -127,28 +123,28 @@ class JaxBackend(ArraysBackend):
         axes = self.varying(flag).union(*(mesh_axes(leaf.rule) for leaf in leaves))
         return jax.lax.pmin(flag.astype(jnp.int32), _in_order(axes)) > 0 if axes else flag
 
-    def out_fault(self, x: Array) -> str | None:
+    def out_fault(self, x: jax.Array) -> str | None:
         return "a jax array, which is immutable: leave out `out` and use the returned value"
 
-    def records(self, x: Array) -> bool:
+    def is_tracked(self, x: jax.Array) -> bool:
         return _is_traced(x)
 
-    def ops(self, x: Array) -> JaxOps:
+    def ops(self, x: jax.Array) -> JaxOps:
         return _OPS
 
-    def widen(self, x: Any, w: Array) -> Array:
+    def widen(self, x: Any, w: jax.Array) -> jax.Array:
         x = jnp.asarray(x)
         double = jax.default_backend() == "cpu" or w.dtype in (np.float64, np.complex128)
         real, complex_ = (jnp.float64, jnp.complex128) if double else (jnp.float32, jnp.complex64)
         return x.astype(complex_ if jnp.iscomplexobj(x) else real)
 
-    def zeros(self, w: Array, dtype: Any) -> Array:
+    def zeros(self, w: jax.Array, dtype: Any) -> jax.Array:
         with jax.enable_x64(True):
             if _is_traced(w):
                 return jnp.zeros_like(w, dtype)
             return _zeros(w.shape, dtype, w, w.sharding)
 
-    def counter(self, w: Array) -> Array:
+    def counter(self, w: jax.Array) -> jax.Array:
         if _is_traced(w):
             return jnp.zeros((), jnp.int32)
         spread = isinstance(w.sharding, jax.sharding.NamedSharding)
@@ -156,13 +152,17 @@ class JaxBackend(ArraysBackend):
         sharding = jax.sharding.NamedSharding(w.sharding.mesh, everywhere) if spread else w.sharding
         return _zeros((), jnp.int32, w, sharding)
 
-    def step(self, w: Array, dcdw: Array, rule: Rule, velocity: Array | None = None) -> New:
+    def step(
+        self, w: jax.Array, dcdw: jax.Array, rule: Rule, velocity: jax.Array | None = None
+    ) -> StepResult:
         if not jnp.iscomplexobj(w):
             return super().step(w, dcdw, rule, velocity)
         pairs = super().step(*_as_pairs(w, dcdw, rule), _as_pair(velocity))
-        return New(*(None if x is None else jax.lax.complex(x[..., 0], x[..., 1]) for x in pairs))
+        return StepResult(
+            *(None if x is None else jax.lax.complex(x[..., 0], x[..., 1]) for x in pairs)
+        )
 
-    def measure_leaf(self, w: Array, dcdw: Array, rule: Rule) -> Measured:
+    def measure_leaf(self, w: jax.Array, dcdw: jax.Array, rule: Rule) -> Measured:
         if jnp.iscomplexobj(w):
             w, dcdw, rule = _as_pairs(w, dcdw, rule)
         return super().measure_leaf(w, dcdw, rule)
@@ -174,10 +174,9 @@ class JaxBackend(ArraysBackend):
             pairs = zip(measured, dtypes, strict=True)
             return [Measured(*(x.astype(dtype) for x in each)) for each, dtype in pairs]
 
-    def numbers(self, rows: np.ndarray[Any, Any], ws: list[Array]) -> list[Measured]:
-        groups: dict[Any, list[int]] = {}
-        for i, (w, dtype) in enumerate(zip(ws, _report_dtypes(ws), strict=True)):
-            groups.setdefault((w.sharding, dtype), []).append(i)
+    def numbers(self, rows: NumpyArray, ws: list[jax.Array]) -> list[Measured]:
+        dtypes = _report_dtypes(ws)
+        groups = grouped(range(len(ws)), lambda i: (ws[i].sharding, dtypes[i]))
         found: dict[int, Measured] = {}
         for (sharding, dtype), group in groups.items():
             with np.errstate(all="ignore"):
@@ -186,76 +185,76 @@ class JaxBackend(ArraysBackend):
                 found[i] = Measured(*numbers[4 * k : 4 * k + 4])
         return [found[i] for i in range(len(ws))]
 
-    def fetch(self, xs: list[Array]) -> list[np.ndarray[Any, Any]]:
+    def fetch(self, xs: list[jax.Array]) -> list[NumpyArray]:
         return [np.asarray(x) for x in jax.device_get(xs)]
 
-    def all_finite(self, xs: list[Array]) -> Any:
+    def all_finite(self, xs: list[jax.Array]) -> Any:
         if any(map(_is_traced, xs)):
             return super().all_finite(xs)
         return all(bool(jnp.isfinite(x).all()) for x in xs)
 
-    def narrow(self, x: Array, w: Array) -> Array:
+    def narrow(self, x: jax.Array, w: jax.Array) -> jax.Array:
         return x.astype(w.dtype)
 
     def prepare(
-        self, plan: Plan, columns: Columns, news: News | None, places: list[int] | None
+        self, plan: Plan, columns: Columns, results: StepResults | None, indices: list[int] | None
     ) -> list[int]:
-        everything = super().prepare(plan, columns, news, places)
+        everything = super().prepare(plan, columns, results, indices)
         if columns.outs is not None:
             return everything
         given = [x for x in (columns.ws, columns.dcdws, columns.velocities) if x is not None]
-        # While there are views, the memory stays, even if another thread donates it.
+        # The views keep the memory alive, even if another thread donates it.
         views: list[list[Any]] = [[None] * len(columns.ws) for _ in given]
         dense, rest = [], []
-        for place in everything:
-            row = [column[place] for column in given]
+        for index in everything:
+            row = [column[index] for column in given]
             devices = {device_to_view(x) for x in row if x is not None}
             if None in devices or len(devices) > 1:
-                rest.append(place)
+                rest.append(index)
                 continue
             for view, x in zip(views, row, strict=True):
                 if x is not None:
-                    view[place] = np.asarray(x)
-            dense.append(place)
+                    view[index] = np.asarray(x)
+            dense.append(index)
         ws, dcdws, *more = views
         arrays = ws, dcdws, None, columns.rules, (more[0] if more else None)
-        new_ws, new_velocities = news or (None, None)
+        new_ws, new_velocities = results or (None, None)
         return sorted(rest + plan.prepare(_READER, *arrays, new_ws, new_velocities, places=dense))
 
-    def finish(self, columns: Columns, news: News, places: Iterable[int]) -> None:
+    def finish(self, columns: Columns, results: StepResults, indices: Iterable[int]) -> None:
         groups: dict[Any, list[tuple[list[Any], int]]] = {}
-        for place in places:
-            for new in news:
-                if new is not None and isinstance(new[place], np.ndarray):
-                    w = columns.ws[place]
-                    groups.setdefault((w.sharding, w.committed), []).append((new, place))
+        for index in indices:
+            for new in results:
+                if new is not None and isinstance(new[index], np.ndarray):
+                    w = columns.ws[index]
+                    groups.setdefault((w.sharding, w.committed), []).append((new, index))
         for where, group in groups.items():
-            xs = put([new[place] for new, place in group], *where)
-            for (new, place), x in zip(group, xs, strict=True):
-                new[place] = x
+            xs = put([new[index] for new, index in group], *where)
+            for (new, index), x in zip(group, xs, strict=True):
+                new[index] = x
 
-    def update(self, leaves: list[Leaf], writes: Writes) -> list[New]:
+    def update(self, leaves: list[Leaf], writes: Writes) -> list[StepResult]:
         with jax.enable_x64(True):
             return [_update(leaf) for leaf in leaves]
 
 
-def _update(leaf: Leaf) -> New:
+def _update(leaf: Leaf) -> StepResult:
     w, dcdw, velocity, rule = leaf.w, leaf.dcdw, leaf.velocity, leaf.rule
     if _steps_in_cpu_memory(leaf):
         new = [empty_like(w)] if velocity is None else [empty_like(w), copy(velocity)]
         cpu.update(raw(np.asarray(w)), raw(np.asarray(dcdw)), raw(new[0]), rule, *new[1:])
-        return New(*put(new, w.sharding, w.committed))
-    dcdw, velocity = (None if x is None else _laid_out(x, w) for x in (dcdw, velocity))
-    stepped = _BACKEND.step(w, dcdw, rule, velocity)
+        return StepResult(*put(new, w.sharding, w.committed))
+    dcdw, velocity = (None if x is None else _sharded_like(x, w) for x in (dcdw, velocity))
+    stepped = BACKEND.step(w, dcdw, rule, velocity)
     if not rule.stop_gradients:
         return stepped
-    return New(*(None if x is None else jax.lax.stop_gradient(x) for x in stepped))
+    return StepResult(*(None if x is None else jax.lax.stop_gradient(x) for x in stepped))
 
 
 def _axis_fault(varying: frozenset[Any], axes: frozenset[Any], rule: Rule) -> str | None:
-    """What is wrong with sums over these axes for weights that vary over those, if that is known.
+    """What is wrong with sums over `axes` for weights that vary over `varying`; None if nothing is.
 
-    Nothing is known under `pmap`, `vmap` and `shard_map(check_vma=False)`.
+    Under `pmap`, `vmap` and `shard_map(check_vma=False)` JAX does not know what varies.
     """
     for name in _in_order(axes):
         try:
@@ -274,37 +273,37 @@ def _axis_fault(varying: frozenset[Any], axes: frozenset[Any], rule: Rule) -> st
     )
 
 
-def _manual_axes(x: Array, state: str) -> frozenset[Any]:
-    """The mesh axes of a surrounding `shard_map` with regard to which x is in this state."""
+def _manual_axes(x: jax.Array, state: str) -> frozenset[Any]:
+    """The mesh axes of the surrounding `shard_map` over which x is "varying" or "unreduced"."""
     if not _is_traced(x):
         return frozenset()
     kind = jax.typeof(x)
-    # Before JAX 0.10 only one state was known.
+    # Before JAX 0.10, only "varying" was known.
     axes: frozenset[Any] = getattr(kind, "vma", frozenset()) if state == "varying" else frozenset()
     return getattr(getattr(kind, "manual_axis_type", None), state, axes)
 
 
-def _varying_over(x: Array, axes: tuple[Any, ...]) -> Array:
+def _varying_over(x: jax.Array, axes: tuple[Any, ...]) -> jax.Array:
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(x, axes, to="varying")
     return jax.lax.pvary(x, axes)  # JAX 0.8
 
 
 def _in_order(axes: Iterable[Any]) -> tuple[Any, ...]:
-    """The same in each process."""
+    """The axes in an order that is the same in all processes."""
     return tuple(sorted(axes, key=repr))
 
 
-def _zeros(shape: tuple[int, ...], dtype: Any, w: Array, sharding: Any) -> Array:
-    """Zeros where w is, and bound to that as w is, so that a compiled step serves the next one."""
+def _zeros(shape: tuple[int, ...], dtype: Any, w: jax.Array, sharding: Any) -> jax.Array:
+    """Zeros on the devices of w, committed like w, so that the next step is not compiled again."""
     if w.committed:
         return jnp.zeros(shape, dtype, device=sharding)
     with jax.default_device(next(iter(w.devices()))):
         return jnp.zeros(shape, dtype)
 
 
-def _report_dtypes(ws: list[Array]) -> list[Any]:
-    """float64 where JAX has it, or the weights are: elsewhere JAX warns of such arrays."""
+def _report_dtypes(ws: list[jax.Array]) -> list[Any]:
+    """float64 if x64 is enabled or the weights are double, as JAX would warn of it otherwise."""
     usual = jnp.zeros(()).dtype
     with jax.enable_x64(True):
         return [jnp.promote_types(usual, jnp.finfo(w.dtype).dtype) for w in ws]
@@ -316,37 +315,38 @@ def _measure(leaf: Leaf) -> Measured:
         measured = cpu.measure(raw(np.asarray(w)), raw(np.asarray(dcdw)), rule)
         with jax.default_device(next(iter(w.devices()))):
             return Measured(*(jnp.asarray(x) for x in measured))
-    measured = _BACKEND.measure_leaf(w, _laid_out(dcdw, w), rule)
+    measured = BACKEND.measure_leaf(w, _sharded_like(dcdw, w), rule)
     return measured if not rule.stop_gradients else Measured(*map(jax.lax.stop_gradient, measured))
 
 
 def _steps_in_cpu_memory(leaf: Leaf) -> bool:
     arrays = [x for x in (leaf.w, leaf.dcdw, leaf.velocity) if x is not None]
-    return all(map(_in_cpu_memory, arrays)) and not any(isinstance(x, jax.Array) for x in leaf.rule)
+    in_memory = all(device_to_view(x) is not None for x in arrays)
+    return in_memory and not any(isinstance(x, jax.Array) for x in leaf.rule)
 
 
-def _as_pairs(w: Array, dcdw: Array, rule: Rule) -> tuple[Array, Array, Rule]:
+def _as_pairs(w: jax.Array, dcdw: jax.Array, rule: Rule) -> tuple[jax.Array, jax.Array, Rule]:
     """Complex arrays as pairs of real numbers.
 
-    Complex numbers of double precision have no derivatives unless jax_enable_x64 is set, as their
-    backward pass runs outside of our context.
+    Complex double arrays cannot be differentiated unless jax_enable_x64 is set, because the
+    backward pass runs outside of our `enable_x64` context.
     """
     axis = None if rule.layer_axis is None else rule.layer_axis % w.ndim
     lr = rule.lr[..., None] if getattr(rule.lr, "ndim", 0) else rule.lr
     return _as_pair(w), _as_pair(dcdw), rule._replace(lr=lr, layer_axis=axis)
 
 
-def _as_pair(x: Array | None) -> Array | None:
+def _as_pair(x: jax.Array | None) -> jax.Array | None:
     return None if x is None else jnp.stack([jnp.real(x), jnp.imag(x)], -1)
 
 
-def _laid_out(x: Array, w: Array) -> Array:
-    """X sharded as w is, so that the results are: wherever it is known how w is."""
+def _sharded_like(x: jax.Array, w: jax.Array) -> jax.Array:
+    """X with the shape of w, and with its sharding if that is known, as the results must have."""
     x = jnp.broadcast_to(x, w.shape)
     if not _is_traced(x) and not _is_traced(w):
         return jax.device_put(x, w.sharding) if w.committed and x.sharding != w.sharding else x
-    missing = _BACKEND.varying(w) - _BACKEND.varying(x)
-    if missing:  # collectives want all their axes to be in one state
+    missing = BACKEND.varying(w) - BACKEND.varying(x)
+    if missing:  # collectives need all operands to vary over the same axes
         x = _varying_over(x, _in_order(missing))
     ours = jax.typeof(w).sharding
     if jax.typeof(x).sharding == ours or jax.sharding.AxisType.Explicit not in ours.mesh.axis_types:
@@ -354,26 +354,14 @@ def _laid_out(x: Array, w: Array) -> Array:
     return jax.sharding.reshard(x, ours)
 
 
-def _in_cpu_memory(x: Array) -> bool:
-    if _is_traced(x):
-        return False
-    devices = x.devices()
-    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
-
-
-def _is_traced(x: Array) -> bool:
+def _is_traced(x: jax.Array) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
-def _device(x: Array) -> frozenset[Any] | None:
-    """The devices that x is bound to; None where JAX may still move it."""
+def _device(x: jax.Array) -> frozenset[Any] | None:
+    """The devices to which x is committed; None if JAX may still move it."""
     return frozenset(x.devices()) if not _is_traced(x) and x.committed else None
 
 
 _READER = _native.reader((np.ndarray,), Rule._fields, make=empty_like, copy=copy, as_bits=as_bits)
-_BACKEND = JaxBackend()
-
-
-def backend_of(x: Any) -> Backend:
-    """The one backend of this module."""
-    return _BACKEND
+BACKEND = JaxBackend()

@@ -1,4 +1,4 @@
-"""numpy: ndarray with its subclasses, memory maps, and numpy's scalars."""
+"""numpy: ndarray and its subclasses, memory maps, and numpy's scalars."""
 
 from __future__ import annotations
 
@@ -14,136 +14,125 @@ from lars_tree._backends.base import (
     Columns,
     Facts,
     Leaf,
-    New,
-    News,
+    StepResult,
+    StepResults,
     Values,
+    Writes,
     is_bfloat16,
     kind_of_numpy,
 )
-from lars_tree._memory import is_foreign, is_mapped_read_only, span
+from lars_tree._memory import READ_ONLY_MAP, NumpyArray, is_foreign, is_mapped_read_only, span
 from lars_tree._rule import Measured, Rule
 
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
-    from lars_tree._writes import Writes
-
-Array = np.ndarray[Any, Any]
 
 
 class NumpyBackend(Backend):
-    """CPU memory as it is."""
+    """Arrays in CPU memory."""
 
     name = "numpy"
 
-    def facts(self, x: Array) -> Facts:
+    def facts(self, x: NumpyArray) -> Facts:
         return Facts(x.shape, kind_of_numpy(x.dtype), x.dtype, "cpu")
 
-    def values(self, x: Array) -> Values:
-        return Values.HERE
+    def values(self, x: NumpyArray) -> Values:
+        return Values.CPU
 
-    def to_numpy(self, x: Array) -> Array:
+    def to_numpy(self, x: NumpyArray) -> NumpyArray:
         return np.asarray(x)
 
-    def full(self, number: complex, like: Array) -> Array:
+    def full(self, number: complex, like: NumpyArray) -> NumpyArray:
         is_complex = isinstance(number, complex) or like.dtype.kind == "c"
         return np.asarray(number, dtype=np.complex128 if is_complex else np.float64)
 
-    def copy(self, x: Array, stop_gradients: bool) -> Array:
+    def copy(self, x: NumpyArray, stop_gradients: bool) -> NumpyArray:
         return x.copy() if not isinstance(x, np.memmap) else np.array(x)
 
-    def fault(self, x: Array) -> str | None:
-        # `np.ma` would import it here, where a fork might come: who has such an array has done so.
+    def fault(self, x: NumpyArray) -> str | None:
+        # In sys.modules only: `np.ma` would be imported here, perhaps while another thread forks.
         if isinstance(x, getattr(sys.modules.get("numpy.ma"), "MaskedArray", ())):
-            return "a masked array: the rule knows no missing elements; fill them first"
+            return "a masked array: LARS has no missing elements; fill them first"
         return None
 
-    def out_fault(self, x: Array) -> str | None:
+    def out_fault(self, x: NumpyArray) -> str | None:
         if isinstance(x, np.generic):
             return "a numpy scalar, which is immutable: use the returned value"
         if not x.flags.writeable:
             return "read-only"
         if is_foreign(x) and is_mapped_read_only(*span(x)):
-            return "read-only: it shares memory that is mapped for reading alone"
+            return READ_ONLY_MAP
         return None
 
-    def sizes(self, xs: list[Array]) -> tuple[list[int], list[int]]:
+    def sizes(self, xs: list[NumpyArray]) -> tuple[list[int], list[int]]:
         return [x.size for x in xs], [x.nbytes for x in xs]
 
-    def memory(self, x: Array) -> Array | None:
+    def memory(self, x: NumpyArray) -> NumpyArray | None:
         return np.asarray(x) if isinstance(x, np.ndarray) else None
 
-    def zeros(self, w: Array, dtype: Any) -> Array:
+    def zeros(self, w: NumpyArray, dtype: Any) -> NumpyArray:
         return np.zeros_like(w, dtype, subok=not isinstance(w, np.memmap))
 
-    def counter(self, w: Array) -> Array:
+    def counter(self, w: NumpyArray) -> NumpyArray:
         return np.zeros((), np.int64)
 
     def prepare(
-        self, plan: Plan, columns: Columns, news: News | None, places: list[int] | None
+        self, plan: Plan, columns: Columns, results: StepResults | None, indices: list[int] | None
     ) -> list[int]:
-        if news is None:
-            return plan.prepare(_READER, *columns[:5], None, None, places)
-        return plan.prepare(_MAKER, *columns[:5], *news, places)
+        if results is None:
+            return plan.prepare(_READER, *columns[:5], None, None, indices)
+        return plan.prepare(_MAKER, *columns[:5], *results, indices)
 
-    def count(self, plan: Plan, counter: Any) -> bool:
+    def count(self, plan: Plan, counter: NumpyArray) -> bool:
         return plan.count(counter)
 
-    def update(self, leaves: list[Leaf], writes: Writes) -> list[New]:
+    def update(self, leaves: list[Leaf], writes: Writes) -> list[StepResult]:
         return [self._step(leaf, writes) for leaf in leaves]
 
-    def _step(self, leaf: Leaf, writes: Writes) -> New:
+    def _step(self, leaf: Leaf, writes: Writes) -> StepResult:
         new, velocity = leaf.out, leaf.velocity
         if new is None:
-            new = _empty_like(leaf.w)
-            velocity = None if velocity is None else np.array(velocity)  # a scalar's too
+            # As with numpy's own operations, the result of a memory map is not a memory map.
+            new = np.empty_like(leaf.w, subok=not isinstance(leaf.w, np.memmap))
+            velocity = None if velocity is None else np.array(velocity)  # also for a numpy scalar
         moving = None if velocity is None else raw(velocity)
         arrays = raw(leaf.w), raw(leaf.dcdw), raw(new), leaf.rule, moving
         if leaf.out is None:
             cpu.update(*arrays)
         else:
             cpu.prepare(*arrays, writes)
-        return New(new[()] if isinstance(leaf.w, np.generic) else new, velocity)
+        return StepResult(new[()] if isinstance(leaf.w, np.generic) else new, velocity)
 
     def measure(self, leaves: list[Leaf]) -> list[Measured]:
         return [cpu.measure(raw(leaf.w), raw(leaf.dcdw), leaf.rule) for leaf in leaves]
 
-    def all_finite(self, xs: list[Array]) -> bool:
+    def all_finite(self, xs: list[NumpyArray]) -> bool:
         return all(bool(np.isfinite(x).all()) for x in xs)
 
-    def choose(self, flag: Any, a: Array, b: Array) -> Array:
+    def choose(self, flag: Any, a: NumpyArray, b: NumpyArray) -> NumpyArray:
         return a if flag else b
 
-    def write(self, out: Array, x: Array) -> None:
+    def write(self, out: NumpyArray, x: NumpyArray) -> None:
         np.asarray(out)[...] = x
 
-    def copied_memory(self, out: Array, x: Array) -> tuple[Array, Array]:
+    def copied_memory(self, out: NumpyArray, x: NumpyArray) -> tuple[NumpyArray, NumpyArray]:
         return raw(out), raw(x)
 
 
-def _empty_like(w: Array) -> Array:
-    """New memory for the result; that of a memory map is no map, as numpy's own operations do."""
-    return np.empty_like(w, subok=not isinstance(w, np.memmap))
-
-
-def as_bits(x: Array) -> Array | None:
-    """A view of bfloat16 as the bits it is; None of all else that has no buffer."""
+def as_bits(x: NumpyArray) -> NumpyArray | None:
+    """A view of the bits of bfloat16, which has no buffer; None for any other dtype without one."""
     return x.view(np.uint16) if is_bfloat16(x.dtype) and x.dtype.isnative else None
 
 
-def raw(x: Array) -> Array:
-    """A view for `cpu.update`: no subclass, and bfloat16 as the bits it is."""
-    plain = np.asarray(x)
-    return plain.view(np.uint16) if is_bfloat16(plain.dtype) else plain
+def raw(x: NumpyArray) -> NumpyArray:
+    """A view for `cpu.update`: not of a subclass, and with the bits of bfloat16."""
+    base = np.asarray(x)
+    return base.view(np.uint16) if is_bfloat16(base.dtype) else base
 
 
-# New arrays are to be of the class of w, which those of a memory map are not.
+# _MAKER does not take memory maps: new arrays have the class of w, and a map has no new one.
 _READER = _native.reader((np.ndarray, np.memmap), Rule._fields, as_bits=as_bits)
 _MAKER = _native.reader(
     (np.ndarray,), Rule._fields, make=np.empty_like, copy=np.copy, as_bits=as_bits
 )
-_BACKEND = NumpyBackend()
-
-
-def backend_of(x: Any) -> Backend:
-    """The one backend of this module."""
-    return _BACKEND
+BACKEND = NumpyBackend()

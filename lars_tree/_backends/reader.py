@@ -1,4 +1,4 @@
-"""How the native engine reads torch tensors, and when it may."""
+"""The `Reader` of the native engine for torch tensors, and when it may be used."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from lars_tree import _native
-from lars_tree._backends.stand_ins import PLAIN_TYPES, is_watched
+from lars_tree._backends.stand_ins import TENSOR_TYPES, is_intercepted
 from lars_tree._rule import Rule
 
 
 def _exchange() -> tuple[Any, ...] | None:
-    """How `_native` reads tensors, where torch has the C functions for it (from 2.10 on)."""
+    """The C functions by which `_native` reads tensors; None before torch 2.10."""
     capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     storage = torch.UntypedStorage
     methods = (Tensor.untyped_storage, storage.nbytes, storage.resizable)
@@ -22,12 +22,12 @@ def _exchange() -> tuple[Any, ...] | None:
 
 _EXCHANGE = _exchange()
 READER: Any = _EXCHANGE and _native.reader(
-    PLAIN_TYPES, Rule._fields, make=torch.empty_like, copy=torch.clone, tensors=_EXCHANGE
+    TENSOR_TYPES, Rule._fields, make=torch.empty_like, copy=torch.clone, tensors=_EXCHANGE
 )
 
 
 def may_read() -> bool:
-    """Whether memory may be read and written behind torch's back, and the kernel can do so."""
-    if READER is None or is_watched() or torch._C._functorch.peek_interpreter_stack():
+    """Whether the kernel can read and write memory of tensors, unseen by torch."""
+    if READER is None or is_intercepted() or torch._C._functorch.peek_interpreter_stack():
         return False
     return _native.in_use() is not None

@@ -1,4 +1,4 @@
-"""Any library that follows the array API standard (CuPy first), through array-api-compat."""
+"""Any library that follows the array API standard, such as CuPy, through array-api-compat."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import array_api_compat
 import numpy as np
 
 from lars_tree._backends.arrays import ArraysBackend, NamespaceOps
-from lars_tree._backends.base import Backend, Facts, Kind, Values
-from lars_tree._memory import is_mapped_read_only, span
-
-Array = Any
+from lars_tree._backends.base import Backend, Facts, Kind, NativeArray, Values
+from lars_tree._memory import READ_ONLY_MAP, NumpyArray, is_mapped_read_only, span
 
 _KINDS = {
     "real floating": Kind.REAL,
@@ -21,14 +19,14 @@ _KINDS = {
 
 
 class StandardOps(NamespaceOps):
-    """What the standard offers; it has no frexp."""
+    """The functions of the standard, which does not have frexp."""
 
-    def round_to_power_of_two(self, x: Array) -> Array:
+    def round_to_power_of_two(self, x: NativeArray) -> NativeArray:
         if hasattr(self.xp, "frexp"):
             return super().round_to_power_of_two(x)
         return self.xp.pow(self.one(x) * 2, self.xp.floor(self.xp.log2(x)))
 
-    def one(self, x: Array) -> Array:
+    def one(self, x: NativeArray) -> NativeArray:
         return self.xp.ones((), dtype=x.dtype, device=array_api_compat.device(x))
 
 
@@ -39,62 +37,62 @@ class StandardBackend(ArraysBackend):
         self.xp = xp
         self.name = xp.__name__.removeprefix("array_api_compat.")
 
-    def facts(self, x: Array) -> Facts:
+    def facts(self, x: NativeArray) -> Facts:
         kinds = (kind for name, kind in _KINDS.items() if self.xp.isdtype(x.dtype, name))
         device = array_api_compat.device(x)
         return Facts(tuple(x.shape), next(kinds, Kind.OTHER), x.dtype, device)
 
-    def values(self, x: Array) -> Values:
+    def values(self, x: NativeArray) -> Values:
         if array_api_compat.is_lazy_array(x):
-            return Values.LATER
-        return Values.HERE if "cpu" in str(array_api_compat.device(x)).lower() else Values.FAR
+            return Values.TRACED
+        return Values.CPU if "cpu" in str(array_api_compat.device(x)).lower() else Values.DEVICE
 
-    def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
-        if self.values(x) is Values.FAR:
+    def to_numpy(self, x: NativeArray) -> NumpyArray:
+        if self.values(x) is Values.DEVICE:
             x = array_api_compat.to_device(x, "cpu")
         return np.from_dlpack(x)
 
-    def full(self, number: complex, like: Array) -> Array:
+    def full(self, number: complex, like: NativeArray) -> NativeArray:
         is_complex = isinstance(number, complex) or self.xp.isdtype(like.dtype, "complex floating")
         dtype = self.xp.complex128 if is_complex else self.xp.float64
         return self.xp.asarray(number, dtype=dtype, device=array_api_compat.device(like))
 
-    def copy(self, x: Array, stop_gradients: bool) -> Array:
+    def copy(self, x: NativeArray, stop_gradients: bool) -> NativeArray:
         return self.xp.asarray(x, copy=True)
 
-    def zeros(self, w: Array, dtype: Any) -> Array:
+    def zeros(self, w: NativeArray, dtype: Any) -> NativeArray:
         return self.xp.zeros_like(w, dtype=dtype)
 
-    def counter(self, w: Array) -> Array:
+    def counter(self, w: NativeArray) -> NativeArray:
         return self.xp.zeros((), dtype=self.xp.int64, device=array_api_compat.device(w))
 
-    def velocity_dtype(self, w: Array) -> Any:
-        # The standard's own types are float32 or longer; float16 is what some add to them.
+    def velocity_dtype(self, w: NativeArray) -> Any:
+        # The standard has no half precision, but libraries add float16 and bfloat16.
         return self.xp.float32 if "float16" in str(w.dtype) else w.dtype
 
-    def out_fault(self, x: Array) -> str | None:
+    def out_fault(self, x: NativeArray) -> str | None:
         if not array_api_compat.is_writeable_array(x):
             return "immutable or read-only"
-        if self.values(x) is Values.HERE and _is_mapped_read_only(x):
-            return "read-only: it shares memory that is mapped for reading alone"
+        if self.values(x) is Values.CPU and _is_mapped_read_only(x):
+            return READ_ONLY_MAP
         return None
 
-    def ops(self, x: Array) -> StandardOps:
+    def ops(self, x: NativeArray) -> StandardOps:
         return StandardOps(self.xp)
 
-    def widen(self, x: Any, w: Array) -> Array:
+    def widen(self, x: Any, w: NativeArray) -> NativeArray:
         xp = self.xp
         if not array_api_compat.is_array_api_obj(x) or isinstance(x, np.ndarray):
             x = xp.asarray(x, device=array_api_compat.device(w))
         is_complex = xp.isdtype(x.dtype, "complex floating")
         return xp.astype(x, xp.complex128 if is_complex else xp.float64)
 
-    def narrow(self, x: Array, w: Array) -> Array:
+    def narrow(self, x: NativeArray, w: NativeArray) -> NativeArray:
         return self.xp.astype(x, w.dtype)
 
 
-def _is_mapped_read_only(x: Array) -> bool:
-    """Whether the library has wrapped such memory of another one; where it tells."""
+def _is_mapped_read_only(x: NativeArray) -> bool:
+    """Whether x wraps read-only memory of another library; False if its memory is unknown."""
     try:
         memory = np.from_dlpack(x)
     except (BufferError, TypeError, ValueError, RuntimeError, AttributeError):
@@ -106,9 +104,9 @@ _BACKENDS: dict[str, StandardBackend] = {}
 
 
 def backend_of(x: Any) -> Backend | None:
-    """The backend for the namespace of x; None where x claims to have one, and does not."""
+    """The backend for the namespace of x; None if x only claims to have a namespace."""
     try:
         xp = array_api_compat.array_namespace(x)
         return _BACKENDS.setdefault(xp.__name__, StandardBackend(xp))
-    except Exception:  # whatever the method of an unknown class raises
+    except Exception:  # the method of an unknown class may raise anything
         return None

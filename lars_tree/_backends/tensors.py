@@ -1,7 +1,7 @@
-"""torch accelerators: many tensors stepped at a time, by `torch._foreach_*` operations.
+"""Multi-tensor updates on torch accelerators, by `torch._foreach_*` operations.
 
-`Tensors` is many tensors that take part in the arithmetic of `_rule.step` as one; nothing waits for
-the device. Under `torch.compile` tensors are stepped one by one: the compiler joins what it can.
+`Tensors` lets `_rule.step` compute with many tensors as if they were one, without waiting for the
+device. Under `torch.compile`, tensors are updated one by one, and the compiler fuses operations.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from lars_tree import _rule
 from lars_tree._backends.arrays import NamespaceOps
-from lars_tree._backends.base import Leaf, New
+from lars_tree._backends.base import Leaf, StepResult, grouped
+from lars_tree._memory import NumpyArray
 from lars_tree._rule import Measured, Rule
 
 
 def writing_to(tensors: list[Tensor]) -> AbstractContextManager[None]:
-    """Where nothing is recorded; torch lets inference tensors be written to in their mode alone."""
+    """A context without autograd; inference tensors can only be written in inference mode."""
     infers = not torch.compiler.is_compiling() and any(map(Tensor.is_inference, tensors))
     context: AbstractContextManager[None] = torch.inference_mode() if infers else torch.no_grad()
     return context
@@ -36,7 +37,7 @@ def copy_all(outs: list[Tensor], xs: list[Tensor]) -> None:
 
 
 def bump_versions(tensors: Iterable[Tensor]) -> None:
-    """Let autograd see that tensors which it may have saved are stale."""
+    """Increment the version counters, so that autograd detects stale saved tensors."""
     tensors = list(tensors)
     try:
         torch.autograd.graph.increment_version(tensors)
@@ -45,23 +46,23 @@ def bump_versions(tensors: Iterable[Tensor]) -> None:
         torch.autograd.graph.increment_version(tracked)
 
 
-def targets(leaf: Leaf) -> New:
-    """Where the results of a plain step go; out of place, the velocity is a copy to be stepped."""
+def targets(leaf: Leaf) -> StepResult:
+    """The tensors to write the results to; a new velocity starts as a copy of the old one."""
     if leaf.out is not None:
-        return New(leaf.out, leaf.velocity)
+        return StepResult(leaf.out, leaf.velocity)
     velocity = None if leaf.velocity is None else leaf.velocity.detach().clone()
-    return New(torch.empty_like(leaf.w, requires_grad=False), velocity)
+    return StepResult(torch.empty_like(leaf.w, requires_grad=False), velocity)
 
 
 def leaf_like(new: Tensor, w: Tensor) -> Tensor:
-    """A leaf that requires a gradient exactly where w does, and is a parameter where w is."""
+    """A leaf tensor that requires a gradient if w does, and is a parameter if w is one."""
     if isinstance(w, torch.nn.Parameter):
         return torch.nn.Parameter(new, requires_grad=w.requires_grad)
     return new.requires_grad_() if w.requires_grad else new
 
 
 class TorchOps(NamespaceOps):
-    """torch as an array namespace, where it is not yet one."""
+    """torch, where its functions differ from the array API standard."""
 
     def is_complex(self, x: Tensor) -> bool:
         return bool(x.is_complex())
@@ -77,7 +78,7 @@ class TorchOps(NamespaceOps):
 
 
 class Tensors:
-    """Many tensors that take part in arithmetic as one; a vector has a number for each."""
+    """Many tensors in one operand; the other may be a vector with one number for each of them."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = list(tensors)
@@ -122,9 +123,9 @@ _OPS = TensorsOps(torch)
 
 
 class Layer(NamedTuple):
-    """What is stepped with one ratio: a leaf, or one index of its layer axis; all without history.
+    """The tensors of one ratio, detached: those of a leaf, or of one index of its layer axis.
 
-    `velocity`, if any, is that before the step, and is where it is written to.
+    The new velocity overwrites the old one.
     """
 
     w: Any
@@ -134,14 +135,14 @@ class Layer(NamedTuple):
     rule: Rule
 
 
-def layers(leaf: Leaf, new: New) -> list[Layer]:
-    """The layers of a leaf, to be written to the tensors of `new`; complex numbers as pairs."""
+def layers(leaf: Leaf, new: StepResult) -> list[Layer]:
+    """The layers of a leaf, to be written to `new`; complex numbers as pairs of real ones."""
     given = (leaf.w, leaf.dcdw.expand(leaf.w.shape), new.w, new.velocity)
     w, dcdw, out, velocity = (None if x is None else as_real(x.detach()) for x in given)
     rule, axis = leaf.rule._replace(layer_axis=None), leaf.rule.layer_axis
     if axis is None:
         return [Layer(w, dcdw, out, velocity, rule)]
-    axis %= leaf.w.ndim  # as pairs of numbers have one axis more
+    axis %= leaf.w.ndim  # pairs of real numbers have one more axis at the end
     rows = [repeat(None) if x is None else x.unbind(axis) for x in (w, dcdw, out, velocity)]
     return [Layer(*row, rule) for row in zip(*rows, strict=False)]  # type: ignore[call-arg]
 
@@ -151,7 +152,7 @@ def as_real(x: Tensor) -> Tensor:
 
 
 def wide(layer: Layer) -> torch.dtype:
-    """What to compute a layer in: double in CPU memory, at least float32 elsewhere."""
+    """The dtype to compute in: double in CPU memory, at least float32 elsewhere."""
     if layer.w.device.type == "cpu":
         return torch.float64
     return torch.promote_types(torch.promote_types(layer.w.dtype, layer.dcdw.dtype), torch.float32)
@@ -160,18 +161,18 @@ def wide(layer: Layer) -> torch.dtype:
 def step_layers(
     given: Iterable[tuple[Layer, Any]], ops: Callable[[list[Any]], TensorsOps] = lambda _: _OPS
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Where to write, and what, for a step of all layers; nothing waits for the device.
+    """The tensors to write to, and their new values, for a step of all layers; never waits.
 
     Args:
-        given: Layers, each with something for `ops`.
-        ops: The operations for layers that are stepped together, made from what came with them.
+        given: Layers, each with an extra value for `ops`.
+        ops: Returns the operations for layers that are updated together, given their extra values.
     """
     targets: list[Tensor] = []
     values: list[Tensor] = []
     pairs = [(layer, extra) for layer, extra in given if layer.w.numel()]
     with torch.no_grad():
-        for places in _groups(pairs):
-            members, extras = zip(*(pairs[i] for i in places), strict=True)
+        for group in grouped(pairs, lambda pair: _group(pair[0])).values():
+            members, extras = zip(*group, strict=True)
             if torch.compiler.is_compiling():
                 some = [_step_one(layer) for layer in members]
             else:
@@ -185,48 +186,40 @@ def step_layers(
 def measure_layers(
     given: Iterable[tuple[Layer, Any]], ops: Callable[[list[Any]], TensorsOps] = lambda _: _OPS
 ) -> list[Measured]:
-    """What the steps of layers that have elements are made of, as `step_layers` makes them."""
+    """The norms and ratios of layers with elements, computed as in `step_layers`."""
     pairs = list(given)
     measured: list[Any] = [None] * len(pairs)
     with torch.no_grad():
-        for places in _groups(pairs):
-            members, extras = zip(*(pairs[i] for i in places), strict=True)
+        for indices in grouped(range(len(pairs)), lambda i: _group(pairs[i][0])).values():
+            members, extras = zip(*(pairs[i] for i in indices), strict=True)
             w, dcdw, rule = _joined(list(members))
             vectors = _rule.measure(ops(list(extras)), w, dcdw, rule)
             numbers = zip(*(vector.unbind() for vector in vectors), strict=True)
-            for i, each in zip(places, numbers, strict=True):
+            for i, each in zip(indices, numbers, strict=True):
                 measured[i] = Measured(*each)
     return measured
 
 
 def measure_leaves(leaves: list[Leaf]) -> list[Measured]:
-    """The same for whole leaves."""
-    split = [layers(leaf, New(leaf.w)) for leaf in leaves]
-    found = iter(measure_layers((layer, None) for some in split for layer in some))
-    pairs = zip(leaves, split, strict=True)
+    """The norms and ratios of whole leaves."""
+    by_leaf = [layers(leaf, StepResult(leaf.w)) for leaf in leaves]
+    found = iter(measure_layers((layer, None) for some in by_leaf for layer in some))
+    pairs = zip(leaves, by_leaf, strict=True)
     return [of_leaf(list(islice(found, len(some))), leaf.rule) for leaf, some in pairs]
 
 
 def of_leaf(measured: list[Measured], rule: Rule) -> Measured:
-    """Of the layers of a leaf: vectors where it has a layer axis."""
+    """The measurements of a leaf, given those of its layers: vectors if it has a layer axis."""
     if rule.layer_axis is None:
         return measured[0]
     return Measured(*(torch.stack(numbers) for numbers in zip(*measured, strict=True)))
 
 
-def _groups(pairs: list[tuple[Layer, Any]]) -> Iterable[list[int]]:
-    """The places of those layers that are stepped together."""
-    groups: dict[Hashable, list[int]] = {}
-    for i, (layer, _) in enumerate(pairs):
-        groups.setdefault(_group(layer), []).append(i)
-    return groups.values()
-
-
 def _group(layer: Layer) -> Hashable:
-    """Equal for layers that are stepped together."""
+    """Equal for layers that can be updated together."""
     rule = layer.rule
     flags = rule.adapt, rule.trust_clip, rule.joint_norm, rule.nesterov, rule.maximize
-    decays = not _rule.is_zero(rule.decay_lambda)  # a decay of 0 makes no NaN of infinite weights
+    decays = not _rule.is_zero(rule.decay_lambda)  # without decay, 0 * inf must not become NaN
     return layer.w.device, wide(layer), layer.velocity is None, flags, decays
 
 
@@ -259,7 +252,7 @@ def _step_one(layer: Layer) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _one_rule(rules: list[Rule], like: Tensor) -> Rule:
-    """One rule for many layers: numbers that differ among them become vectors."""
+    """One rule for many layers, in which different numbers become vectors."""
 
     def merged(name: str) -> Any:
         values = [getattr(rule, name) for rule in rules]
@@ -276,13 +269,10 @@ def _one_rule(rules: list[Rule], like: Tensor) -> Rule:
     return rules[0]._replace(**{name: merged(name) for name in names})
 
 
-def fetched(xs: list[Tensor]) -> list[np.ndarray[Any, Any]]:
-    """The numbers of small real tensors: one copy, and one wait, for each device."""
-    places: dict[torch.device, list[int]] = {}
-    for i, x in enumerate(xs):
-        places.setdefault(x.device, []).append(i)
-    found: dict[int, np.ndarray[Any, Any]] = {}
-    for here in places.values():
+def fetched(xs: list[Tensor]) -> list[NumpyArray]:
+    """The values of small real tensors: one copy, and one wait, for each device."""
+    found: dict[int, NumpyArray] = {}
+    for here in grouped(range(len(xs)), lambda i: xs[i].device).values():
         flat = torch.cat([xs[i].double().reshape(-1) for i in here]).cpu().numpy()
         parts = np.split(flat, np.cumsum([xs[i].numel() for i in here])[:-1])
         found |= {i: x.reshape(xs[i].shape) for i, x in zip(here, parts, strict=True)}

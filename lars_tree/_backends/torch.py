@@ -1,9 +1,10 @@
 """torch: CPU memory by the native engine, accelerators by multi-tensor operations.
 
-Dense CPU tensors that need no autograd graph are read by the kernel; those that it does not support
-are updated through numpy views of their memory. Tensors on an accelerator are stepped many at a
-time, as `Tensors`, by `torch._foreach_*` operations, without waiting for the device. All else
-(autograd, torch.func, subclasses of Tensor, rates that are tensors with a shape) goes leaf by leaf.
+Dense CPU tensors that need no autograd graph are updated by the kernel, or through numpy views of
+their memory where the kernel does not support them. Tensors on an accelerator are updated many at a
+time, as `Tensors`, by `torch._foreach_*` operations, without waiting for the device. All others
+(autograd, torch.func, subclasses of Tensor, rates that are tensors with a shape) are updated leaf
+by leaf.
 """
 
 from __future__ import annotations
@@ -16,34 +17,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lars_tree._backends import cpu, sharded
-from lars_tree._backends.addresses import Address, bits, bytes_needed, view
+from lars_tree._backends import cpu
+from lars_tree._backends.addresses import NUMPY_TYPES, Address, bits, bytes_needed, view
 from lars_tree._backends.arrays import ArraysBackend
 from lars_tree._backends.base import (
-    MOST_AXES,
-    Backend,
+    MAX_AXES,
     Columns,
     Facts,
     Kind,
     Leaf,
-    New,
-    News,
+    StepResult,
+    StepResults,
     Values,
+    Writes,
 )
 from lars_tree._backends.reader import READER, may_read
 from lars_tree._backends.sharded import (
     is_sharded,
     measure_shards,
+    partial_fault,
     shard_of,
+    sharding_of,
     step_shards,
     whole,
 )
 from lars_tree._backends.shards import Shards
 from lars_tree._backends.stand_ins import (
-    PLAIN_TYPES,
+    TENSOR_TYPES,
     address,
-    is_watched,
-    is_wrapped,
+    is_functorch,
+    is_intercepted,
     mapped_fault,
     stand_in_fault,
 )
@@ -59,15 +62,11 @@ from lars_tree._backends.tensors import (
     targets,
     writing_to,
 )
+from lars_tree._memory import NumpyArray
 from lars_tree._rule import Measured
 
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
-    from lars_tree._writes import Writes
-
-_REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_COMPLEX = (torch.complex64, torch.complex128)
-
 
 _OPS = TorchOps(torch)
 
@@ -78,28 +77,21 @@ class TorchBackend(ArraysBackend):
     name = "torch"
 
     def facts(self, x: Tensor) -> Facts:
-        kind = Kind.OTHER
-        if x.dtype in _REAL:
-            kind = Kind.REAL
-        elif x.dtype in _COMPLEX:
-            kind = Kind.COMPLEX
-        elif not (
-            x.is_quantized
-            or x.dtype.is_floating_point
-            or x.dtype.is_complex
-            or x.dtype == torch.bool
-        ):
-            kind = Kind.INTEGER
-        return Facts(tuple(x.shape), kind, x.dtype, x.device, sharded.layout(x))
+        dtype, kind = x.dtype, Kind.INTEGER
+        if dtype in NUMPY_TYPES:
+            kind = Kind.COMPLEX if dtype.is_complex else Kind.REAL
+        elif dtype.is_floating_point or dtype.is_complex or dtype == torch.bool or x.is_quantized:
+            kind = Kind.OTHER
+        return Facts(tuple(x.shape), kind, dtype, x.device, sharding_of(x))
 
     def values(self, x: Tensor) -> Values:
-        if is_wrapped(x):
-            return Values.LATER
-        return Values.HERE if x.device.type == "cpu" else Values.FAR
+        if is_functorch(x):
+            return Values.TRACED
+        return Values.CPU if x.device.type == "cpu" else Values.DEVICE
 
-    def to_numpy(self, x: Tensor) -> np.ndarray[Any, Any]:
+    def to_numpy(self, x: Tensor) -> NumpyArray:
         x = whole(x.detach()).resolve_conj().resolve_neg().cpu()
-        # A copy: see `view` for what becomes of a storage that numpy() was called on.
+        # A copy, as `view` explains: numpy() would change the storage of x itself.
         return np.asarray((x.double() if x.dtype == torch.bfloat16 else x.clone()).numpy())
 
     def full(self, number: complex, like: Tensor) -> Tensor:
@@ -119,17 +111,17 @@ class TorchBackend(ArraysBackend):
             return f"a sparse or nested tensor ({x.layout}): make it dense first"
         if x.device.type == "meta":
             return "a tensor on the meta device, which holds no data"
-        if x.ndim > MOST_AXES:
-            return f"a tensor of {x.ndim} axes, where numpy has {MOST_AXES} at most"
+        if x.ndim > MAX_AXES:
+            return f"a tensor of {x.ndim} axes, where numpy has {MAX_AXES} at most"
         stand_in = stand_in_fault(x)
         if stand_in:
             return stand_in
         if is_sharded(x):
-            fault = sharded.partial_fault(x)
+            fault = partial_fault(x)
             if fault:
                 return fault
             x = shard_of(x)
-        if _is_plain(x) and x.untyped_storage().nbytes() < bytes_needed(x):
+        if _has_memory(x) and x.untyped_storage().nbytes() < bytes_needed(x):
             return "a tensor whose storage was freed"
         return None
 
@@ -144,11 +136,11 @@ class TorchBackend(ArraysBackend):
         counts = [x.numel() for x in xs]
         return counts, [count * x.itemsize for count, x in zip(counts, xs, strict=True)]
 
-    def memory(self, x: Tensor) -> np.ndarray[Any, Any] | None:
+    def memory(self, x: Tensor) -> NumpyArray | None:
         local = shard_of(x)
         return None if address(local) is None else np.asarray(Address(local))
 
-    def records(self, x: Tensor) -> bool:
+    def is_tracked(self, x: Tensor) -> bool:
         return (torch.is_grad_enabled() and x.requires_grad) or _has_tangent(x)
 
     def ops(self, x: Tensor) -> TorchOps:
@@ -174,46 +166,46 @@ class TorchBackend(ArraysBackend):
         return torch.float32 if w.dtype.itemsize == 2 else w.dtype
 
     def prepare(
-        self, plan: Plan, columns: Columns, news: News | None, places: list[int] | None
+        self, plan: Plan, columns: Columns, results: StepResults | None, indices: list[int] | None
     ) -> list[int]:
         if not may_read():
-            return super().prepare(plan, columns, news, places)
-        new_ws, new_velocities = news or (None, None)
+            return super().prepare(plan, columns, results, indices)
+        new_ws, new_velocities = results or (None, None)
         with torch.no_grad():
-            return plan.prepare(READER, *columns[:5], new_ws, new_velocities, places)
+            return plan.prepare(READER, *columns[:5], new_ws, new_velocities, indices)
 
     def shards(self, plan: Plan) -> Shards | None:
-        return Shards(plan, self._is_plain_step) if may_read() else None
+        return Shards(plan, self._steps_in_memory) if may_read() else None
 
-    def finish(self, columns: Columns, news: News, places: Iterable[int]) -> None:
-        for place in places:
-            if news.ws[place] is not None:
-                news.ws[place] = leaf_like(news.ws[place], columns.ws[place])
+    def finish(self, columns: Columns, results: StepResults, indices: Iterable[int]) -> None:
+        for index in indices:
+            if results.ws[index] is not None:
+                results.ws[index] = leaf_like(results.ws[index], columns.ws[index])
 
     def count(self, plan: Plan, counter: Tensor) -> bool:
-        return _is_plain_counter(counter) and plan.count(np.asarray(Address(counter, "i8")))
+        return _is_readable_counter(counter) and plan.count(np.asarray(Address(counter, "i8")))
 
-    def update(self, leaves: list[Leaf], writes: Writes) -> list[New]:
-        news: list[Any] = [None] * len(leaves)
-        elsewhere: list[int] = []
+    def update(self, leaves: list[Leaf], writes: Writes) -> list[StepResult]:
+        results: list[Any] = [None] * len(leaves)
+        elsewhere: list[tuple[Leaf, StepResult]] = []
         for i, leaf in enumerate(leaves):
-            if not self._is_plain_step(leaf):
-                news[i] = writes.result(leaf, self._arrays(leaf))
+            if not self._steps_in_memory(leaf):
+                results[i] = writes.result(leaf, self._arrays(leaf))
                 continue
-            news[i] = targets(leaf)
+            results[i] = targets(leaf)
             if leaf.w.device.type == "cpu" and not is_sharded(leaf.w):
-                self._step_in_cpu_memory(leaf, news[i], writes)
+                self._step_in_cpu_memory(leaf, results[i], writes)
             else:
-                elsewhere.append(i)
-        pairs = _stepped([leaves[i] for i in elsewhere], [news[i] for i in elsewhere])
-        if elsewhere and leaves[elsewhere[0]].out is None:  # and so have the others none
-            copy_all(*pairs)
+                elsewhere.append((leaf, results[i]))
+        outs, values = _stepped(elsewhere)
+        if elsewhere and elsewhere[0][0].out is None:  # then no leaf has an `out`
+            copy_all(outs, values)
         else:
-            for target, value in zip(*pairs, strict=True):
-                writes.add(self, target, value)
-        return [_returned(leaf, new) for leaf, new in zip(leaves, news, strict=True)]
+            for out, value in zip(outs, values, strict=True):
+                writes.add(self, out, value)
+        return [_returned(leaf, new) for leaf, new in zip(leaves, results, strict=True)]
 
-    def _step_in_cpu_memory(self, leaf: Leaf, new: New, writes: Writes) -> None:
+    def _step_in_cpu_memory(self, leaf: Leaf, new: StepResult, writes: Writes) -> None:
         moving = None if new.velocity is None else view(new.velocity)
         arrays = view(leaf.w), view(leaf.dcdw), view(new.w), leaf.rule, moving
         if leaf.out is None:
@@ -226,7 +218,7 @@ class TorchBackend(ArraysBackend):
         found: dict[int, Measured] = {}
         elsewhere: dict[Callable[[list[Leaf]], list[Measured]], list[int]] = {}
         for i, leaf in enumerate(leaves):
-            if not self._is_plain_step(leaf):
+            if not self._steps_in_memory(leaf):
                 stops = leaf.rule.stop_gradients
                 with torch.set_grad_enabled(torch.is_grad_enabled() and not stops):
                     found[i] = self.measure_leaf(leaf.w, leaf.dcdw, leaf.rule)
@@ -237,36 +229,36 @@ class TorchBackend(ArraysBackend):
                 found[i] = Measured(*(torch.as_tensor(x, device=leaf.w.device) for x in measured))
             else:
                 elsewhere.setdefault(measure_leaves, []).append(i)
-        for measure, places in elsewhere.items():
-            found |= zip(places, measure([leaves[i] for i in places]), strict=True)
+        for measure, indices in elsewhere.items():
+            found |= zip(indices, measure([leaves[i] for i in indices]), strict=True)
         return [Measured(*map(whole, found[i])) for i in range(len(leaves))]
 
-    def numbers(self, rows: np.ndarray[Any, Any], ws: list[Tensor]) -> list[Measured]:
+    def numbers(self, rows: NumpyArray, ws: list[Tensor]) -> list[Measured]:
         return [Measured(*row.unbind()) for row in torch.from_numpy(rows)]
 
-    def fetch(self, xs: list[Tensor]) -> list[np.ndarray[Any, Any]]:
+    def fetch(self, xs: list[Tensor]) -> list[NumpyArray]:
         return fetched([whole(x.detach()) for x in xs])
 
-    def _is_plain_step(self, leaf: Leaf) -> bool:
-        """Whether memory may be stepped as it is, with nothing to record."""
+    def _steps_in_memory(self, leaf: Leaf) -> bool:
+        """Whether a leaf can be updated in memory: without autograd, and unseen by torch."""
         w, rule = leaf.w, leaf.rule
         tensors = [
             x for x in (w, leaf.dcdw, leaf.out, leaf.velocity, *rule) if isinstance(x, Tensor)
         ]
-        if not all(_is_plain(x) or (is_sharded(x) and not is_watched()) for x in tensors):
+        if not all(_has_memory(x) or (is_sharded(x) and not is_intercepted()) for x in tensors):
             return False
-        if not rule.stop_gradients and any(map(self.records, tensors)):
+        if not rule.stop_gradients and any(map(self.is_tracked, tensors)):
             return False
         options = [x for x in rule if isinstance(x, (Tensor, np.ndarray))]
         if w.device.type == "cpu" and not is_sharded(w):
             return not any(isinstance(x, Tensor) for x in options)
         return is_sharded(w) or all(x.ndim == 0 for x in options)
 
-    def _arrays(self, leaf: Leaf) -> New:
+    def _arrays(self, leaf: Leaf) -> StepResult:
         stops = leaf.rule.stop_gradients
         with torch.set_grad_enabled(torch.is_grad_enabled() and not stops):
             new = self.step(leaf.w, leaf.dcdw, leaf.rule, leaf.velocity)
-        return New(*(x if x is None or not stops else x.detach() for x in new))
+        return StepResult(*(x if x is None or not stops else x.detach() for x in new))
 
     def all_finite(self, xs: list[Tensor]) -> Any:
         flags = [whole(torch.isfinite(x.detach()).all()) for x in xs]
@@ -284,15 +276,14 @@ class TorchBackend(ArraysBackend):
             out.copy_(x)
 
     def writers(self, pairs: list[tuple[Tensor, Tensor]]) -> list[Callable[[], Any]]:
-        dense = [(out.detach(), x.detach()) for out, x in pairs if _is_plain(out) and _is_plain(x)]
-        others = [pair for pair in pairs if not (_is_plain(pair[0]) and _is_plain(pair[1]))]
-        calls = [partial(copy_all, *map(list, zip(*dense, strict=True)))] if dense else []
+        together = [pair for pair in pairs if all(map(_has_memory, pair))]
+        others = [pair for pair in pairs if not all(map(_has_memory, pair))]
+        outs, xs = ([pair[i].detach() for pair in together] for i in (0, 1))
+        calls = [partial(copy_all, outs, xs)] if together else []
         return calls + super().writers(others)
 
-    def copied_memory(
-        self, out: Tensor, x: Tensor
-    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
-        if not all(_is_plain(tensor) and tensor.is_cpu for tensor in (out, x)):
+    def copied_memory(self, out: Tensor, x: Tensor) -> tuple[NumpyArray, NumpyArray] | None:
+        if not all(_has_memory(tensor) and tensor.is_cpu for tensor in (out, x)):
             return None
         return bits(out), bits(x.detach().to(out.dtype))
 
@@ -300,15 +291,13 @@ class TorchBackend(ArraysBackend):
         bump_versions(outs)
 
 
-def _stepped(leaves: list[Leaf], news: list[New]) -> tuple[list[Tensor], list[Tensor]]:
-    """Where to write, and what, by multi-tensor operations: for what is not in CPU memory alone."""
-    plain: list[tuple[Leaf, New]] = []
-    shards: list[tuple[Leaf, New]] = []
-    for pair in zip(leaves, news, strict=True):
-        (shards if is_sharded(pair[0].w) else plain).append(pair)
-    outs, values = step_layers((layer, None) for pair in plain for layer in layers(*pair))
-    if shards:
-        more = step_shards([leaf for leaf, _ in shards], [new for _, new in shards])
+def _stepped(given: list[tuple[Leaf, StepResult]]) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors to write to, and their new values, by multi-tensor operations."""
+    sharded = [pair for pair in given if is_sharded(pair[0].w)]
+    unsharded = (pair for pair in given if not is_sharded(pair[0].w))
+    outs, values = step_layers((layer, None) for pair in unsharded for layer in layers(*pair))
+    if sharded:
+        more = step_shards(sharded)
         outs, values = outs + more[0], values + more[1]
     return outs, values
 
@@ -316,12 +305,12 @@ def _stepped(leaves: list[Leaf], news: list[New]) -> tuple[list[Tensor], list[Te
 def results_in_place(
     leaves: list[Leaf], unless: Tensor | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Where to write, and what, to step parameters on any device; nothing waits for the device.
+    """The tensors to write to, and their new values, for an update in place on any device.
 
-    Without any checks: for optimizers, which made them when they took the parameters. Where
-    `unless`, a number on a device, is not 0, the values are those that are there.
+    Never waits for the device, and checks nothing: optimizers check parameters when they are added.
+    Unless `unless`, a number on a device, is 0, the values are the old ones.
     """
-    outs, values = _stepped(leaves, [New(leaf.out, leaf.velocity) for leaf in leaves])
+    outs, values = _stepped([(leaf, StepResult(leaf.out, leaf.velocity)) for leaf in leaves])
     if unless is not None:
         kept = {x.device: unless.to(x.device, non_blocking=True) != 0 for x in outs}
         values = [
@@ -331,32 +320,32 @@ def results_in_place(
     return outs, values
 
 
-def _returned(leaf: Leaf, new: New) -> New:
+def _returned(leaf: Leaf, new: StepResult) -> StepResult:
     if leaf.out is not None:
-        return New(leaf.out, leaf.velocity)
-    if not leaf.rule.stop_gradients or is_wrapped(new.w):
+        return StepResult(leaf.out, leaf.velocity)
+    if not leaf.rule.stop_gradients or is_functorch(new.w):
         return new
     return new._replace(w=leaf_like(new.w, leaf.w))
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether x has memory of its own, that may be read and written behind torch's back."""
-    if type(x) not in PLAIN_TYPES or is_wrapped(x):
+def _has_memory(x: Tensor) -> bool:
+    """Whether x has memory of its own that may be read and written unseen by torch."""
+    if type(x) not in TENSOR_TYPES or is_functorch(x):
         return False
-    return not is_watched()
+    return not is_intercepted()
 
 
 def is_in_cpu_memory(x: Tensor) -> bool:
-    """Whether x is a plain tensor there."""
-    return type(x) in PLAIN_TYPES and x.is_cpu
+    """Whether x is a CPU tensor with memory of its own."""
+    return type(x) in TENSOR_TYPES and x.is_cpu
 
 
 def is_shard(x: Tensor) -> bool:
-    """Whether x is a DTensor whose shards are there."""
+    """Whether x is a DTensor with shards in CPU memory."""
     return is_sharded(x) and x.is_cpu
 
 
-def _is_plain_counter(x: Any) -> bool:
+def _is_readable_counter(x: Any) -> bool:
     is_number = type(x) is Tensor and x.dtype == torch.int64 and x.numel() == 1
     return is_number and x.is_cpu and BACKEND.fault(x) is None
 
@@ -367,8 +356,3 @@ def _has_tangent(x: Tensor) -> bool:
 
 
 BACKEND = TorchBackend()
-
-
-def backend_of(x: Any) -> Backend:
-    """The one backend of this module."""
-    return BACKEND

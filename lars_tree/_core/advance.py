@@ -15,15 +15,15 @@ State = dict[str, Any]
 def advance(
     w: Any, dcdw: Any, out: Any, options: dict[str, Any], state: State | None = None
 ) -> tuple[Any, State]:
-    """The new weights, and the state after the step: if there is `out`, the same one, written to.
+    """Return the new weights and the new state; with `out`, both are updated in place.
 
     Args:
         w: As in `lars_update`.
-        dcdw: The same; with a state, of the shapes of the weights.
-        out: The same.
-        options: By name: those of the `Rule`.
-        state: That of an optimizer: "step" and "skipped", which count and have been checked, and
-            for momentum "velocity", a nest like w.
+        dcdw: As in `lars_update`; with a state, gradients must have the shapes of their weights.
+        out: As in `lars_update`.
+        options: The options of `lars_update` or of an optimizer, by name.
+        state: The state of an optimizer: the checked counters "step" and "skipped", and with
+            momentum "velocity", a tree like w.
     """
     try:
         columns, caller = _matched(w, dcdw, out, options, state)
@@ -34,7 +34,7 @@ def advance(
 
 
 def matched(w: Any, dcdw: Any, options: dict[str, Any]) -> tuple[Columns, Caller]:
-    """All leaves side by side, for no step but to be checked or measured."""
+    """All leaves side by side, to be checked or measured without an update."""
     try:
         return _matched(w, dcdw, None, options, None)
     except RecursionError:
@@ -44,7 +44,7 @@ def matched(w: Any, dcdw: Any, options: dict[str, Any]) -> tuple[Columns, Caller
 def _matched(
     w: Any, dcdw: Any, out: Any, options: dict[str, Any], state: State | None
 ) -> tuple[Columns, Caller]:
-    """What the arguments have for each leaf of w."""
+    """The values of all arguments for each leaf of w."""
     given = state or {}
     ws = _tree.leaves(w)
     dcdws = _tree.broadcast("dcdw", w, dcdw)
@@ -83,7 +83,7 @@ def _matched(
 def _refuse_extra(
     argument: str, w: Any, other: Any, ws: list[Any], values: list[Any] | None
 ) -> None:
-    """Refuse arrays that stand just where the weights have None: nothing is dropped silently."""
+    """Refuse arrays at leaves where w has None: they would be dropped silently."""
     if values is None or not any(
         x is None and value is not None for x, value in zip(ws, values, strict=True)
     ):
@@ -102,7 +102,7 @@ def _refuse_extra(
 def _refuse_new_children(
     w: Any, argument: str, tree: Any, found: list[Any], at: errors.Path = ()
 ) -> None:
-    """Refuse nodes that make their children when they are read: what is written would be lost."""
+    """Refuse nodes that create their children at each reading: what is written would be lost."""
     again = _tree.broadcast(argument, w, tree, exact=True, at=at)
     text = "expected the same array at each reading, got a new one: give a tree that holds arrays"
     if len(again) != len(found):  # another thread has changed it
@@ -123,9 +123,9 @@ def _rebuilt(w: Any, out: Any, state: State, result: Result) -> tuple[Any, State
         if name in _counters.NAMES
     }
     if result.velocities is not None:
-        # They are in the order of w, whose keys may be in another one than those of the state.
-        old, places = state["velocity"], range(len(result.velocities))
-        order = _tree.broadcast("w", old, w, values=places, exact=True, to="state")
+        # The results are in the order of w, and the keys of the state may be in another order.
+        old, indices = state["velocity"], range(len(result.velocities))
+        order = _tree.broadcast("w", old, w, values=indices, exact=True, to="state")
         moved = [result.velocities[i] for i in order]
         new["velocity"] = _tree.rebuild(old, moved, "state", at=("velocity",))
     return _tree.rebuild(w, result.ws, "w"), new

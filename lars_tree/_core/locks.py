@@ -1,24 +1,24 @@
-"""Updates that write to the same memory wait for each other; all others do not.
+"""Locks by address: updates that write to the same memory wait for each other, others do not.
 
-Knows addresses alone. Each update is a block:
+Each update is a block:
 
     with writing(spans):
         ...
 
-A block waits for the blocks of other threads that came before it and overlap with it, so no thread
-starves. A block within another one of its thread takes the place of the outermost, so the outer
-one cannot block it; it also waits for blocks that came later but run already.
+A block waits for those earlier blocks of other threads that overlap with it, so no thread starves.
+A nested block counts as being as early as the outermost block of its thread, which therefore cannot
+deadlock it; it also waits for later blocks that already run.
 
-There is no lock around the registry, as a signal handler could run, and wait for another thread,
-while its own thread holds that lock. Instead each change is one call of a C function, in which no
-handler runs and no exception is raised:
+No lock protects the registry: a signal handler could run while its own thread holds that lock, and
+wait for another thread. Instead each change is one call of a C function, during which no handler
+runs and no exception is raised:
 
 * A block is a lock, held from before it is registered until it ends. It ends in `RLock.__exit__`,
   and waiting for it is one call that acquires and releases it.
-* `_blocks` is a dict, so it remembers who came first. It refers to blocks weakly: what is
-  forgotten, in whatever way, is no longer there.
-* `_last` is the end of a list of admissions, to which only one thread can append the next one. Who
-  fails to do so looks again whether it must wait.
+* `_blocks` is a dict, which preserves the order of registration. It refers to blocks weakly: a
+  block that is forgotten, in whatever way, disappears.
+* `_last` is the end of a linked list of admissions. Only one thread succeeds in appending the next
+  admission; a thread that fails checks again whether it must wait.
 
 tests/test_locks_signals.py interrupts at each moment.
 """
@@ -40,11 +40,11 @@ _call: Callable[[Callable[[], Any]], Any] = operator.call
 
 
 def writing(spans: Callable[[], Spans]) -> _Block:
-    """A context manager for an update in place: holds off those that write to the same memory.
+    """A context manager for an update in place: others of the same memory wait until it ends.
 
-    Deadlocks cannot occur where memory has levels, such as first optimizers and then arrays: all
-    memory of one block is of one level, and a block nested in another one, of other memory than
-    that, is of a higher level. Nothing is promised for other orders.
+    Deadlocks are impossible if memory has levels, such as optimizers first and then arrays: all
+    memory of one block is of one level, and a nested block for other memory is of a higher level.
+    Without such an order, deadlocks are possible.
 
     >>> import threading
     >>> def work():
@@ -59,8 +59,8 @@ def writing(spans: Callable[[], Spans]) -> _Block:
     alone
 
     Args:
-        spans: Returns the (start, end) addresses of all memory that is written. Called, maybe by
-            another thread, only while two threads are within such blocks; what it returns is kept.
+        spans: Returns the (start, end) addresses of all memory that is written. Called at most
+            once, possibly by another thread, and only while two threads are within blocks.
     """
     block = _Block()
     block.spans = spans
@@ -68,23 +68,23 @@ def writing(spans: Callable[[], Spans]) -> _Block:
 
 
 def of(x: object) -> Spans:
-    """The spans of an object, to hold off other updates of it: these overlap with no array."""
+    """Spans that stand for an object, to serialise its updates; they overlap with no array."""
     return [(id(x), id(x) + 1)]
 
 
 class _Block(_RLock):  # type: ignore[misc]
-    """Entered once. The lock is held by its thread while it waits and while it runs."""
+    """Entered once. Its thread holds the lock while the block waits and while it runs."""
 
     __slots__ = ("admitted", "known", "outer", "over", "spans")
 
     spans: Callable[[], Spans]
-    known: Spans  # what `spans` returned, in order, without empty ones
-    outer: _Block | None  # the outermost of its thread, if that is another one
-    admitted: bool  # whether it runs, where it met other threads
-    over: bool  # whether it ended, where someone still refers to it
+    known: Spans  # the result of `spans`, sorted, without empty ones
+    outer: _Block | None  # the outermost block of its thread, if that is another one
+    admitted: bool  # whether it runs; only set if it met other threads
+    over: bool  # whether it ended; only set if a block still refers to it
 
     def __enter__(self) -> None:
-        self.acquire()  # no one else knows of it yet
+        self.acquire()  # never waits, as no other thread knows the block yet
         mine: Sequence[_Block] = _mine() if _blocks else ()
         self.outer = mine[0] if mine else None
         self.admitted = self.over = False
@@ -108,12 +108,12 @@ class _Block(_RLock):  # type: ignore[misc]
                 return
 
     def _others(self) -> tuple[bool, _Block | None]:
-        """Whether other threads have blocks, and one of these to wait for."""
+        """Whether other threads have blocks, and one of them to wait for."""
         blocks = _registered()
-        places = {block: place for place, block in enumerate(blocks)}
+        indices = {block: index for index, block in enumerate(blocks)}
         others = [block for block in blocks if not block._is_owned()]
         for block in others:
-            ahead = places.get(block.outer or block, -1) < places[self.outer or self]
+            ahead = indices.get(block.outer or block, -1) < indices[self.outer or self]
             if (ahead or block.admitted) and overlap(self._spans(), block._spans()):
                 return True, block
         return bool(others), None
@@ -144,12 +144,12 @@ def overlap(a: Spans, b: Spans) -> bool:
     return False
 
 
-# In the order in which they were registered. A block is removed when no one refers to it any more.
+# In the order of registration. A block is removed when the last reference to it is gone.
 _blocks: dict[ref[_Block], None] = {}
 _forget: Callable[[Any], Any] = _blocks.pop
 
-# The last admission known to all: {"block": who, "next": the next admission}, without those of
-# blocks that found no other thread.
+# The last admission that was seen: {"block": weak reference, "next": the next admission}. Blocks
+# that met no other thread are not among the admissions.
 _last: dict[str, Any] = {}
 
 
@@ -165,7 +165,7 @@ def _mine() -> list[_Block]:
 
 
 def _latest() -> dict[str, Any]:
-    """The last admission; all blocks admitted up to then are marked."""
+    """The last admission; marks all blocks that were admitted until then."""
     global _last
     admission = _last
     while "next" in admission:
@@ -178,7 +178,7 @@ def _latest() -> dict[str, Any]:
 
 
 def _follow(admission: dict[str, Any], block: _Block) -> bool:
-    """Admit a block, if nothing was admitted since that admission."""
+    """Admit a block, unless another one was admitted after that admission."""
     mine = {"block": ref(block)}
     return admission.setdefault("next", mine) is mine
 
@@ -187,9 +187,9 @@ def _forget_other_threads() -> None:
     for weak in list(_blocks):
         block = weak()
         if block is not None and not block._is_owned():
-            del _blocks[weak]  # it never dies, as its thread holds it for good
+            del _blocks[weak]  # its thread is gone but still holds it
 
 
 if hasattr(os, "register_at_fork"):
-    # A fork may come while another thread writes: that thread is not in the child to end its block.
+    # Another thread may be in a block during a fork; in the child nothing would end that block.
     os.register_at_fork(after_in_child=_forget_other_threads)

@@ -1,4 +1,4 @@
-"""Objects that hold one native array, as `Array` does: known here without what they offer."""
+"""The base of the public class `Array`: an object that holds one native array."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ class Wrapper:
 
     @abstractmethod
     def _wrapping(self, data: Any) -> Wrapper:
-        """A wrapper of another array."""
+        """A wrapper of the same kind around another array."""
 
 
 def is_wrapped(x: Any) -> bool:
-    """Whether x is a wrapper: by its real type, as `__class__` may say something else."""
+    """Whether x is a wrapper, by its real type: `__class__` may differ."""
     return issubclass(type(x), Wrapper)
 
 
 def unwrap(x: Any) -> Any:
-    """The native array of a wrapper; anything else as it is."""
+    """The native array of a wrapper; any other object unchanged."""
     return x._data if issubclass(type(x), Wrapper) else x
 
 
 def rewrapped(new: Any, old: Any) -> Any:
-    """The new array, in a wrapper where the old one is in one."""
+    """The new array, in a wrapper if the old one was in one."""
     return old._wrapping(new) if issubclass(type(old), Wrapper) else new

@@ -84,7 +84,7 @@ def _fault(x: Any) -> str | None:
     if fault:
         return f"expected dense data, got {fault}"
     # Dask computes when it is asked to; a tracer has no elements, a shard only some of them.
-    if backend.name != "dask" and backend.values(x) is Values.LATER:
+    if backend.name != "dask" and backend.values(x) is Values.TRACED:
         return "expected elements, got an array that is traced or sharded: gather it first"
     if not all(isinstance(length, int) for length in x.shape):
         return f"expected a known shape, got {x.shape}"

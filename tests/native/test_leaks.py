@@ -226,13 +226,13 @@ def test_momentum_leaks_nothing(name):
 
 def tensor_leaves(**changes):
     torch = need("torch")
-    from lars_tree._backends.reader import _EXCHANGE, PLAIN_TYPES
+    from lars_tree._backends.reader import _EXCHANGE, TENSOR_TYPES
 
     if _EXCHANGE is None:
         pytest.skip("this torch has no exchange of tensors")
     ws, dcdws = ([torch.ones(5), torch.ones(2, 3), None] for _ in range(2))
     changes = {k: v(torch) for k, v in changes.items()}
-    made = {"ws": ws, "dcdws": dcdws, "types": PLAIN_TYPES}
+    made = {"ws": ws, "dcdws": dcdws, "types": TENSOR_TYPES}
     made |= {"make": torch.empty_like, "copy": torch.clone}
     return leaves(**{"tensors": _EXCHANGE, **made, **changes})
 

@@ -1,6 +1,6 @@
-"""Arrays as views of one buffer that overlap at random, the way numpy tests its own.
+"""Arrays as random views of one buffer, as in numpy's own tests of overlaps.
 
-Each call is refused with nothing written, or does what it does to copies that do not overlap.
+Each call is refused with nothing written, or gives the results of copies that do not overlap.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _kernel():
 
 
 class View:
-    """A view of any buffer: its dtype, shape, strides (in items) and start (in bytes)."""
+    """The layout of a view: dtype, shape, strides (in items) and start (in bytes)."""
 
     def __init__(self, random, shape, dtype, *, least_stride, written):
         self.dtype, self.shape = np.dtype(dtype), shape
@@ -48,7 +48,7 @@ class View:
         steps = [(n - 1) * s for n, s in zip(shape, self.strides, strict=True)]
         below, above = (sum(x for x in steps if x * sign > 0) for sign in (-1, 1))
         size = self.dtype.itemsize
-        # Mostly near each other, and one time in four exactly at one place.
+        # Mostly near each other, and one time in four at the same address.
         most = ROOM * 4 // size - above + below - 1
         start = min(most, int(random.choice([0, 0, *random.integers(0, 12, 4), most])))
         self.start = (start - below) * size
@@ -78,7 +78,7 @@ class View:
 
 
 class Case:
-    """A call on views of one buffer: trees of one or two leaves, at times with `out` the very w."""
+    """A call on views of one buffer: trees of one or two leaves, sometimes with out=w."""
 
     def __init__(self, seed, least_stride=-3):
         random = np.random.default_rng(seed)
@@ -126,7 +126,7 @@ class Case:
 
 
 def run(case, buffer, view, copy, to_numpy):
-    """Whether the call was made rather than refused; fails if it was neither, or wrong."""
+    """Whether the call was made rather than refused; fails if a result is wrong."""
     before = to_numpy(buffer).copy()
 
     def tree(views):
