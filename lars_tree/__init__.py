@@ -64,6 +64,13 @@ __all__ = [
     "set_num_threads",
 ]
 
+
+def __dir__() -> list[str]:
+    """Public names only: not the modules in which they are defined, such as `update`."""
+    modules = {"errors", "io", "report", "testing", "torch"}
+    return sorted([*__all__, "__version__", *(modules & globals().keys())])
+
+
 if not TYPE_CHECKING:  # for a type checker there would be no unknown name
 
     def __getattr__(name: str) -> str:

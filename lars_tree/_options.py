@@ -18,6 +18,7 @@ import numpy as np
 
 from lars_tree import _backends, _tree, errors
 from lars_tree._backends.base import Kind, Values
+from lars_tree._core.types import Axes, Flags, MeshAxes, NonFinites, Numbers
 from lars_tree._core.wrapper import unwrap
 from lars_tree._rule import Rule
 
@@ -25,20 +26,27 @@ from lars_tree._rule import Rule
 class SharedOptions(TypedDict, total=False):
     """The keywords of `lars_update` that optimizers have with the same defaults; see there."""
 
-    adapt: Any
-    trust_clip: Any
-    joint_norm: Any
-    grad_scale: Any
-    nonfinite: Any
-    layer_axis: Any
-    axis_name: Any
+    adapt: Flags
+    trust_clip: Flags
+    joint_norm: Flags
+    grad_scale: Numbers
+    nonfinite: NonFinites
+    layer_axis: Axes
+    axis_name: MeshAxes
 
 
 class Options(SharedOptions, total=False):
     """The keywords of `lars_update` that come after the published ones; see there."""
 
-    trust_coefficient: Any
-    eps: Any
+    trust_coefficient: Numbers
+    eps: Numbers
+
+
+class StepOptions(Options, total=False):
+    """All keywords of `lars_update` but `out`; see there."""
+
+    decay_lambda: Numbers
+    stop_gradients: Flags
 
 
 # The options of `lars_update` without lr, and those of optimizers.

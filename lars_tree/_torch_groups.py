@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lars_tree import errors
 from lars_tree._options import check_names
-from lars_tree._torch_options import NAMES, adapts
+from lars_tree._torch_options import NAMES, GroupOptions, adapts
 
 _Named = tuple[str, Tensor]
 
@@ -32,7 +32,7 @@ def param_groups(
     *,
     exclude: Callable[[str, Tensor], bool] | None = None,
     named: bool = False,
-    **options: Any,
+    **options: Unpack[GroupOptions],
 ) -> list[dict[str, Any]]:
     """Parameter groups by the usual recipe: no decay and no adaptation for biases and norm layers.
 

@@ -8,15 +8,39 @@ from __future__ import annotations
 from numbers import Number
 from operator import index
 from types import NoneType
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lars_tree._core.types import NonFinite
 from lars_tree._options import finite_number
 from lars_tree._rule import Rule
 from lars_tree.errors import did_you_mean
+
+
+class GroupOptions(TypedDict, total=False):
+    """The options of `torch.Lars`, which a parameter group may have; see there."""
+
+    lr: float | Tensor
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+    trust_coefficient: float
+    eps: float
+    trust_clip: bool
+    joint_norm: bool
+    adapt: bool | Literal["decayed"]
+    foreach: bool | None
+    maximize: bool
+    layer_axis: int | None
+    nonfinite: NonFinite
+    fused: bool | None
+
+
+NAMES = tuple(GroupOptions.__annotations__)
 
 # The numbers of a rule, and what torch calls them.
 _NUMBERS = {
@@ -30,7 +54,6 @@ _CHOICES: dict[str, tuple[bool | str | None, ...]] = {
     "adapt": (True, False, "decayed"),
     "nonfinite": ("propagate", "skip", "raise"),
 }
-NAMES = (*_NUMBERS.values(), *_CHOICES, "layer_axis")
 
 # A schedule that ends at 0 can return a negative rate, by a few ulps of its first rate.
 _ROUNDING = 1e-12

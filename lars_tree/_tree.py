@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from lars_tree import _native, _nodes, errors
 from lars_tree._nodes import KINDS as _KINDS
@@ -26,6 +26,7 @@ from lars_tree.errors import Line, Path
 
 Tree = Any
 Leaf = Any
+T = TypeVar("T")
 
 NOTHING, MISSING = object(), object()
 children = _nodes.children
@@ -99,7 +100,7 @@ def walk(tree: Tree, path: Path = (), *, empty_nodes: bool = False) -> Iterator[
                 keys.pop()
 
 
-def rebuild(tree: Tree, new_leaves: Iterable[Leaf], argument: str = "tree", at: Path = ()) -> Tree:
+def rebuild(tree: T, new_leaves: Iterable[Leaf], argument: str = "tree", at: Path = ()) -> T:
     """A nest like `tree` with other leaves, given in the order of `leaves`.
 
     `argument` is what the caller calls the tree, and `at` where in the argument it is.
@@ -108,7 +109,8 @@ def rebuild(tree: Tree, new_leaves: Iterable[Leaf], argument: str = "tree", at: 
         StructureError: a node cannot be rebuilt; there are more or fewer leaves by now.
     """
     fill = lambda remaining: rebuilding(argument, _fill, tree, remaining, at=at)  # noqa: E731
-    return _consuming(new_leaves, fill, argument)
+    new: T = _consuming(new_leaves, fill, argument)
+    return new
 
 
 def _consuming(leaves: Iterable[Leaf], fill: Callable[..., Tree], argument: str = "w") -> Tree:
@@ -261,8 +263,7 @@ def _match(tree: Tree, prefix: Tree, found: list[Leaf], exact: bool) -> bool:
     kernel = _native.in_use()
     if kernel is None:
         return _match_in_python(tree, prefix, found, exact)
-    matched: bool = kernel.match(tree, prefix, found, exact, _KINDS, _kind, _match_in_python)
-    return matched
+    return kernel.match(tree, prefix, found, exact, _KINDS, _kind, _match_in_python)
 
 
 def _match_in_python(node: Tree, prefix: Tree, found: list[Leaf], exact: bool) -> bool:

@@ -8,17 +8,29 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 
 from lars_tree import _backends, _pytrees, errors
+from lars_tree._core.types import Flags, Numbers, T
 from lars_tree._core.wrapper import Wrapper, unwrap
 from lars_tree._operators import Arithmetic
+from lars_tree._options import Options, StepOptions
 from lars_tree.update import lars_update
 
 if TYPE_CHECKING:
-    from typing import Unpack
+    from typing import Protocol, TypeVar
 
-    from lars_tree._options import Options
+    from lars_tree.container import Container
+
+    Tree = TypeVar("Tree", bound=Container)
+
+    class _Operator(Protocol):
+        """An operator of Array; one with a Container gives a Container."""
+
+        @overload
+        def __call__(self, other: Tree, /) -> Tree: ...
+        @overload
+        def __call__(self, other: Any, /) -> Array: ...
 
 
 class Array(Wrapper, Arithmetic):
@@ -82,14 +94,23 @@ class Array(Wrapper, Arithmetic):
         """Where the elements live, as the library says it."""
         return getattr(self._data, "device", "cpu")
 
+    @overload
+    def lars_update(
+        self, dcdw: Any, lr: Numbers, /, *, out: None = None, **options: Unpack[StepOptions]
+    ) -> Self: ...
+    @overload
+    def lars_update(
+        self, dcdw: Any, lr: Numbers, /, *, out: T, **options: Unpack[StepOptions]
+    ) -> T: ...
+
     def lars_update(
         self,
         dcdw: Any,
-        lr: Any,
+        lr: Numbers,
         /,
         *,
-        decay_lambda: Any = 0,
-        stop_gradients: Any = True,
+        decay_lambda: Numbers = 0,
+        stop_gradients: Flags = True,
         out: Any = None,
         **options: Unpack[Options],
     ) -> Any:
@@ -122,27 +143,38 @@ class Array(Wrapper, Arithmetic):
             **options,
         )
 
-    def _operate(self, operation: Callable[..., Any], *operands: Any) -> Any:
-        if any(issubclass(type(operand), dict) for operand in operands):
-            return NotImplemented  # a Container takes the array for each of its leaves
-        return _wrapped(operation(*map(unwrap, operands)))
+    def _operate(self, operation: Callable[..., Any], *operands: Any) -> Self:
+        result: Self = NotImplemented  # a Container takes the array for each of its leaves
+        if not any(issubclass(type(operand), dict) for operand in operands):
+            result = _wrapped(operation(*map(unwrap, operands)))
+        return result
 
-    def __lt__(self, other: Any) -> Any:
+    if TYPE_CHECKING:
+        __add__: _Operator
+        __sub__: _Operator
+        __mul__: _Operator
+        __truediv__: _Operator
+        __floordiv__: _Operator
+        __mod__: _Operator
+        __pow__: _Operator
+        __matmul__: _Operator
+
+    def __lt__(self, other: Any) -> Self:
         return self._operate(operator.lt, self, other)
 
-    def __le__(self, other: Any) -> Any:
+    def __le__(self, other: Any) -> Self:
         return self._operate(operator.le, self, other)
 
-    def __eq__(self, other: Any) -> Any:
+    def __eq__(self, other: Any) -> Self:  # type: ignore[override]
         return self._operate(operator.eq, self, other)
 
-    def __ne__(self, other: Any) -> Any:
+    def __ne__(self, other: Any) -> Self:  # type: ignore[override]
         return self._operate(operator.ne, self, other)
 
-    def __ge__(self, other: Any) -> Any:
+    def __ge__(self, other: Any) -> Self:
         return self._operate(operator.ge, self, other)
 
-    def __gt__(self, other: Any) -> Any:
+    def __gt__(self, other: Any) -> Self:
         return self._operate(operator.gt, self, other)
 
     __hash__ = None  # type: ignore[assignment]  # comparisons are elementwise

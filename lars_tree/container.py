@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self, Unpack, overload
 
 from lars_tree import _compare, _conversion, _paths, _pytrees, _show, _tree, errors
+from lars_tree._core.types import Flags, Numbers, T
 from lars_tree._operators import Arithmetic
+from lars_tree._options import Options, StepOptions
 from lars_tree.errors import Path, PathAttributeError, PathKeyError, path_string
 from lars_tree.update import lars_update
-
-if TYPE_CHECKING:
-    from typing import Unpack
-
-    from lars_tree._options import Options
 
 
 class Container(Arithmetic, dict[Any, Any]):
@@ -144,7 +141,7 @@ class Container(Arithmetic, dict[Any, Any]):
     @_conversion.explained
     def copy(self) -> Self:
         """A copy of all nodes that shares the leaves."""
-        return _tree.rebuild(self, _tree.leaves(self), "self")  # type: ignore[no-any-return]
+        return _tree.rebuild(self, _tree.leaves(self), "self")
 
     __copy__ = copy
 
@@ -157,14 +154,14 @@ class Container(Arithmetic, dict[Any, Any]):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (dict(self),)
 
-    def __or__(self, other: Any) -> Any:
+    def __or__(self, other: Any) -> Self:
         if not isinstance(other, Mapping):
             return NotImplemented
         new = self.copy()
         new.update(other)
         return new
 
-    def __ror__(self, other: Any) -> Any:
+    def __ror__(self, other: Any) -> Self:
         return type(self)(other) | self if isinstance(other, Mapping) else NotImplemented
 
     def __ior__(self, other: Any) -> Self:
@@ -193,8 +190,7 @@ class Container(Arithmetic, dict[Any, Any]):
         leaves, count = list(leaves), len(_tree.leaves(self))
         if len(leaves) != count:
             raise errors.StructureError(f"expected {count} leaves, got {len(leaves)}")
-        new: Self = _tree.rebuild(self, leaves, "self")
-        return new
+        return _tree.rebuild(self, leaves, "self")
 
     @_conversion.explained
     def to_flat(self, sep: str = "/") -> dict[str, Any]:
@@ -258,8 +254,7 @@ class Container(Arithmetic, dict[Any, Any]):
         ]
         results = _tree.map_leaves(fn, self, *columns, with_path=with_path)
         taken = [_conversion.taken("the result of fn", result, type(self)) for result in results]
-        new: Self = _tree.rebuild(self, taken, "self")
-        return new
+        return _tree.rebuild(self, taken, "self")
 
     @_conversion.explained
     def filter(self, pred: Callable[[Path, Any], Any], /) -> Self:
@@ -308,7 +303,7 @@ class Container(Arithmetic, dict[Any, Any]):
         return {path_string(path): text for path, text in _compare.differences(self, other)}
 
     @_conversion.explained
-    def _operate(self, operation: Callable[..., Any], *operands: Any) -> Any:
+    def _operate(self, operation: Callable[..., Any], *operands: Any) -> Self:
         lead = self
         for other in operands:
             # Of two trees, one may be a prefix of the other.
@@ -347,17 +342,26 @@ class Container(Arithmetic, dict[Any, Any]):
     def __rich__(self) -> Any:
         return _show.rich_tree(self)
 
+    @overload
+    def lars_update(
+        self, dcdw: Any, lr: Numbers, /, *, out: None = None, **options: Unpack[StepOptions]
+    ) -> Self: ...
+    @overload
+    def lars_update(
+        self, dcdw: Any, lr: Numbers, /, *, out: T, **options: Unpack[StepOptions]
+    ) -> T: ...
+
     def lars_update(
         self,
         dcdw: Any,
-        lr: Any,
+        lr: Numbers,
         /,
         *,
-        decay_lambda: Any = 0,
-        stop_gradients: Any = True,
+        decay_lambda: Numbers = 0,
+        stop_gradients: Flags = True,
         out: Any = None,
         **options: Unpack[Options],
-    ) -> Self:
+    ) -> Any:
         """Take one LARS step on every array: `lars_tree.lars_update` with self as `w`.
 
         >>> w = Container(kernel=np.array([3.0, 4.0]), bias=np.array([0.0]))
@@ -381,7 +385,7 @@ class Container(Arithmetic, dict[Any, Any]):
         Raises:
             LarsTreeError: as `lars_tree.lars_update` does; nothing was written then.
         """
-        return lars_update(  # type: ignore[no-any-return]
+        return lars_update(
             self,
             dcdw,
             lr,

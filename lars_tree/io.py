@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,7 +28,7 @@ _FROM_NUMPY: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def save(path: Path, tree: Any, *, metadata: Mapping[str, str] | None = None) -> None:
+def save(path: Path, tree: Mapping[Any, Any], *, metadata: Mapping[str, str] | None = None) -> None:
     """Write a tree of arrays to a .safetensors or .npz file.
 
     >>> w = Container(encoder={"kernel": np.ones((2, 3)), "bias": np.zeros(3)}, head=np.ones(3))
@@ -79,7 +79,7 @@ def save(path: Path, tree: Any, *, metadata: Mapping[str, str] | None = None) ->
         format_.write(file, entries, kept)
 
 
-def load(path: Path, *, library: str = "numpy") -> Container:
+def load(path: Path, *, library: Literal["numpy", "torch", "jax"] = "numpy") -> Container:
     """Read a .safetensors or .npz file, whoever wrote it.
 
     >>> save("w.npz", {"layers": [{"w": np.ones(2)}, {"w": np.zeros(2)}]})
@@ -126,7 +126,7 @@ def load(path: Path, *, library: str = "numpy") -> Container:
     return _tree(path, found, kept)
 
 
-def open(path: Path, mode: str = "r") -> Container:  # noqa: A001
+def open(path: Path, mode: Literal["r", "r+"] = "r") -> Container:  # noqa: A001
     """Map a .safetensors file: a Container of `np.memmap` leaves, of which nothing is read yet.
 
     >>> save("w.safetensors", {"w": np.array([3.0, 4.0]), "step": np.array(0)})

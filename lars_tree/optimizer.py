@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from inspect import Parameter, signature
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar, Unpack, overload
 
 import numpy as np
 
@@ -17,16 +17,15 @@ from lars_tree import _backends, _checks, _counters, _nodes, _options, _tree, er
 from lars_tree._backends.base import FLOATING
 from lars_tree._core import locks
 from lars_tree._core.advance import advance
+from lars_tree._core.types import Flags, Numbers, Rates, T
 from lars_tree._core.wrapper import unwrap
 from lars_tree._floats import in_default_floats
+from lars_tree._options import SharedOptions
 from lars_tree._rule import is_zero
 from lars_tree.array import Array
 from lars_tree.container import Container
 
-if TYPE_CHECKING:
-    from typing import Unpack
-
-    from lars_tree._options import SharedOptions
+State = TypeVar("State", bound=dict[str, Any])
 
 
 class Lars:
@@ -80,14 +79,14 @@ class Lars:
 
     def __init__(
         self,
-        lr: Any,
-        momentum: Any = 0.9,
-        nesterov: Any = False,
+        lr: Rates,
+        momentum: Numbers = 0.9,
+        nesterov: Flags = False,
         *,
-        weight_decay: Any = 0,
-        trust_coefficient: Any = 0.001,
-        eps: Any = 1e-8,
-        stop_gradients: Any = True,
+        weight_decay: Numbers = 0,
+        trust_coefficient: Numbers = 0.001,
+        eps: Numbers = 1e-8,
+        stop_gradients: Flags = True,
         **options: Unpack[SharedOptions],
     ) -> None:
         _options.check_names(options, _DEFAULTS, function="Lars()")
@@ -145,6 +144,13 @@ class Lars:
         if self._has_velocity:
             state["velocity"] = _tree.rebuild(w, [_zeros(x) for x in leaves], "w")
         return state
+
+    @overload
+    def update(
+        self, w: T, dcdw: Any, state: dict[str, Any], out: None = None
+    ) -> tuple[T, Container]: ...
+    @overload
+    def update(self, w: T, dcdw: Any, state: State, out: T) -> tuple[T, State]: ...
 
     def update(self, w: Any, dcdw: Any, state: dict[str, Any], out: Any = None) -> tuple[Any, Any]:
         """Take one step: the new weights and the new state.

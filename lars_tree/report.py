@@ -8,24 +8,24 @@ nothing waits for them until they are shown. matplotlib and rich are imported wh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar, Unpack, overload
 
 import numpy as np
 
 from lars_tree import _backends, _options, _tree, errors
+from lars_tree._core.types import Flags, Numbers
 from lars_tree._core.wrapper import rewrapped, unwrap
 from lars_tree._history import TrustHistory, TrustRatioWarning, warn
 from lars_tree._layer_table import LayerTable
 from lars_tree._measure import fetch, layer_paths, measure, unreadable
+from lars_tree._options import Options, StepOptions
 from lars_tree._rule import Measured
+from lars_tree.container import Container
 
-if TYPE_CHECKING:
-    from typing import Unpack
-
-    from lars_tree._options import Options
+Tree = TypeVar("Tree", bound=Container)
 
 __all__ = [
     "LayerTable",
@@ -37,14 +37,20 @@ __all__ = [
 ]
 
 
+@overload
+def trust_ratios(w: Tree, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptions]) -> Tree: ...
+@overload
+def trust_ratios(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptions]) -> Any: ...
+
+
 def trust_ratios(
     w: Any,
     dcdw: Any,
-    lr: Any,
+    lr: Numbers,
     /,
     *,
-    decay_lambda: Any = 0,
-    stop_gradients: Any = True,
+    decay_lambda: Numbers = 0,
+    stop_gradients: Flags = True,
     **options: Unpack[Options],
 ) -> Any:
     """The trust ratios that `lars_update` uses for the same arguments.
@@ -91,11 +97,11 @@ def trust_ratios(
 def layer_table(
     w: Any,
     dcdw: Any,
-    lr: Any,
+    lr: Numbers,
     /,
     *,
-    decay_lambda: Any = 0,
-    stop_gradients: Any = True,
+    decay_lambda: Numbers = 0,
+    stop_gradients: Flags = True,
     **options: Unpack[Options],
 ) -> LayerTable:
     """A table of the layers of w and of the step of `lars_update` for the same arguments.
@@ -155,7 +161,7 @@ def layer_table(
 
 
 def _given(
-    function: str, lr: Any, decay_lambda: Any, stop_gradients: Any, options: Mapping[str, Any]
+    function: str, lr: Numbers, decay_lambda: Numbers, stop_gradients: Flags, options: Options
 ) -> dict[str, Any]:
     _options.check_names(options, function=function)
     given = {"lr": lr, "decay_lambda": decay_lambda, "stop_gradients": stop_gradients}
@@ -191,6 +197,13 @@ def _faults(layer: Measured) -> Iterator[str]:
         yield f"ratio is clipped to {layer.ratio:g} from {layer.unclipped:.4g}"
 
 
+class Writer(Protocol):
+    """What writes scalars, as a `SummaryWriter` does."""
+
+    def add_scalar(self, tag: str, value: float, step: int, /) -> object:
+        """Write one value."""
+
+
 class ScalarCallback:
     """Writes trust ratios to a TensorBoard writer, or any object with the same `add_scalar`.
 
@@ -216,7 +229,7 @@ class ScalarCallback:
         OptionError: `every` is not a whole number >= 1.
     """
 
-    def __init__(self, writer: Any, tag: str = "trust_ratio", every: int = 1) -> None:
+    def __init__(self, writer: Writer, tag: str = "trust_ratio", every: int = 1) -> None:
         self.writer, self.tag = writer, tag
         self.every = errors.whole_number("every", every, least=1)
 

@@ -14,20 +14,63 @@ from __future__ import annotations
 
 import math
 import operator
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar, overload
+
+import numpy as np
 
 from lars_tree import _backends
 from lars_tree._backends.base import Values
+from lars_tree._core.types import AnyArray
 from lars_tree._options import finite_number
 from lars_tree.errors import OptionError, whole_number
 
 __all__ = ["Constant", "Cosine", "Polynomial"]
 
+A = TypeVar("A", bound=AnyArray)
+
+
+class _Schedule:
+    """The checks and types of all schedules: a number gives a float, an array an array."""
+
+    warmup_steps: int
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # type: ignore[arg-type]  # each subclass is a dataclass
+            x = getattr(self, field.name)
+            number: float | None
+            if field.name.endswith("_steps"):
+                number = whole_number(field.name, x, least=0)
+            else:
+                number = finite_number(x)
+            if number is None:
+                raise OptionError(f"{field.name}: expected a finite number >= 0, got {x!r}")
+            # The class is frozen. Python numbers do not change the dtype of a step.
+            object.__setattr__(self, field.name, x if type(x) is int else number)
+        warmup_steps, total_steps = self.warmup_steps, getattr(self, "total_steps", None)
+        if total_steps is not None and (total_steps < 1 or total_steps < warmup_steps):
+            text = f"expected at least 1 and warmup_steps ({warmup_steps}), got {total_steps}"
+            raise OptionError(f"total_steps: {text}")
+
+    @overload
+    def __call__(self, step: float | np.number[Any]) -> float: ...
+    @overload
+    def __call__(self, step: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]: ...
+    @overload
+    def __call__(self, step: A) -> A: ...
+
+    def __call__(self, step: Any) -> Any:
+        """The rate at a step; the first step is 0."""
+        return self._rate(step)
+
+    @abstractmethod
+    def _rate(self, step: Any) -> Any: ...
+
 
 @dataclass(frozen=True)
-class Constant:
+class Constant(_Schedule):
     """The same rate at every step, after a linear warm-up.
 
     >>> schedule = Constant(0.4, warmup_steps=4)
@@ -46,17 +89,13 @@ class Constant:
     rate: float
     warmup_steps: int = 0
 
-    def __post_init__(self) -> None:
-        _check_fields(self)
-
-    def __call__(self, step: Any) -> Any:
-        """The rate at a step; the first step is 0."""
+    def _rate(self, step: Any) -> Any:
         warmup, _, _ = _progress(step, self.warmup_steps, self.warmup_steps)
         return warmup * self.rate
 
 
 @dataclass(frozen=True)
-class Polynomial:
+class Polynomial(_Schedule):
     """Linear warm-up, then polynomial decay: the schedule of the LARS paper, with power 2.
 
         peak * step / warmup_steps                                   up to warmup_steps
@@ -87,17 +126,13 @@ class Polynomial:
     power: float = 2.0
     end: float = 0.0
 
-    def __post_init__(self) -> None:
-        _check_fields(self)
-
-    def __call__(self, step: Any) -> Any:
-        """The rate at a step; the first step is 0."""
+    def _rate(self, step: Any) -> Any:
         warmup, t, _ = _progress(step, self.warmup_steps, self.total_steps)
         return warmup * _between(self.end, self.peak, (1 - t) ** self.power)
 
 
 @dataclass(frozen=True)
-class Cosine:
+class Cosine(_Schedule):
     """Linear warm-up, then half a cosine wave: the usual schedule of SimCLR and BYOL.
 
         end + (peak - end) * (1 + cos(pi t)) / 2,    t as in `Polynomial`
@@ -123,11 +158,7 @@ class Cosine:
     warmup_steps: int = 0
     end: float = 0.0
 
-    def __post_init__(self) -> None:
-        _check_fields(self)
-
-    def __call__(self, step: Any) -> Any:
-        """The rate at a step; the first step is 0."""
+    def _rate(self, step: Any) -> Any:
         warmup, t, xp = _progress(step, self.warmup_steps, self.total_steps)
         return warmup * _between(self.end, self.peak, (1 + xp.cos(math.pi * t)) / 2)
 
@@ -171,22 +202,3 @@ def _as_float(step: Any, xp: Any) -> Any:
     if getattr(step.dtype, "itemsize", 4) < 4:
         step = step.astype(xp.float32) if hasattr(step, "astype") else step.to(xp.float32)
     return step
-
-
-def _check_fields(schedule: Any) -> None:
-    """Check all fields, and make them Python numbers, which do not change the dtype of a step."""
-    for field in fields(schedule):
-        x = getattr(schedule, field.name)
-        number: float | None
-        if field.name.endswith("_steps"):
-            number = whole_number(field.name, x, least=0)
-        else:
-            number = finite_number(x)
-        if number is None:
-            raise OptionError(f"{field.name}: expected a finite number >= 0, got {x!r}")
-        number = x if type(x) is int else number
-        object.__setattr__(schedule, field.name, number)  # the class is frozen
-    warmup_steps, total_steps = schedule.warmup_steps, getattr(schedule, "total_steps", None)
-    if total_steps is not None and (total_steps < 1 or total_steps < warmup_steps):
-        text = f"expected at least 1 and warmup_steps ({warmup_steps}), got {total_steps}"
-        raise OptionError(f"total_steps: {text}")

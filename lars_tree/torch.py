@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from inspect import signature
 from operator import setitem
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import numpy as np
 import torch
@@ -24,12 +24,18 @@ from lars_tree._backends.tensors import copy_all
 from lars_tree._backends.torch import BACKEND, results_in_place
 from lars_tree._core import locks
 from lars_tree._core.execute import execute
+from lars_tree._core.types import NonFinite
 from lars_tree._options import CALLED_ELSEWHERE, check_names, with_hints
 from lars_tree._torch_groups import param_groups, refuse_flat
 from lars_tree._torch_rows import ParameterRows, gather
 from lars_tree.errors import LarsTreeError
 
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+
 __all__ = ["Lars", "param_groups"]
+
+Loss = TypeVar("Loss")
 
 
 class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
@@ -102,7 +108,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
     @with_hints
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float | Tensor = 1.0,
         momentum: float = 0.9,
         dampening: float = 0.0,
@@ -113,11 +119,11 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         eps: float = 1e-8,
         trust_clip: bool = False,
         joint_norm: bool = False,
-        adapt: bool | str = True,
+        adapt: bool | Literal["decayed"] = True,
         foreach: bool | None = None,
         maximize: bool = False,
         layer_axis: int | None = None,
-        nonfinite: str = "propagate",
+        nonfinite: NonFinite = "propagate",
         fused: bool | None = None,
     ) -> None:
         given = locals()
@@ -203,6 +209,11 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
             if fits and buffer.is_complex() == p.is_complex():
                 moved = buffer.detach().to(p.device, BACKEND.velocity_dtype(p))
                 self.state[p]["momentum_buffer"] = moved.clone()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

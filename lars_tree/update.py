@@ -6,28 +6,29 @@ from typing import Any
 
 from lars_tree import _options
 from lars_tree._core.advance import advance
+from lars_tree._core.types import Axes, Flags, MeshAxes, NonFinites, Numbers, T
 
 
 @_options.with_hints
 def lars_update(
-    w: Any,
+    w: T,
     dcdw: Any,
-    lr: Any,
+    lr: Numbers,
     /,
     *,
-    decay_lambda: Any = 0,
-    stop_gradients: Any = True,
-    out: Any = None,
-    trust_coefficient: Any = 1.0,
-    eps: Any = 0.0,
-    adapt: Any = True,
-    trust_clip: Any = False,
-    joint_norm: Any = False,
-    grad_scale: Any = 1.0,
-    nonfinite: Any = "propagate",
-    layer_axis: Any = None,
-    axis_name: Any = None,
-) -> Any:
+    decay_lambda: Numbers = 0,
+    stop_gradients: Flags = True,
+    out: T | None = None,
+    trust_coefficient: Numbers = 1.0,
+    eps: Numbers = 0.0,
+    adapt: Flags = True,
+    trust_clip: Flags = False,
+    joint_norm: Flags = False,
+    grad_scale: Numbers = 1.0,
+    nonfinite: NonFinites = "propagate",
+    layer_axis: Axes = None,
+    axis_name: MeshAxes = None,
+) -> T:
     """Take one LARS step on every array of a nest of weights.
 
     Each array is one layer. For weights w and gradient g = dcdw / grad_scale,

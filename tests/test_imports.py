@@ -80,7 +80,7 @@ LAYERS = [
     ["_files.replacing", "errors"],
     ["_files.permissions"],
     ["_files", "_core.locks"],
-    ["_core.wrapper"],
+    ["_core.wrapper", "_core.types"],
     ["_core"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -164,3 +164,15 @@ def test_the_version_is_that_of_the_metadata(monkeypatch):
 def test_there_are_no_other_names():
     with pytest.raises(AttributeError, match="'lars_tree' has no attribute 'lars'"):
         _ = lars_tree.lars
+
+
+def test_dir_lists_the_public_names_and_the_public_modules_that_are_loaded():
+    code = (
+        "import lars_tree as lt; names = dir(lt); import lars_tree.io; print(*names, '|', *dir(lt))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    before, after = (text.split() for text in result.stdout.split("|"))
+    assert before == sorted([*lars_tree.__all__, "__version__", "errors"])
+    assert after == sorted([*before, "io"])

@@ -369,8 +369,10 @@ def test_a_plan_that_measures_cannot_step():
 
 def test_the_stub_names_what_the_kernel_has():
     stub = ast.parse(Path(_native.__file__).with_name("_kernel.pyi").read_text())
-    bodies = {"": stub.body, **{x.name: x.body for x in stub.body if isinstance(x, ast.ClassDef)}}
+    classes = [x for x in stub.body if isinstance(x, ast.ClassDef) and x.name != "_Kernel"]
+    bodies = {"": stub.body, **{x.name: x.body for x in classes}}
     for name, body in bodies.items():
         found = getattr(_native.kernel, name) if name else _native.kernel
         names = {x.name for x in body if isinstance(x, (ast.FunctionDef, ast.ClassDef))}
-        assert names - {"__new__"} == {x for x in vars(found) if not x.startswith("__")}, name
+        public = {x for x in names if not x.startswith("_")}
+        assert public == {x for x in vars(found) if not x.startswith("__")}, name

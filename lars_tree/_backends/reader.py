@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch import Tensor
 from lars_tree import _native
 from lars_tree._backends.stand_ins import TENSOR_TYPES, is_intercepted
 from lars_tree._rule import Rule
+
+if TYPE_CHECKING:
+    from lars_tree._native._kernel import Reader
 
 
 def _exchange() -> tuple[Any, ...] | None:
@@ -20,8 +23,8 @@ def _exchange() -> tuple[Any, ...] | None:
     return capsule and (capsule, *methods, Tensor.storage_offset, Tensor.is_neg)
 
 
-_EXCHANGE = _exchange()
-READER: Any = _EXCHANGE and _native.reader(
+_EXCHANGE: Any = _exchange()
+READER: Reader = _EXCHANGE and _native.reader(
     TENSOR_TYPES, Rule._fields, make=torch.empty_like, copy=torch.clone, tensors=_EXCHANGE
 )
 

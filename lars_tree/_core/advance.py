@@ -7,14 +7,15 @@ from typing import Any
 from lars_tree import _counters, _nodes, _options, _tree, errors
 from lars_tree._backends.base import Columns
 from lars_tree._core.execute import Caller, Result, execute
+from lars_tree._core.types import T
 from lars_tree._core.wrapper import unwrap
 
 State = dict[str, Any]
 
 
 def advance(
-    w: Any, dcdw: Any, out: Any, options: dict[str, Any], state: State | None = None
-) -> tuple[Any, State]:
+    w: T, dcdw: Any, out: T | None, options: dict[str, Any], state: State | None = None
+) -> tuple[T, State]:
     """Return the new weights and the new state; with `out`, both are updated in place.
 
     Args:

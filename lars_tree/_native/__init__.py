@@ -8,31 +8,31 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from lars_tree._native import threads
 
 if TYPE_CHECKING:
-    from lars_tree._native._kernel import Plan, Reader
+    from lars_tree._native._kernel import Plan, Reader, _Kernel
 
 
-def _load() -> Any:
+def _load() -> _Kernel | None:
     if os.environ.get("LARS_TREE_NATIVE") == "0":
         return None
     try:
-        return import_module("lars_tree._native._kernel")
+        from lars_tree._native import _kernel
     except ImportError:  # not built; `native_available` tells
         return None
+    return _kernel
 
 
 kernel = _load()
 
 # Which of its instruction sets the kernel takes; all give the same bits.
-instruction_set: int = kernel.best_instruction_set() if kernel else 0
+instruction_set = kernel.best_instruction_set() if kernel else 0
 
 
-def in_use() -> Any:
+def in_use() -> _Kernel | None:
     """The kernel; None where there is none, or where torch.compile traces and must see Python."""
     torch = sys.modules.get("torch")
     compiler = getattr(torch, "compiler", None)  # not there yet while torch is being imported
@@ -53,10 +53,8 @@ def plan() -> Plan | None:
     found = in_use()
     if found is None:
         return None
-    new: Plan = found.Plan(min(threads.get_num_threads(), sys.maxsize), instruction_set)
-    return new
+    return found.Plan(min(threads.get_num_threads(), sys.maxsize), instruction_set)
 
 
-def reader(types: tuple[type, ...], fields: tuple[str, ...], **how: Any) -> Reader:
-    """A `Reader` of the kernel, see _kernel.pyi; to be used with a `plan` alone."""
-    return cast("Reader", kernel and kernel.Reader(types, fields, **how))
+# A `Reader` of the kernel, to be used only with a `plan`: it is None where there is no kernel.
+reader = kernel.Reader if kernel else cast("type[Reader]", lambda *_, **__: None)

@@ -1,7 +1,7 @@
 """The types of what module.cpp defines."""
 
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, Protocol, final
 
 @final
 class Reader:
@@ -124,6 +124,7 @@ def collect(
     kinds: dict[type, int],
     kind_of: Callable[[Any], int],
     others: Callable[..., Any],
+    /,
 ) -> None:
     """Append the leaves of a nest to a list.
 
@@ -138,6 +139,7 @@ def match(
     kinds: dict[type, int],
     kind_of: Callable[[Any], int],
     others: Callable[..., Any],
+    /,
 ) -> bool:
     """Append the value that a prefix has for each leaf of a nest; whether it is a prefix.
 
@@ -146,3 +148,32 @@ def match(
 
 def best_instruction_set() -> int:
     """The number of the best instruction set here: 0 none in particular, 1 AVX2, 2 AVX-512."""
+
+class _Kernel(Protocol):
+    """The type of this module, for values that are None where it was not built."""
+
+    @property
+    def Reader(self) -> type[Reader]: ...  # noqa: N802
+    @property
+    def Plan(self) -> type[Plan]: ...  # noqa: N802
+    def collect(
+        self,
+        tree: Any,
+        found: list[Any],
+        kinds: dict[type, int],
+        kind_of: Callable[[Any], int],
+        others: Callable[..., Any],
+        /,
+    ) -> None: ...
+    def match(
+        self,
+        tree: Any,
+        prefix: Any,
+        found: list[Any],
+        exact: bool,
+        kinds: dict[type, int],
+        kind_of: Callable[[Any], int],
+        others: Callable[..., Any],
+        /,
+    ) -> bool: ...
+    def best_instruction_set(self) -> int: ...
