@@ -17,7 +17,7 @@ from lars_tree import _backends, _checks, _counters, _nodes, _options, _tree, er
 from lars_tree._backends.base import FLOATING
 from lars_tree._core import locks
 from lars_tree._core.advance import advance
-from lars_tree._core.types import Flags, Numbers, Rates, T
+from lars_tree._core.types import Flags, Numbers, Rates, Schedule, T
 from lars_tree._core.wrapper import unwrap
 from lars_tree._floats import in_default_floats
 from lars_tree._options import SharedOptions
@@ -221,7 +221,12 @@ def _on_one_line(x: Any) -> str:
 
 def _rates(lr: Any, step: Any) -> Any:
     step = schedules.value(unwrap(step))
-    return _without_schedules(lr, lambda schedule: in_default_floats(schedule)(step))
+    return _without_schedules(lr, lambda schedule: _rate(schedule, step))
+
+
+@in_default_floats
+def _rate(schedule: Schedule, step: Any) -> Any:
+    return schedule(step)
 
 
 def _without_schedules(lr: Any, rate: Callable[[Any], Any]) -> Any:
