@@ -98,7 +98,7 @@ def dtypes(plan: Plan, results: Results) -> None:
     for tree in ("resnet", "gpt2"):
         flats = weights_and_gradients(TREES[tree]())
         steps = {
-            f"{library} {dtype}": _in_place(*(_nest(flat, library, dtype) for flat in flats))
+            f"{library} {dtype}": _in_place(*(_container(flat, library, dtype) for flat in flats))
             for library in LIBRARIES
             for dtype in DTYPES
         }
@@ -110,7 +110,7 @@ def growth(plan: Plan, results: Results) -> None:
     for library in LIBRARIES:
         steps = {
             str(leaves): _in_place(
-                *(_nest(flat, library) for flat in weights_and_gradients(small(leaves)))
+                *(_container(flat, library) for flat in weights_and_gradients(small(leaves)))
             )
             for leaves in LEAVES
         }
@@ -122,7 +122,7 @@ def threads(plan: Plan, results: Results) -> None:
     """As many threads as the machine has cores, at most."""
     default = lars_tree.get_num_threads()
     for tree in ("resnet", "gpt2"):
-        step = _in_place(*(_nest(flat) for flat in weights_and_gradients(TREES[tree]())))
+        step = _in_place(*(_container(flat) for flat in weights_and_gradients(TREES[tree]())))
 
         def before(name: str, step: Callable[[], Any] = step) -> None:
             lars_tree.set_num_threads(int(name))
@@ -176,7 +176,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _nest(flat: dict[str, Any], library: str = "numpy", dtype: str = "float32") -> Container:
+def _container(flat: dict[str, Any], library: str = "numpy", dtype: str = "float32") -> Container:
     if library == "torch":
         import torch
 

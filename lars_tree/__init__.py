@@ -1,6 +1,6 @@
-"""Update a whole nest of weights in one call, by Layer-wise Adaptive Rate Scaling (LARS).
+"""Update a whole tree of weights in one call, by Layer-wise Adaptive Rate Scaling (LARS).
 
-Weights are a Container or any other nest, of any array library; gradients are matched by key:
+Weights are a Container or any other tree, of any array library; gradients are matched by key:
 
     import lars_tree as lt
 

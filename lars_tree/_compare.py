@@ -1,4 +1,4 @@
-"""Two nests side by side: equal, close, or where they differ."""
+"""Two trees side by side: equal, close, or where they differ."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lars_tree.errors import Line
 Array = np.ndarray[Any, Any]
 Test = Callable[[Array, Array], bool]
 
-_TRUTH = {"bool", "torch.bool", "array_api_strict.bool"}
-_NUMERIC = frozenset("biufc")  # kinds of dtypes whose elements compare and subtract
+_BOOLS = {"bool", "torch.bool", "array_api_strict.bool"}
+_NUMERIC = frozenset("biufc")  # kinds of dtypes whose elements can be compared and subtracted
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Whether two nests have the same keys, and leaves of the same shape and elements."""
+    """Whether two trees have the same keys, and leaves of the same shape and elements."""
     return _matches(a, b, _equal_elements)
 
 
 def close(a: Any, b: Any, rtol: float, atol: float) -> bool:
-    """Whether two nests have the same keys, and |x - y| <= atol + rtol |y| for all elements."""
+    """Whether two trees have the same keys, and |x - y| <= atol + rtol |y| for all elements."""
 
     def test(x: Array, y: Array) -> bool:
         numeric = x.dtype.kind in _NUMERIC and y.dtype.kind in _NUMERIC
@@ -40,20 +40,14 @@ def _equal_elements(x: Array, y: Array) -> bool:
 
 
 def _matches(a: Any, b: Any, test: Test) -> bool:
-    def compare(x: Any, y: Any) -> tuple[str, bool]:
-        if x is _tree.MISSING or y is _tree.MISSING:
-            return "another key", False
-        if _tree.is_leaf(x) and _tree.is_leaf(y):
-            return ("" if _leaf_matches(x, y, test) else "another leaf"), False
-        return ("", True) if _same_node(x, y) else ("another node", False)
-
-    return next(_tree.side_by_side(a, b, compare), None) is None
+    return all(
+        what == "order" or (what == "leaves" and _leaf_matches(x, y, test))
+        for _, x, y, what in _tree.side_by_side(a, b, _may_be_equal)
+    )
 
 
-def _same_node(a: Any, b: Any) -> bool:
-    """Whether a and b are nodes that may be equal: dicts of any type, else of one type."""
-    if _tree.is_leaf(a) or _tree.is_leaf(b):
-        return False
+def _may_be_equal(a: Any, b: Any) -> bool:
+    """Whether two nodes may be equal: dicts of any class, or nodes of one class."""
     return type(a) is type(b) or (isinstance(a, dict) and isinstance(b, dict))
 
 
@@ -66,41 +60,37 @@ def _leaf_matches(a: Any, b: Any, test: Test) -> bool:
         return a is b
     try:
         return bool(a == b)
-    except Exception:  # an object that cannot say whether it is equal is not
+    except Exception:  # objects that cannot be compared are not equal
         return False
 
 
 def _elements(x: Any) -> Array | None:
-    """The elements as numpy knows them; None of what is no array or cannot be looked at."""
+    """The elements as a numpy array; None for other objects, and for traced or lazy arrays."""
     if isinstance(x, (int, float, complex)):
         return np.asarray(x)
     backend = _backends.find(x)
     if backend is None or backend.fault(x) or backend.values(x) is Values.TRACED:
         return None
-    if backend.facts(x).kind is Kind.OTHER and not _is_plain(x):
+    if backend.facts(x).kind is Kind.OTHER and not _is_comparable(x.dtype):
         return None
-    numbers = backend.to_numpy(x)
-    return numbers.astype(np.float64) if is_bfloat16(numbers.dtype) else numbers
+    elements = backend.to_numpy(x)
+    return elements.astype(np.float64) if is_bfloat16(elements.dtype) else elements
 
 
-def _is_plain(x: Any) -> bool:
-    """Whether x has truth values, strings or dates: no numbers, but as easy to compare."""
-    return str(x.dtype) in _TRUTH or getattr(x.dtype, "kind", None) in set("USMm")
+def _is_comparable(dtype: Any) -> bool:
+    """Whether a dtype that is not numeric has elements that compare: bools, strings or dates."""
+    return str(dtype) in _BOOLS or getattr(dtype, "kind", None) in set("USMm")
 
 
 def differences(a: Any, b: Any) -> Iterator[Line]:
-    """Where two nests differ, and how."""
-    return _tree.side_by_side(a, b, _difference)
-
-
-def _difference(a: Any, b: Any) -> tuple[str, bool]:
-    if a is _tree.MISSING or b is _tree.MISSING:
-        return ("only there" if a is _tree.MISSING else "only here"), False
-    if _tree.is_leaf(a) and _tree.is_leaf(b):
-        return ("" if _leaf_matches(a, b, _equal_elements) else _leaf_difference(a, b)), False
-    if not _same_node(a, b):
-        return f"{_show.leaf(a)} here, {_show.leaf(b)} there", False
-    return "", True
+    """The paths at which two trees differ, with a description of both sides."""
+    for path, x, y, what in _tree.side_by_side(a, b, _may_be_equal):
+        if what == "missing":
+            yield path, "only there" if x is _tree.MISSING else "only here"
+        elif what == "nodes":
+            yield path, f"{_show.leaf(x)} here, {_show.leaf(y)} there"
+        elif what == "leaves" and not _leaf_matches(x, y, _equal_elements):
+            yield path, _leaf_difference(x, y)
 
 
 def _leaf_difference(a: Any, b: Any) -> str:

@@ -47,9 +47,11 @@ def converted(value: Any, cls: Any) -> Any:
         return value
     if isinstance(value, Mapping):
         keys = [key for key, _ in _tree.children(value)]
-        return _nodes.container(cls, zip(keys, _nodes.each(value, converted, cls), strict=True))
+        return _nodes.container(
+            cls, zip(keys, _nodes.map_children(value, converted, cls), strict=True)
+        )
     if isinstance(value, (list, tuple)):
-        items = _nodes.each(value, converted, cls)
+        items = _nodes.map_children(value, converted, cls)
         if any(new is not old for new, (_, old) in zip(items, _tree.children(value), strict=True)):
             return _nodes.replace_children(value, items)
     return value
@@ -59,7 +61,7 @@ def plain(node: Any, _: None = None) -> Any:
     """The node with dicts for its Containers."""
     if _tree.is_leaf(node):
         return node
-    children = _nodes.each(node, plain)
+    children = _nodes.map_children(node, plain)
     if _nodes.is_container(node):
         return dict(zip(node, children, strict=True))
     return _nodes.replace_children(node, children)

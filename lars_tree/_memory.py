@@ -20,7 +20,7 @@ NumpyArray = np.ndarray[Any, Any]
 # The effort to prove that two interleaved views share no element, before assuming that they do.
 _MAX_WORK: Any = 10_000
 
-READ_ONLY_MAP = "read-only: it shares memory that is mapped for reading alone"
+READ_ONLY_MAP = "read-only: its memory is mapped read-only"
 
 
 def overlaps_itself(x: NumpyArray) -> bool:

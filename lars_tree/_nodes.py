@@ -1,9 +1,9 @@
-"""One node of a tree: how its children are read, and how a node with other children is made.
+"""One node of a tree: how its children are read, and how it is rebuilt with other children.
 
-This is the only place that knows the kinds of nodes; `_tree.py` walks over them. A node is read the
-way its user reads it, and reading never writes. A new node is made by the first of a few attempts
-that passes the check: it is another object of the same type, and holds what was put in. Exact
-dicts, lists, tuples and Containers need no check. `tests/test_nodes.py` keeps this honest.
+Only this module knows the kinds of nodes; `_tree.py` walks over them. A node is read through the
+methods that its user calls, and reading never writes. To rebuild a node, up to two attempts are
+made; the first result is returned that is another object of the same type with the new children.
+dict, list, tuple and Container themselves need no such check. Tests: `tests/test_nodes.py`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Node = Any
 Pairs = list[tuple[Hashable, Any]]
 Items = Mapping[Any, Any] | Iterable[tuple[Hashable, Any]]
 
-# A plain dict holds its items in its own memory: the kernel may read them there. Others are read by
-# their method `items`, or key by key where a class replaces only the reading of one item.
-LEAF, PLAIN_DICT, ITEMS, KEYED, SEQUENCE, NAMED, FIELDS = range(7)
+# The items of a PLAIN_DICT are those of dict itself, which the kernel reads too. ITEMS are read by
+# their method `items`, KEYED nodes key by key, as their class only overrides that.
+LEAF, PLAIN_DICT, ITEMS, KEYED, SEQUENCE, NAMEDTUPLE, ATTRS = range(7)
 
-# Classes that live as long as the process. The kernel looks them up here too.
+# The kinds of classes that live as long as the process. The kernel reads this dict too.
 KINDS: dict[type, int] = {
     type(None): LEAF,
     list: SEQUENCE,
@@ -34,10 +34,10 @@ KINDS: dict[type, int] = {
 }
 _KINDS_OF_OTHERS: WeakKeyDictionary[type, int] = WeakKeyDictionary()
 
-# Not empty when a class was seen that may read its children in a way of its own.
-_OWN_READING: list[bool] = []
+# Not empty once a node was seen whose class may compute its children when it is read.
+_COMPUTED: list[bool] = []
 
-# The class method that makes a Container from (key, child) pairs, without converting children.
+# The class method that makes a Container of (key, child) pairs without converting the children.
 MAKE = "_lars_tree_make"
 
 _DICTS = (dict, OrderedDict, defaultdict)
@@ -46,7 +46,7 @@ _READING = ("__iter__", "__len__", "__getitem__", "keys", "values", "items")
 
 
 def kind_of(node: Node) -> int:
-    """The kind of a node; LEAF for whatever is not a node."""
+    """The kind of a node; LEAF if it is not a node."""
     cls = type(node)
     kind = KINDS.get(cls)
     if kind is None:
@@ -54,21 +54,20 @@ def kind_of(node: Node) -> int:
     if kind is None:
         kind = _classify(cls)
         if kind in (ITEMS, KEYED, SEQUENCE):
-            _OWN_READING.append(True)
+            _COMPUTED.append(True)
         (KINDS if is_permanent(cls) else _KINDS_OF_OTHERS)[cls] = kind
     return kind
 
 
 def may_make_children() -> bool:
-    """Whether any node seen so far may make its children anew whenever it is read."""
-    return bool(_OWN_READING)
+    """Whether any node seen so far may make new children whenever it is read."""
+    return bool(_COMPUTED)
 
 
 def is_permanent(cls: type) -> bool:
-    """Whether a module holds the class, so that a cache may hold it too.
+    """Whether the class is found in its module, so that a cache may keep it alive.
 
-    A class made within a function would otherwise never be freed, nor one that is defined anew
-    each time a notebook's cell runs.
+    Others must be freed: classes made in a function, or again each time a notebook cell runs.
     """
     if cls.__module__ == "__main__":
         return False
@@ -80,17 +79,17 @@ def is_permanent(cls: type) -> bool:
 
 def _classify(cls: type) -> int:
     if issubclass(cls, dict):
-        if _is_own(cls, _READING, dict):
+        if _inherits(cls, _READING, dict):
             return PLAIN_DICT
-        # The items of dict itself know nothing of a `__getitem__` or `__iter__` of the class.
-        by_key = _is_own(cls, ("items",), *_DICTS) and not _is_own(cls, _READING, *_DICTS)
+        # dict.items ignores a `__getitem__` or `__iter__` of the class.
+        by_key = _inherits(cls, ("items",), *_DICTS) and not _inherits(cls, _READING, *_DICTS)
         return KEYED if by_key else ITEMS
     if issubclass(cls, (str, bytes, bytearray, memoryview, range, UserString)):
-        return LEAF  # sequences, but of nothing that could be put back
+        return LEAF  # sequences, but not of children
     if hasattr(cls, "__attrs_attrs__"):
-        return FIELDS
+        return ATTRS
     if issubclass(cls, tuple) and hasattr(cls, "_fields"):
-        return NAMED
+        return NAMEDTUPLE
     if issubclass(cls, (list, tuple, Sequence)):
         return SEQUENCE
     if issubclass(cls, Mapping):
@@ -98,8 +97,8 @@ def _classify(cls: type) -> int:
     return LEAF
 
 
-def _is_own(cls: type, names: Iterable[str], *bases: type) -> bool:
-    """Whether these methods, as far as the class has them, are those of the bases or Container."""
+def _inherits(cls: type, names: Iterable[str], *bases: type) -> bool:
+    """Whether the class has these methods, or those that it has, from the bases or Container."""
     for name in names:
         provider = next((base for base in cls.__mro__ if name in vars(base)), bases[0])
         if provider not in bases and MAKE not in vars(provider):
@@ -108,38 +107,38 @@ def _is_own(cls: type, names: Iterable[str], *bases: type) -> bool:
 
 
 def children(node: Node) -> Iterable[tuple[Hashable, Any]]:
-    """The (key, child) pairs of a node: keys of a mapping, indices, names of fields."""
+    """The (key, child) pairs of a node; a key is that of a mapping, an index, or a field name."""
     kind = kind_of(node)
     if kind in (PLAIN_DICT, ITEMS):  # through the type: a key named "items" may hide the method
         return type(node).items(node)  # type: ignore[no-any-return]
     if kind == SEQUENCE:
         return enumerate(node)
-    if kind == NAMED:
+    if kind == NAMEDTUPLE:
         return zip(type(node)._fields, node, strict=True)
-    if kind == FIELDS:
+    if kind == ATTRS:
         return [(field.name, getattr(node, field.name)) for field in type(node).__attrs_attrs__]
     return [(key, node[key]) for key in node] if kind == KEYED else ()
 
 
 class CannotRebuild(Exception):
-    """A node of which no other can be made; `keys` leads to it, the innermost key first."""
+    """A node cannot be rebuilt. `keys` is its path, the innermost key first."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.keys: list[Hashable] = []
 
     def explained(self, argument: str, at: errors.Path = ()) -> errors.LarsTreeError:
-        """What to say of it, where the node is somewhere in this argument."""
+        """The error for the user; `at` is the path of the tree within the argument."""
         path = (*at, *reversed(self.keys))
         text = f"expected a node that can be rebuilt: {self}"
         headline = f"{argument} cannot be rebuilt"
         return errors.error(errors.StructureError, argument, headline, [(path, text)])
 
 
-def each(node: Node, convert: Callable[[Any, Any], Any], argument: Any = None) -> list[Any]:
-    """convert(child, argument) for each child; a CannotRebuild learns the key.
+def map_children(node: Node, convert: Callable[[Any, Any], Any], argument: Any = None) -> list[Any]:
+    """convert(child, argument) for each child; a CannotRebuild gets the key.
 
-    No further arguments: Python would go through the C stack to pass them on.
+    Not *arguments: passing these on takes C stack, of which deep trees would need too much.
     """
     values = []
     for key, child in children(node):
@@ -152,7 +151,7 @@ def each(node: Node, convert: Callable[[Any, Any], Any], argument: Any = None) -
 
 
 def is_trusted(node: Node) -> bool:
-    """Whether a node of this very type holds what its constructor is given."""
+    """Whether the node is rebuilt without a check: a dict, list, tuple or Container."""
     cls = type(node)
     return cls is dict or cls is list or cls is tuple or hasattr(cls, MAKE)
 
@@ -161,7 +160,7 @@ def replace_children(node: Node, values: Iterable[Any]) -> Node:
     """A node of the same type and keys with other children, given in the order of `children`.
 
     Raises:
-        CannotRebuild: the class makes no such node.
+        CannotRebuild: no attempt makes such a node.
     """
     cls = type(node)
     if cls is list or cls is tuple:
@@ -174,7 +173,7 @@ def replace_children(node: Node, values: Iterable[Any]) -> Node:
 
 
 def is_container(node: Node) -> bool:
-    """Whether it is a Container."""
+    """Whether the node is a Container."""
     return hasattr(type(node), MAKE)
 
 
@@ -184,13 +183,13 @@ def container(cls: type, items: Items) -> Node:
 
 
 def with_items(node: Node, items: Items) -> Node:
-    """A dict or Container, whichever the node is, with other keys."""
+    """A dict or Container, like the node, with other items."""
     cls = type(node)
     return dict(items) if cls is dict else container(cls, items)
 
 
-def plain(node: Node, values: Iterable[Any]) -> Node:
-    """The same for a node that is only to be read: of another class, it is a list or a dict."""
+def replace_for_reading(node: Node, values: Iterable[Any]) -> Node:
+    """The same for a node that is only read: one of another class becomes a list or a dict."""
     if is_trusted(node):
         return replace_children(node, values)
     if kind_of(node) == SEQUENCE:
@@ -202,9 +201,9 @@ Attempt = Callable[[Node, Pairs], Node]
 
 
 class _Plan(NamedTuple):
-    """How to make nodes of a class: the attempts in their order.
+    """How to rebuild nodes of a class: the attempts in their order.
 
-    `sure`: the first one cannot fail, as the class reads and writes as the built-in class does.
+    `sure`: the first attempt cannot fail, as the class reads and writes like its built-in base.
     """
 
     attempts: list[Attempt]
@@ -216,41 +215,40 @@ _PLANS: WeakKeyDictionary[type, _Plan] = WeakKeyDictionary()
 
 def _plan(cls: type) -> _Plan:
     if issubclass(cls, (dict, list, tuple)):
-        # A class with a `__setitem__` of its own may keep more than the items.
-        writes = _is_own(cls, ("__setitem__", "append", "extend"), *_BUILT_IN)
-        reads = _is_own(cls, _READING, *_BUILT_IN) and not hasattr(cls, "__copy__")
+        # A class that overrides `__setitem__` may keep more than the items.
+        writes = _inherits(cls, ("__setitem__", "append", "extend"), *_BUILT_IN)
+        reads = _inherits(cls, _READING, *_BUILT_IN) and not hasattr(cls, "__copy__")
         attempts: list[Attempt] = [_refilled, _constructed]
-        attempts = attempts if writes else attempts[::-1]
-        return _Plan(attempts, writes and reads)
+        return _Plan(attempts if writes else attempts[::-1], writes and reads)
     if issubclass(cls, ChainMap):
-        return _Plan([], False)  # a view of several mappings, which would be one
-    fields = hasattr(cls, "__attrs_attrs__")
-    return _Plan([_refilled, _constructed] if fields else [_constructed], False)
+        return _Plan([], False)  # a view of several mappings
+    has_fields = hasattr(cls, "__attrs_attrs__")
+    return _Plan([_refilled, _constructed] if has_fields else [_constructed], False)
 
 
 def _checked(node: Node, before: Pairs, pairs: Pairs) -> Node:
-    """The result of the first attempt that makes what is wanted and leaves the node as it is."""
+    """The first result that holds the pairs, from an attempt that left the node unchanged."""
     cls = type(node)
     plan = _PLANS.get(cls) or _PLANS.setdefault(cls, _plan(cls))
     reason = f"a new {cls.__name__} would not hold what is put in"
     if not plan.attempts:
         reason = f"a {cls.__name__} shows several mappings as one"
     for attempt in plan.attempts:
-        made = False
+        correct = False
         try:
             new = attempt(node, pairs)
             if plan.sure and not getattr(new, "__dict__", None):
                 return new
-            made = new is not node and type(new) is cls and _holds(new, pairs)
-            made = made and not _remembers(new, before, pairs)
+            correct = new is not node and type(new) is cls and _holds(new, pairs)
+            correct = correct and not _keeps_old_child(new, before, pairs)
         except (MemoryError, RecursionError):
             raise
         except Exception as error:  # the class may raise anything
             text = " ".join(f"{type(error).__name__}: {error}".split())
-            reason = f"{cls.__name__} refuses other children ({errors.clipped(text)})"
+            reason = f"{cls.__name__} refuses other children ({errors.shortened(text, 80)})"
         if not _holds(node, before):
             raise CannotRebuild(f"reading the {cls.__name__} again gives other children")
-        if made:
+        if correct:
             return new
     raise CannotRebuild(reason)
 
@@ -261,19 +259,19 @@ def _constructed(node: Node, pairs: Pairs) -> Node:
     values = [value for _, value in pairs]
     if kind == SEQUENCE:
         return cls(values)
-    if kind == NAMED:
+    if kind == NAMEDTUPLE:
         return cls(*values)
-    if kind == FIELDS:
+    if kind == ATTRS:
         fields = zip(cls.__attrs_attrs__, values, strict=True)
         return cls(**{field.alias: value for field, value in fields if field.init})
     return cls(dict(pairs))
 
 
 def _refilled(node: Node, pairs: Pairs) -> Node:
-    """A shallow copy with other children, which keeps what else a user's class holds.
+    """A shallow copy with other children, which keeps the other attributes of the object.
 
-    The children are put where the built-in class keeps them, which no two objects share: what a
-    class does with its items otherwise can neither interfere nor reach the old node.
+    The children are written by methods of the built-in base, so that no method of the user's class
+    runs, and nothing that the old node shares with its copy is written.
     """
     cls = type(node)
     if issubclass(cls, tuple):
@@ -283,7 +281,7 @@ def _refilled(node: Node, pairs: Pairs) -> Node:
         if new is node or type(new) is not cls:
             return new
     else:
-        new = _twin(node)
+        new = _shallow_copy(node)
         if new is None:
             return node
     if issubclass(cls, list):
@@ -297,21 +295,24 @@ def _refilled(node: Node, pairs: Pairs) -> Node:
     return new
 
 
-def _twin(node: Node) -> Node:
-    """A copy of a dict or list that calls no method of the class; None if that is not all of it."""
+def _shallow_copy(node: Node) -> Node:
+    """A copy of a dict or list made without methods of its class.
+
+    None if the node keeps its children elsewhere, where a copy would share them.
+    """
     base: Any = next(base for base in (OrderedDict, dict, list) if isinstance(node, base))
     items = list(enumerate(list.__iter__(node)) if base is list else base.items(node))
     own, read = dict(items), dict(children(node))
     if own.keys() != read.keys() or any(read[key] is not child for key, child in items):
-        return None  # the children are elsewhere, where a copy would share them
+        return None
     new = base.__new__(type(node))
-    for key, child in () if base is list else items:  # in the order of the memory
+    for key, child in () if base is list else items:  # in the order of the dict's own memory
         base.__setitem__(new, key, child)
     return _with_attributes(new, node)
 
 
 def _with_attributes(new: Node, node: Node) -> Node:
-    if getattr(node, "__dict__", None) is node:  # attribute access, in the way of many a class
+    if getattr(node, "__dict__", None) is node:  # a common way to make keys attributes
         object.__setattr__(new, "__dict__", new)
         return new
     state = object.__getstate__(node)
@@ -324,7 +325,7 @@ def _with_attributes(new: Node, node: Node) -> Node:
 
 
 def _holds(node: Node, pairs: Pairs) -> bool:
-    """Whether reading the node gives these pairs: the very same leaves, in nodes of their types."""
+    """Whether the node has these children: the same leaf objects, in nodes of the same types."""
     found = list(children(node))
     if len(found) != len(pairs):
         return False
@@ -333,7 +334,7 @@ def _holds(node: Node, pairs: Pairs) -> bool:
             return False
         if child is value:
             continue
-        # Some classes copy the nodes that are put into them.
+        # Some classes convert or copy the nodes that are put into them.
         if kind_of(value) == LEAF or not _holds(child, list(children(value))):
             return False
     return True
@@ -342,8 +343,8 @@ def _holds(node: Node, pairs: Pairs) -> bool:
 _IMMUTABLE = (type(None), bool, int, float, complex, str, bytes)
 
 
-def _remembers(new: Node, before: Pairs, pairs: Pairs) -> bool:
-    """Whether an attribute still is a child of the old node, as where items are attributes too."""
+def _keeps_old_child(new: Node, before: Pairs, pairs: Pairs) -> bool:
+    """Whether an attribute is still a child of the old node, in a class that mirrors its items."""
     attributes = getattr(new, "__dict__", None) or {}
     kept = {id(value) for _, value in pairs}
     gone = {id(x) for _, x in before if not isinstance(x, _IMMUTABLE)} - kept

@@ -24,7 +24,7 @@ from lars_tree._rule import Rule
 
 
 class SharedOptions(TypedDict, total=False):
-    """The keywords of `lars_update` that optimizers have with the same defaults; see there."""
+    """The keywords of `lars_update` that optimizers also have, with the same defaults."""
 
     adapt: Flags
     trust_clip: Flags
@@ -36,7 +36,7 @@ class SharedOptions(TypedDict, total=False):
 
 
 class Options(SharedOptions, total=False):
-    """The keywords of `lars_update` that come after the published ones; see there."""
+    """The keywords of `lars_update` that come after the published ones."""
 
     trust_coefficient: Numbers
     eps: Numbers
@@ -64,12 +64,12 @@ OPTIMIZER_DEFAULTS: dict[str, Any] = {
 
 def _field(name: str) -> str:
     """The field of the rule for an option of `lars_update` or of an optimizer."""
-    return "decay_lambda" if name == "weight_decay" else name
+    return {"weight_decay": "decay_lambda", "lr": "lr_before_momentum"}.get(name, name)
 
 
 def option_name(field: str) -> str:
     """The user's name for a field of the rule: `rate` is the lr of torch optimizers."""
-    return "lr" if field == "rate" else field
+    return "lr" if field in ("lr_before_momentum", "lr_after_momentum") else field
 
 
 # Names in other packages, and the names here.
@@ -117,7 +117,7 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
         raise _tree.changed()
     _refuse_gaps(tree, columns)
     indices = [Rule._fields.index(_field(name)) for name in columns]
-    fields = list(Rule(**{"lr": 0.0, **shared}))
+    fields = list(Rule(**{"lr_before_momentum": 0.0, **shared}))
     # By identity: most leaves share their values, and the columns keep these alive.
     ids = [map(id, column) for column in columns.values()]
     known: dict[Any, Rule] = {}
@@ -375,7 +375,7 @@ _CHECKS: dict[str, Callable[[Any, bool], Any]] = {
     "axis_name": _mesh_axes,
     "stop_gradients": _flag,
     "momentum": _number,
-    "rate": _number,
+    "lr_after_momentum": _number,
     "dampening": _number,
     "nesterov": _flag,
     "maximize": _flag,

@@ -66,8 +66,8 @@ def _overwritten(group: list[Row]) -> Iterator[tuple[Leaf, str]]:
     readers: dict[Operand, list[tuple[Leaf, str]]] = {}
     for row in group:
         inputs = [("w", row.w), ("dcdw", row.dcdw)]
-        if isinstance(row.leaf.rule.lr, np.ndarray):
-            inputs += [("lr", x) for _, x in row.options if x.x is row.leaf.rule.lr]
+        if isinstance(row.leaf.rule.lr_before_momentum, np.ndarray):
+            inputs += [("lr", x) for _, x in row.options if x.x is row.leaf.rule.lr_before_momentum]
         for role, x in inputs:
             if x is not row.out:
                 readers.setdefault(x, []).append((row.leaf, role))
@@ -83,5 +83,7 @@ def _overwritten(group: list[Row]) -> Iterator[tuple[Leaf, str]]:
 _COPIES: dict[str, Callable[[Leaf], Leaf]] = {
     "w": lambda leaf: leaf._replace(w=leaf.backend.copy(leaf.w, stop_gradients=True)),
     "dcdw": lambda leaf: leaf._replace(dcdw=leaf.backend.copy(leaf.dcdw, stop_gradients=True)),
-    "lr": lambda leaf: leaf._replace(rule=leaf.rule._replace(lr=leaf.rule.lr.copy())),
+    "lr": lambda leaf: leaf._replace(
+        rule=leaf.rule._replace(lr_before_momentum=leaf.rule.lr_before_momentum.copy())
+    ),
 }

@@ -1,7 +1,7 @@
 """Keys and paths: how a Container finds, puts and removes what a key or a path names.
 
 The exact key comes first, then the path: a tuple of keys, or a string split at '/', in which digits
-may be an index. Works on any nest of dicts, lists and tuples; knows no arrays.
+may be an index. Works on any tree of dicts, lists and tuples; knows no arrays.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ _MOST_CHILDREN = 100
 
 
 class Totals(NamedTuple):
-    """What the leaves of a nest come to."""
+    """What the leaves of a tree come to."""
 
     leaves: int
     parameters: int

@@ -138,8 +138,8 @@ def rule(group: dict[str, Any], grad_scale: Any, is_first: bool) -> Rule:
     if not isinstance(lr, Tensor):
         lr = max(lr, 0.0)  # negative by rounding
     return Rule(
-        lr=1.0 if moves else lr,
-        rate=lr if moves else 1.0,
+        lr_before_momentum=1.0 if moves else lr,
+        lr_after_momentum=lr if moves else 1.0,
         dampening=dampening if moves and not is_first else 0.0,
         grad_scale=1.0 if grad_scale is None else _float_or_tensor(grad_scale),
         adapt=adapts(group),

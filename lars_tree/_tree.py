@@ -1,12 +1,12 @@
-"""Nests of values: walk, match by key, broadcast a prefix, rebuild. Knows no arrays.
+"""Trees of values: walk, match by key, broadcast a prefix, rebuild. Knows no arrays.
 
-What a node is, how it is read and how another one is made says `_nodes.py`. A leaf is whatever is
-not a nest; None is a leaf that holds nothing. Depth is bounded by Python's recursion limit alone:
-no walk here uses the C stack for it.
+`_nodes.py` defines what a node is, how its children are read, and how it is rebuilt. Whatever is
+not a node is a leaf; None is a leaf that holds nothing. Only Python's recursion limit bounds the
+depth of a tree: no walk here recurses on the C stack.
 
-Matching runs twice only when it fails: a fast pass that stops at the first difference, then a slow
-one that lists them all. The fast walks over plain dicts, lists and tuples have native twins in
-`_native/walk.hpp`.
+Matching first runs a fast pass that stops at the first difference. Only if that fails does a slow
+pass list all differences. `_native/walk.hpp` implements the fast walks for plain dicts, lists and
+tuples.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from lars_tree import _native, _nodes, errors
 from lars_tree._nodes import KINDS as _KINDS
@@ -27,23 +27,25 @@ from lars_tree.errors import Line, Path
 Tree = Any
 Leaf = Any
 T = TypeVar("T")
+What = Literal["", "leaves", "nodes", "keys", "order", "missing"]
+Pair = tuple[Path, Tree, Tree, What]
 
 NOTHING, MISSING = object(), object()
 children = _nodes.children
 
 
 def is_leaf(node: Tree) -> bool:
-    """Whether the node is no nest."""
+    """Whether this is a leaf, not a node."""
     return _kind(node) == _LEAF
 
 
 def is_plain_dict(node: Tree) -> bool:
-    """Whether dict's own methods read the node as its class does."""
+    """Whether dict's own methods read the node in the same way as the methods of its class."""
     return _kind(node) == _PLAIN_DICT
 
 
 def leaves(tree: Tree) -> list[Leaf]:
-    """The leaves, in the order in which the nest holds them."""
+    """The leaves in the order of the tree."""
     found: list[Leaf] = []
     kernel = _native.in_use()
     try:
@@ -52,12 +54,12 @@ def leaves(tree: Tree) -> list[Leaf]:
         else:
             kernel.collect(tree, found, _KINDS, _kind, _collect_in_python)
     except RuntimeError as error:
-        raise _explained_change(error, "w") from None
+        raise _translated(error, "w") from None
     return found
 
 
-def _explained_change(error: RuntimeError, argument: str) -> Exception:
-    """The error, in our words where it says that a node was changed while it was read."""
+def _translated(error: RuntimeError, argument: str) -> Exception:
+    """Our error if Python or the kernel reports that a node changed while it was read."""
     text = str(error)
     is_change = " during iteration" in text or text == "a tree was changed while it was read"
     return changed(argument) if is_change else error
@@ -71,7 +73,7 @@ def _collect_in_python(node: Tree, found: list[Leaf]) -> None:
             _collect_in_python(child, found)
 
 
-_DEEPEST = 100_000  # levels that a walk goes down whatever the recursion limit: a cycle has no end
+_DEEPEST = 100_000  # levels, whatever the recursion limit: a cycle has no end
 
 
 def _check_depth(depth: int) -> None:
@@ -80,7 +82,7 @@ def _check_depth(depth: int) -> None:
 
 
 def walk(tree: Tree, path: Path = (), *, empty_nodes: bool = False) -> Iterator[tuple[Path, Leaf]]:
-    """(path, leaf) pairs in the order of `leaves`. `empty_nodes` adds nodes without children."""
+    """(path, leaf) pairs in the order of `leaves`; with `empty_nodes` also (path, empty node)."""
     if is_leaf(tree):
         yield path, tree
         return
@@ -101,23 +103,27 @@ def walk(tree: Tree, path: Path = (), *, empty_nodes: bool = False) -> Iterator[
 
 
 def rebuild(tree: T, new_leaves: Iterable[Leaf], argument: str = "tree", at: Path = ()) -> T:
-    """A nest like `tree` with other leaves, given in the order of `leaves`.
+    """A tree like `tree` with other leaves, given in the order of `leaves`.
 
-    `argument` is what the caller calls the tree, and `at` where in the argument it is.
+    Errors name the tree as `argument`; `at` is its path within that argument.
 
     Raises:
-        StructureError: a node cannot be rebuilt; there are more or fewer leaves by now.
+        StructureError: A node cannot be rebuilt, or the number of leaves has changed.
     """
-    fill = lambda remaining: rebuilding(argument, _fill, tree, remaining, at=at)  # noqa: E731
-    new: T = _consuming(new_leaves, fill, argument)
-    return new
+    return _rebuild(_fill, tree, new_leaves, argument, at)
 
 
-def _consuming(leaves: Iterable[Leaf], fill: Callable[..., Tree], argument: str = "w") -> Tree:
-    """fill(leaves), which takes all of them, unless the tree was changed meanwhile."""
+def for_reading(tree: Tree, new_leaves: Iterable[Leaf]) -> Tree:
+    """The same for a tree that is only read: nodes of other classes become dicts and lists."""
+    return _rebuild(_fill_for_reading, tree, new_leaves, "w")
+
+
+def _rebuild(
+    fill: Callable[..., Tree], tree: T, leaves: Iterable[Leaf], argument: str, at: Path = ()
+) -> T:
     remaining = iter(leaves)
     try:
-        new = fill(remaining)
+        new: T = rebuilding(argument, fill, tree, remaining, at=at)
     except StopIteration:
         raise changed(argument) from None
     if next(remaining, NOTHING) is not NOTHING:
@@ -128,7 +134,7 @@ def _consuming(leaves: Iterable[Leaf], fill: Callable[..., Tree], argument: str 
 def rebuilding(
     argument: str, fill: Callable[..., Any], tree: Tree, *arguments: Any, at: Path = ()
 ) -> Any:
-    """fill(tree, ...), with the path of a node that it cannot rebuild."""
+    """fill(tree, ...), with a StructureError for a node that cannot be rebuilt."""
     try:
         return fill(tree, *arguments)
     except _nodes.CannotRebuild as error:
@@ -136,14 +142,14 @@ def rebuilding(
 
 
 def changed(argument: str = "w") -> errors.LarsTreeError:
-    """What to say of a nest that no longer has the leaves that were found in it."""
+    """The error for a tree whose leaves changed during a call."""
     headline = f"{argument} was changed while it was read, as another thread may do"
     text = "expected the same leaves until the end of the call"
     return errors.error(errors.StructureError, argument, headline, [((), text)])
 
 
 def paths(tree: Tree, count: int) -> list[Path]:
-    """The paths of the leaves; a StructureError if these are no longer so many."""
+    """The paths of the leaves; a StructureError unless there are `count`."""
     found = [path for path, _ in walk(tree)]
     if len(found) != count:
         raise changed()
@@ -151,14 +157,14 @@ def paths(tree: Tree, count: int) -> list[Path]:
 
 
 def _fill(node: Tree, remaining: Iterator[Leaf]) -> Tree:
-    # Not a closure: one that calls itself keeps all leaves alive until garbage is collected.
+    # Not a closure: a recursive closure is a reference cycle, which keeps all leaves alive.
     kind = _kind(node)
     if kind == _LEAF:
         return next(remaining)
     if kind != _PLAIN_DICT or not _nodes.is_trusted(node):
-        return _nodes.replace_children(node, _nodes.each(node, _fill, remaining))
+        return _nodes.replace_children(node, _nodes.map_children(node, _fill, remaining))
     filled = {}
-    try:  # the quickest way, for most nodes
+    try:  # the fast path, for most nodes
         for key, child in dict.items(node):
             filled[key] = _fill(child, remaining)
     except _nodes.CannotRebuild as error:
@@ -167,30 +173,16 @@ def _fill(node: Tree, remaining: Iterator[Leaf]) -> Tree:
     return filled if type(node) is dict else _nodes.container(type(node), filled)
 
 
-def replace_children(node: Tree, values: Iterable[Tree]) -> Tree:
-    """A node of the same type and keys with other children, given in the order of `children`.
-
-    Raises:
-        StructureError: it cannot be rebuilt.
-    """
-    return rebuilding("tree", _nodes.replace_children, node, values)
-
-
-def for_reading(tree: Tree, new_leaves: Iterable[Leaf]) -> Tree:
-    """A nest that reads like `tree`, with other leaves; nodes of users' classes are not rebuilt."""
-    return _consuming(new_leaves, lambda remaining: _fill_for_reading(tree, remaining))
-
-
 def _fill_for_reading(node: Tree, remaining: Iterator[Leaf]) -> Tree:
     if _kind(node) == _LEAF:
         return next(remaining)
-    return _nodes.plain(node, _nodes.each(node, _fill_for_reading, remaining))
+    return _nodes.replace_for_reading(node, _nodes.map_children(node, _fill_for_reading, remaining))
 
 
 def map_leaves(
     fn: Callable[..., Any], tree: Tree, *columns: list[Any], with_path: bool = False
 ) -> list[Any]:
-    """fn(leaf, ...) for each leaf, None for None; what fn raises gets a note with the path."""
+    """fn(leaf, ...) for each leaf, None for None; an exception in fn gets a note with the path."""
     results = []
     for (path, leaf), *values in zip(walk(tree), *columns, strict=True):
         arguments = (path, leaf, *values) if with_path else (leaf, *values)
@@ -203,9 +195,9 @@ def map_leaves(
 
 
 def pick(tree: Tree, kept: Iterator[bool]) -> Tree:
-    """The nest of those leaves for which `kept`, in their order, is true; NOTHING without any.
+    """The tree of the leaves for which `kept` is true; NOTHING if there are none.
 
-    Nodes that this empties go too. A list or tuple keeps its length, with None in the gaps.
+    Nodes without such leaves are left out. A list or tuple keeps its length, with None in the gaps.
     """
     return rebuilding("tree", _pick, tree, kept)
 
@@ -213,7 +205,7 @@ def pick(tree: Tree, kept: Iterator[bool]) -> Tree:
 def _pick(node: Tree, kept: Iterator[bool]) -> Tree:
     if is_leaf(node):
         return node if next(kept) else NOTHING
-    picked = _nodes.each(node, _pick, kept)
+    picked = _nodes.map_children(node, _pick, kept)
     some = [child is not NOTHING for child in picked]
     if not any(some):
         return NOTHING
@@ -234,15 +226,15 @@ def broadcast(
     to: str = "w",
     at: Path = (),
 ) -> list[Leaf]:
-    """For each leaf of `tree` the value that `prefix` gives it.
+    """For each leaf of `tree` the value that `prefix` has for it.
 
-    `prefix` has the nodes of `tree` down to leaves that may come early, unless `exact`: these hold
-    for all that lies below them. Keys are matched by name; a list matches a tuple of its length.
-    `values` are to be taken for the leaves of the prefix, in their order. `at` is where in the
-    argument the prefix is.
+    `prefix` has the nodes of `tree`. Unless `exact`, a leaf may take the place of a node: it then
+    holds for all leaves below. Keys are matched by name; a list matches a tuple of its length.
+    `values` replace the leaves of the prefix, in their order. `at` is the path of the prefix within
+    the argument.
 
     Raises:
-        StructureError: naming `argument`, what it goes `to`, and every path where they differ.
+        StructureError: naming `argument`, what it is matched `to`, and every path that differs.
     """
     found: list[Leaf] = []
     try:
@@ -253,13 +245,13 @@ def broadcast(
     except RecursionError:
         raise explained({to: tree, argument: prefix}) from None
     except RuntimeError as error:
-        raise _explained_change(error, f"{to} or {argument}") from None
+        raise _translated(error, f"{to} or {argument}") from None
     headline = f"{argument} does not match {to}"
     raise errors.error(errors.StructureError, argument, headline, lines)
 
 
 def _match(tree: Tree, prefix: Tree, found: list[Leaf], exact: bool) -> bool:
-    """Whether the prefix is one; adds its value for each leaf."""
+    """Whether `prefix` is a prefix of the tree; appends its value for each leaf to `found`."""
     kernel = _native.in_use()
     if kernel is None:
         return _match_in_python(tree, prefix, found, exact)
@@ -277,111 +269,121 @@ def _match_in_python(node: Tree, prefix: Tree, found: list[Leaf], exact: bool) -
     if kind == _LEAF:
         return False
     # dict's own methods: those of a Container read 'a/b' as a path.
-    others = prefix if prefix_kind == _PLAIN_DICT else dict(children(prefix))
+    parts = prefix if prefix_kind == _PLAIN_DICT else dict(children(prefix))
     pairs = list(children(node))
-    if len(pairs) != len(others):
+    if len(pairs) != len(parts):
         return False
     for key, child in pairs:
-        if not dict.__contains__(others, key):
+        if not dict.__contains__(parts, key):
             return False
-        if not _match_in_python(child, dict.__getitem__(others, key), found, exact):
+        if not _match_in_python(child, dict.__getitem__(parts, key), found, exact):
             return False
     return True
 
 
 def side_by_side(
-    a: Tree, b: Tree, compare: Callable[[Tree, Tree], tuple[str, bool]], path: Path = ()
-) -> Iterator[Line]:
-    """What compare(x, y) says of the nodes at each path of two nests.
+    left: Tree,
+    right: Tree,
+    correspond: Callable[[Tree, Tree], bool] = lambda *_: True,
+    path: Path = (),
+) -> Iterator[Pair]:
+    """Walk two trees together; yield each pair of leaves, and each pair that differs in structure.
 
-    It returns a text, or "" if there is nothing to say, and whether to go on into their children.
-    For a key of one of them alone, the other is MISSING.
+    The pairs are (path, left, right, what), where `what` is one of
+
+    * "leaves": two leaves, equal or not;
+    * "nodes": a leaf and a node, or two nodes that do not `correspond`: they are not entered;
+    * "keys", "order": nodes with different keys, or with the same keys in another order;
+    * "missing": a key of one node only; the other tree has MISSING there.
     """
-    text, go_on = compare(a, b)
-    if text:
-        yield path, text
-    keys, pending = list(path), [iter(_paired(a, b) if go_on else ())]
+    keys: list[Hashable] = list(path)
+    pending: list[Iterator[tuple[Path, Tree, Tree]]] = [iter([((), left, right)])]
     while pending:
         for key, x, y in pending[-1]:
-            text, go_on = compare(x, y)
-            if text:
-                yield (*keys, key), text
-            if go_on:
-                _check_depth(len(pending))
-                keys.append(key)
-                pending.append(iter(_paired(x, y)))
+            what, pairs = _compare(x, y, correspond)
+            if what:
+                yield (*keys, *key), x, y, what
+            if pairs:
+                _check_depth(len(pending) - 1)
+                keys.extend(key)
+                pending.append(iter(pairs))
                 break
         else:
             pending.pop()
-            if pending:
+            if len(pending) > 1:
                 keys.pop()
 
 
-def _paired(a: Tree, b: Tree) -> list[tuple[Hashable, Tree, Tree]]:
-    mine, theirs = dict(children(a)), dict(children(b))
-    pairs = [(key, child, theirs.get(key, MISSING)) for key, child in mine.items()]
-    return pairs + [(key, MISSING, child) for key, child in theirs.items() if key not in mine]
+def _compare(
+    left: Tree, right: Tree, correspond: Callable[[Tree, Tree], bool]
+) -> tuple[What, list[tuple[Path, Tree, Tree]]]:
+    """How two nodes differ, and the (key,) and children of both, to be compared next."""
+    if left is MISSING or right is MISSING:
+        return "missing", []
+    if is_leaf(left) or is_leaf(right):
+        return "leaves" if is_leaf(left) and is_leaf(right) else "nodes", []
+    if not correspond(left, right):
+        return "nodes", []
+    a, b = dict(children(left)), dict(children(right))
+    pairs: list[tuple[Path, Tree, Tree]]
+    pairs = [((key,), child, b.get(key, MISSING)) for key, child in a.items()]
+    pairs += [((key,), MISSING, child) for key, child in b.items() if key not in a]
+    if a.keys() != b.keys():
+        return "keys", pairs
+    return "" if list(a) == list(b) else "order", pairs
 
 
 def differences(tree: Tree, prefix: Tree, exact: bool = False, path: Path = ()) -> Iterator[Line]:
-    """Every place where `prefix` is no prefix of `tree`, with what was expected there."""
-    lines = 0
-
-    def compare(mine: Tree, theirs: Tree) -> tuple[str, bool]:
-        nonlocal lines
-        if mine is MISSING or theirs is MISSING:
-            return "", False  # that was said of their parents
-        text, go_on = _difference(mine, theirs, exact, hints=lines < errors.MOST_LINES)
-        lines += bool(text)
-        return text, go_on
-
-    return side_by_side(tree, prefix, compare, path)
+    """The paths at which `prefix` is not a prefix of `tree`, with what was expected there."""
+    count = 0
+    for where, node, other, what in side_by_side(tree, prefix, _may_match, path):
+        if what == "keys" or (what == "nodes" and (exact or not is_leaf(other))):
+            yield where, mismatch(node, other, what, hints=count < errors.MOST_LINES)
+            count += 1
 
 
-def _difference(tree: Tree, prefix: Tree, exact: bool, hints: bool) -> tuple[str, bool]:
-    kinds = _kind(tree), _kind(prefix)
-    if kinds[1] == _LEAF and (kinds[0] == _LEAF or not exact):
-        return "", False
-    mine, theirs = ([key for key, _ in children(node)] for node in (tree, prefix))
-    if _LEAF not in kinds and set(mine) == set(theirs):
-        return "", True
-    if _LEAF in kinds or _SEQUENCE in kinds:
-        return f"expected {errors.describe(tree)}, got {errors.describe(prefix)}", False
-    return errors.key_differences(mine, theirs, hints), True
+def _may_match(tree: Tree, prefix: Tree) -> bool:
+    """Nodes are compared key by key; lists and tuples only if they have the same length."""
+    if _SEQUENCE not in (_kind(tree), _kind(prefix)):
+        return True
+    return dict(children(tree)).keys() == dict(children(prefix)).keys()
+
+
+def mismatch(expected: Tree, found: Tree, what: What, hints: bool = True) -> str:
+    """The text for a pair of `side_by_side` that differs in its nodes or keys."""
+    if what == "keys" and _SEQUENCE not in (_kind(expected), _kind(found)):
+        keys, found_keys = ([key for key, _ in children(node)] for node in (expected, found))
+        return errors.key_differences(keys, found_keys, hints)
+    return f"expected {errors.describe(expected)}, got {errors.describe(found)}"
 
 
 def cycle(tree: Tree) -> tuple[Path, Path] | None:
-    """The path of a node that holds itself, and the path at which it does; None without one.
+    """The path of a node that holds itself, and the path of its repetition; None if there is none.
 
     Iterative, so that it can explain a RecursionError.
     """
-    keys: list[Hashable] = []
-    depths = {id(tree): 0}  # of the nodes on the way down
-    nodes, pending = [tree], [iter(list(children(tree)))]
+    depths = {id(tree): 0}  # of the nodes from the root to the current one
+    pending: list[tuple[Hashable, Tree, Iterator[tuple[Hashable, Tree]]]]
+    pending = [(None, tree, iter(list(children(tree))))]
     while pending:
         if len(pending) > _DEEPEST:
-            return None  # some classes make up new nodes whenever they are read, without end
-        step = next(pending[-1], None)
-        if step is None:
-            pending.pop()
-            del depths[id(nodes.pop())]
-            if keys:
-                keys.pop()
-            continue
-        key, child = step
-        if id(child) in depths:
-            return tuple(keys[: depths[id(child)]]), (*keys, key)
-        if not is_leaf(child):
-            keys.append(key)
-            depths[id(child)] = len(keys)
-            nodes.append(child)
-            pending.append(iter(list(children(child))))
+            return None  # some classes make new nodes, without end, whenever they are read
+        for key, child in pending[-1][-1]:
+            if id(child) in depths:
+                keys = [parent for parent, *_ in pending[1:]]
+                return tuple(keys[: depths[id(child)]]), (*keys, key)
+            if not is_leaf(child):
+                depths[id(child)] = len(pending)
+                pending.append((key, child, iter(list(children(child)))))
+                break
+        else:
+            del depths[id(pending.pop()[1])]
     return None
 
 
 @contextmanager
 def explaining(arguments: dict[str, Tree]) -> Iterator[None]:
-    """Say which of these arguments is too deep, where a RecursionError is raised."""
+    """Replace a RecursionError by one that names the argument that is too deep."""
     try:
         yield
     except RecursionError:
@@ -389,11 +391,10 @@ def explaining(arguments: dict[str, Tree]) -> Iterator[None]:
 
 
 def explained(arguments: dict[str, Tree]) -> Exception:
-    """What to say of a nest that was too deep to walk, found among these arguments."""
+    """The error for the one of these trees that is too deep to walk."""
     for name, tree in arguments.items():
-        found = cycle(tree)
-        if found:
+        if found := cycle(tree):
             earlier, path = found
             text = f"expected a tree, got the node at {errors.path_string(earlier) or name} again"
             return errors.error(errors.StructureError, name, f"{name} holds itself", [(path, text)])
-    return RecursionError("a nest is deeper than the recursion limit: sys.setrecursionlimit")
+    return RecursionError("a tree is deeper than the recursion limit: sys.setrecursionlimit")

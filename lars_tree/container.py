@@ -37,7 +37,7 @@ class Container(Arithmetic, dict[Any, Any]):
 
     Mappings inside become Containers on the way in; lists and tuples stay nodes. Keys are literal
     in the constructor, in `update` and in `|`. Elsewhere the exact key comes first, then the path:
-    a string split at '/', or a tuple of keys. Other nests may stand wherever a Container may.
+    a string split at '/', or a tuple of keys. Other trees may stand wherever a Container may.
 
     Args:
         mapping: A mapping or (key, value) pairs, as for dict.
@@ -168,7 +168,7 @@ class Container(Arithmetic, dict[Any, Any]):
         self.update(other)
         return self
 
-    # Leaves and shapes of nests
+    # Leaves and shapes of trees
 
     @_conversion.explained
     def leaves(self) -> list[Any]:
@@ -240,7 +240,7 @@ class Container(Arithmetic, dict[Any, Any]):
 
         Args:
             fn: Called with a leaf and with the values that `rest` has for it.
-            *rest: Nests like this one, or prefixes: a value at an inner node serves all below it.
+            *rest: Trees like this one, or prefixes: a value at an inner node serves all below it.
             with_path: Whether to call fn(path, leaf, ...), with the path as a tuple of keys.
 
         Raises:
@@ -295,7 +295,7 @@ class Container(Arithmetic, dict[Any, Any]):
 
     @_conversion.explained
     def diff(self, other: Any) -> dict[str, str]:
-        """The differences from another nest: what they are, by path.
+        """The differences from another tree: what they are, by path.
 
         >>> Container(a=np.ones(2), b=np.ones(3)).diff({"a": np.ones(2), "b": np.zeros(4)})
         {'b': 'float64 (3,) here, float64 (4,) there'}

@@ -1,13 +1,14 @@
-"""The exceptions of the package and the wording of every message.
+"""The exceptions of the package, and how their messages are built.
 
-One dialect: a headline that names the argument, then one line for each path, which says what was
-expected and what was found. Knows no arrays beyond their `shape`, and no libraries.
+All messages have one form: a headline that names the argument, then one line per path with what was
+expected and what was found. Of arrays this module only knows `shape`, of libraries nothing.
 """
 
 from __future__ import annotations
 
 import operator
 import reprlib
+from collections import UserList
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import islice
 from types import MappingProxyType
@@ -32,15 +33,15 @@ __all__ = [
 Path = tuple[Hashable, ...]
 
 MOST_LINES = 10
-MOST_CANDIDATES = 1000  # for a hint: comparing a name with each of a million takes minutes
+MOST_CANDIDATES = 1000  # for a hint: difflib takes minutes for a million names
 
 
 class LarsTreeError(Exception):
-    """Base of every error of the package.
+    """Base class of all errors of the package.
 
     Attributes:
-        argument: The name of the argument at fault, such as "dcdw".
-        paths: The paths of the leaves at fault: tuples of keys, () for a bare array.
+        argument: The name of the invalid argument, such as "dcdw".
+        paths: The paths of the invalid leaves: tuples of keys, () for a bare array.
     """
 
     argument: str = ""
@@ -48,11 +49,11 @@ class LarsTreeError(Exception):
 
 
 class StructureError(LarsTreeError, ValueError):
-    """An argument's nest does not match that of the weights; lists every differing path."""
+    """The tree of an argument does not match that of the weights; lists every differing path."""
 
 
 class LeafError(LarsTreeError, TypeError):
-    """A leaf is something else than an array that can be computed with."""
+    """A leaf is not an array, or an array that cannot be computed with."""
 
 
 class ShapeError(LarsTreeError, ValueError):
@@ -60,15 +61,15 @@ class ShapeError(LarsTreeError, ValueError):
 
 
 class DtypeError(LarsTreeError, TypeError):
-    """Weights or gradients are not floating point, or complex meets real."""
+    """Weights or gradients are not floating point, or mix complex and real."""
 
 
 class BackendError(LarsTreeError, TypeError):
-    """Arrays that meet at a leaf belong to different libraries or live on different devices."""
+    """The arrays of one leaf belong to different libraries or are on different devices."""
 
 
 class OptionError(LarsTreeError, ValueError):
-    """A rate or an option has a value that the rule is not defined for."""
+    """A rate or an option has an invalid value."""
 
 
 class OutError(LarsTreeError, ValueError):
@@ -76,33 +77,33 @@ class OutError(LarsTreeError, ValueError):
 
 
 class StateError(LarsTreeError, ValueError):
-    """The state of an optimizer does not fit the weights, or is not one."""
+    """The state of an optimizer does not match the weights, or is not such a state."""
 
 
 class NonFiniteError(LarsTreeError, ArithmeticError):
-    """A step would hold NaN or infinity, and nonfinite="raise" was asked for."""
+    """With nonfinite="raise": new weights would be NaN or infinite."""
 
 
 class FileError(LarsTreeError, ValueError):
-    """A file is malformed, or holds what cannot be read; names the file and the entry."""
+    """A file is malformed or has unsupported content; names the file and the entry."""
 
 
 class PathKeyError(LarsTreeError, KeyError):
-    """A Container has nothing at a path, or nothing can be put there."""
+    """A Container has nothing at a path, or cannot be written there."""
 
     def __str__(self) -> str:  # a KeyError shows the repr of its message
         return str(self.args[0])
 
 
 class PathAttributeError(LarsTreeError, AttributeError):
-    """A Container has no such key to read as an attribute, or it cannot be set as one."""
+    """A Container has no such key, or the key cannot be set as an attribute."""
 
 
 Line = tuple[Path, str]
 
 
 def path_string(path: Path) -> str:
-    """The path as a user would write it: keys joined by '/', odd ones quoted."""
+    """The path as a user would write it: keys joined by '/', unusual keys quoted."""
     return "/".join(_segment(key) for key in path)
 
 
@@ -119,7 +120,7 @@ def error(
     lines: Iterable[Line],
     shown: Callable[[Path], str] = path_string,
 ) -> LarsTreeError:
-    """An exception of the given kind, its message made of a headline and a line for each path."""
+    """An exception of this kind, whose message has a headline and one line per path."""
     lines = list(lines)
     exception = kind(message(argument, headline, lines, shown))
     exception.argument = argument
@@ -130,19 +131,19 @@ def error(
 def file_error(file: object, text: str, name: str | None = None) -> LarsTreeError:
     """A FileError about a file, or about its entry of this name."""
     path = () if name is None else (name,)
-    line = tuple(map(_shortened, path)), _shortened(text)
+    line = tuple(map(shortened, path)), shortened(text)
     exception = error(FileError, "path", f"path {str(file)!r} cannot be read", [line])
     exception.paths = (path,)
     return exception
 
 
-def _shortened(text: str, most: int = 1000) -> str:
-    """The text without its middle, if it is long: names in files may have any length."""
+def shortened(text: str, most: int = 1000) -> str:
+    """The text without its middle if it is long: names in files can have any length."""
     return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}"
 
 
 def whole_number(argument: str, x: Any, least: int) -> int:
-    """The number as an int; an OptionError where it is none, or too small."""
+    """The number as an int; an OptionError if it is not an integer, or less than `least`."""
     try:
         number = None if type(x).__name__ == "bool" else operator.index(x)  # numpy's bool too
     except TypeError:
@@ -159,39 +160,39 @@ def message(
     lines: Sequence[Line],
     shown: Callable[[Path], str] = path_string,
 ) -> str:
-    """A headline, then a line for each path up to a number of them."""
+    """The headline and one line per path, at most MOST_LINES of them and then a count."""
     first = [f"\n  {shown(path) or argument}: {text}" for path, text in lines[:MOST_LINES]]
     rest = len(lines) - len(first)
     return headline + "".join(first) + (f"\n  and {rest} more" if rest else "")
 
 
 class Words(NamedTuple):
-    """What a caller calls its arguments, in messages and as the `argument` of errors.
+    """The names of arguments and options in messages, and in the `argument` of errors.
 
-    The defaults are those of `lars_update` and `Lars`. The code calls arguments by these names
-    and asks `name` for those of the caller.
+    The defaults are the names in `lars_update` and `Lars`, which the code uses throughout; `name`
+    translates them. `torch.Lars` has its own.
     """
 
     w: str = "w"
     dcdw: str = "dcdw"
     out: str = "out"
     state: str = "state"
-    weights: str = "weights"  # what w holds
+    weights: str = "weights"  # the leaves of w
     outs: str = "leaves of out"
     velocity: str = "velocity"
-    options: Mapping[str, str] = MappingProxyType({})  # those with other names than in the rule
+    options: Mapping[str, str] = MappingProxyType({})  # only those with other names
     path: Callable[[Path], str] = path_string
-    hint: str = ""  # what to do about a state of other weights
+    hint: str = ""  # what to do if the state belongs to other weights
 
     def name(self, argument: str) -> str:
-        """The caller's name of an argument or option."""
+        """The user's name of an argument or option."""
         names = {"w": self.w, "dcdw": self.dcdw, "out": self.out, "state": self.state}
         return names.get(argument) or self.options.get(argument, argument)
 
     def error(
         self, kind: type[LarsTreeError], argument: str, headline: str, lines: Iterable[Line]
     ) -> LarsTreeError:
-        """An exception as `error` makes it, for a headline and lines in these words."""
+        """`error` with these names, and with the hint if it is about the state."""
         exception = error(kind, self.name(argument), headline, lines, self.path)
         if self.hint and argument == "state" and issubclass(kind, (StateError, BackendError)):
             exception.args = (f"{exception}\n  {self.hint}",)
@@ -202,8 +203,8 @@ WORDS = Words()
 
 
 def did_you_mean(key: object, known: Iterable[object]) -> str:
-    """' (did you mean ...?)' where one of the first known keys is a near miss, otherwise ''."""
-    import difflib  # only errors need it
+    """' (did you mean ...?)' if one of the first MOST_CANDIDATES known keys is close, else ''."""
+    import difflib  # here, as only errors need it
 
     if not isinstance(key, str):
         return ""
@@ -215,37 +216,36 @@ def did_you_mean(key: object, known: Iterable[object]) -> str:
 def key_differences(
     expected: Sequence[Hashable], found: Sequence[Hashable], hints: bool = True
 ) -> str:
-    """What is missing and what is unexpected among the keys of one node, with hints if wanted."""
-    there, wanted = set(found), set(expected)
-    missing = [key for key in expected if key not in there]
-    surplus = [key for key in found if key not in wanted]
+    """The missing and the unexpected keys of one node, with hints for misspelt ones."""
+    found_keys, expected_keys = set(found), set(expected)
+    missing = [key for key in expected if key not in found_keys]
+    extra = [key for key in found if key not in expected_keys]
+
+    def shown(key: object) -> str:
+        return repr(key) + (did_you_mean(key, missing) if hints else "")
+
     parts = []
     if missing:
         parts.append("missing " + enumerated(missing, shown=repr))
-    if surplus:
-
-        def shown(key: object) -> str:
-            return repr(key) + (did_you_mean(key, missing) if hints else "")
-
-        parts.append("unexpected " + enumerated(surplus, shown=shown))
+    if extra:
+        parts.append("unexpected " + enumerated(extra, shown=shown))
     return "; ".join(parts)
 
 
 def describe(node: Any) -> str:
-    """What a leaf or a node is, in words: 'an array of shape (3, 4)'."""
+    """A leaf or a node in words: 'an array of shape (3, 4)'."""
     if node is None:
         return "None"
     name = type(node).__name__
     article = "an" if name[0].lower() in "aeiou" else "a"
-    # By the real type, as `__class__` may say something else.
-    if issubclass(type(node), Mapping):
+    if issubclass(type(node), Mapping):  # not isinstance: `__class__` may claim another type
         keys = enumerated(node, shown=repr)
         return f"{article} {name} with keys {keys}" if keys else f"an empty {name}"
-    if issubclass(type(node), (list, tuple)):
+    if issubclass(type(node), (list, tuple, UserList)):
         return f"{article} {name} of {counted(len(node), 'item')}"
     try:
         shape = getattr(node, "shape", None)
-    except Exception:  # of a lazy parameter, or a proxy whose object is gone
+    except Exception:  # of a lazy parameter, or a weak proxy of a deleted object
         shape = None
     if isinstance(shape, tuple):
         return f"an array of shape {tuple(shape)}"
@@ -258,12 +258,7 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
 
 
 def enumerated(words: Iterable[Any], most: int = 5, shown: Callable[[Any], str] = str) -> str:
-    """The words with commas, at most five of them and then a count."""
+    """The words separated by commas, at most `most` of them and then a count."""
     words = list(words)
     rest = len(words) - most
     return ", ".join(map(shown, words[:most])) + (f" and {rest} more" if rest > 0 else "")
-
-
-def clipped(text: str, most: int = 80) -> str:
-    """The beginning of a long text."""
-    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -236,4 +236,4 @@ def _without_schedules(lr: Any, rate: Callable[[Any], Any]) -> Any:
     if _tree.is_leaf(lr):
         return lr
     new = [_without_schedules(child, rate) for _, child in _tree.children(lr)]
-    return _nodes.plain(lr, new)
+    return _nodes.replace_for_reading(lr, new)

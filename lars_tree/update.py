@@ -1,4 +1,4 @@
-"""lars_update: one LARS step on every array of a nest of weights. The way of a step is `_core`."""
+"""lars_update: one LARS step on every array of a tree of weights. The way of a step is `_core`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def lars_update(
     layer_axis: Axes = None,
     axis_name: MeshAxes = None,
 ) -> T:
-    """Take one LARS step on every array of a nest of weights.
+    """Take one LARS step on every array of a tree of weights.
 
     Each array is one layer. For weights w and gradient g = dcdw / grad_scale,
 
@@ -50,10 +50,10 @@ def lars_update(
     prefix of w: a value at an inner node holds for all that lies below it. Keys match by name.
 
     On the CPU the result is computed in at least double precision and rounded once; it does not
-    depend on the nest, on threads, or on whether numpy, torch or JAX owns the memory.
+    depend on the tree, on threads, or on whether numpy, torch or JAX owns the memory.
 
     Args:
-        w: Weights: floating-point or complex arrays of any shape in any nest (Container, dict,
+        w: Weights: floating-point or complex arrays of any shape in any tree (Container, dict,
             list, tuple, namedtuple, attrs), or one array; None is a leaf without weights. Never
             modified, unless `out` is w.
         dcdw: Gradient of the cost, in units of cost per weight: arrays that broadcast to those of
@@ -63,7 +63,7 @@ def lars_update(
         decay_lambda: Weight decay >= 0, in cost per weight squared.
         stop_gradients: True: the result has no history, and requires a gradient where w did. False:
             the step is differentiable in w, dcdw, lr and decay_lambda.
-        out: Where to write the result: a nest of arrays like w, or w itself, to update in place.
+        out: Where to write the result: a tree of arrays like w, or w itself, to update in place.
         trust_coefficient: The paper's eta, a pure number >= 0; recipes use 0.001.
         eps: Added to the denominator, in units of the gradient.
         adapt: False: ratio is 1, plain SGD with decay, as for biases and norm layers.

@@ -1,4 +1,4 @@
-"""Steps by the native engine alone, as the tests of the kernel take them."""
+"""Steps of the native engine without the rest of the package, for the tests of the kernel."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from lars_tree._backends.numpy import as_bits
 from lars_tree._rule import Rule
 
 
+def options_of(**options: Any) -> dict[str, Any]:
+    """The options of `advance`; those not given have their defaults."""
+    return {"lr": 0.1, "stop_gradients": True, **options}
+
+
 def numpy_reader(**changes: Any) -> Any:
-    """A reader of numpy arrays; `changes` are arguments of `Reader`."""
+    """A reader of numpy arrays; `changes` replaces arguments of `Reader`."""
     how = {"make": np.empty_like, "copy": np.copy, "as_bits": as_bits, **changes}
     return _native.kernel.Reader((np.ndarray,), Rule._fields, **how)
 
@@ -26,9 +31,9 @@ def results_for(columns: Columns) -> StepResults | tuple[()]:
 
 
 def taken(reader: Any, *columns: Any, counter: Any = None, threads: int = 1) -> Any:
-    """A plan with all leaves, and where the results are; None if one is not supported.
+    """A plan with all leaves, and the lists that get the results.
 
-    So it is if the counter is not, or if memory overlaps.
+    None if a leaf or the counter is not supported, or if memory overlaps.
     """
     given = Columns(*columns)
     plan, results = _native.kernel.Plan(threads, _native.instruction_set), results_for(given)
@@ -40,7 +45,7 @@ def taken(reader: Any, *columns: Any, counter: Any = None, threads: int = 1) -> 
 
 
 def stepped(reader: Any, *columns: Any, **options: Any) -> Any:
-    """The new weights and velocities; None if one leaf is not supported."""
+    """The new weights and velocities; None where `taken` gives None."""
     found = taken(reader, *columns, **options)
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""Classes of nodes that users write: dicts and lists that keep, copy or read items in odd ways."""
+"""Node classes as users write them: dicts and lists that store, copy or read items unusually."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Frozen(dict):
-    """As frozendict is: its copy is itself."""
+    """Like frozendict: a copy is the same object."""
 
     def __setitem__(self, key, value):
         raise TypeError("immutable")
@@ -33,7 +33,7 @@ class CopiesToDict(dict):
 
 
 class Stored(dict):
-    """Keeps its items in an attribute."""
+    """Stores its items in an attribute."""
 
     def __init__(self, items=()):
         self.store = dict(items)
@@ -46,7 +46,7 @@ class Stored(dict):
 
 
 class Elsewhere(Stored):
-    """Keeps its items in an attribute, as python-benedict and DotMap do."""
+    """Also reads `items` from the attribute, like python-benedict and DotMap."""
 
     def items(self):
         return self.store.items()
@@ -67,7 +67,7 @@ class ElsewhereInAll(Elsewhere):
 
 
 class ElsewhereByKey(Stored):
-    """Replaces only what the language calls; its `items` are those of the empty dict below."""
+    """Overrides only `__iter__` and `__len__`; its `items` are those of the empty base dict."""
 
     def __iter__(self):
         return iter(self.store)
@@ -77,7 +77,7 @@ class ElsewhereByKey(Stored):
 
 
 class DotMapLike(MutableMapping, OrderedDict):
-    """Makes nodes of its own of the nodes that it is given."""
+    """Converts dicts that it is given to its own class."""
 
     def __init__(self, items=()):
         self.store = OrderedDict()
@@ -107,7 +107,7 @@ class DotMapLike(MutableMapping, OrderedDict):
 
 
 class Mirrored(dict):
-    """Has its items as attributes too, as EasyDict."""
+    """Keeps its items as attributes too, like EasyDict."""
 
     def __init__(self, items=()):
         for key, value in dict(items).items():
@@ -136,7 +136,7 @@ class Named(dict):
 
 
 class Rated(UserDict):
-    """A UserDict with another constructor."""
+    """A UserDict whose constructor takes another argument."""
 
     def __init__(self, rate, items):
         super().__init__(items)
@@ -144,7 +144,7 @@ class Rated(UserDict):
 
 
 class Group(Mapping):
-    """Reads anew each time, as a group of an h5py file does."""
+    """Makes new arrays whenever it is read, like a group of an h5py file."""
 
     def __init__(self, file, items):
         self.file, self.stored = file, dict(items)
@@ -187,7 +187,7 @@ class ListElsewhere(list):
 
 
 class SharedList(ListElsewhere):
-    """Cannot be made of its items."""
+    """Its constructor needs more than the items."""
 
     def __init__(self, name, items):
         super().__init__(items)
@@ -221,7 +221,7 @@ class ConvertedLayer:
 
 @attrs.frozen
 class SingleLayer:
-    """Its copy is itself."""
+    """A copy is the same object."""
 
     a: object
     b: object

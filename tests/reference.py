@@ -1,7 +1,7 @@
-"""The LARS rule again, slow and exact: mpmath, one element at a time.
+"""The LARS rule again, slow and exact: in mpmath, one element at a time.
 
-Imports nothing of the package and nothing that it computes with. Also measures how far a result is
-from it, in units in the last place (ulp) of the larger of |w| and |u| at each element.
+It shares no code with the package. It also measures the error of a result, in units in the last
+place (ulp) of the larger of |w| and |u| at each element.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ FORMATS = {
 
 
 class Step(NamedTuple):
-    """The exact step u and the exact new weights w - u, elementwise; and the ratio, by which the
-    (largest) rate is multiplied."""
+    """The exact step u and new weights w - u, elementwise; and the ratio, a factor of the rate.
+
+    For a rate per element, the ratio is that of the largest rate.
+    """
 
     u: list
     w_new: list
@@ -54,11 +56,11 @@ def lars(
     g = [(-1 if maximize else 1) * _exact(x) / mpf(grad_scale) for x in dcdw]
     beta = mpf(decay_lambda)
     decayed = [gi + beta * wi for wi, gi in zip(w, g, strict=True)]
-    below = norm(decayed) if joint_norm else norm(g)
-    ratio = None  # not defined
-    if adapt and norm(w) != 0 and below != 0:
-        below += mpf(eps) + (0 if joint_norm else beta * norm(w))
-        ratio = mpf(trust_coefficient) * norm(w) / below
+    denominator = norm(decayed) if joint_norm else norm(g)
+    ratio = None  # undefined
+    if adapt and norm(w) != 0 and denominator != 0:
+        denominator += mpf(eps) + (0 if joint_norm else beta * norm(w))
+        ratio = mpf(trust_coefficient) * norm(w) / denominator
     rates = [mpf(lr)] * len(w) if isinstance(lr, float) else [mpf(float(x)) for x in lr]
     local = rates
     if ratio is not None:
@@ -76,14 +78,14 @@ def _exact(x: complex) -> mpf | mpc:
 
 
 def ulp(x: mpf, name: str) -> mpf:
-    """The distance of neighbours of the format at |x|."""
+    """The distance between neighbouring numbers of the format at |x|."""
     bits, smallest, _ = FORMATS[name]
     exponent = smallest if x == 0 else max(int(mp.floor(mp.log(abs(x), 2))), smallest)
     return mpf(2) ** (exponent - bits + 1)
 
 
 def clipped(x: mpf, name: str) -> mpf:
-    """x, but no farther out than where the format's infinity would lie, were it a number."""
+    """x, bounded by the power of two that follows the largest number of the format."""
     end = mpf(2) ** (FORMATS[name][2] + 1)
     return max(-end, min(end, x))
 
@@ -101,19 +103,19 @@ def worst_error(actual: Sequence[float], w: Sequence[float], step: Step, name: s
 
 
 class Moved(NamedTuple):
-    """The exact weights and velocity after a step with momentum, and what the weights moved by."""
+    """The exact weights and velocity after a step with momentum, and the change of the weights."""
 
     w_new: list
     v_new: list
-    by: list
+    change: list
 
 
 def move(
     w: Sequence, v: Sequence, step: Step, momentum: float, nesterov: bool = False, rate: float = 1.0
 ) -> Moved:
-    """v = m v + u, w = w - rate v; with nesterov w = w - rate (u + m v)."""
+    """V = m v + u and w = w - rate v; with nesterov w = w - rate (u + m v)."""
     m = mpf(momentum)
     v_new = [m * _exact(vi) + ui for vi, ui in zip(v, step.u, strict=True)]
-    by = [ui + m * vi for ui, vi in zip(step.u, v_new, strict=True)] if nesterov else v_new
-    by = [mpf(rate) * x for x in by]
-    return Moved([_exact(wi) - x for wi, x in zip(w, by, strict=True)], v_new, by)
+    change = [ui + m * vi for ui, vi in zip(step.u, v_new, strict=True)] if nesterov else v_new
+    change = [mpf(rate) * x for x in change]
+    return Moved([_exact(wi) - x for wi, x in zip(w, change, strict=True)], v_new, change)

@@ -35,7 +35,7 @@ PICKLED = [library.name for library in LIBRARIES if library.name in {"numpy", "t
 NAMES = st.text("ab", max_size=2)
 NUMBERS = st.recursive(
     st.floats(1, 9), lambda c: st.dictionaries(NAMES, c, min_size=1, max_size=3), max_leaves=6
-).map(lambda nest: Container(root=nest))
+).map(lambda tree: Container(root=tree))
 OPERATORS = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow"]
 
 

@@ -14,7 +14,7 @@ from lars_tree import Lars, ShapeError, StructureError, _native, lars_update, re
 
 
 class Rate:
-    """A number that changes a tree when it is read: between two walks of that tree."""
+    """A rate that changes a tree when it is read, which is between two walks of the tree."""
 
     def __init__(self, change):
         self.change = change
@@ -54,7 +54,7 @@ CHANGES = {"grow": grow, "shrink": shrink, "clear": lambda tree: tree.clear()}
 
 @pytest.fixture(params=["kernel", "python"])
 def walk(request, monkeypatch):
-    """The walks of the kernel, and those in Python."""
+    """Run with the walks of the kernel, and with those in Python."""
     if request.param == "python":
         monkeypatch.setattr(_native, "kernel", None)
 
@@ -62,7 +62,7 @@ def walk(request, monkeypatch):
 @pytest.mark.usefixtures("walk")
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("make", MAKE)
-def test_a_tree_that_changes_is_refused_or_the_leaves_found_first_are_stepped(make, change):
+def test_a_tree_that_changes_is_refused_or_the_leaves_found_first_are_updated(make, change):
     def call(function, g=None):
         w = MAKE[make]()
         rate = Rate(lambda: CHANGES[change](w))
@@ -76,10 +76,10 @@ def test_a_tree_that_changes_is_refused_or_the_leaves_found_first_are_stepped(ma
     ):
         with pytest.raises(StructureError, match=r"was changed while|does not match"):
             call(function)
-    bad = MAKE[make]()
-    bad[{"list": 2, "inner list": "y"}.get(make, "c")] = np.ones(5)
+    invalid = MAKE[make]()
+    invalid[{"list": 2, "inner list": "y"}.get(make, "c")] = np.ones(5)
     with pytest.raises((StructureError, ShapeError)):
-        call(lars_update, bad)
+        call(lars_update, invalid)
     kept = []
     call(lambda w, g, lr: (kept.extend(flat(w)), lars_update(w, g, lr, out=w)))
     assert [x.item() for x in kept] == pytest.approx([0.9 * n for n in range(1, len(kept) + 1)])
@@ -91,8 +91,8 @@ def flat(tree):
     return [x for child in (tree.values() if isinstance(tree, dict) else tree) for x in flat(child)]
 
 
-def test_a_list_that_another_thread_changes_never_gives_an_error_of_python(monkeypatch):
-    monkeypatch.setattr(_native, "kernel", None)  # the walks in Python, which let it in
+def test_a_list_that_another_thread_changes_gives_only_structure_errors(monkeypatch):
+    monkeypatch.setattr(_native, "kernel", None)  # in the walks in Python threads can switch
     w, g, done = [np.ones(1) for _ in range(50)], np.zeros(1), threading.Event()
 
     def change():

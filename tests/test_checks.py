@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from decimal import Decimal
+from fractions import Fraction
+from inspect import signature
 
 import numpy as np
 import pytest
 from conftest import need
 
-from lars_tree import LarsTreeError, NonFiniteError, _backends, _checks, _nonfinite
+from lars_tree import (
+    Lars,
+    LarsTreeError,
+    NonFiniteError,
+    _backends,
+    _checks,
+    _nonfinite,
+    _options,
+    lars_update,
+)
 from lars_tree._backends.base import Leaf, Sharding, StepResult
 from lars_tree._operands import with_operands
 from lars_tree._rule import Rule
@@ -29,11 +41,41 @@ def read_only():
 def leaf(index=0, w=None, *, out=None, velocity=None, **options):
     w = ones() if w is None else w
     dcdw = options.pop("dcdw", ones())
-    return Leaf(index, w, dcdw, out, Rule(**{"lr": 0.1, **options}), _backends.find(w), velocity)
+    rule = Rule(options.pop("lr", 0.1), **options)
+    return Leaf(index, w, dcdw, out, rule, _backends.find(w), velocity)
 
 
 def paths():
     return [("a", i) for i in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("function", "defaults"),
+    [(lars_update, _options.DEFAULTS), (Lars, _options.OPTIMIZER_DEFAULTS)],
+)
+def test_the_defaults_of_signatures_are_those_of_the_rule(function, defaults):
+    stated = {
+        name: parameter.default
+        for name, parameter in signature(function).parameters.items()
+        if name in defaults
+    }
+    assert len(stated) >= 4
+    assert stated == {name: defaults[name] for name in stated}
+
+
+@pytest.mark.parametrize(
+    ("x", "expected"),
+    [
+        *((2, 2.0), (0.5, 0.5), (-0.0, 0.0), (Decimal("0.5"), 0.5), (Fraction(1, 4), 0.25)),
+        *((np.float32(2), 2.0), (np.int8(3), 3.0), (True, None), (np.True_, None)),
+        *((-1, None), (-1e-300, None), (np.inf, None), (np.nan, None), (10**400, None)),
+        *((1j, None), ("1", None), (None, None), (np.ones(()), None)),
+        *((np.timedelta64(1), None), (Decimal("sNaN"), None)),
+    ],
+    ids=repr,
+)
+def test_finite_numbers(x, expected):
+    assert repr(_options.finite_number(x)) == repr(expected)
 
 
 def test_each_array_is_read_once(monkeypatch):

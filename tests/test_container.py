@@ -52,9 +52,9 @@ def test_the_mapping_it_is_made_of_is_not_touched():
 
 
 @given(DICTS)
-def test_to_dict_is_the_way_back(nest):
-    assert Container(Container(nest).to_dict()) == Container(nest)
-    assert repr(Container(nest).to_dict()) == repr(nest)
+def test_to_dict_is_the_way_back(tree):
+    assert Container(Container(tree).to_dict()) == Container(tree)
+    assert repr(Container(tree).to_dict()) == repr(tree)
 
 
 # Read
@@ -300,11 +300,11 @@ def test_diff_finds_nothing_exactly_between_equals(a, b):
 
 
 @given(DICTS)
-def test_a_plain_dict_is_as_good(nest):
-    w = Container(nest)
-    assert (w == nest) is True
-    assert (nest == w) is not (w != nest)
-    assert w.map(lambda x, y: (x is y) or 1 / 0, nest).paths() == w.paths()
+def test_a_plain_dict_is_as_good(tree):
+    w = Container(tree)
+    assert (w == tree) is True
+    assert (tree == w) is not (w != tree)
+    assert w.map(lambda x, y: (x is y) or 1 / 0, tree).paths() == w.paths()
 
 
 @pytest.mark.parametrize("other", [1, None, np.ones(4), [1], "a", Container(), {"a": 2}, {"b": 1}])
@@ -377,5 +377,5 @@ def test_repr_is_capped():
 
 
 @given(st.dictionaries(st.text(), st.text(), min_size=1, max_size=3))
-def test_no_key_or_value_forges_a_line(nest):
-    assert len(repr(Container(nest)).splitlines()) == 1 + len(nest)
+def test_no_key_or_value_forges_a_line(tree):
+    assert len(repr(Container(tree)).splitlines()) == 1 + len(tree)

@@ -1,4 +1,4 @@
-"""Trees that hold themselves, and trees of any depth: an error or a result, never a crash."""
+"""Trees that hold themselves, and very deep trees: an error or a result, never a crash."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def cyclic():
 
 
 def held():
-    """A Container that holds itself: made step by step."""
+    """A Container that holds itself."""
     w = Container(x=X)
     w["me"] = w
     return w
 
 
-def unchanged(tree):
-    """A Container of these items as they are."""
+def unconverted(tree):
+    """A Container of these items, without converting them."""
     return Container._lars_tree_make(tree)
 
 
@@ -48,15 +48,16 @@ TAKE_A_TREE = {
     "from_state_dict": ("state_dict", lambda tree: io.from_state_dict({"a": tree})),
     "from_state_dict of it": ("state_dict", io.from_state_dict),
     "result of map": ("the result of fn", lambda tree: Container(a=1).map(lambda _: tree)),
-    "map": ("the Container", lambda tree: unchanged(tree).map(print, tree)),
-    "operator": ("self", lambda tree: unchanged(tree) + tree),
-    "diff": ("self", lambda tree: unchanged(tree).diff(tree)),
-    "allclose": ("self", lambda tree: unchanged(tree).allclose(tree)),
+    "map": ("the Container", lambda tree: unconverted(tree).map(print, tree)),
+    "operator": ("self", lambda tree: unconverted(tree) + tree),
+    "diff": ("self", lambda tree: unconverted(tree).diff(tree)),
+    "allclose": ("self", lambda tree: unconverted(tree).allclose(tree)),
     "save": ("tree", lambda tree: io.save("x.npz", tree)),
     "to_state_dict": ("tree", io.to_state_dict),
     "w": ("w", lambda tree: lars_update(tree, 1.0, 0.1)),
     "dcdw": ("w", lambda tree: lars_update(tree, tree, 0.1)),
     "lr": ("lr", Lars),
+    "prefix": ("lr", lambda tree: lars_update({"root": {"x": X}}, 1.0, tree)),
     "init": ("w", Lars(0.1).init),
     "trust_ratios": ("w", lambda tree: report.trust_ratios(tree, 1.0, 0.1)),
     "layer_table": ("w", lambda tree: report.layer_table(tree, 1.0, 0.1)),
@@ -97,7 +98,7 @@ def test_a_container_that_holds_itself_says_so(name):
         METHODS[name](held())
 
 
-def test_an_error_in_a_function_of_the_user_stays_as_it_is():
+def test_a_recursion_error_of_a_users_function_is_not_replaced():
     def endless(x):
         return endless(x)
 
@@ -187,7 +188,7 @@ def run():
         w = deep(make)
         for name, act in ACTS.items():
             if kind != "dict" and name not in ("update", "make", "mismatch"):
-                continue  # they take the same ways
+                continue  # the same code for all kinds
             print(kind, name, flush=True)
             try:
                 act(w)
@@ -206,7 +207,7 @@ thread.join()
 """
 
 
-def test_trees_of_any_depth_overflow_no_stack():
+def test_deep_trees_do_not_overflow_the_stack():
     code = DEEP.replace("DEPTH", "10_000")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     lines = done.stdout.splitlines()

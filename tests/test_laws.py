@@ -1,4 +1,4 @@
-"""Laws that hold for all weights: nests, prefixes, libraries and options."""
+"""Laws of lars_update over random trees, prefixes, libraries and options."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ DTYPES = st.sampled_from(["float16", "float32", "float64", ">f4", "complex64"])
 LAYERS = layers(DTYPES, broadcast=True)
 
 
-def nests(layers):
+def trees(layers):
     return weights_and_gradients(
         layers | st.just((None, None)),
         node_types=[Container, dict, OrderedDict, defaultdict, list, tuple, Point, Pair],
     )
 
 
-NESTS = nests(LAYERS)
+TREES = trees(LAYERS)
 
 
 def walk(tree, path=()):
-    """(path, leaf) pairs, written for the tests alone."""
+    """(path, leaf) pairs, independent of `lars_tree._tree`."""
     if isinstance(tree, dict):
         items = tree.items()
     elif isinstance(tree, Point):
@@ -61,8 +61,8 @@ def walk(tree, path=()):
     return [found for key, child in items for found in walk(child, (*path, key))]
 
 
-@given(NESTS, options())
-def test_a_nest_is_updated_like_its_leaves_one_by_one(pair, options):
+@given(TREES, options())
+def test_a_tree_is_updated_like_its_leaves_one_by_one(pair, options):
     w, g = pair
     new = lars_update(w, g, 0.1, **options)
     assert list(differences(new, w, check_type=True, values=False)) == []
@@ -71,8 +71,8 @@ def test_a_nest_is_updated_like_its_leaves_one_by_one(pair, options):
         assert_identical({path: actual}, {path: expected})
 
 
-@given(NESTS, options())
-def test_in_place_is_out_of_place(pair, options):
+@given(TREES, options())
+def test_an_update_in_place_has_the_same_results(pair, options):
     w, g = pair
     before = [None if x is None else x.tobytes() for _, x in walk(g)]
     expected = lars_update(w, g, 0.1, **options)
@@ -84,11 +84,11 @@ def test_in_place_is_out_of_place(pair, options):
     assert [None if x is None else x.tobytes() for _, x in walk(g)] == before
 
 
-@given(NESTS)
+@given(TREES)
 def test_inputs_are_never_modified(pair):
-    before = [[None if x is None else x.tobytes() for _, x in walk(side)] for side in pair]
+    before = [[None if x is None else x.tobytes() for _, x in walk(tree)] for tree in pair]
     new = lars_update(*pair, 0.1, decay_lambda=0.1)
-    after = [[None if x is None else x.tobytes() for _, x in walk(side)] for side in pair]
+    after = [[None if x is None else x.tobytes() for _, x in walk(tree)] for tree in pair]
     assert after == before
     olds = [x for _, x in walk(pair[0]) if x is not None]
     news = [x for _, x in walk(new) if x is not None]
@@ -100,7 +100,7 @@ def test_inputs_are_never_modified(pair):
     g=hnp.arrays(np.float32, (3, 2), elements=st.floats(-1024, 1024, width=16)),
     power=st.integers(-20, 20),
 )
-def test_rescaling_the_loss_changes_no_bit(w, g, power):
+def test_scaling_the_loss_by_a_power_of_two_does_not_change_the_result(w, g, power):
     """g -> c g cancels in ratio * g; for c a power of two, to the last bit."""
     assume(w.any())  # zero weights have ratio 1, whatever the scale
     expected = lars_update(w, g, 0.1)
@@ -109,8 +109,8 @@ def test_rescaling_the_loss_changes_no_bit(w, g, power):
         assert_identical(lars_update(w, g, 0.1, grad_scale=2.0**power), expected)
 
 
-@given(pair=NESTS, lr=st.sampled_from([0.0, 0.1, 0.5]), tc=st.sampled_from([1e-3, 1.0]))
-def test_a_layer_goes_at_most_its_rate_times_its_norm(pair, lr, tc):
+@given(pair=TREES, lr=st.sampled_from([0.0, 0.1, 0.5]), tc=st.sampled_from([1e-3, 1.0]))
+def test_the_norm_of_a_step_is_at_most_the_rate_times_that_of_the_weights(pair, lr, tc):
     w, g = pair
     new = lars_update(w, g, lr, trust_coefficient=tc, decay_lambda=0.01)
     for (_, x), (_, dx), (_, y) in zip(walk(w), walk(g), walk(new), strict=True):
@@ -120,7 +120,7 @@ def test_a_layer_goes_at_most_its_rate_times_its_norm(pair, lr, tc):
         scale = np.abs(x).max()
         rounding = 1e-6 * np.sqrt(x.size) + np.finfo(np.float32).tiny / scale
         length = np.linalg.norm(((x - y) / scale).ravel())
-        most = tc if dx.any() else 0.01  # without a gradient there is its plain decay
+        most = tc if dx.any() else 0.01  # the ratio of a zero gradient is 1: only decay
         assert length <= lr * most * np.linalg.norm((x / scale).ravel()) + rounding
 
 
@@ -156,26 +156,26 @@ PREFIXED = {
 
 
 @pytest.mark.parametrize("name", PREFIXED)
-def test_a_prefix_is_the_same_value_spelt_out_at_each_leaf(name):
+def test_a_prefix_gives_its_value_to_each_leaf_below(name):
     first, second = PREFIXED[name]
     w, g = rng_tree(1), rng_tree(2) * 0.1
-    prefix = {"head": second, "encoder": first}  # another key order on purpose
-    spelt = Container(head=[second, second], encoder={"bias": first, "kernel": first})
+    prefix = {"head": second, "encoder": first}  # in another key order
+    full = Container(head=[second, second], encoder={"bias": first, "kernel": first})
 
     def update(w, g, value):
         options = {"decay_lambda": 0.1, name: value}
         lr = options.pop("lr", 0.1)
         return lars_update(w, g, lr, **options)
 
-    expected = update(w, g, spelt)
+    expected = update(w, g, full)
     assert_identical(update(w, g, prefix), expected)
     alone = {"encoder": update(w.encoder, g.encoder, first), "head": update(w.head, g.head, second)}
     assert_identical(Container(alone), expected)
-    if name not in ("nonfinite", "stop_gradients"):  # the two values do make a difference
+    if name not in ("nonfinite", "stop_gradients"):  # the two values give different results
         assert expected != update(w, g, first)
 
 
-def test_a_gradient_serves_a_whole_subtree():
+def test_a_gradient_may_be_a_prefix():
     w = Container(a={"x": np.ones(3), "y": np.full((2, 3), 2.0)}, b=np.ones(2))
     row = np.array([1.0, 2.0, 3.0])
     expected = lars_update(w, {"a": {"x": row, "y": np.stack([row, row])}, "b": np.ones(2)}, 0.1)
@@ -183,13 +183,13 @@ def test_a_gradient_serves_a_whole_subtree():
     assert_identical(lars_update(w, {"a": row, "b": np.float64(1)}, 0.1), expected)
 
 
-@given(NESTS, st.data())
+@given(TREES, st.data())
 def test_key_order_does_not_matter(pair, data):
     w, g = pair
     assert_identical(lars_update(w, data.draw(shuffled(g)), 0.1), lars_update(w, g, 0.1))
 
 
-def test_none_as_a_gradient_leaves_the_weights_as_they_are_decay_included():
+def test_weights_whose_gradient_is_none_stay_unchanged_and_do_not_decay():
     w = {"a": np.ones(2), "b": np.ones(2), "step": np.arange(3), "name": "resnet"}
     g = {"a": np.ones(2), "b": None, "step": None, "name": None}
     new = lars_update(w, g, 0.1, decay_lambda=0.5)
@@ -202,12 +202,10 @@ def test_none_as_a_gradient_leaves_the_weights_as_they_are_decay_included():
     assert lars_update({"a": np.ones(2)}, None, 0.1)["a"].tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("axis", [0, 1, 2, -1])
-@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize(("axis", "decay"), [(0, 0.0), (1, 0.1), (2, 0.0), (-1, 0.1)])
 def test_stacked_layers_are_updated_like_layers_one_by_one(library, axis, decay):
     rng = np.random.default_rng(0)
-    w, g = rng.normal(size=(2, 3, 4, 5)).astype(np.float32)[:, :, :, :3], None
-    w = np.moveaxis(w, 0, 1)
+    w = np.moveaxis(rng.normal(size=(2, 3, 4, 5)).astype(np.float32)[:, :, :, :3], 0, 1)
     g = rng.normal(size=w.shape).astype(np.float32)
     options = {"decay_lambda": decay, "trust_clip": True}
     layers = [
@@ -216,11 +214,11 @@ def test_stacked_layers_are_updated_like_layers_one_by_one(library, axis, decay)
     ]
     stacks = (to_library(library.name, x) for x in (w, g))
     new = to_numpy(lars_update(*stacks, 0.1, layer_axis=axis, **options))
-    # Slices of a stack lie in memory as they lie, which may change the last bit.
+    # Sums run in memory order, which differs between a stack and its slices: the last bit may too.
     np.testing.assert_allclose(new, np.stack(layers, axis), rtol=2e-7)
 
 
-def test_layers_of_one_number_each():
+def test_layers_of_one_element_each():
     w, g = np.array([1.0, 2.0, 0.0]), np.array([0.5, -4.0, 3.0])
     assert lars_update(w, g, 0.1, layer_axis=0).tolist() == [0.9, 2.2, -0.30000000000000004]
 
@@ -232,26 +230,26 @@ def test_all_libraries_agree(pair, options):
     for library in LIBRARIES:
         if library.exact:
             need(library.module)
-            ours = [to_library(library.name, x) for x in (w, g)]
-            new = lars_update(*ours, 0.1, **options)
+            converted = [to_library(library.name, x) for x in (w, g)]
+            new = lars_update(*converted, 0.1, **options)
             assert_identical({library.name: new}, {library.name: expected}, check_type=False)
 
 
-def test_the_memory_order_is_kept_and_alignment_changes_no_bit():
+def test_the_memory_order_is_kept_and_alignment_does_not_change_the_result():
     rng = np.random.default_rng(0)
     w, g = (rng.normal(size=(40, 500)) for _ in range(2))
     expected = lars_update(w, g, 0.1)
     raw = np.zeros(w.nbytes + 1, np.uint8)
-    crooked = raw[1:].view(np.float64).reshape(w.shape)
-    crooked[...] = w
-    assert not crooked.flags.aligned
-    assert_identical(lars_update(crooked, g, 0.1), expected)
+    unaligned = raw[1:].view(np.float64).reshape(w.shape)
+    unaligned[...] = w
+    assert not unaligned.flags.aligned
+    assert_identical(lars_update(unaligned, g, 0.1), expected)
     fortran = lars_update(np.asfortranarray(w), np.asfortranarray(g), 0.1)
     assert fortran.flags.f_contiguous
     np.testing.assert_allclose(fortran, expected, rtol=0, atol=2 * np.spacing(np.abs(w).max()))
 
 
-def test_an_array_in_gives_an_array_out():
+def test_an_Array_is_updated_to_an_Array():
     w = Container(a=Array(np.ones(2)), b=np.ones(2))
     new = w.lars_update({"a": np.ones(2), "b": Array(np.ones(2))}, Array(np.array(0.1)))
     assert type(new.a) is Array

@@ -1,7 +1,7 @@
-"""Leaves that are not what they seem: refused by every function that reads or writes them.
+"""Invalid leaves, which every function that reads or writes them must refuse.
 
-Stand-ins of torch, objects that lie about their class, arrays without data, and arrays of more axes
-than numpy's iterators know. Memory that is mapped for reading alone is in `test_mapped.py`.
+Objects with a false `__class__`, arrays without data, tensors of torch that stand for others, and
+arrays of many axes. Memory that is mapped read-only is in `test_mapped.py`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from lars_tree import (
 )
 
 SHAPE = (2, 3)
-KEPT = []  # what proxies stand for
+KEPT = []  # the objects behind weak proxies
 
 
 class Proxy:
-    """A wrapper of the common kind, which passes for what it wraps."""
+    """A common kind of wrapper: its `__class__` is that of the wrapped object."""
 
     def __init__(self, x):
         self.__dict__["_x"] = x
@@ -45,7 +45,7 @@ class Proxy:
 
 
 class NoNamespace:
-    """Claims to follow the array API standard, and does not."""
+    """Claims to follow the array API standard, but does not."""
 
     def __array_namespace__(self, *, api_version=None):
         raise ValueError
@@ -88,7 +88,7 @@ def functional_subclass():
 
 
 def prototype(make):
-    """What torch makes with a warning that it is a prototype."""
+    """The result of make(torch), without torch's warning that it is a prototype."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return make(need("torch"))
@@ -129,8 +129,8 @@ def unknown_shape():
     return x[x > 0]
 
 
-# Each with the library that it pretends to be of.
-LIARS = {
+# Each with the library that it appears to belong to.
+IMPOSTORS = {
     "mock": (lambda: Mock(spec=np.ndarray), "numpy"),
     "magic mock": (lambda: MagicMock(spec=np.ndarray), "numpy"),
     "mock tensor": (lambda: Mock(spec=need("torch").Tensor), "torch"),
@@ -166,7 +166,8 @@ WITHOUT_DATA = {
     "unknown shape": (unknown_shape, "dask"),
     "dask of 33 axes": (lambda: plain("dask").reshape((*SHAPE, *[1] * 31)), "dask"),
 }
-LEAVES = LIARS | WITHOUT_DATA
+LEAVES = IMPOSTORS | WITHOUT_DATA
+FEW_LEAVES = ("mock", "weak proxy of a tensor", "65 axes of jax", "unknown shape", "meta")
 
 
 def tree(x, name):
@@ -178,8 +179,8 @@ def stepped(opt, w, g, out, **state):
 
 
 OPT = Lars(0.1)
-# What is called with a good tree w and a tree x that has a bad leaf at b/0, and the arguments that
-# may be named.
+# Each is called with a valid tree w and a tree x with an invalid leaf at b/0; with the name of the
+# argument in the error.
 CALLS = {
     "w": (lambda w, x: lars_update(x, w, 0.1), "w"),
     "w in place": (lambda w, x: lars_update(x, w, 0.1, out=x), "w"),
@@ -201,13 +202,16 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("leaf", LEAVES)
-def test_a_leaf_that_cannot_be_computed_with_is_refused_with_its_path(leaf, call):
+CASES = [(leaf, call) for call in ("w", "dcdw", "out", "velocity in place") for leaf in LEAVES]
+CASES += [(leaf, call) for call in CALLS for leaf in FEW_LEAVES if (leaf, call) not in CASES]
+
+
+@pytest.mark.parametrize(("leaf", "call"), CASES)
+def test_an_invalid_leaf_is_refused_with_its_path(leaf, call):
     make, name = LEAVES[leaf]
     function, argument = CALLS[call]
     if name in ("jax", "dask") and ("out" in call or "in place" in call):
-        pytest.skip("nothing can be written in place")
+        pytest.skip("its arrays are immutable")
     w, x = tree(plain(name), name), tree(make(), name)
     with pytest.raises(LarsTreeError) as caught:
         function(w, x)
@@ -218,7 +222,7 @@ def test_a_leaf_that_cannot_be_computed_with_is_refused_with_its_path(leaf, call
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
-def test_init_refuses_what_update_refuses_in_the_same_words(leaf):
+def test_init_and_update_refuse_a_leaf_with_the_same_message(leaf):
     make, name = LEAVES[leaf]
     messages = []
     for call in (lambda x: OPT.init(x), lambda x: lars_update(x, tree(plain(name), name), 0.1)):
@@ -228,7 +232,7 @@ def test_init_refuses_what_update_refuses_in_the_same_words(leaf):
     assert messages[0] == messages[1]
 
 
-def test_init_refuses_arrays_of_objects_and_keeps_what_never_moves():
+def test_init_refuses_arrays_of_objects_and_keeps_arrays_that_are_not_floating_point():
     objects = np.array([object(), 1.0])
     with pytest.raises(DtypeError, match=r"b/0: expected float16.*got object"):
         OPT.init({"a": np.ones(2), "b": [objects]})
@@ -238,13 +242,13 @@ def test_init_refuses_arrays_of_objects_and_keeps_what_never_moves():
     assert state.velocity.a.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("leaf", LIARS)
-def test_liars_are_kept_where_nothing_is_computed(leaf):
-    x = LIARS[leaf][0]()
+@pytest.mark.parametrize("leaf", IMPOSTORS)
+def test_leaves_without_a_gradient_may_be_any_objects(leaf):
+    x = IMPOSTORS[leaf][0]()
     assert lars_update({"a": np.ones(2), "b": x}, {"a": 1.0, "b": None}, 0.1)["b"] is x
 
 
-def test_fake_tensors_are_computed_with_in_their_mode():
+def test_fake_tensors_work_in_their_mode():
     need("torch")
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -260,7 +264,7 @@ def test_fake_tensors_are_computed_with_in_their_mode():
 
 @pytest.mark.parametrize("leaf", ["ZeroTensor", "FakeTensor", "functional", "freed"])
 @pytest.mark.parametrize("role", ["parameter", "gradient"])
-def test_the_optimizer_of_torch_refuses_them_too(role, leaf):
+def test_torch_lars_refuses_tensors_without_data(role, leaf):
     torch = need("torch")
     from lars_tree.torch import Lars as Optimizer
 
@@ -275,7 +279,7 @@ def test_the_optimizer_of_torch_refuses_them_too(role, leaf):
         step()
 
 
-def test_functional_tensors_are_computed_with_in_their_transform():
+def test_functional_tensors_work_in_their_transform():
     torch = need("torch")
     w, expected = plain("torch"), lars_update(plain("torch"), 1.0, 0.1)
     step = torch.func.functionalize(lambda w, out: lars_update(w, w, 0.1, out=out))
@@ -284,7 +288,6 @@ def test_functional_tensors_are_computed_with_in_their_transform():
     assert torch.equal(w, expected)
 
 
-@pytest.mark.parametrize("axes", [33, 64])
 @pytest.mark.parametrize("name", ["numpy", "torch", "jax", "strict"])
 @pytest.mark.parametrize(
     "options",
@@ -301,9 +304,9 @@ def test_functional_tensors_are_computed_with_in_their_transform():
     ],
     ids=["plain", "guarded", "first axis", "last axis", "rates", "row", "number", "F", "strided"],
 )
-def test_arrays_of_up_to_64_axes_are_stepped_like_those_of_two(options, name, axes):
-    """Axes of length 1 at the front change nothing, but the numbers of the others."""
-    ones = (1,) * (axes - 2)
+def test_arrays_of_64_axes_are_updated_like_those_of_two(options, name):
+    """Axes of length 1 at the front change nothing, except the indices of the other axes."""
+    ones = (1,) * 62
 
     def step(more):
         def shaped(x):
@@ -328,7 +331,7 @@ def test_arrays_of_up_to_64_axes_are_stepped_like_those_of_two(options, name, ax
         assert np.array_equal(actual, expected)
 
 
-def test_a_gradient_of_more_axes_than_w_or_of_another_shape_is_refused():
+def test_a_gradient_that_does_not_broadcast_to_many_axes_is_refused():
     w = np.ones((2, *[1] * 62))
     for shape in [(3,), (3, *[1] * 62), (1, *w.shape[:-1], 2)]:
         with pytest.raises(LarsTreeError, match="expected a shape that broadcasts to"):
@@ -339,7 +342,7 @@ def test_a_gradient_of_more_axes_than_w_or_of_another_shape_is_refused():
 
 
 @pytest.mark.parametrize("name", ["numpy", "torch", None])
-def test_classes_that_are_made_as_a_program_runs_are_not_kept_alive(name):
+def test_local_classes_of_arrays_are_freed(name):
     base = {"numpy": np.ndarray, "torch": getattr(need("torch"), "Tensor", None)}.get(name, object)
     cls = type("Local", (base,), {})
     if name == "numpy":
@@ -354,7 +357,7 @@ def test_classes_that_are_made_as_a_program_runs_are_not_kept_alive(name):
     assert seen() is None
 
 
-def test_the_first_tracer_does_not_decide_for_all_of_its_class():
+def test_tracers_of_one_class_may_be_arrays_or_references():
     jax = need("jax")
     code = jax.jit(lambda ref: (_backends.find(ref), lars_update(ref[...], 1.0, 0.1))[1])
     ref = jax.new_ref(jax.numpy.array([3.0, 4.0]))

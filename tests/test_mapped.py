@@ -1,7 +1,7 @@
-"""Memory that is mapped for reading alone, and looks writable: a write would end the process.
+"""Memory that is mapped read-only but looks writable: a write would end the process.
 
-numpy and torch keep no record of it where memory has passed through the other one, or through an
-address. Each route is tried in a child process, as a write that is not prevented kills it.
+numpy and torch do not know that memory is read-only if they got it from each other, or by its
+address. Each case runs in a child process, which a write would kill.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from conftest import need
 
 from lars_tree import Array, Lars, OutError, _memory, lars_update
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux tells how memory is mapped"
+)
 
 SIZE = 1000
 
@@ -37,7 +39,7 @@ def by_address(x):
     return (ctypes.c_float * SIZE).from_address(x.__array_interface__["data"][0])
 
 
-# How to get at the memory of a memmap that is open for reading alone.
+# Ways to make an array of the memory of a read-only memmap.
 WITHOUT_TORCH = {
     "ctypes": lambda x: np.ctypeslib.as_array(by_address(x)),
     "frombuffer": lambda x: np.frombuffer(by_address(x), np.float32),
@@ -105,15 +107,15 @@ CALLS = [
 
 
 def write_to_all(path, name):
-    """In a child: say of each route and each call that writes whether it is refused."""
+    """In a child process: print for each array and each call that writes whether it is refused."""
     warnings.simplefilter("ignore")
     np.zeros(SIZE, np.float32).tofile(path)
-    mapped, routes = np.memmap(path, np.float32, "r"), WITHOUT_TORCH
+    mapped, ways = np.memmap(path, np.float32, "r"), WITHOUT_TORCH
     if name == "torch":
         import torch
 
-        routes = {key: lambda x, make=make: make(torch, x) for key, make in WITH_TORCH.items()}
-    for key, make in routes.items():
+        ways = {key: lambda x, make=make: make(torch, x) for key, make in WITH_TORCH.items()}
+    for key, make in ways.items():
         for i, call in enumerate(CALLS):
             if call is with_velocity and "16" in str(make(mapped).dtype):
                 continue  # the velocity of such weights is float32
@@ -123,7 +125,7 @@ def write_to_all(path, name):
 
 
 @pytest.mark.parametrize("name", ["numpy", "torch"])
-def test_memory_that_is_mapped_for_reading_alone_is_never_written(name, tmp_path):
+def test_memory_that_is_mapped_read_only_is_never_written(name, tmp_path):
     need(name)
     need("array_api_strict")
     code = f"import test_mapped; test_mapped.write_to_all({str(tmp_path / 'x')!r}, {name!r})"
@@ -137,7 +139,7 @@ def test_memory_that_is_mapped_for_reading_alone_is_never_written(name, tmp_path
     assert [line for line in lines[:-1] if not line.endswith("True")] == []
 
 
-def test_what_may_be_written_is(tmp_path):
+def test_writable_mappings_are_written(tmp_path):
     np.ones(SIZE, np.float32).tofile(tmp_path / "x")
     step = 0.1 * np.ones(SIZE, np.float32)
     for mode in ("r+", "c"):
@@ -157,21 +159,21 @@ def test_what_may_be_written_is(tmp_path):
     assert shared[0] == 0
 
 
-def test_numpys_own_memory_is_not_asked_for():
+def test_memory_of_numpy_is_not_foreign():
     x = np.ones((4, 5))
     for own in (x, x[1:], x.T, x[::2, 1:][:, ::-1], x.reshape(-1).view(np.float32), np.float64(1)):
         assert not _memory.is_foreign(np.asarray(own))
-    for foreign in (np.frombuffer(bytearray(8)), np.asarray(Interface(x)), np.asarray(by_bytes())):
+    for foreign in (
+        np.frombuffer(bytearray(8)),
+        np.asarray(Interface(x)),
+        np.asarray(memoryview(bytearray(8))),
+    ):
         assert _memory.is_foreign(foreign)
 
 
-def by_bytes():
-    return memoryview(bytearray(8))
-
-
-@pytest.mark.parametrize("asked", [True, False])
-def test_a_mapping_is_told_with_and_without_the_help_of_the_system(asked, tmp_path, monkeypatch):
-    if not asked:
+@pytest.mark.parametrize("with_madvise", [True, False])
+def test_read_only_mappings_are_found_with_and_without_madvise(with_madvise, tmp_path, monkeypatch):
+    if not with_madvise:
         monkeypatch.setattr(_memory, "_madvise", lambda: None)
     np.zeros(SIZE, np.float32).tofile(tmp_path / "x")
     for mode, expected in (("r", True), ("r+", False), ("c", False)):

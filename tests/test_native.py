@@ -1,7 +1,8 @@
-"""The native kernel gives the bits of its twin in numpy.
+"""The native kernel gives the same bits as its twin in numpy.
 
-`without_kernel` runs the twin, `by_kernel` makes sure that the kernel did the step. What it takes
-is in test_native_plain.py, tensors in test_native_torch.py, threads in test_threads.py.
+`without_kernel` runs the twin; `by_kernel` asserts that the kernel took the step. See
+test_native_plain.py for the arrays that the kernel supports, test_native_torch.py for tensors, and
+test_threads.py for threads.
 """
 
 from __future__ import annotations
@@ -25,15 +26,17 @@ from lars_tree.testing import assert_identical
 if _native.kernel is None and (not CI or os.environ.get("LARS_TREE_NATIVE") == "0"):
     pytest.skip("the native kernel was not built, or is turned off", allow_module_level=True)
 
-# Signalling NaN are among the numbers.
+# The arrays contain signalling NaN.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
-# Bits of each format, and those of its significand that are stored.
+# The bits of each format, and the stored bits of its significand.
 FORMATS = {"float16": (16, 10), "bfloat16": (16, 7), "float32": (32, 23), "float64": (64, 52)}
 PAIRS = [(a, b) for a in FORMATS for b in FORMATS]
 PAIRS += [(a, b) for a in ("complex64", "complex128") for b in ("complex64", "complex128")]
 REAL = {"complex64": "float32", "complex128": "float64"}
 SETS = range(_native.kernel.best_instruction_set() + 1 if _native.kernel else 1)
+# Instruction sets and numbers of threads; harness.cpp tests more combinations.
+WAYS = [*((instruction_set, 3) for instruction_set in SETS), (SETS[-1], 1), (SETS[-1], 8)]
 
 
 @contextmanager
@@ -51,7 +54,7 @@ def without_kernel(*args, **options):
 
 @contextmanager
 def watched(**values):
-    """For each plan that is stepped, whether the kernel took all leaves."""
+    """Yields a list: for each plan that was stepped, whether the kernel supported all leaves."""
     took = []
 
     class Watched:
@@ -61,11 +64,11 @@ def watched(**values):
         def __getattr__(self, name):
             return getattr(self.plan, name)
 
-        def prepare(self, *args, places=None):
+        def prepare(self, *args, indices=None):
             if len(args) == 9:
-                *args, places = args
-            rest = self.plan.prepare(*args, places=places)
-            self.rest = self.rest.difference(places or ()) | set(rest)
+                *args, indices = args
+            rest = self.plan.prepare(*args, indices=indices)
+            self.rest = self.rest.difference(indices or ()) | set(rest)
             return rest
 
         def step(self):
@@ -91,7 +94,7 @@ def by_kernel(*args, instruction_set=SETS[-1], **options):
 
 
 def run(code, **variables):
-    """What a process of its own prints, as one that may crash."""
+    """The words that code prints in a process of its own, which may crash."""
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         capture_output=True,
@@ -106,14 +109,14 @@ def dtype_of(name):
     return need("ml_dtypes").bfloat16 if name == "bfloat16" else np.dtype(name)
 
 
-def random_array(rng, name, shape, place=0.5, spread=2, special=(), order="C"):
-    """Numbers with about this exponent: place 0 is subnormal, 1 the largest of the format."""
+def random_array(rng, name, shape, level=0.5, spread=2, special=(), order="C"):
+    """Numbers with exponents near a level: 0 is subnormal, 1 is the largest of the format."""
     if name in REAL:
-        parts = random_array(rng, REAL[name], (*shape, 2), place, spread, special)
+        parts = random_array(rng, REAL[name], (*shape, 2), level, spread, special)
         return parts.view(name).reshape(shape).copy(order)
     total, stored = FORMATS[name]
     most = 2 ** (total - 1 - stored) - 1  # the exponent of infinity and NaN
-    exponents = round(place * most) + rng.integers(-spread, spread + 1, shape)
+    exponents = round(level * most) + rng.integers(-spread, spread + 1, shape)
     bits = np.clip(exponents, 0, most - 1) << stored | rng.integers(0, 2**stored, shape)
     bits = bits.astype(np.uint64) | rng.integers(0, 2, shape, np.uint64) << np.uint64(total - 1)
     x = bits.astype(f"u{total // 8}").view(dtype_of(name)).copy(order)
@@ -168,21 +171,21 @@ def arrays(draw):
     pair=arrays(),
     lr=st.sampled_from([0.0, 1e-3, 0.1, 1.0, 1e-290, 1e290]),
     options=OPTIONS,
-    way=st.sampled_from(["new", "in place", "out", "out is dcdw"]),
+    mode=st.sampled_from(["new", "in place", "out", "out is dcdw"]),
     instruction_set=st.sampled_from(SETS),
 )
-@example(  # on the way both parts of the step leave the range of double, but not their sum
+@example(  # both terms of the step are out of the range of double, but their sum is not
     pair=(np.array([2e38], np.complex64), np.array([-2e307], np.complex128)),
     lr=1.0,
     options={"adapt": False, "decay_lambda": 1e270, "grad_scale": 0.1},
-    way="new",
+    mode="new",
     instruction_set=0,
 )
-def test_the_kernel_gives_the_bits_of_its_twin(pair, lr, options, way, instruction_set):
+def test_the_kernel_gives_the_bits_of_its_twin(pair, lr, options, mode, instruction_set):
     w, g = pair
     expected = without_kernel(w, g, lr, **options)
     before = w.copy(), g.copy()
-    out = {"new": None, "in place": w, "out": np.empty_like(w), "out is dcdw": g}[way]
+    out = {"new": None, "in place": w, "out": np.empty_like(w), "out is dcdw": g}[mode]
     if out is g and g.dtype != w.dtype:
         out = None
     actual = by_kernel(w, g, lr, out=out, instruction_set=instruction_set, **options)
@@ -194,7 +197,7 @@ def test_the_kernel_gives_the_bits_of_its_twin(pair, lr, options, way, instructi
 
 
 def squares(exponent):
-    """float64 leaves whose squares overflow or vanish; the norms do not."""
+    """float64 leaves whose squares overflow or underflow, but not their norms."""
     rng = np.random.default_rng(1)
     w = random_array(rng, "float64", (600_001,), exponent, 40)
     return [w], [w[::-1].copy()]
@@ -217,12 +220,12 @@ def trees():
 
 
 def sums():
-    """Trees whose gradients and decay add up, or all but cancel, to a sum of which the norm is."""
+    """Trees whose gradient and decay add up, or nearly cancel, in the joint gradient."""
     found = {name: (w, g) for name, w, g in trees()}
     for name in ("few", "large float32", "large float64", "overflow", "subnormal", "largest"):
         w, g = found[name]
         yield name, w, g
-        if name not in ("subnormal", "largest"):  # whose steps would be 0, or beyond the format
+        if name not in ("subnormal", "largest"):  # the steps would be 0, or out of range
             yield f"{name}, cancelling", w, [(x * -1e-4).astype(x.dtype) for x in w]
 
 
@@ -234,25 +237,24 @@ def sums():
 def test_instruction_sets_and_threads_give_the_same_bits(w, g, joint):
     options = {"decay_lambda": 1e-4, "trust_coefficient": 0.5, "joint_norm": joint}
     expected = without_kernel(w, g, 3.0, **options)
-    for instruction_set in SETS:
-        for threads in (1, 2, 3, 8):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(_native.threads, "_chosen", threads)
-                new = by_kernel(w, g, 3.0, instruction_set=instruction_set, **options)
-            for actual, twin in zip(new, expected, strict=True):
-                assert_identical(actual, twin)
-            assert np.isfinite(new[0]).any()
+    for instruction_set, threads in WAYS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_native.threads, "_chosen", threads)
+            new = by_kernel(w, g, 3.0, instruction_set=instruction_set, **options)
+        for actual, twin in zip(new, expected, strict=True):
+            assert_identical(actual, twin)
+        assert np.isfinite(new[0]).any()
 
 
 @pytest.mark.parametrize("instruction_set", SETS)
 @pytest.mark.parametrize("factor", [1, 3, -1])
-def test_bfloat16_next_to_the_midpoints_of_its_neighbours(factor, instruction_set):
-    """w - lr * g is off the midpoint by 2**-j of half a place, or by none."""
+def test_bfloat16_near_the_midpoints_between_neighbours(factor, instruction_set):
+    """w - lr * g differs from the midpoint by 2**-j of half an ulp, or is the midpoint."""
     bits = np.arange(2**16, dtype=np.uint16)
     w = bits.view(dtype_of("bfloat16"))
     g = np.maximum(bits & 0x7F80, 0x80) | (bits & 0x8000)  # the power of two below w, or 2**-126
     g = (g.astype(np.uint16) ^ (0x8000 if factor < 0 else 0)).view(w.dtype)
-    tie = np.isfinite(w) & ((bits & 0x7F) > 1)  # below a power of two places are half as far
+    tie = np.isfinite(w) & ((bits & 0x7F) > 1)  # below a power of two the ulp is half as large
     for j in (*range(1, 31), 40, 52, None):
         for sign in (-1, 1):
             off = 0 if j is None else sign * 2.0**-j
@@ -266,10 +268,10 @@ def test_bfloat16_next_to_the_midpoints_of_its_neighbours(factor, instruction_se
 
 @pytest.mark.parametrize("instruction_set", SETS)
 @pytest.mark.parametrize("spread", [0, 3, 300])
-def test_bfloat16_of_any_numbers(spread, instruction_set):
+def test_bfloat16_over_the_whole_range(spread, instruction_set):
     rng = np.random.default_rng(spread)
-    for place in (0.01, 0.2, 0.5, 0.8, 0.99):
-        w, g = (random_array(rng, "bfloat16", (40_001,), place, spread) for _ in range(2))
+    for level in (0.01, 0.2, 0.5, 0.8, 0.99):
+        w, g = (random_array(rng, "bfloat16", (40_001,), level, spread) for _ in range(2))
         w[:5] = [0.0, -0.0, 1e-40, -1e-40, 3e38]
         for lr, decay in ((0.1, 0.0), (rng.random(), 1e-4), (1.0, 0.0), (1e-28, 0.1), (30.0, 1e29)):
             options = {"decay_lambda": decay, "adapt": bool(rng.integers(2))}
@@ -279,7 +281,7 @@ def test_bfloat16_of_any_numbers(spread, instruction_set):
 
 @pytest.mark.parametrize("instruction_set", SETS)
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
-def test_every_number_of_sixteen_bits_is_read_and_written(name, instruction_set):
+def test_every_16_bit_number_is_read_and_written_exactly(name, instruction_set):
     w = np.arange(2**16, dtype=np.uint16).view(dtype_of(name))
     for lr in (0.0, 0.5):
         options = {"adapt": False, "instruction_set": instruction_set}

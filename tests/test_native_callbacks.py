@@ -1,6 +1,6 @@
-"""What the Python code that the kernel calls may do: change the tree that is read, or raise.
+"""Python code that the kernel calls may change the tree that is being read, or raise.
 
-Also trees that are deeper than the stack of a thread: the kernel walks their first levels.
+Also trees that are too deep for the stack of a thread: the kernel walks their first levels only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if _native.kernel is None and (not CI or os.environ.get("LARS_TREE_NATIVE") == "
 
 
 def walk(*trees, others):
-    """The leaves that the kernel finds; `others` is called for each set, which is a node here."""
+    """The leaves that the kernel finds; `others` is called for each set, which counts as a node."""
     found = []
     arguments = (found, True) if len(trees) == 2 else (found,)
     call = _native.kernel.match if len(trees) == 2 else _native.kernel.collect
@@ -69,8 +69,8 @@ def test_a_dict_whose_keys_are_replaced_while_it_is_read_is_refused(prefix):
 
 
 @pytest.mark.parametrize("changed", [0, 1])
-def test_a_key_that_changes_a_tree_when_it_is_compared(changed):
-    """The values that the walk holds are not freed."""
+def test_a_key_may_change_the_tree_when_it_is_compared(changed):
+    """The values that the walk uses are not freed."""
 
     class Key:
         def __hash__(self):
@@ -85,7 +85,7 @@ def test_a_key_that_changes_a_tree_when_it_is_compared(changed):
         walk(*trees, others=None)
 
 
-def test_a_list_of_leaves_that_becomes_shorter():
+def test_a_callback_may_make_the_list_of_leaves_shorter():
     ws = [np.ones(3) for _ in range(20)]
 
     def make(w):
@@ -97,7 +97,7 @@ def test_a_list_of_leaves_that_becomes_shorter():
 
 
 @pytest.mark.parametrize("index", range(1, 6))
-def test_what_a_method_of_a_tensor_raises_is_raised(index):
+def test_exceptions_of_methods_of_tensors_propagate(index):
     torch = need("torch")
     from lars_tree._backends.reader import _EXCHANGE, TENSOR_TYPES
 

@@ -1,4 +1,4 @@
-"""What the native engine takes of JAX arrays, and that all others are left to the general path."""
+"""Which JAX arrays the native engine supports; all others take the general path."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ jnp = jax.numpy
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding  # noqa: E402
 
 DTYPES = ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"]
-SHAPES = [(), (3, 4), (0,), (300, 301)]  # the last one is long enough for memory that JAX keeps
+SHAPES = [(), (3, 4), (0,), (300, 301)]  # JAX takes over the memory of the last one
 
 
 def array(shape=(3, 4), dtype="float32", seed=0):
@@ -39,19 +39,19 @@ def arrays(dtype, seed):
     return [array(shape, dtype, seed) for shape in SHAPES]
 
 
-def share(w, g):
+def native_engine(w, g):
     return Native(matched(w, g, {**DEFAULTS, "lr": 0.1})[0])
 
 
 def rest(w, g):
-    return share(w, g).rest
+    return native_engine(w, g).rest
 
 
 def on(device, x):
     return jax.device_put(x, jax.devices()[device])
 
 
-def there(device, x):
+def on_uncommitted(device, x):
     with jax.default_device(jax.devices()[device]):
         return jnp.asarray(np.asarray(x))
 
@@ -63,7 +63,7 @@ def deleted():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_it_takes_dense_arrays_and_gives_the_bits_of_its_twin(dtype, monkeypatch):
+def test_dense_arrays_are_supported_and_get_the_bits_of_the_twin(dtype, monkeypatch):
     w, g = arrays(dtype, 1), arrays(dtype, 2)
     lars = Lars(0.1, 0.9, weight_decay=0.01, nesterov=True)
     state = lars.init(w)
@@ -73,7 +73,7 @@ def test_it_takes_dense_arrays_and_gives_the_bits_of_its_twin(dtype, monkeypatch
     assert_identical(actual, (lars_update(w, g, 0.1, decay_lambda=0.01), lars.update(w, g, state)))
 
 
-# By name: weights and gradient that are left to the general path.
+# Weights and gradients that take the general path.
 ODD = {
     "another library for the gradient": lambda: (array(), np.ones((3, 4), np.float32)),
     "broadcast gradient": lambda: (array(), array((4,))),
@@ -106,7 +106,7 @@ def outcome(call):
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_an_odd_leaf_gets_what_the_general_path_gives(kind, monkeypatch):
+def test_an_unsupported_leaf_gets_the_result_of_the_general_path(kind, monkeypatch):
     odd, gradient = ODD[kind]()
     w, g = [array(), odd, array((5,))], [array(), gradient, array((5,))]
     if not isinstance(odd, jax.Array) or not jnp.issubdtype(odd.dtype, jax.dtypes.prng_key):
@@ -131,7 +131,7 @@ def test_the_errors_of_the_general_path_name_the_leaf():
             lars_update([array(), odd], [array(), gradient], 0.1)
 
 
-def test_it_takes_arrays_out_of_their_wrappers():
+def test_arrays_in_wrappers_are_supported():
     w, g = [array(), Array(array())], [array(), Array(array(seed=1))]
     assert rest(w, g) == []
     new = lars_update(w, g, 0.1)[1]
@@ -139,10 +139,10 @@ def test_it_takes_arrays_out_of_their_wrappers():
     assert_identical(unwrap(new), lars_update(array(), array(seed=1), 0.1))
 
 
-def test_results_are_where_the_weights_are_and_as_bound_to_it():
+def test_results_have_the_device_and_commitment_of_the_weights():
     mesh = jax.make_mesh((1,), ("x",), devices=jax.devices()[2:3])
     over_one = NamedSharding(mesh, PartitionSpec("x"))
-    w = [on(1, array()), there(1, array()), jax.device_put(array(), over_one), array()]
+    w = [on(1, array()), on_uncommitted(1, array()), jax.device_put(array(), over_one), array()]
     lars = Lars(0.1, 0.9)
     state = lars.init(w)
     assert rest(w, w) == []
@@ -157,18 +157,18 @@ def test_results_are_where_the_weights_are_and_as_bound_to_it():
         ]
 
 
-def test_memory_stays_until_it_was_read():
+def test_memory_is_kept_alive_until_it_was_read():
     w, g = [array() + 1], [array()]
     expected = lars_update(w, g, 0.1)
-    step = share(w, g)
+    step = native_engine(w, g)
     w[0].delete()  # as another thread may
     step.step()
     assert_identical(np.asarray(step.news.ws[0]), np.asarray(expected[0]))
 
 
-def test_long_results_are_not_copied():
+def test_large_results_are_not_copied():
     w = [array((300, 301)) + 1]
-    step = share(w, w)
+    step = native_engine(w, w)
     step.step()
     address = step.news.ws[0].ctypes.data
     step.finish()
@@ -176,14 +176,14 @@ def test_long_results_are_not_copied():
 
 
 @pytest.mark.parametrize("bad", [False, True])
-def test_a_step_that_is_skipped_under_jit_moves_no_constant(bad):
+def test_a_step_that_is_skipped_under_jit_leaves_constants_unchanged(bad):
     constant, g = array(), array(seed=1)
     update = jax.jit(lambda x: lars_update([x, constant], [x, g], 0.1, nonfinite="skip"))
     actual = update(jnp.full(3, jnp.inf if bad else 1.0))[1]
     assert_identical(actual, constant if bad else lars_update(constant, g, 0.1))
 
 
-def test_a_step_that_is_skipped_keeps_weights_and_velocity():
+def test_a_skipped_step_leaves_weights_and_velocity_unchanged():
     w, lars = [on(1, array()), array()], Lars(0.1, 0.9, nonfinite="skip")
     state = lars.init(w)
     new, after = lars.update(w, [on(1, array()), array().at[0].set(jnp.nan)], state)
@@ -193,7 +193,7 @@ def test_a_step_that_is_skipped_keeps_weights_and_velocity():
 
 @pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ratios_are_arrays_as_the_general_path_makes_them(dtype, x64, monkeypatch):
+def test_ratios_are_the_same_arrays_as_on_the_general_path(dtype, x64, monkeypatch):
     w, g = arrays(dtype, 1), arrays(dtype, 2)
     with jax.enable_x64(x64):
         actual = trust_ratios(w, g, 0.1)

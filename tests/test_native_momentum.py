@@ -1,6 +1,7 @@
-"""The native kernel gives the bits of its twin in numpy with momentum too.
+"""The native kernel gives the same bits as its twin in numpy, with momentum.
 
-What it takes is in test_native_momentum_plain.py, tensors in test_native_momentum_torch.py.
+See test_native_momentum_plain.py for the arrays that the kernel supports, and
+test_native_momentum_torch.py for tensors.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from native_steps import numpy_reader, stepped
+from native_steps import numpy_reader, options_of, stepped
 from test_native import (
     OPTIONS,
     PAIRS,
     SETS,
     SPECIALS,
+    WAYS,
     arrays,
     dtype_of,
     patched,
@@ -29,7 +31,7 @@ from lars_tree._core.advance import advance
 from lars_tree._rule import Rule
 from lars_tree.testing import assert_identical
 
-# Signalling NaN are among the numbers.
+# The arrays contain signalling NaN.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 SHORT = {"float16": "float32", "bfloat16": "float32"}
@@ -38,7 +40,7 @@ SHORT = {"float16": "float32", "bfloat16": "float32"}
 def step(w, g, out, velocity, lr=0.1, **options):
     """The new weights, velocity and number of steps."""
     state = {"velocity": velocity, "step": np.zeros((), np.int64)}
-    new, state = advance(w, g, out, Rule(lr, **options)._asdict(), state)
+    new, state = advance(w, g, out, options_of(lr=lr, **options), state)
     return new, state["velocity"], state["step"]
 
 
@@ -64,7 +66,7 @@ def velocity_for(w, rng, *numbers):
 
 
 def assert_same_step(actual, expected):
-    """Of trees: the same bits in weights and velocities, and one step counted."""
+    """The same bits in the weights and velocities of two trees, and one step counted."""
     for x, y in zip(actual[:2], expected[:2], strict=True):
         for leaf, twin in zip(_tree.leaves(x), _tree.leaves(y), strict=True):
             assert_identical(leaf, twin)
@@ -83,7 +85,7 @@ def cases(draw):
 MOTIONS = st.fixed_dictionaries(
     {"momentum": st.sampled_from([0.9, 0.0, 0.5, 1.0, 3.0, 1e-300, 1e300])},
     optional={
-        "rate": st.sampled_from([0.0, 0.1, 0.5, 3.0, 1e-300, 1e290]),
+        "lr_after_momentum": st.sampled_from([0.0, 0.1, 0.5, 3.0, 1e-300, 1e290]),
         "nesterov": st.booleans(),
         "maximize": st.booleans(),
     },
@@ -95,31 +97,31 @@ MOTIONS = st.fixed_dictionaries(
     lr=st.sampled_from([0.0, 1e-3, 0.1, 1.0, 1e-290, 1e290]),
     options=OPTIONS,
     motion=MOTIONS,
-    way=st.sampled_from(["new", "in place", "out", "out is dcdw"]),
+    mode=st.sampled_from(["new", "in place", "out", "out is dcdw"]),
     instruction_set=st.sampled_from(SETS),
 )
-@example(  # momentum * velocity leaves the range of double, but not the velocity after the step
+@example(  # momentum * velocity is out of the range of double, but the new velocity is not
     case=(np.array([1.0]), np.array([-1.5e308]), np.array([1.7e308])),
     lr=1.0,
     options={"adapt": False},
     motion={"momentum": 1.9},
-    way="in place",
+    mode="in place",
     instruction_set=0,
 )
-@example(  # both parts of the step do so, but float32 is not computed again
+@example(  # both terms of the step are out of range, but float32 is not computed again
     case=(np.array([2e38], np.float32), np.array([-2e17]), np.array([1.0], np.float32)),
     lr=1e290,
     options={"adapt": False, "decay_lambda": 1e-20, "grad_scale": 0.1},
     motion={"momentum": 0.5},
-    way="new",
+    mode="new",
     instruction_set=0,
 )
-def test_the_kernel_gives_the_bits_of_its_twin(case, lr, options, motion, way, instruction_set):
+def test_the_kernel_gives_the_bits_of_its_twin(case, lr, options, motion, mode, instruction_set):
     w, g, v = case
     options = {"lr": lr, **options, **motion}
     expected = by_twin(w, g, None, v, **options)
     before = [x.tobytes() for x in (w, g, v)]
-    out = {"new": None, "in place": w, "out": np.empty_like(w), "out is dcdw": g}[way]
+    out = {"new": None, "in place": w, "out": np.empty_like(w), "out is dcdw": g}[mode]
     if out is g and g.dtype != w.dtype:
         out = None
     actual = by_kernel(w, g, out, v, instruction_set=instruction_set, **options)
@@ -131,38 +133,37 @@ def test_the_kernel_gives_the_bits_of_its_twin(case, lr, options, motion, way, i
 
 
 SIZES = [n + d for n in (16, 128, 256, 16_384, 131_072) for d in (-1, 0, 1)]
-MOTION = {"momentum": 0.9, "rate": 0.7}
-WAYS = {
-    "plain": {},
-    "decay": {"decay_lambda": 0.1},
+MOTION = {"momentum": 0.9, "lr_after_momentum": 0.7}
+RULES = {
+    "no decay": {},
     "nesterov": {"nesterov": True},
     "nesterov, decay": {"nesterov": True, "decay_lambda": 0.1, "maximize": True},
     "no ratio": {"adapt": False, "decay_lambda": 1e-3, "maximize": True},
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
-def test_instruction_sets_and_threads_give_the_same_bits(names, way):
-    """Layers that one thread steps whole, and larger ones that all threads share."""
-    options = MOTION | WAYS[way]
+def test_instruction_sets_and_threads_give_the_same_bits(names, rule):
+    """Layers that one thread updates, and larger ones that all threads share."""
+    options = MOTION | RULES[rule]
     rng = np.random.default_rng(0)
     w, g = ([random_array(rng, name, (n,)) for n in (*SIZES, 0, 1, 400_001)] for name in names)
     v = [velocity_for(x, rng) for x in w]
     expected = by_twin(w, g, None, v, **options)
-    for instruction_set, threads in itertools.product(SETS, (1, 3)):
+    for instruction_set, threads in WAYS:
         one = {"instruction_set": instruction_set, "threads": threads, **options}
         assert_same_step(by_kernel(w, g, None, v, **one), expected)
         new, moving = [x.copy() for x in w], [x.copy() for x in v]
         assert_same_step(by_kernel(new, g, new, moving, **one), expected)
 
 
-@pytest.mark.parametrize("place", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("level", [0.0, 0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
-def test_several_steps_over_the_range_of_exponents(names, place):
+def test_several_steps_over_the_range_of_exponents(names, level):
     rng = np.random.default_rng(0)
-    w, g = (random_array(rng, name, (700,), place, 3) for name in names)
-    v = velocity_for(w, rng, 1 - place, 3)
+    w, g = (random_array(rng, name, (700,), level, 3) for name in names)
+    v = velocity_for(w, rng, 1 - level, 3)
     twin = w.copy(), v.copy()
     for lr, nesterov in ((0.1, False), (0.3, True), (5.0, True), (0.1, False)):
         options = {"lr": lr, "nesterov": nesterov, "decay_lambda": 1e-3, "momentum": 0.9}
@@ -173,19 +174,19 @@ def test_several_steps_over_the_range_of_exponents(names, place):
 
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
-def test_the_numbers_by_the_formula(names, nesterov):
-    """Of few bits, so that nothing is rounded."""
+def test_values_by_the_formula(names, nesterov):
+    """The numbers have few bits, so nothing is rounded."""
     numbers = {"w": [3, -4, 0.5], "g": [1, 2, -0.5], "v": [0.5, -1, 2]}
     w, g = (np.array(numbers[x]).astype(dtype_of(n)) for x, n in zip("wg", names, strict=True))
     v = np.array(numbers["v"]).astype(SHORT.get(names[0], names[0]))
     for decay, sign in itertools.product((0.0, 0.5), (1, -1)):
         us = [0.5 * (sign * b + decay * a) for a, b in zip(numbers["w"], numbers["g"], strict=True)]
         vs = [0.5 * c + u for c, u in zip(numbers["v"], us, strict=True)]
-        by = [u + 0.5 * c if nesterov else c for u, c in zip(us, vs, strict=True)]
-        ws = [a - 0.5 * x for a, x in zip(numbers["w"], by, strict=True)]
+        direction = [u + 0.5 * c if nesterov else c for u, c in zip(us, vs, strict=True)]
+        ws = [a - 0.5 * x for a, x in zip(numbers["w"], direction, strict=True)]
         options = {"adapt": False, "decay_lambda": decay, "maximize": sign < 0}
         new, moved, _ = by_kernel(
-            w, g, None, v, 0.5, momentum=0.5, rate=0.5, nesterov=nesterov, **options
+            w, g, None, v, 0.5, momentum=0.5, lr_after_momentum=0.5, nesterov=nesterov, **options
         )
         assert new.astype(complex).tolist() == ws
         assert moved.astype(complex).tolist() == vs
@@ -193,7 +194,7 @@ def test_the_numbers_by_the_formula(names, nesterov):
 
 
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
-def test_to_maximize_is_to_go_along_the_negated_gradient(names):
+def test_maximize_negates_the_gradient(names):
     rng = np.random.default_rng(0)
     w, g = (random_array(rng, name, (300,)) for name in names)
     v = velocity_for(w, rng)
@@ -211,26 +212,24 @@ def test_to_maximize_is_to_go_along_the_negated_gradient(names):
 
 BIG = 2.0**1023
 
-# w, dcdw and the velocity, options, and the new w and velocity, all in units of BIG
-BEYOND = {
+# w, dcdw, velocity, options, the new w and the new velocity, in units of BIG
+OVERFLOWS = {
     "the old velocity": (1, -1.25, 1.5, {"lr": 2.0, "momentum": 2.0}, 0.5, 0.5),
-    "how far it moves": (1.5, 0, 1.5, {"momentum": 1.0, "rate": 2.0}, -1.5, 1.5),
+    "how far it moves": (1.5, 0, 1.5, {"momentum": 1.0, "lr_after_momentum": 2.0}, -1.5, 1.5),
     "nesterov's sum": (1.5, 1.25, -0.5, {"momentum": 1.0, "nesterov": True}, -0.5, 0.75),
     "the decay": (1.5, -1.5, 0, {"momentum": 0.5, "decay_lambda": 2.0}, 0, 1.5),
     "the velocity": (-1.5, 1.5, 1.5, {"momentum": 1.0}, -np.inf, np.inf),
-    "the velocity alone": (1.5, 1.5, 1.5, {"momentum": 1.0, "rate": 0.5}, 0, np.inf),
+    "the velocity alone": (1.5, 1.5, 1.5, {"momentum": 1.0, "lr_after_momentum": 0.5}, 0, np.inf),
     "the weights": (-1.5, 0, 1, {"momentum": 1.0}, -np.inf, 1),
 }
 
 
 @pytest.mark.parametrize("name", ["float64", "complex128"])
 @pytest.mark.parametrize("instruction_set", SETS)
-@pytest.mark.parametrize("case", BEYOND)
-def test_what_leaves_the_range_of_double_on_the_way_need_not_be_infinite(
-    case, instruction_set, name
-):
-    """The numbers stand among moderate ones, in whole blocks of 128 and after them."""
-    *big, given_options, new_w, new_v = BEYOND[case]
+@pytest.mark.parametrize("case", OVERFLOWS)
+def test_intermediate_overflow_does_not_make_results_infinite(case, instruction_set, name):
+    """The large numbers are among moderate ones, in full blocks of 128 and after them."""
+    *big, given_options, new_w, new_v = OVERFLOWS[case]
     options = {"lr": 1.0, "adapt": False, **given_options}
     rng = np.random.default_rng(0)
     for size, at in ((1, 0), (127, 3), (128, 127), (300, 130), (300, 299)):
@@ -244,7 +243,7 @@ def test_what_leaves_the_range_of_double_on_the_way_need_not_be_infinite(
 
 @pytest.mark.parametrize("instruction_set", SETS)
 @pytest.mark.parametrize("g_name", ["float64", "float32"])
-def test_coefficients_far_beyond_the_range_of_double(g_name, instruction_set):
+def test_coefficients_out_of_the_range_of_double(g_name, instruction_set):
     """|w| / |dcdw| is 2**2000 or 2**1140: the gradient is scaled before it is multiplied."""
     g = np.full(256, 2.0**-1000 if g_name == "float64" else 2.0**-140, g_name)
     for nesterov, new_w in ((False, 2.0**998), (True, 2.0**997)):
@@ -256,7 +255,7 @@ def test_coefficients_far_beyond_the_range_of_double(g_name, instruction_set):
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
-def test_nan_and_infinity_stay_where_they_are(names, decay):
+def test_nan_and_infinity_do_not_spread_to_other_elements(names, decay):
     rng = np.random.default_rng(0)
     w, g = (random_array(rng, name, (300,)) for name in names)
     v = velocity_for(w, rng)

@@ -1,21 +1,18 @@
-"""With momentum: what the native kernel takes and what it leaves alone, and what it counts."""
+"""With momentum: which arrays and counters the native kernel supports."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 from conftest import unit_lars as Lars
-from native_steps import numpy_reader, stepped, taken
+from native_steps import numpy_reader, options_of, stepped, taken
 from test_native import dtype_of
 from test_native_momentum import assert_same_step, by_kernel, by_twin, step
+from test_native_plain import Subclass, shown
 
 from lars_tree import LarsTreeError, OutError, _tree
 from lars_tree._core.advance import advance
 from lars_tree._rule import Rule
-
-
-class Subclass(np.ndarray):
-    pass
 
 
 def ones(dtype=float):
@@ -56,7 +53,7 @@ def leaves(w, g, v, out="w"):
 
 A, B, C = slice(0, 6), slice(6, 12), slice(12, 18)
 
-# w, dcdw, out and the velocity; out is "w" in place. Functions, so that each test has its own
+# w, dcdw, out ("w" means in place) and the velocity. Functions, so each test has arrays of its own.
 # fmt: off
 CASES = {
     "another dtype": lambda: leaves(ones(), ones(), ones("f4")),
@@ -90,7 +87,7 @@ CASES = {
     "none": lambda: leaves([ones(), ones()], [ones(), ones()], [ones(), None]),
     "none, new": lambda: leaves([ones(), ones()], [ones(), ones()], [ones(), None], None),
     "one for no weights": lambda: leaves([ones(), None], [ones(), None], [ones(), ones()]),
-    "the second is not plain": lambda: leaves(
+    "the second is unsupported": lambda: leaves(
         [ones(), ones()], [ones(), ones()], [ones(), ones("f4")]),
     "w itself": lambda: leaves(w := ones(), ones(), w),
     "w itself, out": lambda: leaves(w := ones(), ones(), w, ones()),
@@ -107,15 +104,16 @@ CASES = {
     "another's dcdw": lambda: leaves([ones(), ones()], (x := sliced(A, B, C))[:2], [x[1], x[2]]),
     "another's out": lambda: leaves(
         [ones(), ones()], [ones(), ones()], (x := sliced(A, B, C))[:2], [x[2], x[0]]),
-    "another dtype, kept": lambda: leaves(
+    "another dtype, no gradient": lambda: leaves(
         [ones(), ones()], [ones(), None], [ones(), ones("f4")]),
-    "another shape, kept": lambda: leaves(
+    "another shape, no gradient": lambda: leaves(
         [ones(), ones()], [ones(), None], [ones(), ones()[:5]]),
-    "the kept w": lambda: leaves([ones(), w := ones()], [ones(), None], [w, ones()]),
-    "of kept weights, and w": lambda: leaves([w := ones(), ones()], [ones(), None], [ones(), w]),
-    "of kept weights, and another's": lambda: leaves(
+    "a w without a gradient": lambda: leaves([ones(), w := ones()], [ones(), None], [w, ones()]),
+    "of weights without a gradient, and w": lambda: leaves(
+        [w := ones(), ones()], [ones(), None], [ones(), w]),
+    "of weights without a gradient, and another's": lambda: leaves(
         [ones(), ones()], [ones(), None], [v := ones(), v]),
-    "kept, new": lambda: leaves([ones(), ones()], [ones(), None], [ones(), ones()], None),
+    "no gradient, new": lambda: leaves([ones(), ones()], [ones(), None], [ones(), ones()], None),
 }
 # fmt: on
 
@@ -126,12 +124,8 @@ def build(case):
     return w, g, out, v, [x for tree in (w, g, out, v) for x in _tree.leaves(tree)]
 
 
-def shown(xs):
-    return [(type(x), getattr(x, "dtype", None), repr(np.asarray(x).tolist())) for x in xs]
-
-
 def outcome(call, case):
-    """The result, or the error; and all memory that was given."""
+    """The result or the error, and the content of all arrays that were passed."""
     w, g, out, v, given = build(case)
     try:
         *new, count = call(w, g, out, v, momentum=0.5, decay_lambda=0.1)
@@ -142,12 +136,12 @@ def outcome(call, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_not_plain_goes_the_long_way(case):
+def test_unsupported_leaves_take_the_general_path(case):
     assert outcome(step, case) == outcome(by_twin, case)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_not_plain_is_left_alone_by_the_kernel(case):
+def test_the_kernel_does_not_touch_unsupported_leaves(case):
     w, g, out, v, given = build(case)
     before, counter = shown(given), np.zeros((), np.int64)
     outs = None if out is None else _tree.leaves(out)
@@ -159,8 +153,8 @@ def test_what_is_not_plain_is_left_alone_by_the_kernel(case):
 
 
 @pytest.mark.parametrize("out", ["new", "w"])
-def test_what_may_share_memory_is_taken(out):
-    """Out of place velocities are copied; in place dcdw may be one array for all."""
+def test_arrays_that_may_share_memory_are_supported(out):
+    """Out of place, velocities are copied; in place, one array may be dcdw of all leaves."""
     w, g = [ones(), ones()], [(x := ones()), x]
     v = [ones(), ones()] if out == "w" else [w[0], w[0]]
     expected = by_twin(w, g, None, v, momentum=0.5)
@@ -170,7 +164,7 @@ def test_what_may_share_memory_is_taken(out):
 # ---- The counter
 
 
-def test_the_counter_counts_each_call_that_is_taken():
+def test_each_supported_call_is_counted():
     w, g, v, counter = ones(), ones(), ones(), np.array(2**40)
     rule = [Rule(0.1, momentum=0.5)]
     for i in range(1, 4):
@@ -193,18 +187,18 @@ COUNTERS = {
 
 
 @pytest.mark.parametrize("case", COUNTERS)
-def test_other_counters_are_counted_the_long_way(case):
+def test_other_counters_are_counted_on_the_general_path(case):
     w, g, v, counter = ones(), ones(), ones(), COUNTERS[case]()
     assert by_plan([w], [g], [w], [Rule(0.1)], [v], counter) is None
     assert w.tolist() == v.tolist() == ones().tolist()
     state = {"velocity": v, "step": counter}
     for i in range(3):
         assert counter == i
-        advance(w, g, w, Rule(0.1, momentum=0.5)._asdict(), state)
+        advance(w, g, w, options_of(momentum=0.5), state)
     assert state["step"] is counter
 
 
-def test_with_a_read_only_counter_nothing_is_written():
+def test_nothing_is_written_with_a_read_only_counter():
     w, g, v, counter = ones(), ones(), ones(), frozen(np.array(7))
     assert by_plan([w], [g], [w], [Rule(0.1)], [v], counter) is None
     state = {"velocity": v, "step": counter, "skipped": np.array(0)}
@@ -214,7 +208,7 @@ def test_with_a_read_only_counter_nothing_is_written():
     assert counter == 7
 
 
-def test_a_plan_has_what_is_written_to():
+def test_a_plan_lists_the_arrays_that_it_writes():
     ws, vs = ([ones(), ones(), ones(), None] for _ in range(2))
     outs, g = [ws[0], ones(), ws[2], None], [ones(), ones(), None, None]
     plan, news = taken(numpy_reader(), ws, g, outs, [Rule(0.1, momentum=0.5)] * 4, vs)

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 from conftest import need
+from native_steps import options_of
 from test_native import SETS, patched, run, watched
 from test_native_torch import DTYPES, cut, equal, pytestmark, random  # noqa: F401
 
@@ -17,14 +18,13 @@ from lars_tree._rule import Rule
 
 torch = need("torch")
 
-OPTIONS = {"decay_lambda": 0.1, "momentum": 0.9, "rate": 0.7}
+OPTIONS = {"decay_lambda": 0.1, "momentum": 0.9, "lr_after_momentum": 0.7}
 
 
 def step(w, g, out, velocity, count=None, **options):
     """The new weights, velocity and number of steps."""
     state = {"velocity": velocity, "step": torch.tensor(0) if count is None else count}
-    rule = Rule(0.1, **{**OPTIONS, **options})
-    new, state = advance(w, g, out, rule._asdict(), state)
+    new, state = advance(w, g, out, options_of(**OPTIONS | options), state)
     return new, state["velocity"], state["step"]
 
 
@@ -50,33 +50,32 @@ def assert_same_step(actual, expected):
     assert actual[2] == 1
 
 
-@pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize(("w_dtype", "g_dtype"), list(itertools.product(DTYPES, DTYPES)), ids=str)
-@pytest.mark.parametrize("shape", [(), (0,), (7,), (300, 3), (4, 3, 2), (132_000,)])
-def test_tensors_are_stepped_like_the_twin_steps_them(shape, w_dtype, g_dtype, nesterov):
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (300, 3), (4, 3, 2)])
+def test_tensors_get_the_same_bits_as_from_the_twin(shape, w_dtype, g_dtype):
     w, g = random(*shape, dtype=w_dtype), (1 + random(*shape) / 3).to(g_dtype)
     v = velocity_for(w)
-    expected = by_twin(w, g, None, v, nesterov=nesterov)
+    expected = by_twin(w, g, None, v)
     old = v.clone()
-    assert_same_step(by_kernel(w, g, None, v, nesterov=nesterov), expected)
+    assert_same_step(by_kernel(w, g, None, v), expected)
     turned = [x.permute(tuple(range(x.ndim))[::-1]) for x in (w, g, v)]
-    new = by_kernel(*turned[:2], None, turned[2], nesterov=nesterov)
+    new = by_kernel(*turned[:2], None, turned[2])
     assert [x.stride() for x in new[:2]] == [turned[0].stride()] * 2
     back = [x.permute(tuple(range(w.ndim))[::-1]) for x in new[:2]]
     assert_same_step([*back, new[2]], expected)
     assert equal(v, old)
     out = torch.empty_like(w)
-    actual = by_kernel(w, g, out, v, nesterov=nesterov)
+    actual = by_kernel(w, g, out, v)
     assert (actual[0] is out, actual[1] is v) == (True, True)
     assert_same_step(actual, expected)
     v = old.clone()
-    assert_same_step(by_kernel(w, g, w, v, nesterov=nesterov, instruction_set=0), expected)
+    assert_same_step(by_kernel(w, g, w, v, instruction_set=0), expected)
     assert equal(w, expected[0])
     assert equal(v, expected[1])
 
 
 @pytest.mark.parametrize("out", ["new", "w"])
-def test_the_weights_may_be_parameters_the_velocity_is_a_plain_tensor(out):
+def test_weights_may_be_parameters_and_the_velocity_is_a_tensor(out):
     w, g = torch.nn.Parameter(random(5)), random(5)
     for v in (random(5), torch.nn.Parameter(random(5)), random(5).requires_grad_()):
         expected = by_twin(w, g, None, v)
@@ -92,8 +91,8 @@ def test_the_weights_may_be_parameters_the_velocity_is_a_plain_tensor(out):
 
 
 def test_versions_count_the_writes():
-    w = {"a": random(5), "b": random(4), "kept": random(3)}
-    g = {"a": random(5), "b": random(4), "kept": None}
+    w = {"a": random(5), "b": random(4), "unchanged": random(3)}
+    g = {"a": random(5), "b": random(4), "unchanged": None}
     v = {key: torch.zeros_like(x) for key, x in w.items()}
     count = torch.tensor(0)
 
@@ -131,7 +130,7 @@ def test_inference_tensors():
         assert all(map(torch.equal, actual, expected))
 
 
-# ---- What is not plain: w and the velocity
+# ---- Leaves that the kernel does not support: w and the velocity
 
 OTHERS = {
     "strided": lambda: (random(3), random(6)[::2]),
@@ -151,11 +150,11 @@ def gradient(w):
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_what_is_not_plain_gives_the_same_bits(case):
+def test_unsupported_leaves_get_the_same_bits(case):
     w, v = OTHERS[case]()
     with watched() as took:
         actual = step(w, gradient(w), None, v)
-    assert took[-1] is False  # that of all leaves comes last
+    assert took[-1] is False  # the plan of all leaves is stepped last
     expected = by_twin(w, gradient(w), None, v)
     for x, y in zip(actual, expected, strict=True):
         assert all(map(equal, _tree.leaves(x), _tree.leaves(y)))
@@ -186,8 +185,14 @@ IN_PLACE = {
     "the weights": lambda: ((x := random(3)), x),
     "a part of the weights": lambda: ((x := random(6))[:4], x[2:]),
     "of two": lambda: ([random(3), random(3)], [(x := random(3)), x]),
-    "of kept weights": lambda: ([random(3), random(3)], [random(3), cut(random(3), 0)]),
-    "of kept weights, another shape": lambda: ([random(3), random(3)], [random(3), random(4)]),
+    "of weights without a gradient": lambda: (
+        [random(3), random(3)],
+        [random(3), cut(random(3), 0)],
+    ),
+    "of weights without a gradient, another shape": lambda: (
+        [random(3), random(3)],
+        [random(3), random(4)],
+    ),
 }
 
 
@@ -195,7 +200,7 @@ IN_PLACE = {
     ("case", "out"),
     [*itertools.product(REFUSED, ["new", "w"]), *((case, "w") for case in IN_PLACE)],
 )
-def test_what_the_long_way_refuses_is_not_taken(case, out):
+def test_the_kernel_does_not_update_leaves_that_are_refused(case, out):
     messages = []
     for call in (step, by_twin):
         w, v = (REFUSED | IN_PLACE)[case]()
@@ -208,7 +213,7 @@ def test_what_the_long_way_refuses_is_not_taken(case, out):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_tensors_that_count(dtype):
+def test_tensors_as_counters(dtype):
     w, g, v = random(3), random(3), random(3)
     count = torch.tensor(5, dtype=dtype)
     columns = Columns([w], [g], [w], [Rule(0.1)], [v])
@@ -230,8 +235,7 @@ def test_read_only_memory_is_refused(tmp_path):
     code = f"""if 1:
         import numpy as np, torch, lars_tree
         from lars_tree._core.advance import advance
-        from lars_tree._rule import Rule
-        options = Rule(0.5, momentum=0.5)._asdict()
+        options = {{"lr": 0.5, "momentum": 0.5, "stop_gradients": True}}
         mapped = np.memmap({str(file)!r}, np.float32, mode="r")
         step = np.memmap({str(tmp_path / "step")!r}, np.int64, mode="r")
         for offset in (0, 1, 1500):

@@ -1,4 +1,4 @@
-"""Plans of the native engine: some leaves of several libraries, and the two phases of a step."""
+"""Plans of the native engine: leaves of several libraries, and the two passes of a step."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from test_native_momentum import MOTIONS, cases, velocity_for
 from lars_tree import _native
 from lars_tree._rule import Rule
 
-# Signalling NaN are among the numbers.
+# The arrays contain signalling NaN.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 
 def copied(columns):
-    """Copies of columns in place, that share no memory with them."""
+    """Copies of columns that are updated in place."""
     ws, gs, _, rules, vs = columns
     ws = [x.copy("K") for x in ws]
     return ws, gs, ws, rules, None if vs is None else [x if x is None else x.copy("K") for x in vs]
@@ -36,7 +36,7 @@ def bits(columns):
 
 
 def bits_of(x):
-    """The bits; those of a NaN, such as its sign, depend on the order of operands that meet."""
+    """The bits, with one NaN for all: the sign of a NaN depends on the order of operands."""
     return np.where(x == x, x, np.nan).astype(x.dtype).tobytes()
 
 
@@ -44,10 +44,10 @@ def column_of(w, g, rule, v=None):
     return [w], [g], [w], [rule], [v]
 
 
-# ---- Some leaves
+# ---- A part of the leaves
 
 
-def test_the_places_of_what_is_not_supported_and_the_rest_is_taken():
+def test_prepare_returns_the_indices_of_unsupported_leaves():
     rule, other = Rule(0.5), Rule(np.full(3, 0.5))
     ws = [np.ones(3) for _ in range(7)]
     gs = [np.ones(3) for _ in range(7)]
@@ -57,18 +57,18 @@ def test_the_places_of_what_is_not_supported_and_the_rest_is_taken():
     rules = [rule, other, rule, other, other, rule, rule]
     plan = _native.plan()
     assert plan.prepare(numpy_reader(), ws, gs, ws, rules) == [1, 2, 3, 4, 5]
-    assert plan.places == [0]
+    assert plan.indices == [0]
     plan.step()
     assert [None if x is None else x.tolist() for x in ws] == [[0.5] * 3, *[[1.0] * 3] * 5, None]
 
 
-def test_only_the_leaves_at_given_places_are_looked_at():
+def test_only_the_leaves_at_given_indices_are_added():
     ws, gs = ([np.ones(3) for _ in range(5)] for _ in range(2))
     ws[3] = gs[0] = np.ones(3, int)
     plan, reader, news = _native.plan(), numpy_reader(), [None] * 5
     rules = [Rule(0.25)] * 5
-    assert plan.prepare(reader, ws, gs, None, rules, None, news, places=[4, 3, 0, 1]) == [3, 0]
-    assert plan.places == [4, 1]
+    assert plan.prepare(reader, ws, gs, None, rules, None, news, indices=[4, 3, 0, 1]) == [3, 0]
+    assert plan.indices == [4, 1]
     plan.step()
     assert [x is not None and x.tolist() for x in news] == [
         False,
@@ -80,7 +80,7 @@ def test_only_the_leaves_at_given_places_are_looked_at():
 
 
 @pytest.mark.parametrize("out", ["new", "in place"])
-def test_leaves_of_several_libraries_in_one_plan_are_stepped_as_alone(out):
+def test_leaves_of_several_libraries_in_one_plan_get_the_same_bits_as_alone(out):
     torch = need("torch")
     reader = need("lars_tree._backends.reader").READER
     if reader is None:
@@ -100,11 +100,11 @@ def test_leaves_of_several_libraries_in_one_plan_are_stepped_as_alone(out):
     plan = _native.kernel.Plan(3, SETS[-1])
     news = ([None] * 7, [None] * 7)
     given = columns[0], columns[1], columns[0] if in_place else None, [rule] * 7, columns[2]
-    rest = plan.prepare(numpy_reader(), *given, *news, places=[0, 1, 2, 3])
+    rest = plan.prepare(numpy_reader(), *given, *news, indices=[0, 1, 2, 3])
     assert rest == [1, 2]
-    assert plan.prepare(reader, *given, *news, places=[4, 5, 6, *rest]) == [4, 6]
-    assert plan.prepare(numpy_reader(), *given, *news, places=[4, 6]) == []
-    assert sorted(plan.places) == list(range(7))
+    assert plan.prepare(reader, *given, *news, indices=[4, 5, 6, *rest]) == [4, 6]
+    assert plan.prepare(numpy_reader(), *given, *news, indices=[4, 6]) == []
+    assert sorted(plan.indices) == list(range(7))
     assert not plan.overlaps()
     plan.step()
     results = (columns[0], columns[2]) if in_place else news
@@ -159,7 +159,7 @@ def test_a_plan_keeps_its_arrays_alive():
     assert all(x() is None for x in alive)
 
 
-# ---- Two phases
+# ---- Two passes
 
 
 @given(
@@ -170,7 +170,7 @@ def test_a_plan_keeps_its_arrays_alive():
     motion=MOTIONS,
     instruction_set=st.sampled_from(SETS),
 )
-def test_both_phases_give_the_bits_of_a_step(case, moves, lr, options, motion, instruction_set):
+def test_two_passes_give_the_bits_of_a_step(case, moves, lr, options, motion, instruction_set):
     w, g, v = case
     columns = column_of(w, g, Rule(lr, **options, **motion), v if moves else None)
     if not moves:
@@ -187,7 +187,7 @@ def test_both_phases_give_the_bits_of_a_step(case, moves, lr, options, motion, i
 
 SIZES = [0, 1, 127, 16_385, 131_072, 131_073, 400_001]
 RULES = {
-    "plain": {},
+    "no decay": {},
     "decay": {"decay_lambda": 0.1},
     "joint": {"decay_lambda": 0.1, "joint_norm": True},
     "joint, far": {"decay_lambda": 1e3, "joint_norm": True},
@@ -197,7 +197,7 @@ RULES = {
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
-def test_both_phases_of_layers_of_all_sizes_with_many_threads(names, name):
+def test_two_passes_over_layers_of_all_sizes_with_many_threads(names, name):
     rng = np.random.default_rng(0)
     ws, gs = ([random_array(rng, x, (n,)) for n in SIZES] for x in names)
     vs = [velocity_for(x, rng) if i % 3 else None for i, x in enumerate(ws)]
@@ -206,19 +206,19 @@ def test_both_phases_of_layers_of_all_sizes_with_many_threads(names, name):
     once = copied(columns)
     stepped(numpy_reader(), *once)
     tables = set()
-    for threads, bounds in itertools.product((1, 3), (False, True)):
+    for threads, bounds in ((1, True), (3, True), (3, False)):
         twice = copied(columns)
         plan, _ = taken(numpy_reader(), *twice, threads=threads)
         norms = plan.norms(bounds=bounds)
         plan.apply(norms)
         assert bits(twice) == bits(once)
         tables.add((bounds, bytes(norms)))
-    assert len(tables) == 2  # threads change no bit of the norms
+    assert len(tables) == 2  # the bits of the norms do not depend on threads
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_norms_that_are_given_are_those_that_matter(dtype):
-    """Twice the norm of w gives twice the ratio; a smaller dcdw too."""
+def test_the_second_pass_uses_the_norms_that_it_is_given(dtype):
+    """Twice the norm of w gives twice the ratio, and so does half the norm of dcdw."""
     steps = []
     for w_factor, g_factor in ((1, 1), (2, 1), (1, 0.5), (2, 4)):
         w, g = np.array([3, 4, 0], dtype), np.array([0, 0, 10], dtype)
@@ -234,7 +234,7 @@ def test_the_norms_that_are_given_are_those_that_matter(dtype):
     assert steps == [2.5, 5, 5, 1.25]
 
 
-def test_the_largest_magnitudes_of_velocities_are_read_on_demand():
+def test_the_largest_magnitudes_of_velocities_are_found_on_request():
     rng = np.random.default_rng(0)
     ws, gs = ([np.ones(n) for n in (5, 400_001, 7)] for _ in range(2))
     vs = [rng.normal(size=x.size) for x in ws]
@@ -250,7 +250,7 @@ def test_the_largest_magnitudes_of_velocities_are_read_on_demand():
 
 
 def finite_after(columns):
-    """By a step of copies: whether all results of each leaf are finite."""
+    """For each leaf, whether all results of a step over copies are finite."""
     new = copied(columns)
     stepped(numpy_reader(), *new)
     vs = new[4] or [None] * len(new[0])
@@ -277,7 +277,7 @@ def nonfinite(columns, **options):
     options=OPTIONS,
     motion=MOTIONS,
 )
-def test_no_step_with_infinity_or_nan_goes_unseen(case, moves, lr, options, motion):
+def test_infinite_and_nan_results_are_reported(case, moves, lr, options, motion):
     w, g, v = case
     rule = Rule(lr, **options, **(motion if moves else {}), nonfinite="skip")
     columns = column_of(w, g, rule, v if moves else None)
@@ -287,7 +287,7 @@ def test_no_step_with_infinity_or_nan_goes_unseen(case, moves, lr, options, moti
 @example(pair=(np.array([1e-200]), np.ones(1)), lr=1e290, decay=1e200, scale=1.0)
 @example(pair=(np.zeros(1), np.ones(1)), lr=1e290, decay=1e200, scale=1.0)
 @given(pair=arrays(), lr=st.floats(0, 1e308), decay=st.floats(0, 1e308), scale=st.floats(1e-308, 1))
-def test_no_step_of_any_rate_and_decay_goes_unseen(pair, lr, decay, scale):
+def test_infinite_and_nan_results_are_reported_for_any_rate_and_decay(pair, lr, decay, scale):
     for adapt, joint in ((True, False), (False, False), (True, True)):
         rule = Rule(lr, decay, grad_scale=scale, adapt=adapt, joint_norm=joint, nonfinite="raise")
         columns = column_of(*pair, rule)
@@ -301,7 +301,7 @@ EDGES = {
     "with decay": {"decay_lambda": 0.5},
     "momentum": {"momentum": 0.5},
     "nesterov": {"momentum": 0.5, "nesterov": True},
-    "a small rate": {"momentum": 0.5, "rate": 0.125},
+    "a small rate": {"momentum": 0.5, "lr_after_momentum": 0.125},
     "joint": {"adapt": True, "joint_norm": True, "decay_lambda": 0.5},
 }
 
@@ -309,8 +309,8 @@ EDGES = {
 @pytest.mark.parametrize("edge", EDGES)
 @pytest.mark.parametrize("size", [1, 128, 300, 140_000])
 @pytest.mark.parametrize("name", LARGEST)
-def test_at_the_very_edge_of_the_range(name, size, edge):
-    """Rates just below and above the one from which on a result is infinite."""
+def test_results_near_the_largest_number(name, size, edge):
+    """With rates just below and just above the smallest one that makes a result infinite."""
     rng = np.random.default_rng(0)
     w, g = (random_array(rng, name, (size,), 0.5, 2) for _ in range(2))
     w[size // 2] = -0.75 * LARGEST[name]
@@ -335,7 +335,7 @@ def test_at_the_very_edge_of_the_range(name, size, edge):
     assert nonfinite(columns(high * 1.001)) == [0]
 
 
-def test_only_leaves_whose_rules_ask_for_it_are_looked_at():
+def test_only_leaves_whose_rule_does_not_propagate_are_reported():
     choices = ["propagate", "skip", "raise", "skip", "propagate"]
     ws, gs = ([np.ones(n, "f4") for n in (3, 500, 140_000, 5, 0)] for _ in range(2))
     rules = [Rule(0.1, nonfinite=x) for x in choices]
@@ -346,12 +346,12 @@ def test_only_leaves_whose_rules_ask_for_it_are_looked_at():
         assert nonfinite((ws, gs, ws, rules, None), threads=3) == expected
 
 
-def test_a_velocity_that_is_not_finite_is_seen_though_the_weights_are():
-    """rate is 0, or momentum multiplies it by 0."""
+def test_a_velocity_that_is_not_finite_is_reported_even_if_the_weights_are_finite():
+    """The velocity cannot reach the weights with a rate of 0, nor later with a momentum of 0."""
     for momentum, rate, value in ((0.5, 0.0, np.inf), (0.5, 1.0, np.nan), (0.0, 1.0, np.inf)):
         w, g, v = np.ones(300), np.ones(300), np.zeros(300)
         v[200] = value
-        rule = Rule(0.1, momentum=momentum, rate=rate, nonfinite="skip")
+        rule = Rule(0.1, momentum=momentum, lr_after_momentum=rate, nonfinite="skip")
         columns = column_of(w, g, rule, v)
         assert finite_after(columns) == [False]
         assert nonfinite(columns) == [0]
@@ -367,7 +367,7 @@ def test_a_plan_that_measures_cannot_step():
     assert x.tolist() == [1.0] * 3
 
 
-def test_the_stub_names_what_the_kernel_has():
+def test_the_stub_has_the_names_of_the_kernel():
     stub = ast.parse(Path(_native.__file__).with_name("_kernel.pyi").read_text())
     classes = [x for x in stub.body if isinstance(x, ast.ClassDef) and x.name != "_Kernel"]
     bodies = {"": stub.body, **{x.name: x.body for x in classes}}

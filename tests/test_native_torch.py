@@ -1,4 +1,4 @@
-"""The native kernel on torch tensors: which it takes, and what becomes of them."""
+"""The native kernel on torch tensors: which it supports, and properties of the results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def equal(a, b):
 
 @pytest.mark.parametrize(("w_dtype", "g_dtype"), list(itertools.product(DTYPES, DTYPES)), ids=str)
 @pytest.mark.parametrize("shape", [(), (0,), (7,), (300, 3), (4, 3, 2)])
-def test_tensors_are_stepped_like_the_twin_steps_them(shape, w_dtype, g_dtype):
+def test_tensors_get_the_same_bits_as_from_the_twin(shape, w_dtype, g_dtype):
     w, g = random(*shape, dtype=w_dtype), random(*shape, dtype=g_dtype)
     expected = without_kernel(w, g, 0.1, decay_lambda=0.1)
     assert equal(by_kernel(w, g, 0.1, decay_lambda=0.1), expected)
@@ -56,7 +56,7 @@ def test_a_result_requires_a_gradient_where_the_weights_do(make, requires_grad):
     assert equal(w, new)
 
 
-def test_what_is_not_a_leaf_gives_one():
+def test_the_result_for_a_non_leaf_is_a_leaf():
     w = random(5).requires_grad_() * 2
     new = by_kernel(w, random(5), 0.1)
     assert new.is_leaf
@@ -88,7 +88,7 @@ def test_versions_count_the_writes():
         loss.backward()
 
 
-def test_versions_count_the_writes_to_what_the_kernel_does_not_take_too():
+def test_versions_also_count_the_writes_to_unsupported_tensors():
     x = random(6)
     w, g = [random(5), x[::2], random(4) * 1j], [random(5), random(3), random(4) + 1j]
     expected = without_kernel([y.clone() for y in w], g, 0.1)
@@ -113,7 +113,7 @@ def cut(x, size):
     return x
 
 
-# What the long way refuses: w, dcdw and out
+# Leaves that are refused on the general path: w, dcdw and out
 REFUSED = {
     "freed w": lambda: (cut(random(3), 0), random(3), None),
     "freed dcdw": lambda: (random(3), cut(random(3), 0), None),
@@ -146,7 +146,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_the_long_way_refuses_is_not_taken(case):
+def test_the_kernel_does_not_update_leaves_that_are_refused(case):
     messages = []
     for update in (lars_update, without_kernel):
         w, g, out = REFUSED[case]()
@@ -156,7 +156,7 @@ def test_what_the_long_way_refuses_is_not_taken(case):
     assert messages[0] == messages[1]
 
 
-# What is not plain, but can be stepped
+# Leaves that the kernel does not support, but that can be updated: w and dcdw
 OTHERS = {
     "negative view": lambda: (torch._neg_view(random(3)), random(3)),
     "negative gradient": lambda: (random(3), torch._neg_view(random(3))),
@@ -175,11 +175,11 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_what_is_not_plain_gives_the_same_bits(case):
+def test_unsupported_leaves_get_the_same_bits(case):
     w, g = OTHERS[case]()
     with watched() as took:
         new = lars_update(w, g, 0.1)
-    assert took[-1] is False  # that of all leaves comes last
+    assert took[-1] is False  # the plan of all leaves is stepped last
     assert equal(new, without_kernel(w, g, 0.1))
 
 
@@ -220,7 +220,7 @@ def test_read_only_memory_is_refused_as_out(tmp_path):
     assert (np.fromfile(file, np.float32) == 1).all()
 
 
-def test_torch_func_and_tracing_see_the_operations():
+def test_torch_func_and_tracing_get_the_operations():
     def step(w, g):
         return lars_update({"a": w}, {"a": g}, 0.1)["a"]
 

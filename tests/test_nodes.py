@@ -1,4 +1,4 @@
-"""Nodes of users' classes: read as their users read them, rebuilt only with a check."""
+"""Nodes of other classes: read through the methods that users call, and rebuilt with a check."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make(request):
 
 
 def tree(make, a, b):
-    """The node at two depths."""
+    """A tree with the node at three depths."""
     return {"x": make(a, b), "l": [make(a, make(a, b))]}
 
 
@@ -66,18 +66,18 @@ def w(make):
     assert [x.tolist() for x in _tree.leaves(w)] == [W.tolist()] * 5
 
 
-def test_an_update_makes_new_nodes_and_leaves_the_old_ones(make, w):
+def test_an_update_makes_new_nodes_and_does_not_change_the_old_ones(make, w):
     new = lars_update(w, tree(make, G, G), 0.1)
     assert_rebuilt(new, w, [NEW] * 5)
 
 
-def test_the_state_starts_at_zero_and_ratios_are_new(make, w):
+def test_init_and_trust_ratios_make_new_nodes(make, w):
     state = Lars(0.1, momentum=0.5).init(w)
     assert [x.tolist() for x in _tree.leaves(state["velocity"])] == [[0, 0]] * 5
     assert_rebuilt(report.trust_ratios(w, tree(make, G, G), 0.1), w, [0.5] * 5)
 
 
-def test_the_optimizer_steps_twice(make, w):
+def test_two_steps_of_the_optimizer_are_those_with_plain_nodes(make, w):
     opt, g = Lars(0.1, momentum=0.5), tree(make, G, G)
     plain = {"x": [W, W], "l": [[W, [W, W]]]}
     plain_state, state, new = opt.init(plain), opt.init(w), w
@@ -90,7 +90,7 @@ def test_the_optimizer_steps_twice(make, w):
 
 
 def test_map_makes_new_nodes(make, w):
-    held = Container._lars_tree_make({"w": w})  # as it is: a Container would convert mappings
+    held = Container._lars_tree_make({"w": w})  # without converting the mappings in w
     assert_rebuilt(held.map(lambda x: x - 1)["w"], w, [(W - 1).tolist()] * 5)
     assert_rebuilt(held.copy()["w"], w, [W.tolist()] * 5)
 
@@ -101,7 +101,7 @@ def any_make(request):
 
 
 def test_reading_is_consistent_and_never_rebuilds(any_make, monkeypatch):
-    """Leaves, walk and broadcast agree; as gradients, options, state or out, nodes are not made."""
+    """`leaves`, `walk` and `broadcast` agree, and do not rebuild the node."""
     node = any_make(W, G)
     monkeypatch.setattr(_tree._nodes, "_checked", None)
     assert [x.tolist() for x in _tree.leaves(node)] == [W.tolist(), G.tolist()]
@@ -136,7 +136,7 @@ def test_in_place_the_node_is_only_read(any_make, monkeypatch):
 
 
 def test_schedules_in_a_node_of_any_class(any_make, monkeypatch):
-    """A frozendict of schedules once became a frozendict of zeros, and nothing was trained."""
+    """The schedules are called at each step, and the node is not rebuilt."""
     if any_make in (REBUILT["attrs with a converter"], REFUSED["read anew"]):
         pytest.skip("it takes no callables")
     seen = []
@@ -157,7 +157,7 @@ def test_schedules_in_a_node_of_any_class(any_make, monkeypatch):
     assert all(x is schedule for x in _tree.leaves(lr))
 
 
-# What cannot be rebuilt
+# Nodes that cannot be rebuilt
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -173,7 +173,7 @@ def test_schedules_in_a_node_of_any_class(any_make, monkeypatch):
     ],
     ids=["update", "init", "ratios", "map", "copy", "to_dict"],
 )
-def test_what_cannot_be_rebuilt_is_refused_by_its_path(name, argument, act):
+def test_a_node_that_cannot_be_rebuilt_is_refused_with_its_path(name, argument, act):
     w = {"ok": W.copy(), "l": [REFUSED[name](W.copy(), W.copy())]}
     with pytest.raises(StructureError, match="l/0: expected a node that can be rebuilt") as caught:
         act(w)
@@ -181,7 +181,7 @@ def test_what_cannot_be_rebuilt_is_refused_by_its_path(name, argument, act):
     assert [x.tolist() for x in _tree.leaves(w)] == [W.tolist()] * 3
 
 
-def test_a_state_that_cannot_be_rebuilt_is_refused_by_its_path():
+def test_a_state_that_cannot_be_rebuilt_is_refused_with_its_path():
     opt, w = Lars(0.1), {"a": W, "b": W}
     state = opt.init(w)
     dict.__setitem__(state, "velocity", ChainMap({"a": 0 * W}, {"b": 0 * W}))
@@ -197,7 +197,7 @@ def test_a_state_that_cannot_be_rebuilt_is_refused_by_its_path():
 @pytest.mark.parametrize(
     ("error", "raised"), [(ValueError, StructureError), (MemoryError, MemoryError)]
 )
-def test_what_a_constructor_raises_is_told(error, raised):
+def test_an_error_of_a_constructor_is_in_the_message(error, raised):
     class Fails(UserDict):
         def __init__(self, items=(), fail=True):
             if fail:
@@ -232,13 +232,13 @@ def test_an_npz_file_and_a_chain_of_maps_are_gradients(tmp_path):
     assert [x.tolist() for x in lars_update(w, g, 0.1).values()] == [NEW, NEW]
 
 
-def test_keys_that_cannot_be_sorted_are_no_trouble():
+def test_keys_that_cannot_be_sorted():
     w = MappingProxyType({"a": W, 1: W})
     new = lars_update(w, {1: G, "a": G}, 0.1)
     assert (type(new), list(new), new[1].tolist()) == (MappingProxyType, ["a", 1], NEW)
 
 
-def test_a_key_named_items_hides_no_method():
+def test_keys_named_like_methods_do_not_hide_these():
     w = Attributes({"items": W, "keys": W, "__iter__": W})
     new = lars_update(w, {"items": G, "keys": G, "__iter__": G}, 0.1)
     assert type(new) is Attributes
@@ -247,7 +247,7 @@ def test_a_key_named_items_hides_no_method():
     assert Container(w).to_flat() == {"items": W, "keys": W, "__iter__": W}
 
 
-def test_attributes_are_kept_and_shared_with_nothing_old():
+def test_attributes_are_kept():
     ordered = OrderedDict(a=W)
     ordered._metadata = {"version": 1}  # as in a state_dict of torch
     new = lars_update(ordered, G, 0.1)
@@ -258,7 +258,7 @@ def test_attributes_are_kept_and_shared_with_nothing_old():
     assert mirrored.a is mirrored["a"]
 
 
-def test_a_container_takes_every_item_of_a_mapping():
+def test_a_container_takes_all_items_of_any_mapping():
     for make in (Elsewhere, ElsewhereInAll, ElsewhereByKey, DotMapLike, UserDict, ChainMap):
         w = Container(make({"a": make({"b": 1})}), c=make({"d": 2}))
         assert w.to_dict() == {"a": {"b": 1}, "c": {"d": 2}}
@@ -267,8 +267,10 @@ def test_a_container_takes_every_item_of_a_mapping():
 
 
 @pytest.mark.parametrize("make", [dict, Elsewhere, ElsewhereInAll, ElsewhereByKey, DotMapLike])
-def test_a_path_reads_and_writes_a_node_as_its_user_does(make):
-    w = Container(layers=UserList([make({"a": 1, 7: 2})]))  # a list that is not looked into
+def test_a_path_reads_and_writes_through_the_methods_of_the_node(make):
+    w = Container(
+        layers=UserList([make({"a": 1, 7: 2})])
+    )  # a Container does not convert a UserList
     node = w["layers"][0]
     w["layers/0/a"] = 3
     w["layers/0/b/c"] = 4
@@ -279,7 +281,7 @@ def test_a_path_reads_and_writes_a_node_as_its_user_does(make):
         w["layers/0/x"]
 
 
-def test_a_text_that_is_a_sequence_of_itself_is_a_leaf():
+def test_a_UserString_is_a_leaf():
     from collections import UserString
 
     assert _tree.leaves([UserString("ab")]) == ["ab"]
@@ -289,10 +291,10 @@ def test_a_text_that_is_a_sequence_of_itself_is_a_leaf():
 
 
 def _used(cls):
-    nest = [cls({"a": W})]
-    _tree.leaves(nest)
-    lars_update(nest, cls({"a": G})["a"], 0.1)
-    Container(nest=nest)
+    tree = [cls({"a": W})]
+    _tree.leaves(tree)
+    lars_update(tree, cls({"a": G})["a"], 0.1)
+    Container(tree=tree)
     return weakref.ref(cls)
 
 
@@ -314,19 +316,17 @@ def test_a_leaf_class_made_in_a_call_is_freed():
     assert seen() is None
 
 
-def test_a_class_that_a_module_holds_is_known_to_the_kernel():
+def test_the_kinds_of_module_level_classes_are_known_to_the_kernel():
     _tree.leaves([Container(), Frozen()])
     assert {Container, Frozen} <= _tree._KINDS.keys()
 
 
-def test_what_would_be_written_to_arrays_that_are_made_when_read_is_refused():
+def test_arrays_that_a_node_makes_whenever_it_is_read_are_refused_as_out():
     w, g = {"a": {"b": np.array([3.0, 4.0])}}, {"a": Group(None, {"b": [0.4, 0.3]})}
     lazy = {"a": Group(None, w["a"])}
     opt = Lars(0.1)
-    state, refused = (
-        opt.init(w),
-        r"out gives other arrays when it is read again\n  a/b: expected the",
-    )
+    state = opt.init(w)
+    refused = r"out gives other arrays when it is read again\n  a/b: expected the"
     with pytest.raises(StructureError, match=refused):
         opt.update(lazy, g, state, out=lazy)
     with pytest.raises(StructureError, match=refused):
@@ -337,5 +337,5 @@ def test_what_would_be_written_to_arrays_that_are_made_when_read_is_refused():
     ):
         opt.update(w, g, odd, out=w)
     assert (w["a"]["b"].tolist(), int(state.step)) == ([3.0, 4.0], 0)
-    opt.update(w, g, state, out=w)  # as gradients they are fine
+    opt.update(w, g, state, out=w)  # accepted as gradients
     assert w["a"]["b"].round(12).tolist() == [2.6, 3.7]

@@ -11,7 +11,7 @@ from conftest import need, to_library, to_numpy
 from conftest import unit_lars as Lars
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from test_laws import DTYPES, nests, walk
+from test_laws import DTYPES, trees, walk
 
 from lars_tree import Array, Container, lars_update
 from lars_tree.schedules import Polynomial
@@ -78,7 +78,7 @@ def test_each_step_against_the_exact_rule(name, nesterov):
             (state.velocity, old_v, exact.v_new, v_name),
         ]:
             scale = reference.Step(
-                [max(map(abs, row)) for row in zip(step.u, exact.by, old_v, strict=True)],
+                [max(map(abs, row)) for row in zip(step.u, exact.change, old_v, strict=True)],
                 values,
                 None,
             )
@@ -118,10 +118,10 @@ def test_the_whole_range_of_float64(w_exponent, g_exponent):
 
 # Gradients of an optimizer have the shapes of their weights.
 LAYERS = layers(DTYPES)
-NESTS = nests(LAYERS)
+TREES = trees(LAYERS)
 
 
-@given(pair=NESTS, options=options(), momentum=st.sampled_from([0, 0.0]))
+@given(pair=TREES, options=options(), momentum=st.sampled_from([0, 0.0]))
 def test_without_momentum_it_is_lars_update_to_the_bit(pair, options, momentum):
     w, g = pair
     new, state = steps(Lars(0.1, momentum, **options), w, [g])
@@ -130,7 +130,7 @@ def test_without_momentum_it_is_lars_update_to_the_bit(pair, options, momentum):
     assert state.keys() == {"step", "skipped"}
 
 
-@given(pair=NESTS, options=options(), nesterov=st.booleans())
+@given(pair=TREES, options=options(), nesterov=st.booleans())
 def test_the_first_step_moves_by_the_step_of_lars_update(pair, options, nesterov):
     """The velocity after the first step is u, within the rounding errors of w - u."""
     w, g = pair
@@ -152,7 +152,7 @@ def test_the_first_step_moves_by_the_step_of_lars_update(pair, options, nesterov
         np.testing.assert_allclose(v, u, rtol=1e-6, atol=atol, err_msg=str(path))
 
 
-@given(pair=NESTS, nesterov=st.booleans())
+@given(pair=TREES, nesterov=st.booleans())
 def test_in_place_and_out_of_place_agree(pair, nesterov):
     w, g = pair
     assume(w is not None)  # out=None is out of place

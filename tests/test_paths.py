@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 from lars_tree import Container, PathKeyError, StructureError, _tree, errors, lars_update
 
 KEYS = st.sampled_from(["a", "b", "a/b", "b/a", "a.b", "0", "", "/"])
-NESTS = st.dictionaries(
+TREES = st.dictionaries(
     KEYS,
     st.recursive(st.integers(0, 9), lambda c: st.dictionaries(KEYS, c, max_size=3), max_leaves=6),
     max_size=3,
 )
 
 
-@given(NESTS, st.sampled_from("./"), st.randoms(use_true_random=False))
-def test_flat_names_lead_back_in_any_order(nest, sep, random):
+@given(TREES, st.sampled_from("./"), st.randoms(use_true_random=False))
+def test_flat_names_lead_back_in_any_order(tree, sep, random):
     """For every Container that has flat names, whatever else is in its keys."""
-    w = Container(nest)
+    w = Container(tree)
     try:
         flat = w.to_flat(sep)
     except StructureError:
@@ -34,8 +34,8 @@ def test_flat_names_lead_back_in_any_order(nest, sep, random):
 
 
 def test_a_key_that_holds_another_separator_is_literal():
-    nest = {"a": {"b": 1}, "a/b": 2}
-    for w in (Container(nest), Container(dict(reversed(nest.items())))):
+    tree = {"a": {"b": 1}, "a/b": 2}
+    for w in (Container(tree), Container(dict(reversed(tree.items())))):
         assert Container.from_flat(w.to_flat("."), ".") == w
     assert Container.from_flat({0: 1, "0": 2, ("a", "b"): 3, "a.b": 4}, ".").to_dict() == {
         0: 1,

@@ -24,7 +24,7 @@ CONTAINERS = st.recursive(
     st.integers(0, 9),
     lambda child: st.dictionaries(KEYS, child, max_size=3) | st.lists(child, max_size=2),
     max_leaves=8,
-).map(lambda nest: Container(root=nest))
+).map(lambda tree: Container(root=tree))
 
 # Each gives the leaves, the structure, and a map over one tree.
 LIBRARIES = {

@@ -135,7 +135,7 @@ def test_large_trees_are_capped_near_the_root(shape):
 @given(
     st.recursive(st.none() | st.integers(), lambda x: st.lists(x) | st.dictionaries(st.text(), x))
 )
-def test_each_node_has_the_sums_of_what_is_below_it_shown_or_not(nest):
+def test_each_node_has_the_sums_of_what_is_below_it_shown_or_not(tree):
     def check(row, node):
         leaves = Container({"": node}).num_leaves()
         assert row.what.startswith(f"{leaves} lea")
@@ -145,7 +145,7 @@ def test_each_node_has_the_sums_of_what_is_below_it_shown_or_not(nest):
             if isinstance(child, (dict, list)):
                 check(below, child)
 
-    w = Container({"nest": nest})
+    w = Container({"tree": tree})
     check(rows(w, 8, 3), w)
 
 

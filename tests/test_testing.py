@@ -1,4 +1,4 @@
-"""lars_tree.testing: what the strategies make, and what they shrink to."""
+"""lars_tree.testing: the values that the strategies make, and what they shrink to."""
 
 from __future__ import annotations
 
@@ -18,25 +18,32 @@ import lars_tree.testing as testing
 from lars_tree import Array, Container, _tree, lars_update
 from lars_tree.testing import assert_identical
 
-MANY = settings(max_examples=600, database=None, phases=[Phase.generate, Phase.shrink])
+GENERATE = settings(max_examples=600, database=None, phases=[Phase.generate])
+SHRINK = settings(GENERATE, phases=[Phase.generate, Phase.shrink])
 
 
-def found(strategy, condition, seed):
-    """The least value that hypothesis finds from one start; none, or one, in a list."""
+def found(strategy, condition, settings, seed):
+    """A list of the value that hypothesis finds from one seed; empty if it finds none."""
     try:
-        return [find(strategy, condition, settings=MANY, random=Random(seed))]
+        return [find(strategy, condition, settings=settings, random=Random(seed))]
     except NoSuchExample:
         return []
 
 
-def least(strategy, condition=lambda x: True):
-    """The least value that hypothesis finds; raises if there is none.
+def example(strategy, condition=lambda x: True):
+    """Any value that fulfils the condition; an error if hypothesis finds none."""
+    for seed in range(3):
+        for value in found(strategy, condition, GENERATE, seed):
+            return value
+    raise NoSuchExample("from three seeds")
 
-    From one start it may stop short: what it begins with depends on the modules that are loaded.
+
+def least(strategy, condition=lambda x: True):
+    """The simplest value that fulfils the condition.
+
+    Three seeds, as hypothesis does not always shrink to the simplest value from one.
     """
-    values = [x for seed in range(3) for x in found(strategy, condition, seed)]
-    if not values:
-        raise NoSuchExample("anything, from three starts")
+    values = [x for seed in range(3) for x in found(strategy, condition, SHRINK, seed)]
     return min(values, key=lambda x: len(repr(x)))
 
 
@@ -64,8 +71,7 @@ EACH = {
 @pytest.mark.parametrize("what", EACH)
 def test_arrays_of_each_kind_are_made(what):
     shapes = st.sampled_from([(), (2,), (0, 2), (2, 2)])
-    x = least(testing.arrays(st.sampled_from(["float32", "float64"]), shapes), EACH[what])
-    assert EACH[what](x)
+    x = example(testing.arrays(st.sampled_from(["float32", "float64"]), shapes), EACH[what])
     assert x.flags.writeable
 
 
@@ -79,7 +85,7 @@ FORMATS = {
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_whole_range_of_each_format_is_covered(name):
-    """Arrays with all elements near any exponent: by thirds of the range, and subnormal."""
+    """There are arrays within each third of the exponents, and subnormal ones."""
     if name == "bfloat16":
         need("ml_dtypes")
     smallest, largest = (np.log2(x) for x in FORMATS[name])
@@ -93,9 +99,9 @@ def test_the_whole_range_of_each_format_is_covered(name):
                 exponents = np.log2(np.abs(x.astype(np.float64)))
             return (low <= exponents).all() and (exponents <= high).all()
 
-        assert least(arrays, within).dtype.name == name
-    assert 0 < size(least(arrays, lambda x: 0 < size(x) < 64 * FORMATS[name][0])) < 1e-5
-    assert size(least(arrays, lambda x: size(x) > FORMATS[name][1] / 64)) <= largest_of(name)
+        assert example(arrays, within).dtype.name == name
+    assert 0 < size(example(arrays, lambda x: 0 < size(x) < 64 * FORMATS[name][0])) < 1e-5
+    assert size(example(arrays, lambda x: size(x) > FORMATS[name][1] / 64)) <= largest_of(name)
 
 
 def largest_of(name):
@@ -116,31 +122,30 @@ def test_arrays_shrink_to_zeros_in_c_order():
 
 @pytest.mark.parametrize("dtype", [">f4", np.float16, np.dtype("complex64"), "complex128"])
 def test_other_dtypes(dtype):
-    x = least(
+    x = example(
         testing.arrays(dtype, (2,)), lambda x: x.all() and (x.imag.all() or x.dtype.kind == "f")
     )
     assert x.dtype == np.dtype(dtype)
 
 
-def test_arguments_may_be_strategies_and_elements_ones_own():
+def test_shapes_and_elements_from_strategies():
     elements = st.sampled_from([1.0, np.nan])
     arrays = testing.arrays("float32", st.sampled_from([(3,), (2, 2)]), elements=elements)
     assert least(arrays).tolist() == [1, 1, 1]
-    assert np.isnan(least(arrays, lambda x: x.ndim == 2 and np.isnan(x).all())).all()
+    assert example(arrays, lambda x: x.ndim == 2 and np.isnan(x).all()).shape == (2, 2)
     complexes = testing.arrays("complex64", (1,), elements=st.just(1 + 2j))
-    assert least(complexes).tolist() == [1 + 2j]
-    plain = testing.arrays(layouts=["C"])
+    assert example(complexes).tolist() == [1 + 2j]
     with pytest.raises(NoSuchExample):
-        least(plain, lambda x: not x.flags.c_contiguous)
+        example(testing.arrays(layouts=["C"]), lambda x: not x.flags.c_contiguous)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_tensors(name):
     torch = need("torch")
     arrays = testing.arrays(getattr(torch, name), library="torch")
-    x = least(arrays, lambda x: x.ndim == 2 and not x.is_contiguous() and x.any())
+    x = example(arrays, lambda x: x.ndim == 2 and not x.is_contiguous() and x.any())
     assert (x.dtype, type(x)) == (getattr(torch, name), torch.Tensor)
-    tiny = least(arrays, lambda x: 0 < x.double().abs().sum() < 64 * FORMATS[name][0])
+    tiny = example(arrays, lambda x: 0 < x.double().abs().sum() < 64 * FORMATS[name][0])
     assert tiny.any()
     y = least(arrays, lambda x: x.numel() > 1)
     assert (tuple(y.shape), y.any().item(), y.is_contiguous()) == ((2,), False, True)
@@ -153,23 +158,23 @@ def test_jax_arrays(name):
     assert isinstance(x, jax.Array)
     assert (x.dtype.name, np.asarray(x).any()) == (name, False)
     tiny = testing.arrays(name, (1,), library="jax")
-    assert least(tiny, lambda x: 0 < size(np.asarray(x)) < 64 * FORMATS[name][0]).shape == (1,)
+    assert example(tiny, lambda x: 0 < size(np.asarray(x)) < 64 * FORMATS[name][0]).shape == (1,)
 
 
 def test_libraries_may_be_mixed():
     torch = need("torch")
     either = testing.arrays(library=st.sampled_from(["numpy", "torch"]), shape=(1,))
-    nest = least(
+    tree = example(
         testing.nests(either, node_types=[list]),
-        lambda nest: len({type(x) for x in _tree.leaves(nest)}) == 2,
+        lambda tree: len({type(x) for x in _tree.leaves(tree)}) == 2,
     )
-    assert sorted(type(x).__module__ for x in nest) == ["numpy", "torch"]
-    w, g = least(testing.layers(library=st.just("torch"), shape=(1,)), lambda pair: pair[0].any())
+    assert {type(x).__module__ for x in _tree.leaves(tree)} == {"numpy", "torch"}
+    w, g = example(testing.layers(library=st.just("torch"), shape=(1,)), lambda pair: pair[0].any())
     assert (type(w), w.dtype) == (torch.Tensor, g.dtype)
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])
-def test_no_library_is_imported_but_the_one_that_was_asked_for(library):
+def test_only_the_library_of_the_arrays_is_imported(library):
     if library == "torch":
         need("torch")
     code = f"""if 1:
@@ -185,7 +190,7 @@ def test_no_library_is_imported_but_the_one_that_was_asked_for(library):
     ), found.stderr
 
 
-def test_without_hypothesis_one_line_says_what_to_install():
+def test_without_hypothesis_the_error_names_the_package_to_install():
     code = """if 1:
         import sys
         sys.modules["hypothesis"] = None
@@ -196,40 +201,39 @@ def test_without_hypothesis_one_line_says_what_to_install():
     assert "During handling" not in found.stderr
 
 
-# ---- Nests
+# ---- Trees
 
 
-def test_odd_keys_are_made():
+def test_unusual_keys_are_made():
     made = set()
 
     @settings(max_examples=1000, derandomize=True)
     @given(testing.nests(st.just(1), node_types=[Container]))
-    def collect(nest):
-        made.update(key for path, _ in _tree.walk(nest) for key in path)
+    def collect(tree):
+        made.update(key for path, _ in _tree.walk(tree) for key in path)
 
     collect()
-    assert made >= {"a", 0, -1, *testing.trees.ODD_KEYS}
+    assert made >= {"a", 0, -1, *testing.strategies.ODD_KEYS}
     assert any(isinstance(key, str) and len(key) > 2 and not key.isascii() for key in made)
 
 
-@pytest.mark.parametrize("cls", testing.trees.NODE_TYPES, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", testing.strategies.NODE_TYPES, ids=lambda cls: cls.__name__)
 def test_nodes_of_each_type_are_made(cls):
-    node = least(testing.nests(st.just(1)), lambda nest: type(nest) is cls and len(nest) > 1)
-    assert type(node) is cls
+    assert example(testing.nests(st.just(1)), lambda tree: type(tree) is cls and len(tree) > 1)
     inner = least(
         testing.nests(st.just(1), node_types=[dict, cls]),
-        lambda nest: type(nest) is dict and [type(x) for x in nest.values()] == [cls],
+        lambda tree: type(tree) is dict and [type(x) for x in tree.values()] == [cls],
     )
     assert list(inner) == ["a"]
 
 
-def test_nodes_of_ones_own():
+def test_attrs_classes_as_node_types():
     attrs = need("attrs")
     pair = attrs.make_class("Pair", ["one", "two"])
     assert least(testing.nests(st.just(1), node_types=[pair]), lambda x: x != 1) == pair(1, 1)
 
 
-def test_nests_shrink_to_the_least():
+def test_trees_shrink_to_the_simplest():
     assert _tree.leaves(least(testing.nests())) in ([], [0])
     assert least(testing.nests(), _tree.is_leaf).tolist() == 0
     assert least(testing.containers()) == Container()
@@ -240,28 +244,29 @@ def test_nests_shrink_to_the_least():
     assert least(ones, lambda w: any(len(path) > 2 for path in w.paths())).leaves() == [1]
 
 
-def test_containers_shrink_to_flat_ones_from_most_starts():
-    starts = [found(testing.containers(), lambda w: len(w.leaves()) > 1, i) for i in range(12)]
-    assert [w.paths() for (w,) in starts].count([("a",), ("b",)]) >= 8
+def test_containers_shrink_to_flat_ones_from_most_seeds():
+    many = lambda w: len(w.leaves()) > 1  # noqa: E731
+    starts = [found(testing.containers(), many, SHRINK, seed) for seed in range(6)]
+    assert [w.paths() for (w,) in starts].count([("a",), ("b",)]) >= 4
 
 
-def is_tied(nest):
-    found = _tree.leaves(nest)
+def is_tied(tree):
+    found = _tree.leaves(tree)
     return len({id(x) for x in found}) < len(found)
 
 
-def test_leaves_are_tied_only_when_asked_for():
+def test_leaves_are_tied_only_on_request():
     objects = st.builds(object)
-    w = least(testing.containers(objects, tied=True), is_tied)
+    tied = testing.containers(objects, tied=True)
+    w = least(tied, is_tied)
     assert w.a is w.b
-    two = testing.containers(objects, tied=True)
-    assert least(two, lambda w: len(w.leaves()) > 1 and not is_tied(w))
+    assert example(tied, lambda w: len(w.leaves()) > 1 and not is_tied(w))
     with pytest.raises(NoSuchExample):
-        least(testing.containers(objects), is_tied)
+        example(testing.containers(objects), is_tied)
 
 
 @given(testing.weights_and_gradients(shuffle_keys=True))
-def test_gradients_are_what_an_update_takes(pair):
+def test_an_update_takes_the_weights_and_gradients(pair):
     w, dcdw = pair
     new = lars_update(w, dcdw, 0.1)
     assert [path for path, _ in _tree.walk(new)] == [path for path, _ in _tree.walk(w)]
@@ -269,24 +274,24 @@ def test_gradients_are_what_an_update_takes(pair):
 
 def test_weights_and_gradients_of_each_kind_are_made():
     pairs = testing.weights_and_gradients(shuffle_keys=True, node_types=[dict])
-    a, b = least(pairs, lambda p: isinstance(p[0], dict) and list(p[0]) != list(p[1]))
+    a, b = example(pairs, lambda p: isinstance(p[0], dict) and list(p[0]) != list(p[1]))
     assert a.keys() == b.keys()
-    assert least(pairs, lambda p: p[0] is not None and p[1] is None)[1] is None
-    assert least(pairs, lambda p: p[0] is None) == (None, None)
+    assert example(pairs, lambda p: p[0] is not None and p[1] is None)
+    assert example(pairs, lambda p: p[0] is None) == (None, None)
     broadcast = testing.layers(broadcast=True)
-    w, g = least(broadcast, lambda p: p[0].shape != p[1].shape)
+    w, g = example(broadcast, lambda p: p[0].shape != p[1].shape)
     assert np.broadcast_shapes(w.shape, g.shape) == w.shape
-    assert least(testing.layers(), lambda p: p[0].shape == p[1].shape == (2,))
-    kept = testing.weights_and_gradients(testing.layers(shape=()), node_types=[dict])
+    assert example(testing.layers(), lambda p: p[0].shape == p[1].shape == (2,))
+    ordered = testing.weights_and_gradients(testing.layers(shape=()), node_types=[dict])
     with pytest.raises(NoSuchExample):
-        least(kept, lambda p: isinstance(p[0], dict) and list(p[0]) != list(p[1]))
+        example(ordered, lambda p: isinstance(p[0], dict) and list(p[0]) != list(p[1]))
 
 
 TREE = Container(a={"b": 1, "items": [2, 3]}, c=(4, OrderedDict(d=5)), e=defaultdict(list, f=6))
 
 
 @given(testing.prefixes_of(TREE))
-def test_a_prefix_is_one(prefix):
+def test_prefixes_of_a_tree_broadcast_to_it(prefix):
     _tree.broadcast("lr", TREE, prefix)
 
 
@@ -294,17 +299,16 @@ def test_all_prefixes_are_made():
     prefixes = testing.prefixes_of(TREE, st.just(0))
     assert least(prefixes) == 0
     assert least(prefixes, lambda p: p != 0).to_dict() == {"a": 0, "c": 0, "e": 0}
-    assert least(prefixes, lambda p: p != 0 and set(p.paths()) == set(TREE.paths()))
-    assert least(prefixes, lambda p: p != 0 and list(p) == ["e", "c", "a"])
-    assert least(prefixes, lambda p: p != 0 and p["a"] != 0 and list(p["a"]) == ["items", "b"])
+    assert example(prefixes, lambda p: p != 0 and set(p.paths()) == set(TREE.paths()))
+    assert example(prefixes, lambda p: p != 0 and list(p) == ["e", "c", "a"])
+    assert example(prefixes, lambda p: p != 0 and p["a"] != 0 and list(p["a"]) == ["items", "b"])
 
 
 def test_options_are_those_of_the_update():
     OPTIONS = testing.strategies.OPTIONS
     assert least(testing.options()) == {}
-    found = least(testing.options(), lambda options: len(options) == len(OPTIONS))
-    assert found.keys() == OPTIONS.keys()
-    assert lars_update(np.array([3.0, 4.0]), np.ones(2), 0.1, **found).shape == (2,)
+    options = example(testing.options(), lambda options: options.keys() == OPTIONS.keys())
+    assert lars_update(np.array([3.0, 4.0]), np.ones(2), 0.1, **options).shape == (2,)
     assert least(testing.options("eps"), lambda options: options.get("eps")) == {"eps": 1e-8}
 
 
@@ -327,18 +331,19 @@ def test_options_are_those_of_the_update():
         ),
     ],
 )
-def test_what_cannot_be_made_is_refused_before_anything_is_drawn(make, text):
+def test_invalid_arguments_of_strategies_are_refused_at_once(make, text):
     with pytest.raises(ValueError, match=text):
         make()
 
 
 @given(testing.weights_and_gradients())
-def test_what_is_made_equals_itself_and_no_other(pair):
+def test_weights_are_identical_to_themselves_and_to_their_update_without_gradients(pair):
     w, _ = pair
     assert_identical(w, w)
     assert_identical(lars_update(w, None, 0.1), w)
 
 
 def test_wrapped_arrays_are_leaves():
-    w = least(testing.nests(testing.arrays(shape=(1,)).map(Array), node_types=[list]), _tree.leaves)
+    wrapped = testing.arrays(shape=(1,)).map(Array)
+    w = example(testing.nests(wrapped, node_types=[list]), _tree.leaves)
     assert {type(x) for x in _tree.leaves(w)} == {Array}

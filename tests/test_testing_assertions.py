@@ -1,4 +1,4 @@
-"""lars_tree.testing: what its assertions hold for the same, and what they say otherwise."""
+"""lars_tree.testing: which trees its assertions accept, and the messages for others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from conftest import need
 from hypothesis import given
 from hypothesis import strategies as st
-from test_testing import FORMATS, least
+from test_testing import FORMATS, example
 
 import lars_tree.testing as testing
 from lars_tree import Array, Container, StructureError
@@ -43,16 +43,16 @@ DIFFERENT = [
 
 
 @pytest.mark.parametrize(("actual", "expected", "says"), DIFFERENT)
-def test_what_is_not_identical_is_shown(actual, expected, says):
+def test_the_message_of_assert_identical(actual, expected, says):
     text = message(assert_identical, actual, expected)
     assert text.startswith("actual is not identical to expected\n  ")
     assert says in text
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-def test_what_is_identical():
-    quiet, negative = np.uint64([0x7FF8 << 48]), np.uint64([0xFFF8_0000_0000_0001])
-    assert_identical(quiet.view(float), negative.view(float))  # two NaNs
+def test_nans_are_identical_and_memory_order_is_ignored():
+    nan, negative_nan = np.uint64([0x7FF8 << 48]), np.uint64([0xFFF8_0000_0000_0001])
+    assert_identical(nan.view(float), negative_nan.view(float))
     x = np.arange(6.0).reshape(2, 3)
     assert_identical([x, float("nan")], [np.asfortranarray(x), float("nan")])
 
@@ -61,12 +61,12 @@ def test_what_is_identical():
 def test_identity_in_other_libraries(library):
     need(library)
     arrays = testing.arrays("bfloat16", (2,), elements=st.just(1.5), library=library)
-    x, y = least(arrays), least(arrays.map(lambda x: x * 2))
+    x, y = example(arrays), example(arrays.map(lambda x: x * 2))
     assert_identical({"a": x}, {"a": x})
     assert "at [0] 3.0, expected 1.5" in message(assert_identical, {"a": y}, {"a": x})
-    ours = np.float32([1.5, 1.5])
-    assert "expected numpy.ndarray" in message(assert_identical, x, ours)
-    assert "expected float32 (2,)" in message(assert_identical, x, ours, check_type=False)
+    in_numpy = np.float32([1.5, 1.5])
+    assert "expected numpy.ndarray" in message(assert_identical, x, in_numpy)
+    assert "expected float32 (2,)" in message(assert_identical, x, in_numpy, check_type=False)
 
 
 def test_the_worst_element_is_shown():
@@ -83,12 +83,12 @@ def test_the_worst_element_is_shown():
 @pytest.mark.parametrize("name", FORMATS)
 @given(data=st.data(), steps=st.integers(1, 5))
 def test_an_ulp_is_the_distance_of_neighbours(name, data, steps):
-    """So many neighbours on, within one power of two, is so many ulps; also as Decimals."""
+    """A number and its n-th neighbour, below the next power of two, differ by n ulps."""
     ml_dtypes = need("ml_dtypes")
     dtype = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
     bits = np.dtype(f"u{dtype.itemsize}")
     start = data.draw(testing.arrays(name, (1,), layouts=["C"]))
-    floor = start.view(bits) & ~bits.type(7)  # with room below the next power of two
+    floor = start.view(bits) & ~bits.type(7)  # leaves room below the next power of two
     x, y = floor.view(dtype), (floor + bits.type(steps)).view(dtype)
     exact = np.array([Decimal(float(x[0]))], object)
     for expected in (x, exact):
@@ -112,7 +112,7 @@ def test_scale_dtype_and_overflow():
         assert_close_ulp({"a": w}, {"a": w}, scale={"b": 1.0})
 
 
-def test_structure_counts_for_closeness_too():
+def test_assert_close_ulp_compares_keys_and_shapes():
     text = message(assert_close_ulp, {"a": np.ones(1)}, {"b": np.ones(1)})
     assert text == "actual does not match expected\n  actual: missing 'b'; unexpected 'a'"
     assert "expected float64 (2,), got float64 (1,)" in message(

@@ -1,4 +1,4 @@
-"""check_update_laws: lars_update keeps all laws, and each seeded mistake breaks its own."""
+"""check_update_laws: lars_update keeps all laws, and each deliberate mistake breaks its law."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_lars_update_keeps_every_law(law, library):
     check_update_laws(lars_update, laws=[law], library=library)
 
 
-# ---- Seeded mistakes: a right update of a flat dict, in double, with one thing wrong.
+# ---- Deliberate mistakes: a correct update of a flat dict, in double, with one thing wrong.
 
 
 def norm(x):
@@ -41,7 +41,7 @@ def step(w, g, lr, decay, w_norm=None, g_norm=None):
 
 
 def layer_by_layer(step):
-    """An update of what a function makes of each layer."""
+    """The update function that applies `step` to each layer."""
 
     def update(w, dcdw, lr, decay_lambda=0.0, out=None):
         new = {key: step(w[key], dcdw[key], lr, decay_lambda) for key in w}
@@ -186,7 +186,7 @@ MISTAKES = [
 @pytest.mark.parametrize(
     ("update", "law"), MISTAKES, ids=lambda x: getattr(x, "__name__", "update")
 )
-def test_a_mistake_breaks_the_law_that_it_should(update, law):
+def test_a_mistake_breaks_its_law(update, law):
     with pytest.raises(LawError) as caught:
         check_update_laws(
             update, laws=[law], nested=False, dtypes=["float32", "float16"], settings=QUICK
@@ -199,17 +199,17 @@ def test_a_mistake_breaks_the_law_that_it_should(update, law):
     assert "Draw 1 " in message
 
 
-def test_every_law_is_seen_to_be_broken():
+def test_there_is_a_mistake_for_every_law():
     assert {law.__name__ for _, law in MISTAKES} == {law.__name__ for law in LAWS}
     assert LAWS == TREE_LAWS + RULE_LAWS
 
 
-NONE = {"leaves_weights_without_a_gradient": "it knows no None"}
+NONE = {"leaves_weights_without_a_gradient": "it does not support None"}
 IN_PLACE = {"is_the_same_in_place": "it has no out"}
 
 
-def test_the_right_update_breaks_none_and_one_mistake_only_its_law():
-    """So that it is the mistake which was seen, and not the rest of the function."""
+def test_the_correct_update_breaks_no_law_and_some_mistakes_only_one():
+    """This shows that the law is broken by the mistake, not by the rest of the function."""
     quick = settings(QUICK, max_examples=15)
     common = {"nested": False, "dtypes": ["float32"], "settings": quick}
     with np.errstate(all="ignore"):
@@ -225,7 +225,7 @@ def test_the_right_update_breaks_none_and_one_mistake_only_its_law():
             assert list(caught.value.laws) == [name]
 
 
-# ---- What is reported, and what can be chosen
+# ---- Reports and arguments
 
 
 def broken(update, **options):
@@ -242,7 +242,7 @@ def test_all_broken_laws_are_reported():
     assert all(f"\n\n{name}\n  " in str(error) for name in error.laws)
 
 
-def test_the_example_is_the_least():
+def test_the_reported_example_is_the_simplest():
     once = settings(derandomize=True, max_examples=40)
     with pytest.raises(LawError) as caught:
         check_update_laws(
@@ -258,7 +258,7 @@ def test_the_example_is_the_least():
     )
 
 
-def test_whatever_an_update_raises_breaks_the_law():
+def test_any_error_of_the_update_breaks_the_law():
     def fails(w, dcdw, lr):
         raise KeyError("no such layer")
 
@@ -290,7 +290,7 @@ def test_excluded_laws_need_a_name_and_a_reason():
         ({"library": "torch"}, ModuleNotFoundError, "torch"),
     ],
 )
-def test_wrong_arguments_are_no_broken_laws(arguments, kind, text, monkeypatch):
+def test_invalid_arguments_are_refused(arguments, kind, text, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
     with pytest.raises(kind, match=text):
         check_update_laws(lars_update, **arguments)
@@ -309,14 +309,14 @@ def test_the_trust_coefficient_and_the_bound_can_be_chosen():
     assert broken(rough, laws=long, ulp=4)
 
 
-def test_optimizers_that_take_the_norm_of_the_sum_keep_the_laws_of_that():
-    def ours(w, dcdw, lr, **options):
+def test_laws_for_the_joint_norm():
+    def joint_update(w, dcdw, lr, **options):
         return lars_update(w, dcdw, lr, joint_norm=True, **options)
 
-    check_update_laws(ours, joint_norm=True)
-    broken_by_ours = broken(ours).laws
-    assert "decays_as_in_the_paper" in broken_by_ours
-    assert "follows_the_rule" not in broken_by_ours  # without decay both are the same
+    check_update_laws(joint_update, joint_norm=True, settings=QUICK)
+    broken_laws = broken(joint_update).laws
+    assert "decays_as_in_the_paper" in broken_laws
+    assert "follows_the_rule" not in broken_laws  # without decay both rules are the same
     joint = layer_by_layer(norm_of_the_sum)
     check_update_laws(joint, laws=CLOSE, joint_norm=True, nested=False, settings=QUICK)
     assert list(broken(layer_by_layer(step), laws=CLOSE, joint_norm=True).laws)
@@ -325,7 +325,7 @@ def test_optimizers_that_take_the_norm_of_the_sum_keep_the_laws_of_that():
 CLOSE = [laws.decays_as_in_the_paper, laws.decays_plainly_without_a_gradient]
 
 
-def test_laws_of_ones_own():
+def test_a_users_own_law():
     def goes_downhill(trial: Trial):
         """The step is along minus the gradient."""
         w, dcdw = trial.pair()

@@ -170,7 +170,7 @@ def test_other_threads_run_during_a_call(monkeypatch):
         def step(self):
             before = count
             self.plan.step()
-            seen.append((before, count, len(self.plan.places) == len(w)))
+            seen.append((before, count, len(self.plan.indices) == len(w)))
 
     kernel = _native.kernel
     names = SimpleNamespace(Plan=Watched, collect=kernel.collect, match=kernel.match)

@@ -219,7 +219,7 @@ def test_multi_tensor_steps_agree_with_separate_steps(options, dtype):
     rules[4] = rules[4]._replace(layer_axis=1)
     news = many(torch.float32, leaves, rules)
     for new, (w, g), rule in zip(news, leaves, rules, strict=True):
-        expected = lars_update(w, g, rule.lr, layer_axis=rule.layer_axis, **options)
+        expected = lars_update(w, g, rule.lr_before_momentum, layer_axis=rule.layer_axis, **options)
         assert new.dtype == expected.dtype
         tolerance = {"float16": 1e-3, "bfloat16": 8e-3}.get(dtype, 3e-7)
         assert torch.allclose(new, expected, rtol=tolerance, atol=tolerance)
@@ -237,7 +237,9 @@ def test_multi_tensor_momentum_agrees_with_double_precision(dtype, nesterov):
     ]
     wide = {torch.complex64: torch.complex64}.get(dtype, torch.float32)
     velocities = [torch.randn(s, generator=generator, dtype=wide) for s in shapes]
-    rule = Rule(1.0, decay_lambda=0.1, momentum=0.9, rate=0.1, nesterov=nesterov, maximize=True)
+    rule = Rule(
+        1.0, decay_lambda=0.1, momentum=0.9, lr_after_momentum=0.1, nesterov=nesterov, maximize=True
+    )
     rules = [rule, rule, rule._replace(momentum=0.5), rule, rule._replace(layer_axis=1)]
     double = [
         (*(x.to(torch.promote_types(x.dtype, torch.float64)) for x in (*leaf, v)), each)

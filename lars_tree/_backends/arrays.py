@@ -139,7 +139,7 @@ class ArraysBackend(Backend):
         self, w: NativeArray, dcdw: NativeArray, rule: Rule
     ) -> tuple[NativeArray, NativeArray, Rule]:
         """All in the dtype to compute in, and dcdw in the shape of w."""
-        names = (*_rule.NUMBERS, *_rule.MOTION_NUMBERS)
+        names = (*_rule.NUMBERS, *_rule.MOMENTUM_NUMBERS)
         values = {name: getattr(rule, name) for name in names}
         numbers: dict[str, Any] = {
             name: value if isinstance(value, float) else self.widen(value, w)
@@ -154,9 +154,10 @@ class ArraysBackend(Backend):
         shape = () if axis is None else (w.shape[axis],)
         w, dcdw, rule = self._widened(w, dcdw, rule)
         ops = self.ops(w).over(_rule.mesh_axes(rule))
-        if getattr(rule.lr, "ndim", 0):  # trust_clip: report the ratio of the largest rate
-            rates = ops.xp.broadcast_to(rule.lr, w.shape)
-            rule = rule._replace(lr=ops.max(rates, _other_axes(w, axis)))
+        lr = rule.lr_before_momentum
+        if getattr(lr, "ndim", 0):  # trust_clip reports one ratio: that of the largest rate
+            largest = ops.max(ops.xp.broadcast_to(lr, w.shape), _other_axes(w, axis))
+            rule = rule._replace(lr_before_momentum=largest)
         if 0 in w.shape:  # no maximum exists; the norms are 0, so the ratio is 1
             zeros = ops.xp.reshape(ops.sum(abs(w), _other_axes(w, axis)), shape)
             return Measured(zeros, zeros, zeros + 1, zeros + 1)

@@ -219,7 +219,7 @@ class JaxBackend(ArraysBackend):
         ws, dcdws, *more = views
         arrays = ws, dcdws, None, columns.rules, (more[0] if more else None)
         new_ws, new_velocities = results or (None, None)
-        return sorted(rest + plan.prepare(_READER, *arrays, new_ws, new_velocities, places=dense))
+        return sorted(rest + plan.prepare(_READER, *arrays, new_ws, new_velocities, indices=dense))
 
     def finish(self, columns: Columns, results: StepResults, indices: Iterable[int]) -> None:
         groups: dict[Any, list[tuple[list[Any], int]]] = {}
@@ -332,8 +332,9 @@ def _as_pairs(w: jax.Array, dcdw: jax.Array, rule: Rule) -> tuple[jax.Array, jax
     backward pass runs outside of our `enable_x64` context.
     """
     axis = None if rule.layer_axis is None else rule.layer_axis % w.ndim
-    lr = rule.lr[..., None] if getattr(rule.lr, "ndim", 0) else rule.lr
-    return _as_pair(w), _as_pair(dcdw), rule._replace(lr=lr, layer_axis=axis)
+    lr = rule.lr_before_momentum
+    lr = lr[..., None] if getattr(lr, "ndim", 0) else lr
+    return _as_pair(w), _as_pair(dcdw), rule._replace(lr_before_momentum=lr, layer_axis=axis)
 
 
 def _as_pair(x: jax.Array | None) -> jax.Array | None:

@@ -1,91 +1,108 @@
 """The norms of arrays in CPU memory, read in pieces, for `cpu.py`.
 
-Sums are made in the order of `_native/kernel.hpp`, by the same operations: both give the same bits.
-`tests/test_native.py` holds them to each other.
+Squares are added by the same operations in the same order as in `_native/kernel.hpp`, so both give
+the same bits; `tests/test_native.py` compares them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lars_tree import _rule
 from lars_tree._backends import bfloat16
-from lars_tree._backends.wide import SPLITTER, Wide, fast_two_sum, two_product, two_sum
+from lars_tree._backends.wide import SPLITTER, DoubleDouble, fast_two_sum, two_product, two_sum
 from lars_tree._rule import Rule
 
 Array = np.ndarray[Any, Any]
 Precision = type[np.floating[Any]]  # the type in which to compute: float64 or longdouble
 
 _LANES = 16
-_SMALLEST_CHUNK = 1 << 14
-_MOST_CHUNKS = 1 << 14
+_MIN_CHUNK = 1 << 14
+_MAX_CHUNKS = 1 << 14
 
 # A sum of squares between these lost nothing to overflow, and nothing that counts to underflow.
 _SAFE_SUM = (2.0**-900, 2.0**1000)
 
-# Norms of numbers shorter than double, and options like these, make no coefficient that leaves the
-# range of double, and none whose rounding errors a result could show.
+# From norms of elements shorter than double, and options between these, no coefficient leaves the
+# range of double, nor has a rounding error that is visible in the result.
 _MODERATE = (2.0**-100, 2.0**100)
 
-# Where scaled sums have their largest elements: squares are in range, and small elements too.
-_TOTAL_EXPONENT = 480
+# The exponent of the largest element of a scaled joint gradient: squares are in range, and small
+# elements keep their digits.
+_JOINT_EXPONENT = 480
 
 
-def precision_for(w: Array, dcdw: Array) -> Precision:
-    return np.longdouble if is_long(w.dtype) or is_long(dcdw.dtype) else np.float64
+def precision_for(*arrays: Array) -> Precision:
+    is_long = any(x.dtype.itemsize > (16 if x.dtype.kind == "c" else 8) for x in arrays)
+    return np.longdouble if is_long else np.float64
 
 
 class Norms(NamedTuple):
-    """The norms of a layer, and the kind of number that they are and its coefficients are to be.
+    """The norms of a layer; None where the rule does not adapt.
 
-    With `joint_norm` that of dcdw is the norm of `total`; without adaptation there are none.
+    Attributes:
+        number: The type of the norms, in which coefficients are computed: float or DoubleDouble.
+        w: The norm of w.
+        dcdw: The norm of dcdw; with `joint_norm` that of the joint gradient.
+        joint: The joint gradient.
     """
 
     number: Any
     w: Any = None
     dcdw: Any = None
-    total: Total | None = None
+    joint: JointGradient | None = None
 
     def numbers(self, rule: Rule) -> Rule:
-        """The rule in such numbers."""
-        names = (*_rule.NUMBERS, "rate")
+        """The rule with its numbers in the type of the norms."""
+        names = (*_rule.NUMBERS, "lr_after_momentum")
         return rule._replace(**{name: self.number(getattr(rule, name)) for name in names})
+
+    def trust_ratio(self, rule: Rule, clip: bool = True) -> Any:
+        numbers, one = self.numbers(rule), self.number(1)
+        choose = lambda condition, a, b: a if condition else b  # noqa: E731
+        return _rule.trust_ratio(self.w, self.dcdw, numbers, choose, one, clip)
 
 
 def norms_of(w: Any, dcdw: Any, precision: Precision, rule: Rule) -> Norms:
-    number = _number(w, dcdw, rule)
     if not rule.adapt:
-        return Norms(Wide)
+        return Norms(DoubleDouble)
+    number = _number_type(w, dcdw, rule)
     w_norm = _norm(w, precision, number)
     if not _rule.is_joint(rule):
         return Norms(number, w_norm, _norm(dcdw, precision, number))
-    total = Total(w, dcdw, precision, rule)
-    return Norms(number, w_norm, *_norm_of_total(total, number))
+    joint = JointGradient(w, dcdw, precision, rule)
+    if number is float:
+        return Norms(number, w_norm, _norm(joint, precision, number), joint)
+    scaled = joint.scaled()
+    if scaled is None:  # infinite, or NaN
+        square, _ = _sum_of_squares(joint, precision)
+        return Norms(number, w_norm, DoubleDouble(math.sqrt(square)), joint)
+    norm = _from_pair(_sum_of_squares(scaled, precision)).sqrt().scaled(scaled.exponent)
+    return Norms(number, w_norm, norm, scaled)
 
 
-class Total:
-    """dcdw + decay_lambda * grad_scale * w, of which `joint_norm` takes the norm; read in pieces.
+class JointGradient:
+    """dcdw + decay_lambda * grad_scale * w, whose norm `joint_norm` uses; computed piece by piece.
 
-    As if each element was rounded once, also where the two cancel. It is to be multiplied by
-    2**exponent, which is 0 unless the sum was scaled to stay in range.
+    Each element has a single rounding, also where the two terms cancel. The gradient is the result
+    times 2**exponent; the exponent is 0 unless the sum was scaled to stay in range.
     """
 
     def __init__(
         self, w: Any, dcdw: Any, precision: Precision, rule: Rule, exponent: int | None = None
     ) -> None:
         self.arrays = w, dcdw, precision, rule
-        self.precision = precision
         self.dtype = dtype_of(w)
-        decay = Wide(rule.decay_lambda) * Wide(rule.grad_scale)
-        self.shifts, self.exponent = (0, 0), exponent or 0
+        self.exponent = exponent or 0
+        self.decay = DoubleDouble(rule.decay_lambda) * DoubleDouble(rule.grad_scale)
+        self.shifts, shift = (0, 0), self.decay.exponent
         if exponent is not None:
-            self.shifts = decay.exponent - exponent, -exponent
-            decay = decay.scaled(-decay.exponent)
-        self.high, self.low = (np.ldexp(x, decay.exponent) for x in (decay.high, decay.low))
+            self.shifts, shift = (self.decay.exponent - exponent, -exponent), 0
+        self.high, self.low = (np.ldexp(x, shift) for x in (self.decay.high, self.decay.low))
 
     def __len__(self) -> int:
         return len(self.arrays[0])
@@ -93,66 +110,45 @@ class Total:
     def __getitem__(self, piece: slice) -> Array:
         *arrays, precision, rule = self.arrays
         w, dcdw = (read_piece(x, piece, precision) for x in arrays)
-        w, dcdw = (
-            np.ldexp(x, shift) if shift else x
-            for x, shift in zip((w, dcdw), self.shifts, strict=True)
-        )
+        if any(self.shifts):
+            w, dcdw = np.ldexp(w, self.shifts[0]), np.ldexp(dcdw, self.shifts[1])
         splitter = SPLITTER if precision is np.float64 else 2.0**32 + 1
         product, error = two_product(self.high, w, splitter)
         total, rest = two_sum(-dcdw if rule.maximize else dcdw, product)
         exact: Array = total + (rest + (error + self.low * w))
         return np.where(np.isfinite(exact), exact, total)
 
-    def scaled(self) -> Total | None:
+    def scaled(self) -> JointGradient | None:
         """The same sum without overflow or underflow; None where elements are not finite."""
-        *arrays, precision, rule = self.arrays
+        *arrays, precision, _ = self.arrays
         largest = [_largest(x, precision) for x in arrays]
         if not np.isfinite(largest).all():
             return None
-        decay = Wide(rule.decay_lambda) * Wide(rule.grad_scale)
-        bounds = zip(largest, (decay.exponent + 1, 0), strict=True)
+        bounds = zip(largest, (self.decay.exponent + 1, 0), strict=True)
         exponents = [int(np.frexp(x)[1]) + exponent for x, exponent in bounds if x]
-        return Total(*self.arrays, exponent=max(exponents, default=0) - _TOTAL_EXPONENT)
+        exponent = max(exponents, default=0) - _JOINT_EXPONENT
+        return JointGradient(*self.arrays, exponent=exponent)
 
 
-def _norm_of_total(total: Total, number: Any) -> tuple[Any, Total]:
-    if number is float:
-        return _norm(total, total.precision, float), total
-    scaled = total.scaled()
-    if scaled is None:  # infinite, or NaN
-        return Wide(math.sqrt(_sum_of_squares(total, total.precision, lambda x: x)[0])), total
-    squares = _sum_of_squares(scaled, scaled.precision, lambda x: x)
-    return _wide(squares).sqrt().scaled(scaled.exponent), scaled
-
-
-def _number(w: Any, dcdw: Any, rule: Rule) -> Any:
-    """The kind of number to compute norms and coefficients in."""
-    names = (*_rule.NUMBERS, *(["rate"] if rule.trust_clip else []))
+def _number_type(w: Any, dcdw: Any, rule: Rule) -> Any:
+    names = (*_rule.NUMBERS, *(["lr_after_momentum"] if rule.trust_clip else []))
+    values = (getattr(rule, name) for name in names)
     short = all(dtype_of(x).itemsize <= (8 if dtype_of(x).kind == "c" else 4) for x in (w, dcdw))
-    is_moderate = all(_is_moderate(getattr(rule, name)) for name in names)
-    return float if short and is_moderate else Wide
-
-
-def _is_moderate(x: float) -> bool:
-    return x == 0 or _MODERATE[0] < x < _MODERATE[1]
-
-
-def choose(condition: bool, a: Any, b: Any) -> Any:
-    return a if condition else b
+    is_moderate = all(x == 0 or _MODERATE[0] < x < _MODERATE[1] for x in values)
+    return float if short and is_moderate else DoubleDouble
 
 
 def _norm(flat: Any, precision: Precision, number: Any) -> Any:
-    total = _sum_of_squares(flat, precision, lambda x: x)
+    total = _sum_of_squares(flat, precision)
     if number is float:
         return math.sqrt(total[0])
     if _SAFE_SUM[0] < total[0] < _SAFE_SUM[1]:
-        return _wide(total).sqrt()
+        return _from_pair(total).sqrt()
     largest = _largest(flat, precision)
     if largest == 0 or not np.isfinite(largest):
-        return Wide(float(largest))
+        return DoubleDouble(float(largest))
     exponent = int(np.frexp(largest)[1])
-    total = _sum_of_squares(flat, precision, lambda x: np.ldexp(x, -exponent))
-    return _wide(total).sqrt().scaled(exponent)
+    return _from_pair(_sum_of_squares(flat, precision, -exponent)).sqrt().scaled(exponent)
 
 
 def _largest(flat: Any, precision: Precision) -> Any:
@@ -163,17 +159,18 @@ def _largest(flat: Any, precision: Precision) -> Any:
     return largest
 
 
-def _sum_of_squares(
-    flat: Any, precision: Precision, scale: Callable[[Array], Array]
-) -> tuple[Any, Any]:
-    """The sum and what rounding took from it.
+def _sum_of_squares(flat: Any, precision: Precision, exponent: int = 0) -> tuple[Any, Any]:
+    """The sum of the squares of the elements times 2**exponent, and its rounding error.
 
-    Rows of 16 are added by pairs of neighbours, and pairs of pairs, as if zeros followed up to the
-    next power of two; then lanes and chunks, with their rounding errors.
+    Within a chunk, rows of 16 are added by pairwise summation, as if rows of zeros followed up to
+    the next power of two; then the 16 lanes, and the chunks in their order, with the rounding
+    errors.
     """
     total = (precision(0), precision(0))
     for piece in pieces(flat):
-        values = scale(read_piece(flat, piece, precision))
+        values = read_piece(flat, piece, precision)
+        if exponent:
+            values = np.ldexp(values, exponent)
         count = 1 << (-(-values.size // _LANES) - 1).bit_length()
         rows = np.zeros((count, _LANES), precision)
         np.square(values, out=rows.reshape(-1)[: values.size])
@@ -192,21 +189,21 @@ def _add(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
     return total, error + (a[1] + b[1])
 
 
-def _wide(pair: tuple[Any, Any]) -> Wide:
+def _from_pair(pair: tuple[Any, Any]) -> DoubleDouble:
     """The sum of two numbers of any precision, the second far smaller."""
     mantissa, exponent = np.frexp(pair[0])
     high = float(mantissa)
     low = float((mantissa - high) + np.ldexp(pair[1], -exponent))
-    return Wide(*fast_two_sum(high, low), int(exponent))
+    return DoubleDouble(*fast_two_sum(high, low), int(exponent))
 
 
 def pieces(flat: Any) -> Iterator[slice]:
-    """Chunks: more elements to each in the largest arrays, as in the kernel."""
-    numbers = 2 if dtype_of(flat).kind == "c" else 1
-    size, chunk = len(flat) * numbers, _SMALLEST_CHUNK
-    while size // chunk > _MOST_CHUNKS:
+    """Slices of one chunk each; the chunks of the largest arrays are larger, as in the kernel."""
+    parts = 2 if dtype_of(flat).kind == "c" else 1
+    size, chunk = len(flat) * parts, _MIN_CHUNK
+    while size // chunk > _MAX_CHUNKS:
         chunk *= 2
-    chunk //= numbers
+    chunk //= parts
     return (slice(i, i + chunk) for i in range(0, len(flat), chunk))
 
 
@@ -216,14 +213,10 @@ def dtype_of(flat: Any) -> np.dtype[Any]:
 
 
 def read_piece(flat: Any, piece: slice, precision: Precision) -> Array:
-    """A piece in this precision; complex numbers as pairs of real ones."""
+    """A piece in this precision; complex elements as pairs of real ones."""
     x: Array = flat[piece]
     if x.dtype.kind == "u":
         return bfloat16.decode(x).astype(precision, copy=False)
     if x.dtype.kind == "c":
         return x.astype(np.result_type(precision, np.complex64)).view(precision)
     return x.astype(precision, copy=False)
-
-
-def is_long(dtype: np.dtype[Any]) -> bool:
-    return dtype.itemsize > (16 if dtype.kind == "c" else 8)

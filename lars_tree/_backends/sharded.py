@@ -106,7 +106,7 @@ def _total(layer: Layer) -> Layer:
         return layer
     w, dcdw = (x.to(wide(layer)) for x in (layer.w, layer.dcdw))
     decay = torch.as_tensor(rule.decay_lambda * rule.grad_scale, dtype=w.dtype, device=w.device)
-    total = _rule.sum_of_products(TorchOps(torch), -dcdw if rule.maximize else dcdw, decay, w)
+    total = _rule.multiply_add(TorchOps(torch), -dcdw if rule.maximize else dcdw, decay, w)
     return layer._replace(dcdw=total, rule=_rule.without_decay(rule))
 
 

@@ -58,7 +58,7 @@ class Shards:
         columns = _Columns([], [], [], [], [])
         for leaf, new in zip(leaves, results, strict=True):
             columns.add(list(map(shard_of, (leaf.w, leaf.dcdw, *new))), leaf.rule)
-        first = len(self._plan.places)
+        first = len(self._plan.indices)
         rest = set(self._plan.prepare(READER, *columns))
         taken = [i for i in range(len(leaves)) if i not in rest]
         for row, i in enumerate(taken, first):
@@ -72,7 +72,7 @@ class Shards:
                     self._take(leaf, targets(leaf))
 
     def _take(self, leaf: Leaf, new: StepResult) -> None:
-        first = len(self._plan.places)
+        first = len(self._plan.indices)
         columns = _Columns([], [], [], [], [])
         for *tensors, rule in layers_here(leaf, new):
             readable = [None if x is None else _readable(x) for x in tensors]

@@ -265,7 +265,7 @@ def _one_rule(rules: list[Rule], like: Tensor) -> Rule:
         numbers = (torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in values)
         return torch.stack([number.detach() for number in numbers])
 
-    names = (*_rule.NUMBERS, *_rule.MOTION_NUMBERS)
+    names = (*_rule.NUMBERS, *_rule.MOMENTUM_NUMBERS)
     return rules[0]._replace(**{name: merged(name) for name in names})
 
 

@@ -1,8 +1,8 @@
-"""Numbers of twice the precision of double, with exponents that no norm can leave.
+"""Double-double numbers: twice the precision of double, with an exponent of their own.
 
-The ratio of two norms of float64 arrays may lie beyond double on the way to a step that does not,
-and its rounding error would count against the few ulps that a result may be off. `_native/wide.hpp`
-does the same double operations in the same order: both give the same bits.
+The ratio of two norms of float64 arrays may be outside the range of double although the step is
+not, and its rounding error would add to the few ulps that a result may be off.
+`_native/double_double.hpp` does the same operations in the same order, so both give the same bits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ SPLITTER = 2.0**27 + 1  # of double: it has 53 bits
 
 
 def two_sum(a: Any, b: Any) -> tuple[Any, Any]:
-    """The rounded sum and its error, exactly (Knuth); for arrays too."""
+    """The rounded sum of numbers or arrays, and its exact error (Knuth)."""
     total = a + b
     part = total - a
     return total, (a - (total - part)) + (b - part)
@@ -27,7 +27,7 @@ def fast_two_sum(a: Any, b: Any) -> tuple[Any, Any]:
 
 
 def two_product(a: Any, b: Any, splitter: float = SPLITTER) -> tuple[Any, Any]:
-    """The rounded product and its error, exactly (Dekker, Veltkamp); for arrays too."""
+    """The rounded product of numbers or arrays, and its exact error (Dekker, Veltkamp)."""
     product = a * b
     a_big, b_big = splitter * a, splitter * b
     a_high, b_high = a_big - (a_big - a), b_big - (b_big - b)
@@ -36,10 +36,10 @@ def two_product(a: Any, b: Any, splitter: float = SPLITTER) -> tuple[Any, Any]:
     return product, error
 
 
-class Wide:
-    """(high + low) * 2**exponent, where high is in [1, 2), and is the sum rounded.
+class DoubleDouble:
+    """(high + low) * 2**exponent, with 1 <= high < 2 and high == high + low rounded to double.
 
-    Or high is 0, infinite or NaN, and the others are 0. Not negative.
+    If high is 0, infinite or NaN, low and exponent are 0. Numbers are not negative.
     """
 
     __slots__ = ("exponent", "high", "low")
@@ -54,64 +54,63 @@ class Wide:
         self.exponent = exponent + shift
 
     @property
-    def _is_plain(self) -> bool:
+    def _is_finite_nonzero(self) -> bool:
         return self.high != 0 and math.isfinite(self.high)
 
-    def __mul__(self, other: Wide | float) -> Wide:
-        other = other if isinstance(other, Wide) else Wide(float(other))
-        if not (self._is_plain and other._is_plain):
-            return Wide(self.high * other.high)
+    def __mul__(self, other: DoubleDouble | float) -> DoubleDouble:
+        other = other if isinstance(other, DoubleDouble) else DoubleDouble(float(other))
+        if not (self._is_finite_nonzero and other._is_finite_nonzero):
+            return DoubleDouble(self.high * other.high)
         product, error = two_product(self.high, other.high)
         error += self.high * other.low + self.low * other.high
-        return Wide(*fast_two_sum(product, error), self.exponent + other.exponent)
+        return DoubleDouble(*fast_two_sum(product, error), self.exponent + other.exponent)
 
-    def __truediv__(self, other: Wide | int) -> Wide:
-        other = other if isinstance(other, Wide) else Wide(float(other))
-        if not (self._is_plain and other._is_plain):
-            return Wide(_ieee_divide(self.high, other.high))
+    def __truediv__(self, other: DoubleDouble | int) -> DoubleDouble:
+        other = other if isinstance(other, DoubleDouble) else DoubleDouble(float(other))
+        if not (self._is_finite_nonzero and other._is_finite_nonzero):
+            return DoubleDouble(_ieee_divide(self.high, other.high))
         quotient = self.high / other.high
         product, error = two_product(quotient, other.high)
         rest = ((self.high - product) - error) + self.low - quotient * other.low
         pair = fast_two_sum(quotient, rest / other.high)
-        return Wide(*pair, self.exponent - other.exponent)
+        return DoubleDouble(*pair, self.exponent - other.exponent)
 
-    def __add__(self, other: Wide) -> Wide:
+    def __add__(self, other: DoubleDouble) -> DoubleDouble:
         if other.high == 0:
             return self
         if self.high == 0:
             return other
-        if not (self._is_plain and other._is_plain):
-            return Wide(self.high + other.high)
+        if not (self._is_finite_nonzero and other._is_finite_nonzero):
+            return DoubleDouble(self.high + other.high)
         a, b = (self, other) if self.exponent >= other.exponent else (other, self)
         if a.exponent - b.exponent > 200:
             return a
         scale = math.ldexp(1.0, b.exponent - a.exponent)
         high, error = two_sum(a.high, b.high * scale)
         error += a.low + b.low * scale
-        return Wide(*fast_two_sum(high, error), a.exponent)
+        return DoubleDouble(*fast_two_sum(high, error), a.exponent)
 
-    def sqrt(self) -> Wide:
-        """The square root."""
-        if not self._is_plain:
-            return Wide(math.sqrt(self.high))
+    def sqrt(self) -> DoubleDouble:
+        if not self._is_finite_nonzero:
+            return DoubleDouble(math.sqrt(self.high))
         odd = self.exponent % 2
         high, low = (2 * self.high, 2 * self.low) if odd else (self.high, self.low)
         root = math.sqrt(high)
         square, error = two_product(root, root)
         rest = ((high - square) - error) + low
-        return Wide(*fast_two_sum(root, rest / (2 * root)), (self.exponent - odd) // 2)
+        return DoubleDouble(*fast_two_sum(root, rest / (2 * root)), (self.exponent - odd) // 2)
 
-    def scaled(self, exponent: int) -> Wide:
+    def scaled(self, exponent: int) -> DoubleDouble:
         """The number times 2**exponent."""
-        return Wide(self.high, self.low, self.exponent + exponent)
+        return DoubleDouble(self.high, self.low, self.exponent + exponent)
 
-    def __gt__(self, other: Wide) -> bool:
-        if not (self._is_plain and other._is_plain):
+    def __gt__(self, other: DoubleDouble) -> bool:
+        if not (self._is_finite_nonzero and other._is_finite_nonzero):
             return self.high > other.high
         return (self.exponent, self.high, self.low) > (other.exponent, other.high, other.low)
 
     def __eq__(self, other: object) -> bool:
-        if isinstance(other, Wide):
+        if isinstance(other, DoubleDouble):
             return (self.high, self.low, self.exponent) == (other.high, other.low, other.exponent)
         return other == 0 and self.high == 0
 
@@ -124,15 +123,15 @@ class Wide:
         except OverflowError:
             return math.inf
 
-    def split(self) -> tuple[Wide, int]:
-        """m, e with x = m 2**e, where e is 0 unless x is far from 1, and m in [1, 2) then.
+    def split(self) -> tuple[DoubleDouble, int]:
+        """m, e with x = m * 2**e; e is 0 unless x is far from 1, and else m is in [1, 2).
 
-        Scaling by 2**e first and multiplying by m then rounds once, and leaves the range of double
-        only where the product does.
+        To multiply by x, scale by 2**e and then multiply by m: there is one rounding, and the
+        result overflows only if the product does.
         """
-        if not self._is_plain or -960 < self.exponent < 960:
+        if not self._is_finite_nonzero or -960 < self.exponent < 960:
             return self, 0
-        return Wide(self.high, self.low), max(-5000, min(5000, self.exponent))
+        return DoubleDouble(self.high, self.low), max(-5000, min(5000, self.exponent))
 
 
 def _ieee_divide(a: float, b: float) -> float:

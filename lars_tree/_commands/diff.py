@@ -1,4 +1,4 @@
-"""`lars-tree diff`: where the trees in two files differ, and by how much; read leaf by leaf."""
+"""`lars-tree diff`: which leaves of two files differ, and by how much; leaf by leaf."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Change(NamedTuple):
     """How the elements of two arrays of one shape differ.
 
     Attributes:
-        changed: How many differ; NaN is like NaN, and 0 like -0.
-        largest: The largest |b - a| / |a| among these; infinite where a is 0, NaN where one is.
+        changed: How many differ; NaN equals NaN, and 0 equals -0.
+        largest: The largest |b - a| / |a| of these; infinite where a is 0, NaN where one is NaN.
     """
 
     changed: int
@@ -33,25 +33,26 @@ def diff(a: str, b: str) -> Output:
 
     The exit status is 1 where they differ.
     """
+    structure: list[dict[str, str]] = []
+    leaves: list[dict[str, Any]] = []
     with formats.opened(a) as one, formats.opened(b) as other:
-        structure = [
-            {"path": errors.path_string(path), "difference": text}
-            for path, text in _tree.differences(one.tree, other.tree, exact=True)
-        ]
-        theirs = dict(_tree.walk(other.tree))
-        pairs = [(path, x, theirs[path]) for path, x in _tree.walk(one.tree) if path in theirs]
-        leaves = [_compared_leaf(path, x, y, one, other) for path, x, y in pairs]
+        for path, x, y, what in _tree.side_by_side(one.tree, other.tree):
+            if what == "leaves":
+                leaves.append(_leaf_record(path, x, y, one, other))
+            elif what in ("nodes", "keys"):
+                text = _tree.mismatch(x, y, what)
+                structure.append({"path": errors.path_string(path), "difference": text})
     differing = [leaf for leaf in leaves if leaf["difference"]]
     lines = [(x["path"] or "/", x["difference"]) for x in [*structure, *differing]]
-    text = [f"{len(differing)} of {len(leaves)} leaves that both have differ", *columns(lines)]
+    printed = [f"{len(differing)} of {len(leaves)} leaves that both have differ", *columns(lines)]
     record = {"a": a, "b": b, "equal": not lines, "structure": structure, "leaves": leaves}
-    return Output("\n".join(text) if lines else "", record, int(bool(lines)))
+    return Output("\n".join(printed) if lines else "", record, int(bool(lines)))
 
 
-def _compared_leaf(path: errors.Path, x: Any, y: Any, a: Stored, b: Stored) -> dict[str, Any]:
-    """What there is to say of a leaf that is in both."""
-    here, there = _show.leaf(x), _show.leaf(y)
-    parts = [f"{here} in A, {there} in B"] if here != there else []
+def _leaf_record(path: errors.Path, x: Any, y: Any, a: Stored, b: Stored) -> dict[str, Any]:
+    """The comparison of a leaf that is in both files."""
+    shown = {"a": _show.leaf(x), "b": _show.leaf(y)}
+    parts = [f"{shown['a']} in A, {shown['b']} in B"] if shown["a"] != shown["b"] else []
     change = None
     if x is not None and y is not None and x.shape == y.shape:
         name = names.join(path)
@@ -61,8 +62,7 @@ def _compared_leaf(path: errors.Path, x: Any, y: Any, a: Stored, b: Stored) -> d
             parts.append(f"{count} differ, by up to {change.largest:.4g} of |a|")
     return {
         "path": errors.path_string(path),
-        "a": here,
-        "b": there,
+        **shown,
         "changed": change and change.changed,
         "largest_relative_change": change and change.largest,
         "difference": "; ".join(parts),
@@ -77,7 +77,7 @@ def compared(a: Array, b: Array) -> Change:
         x, y = a[start : start + _BLOCK], b[start : start + _BLOCK]
         if x.dtype != y.dtype:
             x, y = _wide(x), _wide(y)
-        differ = (x != y) & ~((x != x) & (y != y))  # noqa: PLR0124 - NaN is what is not itself
+        differ = (x != y) & ~((x != x) & (y != y))  # noqa: PLR0124 - NaN != NaN
         if differ.any():
             count += int(np.count_nonzero(differ))
             x, y = _wide(x[differ]), _wide(y[differ])

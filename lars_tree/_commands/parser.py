@@ -95,7 +95,7 @@ def _run(function: Callable[..., Output], extra: str, arguments: dict[str, Any])
 )
 @click.version_option(lars_tree.__version__, message="%(prog)s %(version)s")
 def commands() -> None:
-    """Layer-wise Adaptive Rate Scaling over nests of weights.
+    """Layer-wise Adaptive Rate Scaling over trees of weights.
 
     FILEs are .safetensors or .npz. The exit status is 2 after an error, and nothing was written.
     """

@@ -56,7 +56,7 @@ def table(file: str, grads: str, rates: Rates) -> Output:
 
 
 def _nested(path: errors.Path, leaf: Any) -> Any:
-    """A nest of this leaf alone."""
+    """A tree of this leaf alone."""
     for key in reversed(path):
         leaf = {key: leaf}
     return leaf

@@ -1,7 +1,7 @@
 """The part of the native engine in an update: the leaves of all libraries that the kernel supports.
 
 The kernel reads the arrays of each library through a `Reader`. The leaves that it does not support
-are the `rest`. Nothing is written before the plan is stepped.
+are the `rest`. Nothing is written before the step of the plan.
 """
 
 from __future__ import annotations
@@ -159,9 +159,9 @@ class Native:
 
     def measured(self) -> dict[int, Measured]:
         """The norms and ratios by leaf index, as numbers of the libraries of the weights."""
-        if self.plan is None or not self.plan.places:
+        if self.plan is None or not self.plan.indices:
             return {}
-        indices, rows = self.plan.places, measured(self.plan)
+        indices, rows = self.plan.indices, measured(self.plan)
         if any(is_joint(self.columns.rules[index]) for index in indices):
             # These denominators are norms of sums: measure the norms of the gradients as well.
             rules = [rule._replace(joint_norm=False) for rule in self.columns.rules]
@@ -178,7 +178,7 @@ class Native:
 
     def norms(self, bounds: bool = False) -> bytearray | None:
         """The norms of all layers, shards included; None if there are no layers."""
-        if self.plan is None or not (self.plan.places or self._shards):
+        if self.plan is None or not (self.plan.indices or self._shards):
             return None
         norms = self.plan.norms(bounds=bounds)
         for shards in self._shards.values():
@@ -193,7 +193,7 @@ class Native:
         norms = self.norms(bounds=True)
         if self.plan is None or norms is None:
             return None, None
-        indices = dict(enumerate(self.plan.places))
+        indices = dict(enumerate(self.plan.indices))
         for shards in self._shards.values():
             indices |= shards.leaf_indices
         bad = {indices[row] for row in self.plan.nonfinite(norms)}

@@ -1,6 +1,6 @@
-"""The native kernel for CPU memory, where it was built: `kernel`, else None.
+"""The native kernel for CPU memory: `kernel`, or None where it was not built.
 
-kernel.hpp has the arithmetic and knows no Python, plan.hpp binds it. Only speed depends on it:
+kernel.hpp has the arithmetic, without Python; plan.hpp binds it. Only speed depends on the kernel:
 `_backends/cpu.py` gives the same bits. LARS_TREE_NATIVE=0 in the environment turns it off.
 """
 
@@ -33,23 +33,23 @@ instruction_set = kernel.best_instruction_set() if kernel else 0
 
 
 def in_use() -> _Kernel | None:
-    """The kernel; None where there is none, or where torch.compile traces and must see Python."""
+    """The kernel, or None: also while torch.compile traces, which must see the Python code."""
     torch = sys.modules.get("torch")
-    compiler = getattr(torch, "compiler", None)  # not there yet while torch is being imported
+    compiler = getattr(torch, "compiler", None)  # missing while torch is being imported
     return None if compiler is not None and compiler.is_compiling() else kernel
 
 
 def native_available() -> bool:
     """Whether the native kernel was built and is in use.
 
-    >>> native_available() in (True, False)         # without it, the same numbers take longer
+    >>> native_available() in (True, False)         # without it, the same results take longer
     True
     """
     return kernel is not None
 
 
 def plan() -> Plan | None:
-    """A plan of the native engine, without layers; None where the kernel is not in use."""
+    """An empty plan of the native engine; None where the kernel is not in use."""
     found = in_use()
     if found is None:
         return None

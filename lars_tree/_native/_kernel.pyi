@@ -1,11 +1,11 @@
-"""The types of what module.cpp defines."""
+"""The types of the extension module (module.cpp)."""
 
 from collections.abc import Callable
 from typing import Any, Protocol, final
 
 @final
 class Reader:
-    """How the arrays and rules of one library are read; made once for each library."""
+    """Reads the arrays and rules of one library; made once for each library."""
 
     def __new__(
         cls,
@@ -16,24 +16,25 @@ class Reader:
         tensors: tuple[Any, ...] | None = None,
         as_bits: Callable[[Any], Any] | bool | None = None,
     ) -> Reader:
-        """A reader of arrays of these types, and of rules that are tuples of these fields.
+        """Make a reader.
 
         Args:
-            types: The types of arrays to take.
-            fields: The names of the fields of a rule.
-            make: Returns new memory for a result.
-            copy: Returns a copy of a velocity, to be stepped in its place.
+            types: The array types that are supported; subclasses are not.
+            fields: The names of the fields of a rule, which is a tuple.
+            make: Returns a new array for the result of these weights.
+            copy: Returns a copy of a velocity, which is updated in place of the original.
             tensors: How to read torch tensors, see reader.hpp; None for the buffer protocol.
-            as_bits: Views bfloat16 arrays, which have no buffer protocol, as uint16; True where
-                arrays of uint16 are such views already.
+            as_bits: Views bfloat16 arrays, which do not have the buffer protocol, as uint16; True
+                if arrays of uint16 are such views already.
         """
 
 @final
 class Plan:
-    """The layers that the native engine steps in one update.
+    """The layers that the native engine updates in one call.
 
-    `prepare` adds layers and writes nothing. Then come `norms` and `apply`, or `step`, which does
-    both for each layer while it is in the cache. `apply` and `step` write all layers or none.
+    `prepare` adds layers and writes nothing. `norms` and then `apply` make the two passes over
+    memory; `step` makes both for each layer while it is in the cache. `apply` and `step` write all
+    layers or none.
     """
 
     def __new__(cls, threads: int, instruction_set: int) -> Plan: ...
@@ -47,72 +48,72 @@ class Plan:
         velocities: list[Any] | None,
         new_ws: list[Any] | None = None,
         new_velocities: list[Any] | None = None,
-        places: list[int] | None = None,
+        indices: list[int] | None = None,
     ) -> list[int]:
-        """Add the leaves that the kernel supports; the places of those that it does not.
+        """Add the leaves that the kernel supports; return the indices of the others.
 
-        Leaves without weights, gradient, `out` and velocity are passed over. With `outs` weights
-        and velocities are written to where they are. Without them new arrays are made, and put
-        into `new_ws` and `new_velocities`; without these either, the plan can only be measured.
+        Leaves without any array are skipped. With `outs`, weights are written to `outs`, and
+        velocities in place. Without `outs`, new arrays are stored in `new_ws` and `new_velocities`;
+        without these lists too, the plan can only be measured.
 
         Args:
-            reader: How to read them.
+            reader: Reads the arrays and rules.
             ws: The weights, one item for each leaf.
-            dcdws: The gradients, of the shapes of their weights. None keeps the weights in place.
+            dcdws: The gradients, with the shapes of the weights. None leaves the weights unchanged.
             outs: The arrays to write to, or None.
             rules: The rules.
-            velocities: The velocities; None, for all or for a leaf, for no momentum.
-            new_ws: Where to put new arrays, a list of the same length.
-            new_velocities: The same for velocities.
-            places: Which leaves to look at; None for all.
+            velocities: The velocities; None, for all leaves or one, means no momentum.
+            new_ws: A list of the same length for the new weights.
+            new_velocities: A list of the same length for the new velocities.
+            indices: The leaves to add; None for all.
         """
 
     def count(self, counter: Any) -> bool:
-        """Add one to the int64 of this numpy array when the step is taken; False if it cannot."""
+        """Increment this int64 numpy array when the step is taken; False if it is not supported."""
 
     def overlaps(
         self, written: list[tuple[int, int]] = ..., read: list[tuple[int, int]] = ...
     ) -> bool:
-        """Whether memory that is written is written twice, or read as well.
+        """Whether memory is written twice, or both written and read.
 
         Args:
-            written: Further memory, as pairs of addresses: start and end.
-            read: The same, of memory that is read.
+            written: Further memory ranges that are written: pairs of addresses, start and end.
+            read: Further memory ranges that are read.
         """
 
     def spans(self) -> list[tuple[int, int]]:
-        """The memory that is written, as pairs of addresses: start and end."""
+        """The memory ranges that are written, as pairs of addresses: start and end."""
 
     def norms(self, bounds: bool = False) -> bytearray:
-        """The norms of all layers: a row of 8 doubles for each, see Norms in rule.hpp.
+        """The norms: for each layer a row of 8 doubles, the fields of `Norms` in rule.hpp.
 
         Args:
-            bounds: Also read the velocities, as `nonfinite` needs their largest magnitude.
+            bounds: Also find the largest magnitude of each velocity, which `nonfinite` needs.
         """
 
     def measure(self, norms: bytearray) -> bytearray:
-        """What the step of each layer is made of: a row of 4 doubles, the fields of `Measured`."""
+        """For each layer a row of 4 doubles, the fields of `_rule.Measured`."""
 
     def nonfinite(self, norms: bytearray) -> list[int]:
-        """The rows of those layers that get an infinite or NaN weight or velocity.
+        """The rows of the layers that would get an infinite or NaN weight or velocity.
 
-        Only of layers whose rule does not propagate such numbers. Elements are looked at only
-        where the norms, made with bounds=True, do not prove that all results are finite.
+        Layers whose rule propagates such numbers are left out. Elements are computed only if the
+        norms, made with bounds=True, do not prove that all results are finite.
         """
 
     def apply(self, norms: bytearray) -> None:
-        """Step all layers by the coefficients that follow from these norms."""
+        """The second pass: update all layers, given the norms of the first."""
 
     def step(self) -> None:
-        """Step all layers: `norms` and `apply` in one."""
+        """Update all layers: `norms` and `apply` in one."""
 
     @property
     def must_be_finite(self) -> bool:
         """Whether a rule does not propagate infinity and NaN."""
 
     @property
-    def places(self) -> list[int]:
-        """The place of the leaf of each layer, in the order of the rows of `norms`."""
+    def indices(self) -> list[int]:
+        """The index of the leaf of each layer, in the order of the rows of `norms`."""
 
     @property
     def written(self) -> list[Any]:
@@ -126,9 +127,9 @@ def collect(
     others: Callable[..., Any],
     /,
 ) -> None:
-    """Append the leaves of a nest to a list.
+    """Append the leaves of a tree to a list.
 
-    others(node, found) does so for the nodes of kinds that are not walked natively.
+    others(node, found) does so for the kinds of nodes that are not walked natively.
     """
 
 def match(
@@ -141,13 +142,13 @@ def match(
     others: Callable[..., Any],
     /,
 ) -> bool:
-    """Append the value that a prefix has for each leaf of a nest; whether it is a prefix.
+    """Append the value of a prefix for each leaf of a tree; return whether it is a prefix.
 
-    others(node, prefix, found, exact) does so for the nodes of kinds that are not walked natively.
+    others(node, prefix, found, exact) does so for the kinds of nodes that are not walked natively.
     """
 
 def best_instruction_set() -> int:
-    """The number of the best instruction set here: 0 none in particular, 1 AVX2, 2 AVX-512."""
+    """The best supported instruction set: 0 baseline, 1 AVX2, 2 AVX-512."""
 
 class _Kernel(Protocol):
     """The type of this module, for values that are None where it was not built."""

@@ -1,26 +1,31 @@
-// The arithmetic of one LARS step in CPU memory. No Python here: module.cpp binds it, and step.hpp
-// has the threads.
+// The arithmetic of one LARS step in CPU memory, without Python. module.cpp binds it to Python, and
+// step.hpp distributes it over threads.
 //
 // For weights w and gradient g = dcdw / grad_scale,
 //
 //     ratio = trust_coefficient * |w| / (|g| + decay_lambda * |w| + eps)
 //     w_new = w - lr * ratio * (g + decay_lambda * w)
 //
-// (with joint_norm the denominator is |g + decay_lambda * w| + eps), which is linear in w and dcdw,
-// with two coefficients that are made of norms. So a layer is read twice: once to sum the squares
-// of w and dcdw, once to apply the coefficients. With momentum the velocity takes in the step in
-// that second pass, and moves the weights.
+// (with joint_norm the denominator is |g + decay_lambda * w| + eps). This is linear in w and dcdw,
+// with two coefficients that depend on the norms only. So a layer is read twice: the first pass
+// sums the squares of w and dcdw, the second applies the coefficients. With momentum, the second
+// pass also updates the velocity.
 //
-// The numbers. Elements are read as double, exactly, and rounded once when they are written.
-// Squares are added in a fixed order: 16 lanes; within a chunk the rows of 16 by pairs of
-// neighbours, then pairs of pairs, as if zeros followed up to the next power of two; then the
-// lanes, likewise, and the chunks, one after the other, in about twice the precision. Nothing in
-// this order depends on threads, on the instruction set or on alignment, and
-// lars_tree/_backends/norms.py adds in the same one: it gives the same bits. Where squares of
-// float64 numbers leave the range of double, the sum is made again of numbers that are scaled by a
-// power of two; coefficients are Wide (wide.hpp).
+// Precision. Elements are converted to double exactly, and results are rounded once, when they are
+// written. Norms and coefficients are double-double numbers (double_double.hpp) where double could
+// overflow or lose digits.
 //
-// tests/test_native.py holds this file to cpu.py, tests/test_numbers.py both to an exact reference.
+// The order of the sums. Arrays are cut into chunks, and chunks into rows of 16 elements. Within a
+// chunk, the squares of each of the 16 lanes are added by pairwise summation (sums.hpp), as if rows
+// of zeros followed up to the next power of two. Then the lanes are added by pairwise summation,
+// and the chunks one after the other, both in about twice the precision of double. If squares of
+// float64 elements overflow or underflow, the sum is computed again from elements that are scaled
+// by a power of two.
+//
+// This order does not depend on threads, the instruction set or alignment, and
+// lars_tree/_backends/norms.py adds in the same order, so all give the same bits.
+// tests/test_native.py compares this file with cpu.py, tests/test_numbers.py both with an exact
+// reference.
 #pragma once
 
 #include <algorithm>
@@ -37,26 +42,25 @@
 #define LARS_X86
 #endif
 
+#include "double_double.hpp"
 #include "formats.hpp"
 #include "rule.hpp"
-#include "wide.hpp"
 
 namespace lars {
 
-// How to add decay_lambda * grad_scale * w to dcdw, of which joint_norm takes the norm: the factor
-// of w is (high + low) * 2^w_shift. The sum is to be multiplied by 2^exponent, which is 0 unless it
-// was scaled to stay in range.
-struct Addition {
+// How to compute dcdw + decay_lambda * grad_scale * w, whose norm joint_norm uses: as
+// 2^dcdw_shift * dcdw + (high + low) * 2^w_shift * w. The shifts keep the sum in range.
+struct JointGradient {
     double high, low;
-    int w_shift, dcdw_shift, exponent;
-    bool maximize;
+    int w_shift, dcdw_shift;
+    bool maximize;  // negates dcdw
 };
 
 const int lanes = 16;
-const int most_streams = 4;     // arrays, or parts of them, that are read by turns
-const std::size_t block = 128;  // elements that are stepped at a time, where that matters
+const int max_streams = 4;      // arrays, or halves of chunks, that are read in turns
+const std::size_t block = 128;  // elements that are computed before they are checked and written
 
-// Sums in about twice the precision of double: `low` gathers what rounding takes from `high`.
+// A sum in about twice the precision of double: `low` collects the rounding errors of `high`.
 inline Pair add(Pair a, Pair b) {
     Pair sum = two_sum(a.high, b.high);
     return {sum.high, sum.low + (a.low + b.low)};
@@ -66,7 +70,7 @@ inline void add_to(double* a, const double* b) {
     for (int lane = 0; lane < lanes; ++lane) a[lane] += b[lane];
 }
 
-// The sum of all lanes, by pairs of neighbours.
+// The pairwise sum of all lanes.
 inline Pair sum_of_lanes(const double* sums) {
     double high[lanes], low[lanes] = {};
     std::memcpy(high, sums, sizeof high);
@@ -83,25 +87,28 @@ inline Pair sum_of_lanes(const double* sums) {
 // ---- The loops, for each instruction set
 
 struct Loops {
+    // Scaled sums multiply each element by scale and by rest: one factor could overflow.
     typedef void (*SumSquares)(const void* const* arrays, int count, std::size_t size, double scale,
                                double rest, double (*totals)[lanes]);
     typedef double (*Largest)(const void* x, std::size_t size);
     typedef void (*Apply)(const void* w, const void* dcdw, void* out, std::size_t size,
-                          const Coefficients& by);
-    typedef void (*Move)(const void* w, const void* dcdw, void* velocity, void* out,
-                         std::size_t size, const Coefficients& by, const Motion& motion);
+                          const Coefficients& coefficients);
+    typedef void (*ApplyMomentum)(const void* w, const void* dcdw, void* velocity, void* out,
+                                  std::size_t size, const Coefficients& coefficients,
+                                  const MomentumOptions& options);
 
-    // Adds decay_lambda * w to a gradient, as doubles.
-    typedef void (*Join)(const void* w, const void* dcdw, double* total, std::size_t size,
-                         const Addition& by);
+    // Computes a joint gradient as doubles.
+    typedef void (*AddDecay)(const void* w, const void* dcdw, double* joint, std::size_t size,
+                             const JointGradient& terms);
 
     SumSquares sum_squares[formats], sum_scaled_squares[formats];
     Largest largest[formats];
     Apply apply[formats][formats];  // by the formats of w and dcdw
-    Move move[formats][formats];
-    Join join[formats][formats];
+    ApplyMomentum apply_momentum[formats][formats];
+    AddDecay add_decay[formats][formats];
 };
 
+// States that the iterations of the next loop are independent, so it can be vectorized.
 #if defined(_MSC_VER)
 #define LARS_INDEPENDENT __pragma(loop(ivdep))
 #elif defined(__clang__)
@@ -110,11 +117,11 @@ struct Loops {
 #define LARS_INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
-namespace plain {
+namespace baseline {
 #define LARS_TARGET
 #include "loops.hpp"
 #undef LARS_TARGET
-}  // namespace plain
+}  // namespace baseline
 
 #ifdef LARS_X86
 #define LARS_FOURS
@@ -132,9 +139,9 @@ namespace avx512 {
 #undef LARS_FOURS
 #endif
 
-enum InstructionSet { no_set, avx2_set, avx512_set };
+enum InstructionSet { baseline_set, avx2_set, avx512_set };
 
-// The best that this processor has.
+// The best one that this processor supports.
 inline InstructionSet best_set() {
 #ifdef LARS_X86
     __builtin_cpu_init();
@@ -143,7 +150,7 @@ inline InstructionSet best_set() {
         return avx512_set;
     if (__builtin_cpu_supports("avx2")) return avx2_set;
 #endif
-    return no_set;
+    return baseline_set;
 }
 
 inline const Loops& loops_for(InstructionSet set) {
@@ -152,18 +159,18 @@ inline const Loops& loops_for(InstructionSet set) {
     if (set == avx512_set) return of_avx512;
     if (set == avx2_set) return of_avx2;
 #endif
-    static const Loops of_plain = plain::loops();
-    return of_plain;
+    static const Loops of_baseline = baseline::loops();
+    return of_baseline;
 }
 
 // ---- Norms
 
-const std::size_t smallest_chunk = 1 << 14, most_chunks = 1 << 14;
+const std::size_t min_chunk = 1 << 14, max_chunks = 1 << 14;
 
-// How many elements make a chunk: more in the largest arrays, so that the sums take no more memory.
+// The number of elements of a chunk: more in the largest arrays, to bound the memory for the sums.
 inline std::size_t chunk_size(std::size_t size) {
-    std::size_t chunk = smallest_chunk;
-    while (size / chunk > most_chunks) chunk *= 2;
+    std::size_t chunk = min_chunk;
+    while (size / chunk > max_chunks) chunk *= 2;
     return chunk;
 }
 
@@ -172,31 +179,27 @@ inline std::size_t chunks(std::size_t size) {
     return (size + chunk - 1) / chunk;
 }
 
-// One of the arrays that a norm is taken of, by chunks.
-struct Vector {
+// The elements of a dense array, or a part of them.
+struct FlatArray {
     const char* data;
     std::size_t size;
     Format format;
 
-    static std::size_t item_size(Format format) {
-        return format == float64 ? 8 : format == float32 ? 4 : 2;
-    }
-
     const char* at(std::size_t i) const { return data + i * item_size(format); }
 
-    Vector part(std::size_t start, std::size_t length) const {
+    FlatArray part(std::size_t start, std::size_t length) const {
         return {at(start), std::min(length, size - start), format};
     }
 };
 
-// The sums of squares of w and dcdw: of a chunk of both. A whole chunk is read in two places.
-inline void sum_both(const Loops& loops, const Vector& w, const Vector& dcdw, bool is_whole,
+// The sums of squares of a chunk of w and of dcdw. A full chunk is read as two halves in turns.
+inline void sum_both(const Loops& loops, const FlatArray& w, const FlatArray& dcdw, bool is_full,
                      Pair& w_sum, Pair& dcdw_sum) {
-    const int parts = is_whole ? 2 : 1;
+    const int parts = is_full ? 2 : 1;
     const std::size_t size = w.size / parts;
-    // Those of w before those of dcdw, whose format may be another.
-    const void* arrays[most_streams];
-    double sums[most_streams][lanes];
+    // The parts of w come before those of dcdw, which may have another format.
+    const void* arrays[max_streams];
+    double sums[max_streams][lanes];
     for (int part = 0; part < parts; ++part) {
         arrays[part] = w.at(part * size);
         arrays[parts + part] = dcdw.at(part * size);
@@ -215,9 +218,9 @@ inline void sum_both(const Loops& loops, const Vector& w, const Vector& dcdw, bo
     dcdw_sum = sum_of_lanes(sums[parts]);
 }
 
-// The sum of one of the sums of each chunk.
+// Adds one member of the sums of all chunks.
 template <class Sums>
-inline Pair sum(const Vector& x, const Sums* sums, Pair Sums::* part) {
+inline Pair sum(const FlatArray& x, const Sums* sums, Pair Sums::* part) {
     Pair total = {0, 0};
     for (std::size_t i = 0; i < chunks(x.size); ++i) total = add(total, sums[i].*part);
     // Where the sum is infinite or NaN, the rounding errors are NaN.
@@ -225,11 +228,11 @@ inline Pair sum(const Vector& x, const Sums* sums, Pair Sums::* part) {
 }
 
 // The norm, given the sum of squares.
-inline Wide norm(const Loops& loops, const Vector& x, Pair total) {
-    // Only squares of float64 numbers overflow, or vanish where they would count.
+inline DoubleDouble norm(const Loops& loops, const FlatArray& x, Pair total) {
+    // Only squares of float64 elements overflow, or underflow where it matters.
     if (x.format != float64 ||
         (total.high > power_of_two(-900) && total.high < power_of_two(1000))) {
-        return sqrt(Wide(total));
+        return sqrt(DoubleDouble(total));
     }
     double largest = loops.largest[x.format](x.data, x.size);
     if (largest == 0 || !std::isfinite(largest)) return largest;
@@ -245,46 +248,48 @@ inline Wide norm(const Loops& loops, const Vector& x, Pair total) {
                                            lane_sums);
         total = add(total, sum_of_lanes(lane_sums[0]));
     }
-    Wide root = sqrt(Wide(fast_two_sum(total.high, total.low)));
+    DoubleDouble root = sqrt(DoubleDouble(fast_two_sum(total.high, total.low)));
     root.exponent += exponent;
     return root;
 }
 
-// ---- The sum of g and decay_lambda * w
+// ---- The joint gradient
 
-// Where scaled sums have their largest elements: squares are in range, and small elements too.
-const int total_exponent = 480;
+// The exponent of the largest element of a scaled joint gradient: its square is in range, and small
+// elements keep their digits.
+const int max_joint_exponent = 480;
 
-// The exponent of the scale of a sum, as a double. NaN where it is not scaled: numbers shorter than
-// double, with moderate options, are added as they are, and so are those that are not finite.
-inline double sum_exponent(const Loops& loops, const Vector& w, const Vector& dcdw,
-                           const Rule& rule) {
+// The exponent of the scale of a joint gradient, as a double. NaN if it is not scaled: elements
+// shorter than double, with moderate options, do not need it, and infinite or NaN elements cannot
+// be scaled.
+inline double joint_exponent(const Loops& loops, const FlatArray& w, const FlatArray& dcdw,
+                             const Rule& rule) {
     const double none = std::numeric_limits<double>::quiet_NaN();
-    if (w.format != float64 && dcdw.format != float64 && double_is_enough(rule)) return none;
-    const double w_most = loops.largest[w.format](w.data, w.size);
-    const double dcdw_most = loops.largest[dcdw.format](dcdw.data, dcdw.size);
-    if (!std::isfinite(w_most) || !std::isfinite(dcdw_most)) return none;
+    if (w.format != float64 && dcdw.format != float64 && has_moderate_options(rule)) return none;
+    const double w_max = loops.largest[w.format](w.data, w.size);
+    const double dcdw_max = loops.largest[dcdw.format](dcdw.data, dcdw.size);
+    if (!std::isfinite(w_max) || !std::isfinite(dcdw_max)) return none;
     int w_exponent, dcdw_exponent;
-    std::frexp(w_most, &w_exponent);
-    std::frexp(dcdw_most, &dcdw_exponent);
-    const Wide decay = Wide(rule.decay_lambda) * Wide(rule.grad_scale);
+    std::frexp(w_max, &w_exponent);
+    std::frexp(dcdw_max, &dcdw_exponent);
+    const DoubleDouble decay = DoubleDouble(rule.decay_lambda) * DoubleDouble(rule.grad_scale);
     w_exponent += static_cast<int>(decay.exponent) + 1;
-    const int most = w_most == 0 && dcdw_most == 0 ? 0
-                     : w_most == 0                 ? dcdw_exponent
-                     : dcdw_most == 0              ? w_exponent
-                                                   : std::max(w_exponent, dcdw_exponent);
-    return most - total_exponent;
+    const int most = w_max == 0 && dcdw_max == 0 ? 0
+                     : w_max == 0                ? dcdw_exponent
+                     : dcdw_max == 0             ? w_exponent
+                                                 : std::max(w_exponent, dcdw_exponent);
+    return most - max_joint_exponent;
 }
 
-inline Addition addition(const Rule& rule, double exponent) {
-    const Wide decay = Wide(rule.decay_lambda) * Wide(rule.grad_scale);
+inline JointGradient joint_gradient(const Rule& rule, double exponent) {
+    const DoubleDouble decay = DoubleDouble(rule.decay_lambda) * DoubleDouble(rule.grad_scale);
     const int decay_exponent = static_cast<int>(decay.exponent);
     if (std::isnan(exponent)) {
         const double high = std::ldexp(decay.high, decay_exponent);
-        return {high, std::ldexp(decay.low, decay_exponent), 0, 0, 0, rule.maximize};
+        return {high, std::ldexp(decay.low, decay_exponent), 0, 0, rule.maximize};
     }
     const int scale = static_cast<int>(exponent);
-    return {decay.high, decay.low, decay_exponent - scale, -scale, scale, rule.maximize};
+    return {decay.high, decay.low, decay_exponent - scale, -scale, rule.maximize};
 }
 
 }  // namespace lars

@@ -1,6 +1,7 @@
-// The leaves of one update, as the native engine takes them: read and checked, but not stepped.
+// The leaves of one update that the native engine supports, read and checked, but not yet updated.
 //
-// Arrays are only described here: whoever steps the layers keeps the arrays alive.
+// The layers point into the memory of Python's arrays, which this file does not own: the plan
+// (plan.hpp) keeps the arrays alive.
 #pragma once
 
 #include <deque>
@@ -21,129 +22,132 @@ public:
     Py_buffer view;
 };
 
-// What becomes of the results.
+// Where the results of a call are written; `none` if the leaves are only measured.
 enum class Results { in_place, new_arrays, none };
 
-// The arrays of a leaf; `out` matters with Results::in_place. The velocity is null where no leaf
-// has one, and None where this one does not.
+// The arrays of a leaf; `out` is used with Results::in_place only. The velocity is null if no leaf
+// has one, and None if this leaf does not.
 struct Arrays {
     PyObject *w, *dcdw, *out, *velocity;
 
-    bool moves() const { return velocity && velocity != Py_None; }
+    bool has_velocity() const { return velocity && velocity != Py_None; }
 };
 
 // New arrays for the results of a leaf.
-struct Made {
+struct NewArrays {
     Owned out, velocity;
 };
 
 class Leaves {
 public:
-    // Adds a leaf, without touching its memory; false if the kernel does not support it, or with an
-    // exception set. New arrays are owned by `made`, also when it fails.
+    // Adds a leaf, without reading or writing its elements; false if the kernel does not support
+    // it, or with an exception set. `made` owns the new arrays, also if it fails.
     bool add(const Reader& reader, const Arrays& given, PyObject* fields, Results results,
-             Py_ssize_t place, Made& made) {
-        Memory weights, gradients, to, moving = {};
-        Buffer of_w, of_dcdw, of_out, of_velocity, of_copy;
+             Py_ssize_t index, NewArrays& made) {
+        Memory weights, gradients, result, velocity = {};
+        Buffer w_buffer, dcdw_buffer, out_buffer, velocity_buffer, copy_buffer;
         const bool in_place = results == Results::in_place;
         if (!read_rule(reader, fields)) return false;
-        if (!given.moves() && given.velocity && rules.back().momentum != 0) return false;
-        const bool is_own = in_place && given.out == given.w;
-        if (!reader.read(given.w, is_own, weights, of_w.view)) return false;
-        if (!reader.read(given.dcdw, false, gradients, of_dcdw.view)) return false;
-        if (!fit(weights, gradients) || !is_dense(weights)) return false;
-        // Also before it is copied: copy(velocity) may take what is no such array, or was freed.
-        if (given.moves() &&
-            !read_velocity(reader, given.velocity, in_place, weights, moving, of_velocity.view)) {
+        if (!given.has_velocity() && given.velocity && rules.back().momentum != 0) return false;
+        const bool overwrites_w = in_place && given.out == given.w;
+        if (!reader.read(given.w, overwrites_w, weights, w_buffer.view)) return false;
+        if (!reader.read(given.dcdw, false, gradients, dcdw_buffer.view)) return false;
+        if (!same_layout(weights, gradients) || !is_dense(weights)) return false;
+        // The velocity is checked before it is copied too: copy() may accept other types, and would
+        // read freed memory.
+        if (given.has_velocity() && !read_velocity(reader, given.velocity, in_place, weights,
+                                                   velocity, velocity_buffer.view)) {
             return false;
         }
         PyObject* out = given.out;
         if (results == Results::new_arrays) {
             if (!reader.make(given.w, made.out)) return false;
             out = made.out;
-            if (given.moves() &&
-                (!reader.copy(given.velocity, made.velocity) ||
-                 !read_velocity(reader, made.velocity, true, weights, moving, of_copy.view))) {
+            if (given.has_velocity() && (!reader.copy(given.velocity, made.velocity) ||
+                                         !read_velocity(reader, made.velocity, true, weights,
+                                                        velocity, copy_buffer.view))) {
                 return false;
             }
         }
-        if (is_own || results == Results::none) {
-            to = weights;
-        } else if (!reader.read(out, true, to, of_out.view)) {
+        if (overwrites_w || results == Results::none) {
+            result = weights;
+        } else if (!reader.read(out, true, result, out_buffer.view)) {
             return false;
         }
-        if (!fit(weights, to) || to.format != weights.format) return false;
-        layers.push_back({weights.data, gradients.data, to.data, moving.data, weights.size,
+        if (!same_layout(weights, result) || result.format != weights.format) return false;
+        layers.push_back({weights.data, gradients.data, result.data, velocity.data, weights.size,
                           weights.format, gradients.format, &rules.back()});
-        places.push_back(place);
+        indices.push_back(index);
         if (in_place) {
-            note(to, written);
-            if (given.moves()) note(moving, written);
-            if (weights.data != to.data) note(weights, read);
-            // A gradient may be the very memory of its own result: it is read first.
-            if (gradients.data != to.data || gradients.format != to.format) note(gradients, read);
+            add_span(result, written);
+            if (given.has_velocity()) add_span(velocity, written);
+            if (weights.data != result.data) add_span(weights, read);
+            // A gradient may be the same memory as its own result: each element is read first.
+            if (gradients.data != result.data || gradients.format != result.format) {
+                add_span(gradients, read);
+            }
         }
         return true;
     }
 
-    // Adds weights that stay as they are, as does their velocity, but that no other array may
+    // Adds weights that do not change, nor does their velocity, but that no other array may
     // overlap; false as above.
-    bool keep(const Reader& reader, const Arrays& given) {
-        Memory weights, moving;
-        Buffer of_w, of_velocity;
-        if (!reader.read(given.w, true, weights, of_w.view) || !is_dense(weights)) return false;
-        if (given.moves() &&
-            !read_velocity(reader, given.velocity, true, weights, moving, of_velocity.view)) {
+    bool add_unchanged(const Reader& reader, const Arrays& given) {
+        Memory weights, velocity;
+        Buffer w_buffer, velocity_buffer;
+        if (!reader.read(given.w, true, weights, w_buffer.view) || !is_dense(weights)) return false;
+        if (given.has_velocity() &&
+            !read_velocity(reader, given.velocity, true, weights, velocity, velocity_buffer.view)) {
             return false;
         }
-        note(weights, written);
-        if (given.moves()) note(moving, written);
+        add_span(weights, written);
+        if (given.has_velocity()) add_span(velocity, written);
         return true;
     }
 
-    // Makes room for so many more leaves.
-    void reserve(std::size_t count, bool moves) {
+    // Reserves memory for more leaves.
+    void reserve(std::size_t count, bool have_velocities) {
         layers.reserve(layers.size() + count);
-        places.reserve(places.size() + count);
-        written.reserve(written.size() + (moves ? 2 : 1) * count);
+        indices.reserve(indices.size() + count);
+        written.reserve(written.size() + (have_velocities ? 2 : 1) * count);
         read.reserve(read.size() + count);
     }
 
-    // Adds a number that is written, and that no array may overlap.
-    void write_number(std::int64_t* x) {
+    // Adds a counter that is written, and that no array may overlap.
+    void add_counter(std::int64_t* x) {
         const char* start = reinterpret_cast<char*>(x);
         written.push_back({start, start + sizeof *x});
     }
 
     std::vector<Layer> layers;
-    std::vector<Py_ssize_t> places;      // of the leaf of each layer
-    std::vector<Stretch> written, read;  // of arrays that are given, not made
+    std::vector<Py_ssize_t> indices;  // of the leaf of each layer
+    std::vector<Span> written, read;  // without new arrays
 
 private:
     bool read_rule(const Reader& reader, PyObject* fields) {
-        if (fields == last) return is_supported;  // most often one for all leaves
+        if (fields == last_rule) return is_last_supported;  // most trees have one rule
         rules.emplace_back();
-        is_supported = call_python([&] { return reader.read_rule(fields, rules.back()); });
-        last = fields;
-        return is_supported;
+        is_last_supported = call_python([&] { return reader.read_rule(fields, rules.back()); });
+        last_rule = fields;
+        return is_last_supported;
     }
 
     static bool read_velocity(const Reader& reader, PyObject* x, bool writable,
                               const Memory& weights, Memory& to, Py_buffer& buffer) {
-        return reader.read(x, writable, to, buffer) && fit(weights, to) &&
+        return reader.read(x, writable, to, buffer) && same_layout(weights, to) &&
                to.format == velocity_format(weights.format);
     }
 
-    static bool fit(const Memory& a, const Memory& b) {
+    static bool same_layout(const Memory& a, const Memory& b) {
         return a.is_complex == b.is_complex && same_shape(a, b) && same_order(a, b);
     }
 
-    static void note(const Memory& x, std::vector<Stretch>& among) {
-        if (x.size) among.push_back({x.data, x.data + x.bytes()});
+    static void add_span(const Memory& x, std::vector<Span>& spans) {
+        if (x.size) spans.push_back({x.data, x.data + x.bytes()});
     }
 
-    PyObject* last = nullptr;
-    bool is_supported = false;  // the last one
+    PyObject* last_rule = nullptr;
+    bool is_last_supported = false;
     std::deque<Rule> rules;
 };
 

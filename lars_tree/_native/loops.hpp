@@ -1,37 +1,43 @@
-// The loops over elements. kernel.hpp includes this file once for each instruction set, in a
-// namespace of its own, with LARS_TARGET as the attribute that asks the compiler for it.
+// The loops over elements, which write the weights (`apply`), or the weights and the velocity
+// (`apply_momentum`). kernel.hpp includes this file once for each instruction set, in a namespace
+// of its own; LARS_TARGET is the attribute that selects the instruction set.
 //
 // All instruction sets do the same operations on each element in the same order, so they give the
-// same bits: compile without contraction of a * b + c into one operation, and without -ffast-math.
+// same bits. This needs a compilation without contraction of a * b + c (-ffp-contract=off) and
+// without -ffast-math.
+//
+// For most types, the obvious loop in double is exact enough and is vectorized. Three types need
+// more: float is handled four elements at a time, bfloat16 is computed in float where that provably
+// gives the same bits, and results of double that overflow are computed again, scaled.
 
 #include "sums.hpp"
 
-// The step itself, kept * w - on_dcdw * dcdw, element by element; `out` may be w or dcdw
-// themselves.
+// ---- Without momentum: weight_factor * w - gradient_coefficient * dcdw. `out` may be w or dcdw.
 
-// For numbers that leave the range of double on the way.
+// For coefficients, or intermediate results, that are out of the range of double.
 template <class T, class G>
-inline void apply_carefully(const T* w, const G* dcdw, T* out, std::size_t size,
-                            const Coefficients& by) {
-    const double kept = by.kept();
-    const auto stepped = [&by, kept](double weight, double gradient, int exponent) {
+inline void apply_wide_range(const T* w, const G* dcdw, T* out, std::size_t size,
+                             const Coefficients& coefficients) {
+    const double weight_factor = coefficients.weight_factor();
+    const auto stepped = [&coefficients, weight_factor](double weight, double gradient,
+                                                        int exponent) {
         gradient = exponent ? std::ldexp(gradient, exponent) : gradient;
-        return kept * weight - by.on_dcdw * gradient;
+        return weight_factor * weight - coefficients.gradient * gradient;
     };
     for (std::size_t i = 0; i < size; ++i) {
         const double weight = read(w[i]), gradient = read(dcdw[i]);
-        double result = stepped(weight, gradient, by.exponent);
+        double result = stepped(weight, gradient, coefficients.exponent);
         if (sizeof(T) == sizeof(double) && !std::isfinite(result)) {
             // A step as long as the largest number may overflow although the new weight does not.
-            result = 4 * stepped(weight / 4, gradient, by.exponent - 2);
+            result = 4 * stepped(weight / 4, gradient, coefficients.exponent - 2);
         }
         write(out[i], result);
     }
 }
 
 #ifdef LARS_FOURS
-// Four elements at a time, in double. Compilers take twice as many, and spend more time on taking
-// them apart and joining them than on arithmetic.
+// Four elements at a time, in double. Compilers vectorize eight at a time, and spend more time on
+// splitting and joining the vectors than on arithmetic.
 typedef __m256d Four;
 
 LARS_TARGET inline Four read_four(const float* x) { return _mm256_cvtps_pd(_mm_loadu_ps(x)); }
@@ -39,16 +45,18 @@ LARS_TARGET inline Four read_four(const float* x) { return _mm256_cvtps_pd(_mm_l
 LARS_TARGET inline void write_four(float* out, Four x) { _mm_storeu_ps(out, _mm256_cvtpd_ps(x)); }
 
 LARS_TARGET inline std::size_t apply_fours(const float* w, const float* dcdw, float* out,
-                                           std::size_t size, double kept, double on_dcdw) {
+                                           std::size_t size, double weight_factor,
+                                           double gradient_coefficient) {
     std::size_t i = 0;
     for (; i + 4 <= size; i += 4) {
-        write_four(out + i, kept * read_four(w + i) - on_dcdw * read_four(dcdw + i));
+        write_four(out + i,
+                   weight_factor * read_four(w + i) - gradient_coefficient * read_four(dcdw + i));
     }
     return i;
 }
 #endif
 
-// How many elements were done four at a time: none of other types.
+// The number of elements that were done four at a time: none for other types.
 template <class T, class G>
 inline std::size_t apply_fours(const T*, const G*, T*, std::size_t, double, double) {
     return 0;
@@ -56,62 +64,67 @@ inline std::size_t apply_fours(const T*, const G*, T*, std::size_t, double, doub
 
 template <class T, class G>
 LARS_TARGET void apply_in_double(const T* w, const G* dcdw, T* out, std::size_t size,
-                                 const Coefficients& by) {
-    const double kept = by.kept(), on_dcdw = by.on_dcdw;
-    const std::size_t done = apply_fours(w, dcdw, out, size, kept, on_dcdw);
+                                 const Coefficients& coefficients) {
+    const double weight_factor = coefficients.weight_factor();
+    const double gradient_coefficient = coefficients.gradient;
+    const std::size_t done = apply_fours(w, dcdw, out, size, weight_factor, gradient_coefficient);
     LARS_INDEPENDENT
     for (std::size_t i = done; i < size; ++i) {
-        write(out[i], kept * read(w[i]) - on_dcdw * read(dcdw[i]));
+        write(out[i], weight_factor * read(w[i]) - gradient_coefficient * read(dcdw[i]));
     }
 }
 
 template <class T, class G>
 LARS_TARGET void apply(const T* w, const G* dcdw, T* out, std::size_t size,
-                       const Coefficients& by) {
-    apply_in_double(w, dcdw, out, size, by);
+                       const Coefficients& coefficients) {
+    apply_in_double(w, dcdw, out, size, coefficients);
 }
 
-// The sign bit is set for infinity and NaN, whose exponent has all its bits: so it carries.
-LARS_TARGET inline std::uint64_t sign_if_beyond(double x) {
+// The sign bit is set if x is infinite or NaN: adding one to an exponent of ones carries into it.
+LARS_TARGET inline std::uint64_t sign_if_not_finite(double x) {
     const std::uint64_t infinite = std::uint64_t{0x7ff} << 52, last_bit = infinite & -infinite;
     return (bit_cast<std::uint64_t>(x) & infinite) + last_bit;
 }
 
-// float64 may leave the range of double: look before it is written.
+// float64 may overflow: each block of results is checked before it is written.
 template <class G>
 LARS_TARGET void apply(const double* w, const G* dcdw, double* out, std::size_t size,
-                       const Coefficients& by) {
-    const double kept = by.kept(), on_dcdw = by.on_dcdw;
+                       const Coefficients& coefficients) {
+    const double weight_factor = coefficients.weight_factor();
+    const double gradient_coefficient = coefficients.gradient;
     std::size_t start = 0;
     for (; size - start >= block; start += block) {
         double results[block];
-        std::uint64_t beyond = 0;
+        std::uint64_t overflows = 0;
         for (std::size_t i = 0; i < block; ++i) {
-            results[i] = kept * w[start + i] - on_dcdw * read(dcdw[start + i]);
-            beyond |= sign_if_beyond(results[i]);
+            results[i] =
+                weight_factor * w[start + i] - gradient_coefficient * read(dcdw[start + i]);
+            overflows |= sign_if_not_finite(results[i]);
         }
-        if (beyond >> 63) {
-            apply_carefully(w + start, dcdw + start, out + start, block, by);
+        if (overflows >> 63) {
+            apply_wide_range(w + start, dcdw + start, out + start, block, coefficients);
         } else {
             std::memcpy(out + start, results, sizeof results);
         }
     }
-    apply_carefully(w + start, dcdw + start, out + start, size - start, by);
+    apply_wide_range(w + start, dcdw + start, out + start, size - start, coefficients);
 }
 
-// bfloat16 in float, as far as that can tell the bits. The roundings of float add up to less than
-// `error`; where both ends of that interval round to the same bfloat16, the double does so too, and
-// where they do not, or are not finite, their block is computed in double.
+// bfloat16 is computed in float where that gives the same bits as double. The rounding errors of
+// float add up to less than `error`. If both ends of the interval result +- error round to the same
+// bfloat16, so does the result in double. Otherwise, or if the interval is not finite, the block is
+// computed in double.
 struct Trial {
-    std::uint32_t bits;   // the result in the upper half, if there is no doubt
-    std::uint32_t doubt;  // the upper half is 0 if there is none
+    std::uint32_t bits;   // the upper half is the result, if there is no doubt
+    std::uint32_t doubt;  // the upper half is 0 if both ends round to the same bfloat16
     std::uint32_t error;
 };
 
-LARS_TARGET inline Trial tried(float weight, float gradient, float on_w, float on_dcdw) {
+LARS_TARGET inline Trial try_in_float(float weight, float gradient, float weight_factor,
+                                      float gradient_coefficient) {
     const float relative = 4.76837158203125e-07f, absolute = 1e-39f;  // 2^-21, more than 2^-130
-    weight = on_w * weight;
-    float step = on_dcdw * gradient;
+    weight = weight_factor * weight;
+    float step = gradient_coefficient * gradient;
     float error = (std::fabs(weight) + std::fabs(step)) * relative + absolute;
     float result = weight - step;
     std::uint32_t low = bit_cast<std::uint32_t>(result - error) + 0x8000u;
@@ -119,79 +132,86 @@ LARS_TARGET inline Trial tried(float weight, float gradient, float on_w, float o
     return {low, low ^ high, bit_cast<std::uint32_t>(error)};
 }
 
-// Two numbers to each word of 32 bits, which takes less shuffling than one at a time.
-LARS_TARGET inline void apply(const Brain* w, const Brain* dcdw, Brain* out, std::size_t size,
-                              const Coefficients& by) {
-    const float on_w = static_cast<float>(by.kept()), on_dcdw = static_cast<float>(by.on_dcdw);
+// Two elements are read as one word of 32 bits, which needs fewer shuffles than one at a time.
+LARS_TARGET inline void apply(const Bfloat16* w, const Bfloat16* dcdw, Bfloat16* out,
+                              std::size_t size, const Coefficients& coefficients) {
+    const float weight_factor = static_cast<float>(coefficients.weight_factor());
+    const float gradient_coefficient = static_cast<float>(coefficients.gradient);
     const std::uint32_t upper = 0xffff0000u, infinite = 0x7f800000u;
-    const bool in_range = 1e-30f < std::fabs(on_w) && std::fabs(on_w) < 1e30f &&  //
-                          1e-30f < on_dcdw && on_dcdw < 1e30f;
+    const bool in_range = 1e-30f < std::fabs(weight_factor) && std::fabs(weight_factor) < 1e30f &&
+                          1e-30f < gradient_coefficient && gradient_coefficient < 1e30f;
     std::size_t start = 0;
     for (; in_range && size - start >= block; start += block) {
         std::uint32_t weights[block / 2], gradients[block / 2], doubt = 0, error = 0;
         std::memcpy(weights, w + start, sizeof weights);
         std::memcpy(gradients, dcdw + start, sizeof gradients);
         for (std::size_t i = 0; i < block / 2; ++i) {
-            Trial one = tried(bit_cast<float>(weights[i] & upper),
-                              bit_cast<float>(gradients[i] & upper), on_w, on_dcdw);
-            Trial other = tried(bit_cast<float>(weights[i] << 16),
-                                bit_cast<float>(gradients[i] << 16), on_w, on_dcdw);
+            Trial one = try_in_float(bit_cast<float>(weights[i] & upper),
+                                     bit_cast<float>(gradients[i] & upper), weight_factor,
+                                     gradient_coefficient);
+            Trial other =
+                try_in_float(bit_cast<float>(weights[i] << 16), bit_cast<float>(gradients[i] << 16),
+                             weight_factor, gradient_coefficient);
             doubt |= one.doubt | other.doubt;
             error = std::max(error, std::max(one.error, other.error));
             weights[i] = (one.bits & upper) | (other.bits >> 16);
         }
         if ((doubt & upper) || error >= infinite) {
-            apply_in_double(w + start, dcdw + start, out + start, block, by);
+            apply_in_double(w + start, dcdw + start, out + start, block, coefficients);
         } else {
             std::memcpy(out + start, weights, sizeof weights);
         }
     }
-    apply_in_double(w + start, dcdw + start, out + start, size - start, by);
+    apply_in_double(w + start, dcdw + start, out + start, size - start, coefficients);
 }
 
 template <class T, class G>
 LARS_TARGET void apply(const void* w, const void* dcdw, void* out, std::size_t size,
-                       const Coefficients& by) {
+                       const Coefficients& coefficients) {
     const T* weights = static_cast<const T*>(w);
     const G* gradients = static_cast<const G*>(dcdw);
     T* results = static_cast<T*>(out);
-    if (by.exponent) {
-        apply_carefully(weights, gradients, results, size, by);
+    if (coefficients.exponent) {
+        apply_wide_range(weights, gradients, results, size, coefficients);
     } else {
-        apply(weights, gradients, results, size, by);
+        apply(weights, gradients, results, size, coefficients);
     }
 }
 
-// The step with momentum: `velocity` is stepped in place.
+// ---- With momentum: `velocity` is updated in place.
 
 template <class Number>
-struct Moved {
+struct WeightAndVelocity {
     Number w, velocity;
 };
 
-// The same statements as in `along` and `move` in lars_tree/_rule.py; of one number, or of four.
+// The same statements as in `increment` and `apply_momentum` in lars_tree/_rule.py, for one number
+// or four.
 template <class Number>
-LARS_TARGET inline Moved<Number> moved(Number w, Number dcdw, Number velocity,
-                                       const Coefficients& by, const Motion& motion) {
-    Number step = by.on_dcdw * dcdw;
-    if (by.decays) step += by.on_w * w;
-    velocity = motion.momentum * velocity + step;
-    const Number moved_by = motion.nesterov ? step + motion.momentum * velocity : velocity;
-    return {w - motion.rate * moved_by, velocity};
+LARS_TARGET inline WeightAndVelocity<Number> momentum_step(Number w, Number dcdw, Number velocity,
+                                                           const Coefficients& coefficients,
+                                                           const MomentumOptions& options) {
+    Number u = coefficients.gradient * dcdw;
+    if (coefficients.decays) u += coefficients.decay * w;
+    velocity = options.momentum * velocity + u;
+    const Number direction = options.nesterov ? u + options.momentum * velocity : velocity;
+    return {w - options.lr_after_momentum * direction, velocity};
 }
 
 template <class T, class G, class V>
-inline void move_carefully(const T* w, const G* dcdw, V* velocity, T* out, std::size_t size,
-                           const Coefficients& by, const Motion& motion) {
-    const auto scaled = [&by](double gradient, int change) {
-        const int exponent = by.exponent + change;
+inline void apply_momentum_wide_range(const T* w, const G* dcdw, V* velocity, T* out,
+                                      std::size_t size, const Coefficients& coefficients,
+                                      const MomentumOptions& options) {
+    const auto scaled = [&coefficients](double gradient, int change) {
+        const int exponent = coefficients.exponent + change;
         return exponent ? std::ldexp(gradient, exponent) : gradient;
     };
     for (std::size_t i = 0; i < size; ++i) {
         const double weight = read(w[i]), gradient = read(dcdw[i]), before = read(velocity[i]);
-        auto result = moved(weight, scaled(gradient, 0), before, by, motion);
-        if (sizeof(T) == sizeof(double)) {  // as in apply_carefully
-            auto quarter = moved(weight / 4, scaled(gradient, -2), before / 4, by, motion);
+        auto result = momentum_step(weight, scaled(gradient, 0), before, coefficients, options);
+        if (sizeof(T) == sizeof(double)) {  // as in apply_wide_range
+            auto quarter =
+                momentum_step(weight / 4, scaled(gradient, -2), before / 4, coefficients, options);
             if (!std::isfinite(result.w)) result.w = 4 * quarter.w;
             if (!std::isfinite(result.velocity)) result.velocity = 4 * quarter.velocity;
         }
@@ -201,14 +221,15 @@ inline void move_carefully(const T* w, const G* dcdw, V* velocity, T* out, std::
 }
 
 #ifdef LARS_FOURS
-// By value: what is behind a reference might change with each write, as far as compilers know.
-LARS_TARGET inline std::size_t move_fours(const float* w, const float* dcdw, float* velocity,
-                                          float* out, std::size_t size, Coefficients by,
-                                          Motion motion) {
+// The options are passed by value: compilers must assume that each write changes a reference.
+LARS_TARGET inline std::size_t apply_momentum_fours(const float* w, const float* dcdw,
+                                                    float* velocity, float* out, std::size_t size,
+                                                    Coefficients coefficients,
+                                                    MomentumOptions options) {
     std::size_t i = 0;
     for (; i + 4 <= size; i += 4) {
-        const auto result =
-            moved(read_four(w + i), read_four(dcdw + i), read_four(velocity + i), by, motion);
+        const auto result = momentum_step(read_four(w + i), read_four(dcdw + i),
+                                          read_four(velocity + i), coefficients, options);
         write_four(velocity + i, result.velocity);
         write_four(out + i, result.w);
     }
@@ -217,69 +238,75 @@ LARS_TARGET inline std::size_t move_fours(const float* w, const float* dcdw, flo
 #endif
 
 template <class T, class G, class V>
-inline std::size_t move_fours(const T*, const G*, V*, T*, std::size_t, Coefficients, Motion) {
+inline std::size_t apply_momentum_fours(const T*, const G*, V*, T*, std::size_t, Coefficients,
+                                        MomentumOptions) {
     return 0;
 }
 
 template <class T, class G, class V>
-LARS_TARGET void move(const T* w, const G* dcdw, V* velocity, T* out, std::size_t size,
-                      const Coefficients& by, const Motion& motion) {
-    const std::size_t done = move_fours(w, dcdw, velocity, out, size, by, motion);
+LARS_TARGET void apply_momentum(const T* w, const G* dcdw, V* velocity, T* out, std::size_t size,
+                                const Coefficients& coefficients, const MomentumOptions& options) {
+    const std::size_t done =
+        apply_momentum_fours(w, dcdw, velocity, out, size, coefficients, options);
     LARS_INDEPENDENT
     for (std::size_t i = done; i < size; ++i) {
-        auto result = moved<double>(read(w[i]), read(dcdw[i]), read(velocity[i]), by, motion);
+        auto result = momentum_step<double>(read(w[i]), read(dcdw[i]), read(velocity[i]),
+                                            coefficients, options);
         write(velocity[i], result.velocity);
         write(out[i], result.w);
     }
 }
 
 template <class G>
-LARS_TARGET void move(const double* w, const G* dcdw, double* velocity, double* out,
-                      std::size_t size, const Coefficients& by, const Motion& motion) {
+LARS_TARGET void apply_momentum(const double* w, const G* dcdw, double* velocity, double* out,
+                                std::size_t size, const Coefficients& coefficients,
+                                const MomentumOptions& options) {
     std::size_t start = 0;
     for (; size - start >= block; start += block) {
         double weights[block], velocities[block];
-        std::uint64_t beyond = 0;
+        std::uint64_t overflows = 0;
         for (std::size_t i = 0; i < block; ++i) {
-            auto result =
-                moved<double>(w[start + i], read(dcdw[start + i]), velocity[start + i], by, motion);
+            auto result = momentum_step<double>(w[start + i], read(dcdw[start + i]),
+                                                velocity[start + i], coefficients, options);
             weights[i] = result.w;
             velocities[i] = result.velocity;
-            beyond |= sign_if_beyond(result.w);  // which it is wherever the velocity is
+            overflows |= sign_if_not_finite(result.w);  // not finite if the velocity is not
         }
-        if (beyond >> 63) {
-            move_carefully(w + start, dcdw + start, velocity + start, out + start, block, by,
-                           motion);
+        if (overflows >> 63) {
+            apply_momentum_wide_range(w + start, dcdw + start, velocity + start, out + start, block,
+                                      coefficients, options);
         } else {
             std::memcpy(velocity + start, velocities, sizeof velocities);
             std::memcpy(out + start, weights, sizeof weights);
         }
     }
-    move_carefully(w + start, dcdw + start, velocity + start, out + start, size - start, by,
-                   motion);
+    apply_momentum_wide_range(w + start, dcdw + start, velocity + start, out + start, size - start,
+                              coefficients, options);
 }
 
 template <class T, class G>
-LARS_TARGET void move(const void* w, const void* dcdw, void* velocity, void* out, std::size_t size,
-                      const Coefficients& by, const Motion& motion) {
+LARS_TARGET void apply_momentum(const void* w, const void* dcdw, void* velocity, void* out,
+                                std::size_t size, const Coefficients& coefficients,
+                                const MomentumOptions& options) {
     const T* weights = static_cast<const T*>(w);
     const G* gradients = static_cast<const G*>(dcdw);
     auto* velocities = static_cast<typename VelocityOf<T>::type*>(velocity);
     T* results = static_cast<T*>(out);
-    if (by.exponent) {
-        move_carefully(weights, gradients, velocities, results, size, by, motion);
+    if (coefficients.exponent) {
+        apply_momentum_wide_range(weights, gradients, velocities, results, size, coefficients,
+                                  options);
     } else {
-        move(weights, gradients, velocities, results, size, by, motion);
+        apply_momentum(weights, gradients, velocities, results, size, coefficients, options);
     }
 }
 
-// The table of what is above.
+// ---- The table of these functions
 
 template <class T, class G>
 inline void enter(Loops& to, Format format, Format dcdw_format) {
     to.apply[format][dcdw_format] = apply<T, G>;
-    to.move[format][dcdw_format] = move<T, G>;
-    to.join[format][dcdw_format] = join<T, G>;
+    to.apply_momentum[format][dcdw_format] = apply_momentum<T, G>;
+    to.add_decay[format][dcdw_format] = add_decay<T, G>;
 }
 
 template <class T>
@@ -287,16 +314,16 @@ inline void enter(Loops& to, Format format) {
     to.sum_squares[format] = sum_squares<T, false>;
     to.sum_scaled_squares[format] = sum_squares<T, true>;
     to.largest[format] = largest<T>;
-    enter<T, Half>(to, format, float16);
-    enter<T, Brain>(to, format, bfloat16);
+    enter<T, Float16>(to, format, float16);
+    enter<T, Bfloat16>(to, format, bfloat16);
     enter<T, float>(to, format, float32);
     enter<T, double>(to, format, float64);
 }
 
 inline Loops loops() {
     Loops all;
-    enter<Half>(all, float16);
-    enter<Brain>(all, bfloat16);
+    enter<Float16>(all, float16);
+    enter<Bfloat16>(all, bfloat16);
     enter<float>(all, float32);
     enter<double>(all, float64);
     return all;

@@ -1,4 +1,7 @@
-// What is known of the memory of an array, and which arrays overlap.
+// The memory layout of arrays, and the overlap of memory ranges.
+//
+// The kernel reads an array as one run of elements. So the arrays of a layer must be dense and have
+// their axes in the same order, but it may be any order.
 #pragma once
 
 #include <algorithm>
@@ -15,39 +18,39 @@
 
 namespace lars {
 
-// Strides and the size of an item are in bytes.
+// An array in memory. Strides and the item size are in bytes.
 struct Memory {
     char* data;
-    std::size_t size;  // of real numbers: a complex one has two
+    std::size_t size;  // the number of real elements: a complex element counts twice
     Format format;
     bool is_complex;
-    Py_ssize_t item_size;
+    Py_ssize_t item_bytes;
     int ndim;
     const Py_ssize_t* shape;
     Py_ssize_t strides[64];
 
-    std::size_t bytes() const { return size * Vector::item_size(format); }
+    std::size_t bytes() const { return size * item_size(format); }
 };
 
 inline bool same_shape(const Memory& a, const Memory& b) {
     return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
 }
 
-// Whether the items of x fill its memory without gaps, in any order of the axes.
+// Whether the items fill the memory without gaps, with any order of the axes.
 inline bool is_dense(const Memory& x) {
-    Py_ssize_t expected = x.item_size;
+    Py_ssize_t expected = x.item_bytes;
     int axis = x.ndim;
     while (axis > 0 && (x.shape[axis - 1] == 1 || x.strides[axis - 1] == expected)) {
         expected *= x.shape[--axis];
     }
-    if (axis == 0) return true;  // the usual order
+    if (axis == 0) return true;  // C order, the most frequent one
     int axes[64], count = 0;
     for (axis = 0; axis < x.ndim; ++axis) {
         if (x.shape[axis] == 0) return true;
         if (x.shape[axis] > 1) axes[count++] = axis;
     }
     std::sort(axes, axes + count, [&x](int a, int b) { return x.strides[a] < x.strides[b]; });
-    expected = x.item_size;
+    expected = x.item_bytes;
     for (int i = 0; i < count; ++i) {
         if (x.strides[axes[i]] != expected) return false;
         expected *= x.shape[axes[i]];
@@ -55,18 +58,18 @@ inline bool is_dense(const Memory& x) {
     return true;
 }
 
-// Whether equal places in the memory of two arrays of one shape hold items of equal indices.
+// Whether two arrays of the same shape have their items in the same order in memory.
 inline bool same_order(const Memory& a, const Memory& b) {
     for (int axis = 0; axis < a.ndim; ++axis) {
         if (a.shape[axis] == 0) return true;
-        if (a.shape[axis] > 1 && a.strides[axis] * b.item_size != b.strides[axis] * a.item_size) {
+        if (a.shape[axis] > 1 && a.strides[axis] * b.item_bytes != b.strides[axis] * a.item_bytes) {
             return false;
         }
     }
     return true;
 }
 
-// What DLPack fixes (https://dmlc.github.io/dlpack/latest/c_api.html), as far as it is used here.
+// The parts of DLPack's ABI that are used here (https://dmlc.github.io/dlpack/latest/c_api.html).
 struct DLTensor {
     void* data;
     std::int32_t device_type, device_id, ndim;
@@ -84,14 +87,14 @@ struct DLPackExchangeAPI {
     void* current_work_stream;
 };
 
-// Whether memory may be written to, where the system tells without a try that could end the process
-// (Linux 5.14 and later). Elsewhere it is taken to be so, as lars_tree/_memory.py does.
+// Whether memory is writable, on systems where this can be tested without a write that may end the
+// process (Linux 5.14 and later). On others it is assumed, as in lars_tree/_memory.py.
 inline bool is_writable(char* data, std::size_t bytes) {
 #ifdef __linux__
     const int populate_write = 23;  // MADV_POPULATE_WRITE, which older headers lack
     const std::uintptr_t page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
-    const auto start_of_page = [page](char* place) {
-        return place - reinterpret_cast<std::uintptr_t>(place) % page;
+    const auto start_of_page = [page](char* address) {
+        return address - reinterpret_cast<std::uintptr_t>(address) % page;
     };
     char *first = start_of_page(data), *last = start_of_page(data + bytes - 1);
     if (madvise(first, page, populate_write) != 0) return false;
@@ -102,8 +105,7 @@ inline bool is_writable(char* data, std::size_t bytes) {
     return true;
 }
 
-// How every numpy array begins: part of numpy's binary interface (ndarraytypes.h), by which each
-// extension module reads arrays.
+// The first fields of every numpy array: part of numpy's ABI (ndarraytypes.h).
 struct ArrayFields {
     PyObject head;
     char* data;
@@ -113,26 +115,26 @@ struct ArrayFields {
     int flags;
 };
 
-// A stretch of memory.
-struct Stretch {
+// A memory range: [start, end).
+struct Span {
     const char *start, *end;
 };
 
-inline void sort(std::vector<Stretch>& stretches) {
-    const auto before = [](const Stretch& a, const Stretch& b) { return a.start < b.start; };
-    // As the allocator hands it out, memory is most often in order.
-    if (!std::is_sorted(stretches.begin(), stretches.end(), before)) {
-        std::sort(stretches.begin(), stretches.end(), before);
+inline void sort(std::vector<Span>& spans) {
+    const auto before = [](const Span& a, const Span& b) { return a.start < b.start; };
+    // The memory of most trees is in order already, as it was allocated.
+    if (!std::is_sorted(spans.begin(), spans.end(), before)) {
+        std::sort(spans.begin(), spans.end(), before);
     }
 }
 
-// Whether some memory that is written is written twice, or read too. Sorts the stretches.
-inline bool overlap(std::vector<Stretch>& written, std::vector<Stretch>& read) {
+// Whether memory is written twice, or both written and read. Sorts the spans.
+inline bool overlap(std::vector<Span>& written, std::vector<Span>& read) {
     sort(written);
     sort(read);
     const char *written_to = nullptr, *read_to = nullptr;
     std::size_t next = 0;
-    for (const Stretch& x : written) {
+    for (const Span& x : written) {
         for (; next < read.size() && read[next].start < x.start; ++next) {
             if (read[next].start < written_to) return true;
             read_to = std::max(read_to, read[next].end);

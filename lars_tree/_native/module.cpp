@@ -1,8 +1,8 @@
-// The module: functions that walk over nests, and the types of plan.hpp.
+// The extension module: the functions of walk.hpp and the types of plan.hpp. _kernel.pyi documents
+// them.
 //
-// _kernel.pyi says what they are for. A leaf that the kernel does not support is
-// not taken: the caller leaves it to engines in Python, which give the same bits, and whose checks
-// give every error its message.
+// The kernel does not add leaves that it does not support to a plan. The caller leaves them to
+// engines in Python, which give the same bits and whose checks make the error messages.
 
 #include "plan.hpp"
 #include "walk.hpp"
@@ -13,8 +13,8 @@ using namespace lars;
 
 const char collect_doc[] =
     "collect(tree, found, kinds, kind_of, others)\n--\n\n"
-    "Append the leaves of a nest to a list; others(node, found) does so for the nodes of kinds\n"
-    "that are not walked here.";
+    "Append the leaves of a tree to a list. others(node, found) does so for the kinds of nodes\n"
+    "that are not walked natively.";
 
 PyObject* collect(PyObject*, PyObject* args) {
     PyObject *tree, *found, *kinds, *kind_of, *others;
@@ -28,8 +28,8 @@ PyObject* collect(PyObject*, PyObject* args) {
 
 const char match_doc[] =
     "match(tree, prefix, found, exact, kinds, kind_of, others)\n--\n\n"
-    "Append the value that a prefix has for each leaf of a nest; whether it is a prefix.\n"
-    "others(node, prefix, found, exact) does so for the nodes of kinds that are not walked here.";
+    "Append the value of a prefix for each leaf of a tree; return whether it is a prefix.\n"
+    "others(node, prefix, found, exact) does so for the kinds of nodes not walked natively.";
 
 PyObject* match(PyObject*, PyObject* args) {
     PyObject *tree, *prefix, *found, *kinds, *kind_of, *others;
@@ -44,7 +44,7 @@ PyObject* match(PyObject*, PyObject* args) {
 
 const char best_set_doc[] =
     "best_instruction_set()\n--\n\n"
-    "The number of the best instruction set here: 0 none in particular, 1 AVX2, 2 AVX-512.";
+    "The best supported instruction set: 0 baseline, 1 AVX2, 2 AVX-512.";
 
 PyObject* best_instruction_set(PyObject*, PyObject*) { return PyLong_FromLong(best_set()); }
 

@@ -1,4 +1,7 @@
-// The binding of the native engine: the types Reader and Plan. _kernel.pyi says what they are for.
+// The binding of the native engine: the Python types Reader and Plan. _kernel.pyi documents them.
+//
+// A plan collects layers (`prepare`), with references to the arrays, and then steps them without
+// the GIL. Everything that can fail happens before the first write.
 #pragma once
 
 #include "leaves.hpp"
@@ -8,9 +11,9 @@ namespace {
 
 using namespace lars;
 
-const Py_ssize_t ahead = 8;
+const Py_ssize_t prefetch_distance = 8;
 
-// Has the first bytes of an object fetched, to be looked at a little later.
+// Prefetches the first bytes of an object that is used soon.
 inline void prefetch(const void* object) {
 #if defined(__GNUC__)
     __builtin_prefetch(object);
@@ -28,24 +31,24 @@ bool is_reader(PyObject* x) {
 struct Plan {
     bool open(PyObject* arguments, PyObject* keywords) {
         static const char* names[] = {"threads", "instruction_set", nullptr};
-        Py_ssize_t most = 1;
+        Py_ssize_t max_threads = 1;
         int number = 0;
-        if (!kept || !written || !call_python([&] {
-                return PyArg_ParseTupleAndKeywords(arguments, keywords, "ni",
-                                                   const_cast<char**>(names), &most, &number);
+        if (!owned || !written || !call_python([&] {
+                return PyArg_ParseTupleAndKeywords(
+                    arguments, keywords, "ni", const_cast<char**>(names), &max_threads, &number);
             })) {
             return false;
         }
-        threads = most > 0 ? most : 1;
+        threads = max_threads > 0 ? max_threads : 1;
         set = static_cast<InstructionSet>(number);
         return true;
     }
 
-    // Without the GIL; true if that worked.
-    bool run(Phases phases, Norms* norms = nullptr, bool bounds = false) {
+    // Makes one or both passes without the GIL; false with an exception set.
+    bool run(Passes passes, Norms* norms = nullptr, bool bounds = false) {
         try {
-            Unlocked others_run;
-            step(leaves.layers.data(), leaves.layers.size(), threads, set, phases, norms, bounds);
+            GilReleased gil_released;
+            step(leaves.layers.data(), leaves.layers.size(), threads, set, passes, norms, bounds);
         } catch (const std::bad_alloc&) {
             call_python(PyErr_NoMemory);
             return false;
@@ -53,9 +56,9 @@ struct Plan {
         return true;
     }
 
-    // Whether its layers may be written to; false with an exception set.
+    // Whether the layers may be written to; false with an exception set.
     bool can_write() const {
-        if (!measures) return true;
+        if (!only_measures) return true;
         call_python(PyErr_SetString, PyExc_ValueError, "this plan can only be measured");
         return false;
     }
@@ -65,21 +68,21 @@ struct Plan {
     }
 
     Leaves leaves;
-    bool measures = false;
-    Buffer of_counter;
+    bool only_measures = false;
+    Buffer counter_buffer;
     std::int64_t* counter = nullptr;
     std::size_t threads = 1;
-    InstructionSet set = no_set;
-    OwnedList kept;     // the lists of arrays, and the counter
-    OwnedList written;  // those of the given arrays that are written to
+    InstructionSet set = baseline_set;
+    OwnedList owned;    // the lists of arrays, and the counter
+    OwnedList written;  // the given arrays that are written to
 };
 
 Plan& plan_of(PyObject* self) { return content_of<Plan>(self); }
 
-// The columns of one call of `prepare`.
+// The arguments of one call of `prepare`.
 struct Columns {
     PyObject *ws, *dcdws, *outs, *rules, *velocities = Py_None, *new_ws = Py_None,
-                                         *new_velocities = Py_None, *places = Py_None;
+                                         *new_velocities = Py_None, *indices = Py_None;
     Results results;
 
     // False with an exception set.
@@ -99,44 +102,45 @@ struct Columns {
     }
 };
 
-// 1: taken, 0: not supported, -1: an exception is set.
-int take(Plan& plan, const Reader& reader, const Columns& columns, Py_ssize_t i) {
+// Adds leaf i to the plan. 1: added, 0: not supported, -1: an exception is set.
+int add_leaf(Plan& plan, const Reader& reader, const Columns& columns, Py_ssize_t i) {
     const Results results = columns.results;
     const bool in_place = results == Results::in_place;
     const Arrays given = {PyList_GetItem(columns.ws, i), PyList_GetItem(columns.dcdws, i),
                           item(columns.outs, i), item(columns.velocities, i)};
     PyObject* rule = PyList_GetItem(columns.rules, i);
-    if (PyErr_Occurred()) return -1;  // a list has become shorter
-    if (given.w == Py_None && given.dcdw == Py_None && !given.moves() &&
+    if (PyErr_Occurred()) return -1;  // a callback has made a list shorter
+    if (given.w == Py_None && given.dcdw == Py_None && !given.has_velocity() &&
         (!in_place || given.out == Py_None)) {
-        return 1;  // nothing is there
+        return 1;  // a leaf without arrays
     }
     if (given.w == Py_None) return 0;
     if (given.dcdw == Py_None) {
-        const bool is_kept = in_place && given.out == given.w && plan.leaves.keep(reader, given);
-        return PyErr_Occurred() ? -1 : is_kept;
+        const bool added =
+            in_place && given.out == given.w && plan.leaves.add_unchanged(reader, given);
+        return PyErr_Occurred() ? -1 : added;
     }
-    Made made;
+    NewArrays made;
     if (!plan.leaves.add(reader, given, rule, results, i, made)) return PyErr_Occurred() ? -1 : 0;
     if (in_place) {
         if (!plan.written.append(given.out)) return -1;
-        return !given.moves() || plan.written.append(given.velocity) ? 1 : -1;
+        return !given.has_velocity() || plan.written.append(given.velocity) ? 1 : -1;
     }
     if (results == Results::none) return 1;
     if (!put(columns.new_ws, i, made.out)) return -1;
-    return !given.moves() || put(columns.new_velocities, i, made.velocity) ? 1 : -1;
+    return !given.has_velocity() || put(columns.new_velocities, i, made.velocity) ? 1 : -1;
 }
 
 PyObject* prepare(PyObject* self, PyObject* arguments, PyObject* keywords) {
-    static const char* names[] = {"reader",     "ws",     "dcdws",          "outs",   "rules",
-                                  "velocities", "new_ws", "new_velocities", "places", nullptr};
+    static const char* names[] = {"reader",     "ws",     "dcdws",          "outs",    "rules",
+                                  "velocities", "new_ws", "new_velocities", "indices", nullptr};
     PyObject* reader_object;
     Columns columns;
     if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OO!O!OO!|OOOO",
                                      const_cast<char**>(names), &reader_object, &PyList_Type,
                                      &columns.ws, &PyList_Type, &columns.dcdws, &columns.outs,
                                      &PyList_Type, &columns.rules, &columns.velocities,
-                                     &columns.new_ws, &columns.new_velocities, &columns.places)) {
+                                     &columns.new_ws, &columns.new_velocities, &columns.indices)) {
         return nullptr;
     }
     if (!is_reader(reader_object)) {
@@ -145,40 +149,40 @@ PyObject* prepare(PyObject* self, PyObject* arguments, PyObject* keywords) {
     }
     if (!columns.check()) return nullptr;
     Plan& plan = plan_of(self);
-    if (columns.places != Py_None && !PyList_Check(columns.places)) {
-        return call_python(PyErr_Format, PyExc_TypeError, "expected a list of places, got %R",
-                           Py_TYPE(columns.places));
+    if (columns.indices != Py_None && !PyList_Check(columns.indices)) {
+        return call_python(PyErr_Format, PyExc_TypeError, "expected a list of indices, got %R",
+                           Py_TYPE(columns.indices));
     }
-    plan.measures |= columns.results == Results::none;
+    plan.only_measures |= columns.results == Results::none;
     const Reader& reader = content_of<Reader>(reader_object);
     for (PyObject* list : {columns.ws, columns.dcdws, columns.outs, columns.rules,
                            columns.velocities, columns.new_ws, columns.new_velocities}) {
-        if (!plan.kept.append(list)) return nullptr;
+        if (!plan.owned.append(list)) return nullptr;
     }
     try {
         OwnedList rest;
         if (!rest) return nullptr;
-        const bool all = columns.places == Py_None;
-        const Py_ssize_t count = PyList_Size(all ? columns.ws : columns.places);
+        const bool all = columns.indices == Py_None;
+        const Py_ssize_t count = PyList_Size(all ? columns.ws : columns.indices);
         plan.leaves.reserve(static_cast<std::size_t>(count), columns.velocities != Py_None);
         for (Py_ssize_t k = 0; k < count; ++k) {
             Py_ssize_t i = k;
             if (!all) {
-                PyObject* place = PyList_GetItem(columns.places, k);
-                i = place ? call_python(PyLong_AsSsize_t, place) : -1;
+                PyObject* index = PyList_GetItem(columns.indices, k);
+                i = index ? call_python(PyLong_AsSsize_t, index) : -1;
                 if (PyErr_Occurred()) return nullptr;
-            } else if (i + ahead < count) {  // the arrays of a large tree are in no cache
-                prefetch(PyList_GetItem(columns.ws, i + ahead));
-                prefetch(PyList_GetItem(columns.dcdws, i + ahead));
+            } else if (i + prefetch_distance < count) {  // a large tree does not fit into the cache
+                prefetch(PyList_GetItem(columns.ws, i + prefetch_distance));
+                prefetch(PyList_GetItem(columns.dcdws, i + prefetch_distance));
                 if (columns.velocities != Py_None) {
-                    prefetch(PyList_GetItem(columns.velocities, i + ahead));
+                    prefetch(PyList_GetItem(columns.velocities, i + prefetch_distance));
                 }
             }
-            const int taken = take(plan, reader, columns, i);
-            if (taken < 0) return nullptr;
-            if (taken) continue;
-            Owned place(call_python(PyLong_FromSsize_t, i));
-            if (!place || !rest.append(place)) return nullptr;
+            const int added = add_leaf(plan, reader, columns, i);
+            if (added < 0) return nullptr;
+            if (added) continue;
+            Owned index(call_python(PyLong_FromSsize_t, i));
+            if (!index || !rest.append(index)) return nullptr;
         }
         return Py_NewRef(rest);
     } catch (const std::bad_alloc&) {
@@ -188,18 +192,18 @@ PyObject* prepare(PyObject* self, PyObject* arguments, PyObject* keywords) {
 
 PyObject* count(PyObject* self, PyObject* counter) {
     Plan& plan = plan_of(self);
-    if (plan.counter) Py_RETURN_FALSE;  // it has one already
-    if (!Reader::read_counter(counter, plan.of_counter.view)) {
-        plan.of_counter.release();
+    if (plan.counter) Py_RETURN_FALSE;  // a plan has at most one counter
+    if (!Reader::read_counter(counter, plan.counter_buffer.view)) {
+        plan.counter_buffer.release();
         Py_RETURN_FALSE;
     }
-    plan.counter = static_cast<std::int64_t*>(plan.of_counter.view.buf);
-    plan.leaves.write_number(plan.counter);
+    plan.counter = static_cast<std::int64_t*>(plan.counter_buffer.view.buf);
+    plan.leaves.add_counter(plan.counter);
     Py_RETURN_TRUE;
 }
 
-// Adds pairs of addresses; false with an exception set.
-bool add_spans(PyObject* pairs, std::vector<Stretch>& to) {
+// Appends pairs of addresses to the spans; false with an exception set.
+bool append_spans(PyObject* pairs, std::vector<Span>& spans) {
     for (Py_ssize_t i = 0; pairs && i < PyList_Size(pairs); ++i) {
         unsigned long long start, end;
         PyObject* pair = PyList_GetItem(pairs, i);
@@ -208,8 +212,8 @@ bool add_spans(PyObject* pairs, std::vector<Stretch>& to) {
             return false;
         }
         if (!PyArg_ParseTuple(pair, "KK", &start, &end)) return false;
-        to.push_back({reinterpret_cast<const char*>(static_cast<std::uintptr_t>(start)),
-                      reinterpret_cast<const char*>(static_cast<std::uintptr_t>(end))});
+        spans.push_back({reinterpret_cast<const char*>(static_cast<std::uintptr_t>(start)),
+                         reinterpret_cast<const char*>(static_cast<std::uintptr_t>(end))});
     }
     return true;
 }
@@ -222,8 +226,8 @@ PyObject* overlaps(PyObject* self, PyObject* arguments) {
     Leaves& leaves = plan_of(self).leaves;
     if (!written && !read) return PyBool_FromLong(overlap(leaves.written, leaves.read));
     try {
-        std::vector<Stretch> all_written = leaves.written, all_read = leaves.read;
-        if (!add_spans(written, all_written) || !add_spans(read, all_read)) return nullptr;
+        std::vector<Span> all_written = leaves.written, all_read = leaves.read;
+        if (!append_spans(written, all_written) || !append_spans(read, all_read)) return nullptr;
         return PyBool_FromLong(overlap(all_written, all_read));
     } catch (const std::bad_alloc&) {
         return call_python(PyErr_NoMemory);
@@ -232,7 +236,7 @@ PyObject* overlaps(PyObject* self, PyObject* arguments) {
 
 PyObject* spans(PyObject* self, PyObject*) {
     OwnedList found;
-    for (const Stretch& x : plan_of(self).leaves.written) {
+    for (const Span& x : plan_of(self).leaves.written) {
         const auto start =
             static_cast<unsigned long long>(reinterpret_cast<std::uintptr_t>(x.start));
         const auto end = static_cast<unsigned long long>(reinterpret_cast<std::uintptr_t>(x.end));
@@ -242,8 +246,8 @@ PyObject* spans(PyObject* self, PyObject*) {
     return Py_NewRef(found);
 }
 
-// The norms in a bytearray; null with an exception set where it is none of this plan.
-Norms* table(PyObject* bytes, const Plan& plan) {
+// The norms in a bytearray; null with an exception set if it is not one of this plan.
+Norms* norms_in(PyObject* bytes, const Plan& plan) {
     const auto size = static_cast<Py_ssize_t>(plan.leaves.layers.size() * sizeof(Norms));
     if (PyByteArray_Check(bytes) && PyByteArray_Size(bytes) == size) {
         return reinterpret_cast<Norms*>(PyByteArray_AsString(bytes));
@@ -263,14 +267,14 @@ PyObject* norms(PyObject* self, PyObject* arguments, PyObject* keywords) {
     const std::size_t size = plan.leaves.layers.size() * sizeof(Norms);
     Owned bytes(call_python(PyByteArray_FromStringAndSize, nullptr, static_cast<Py_ssize_t>(size)));
     if (!bytes) return nullptr;
-    if (!plan.run(Phases::norms, table(bytes, plan), bounds != 0)) return nullptr;
+    if (!plan.run(Passes::norms, norms_in(bytes, plan), bounds != 0)) return nullptr;
     return Py_NewRef(bytes);
 }
 
 PyObject* measure(PyObject* self, PyObject* bytes) {
     const Plan& plan = plan_of(self);
     const std::vector<Layer>& layers = plan.leaves.layers;
-    const Norms* known = table(bytes, plan);
+    const Norms* known = norms_in(bytes, plan);
     if (!known) return nullptr;
     const std::size_t size = layers.size() * sizeof(Measured);
     Owned found(call_python(PyByteArray_FromStringAndSize, nullptr, static_cast<Py_ssize_t>(size)));
@@ -283,12 +287,12 @@ PyObject* measure(PyObject* self, PyObject* bytes) {
 
 PyObject* nonfinite(PyObject* self, PyObject* bytes) {
     Plan& plan = plan_of(self);
-    const Norms* known = table(bytes, plan);
+    const Norms* known = norms_in(bytes, plan);
     if (!known) return nullptr;
     try {
         std::vector<Py_ssize_t> bad;
         {
-            Unlocked others_run;
+            GilReleased gil_released;
             for (std::size_t i = 0; i < plan.leaves.layers.size(); ++i) {
                 const Layer& layer = plan.leaves.layers[i];
                 if (!layer.rule->must_be_finite || prove_finite(layer, known[i])) continue;
@@ -304,20 +308,20 @@ PyObject* nonfinite(PyObject* self, PyObject* bytes) {
 
 PyObject* apply(PyObject* self, PyObject* bytes) {
     Plan& plan = plan_of(self);
-    Norms* known = table(bytes, plan);
-    if (!known || !plan.can_write() || !plan.run(Phases::apply, known)) return nullptr;
+    Norms* known = norms_in(bytes, plan);
+    if (!known || !plan.can_write() || !plan.run(Passes::apply, known)) return nullptr;
     plan.count_step();
     Py_RETURN_NONE;
 }
 
 PyObject* step(PyObject* self, PyObject*) {
     Plan& plan = plan_of(self);
-    if (!plan.can_write() || !plan.run(Phases::both)) return nullptr;
+    if (!plan.can_write() || !plan.run(Passes::both)) return nullptr;
     plan.count_step();
     Py_RETURN_NONE;
 }
 
-PyObject* places(PyObject* self, void*) { return list_of(plan_of(self).leaves.places); }
+PyObject* indices(PyObject* self, void*) { return list_of(plan_of(self).leaves.indices); }
 PyObject* written(PyObject* self, void*) { return Py_NewRef(plan_of(self).written); }
 
 PyMethodDef plan_methods[] = {
@@ -341,7 +345,7 @@ PyObject* must_be_finite(PyObject* self, void*) {
 
 PyGetSetDef plan_attributes[] = {
     {"must_be_finite", must_be_finite, nullptr, nullptr, nullptr},
-    {"places", places, nullptr, nullptr, nullptr},
+    {"indices", indices, nullptr, nullptr, nullptr},
     {"written", written, nullptr, nullptr, nullptr},
     {nullptr, nullptr, nullptr, nullptr, nullptr},
 };

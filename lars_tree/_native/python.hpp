@@ -1,10 +1,13 @@
-// Python's C API: the stable part of it, so that one build serves all versions, where it has one.
+// Helpers for Python's C API: calls, references, locks, and types that wrap a C++ class.
+//
+// Only the stable ABI is used, so one build serves all versions of Python (but not free-threaded
+// builds, which do not have a stable ABI).
 #pragma once
 
 #define PY_SSIZE_T_CLEAN
 #include <pyconfig.h>
 #ifndef Py_GIL_DISABLED
-#define Py_LIMITED_API 0x030B0000  // 3.11, the first with PyObject_GetBuffer in it
+#define Py_LIMITED_API 0x030B0000  // 3.11, the first with PyObject_GetBuffer
 #endif
 #include <Python.h>
 
@@ -15,11 +18,12 @@
 
 namespace lars {
 
-// Calls a function of Python that may run code or release the GIL; all of them are called this way.
+// Calls a function of the C API. All functions that may run Python code or release the GIL are
+// called through it.
 //
-// Before Python 3.14, a daemon thread that asks for the GIL while the interpreter exits is ended by
-// pthread_exit, which may unwind C++ frames like an exception. Without the GIL their destructors
-// must not touch Python objects. So unwinding is stopped here, in the innermost frame: the thread
+// Before Python 3.14, a daemon thread that requests the GIL while the interpreter exits is ended by
+// pthread_exit, which may unwind C++ frames like an exception. Their destructors would then use
+// Python objects without the GIL. So unwinding is stopped here, in the innermost frame: the thread
 // sleeps until the process ends, which does not wait for it. Python 3.14 does the same itself.
 template <class Function, class... Arguments>
 #if defined(__GNUC__)
@@ -34,7 +38,12 @@ __attribute__((always_inline)) inline  // else the function is called by its add
     }
 }
 
-// A reference that is given back at the end of its scope.
+// The result of function(argument): a new reference, or null with an exception set.
+inline PyObject* call_with(PyObject* function, PyObject* argument) {
+    return call_python(PyObject_CallFunctionObjArgs, function, argument, nullptr);
+}
+
+// An owned reference, released at the end of its scope.
 class Owned {
 public:
     explicit Owned(PyObject* object = nullptr) : object(object) {}
@@ -56,7 +65,7 @@ private:
     PyObject* object;
 };
 
-// A list; appending to it fails with an exception set.
+// A new list. If `append` returns false, an exception is set.
 class OwnedList : public Owned {
 public:
     OwnedList() : Owned(call_python(PyList_New, 0)) {}
@@ -67,19 +76,19 @@ public:
     }
 };
 
-// A list of one item for each leaf, or None.
+// Whether it is a list with one item for each leaf, or None; else sets an exception.
 inline bool is_column(PyObject* list, Py_ssize_t count) {
     if (list == Py_None || (PyList_Check(list) && PyList_Size(list) == count)) return true;
     call_python(PyErr_SetString, PyExc_ValueError, "expected lists of one length");
     return false;
 }
 
-// The item, borrowed; null where there is no list.
+// The item, a borrowed reference; null if the list is None.
 inline PyObject* item(PyObject* list, Py_ssize_t i) {
     return list == Py_None ? nullptr : PyList_GetItem(list, i);
 }
 
-// Puts an item into a list, which owns it then too.
+// Sets an item of a list, which gets a reference of its own.
 inline bool put(PyObject* list, Py_ssize_t i, PyObject* x) {
     return call_python(PyList_SetItem, list, i, Py_NewRef(x)) == 0;
 }
@@ -93,35 +102,37 @@ inline PyObject* list_of(const std::vector<Py_ssize_t>& numbers) {
     return Py_NewRef(found);
 }
 
-// Holds other threads off an object while it is walked, where no global lock does.
-class Locked {
+// Locks an object in free-threaded builds; does nothing where there is a GIL.
+class CriticalSection {
 public:
 #if defined(Py_GIL_DISABLED)
-    explicit Locked(PyObject* object) { call_python(PyCriticalSection_Begin, &section, object); }
-    ~Locked() { call_python(PyCriticalSection_End, &section); }
+    explicit CriticalSection(PyObject* object) {
+        call_python(PyCriticalSection_Begin, &section, object);
+    }
+    ~CriticalSection() { call_python(PyCriticalSection_End, &section); }
 
 private:
     PyCriticalSection section;
 #else
-    explicit Locked(PyObject*) {}
+    explicit CriticalSection(PyObject*) {}
 #endif
-    Locked(const Locked&) = delete;
-    Locked& operator=(const Locked&) = delete;
+    CriticalSection(const CriticalSection&) = delete;
+    CriticalSection& operator=(const CriticalSection&) = delete;
 };
 
-// Lets other threads run Python until the end of its scope.
-class Unlocked {
+// Releases the GIL until the end of its scope.
+class GilReleased {
 public:
-    Unlocked() : state(PyEval_SaveThread()) {}
-    ~Unlocked() { call_python(PyEval_RestoreThread, state); }
-    Unlocked(const Unlocked&) = delete;
-    Unlocked& operator=(const Unlocked&) = delete;
+    GilReleased() : state(PyEval_SaveThread()) {}
+    ~GilReleased() { call_python(PyEval_RestoreThread, state); }
+    GilReleased(const GilReleased&) = delete;
+    GilReleased& operator=(const GilReleased&) = delete;
 
 private:
     PyThreadState* state;
 };
 
-// An object of Python that owns one of C++.
+// A Python object that owns an object of a C++ class.
 template <class Content>
 struct Object {
     PyObject_HEAD Content* content;

@@ -1,7 +1,9 @@
-// Reads numpy arrays by the buffer protocol, torch tensors by DLPack, and rules by their fields.
+// Reads numpy arrays through the buffer protocol, torch tensors through DLPack, and rules by their
+// fields.
 //
-// What the kernel does not support (another type, layout or dtype, read-only or freed memory, an
-// option that is an array) is not read. The caller leaves it to Python.
+// An array or rule that the kernel does not support (another type, memory layout or dtype,
+// read-only or freed memory, an option that is an array) is not an error here: reading it returns
+// false, and the leaf goes to an engine in Python.
 #pragma once
 
 #include "memory.hpp"
@@ -13,11 +15,12 @@ namespace lars {
 // How the arrays and rules of one library are read.
 class Reader {
 public:
-    // The arguments are those of Reader in _kernel.pyi. `tensors` is None for what has the buffer
-    // protocol, or the capsule of DLPack's exchange table and the torch methods untyped_storage,
-    // nbytes and resizable (of that), storage_offset and is_neg. `as_bits` views a bfloat16 array,
-    // which has no buffer, as uint16; it is True where arrays of uint16 are such views already,
-    // and None for neither. False with an exception set.
+    // The arguments are those of Reader in _kernel.pyi; returns false with an exception set.
+    // `tensors` is None for arrays with the buffer protocol. For torch it is a tuple of the capsule
+    // of DLPack's exchange table and the methods untyped_storage, UntypedStorage.nbytes and
+    // .resizable, storage_offset and is_neg. `as_bits` views a bfloat16 array, which does not have
+    // the buffer protocol, as uint16. It is True if all arrays of uint16 are bfloat16 bits already,
+    // and None if bfloat16 is not supported.
     bool open(PyObject* arguments, PyObject* keywords) {
         static const char* names[] = {"types",   "fields",  "make", "copy",
                                       "tensors", "as_bits", nullptr};
@@ -29,7 +32,7 @@ public:
             return false;
         }
         for (PyObject* x : {types, make_new, copy_of, tensors, as_bits}) {
-            if (!kept.append(x)) return false;
+            if (!owned.append(x)) return false;
         }
         if (!find_fields(fields)) return false;
         if (tensors == Py_None) return true;
@@ -47,31 +50,31 @@ public:
         return !PyErr_Occurred();
     }
 
-    // New memory for the result of w; false with an exception set.
+    // Makes new memory for the result of w; false with an exception set.
     bool make(PyObject* w, Owned& to) const {
-        to.reset(call_python(PyObject_CallFunctionObjArgs, make_new, w, nullptr));
+        to.reset(call_with(make_new, w));
         return to;
     }
 
-    // A copy of a velocity; the same.
+    // Copies a velocity; false with an exception set.
     bool copy(PyObject* velocity, Owned& to) const {
-        to.reset(call_python(PyObject_CallFunctionObjArgs, copy_of, velocity, nullptr));
+        to.reset(call_with(copy_of, velocity));
         return to;
     }
 
-    // Reads a rule; false where the kernel does not do what it asks for.
+    // Reads a rule; false if the kernel does not support it, or with an exception set.
     bool read_rule(PyObject* fields, Rule& rule) const {
         if (!PyTuple_Check(fields) || PyTuple_Size(fields) != field_count) {
             call_python(PyErr_SetString, PyExc_TypeError, "expected a rule, a tuple of its fields");
             return false;
         }
         for (const auto& number : numbers) {
-            PyObject* x = PyTuple_GetItem(fields, number.place);
+            PyObject* x = PyTuple_GetItem(fields, number.index);
             if (!PyFloat_Check(x)) return false;
             rule.*number.field = PyFloat_AsDouble(x);
         }
         for (const auto& flag : flags) {
-            rule.*flag.field = PyTuple_GetItem(fields, flag.place) == Py_True;
+            rule.*flag.field = PyTuple_GetItem(fields, flag.index) == Py_True;
         }
         rule.must_be_finite = !is_text(PyTuple_GetItem(fields, nonfinite), "propagate");
         return PyTuple_GetItem(fields, layer_axis) == Py_None &&
@@ -79,23 +82,23 @@ public:
                PyTuple_GetItem(fields, stop_gradients) == Py_True;
     }
 
-    // Reads an array; false if it is not plain, or with an exception set that has nothing to do
-    // with that. `buffer` is to be released when the memory is no longer looked at.
+    // Reads an array; false if the kernel does not support it, or with an exception set that has
+    // another reason. The caller releases `buffer` when it no longer uses the memory.
     bool read(PyObject* x, bool writable, Memory& to, Py_buffer& buffer) const {
-        const bool done =
-            has_plain_type(x) &&
+        const bool is_read =
+            has_supported_type(x) &&
             (untyped_storage ? read_tensor(x, writable, to) : read_buffer(x, writable, to, buffer));
-        if (!done) {
+        if (!is_read) {
             for (PyObject* expected : {PyExc_BufferError, PyExc_TypeError, PyExc_ValueError,
                                        PyExc_RuntimeError, PyExc_AttributeError}) {
                 if (PyErr_Occurred() && PyErr_ExceptionMatches(expected)) call_python(PyErr_Clear);
             }
             return false;
         }
-        return reinterpret_cast<std::uintptr_t>(to.data) % Vector::item_size(to.format) == 0;
+        return reinterpret_cast<std::uintptr_t>(to.data) % item_size(to.format) == 0;
     }
 
-    // Reads an array of one int64, to be written to; false if it is none.
+    // Reads a writable array of one int64; false if it is not such an array.
     static bool read_counter(PyObject* x, Py_buffer& buffer) {
         if (call_python(PyObject_GetBuffer, x, &buffer, PyBUF_WRITABLE | PyBUF_FORMAT) != 0) {
             call_python(PyErr_Clear);
@@ -107,7 +110,7 @@ public:
     }
 
 private:
-    bool has_plain_type(PyObject* x) const {
+    bool has_supported_type(PyObject* x) const {
         for (Py_ssize_t i = 0; i < PyTuple_Size(types); ++i) {
             if (reinterpret_cast<PyObject*>(Py_TYPE(x)) == PyTuple_GetItem(types, i)) return true;
         }
@@ -122,7 +125,7 @@ private:
                 return false;
             }
             call_python(PyErr_Clear);
-            Owned bits(call_python(PyObject_CallFunctionObjArgs, as_bits, x, nullptr));
+            Owned bits(call_with(as_bits, x));
             PyObject* viewed = bits;
             if (!viewed || viewed == Py_None ||
                 call_python(PyObject_GetBuffer, viewed, &buffer, flags) != 0) {
@@ -150,25 +153,26 @@ private:
             default:
                 return false;
         }
-        if (to.format == bfloat16 && !are_bits) return false;  // numbers, not bits
+        if (to.format == bfloat16 && !are_bits) return false;  // real uint16 numbers
         if (buffer.ndim > 64) return false;
         to.data = static_cast<char*>(buffer.buf);
-        to.item_size = buffer.itemsize;
-        to.size = buffer.len / Vector::item_size(to.format);
+        to.item_bytes = buffer.itemsize;
+        to.size = buffer.len / item_size(to.format);
         to.ndim = buffer.ndim;
         to.shape = buffer.shape;
         std::copy(buffer.strides, buffer.strides + buffer.ndim, to.strides);
-        return !writable || !buffer.len || is_own(x, buffer) || is_writable(to.data, buffer.len);
+        return !writable || !buffer.len || owns_memory(x, buffer) ||
+               is_writable(to.data, buffer.len);
     }
 
-    // Whether numpy allocated the memory of an array, or of the array that it is a view of. Other
-    // owners may have mapped theirs for reading alone without numpy knowing.
-    bool is_own(PyObject* x, const Py_buffer& buffer) const {
+    // Whether numpy allocated the memory of an array, or of the array that it is a view of. Memory
+    // of other owners may be mapped read-only without numpy knowing.
+    bool owns_memory(PyObject* x, const Py_buffer& buffer) const {
         const int owns_data = 4;  // NPY_ARRAY_OWNDATA
         const auto* fields = reinterpret_cast<const ArrayFields*>(x);
         if (fields->data != buffer.buf || fields->ndim != buffer.ndim) return false;
         while (fields->base) {
-            if (!has_plain_type(fields->base)) return false;
+            if (!has_supported_type(fields->base)) return false;
             fields = reinterpret_cast<const ArrayFields*>(fields->base);
         }
         return fields->flags & owns_data;
@@ -190,56 +194,57 @@ private:
         }
         to.is_complex = false;
         to.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-        to.item_size = tensor.bits / 8;
+        to.item_bytes = tensor.bits / 8;
         to.ndim = tensor.ndim;
         to.shape = reinterpret_cast<const Py_ssize_t*>(tensor.shape);
         to.size = 1;
         for (int axis = tensor.ndim; axis-- > 0; to.size *= tensor.shape[axis]) {
             const std::int64_t stride = tensor.strides ? tensor.strides[axis] : to.size;
-            to.strides[axis] = stride * to.item_size;
+            to.strides[axis] = stride * to.item_bytes;
         }
-        return to.size == 0 || (gives(Py_False, is_neg, x) && is_held(x, writable, to));
+        return to.size == 0 || (returns(Py_False, is_neg, x) && storage_holds(x, writable, to));
     }
 
-    // Whether the storage of a tensor without gaps has all of its memory, as it may have been freed
-    // or cut short, and whether it can be written to, if it is memory that is not torch's own.
-    bool is_held(PyObject* x, bool writable, const Memory& memory) const {
-        Owned storage(call_python(PyObject_CallFunctionObjArgs, untyped_storage, x, nullptr));
+    // Whether the storage of a dense tensor holds all of its memory (it may have been freed or
+    // resized), and whether it can be written to, if torch did not allocate it.
+    bool storage_holds(PyObject* x, bool writable, const Memory& memory) const {
+        Owned storage(call_with(untyped_storage, x));
         if (!storage) return false;
         const long long offset = number(storage_offset, x);
         if (!memory.data || offset < 0) return false;
-        const long long room = number(nbytes, storage);
-        const long long needed = (offset + static_cast<long long>(memory.size)) * memory.item_size;
-        if (room < needed) return false;
-        if (!writable || gives(Py_True, resizable, storage)) return true;
+        const long long available = number(nbytes, storage);
+        const long long needed = (offset + static_cast<long long>(memory.size)) * memory.item_bytes;
+        if (available < needed) return false;
+        if (!writable || returns(Py_True, resizable, storage)) return true;
         return !PyErr_Occurred() && is_writable(memory.data, memory.bytes());
     }
 
+    // The int that the method returns; -1 with an exception set.
     static long long number(PyObject* method, PyObject* x) {
-        Owned result(call_python(PyObject_CallFunctionObjArgs, method, x, nullptr));
+        Owned result(call_with(method, x));
         PyObject* found = result;
         return found ? call_python(PyLong_AsLongLong, found) : -1;
     }
 
-    // Whether the method gives this bool; false too with an exception set.
-    static bool gives(PyObject* expected, PyObject* method, PyObject* x) {
-        Owned result(call_python(PyObject_CallFunctionObjArgs, method, x, nullptr));
+    // Whether the method returns this bool; false also if it raises.
+    static bool returns(PyObject* expected, PyObject* method, PyObject* x) {
+        Owned result(call_with(method, x));
         return result == expected;
     }
 
-    // Where the fields of a rule are; false with an exception set where one is missing.
+    // Looks up the indices of the fields of a rule; false with an exception set if one is missing.
     bool find_fields(PyObject* names) {
-        for (auto& number : numbers) number.place = place_of(number.name, names);
-        for (auto& flag : flags) flag.place = place_of(flag.name, names);
-        nonfinite = place_of("nonfinite", names);
-        layer_axis = place_of("layer_axis", names);
-        axis_name = place_of("axis_name", names);
-        stop_gradients = place_of("stop_gradients", names);
+        for (auto& number : numbers) number.index = index_of(number.name, names);
+        for (auto& flag : flags) flag.index = index_of(flag.name, names);
+        nonfinite = index_of("nonfinite", names);
+        layer_axis = index_of("layer_axis", names);
+        axis_name = index_of("axis_name", names);
+        stop_gradients = index_of("stop_gradients", names);
         field_count = PyTuple_Size(names);
         return !PyErr_Occurred();
     }
 
-    static Py_ssize_t place_of(const char* name, PyObject* names) {
+    static Py_ssize_t index_of(const char* name, PyObject* names) {
         for (Py_ssize_t i = 0; i < PyTuple_Size(names); ++i) {
             if (is_text(PyTuple_GetItem(names, i), name)) return i;
         }
@@ -255,16 +260,16 @@ private:
     struct Field {
         const char* name;
         Type Rule::* field;
-        Py_ssize_t place;
+        Py_ssize_t index;
     };
 
-    Field<double> numbers[8] = {{"lr", &Rule::lr, 0},
+    Field<double> numbers[8] = {{"lr_before_momentum", &Rule::lr_before_momentum, 0},
                                 {"decay_lambda", &Rule::decay_lambda, 0},
                                 {"trust_coefficient", &Rule::trust_coefficient, 0},
                                 {"eps", &Rule::eps, 0},
                                 {"grad_scale", &Rule::grad_scale, 0},
                                 {"momentum", &Rule::momentum, 0},
-                                {"rate", &Rule::rate, 0},
+                                {"lr_after_momentum", &Rule::lr_after_momentum, 0},
                                 {"dampening", &Rule::dampening, 0}};
     Field<bool> flags[5] = {{"adapt", &Rule::adapt, 0},
                             {"trust_clip", &Rule::trust_clip, 0},
@@ -273,7 +278,7 @@ private:
                             {"maximize", &Rule::maximize, 0}};
     Py_ssize_t nonfinite = 0, layer_axis = 0, axis_name = 0, stop_gradients = 0, field_count = 0;
 
-    OwnedList kept;  // owns what the pointers below point to
+    OwnedList owned;  // the references that the pointers below borrow
     PyObject *types = nullptr, *make_new = nullptr, *copy_of = nullptr, *as_bits = nullptr;
     PyObject *untyped_storage = nullptr, *nbytes = nullptr, *resizable = nullptr,
              *storage_offset = nullptr, *is_neg = nullptr;

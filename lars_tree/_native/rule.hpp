@@ -1,7 +1,8 @@
-// The rule of one layer: coefficients from norms, and what norms prove of the results.
+// The rule of one layer: the coefficients of its step, given its norms, and a bound on the results.
 //
-// The same statements as in lars_tree/_rule.py; kernel.hpp explains the two passes over memory.
-// Number is Wide, or double where that is enough (see `double_is_enough`).
+// These are the same statements as in lars_tree/_rule.py, which explains them. kernel.hpp explains
+// the two passes over memory: this file is what happens between them. Number is DoubleDouble, or
+// double where no intermediate result can leave its range (see `computes_in_double`).
 #pragma once
 
 #include <cmath>
@@ -9,26 +10,33 @@
 #include <cstdint>
 #include <limits>
 
+#include "double_double.hpp"
 #include "formats.hpp"
-#include "wide.hpp"
 
 namespace lars {
 
+struct MomentumOptions {
+    double momentum, lr_after_momentum;
+    bool nesterov;
+};
+
 struct Rule {
-    double lr, decay_lambda, trust_coefficient, eps, grad_scale;
+    double lr_before_momentum, decay_lambda, trust_coefficient, eps, grad_scale;
     bool adapt, trust_clip;
-    double momentum, rate;
+    double momentum, lr_after_momentum;
     bool nesterov, maximize;
     bool joint_norm;
     double dampening;
-    bool must_be_finite;  // the results; else infinity and NaN propagate
+    bool must_be_finite;  // whether infinite and NaN results are reported
 
-    // Whether the norm of g + decay_lambda * w is asked for, and is not that of g.
+    MomentumOptions momentum_options() const { return {momentum, lr_after_momentum, nesterov}; }
+
+    // Whether the denominator needs the norm of g + decay_lambda * w, and it is not that of g.
     bool is_joint() const { return joint_norm && adapt && decay_lambda != 0; }
 };
 
-// Dense arrays of the same size, in the same memory order; `out` may be w or dcdw. Complex numbers
-// are pairs of real ones. The velocity, if not null, is of the format `velocity_format(w_format)`.
+// Dense arrays of the same size, in the same memory order. `out` may be w or dcdw. Complex elements
+// are pairs of real ones. The velocity, if not null, has the format `velocity_format(w_format)`.
 struct Layer {
     const void* w;
     const void* dcdw;
@@ -39,127 +47,125 @@ struct Layer {
     const Rule* rule;
 };
 
-// The step is on_dcdw * dcdw + on_w * w, the last only where it `decays`. dcdw is to be multiplied
-// by 2^exponent first, where on_dcdw alone would be far from 1.
+// The step is u = gradient * (2^exponent * dcdw) + decay * w, without the second term unless it
+// `decays`. The exponent is 0 unless the gradient coefficient would be far from 1.
 struct Coefficients {
-    double on_w, on_dcdw;
+    double decay, gradient;
     int exponent;
     bool decays;
-    bool along_total;  // whether dcdw stands for its sum with decay_lambda * grad_scale * w
+    bool uses_joint_gradient;  // instead of dcdw, see JointGradient
 
-    double kept() const { return decays ? 1 - on_w : 1; }  // what is left of w
+    double weight_factor() const { return decays ? 1 - decay : 1; }  // w - u = factor * w - ...
 };
 
-// How a velocity moves the weights.
-struct Motion {
-    double momentum, rate;
-    bool nesterov;
-};
-
-// Unless it is `bounded`, it is the ratio divided by the rate, before trust_clip limits it to 1.
+// The ratio of the formula. `clip`: whether trust_clip limits the ratio, which it divides by the
+// learning rate, to 1.
 template <class Number>
-inline Number trust_ratio(Number w_norm, Number dcdw_norm, const Rule& rule, bool bounded = true) {
+inline Number trust_ratio(Number w_norm, Number dcdw_norm, const Rule& rule, bool clip = true) {
     const Number one = 1;
     if (!rule.adapt) return one;
     if (is_zero(w_norm) || is_zero(dcdw_norm)) return one;
     Number denominator = dcdw_norm / Number(rule.grad_scale);
-    // With joint_norm it is the norm of the sum.
     if (!rule.joint_norm) denominator = denominator + Number(rule.decay_lambda) * w_norm;
     denominator = denominator + Number(rule.eps);
     Number ratio = Number(rule.trust_coefficient) * w_norm / denominator;
     if (!rule.trust_clip) return ratio;
-    const Number rate = Number(rule.lr) * Number(rule.rate);
-    if (bounded && ratio > rate) return one;
+    const Number rate = Number(rule.lr_before_momentum) * Number(rule.lr_after_momentum);
+    if (clip && ratio > rate) return one;
     return ratio / (is_zero(rate) ? one : rate);
 }
 
-// `exponent` is that of a sum, see Addition.
+// `joint_exponent`: the exponent of the scale of the joint gradient.
 template <class Number>
-inline Coefficients coefficients(Number w_norm, Number dcdw_norm, const Rule& rule,
-                                 int exponent = 0) {
-    Number rate =
-        Number(rule.lr) * trust_ratio(w_norm, dcdw_norm, rule) * Number(1 - rule.dampening);
-    const double on_w = rounded(rate * Number(rule.decay_lambda));
-    const Number on_dcdw = rate / Number(rule.grad_scale);
-    // g and decay_lambda * w may cancel, and what is left is stepped far along.
-    if (rule.is_joint() && on_w > 1) {
-        const Split on_total = split(scaled(on_dcdw, exponent));
-        return {0, on_total.factor, on_total.exponent, false, true};
+inline Coefficients coefficients_for(Number w_norm, Number dcdw_norm, const Rule& rule,
+                                     int joint_exponent = 0) {
+    Number rate = Number(rule.lr_before_momentum) * trust_ratio(w_norm, dcdw_norm, rule) *
+                  Number(1 - rule.dampening);
+    const double decay = to_double(rate * Number(rule.decay_lambda));
+    const Number gradient = rate / Number(rule.grad_scale);
+    // g and decay_lambda * w may cancel, and a long step would magnify the error of what is left.
+    if (rule.is_joint() && decay > 1) {
+        const Split joint = split(scaled(gradient, joint_exponent));
+        return {0, joint.factor, joint.exponent, false, true};
     }
-    const Split by = split(on_dcdw);
-    return {on_w, rule.maximize ? -by.factor : by.factor, by.exponent, rule.decay_lambda != 0,
-            false};
+    const Split parts = split(gradient);
+    const double factor = rule.maximize ? -parts.factor : parts.factor;
+    return {decay, factor, parts.exponent, rule.decay_lambda != 0, false};
 }
 
 inline bool is_moderate(double x) {
     return x == 0 || (x > power_of_two(-100) && x < power_of_two(100));
 }
 
-// Whether norms of numbers that are shorter than double make no coefficient that leaves its range.
-inline bool double_is_enough(const Rule& rule) {
-    return is_moderate(rule.lr) && is_moderate(rule.decay_lambda) && is_moderate(rule.eps) &&
-           is_moderate(rule.trust_coefficient) && is_moderate(rule.grad_scale) &&
-           (!rule.trust_clip || is_moderate(rule.rate));
+// Whether all coefficients are in the range of double if elements are shorter than double.
+inline bool has_moderate_options(const Rule& rule) {
+    return is_moderate(rule.lr_before_momentum) && is_moderate(rule.decay_lambda) &&
+           is_moderate(rule.eps) && is_moderate(rule.trust_coefficient) &&
+           is_moderate(rule.grad_scale) &&
+           (!rule.trust_clip || is_moderate(rule.lr_after_momentum));
 }
 
 // ---- Between the two passes
 
-// What the first pass finds of a layer; all but the last are numbers of Wide. dcdw is the norm of
-// the sum where rule.is_joint(), whose scale has the exponent `sum_exponent`. `velocity_most` is
-// the largest magnitude of the velocity, where that was asked for.
+// The result of the first pass over a layer. The norms of w and dcdw are stored as the fields of
+// double-double numbers. If rule.is_joint(), the second is the norm of the joint gradient, and
+// `joint_exponent` the exponent of its scale (NaN if it is not scaled). `velocity_max` is the
+// largest magnitude of the velocity, or 0 if it was not requested.
 struct Norms {
     double w_high, w_low, w_exponent;
     double dcdw_high, dcdw_low, dcdw_exponent;
-    double sum_exponent, velocity_most;
+    double joint_exponent, velocity_max;
 
-    static Wide wide(double high, double low, double exponent) {
-        return Wide(Pair{high, low}, static_cast<std::int64_t>(exponent));
+    static DoubleDouble number(double high, double low, double exponent) {
+        return DoubleDouble(Pair{high, low}, static_cast<std::int64_t>(exponent));
     }
-    Wide w() const { return wide(w_high, w_low, w_exponent); }
-    Wide dcdw() const { return wide(dcdw_high, dcdw_low, dcdw_exponent); }
-    void set(Wide w, Wide dcdw) {
+    DoubleDouble w() const { return number(w_high, w_low, w_exponent); }
+    DoubleDouble dcdw() const { return number(dcdw_high, dcdw_low, dcdw_exponent); }
+    void set(DoubleDouble w, DoubleDouble dcdw) {
         w_high = w.high, w_low = w.low, w_exponent = static_cast<double>(w.exponent);
         dcdw_high = dcdw.high, dcdw_low = dcdw.low;
         dcdw_exponent = static_cast<double>(dcdw.exponent);
     }
 };
 
-// Whether coefficients are computed in double; else in Wide.
-inline bool is_short(const Layer& layer) {
+// Whether coefficients are computed in double, else as double-double numbers.
+inline bool computes_in_double(const Layer& layer) {
     return layer.w_format != float64 && layer.dcdw_format != float64 &&
-           double_is_enough(*layer.rule);
+           has_moderate_options(*layer.rule);
 }
 
-inline Coefficients coefficients(const Layer& layer, const Norms& norms) {
+inline Coefficients coefficients_for(const Layer& layer, const Norms& norms) {
     const Rule& rule = *layer.rule;
-    if (!rule.adapt) return coefficients<Wide>(0, 0, rule);
-    if (is_short(layer)) {
-        return coefficients<double>(rounded(norms.w()), rounded(norms.dcdw()), rule);
+    if (!rule.adapt) return coefficients_for<DoubleDouble>(0, 0, rule);
+    if (computes_in_double(layer)) {
+        return coefficients_for<double>(to_double(norms.w()), to_double(norms.dcdw()), rule);
     }
-    const double exponent = norms.sum_exponent;
-    return coefficients(norms.w(), norms.dcdw(), rule,
-                        std::isnan(exponent) ? 0 : static_cast<int>(exponent));
+    const double exponent = norms.joint_exponent;
+    return coefficients_for(norms.w(), norms.dcdw(), rule,
+                            std::isnan(exponent) ? 0 : static_cast<int>(exponent));
 }
 
-// What the step of a layer is made of, all without the scale of the loss. `unclipped` is the ratio
-// that trust_clip limits to 1.
+// The norms and ratios of a layer, with the loss scale divided out. `unclipped` is the ratio before
+// trust_clip limits it to 1.
 struct Measured {
     double w_norm, g_norm, ratio, unclipped;
 };
 
 template <class Number>
 inline Measured measured(Number w, Number dcdw, const Rule& rule) {
-    return {rounded(w), rounded(dcdw / Number(rule.grad_scale)),
-            rounded(trust_ratio(w, dcdw, rule)), rounded(trust_ratio(w, dcdw, rule, false))};
+    return {to_double(w), to_double(dcdw / Number(rule.grad_scale)),
+            to_double(trust_ratio(w, dcdw, rule)), to_double(trust_ratio(w, dcdw, rule, false))};
 }
 
 inline Measured measured(const Layer& layer, const Norms& norms) {
-    if (is_short(layer)) return measured(rounded(norms.w()), rounded(norms.dcdw()), *layer.rule);
+    if (computes_in_double(layer)) {
+        return measured(to_double(norms.w()), to_double(norms.dcdw()), *layer.rule);
+    }
     return measured(norms.w(), norms.dcdw(), *layer.rule);
 }
 
 // The largest number of a format.
-inline double limit(Format format) {
+inline double max_value(Format format) {
     return format == float16    ? 65504.0
            : format == bfloat16 ? 3.3895313892515355e38
            : format == float32  ? static_cast<double>(std::numeric_limits<float>::max())
@@ -167,31 +173,34 @@ inline double limit(Format format) {
 }
 
 // Whether these norms prove that all results of a layer are finite. No element is larger than the
-// norm, so the step is at most as long as it would be for one that has all of it.
+// norm, so no result is larger than that of a single element as large as the norm. The velocity is
+// bounded by its largest element.
 template <class Number>
-inline bool prove_finite(const Layer& layer, Number w, Number dcdw, double velocity_most) {
+inline bool prove_finite(const Layer& layer, Number w, Number dcdw, double velocity_max) {
     const Rule& rule = *layer.rule;
     Number gradient = dcdw / Number(rule.grad_scale);
     if (!rule.is_joint()) gradient = gradient + Number(rule.decay_lambda) * w;
-    const Number rate = Number(rule.lr) * trust_ratio(w, dcdw, rule) * Number(1 - rule.dampening);
-    const double step = rounded(rate * gradient), slack = 1.001;
-    // Beyond the range of double it makes infinite or NaN what in exact numbers is neither.
-    if (!(rounded(rate * Number(rule.decay_lambda)) < limit(float64))) return false;
-    double moved_by = step;
+    const Number rate =
+        Number(rule.lr_before_momentum) * trust_ratio(w, dcdw, rule) * Number(1 - rule.dampening);
+    const double u = to_double(rate * gradient), slack = 1.001;  // above all rounding errors
+    // An infinite decay coefficient gives infinity or NaN although the exact result is finite.
+    if (!(to_double(rate * Number(rule.decay_lambda)) < max_value(float64))) return false;
+    double moved_by = u;
     if (layer.velocity) {
-        const double velocity = rule.momentum * velocity_most + step;
-        if (!(velocity * slack < limit(velocity_format(layer.w_format)))) return false;
-        moved_by = rule.rate * (rule.nesterov ? step + rule.momentum * velocity : velocity);
+        const double velocity = rule.momentum * velocity_max + u;
+        if (!(velocity * slack < max_value(velocity_format(layer.w_format)))) return false;
+        moved_by =
+            rule.lr_after_momentum * (rule.nesterov ? u + rule.momentum * velocity : velocity);
     }
-    return (rounded(w) + moved_by) * slack < limit(layer.w_format);  // false for NaN
+    return (to_double(w) + moved_by) * slack < max_value(layer.w_format);  // false for NaN
 }
 
 inline bool prove_finite(const Layer& layer, const Norms& norms) {
-    if (is_short(layer)) {
-        const double w = rounded(norms.w()), dcdw = rounded(norms.dcdw());
-        return prove_finite(layer, w, dcdw, norms.velocity_most);
+    if (computes_in_double(layer)) {
+        const double w = to_double(norms.w()), dcdw = to_double(norms.dcdw());
+        return prove_finite(layer, w, dcdw, norms.velocity_max);
     }
-    return prove_finite(layer, norms.w(), norms.dcdw(), norms.velocity_most);
+    return prove_finite(layer, norms.w(), norms.dcdw(), norms.velocity_max);
 }
 
 }  // namespace lars

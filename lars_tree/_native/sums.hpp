@@ -1,6 +1,14 @@
-// The loops that read: sums of squares, the largest element, the sum of a gradient and decay.
-//
+// The loops that only read w and dcdw: sums of squares, the largest element, the joint gradient.
 // loops.hpp includes this file, once for each instruction set.
+//
+// Squares are added by pairwise summation: the two halves of a sequence are summed in the same way,
+// and added, as in a binary tree. The rounding error grows only with the logarithm of the number of
+// summands. The elements of an array form rows of 16, and lane i sums the i-th elements of all
+// rows. All lanes do the same operations, so they become vector instructions.
+//
+// The tree is not stored: the rows are read in order, and a stack holds the sums of the subtrees
+// that are complete. A subtree is added to its left neighbour of the same size as soon as it is
+// complete.
 
 template <class T, bool Scaled>
 LARS_TARGET inline double value(T x, double scale, double rest) {
@@ -15,22 +23,23 @@ LARS_TARGET inline void square(const T* row, double scale, double rest, double* 
     }
 }
 
-// Of some arrays, the sums of subtrees of rows that still lack a neighbour, from large to small:
-// one for each bit of the number of rows so far.
-typedef double Subtrees[64][most_streams][lanes];
+// For each array, the sums of the subtrees that do not have a neighbour yet, from large to small:
+// one for each bit that is set in the number of rows so far.
+typedef double Subtrees[64][max_streams][lanes];
 
 LARS_TARGET inline void merge(Subtrees& sums, int& depth, int count) {
     --depth;
     for (int k = 0; k < count; ++k) add_to(sums[depth - 1][k], sums[depth][k]);
 }
 
-// Adds the last subtree to its neighbour, if that is there, and so on: as in counting on by one.
+// Adds the last subtree to its neighbour, if there is one, then the result to its neighbour, and so
+// on: like the carries when a binary number is incremented.
 LARS_TARGET inline void carry(Subtrees& sums, int& depth, int count, std::size_t subtrees_before) {
     for (; subtrees_before & 1; subtrees_before >>= 1) merge(sums, depth, count);
 }
 
-// Squares of 2^Level rows, added by pairs of neighbours. All at once, in registers: compilers make
-// poor code of a loop that merges them.
+// The pairwise sum of the squares of 2^Level rows. It is unrolled, and stays in registers:
+// compilers make slow code of a loop that merges rows.
 template <class T, bool Scaled, int Level>
 struct Rows {
     LARS_TARGET static inline void sum(const T* rows, double scale, double rest, double* total) {
@@ -52,28 +61,28 @@ struct Rows<T, Scaled, 1> {
     }
 };
 
-// The squares of some arrays of the same size, summed up for each lane. They are read by turns, as
-// memory serves several streams at once faster than one after the other.
+// The sum of squares of each lane, for several arrays of the same size. The arrays are read in
+// turns, because memory serves several streams faster than one after the other.
 template <class T, bool Scaled>
 LARS_TARGET void sum_squares(const void* const* arrays, int count, std::size_t size, double scale,
                              double rest, double (*totals)[lanes]) {
     Subtrees sums;
     int depth = 0;
     std::size_t rows = 0, i = 0;
-    const int level = 3, many = 1 << level;
-    for (; size - i >= many * lanes; i += many * lanes) {
+    const int level = 3, unrolled = 1 << level;
+    for (; size - i >= unrolled * lanes; i += unrolled * lanes) {
         for (int k = 0; k < count; ++k) {
             const T* x = static_cast<const T*>(arrays[k]) + i;
             Rows<T, Scaled, level>::sum(x, scale, rest, sums[depth][k]);
         }
         ++depth;
-        carry(sums, depth, count, rows / many);
-        rows += many;
+        carry(sums, depth, count, rows / unrolled);
+        rows += unrolled;
     }
     for (; i < size; i += lanes) {
         for (int k = 0; k < count; ++k) {
             const T* row = static_cast<const T*>(arrays[k]) + i;
-            T last[lanes] = {};  // as if zeros followed
+            T last[lanes] = {};  // the last row is filled up with zeros
             if (size - i < lanes) {
                 std::memcpy(last, row, (size - i) * sizeof(T));
                 row = last;
@@ -88,39 +97,41 @@ LARS_TARGET void sum_squares(const void* const* arrays, int count, std::size_t s
     for (int k = 0; k < count; ++k) std::memcpy(totals[k], sums[0][k], sizeof totals[k]);
 }
 
+// The largest magnitude; NaN if there is a NaN.
 template <class T>
 LARS_TARGET double largest(const void* data, std::size_t size) {
     const T* x = static_cast<const T*>(data);
     double most = 0;
     for (std::size_t i = 0; i < size; ++i) {
         double value = std::fabs(static_cast<double>(read(x[i])));
-        most = value > most || value != value ? value : most;  // NaN stays: nothing is above it
+        most = value > most || value != value ? value : most;  // NaN compares false ever after
     }
     return most;
 }
 
-// dcdw + decay * w as if each element was rounded once, also where the two cancel.
+// sign * dcdw + (high + low) * w with a single rounding of each element, also where the terms
+// cancel.
 template <class T, class G>
-LARS_TARGET void join(const T* w, const G* dcdw, double* total, std::size_t size, double high,
-                      double low, double sign) {
+LARS_TARGET void add_decay(const T* w, const G* dcdw, double* joint, std::size_t size, double high,
+                           double low, double sign) {
     LARS_INDEPENDENT
     for (std::size_t i = 0; i < size; ++i) {
         const double weight = read(w[i]);
         const Pair product = two_product(high, weight);
         const Pair sum = two_sum(sign * read(dcdw[i]), product.high);
         const double exact = sum.high + (sum.low + (product.low + low * weight));
-        total[i] = std::isfinite(exact) ? exact : sum.high;
+        joint[i] = std::isfinite(exact) ? exact : sum.high;
     }
 }
 
 template <class T, class G>
-LARS_TARGET void join(const void* w, const void* dcdw, double* total, std::size_t size,
-                      const Addition& by) {
+LARS_TARGET void add_decay(const void* w, const void* dcdw, double* joint, std::size_t size,
+                           const JointGradient& terms) {
     const T* weights = static_cast<const T*>(w);
     const G* gradients = static_cast<const G*>(dcdw);
-    const double sign = by.maximize ? -1 : 1;
-    if (!by.w_shift && !by.dcdw_shift) {
-        join(weights, gradients, total, size, by.high, by.low, sign);
+    const double sign = terms.maximize ? -1 : 1;
+    if (!terms.w_shift && !terms.dcdw_shift) {
+        add_decay(weights, gradients, joint, size, terms.high, terms.low, sign);
         return;
     }
     double scaled_w[block], scaled_dcdw[block];
@@ -128,9 +139,9 @@ LARS_TARGET void join(const void* w, const void* dcdw, double* total, std::size_
         const std::size_t length = std::min(block, size - start);
         for (std::size_t i = 0; i < length; ++i) {
             const double weight = read(weights[start + i]), gradient = read(gradients[start + i]);
-            scaled_w[i] = std::ldexp(weight, by.w_shift);
-            scaled_dcdw[i] = std::ldexp(gradient, by.dcdw_shift);
+            scaled_w[i] = std::ldexp(weight, terms.w_shift);
+            scaled_dcdw[i] = std::ldexp(gradient, terms.dcdw_shift);
         }
-        join(scaled_w, scaled_dcdw, total + start, length, by.high, by.low, sign);
+        add_decay(scaled_w, scaled_dcdw, joint + start, length, terms.high, terms.low, sign);
     }
 }

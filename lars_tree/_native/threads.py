@@ -1,4 +1,4 @@
-"""How many threads the kernel may use: as set, by the environment, or as the process has cores."""
+"""The number of threads of the kernel: as set, from the environment, or the number of cores."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _chosen: int | None = None
 
 
 def set_num_threads(n: int | None) -> None:
-    """Set how many threads one update may use; None goes back to the default.
+    """Set the number of threads that one update may use; None restores the default.
 
-    By default it is the number in the environment variable LARS_TREE_NUM_THREADS, or that of the
-    cores that the process may use. The result does not depend on it. Small trees take one thread.
+    The default is the environment variable LARS_TREE_NUM_THREADS, or the number of cores that the
+    process may use. Results do not depend on it. Small trees use one thread.
 
     >>> set_num_threads(1)
     >>> get_num_threads()
@@ -26,7 +26,7 @@ def set_num_threads(n: int | None) -> None:
     >>> set_num_threads(None)
 
     Raises:
-        OptionError: n is no whole number >= 1.
+        OptionError: n is not a whole number >= 1.
     """
     global _chosen
     if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
@@ -50,14 +50,14 @@ def _default() -> int:
 
 
 def cores(root: Path = Path("/")) -> int:
-    """The cores that this process may use: by affinity, and by the quotas of its control groups."""
+    """The number of cores that this process may use, by affinity and control group quotas."""
     affinity = getattr(os, "sched_getaffinity", None)
     available = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, min([available, *map(math.ceil, _quotas(root))]))
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """The quotas of the process's control groups and of those above them, in cores (Linux)."""
+    """The quotas of the process's control groups and of their parents, in cores (Linux)."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -68,7 +68,7 @@ def _quotas(root: Path) -> Iterator[float]:
             continue
         mount = root / "sys/fs/cgroup" / controllers
         group = mount / name.lstrip("/")
-        # In a container the group is often mounted as the root.
+        # In a container, the group is often mounted as the root.
         for directory in [group, *group.parents]:
             if directory.is_relative_to(mount):
                 yield from _quota(directory)

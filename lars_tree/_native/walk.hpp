@@ -1,19 +1,23 @@
-// Walks over nests: the twins of _collect_in_python and _match_in_python in lars_tree/_tree.py;
-// _nodes.py says what a nest is. Plain dicts (Container is one), lists and tuples are walked here;
-// every other node, and what lies too deep for the stack of a thread, is handed to the Python
-// function.
+// Walks over trees: the twins of _collect_in_python and _match_in_python in lars_tree/_tree.py.
+// _nodes.py defines which objects are nodes.
+//
+// Dicts (also Containers), lists and tuples are walked here. All other nodes, and nodes that are
+// too deep for the stack of a thread, are passed to the Python function. Python code may run
+// between two steps of a walk, and may change the tree: each item is owned while it is used, and
+// the length of each node is checked again after each child.
 #pragma once
 
 #include "python.hpp"
 
 namespace lars {
 
-// What _tree.py calls the kinds of nodes.
+// Kinds of nodes, with their numbers in _nodes.py.
 enum Kind { leaf_kind = 0, plain_dict_kind = 1 };
 
-// Levels that are walked here. They take 10 KB of the stack of a thread, which may be small
-// (threading.stack_size). Deeper levels are walked in Python, which needs no C stack for them.
-const int deepest = 32;
+// The number of levels that are walked here. They need 10 KB of the stack of a thread, which may be
+// small (threading.stack_size). Deeper levels are walked in Python, which needs no C stack for
+// them.
+const int max_depth = 32;
 
 class Walk {
 public:
@@ -42,7 +46,7 @@ public:
 private:
     long kind_of_node(PyObject* node) {
         PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(node));
-        if (type == last_leaf_type) return leaf_kind;  // most nodes, and most often of one type
+        if (type == last_leaf_type) return leaf_kind;  // most nodes are leaves of one type
         const long kind = look_up(node, type);
         if (kind == leaf_kind) last_leaf_type.reset(Py_NewRef(type));
         return kind;
@@ -52,7 +56,7 @@ private:
         PyObject* known = call_python(PyDict_GetItemWithError, kinds, type);
         if (known) return call_python(PyLong_AsLong, known);
         if (PyErr_Occurred()) return -1;
-        Owned kind(call_python(PyObject_CallFunctionObjArgs, kind_of, node, nullptr));
+        Owned kind(call_with(kind_of, node));
         PyObject* number = kind;
         return kind ? call_python(PyLong_AsLong, number) : -1;
     }
@@ -60,26 +64,26 @@ private:
     bool append(PyObject* x) { return call_python(PyList_Append, found, x) == 0; }
 
     bool collect_children(PyObject* node, long kind, int depth) {
-        if (kind == plain_dict_kind && depth < deepest) {
-            const Locked lock(node);
+        if (kind == plain_dict_kind && depth < max_depth) {
+            const CriticalSection lock(node);
             PyObject *key, *child;
-            Py_ssize_t place = 0, seen = 0;
+            Py_ssize_t position = 0, seen = 0;
             const Py_ssize_t size = PyDict_Size(node);
-            while (PyDict_Next(node, &place, &key, &child)) {
-                if (seen++ == size) return changed();
+            while (PyDict_Next(node, &position, &key, &child)) {
+                if (seen++ == size) return raise_changed();
                 Owned held(Py_NewRef(child));
                 if (!collect(child, depth + 1)) return false;
-                if (PyDict_Size(node) != size) return changed();
+                if (PyDict_Size(node) != size) return raise_changed();
             }
-            return seen == size || changed();
+            return seen == size || raise_changed();
         }
-        if (is_sequence(node) && depth < deepest) {
-            const Locked lock(node);
+        if (is_sequence(node) && depth < max_depth) {
+            const CriticalSection lock(node);
             const Py_ssize_t size = PySequence_Size(node);
             for (Py_ssize_t i = 0; i < size; ++i) {
                 Owned child(call_python(PySequence_GetItem, node, i));
                 if (!child || !collect(child, depth + 1)) return false;
-                if (PySequence_Size(node) != size) return changed();
+                if (PySequence_Size(node) != size) return raise_changed();
             }
             return true;
         }
@@ -88,30 +92,30 @@ private:
 
     int match_children(PyObject* node, long kind, PyObject* prefix, long prefix_kind, bool exact,
                        int depth) {
-        if (kind == plain_dict_kind && prefix_kind == plain_dict_kind && depth < deepest) {
-            const Locked lock(node), other_lock(prefix);
+        if (kind == plain_dict_kind && prefix_kind == plain_dict_kind && depth < max_depth) {
+            const CriticalSection lock(node), other_lock(prefix);
             const Py_ssize_t size = PyDict_Size(node);
             if (PyDict_Size(prefix) != size) return 0;
             PyObject *key, *child, *other_key, *other;
-            Py_ssize_t place = 0, other_place = 0, seen = 0;
-            while (PyDict_Next(node, &place, &key, &child)) {
-                if (seen++ == size) return changed(), -1;
+            Py_ssize_t position = 0, other_position = 0, seen = 0;
+            while (PyDict_Next(node, &position, &key, &child)) {
+                if (seen++ == size) return raise_changed(), -1;
                 Owned held_key(Py_NewRef(key)), held(Py_NewRef(child));
-                // Nests that were made alike have their keys in the same order.
-                if (!PyDict_Next(prefix, &other_place, &other_key, &other) || other_key != key) {
+                // Most trees that match have their keys in the same order.
+                if (!PyDict_Next(prefix, &other_position, &other_key, &other) || other_key != key) {
                     other = call_python(PyDict_GetItemWithError, prefix, key);
                     if (!other && PyErr_Occurred()) return -1;
-                    if (!other) return PyDict_Size(prefix) == size ? 0 : (changed(), -1);
+                    if (!other) return PyDict_Size(prefix) == size ? 0 : (raise_changed(), -1);
                 }
                 Owned held_other(Py_NewRef(other));
                 const int matched = match(child, other, exact, depth + 1);
                 if (matched != 1) return matched;
-                if (PyDict_Size(node) != size) return changed(), -1;
+                if (PyDict_Size(node) != size) return raise_changed(), -1;
             }
-            return (seen == size && PyDict_Size(prefix) == size) || changed() ? 1 : -1;
+            return (seen == size && PyDict_Size(prefix) == size) || raise_changed() ? 1 : -1;
         }
-        if (is_sequence(node) && is_sequence(prefix) && depth < deepest) {
-            const Locked lock(node), other_lock(prefix);
+        if (is_sequence(node) && is_sequence(prefix) && depth < max_depth) {
+            const CriticalSection lock(node), other_lock(prefix);
             const Py_ssize_t size = PySequence_Size(node);
             if (PySequence_Size(prefix) != size) return 0;
             for (Py_ssize_t i = 0; i < size; ++i) {
@@ -120,7 +124,7 @@ private:
                 const int matched = child && other ? match(child, other, exact, depth + 1) : -1;
                 if (matched != 1) return matched;
                 if (PySequence_Size(node) != size || PySequence_Size(prefix) != size) {
-                    return changed(), -1;
+                    return raise_changed(), -1;
                 }
             }
             return 1;
@@ -134,7 +138,7 @@ private:
         return PyList_CheckExact(node) || PyTuple_CheckExact(node);
     }
 
-    static bool changed() {
+    static bool raise_changed() {
         call_python(PyErr_SetString, PyExc_RuntimeError, "a tree was changed while it was read");
         return false;
     }

@@ -1,8 +1,8 @@
-"""For tests of optimizers: strategies of hypothesis, assertions on nests, and the laws of the rule.
+"""Tools to test optimizers: hypothesis strategies, assertions on trees, and the laws of LARS.
 
-Strategies make weights, gradients and options (`strategies.py`, `trees.py`), assertions compare
-two nests leaf by leaf (`assertions.py`), and `check_update_laws` holds any update function to the
-laws (`laws.py`, `check.py`). The tests of this package are written with them.
+Strategies make weights, gradients and options (`strategies.py`), assertions compare two trees leaf
+by leaf (`assertions.py`), and `check_update_laws` checks any update function against the laws
+(`laws.py`, `check.py`). The tests of this package use them.
 """
 
 try:
@@ -14,11 +14,13 @@ except ModuleNotFoundError as error:
 from lars_tree.testing.assertions import assert_close_ulp, assert_identical
 from lars_tree.testing.check import LawError, check_update_laws
 from lars_tree.testing.laws import LAWS, RULE_LAWS, TREE_LAWS
-from lars_tree.testing.strategies import arrays, layers, options
-from lars_tree.testing.trees import (
+from lars_tree.testing.strategies import (
+    arrays,
     containers,
     keys,
+    layers,
     nests,
+    options,
     prefixes_of,
     shuffled,
     weights_and_gradients,

@@ -1,7 +1,7 @@
 """Arrays for tests: the float formats, memory layouts, and the libraries that hold them.
 
-bfloat16, which numpy has not, is kept as bits (uint16) until a library takes it, so that torch
-needs no ml_dtypes. A library is imported when an array of it is asked for, never before.
+bfloat16, which numpy does not have, is kept as bits (uint16) until it is given to a library, so
+that torch needs no ml_dtypes. A library is imported only when one of its arrays is made.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LAYOUTS = ("C", "F", "reversed", "gaps")
 
 
 class Format(NamedTuple):
-    """A float format: bits of the significand, exponents of the smallest normal and the largest."""
+    """A float format: significand bits, and the exponents of the smallest and largest normal."""
 
     bits: int
     smallest: int
@@ -30,7 +30,7 @@ class Format(NamedTuple):
 
 
 def check_known(argument: str, x: Any, known: Sequence[str]) -> None:
-    """A ValueError unless x is one of these names."""
+    """Raise a ValueError unless x is one of these names."""
     if x not in known:
         expected = errors.enumerated(map(repr, known), most=len(known))
         hint = errors.did_you_mean(x, known)
@@ -38,13 +38,13 @@ def check_known(argument: str, x: Any, known: Sequence[str]) -> None:
 
 
 def name_of(dtype: Any) -> str:
-    """'float32' of whatever names it: a dtype of any library, a type, a string such as '>f4'."""
-    plain = numpy_name(dtype)
-    return "bfloat16" if plain == "bfloat16" else np.dtype(plain).name
+    """The name, like 'float32', of a dtype of any library, a type, or a string such as '>f4'."""
+    name = numpy_name(dtype)
+    return "bfloat16" if name == "bfloat16" else np.dtype(name).name
 
 
 def numpy_name(dtype: Any) -> Any:
-    """What numpy takes for a dtype, byte order kept; 'bfloat16' for that, which it may not know."""
+    """The dtype as numpy accepts it, with its byte order; 'bfloat16' even without ml_dtypes."""
     text = str(dtype)
     if text.endswith("bfloat16"):
         return "bfloat16"
@@ -52,7 +52,7 @@ def numpy_name(dtype: Any) -> Any:
 
 
 def format_of(name: str) -> Format:
-    """The format of the numbers of a dtype, or of the parts of its complex numbers."""
+    """The format of a dtype, or of the parts of a complex dtype."""
     if name == "bfloat16":
         return Format(8, -126, 127)
     info = np.finfo(name)
@@ -60,35 +60,35 @@ def format_of(name: str) -> Format:
 
 
 def names_for(library: str) -> list[str]:
-    """The formats that a library has; numpy has bfloat16 where ml_dtypes is installed."""
+    """The formats of a library; numpy has bfloat16 if ml_dtypes is installed."""
     every = ["float64", "float32", "float16", "bfloat16"]
     return every if library != "numpy" or find_spec("ml_dtypes") else every[:3]
 
 
 def is_bfloat16(dtype: Any) -> bool:
-    """Whether a dtype, or its name, is this one."""
+    """Whether a dtype, or the name of one, is bfloat16."""
     return name_of(dtype) == "bfloat16"
 
 
 def bits_of_bfloat16(x: Array) -> Array:
-    """float32 numbers, cut to bfloat16, as bits."""
-    return np.asarray(x.view(np.uint32) >> 16).astype(np.uint16)  # no numpy scalar of 0-d ones
+    """The bits of float32 numbers truncated to bfloat16."""
+    return np.asarray(x.view(np.uint32) >> 16).astype(np.uint16)  # an array, even if 0-d
 
 
 def layouts_for(library: str, ndim: int, layouts: tuple[str, ...]) -> list[str]:
-    """Those of the layouts that such an array can have and that differ from C; C, if none can."""
+    """The layouts that differ from C for an array of `ndim` axes; otherwise only "C"."""
     possible = {"numpy": LAYOUTS, "torch": ("C", "F", "gaps"), "jax": ("C",)}[library]
     least = {"C": 0, "F": 2, "reversed": 1, "gaps": 1}
     return [x for x in layouts if x in possible and ndim >= least[x]] or ["C"]
 
 
 def laid_out(x: Array, layout: str) -> Array:
-    """An array in C order as one with another layout: all axes reversed, or with gaps."""
+    """An array in C order, copied to another layout."""
     if layout == "F":
         return np.array(x, order="F")
     if layout == "reversed":
-        turned = (slice(None, None, -1),) * x.ndim
-        return x[turned].copy()[turned]
+        backwards = (slice(None, None, -1),) * x.ndim
+        return x[backwards].copy()[backwards]
     if layout == "gaps":
         view = np.zeros([2 * n for n in x.shape], x.dtype)[(slice(None, None, 2),) * x.ndim]
         view[...] = x
@@ -97,7 +97,7 @@ def laid_out(x: Array, layout: str) -> Array:
 
 
 def to_library(x: Array, dtype: Any, library: str) -> Any:
-    """A numpy array, of bits if dtype is bfloat16, as one of a library; shares its memory."""
+    """A numpy array (of bits for bfloat16) as an array of a library that shares its memory."""
     if library == "torch":
         import torch
 
@@ -117,15 +117,15 @@ def to_library(x: Array, dtype: Any, library: str) -> Any:
 
 
 def to_numpy(x: Any) -> Array:
-    """The elements of an array of any library; bfloat16 as the double it is."""
+    """The elements of an array of any library; bfloat16 as float64."""
     x = unwrap(x)
     backend = _backends.find(x)
-    numbers = np.asarray(x) if backend is None else backend.to_numpy(x)
-    return numbers.astype(np.float64) if is_bfloat16(numbers.dtype) else numbers
+    elements = np.asarray(x) if backend is None else backend.to_numpy(x)
+    return elements.astype(np.float64) if is_bfloat16(elements.dtype) else elements
 
 
 def times(x: Any, factor: float) -> Any:
-    """An array multiplied by a number, in its own dtype."""
+    """The array multiplied by a number, in its own dtype."""
     if isinstance(x, np.ndarray):
         return np.asarray(x * factor).astype(x.dtype)
     if _is_tensor(x):
@@ -137,7 +137,7 @@ def times(x: Any, factor: float) -> Any:
 
 
 def copied(tree: Any) -> Any:
-    """The nest with copies of its arrays, which lie in memory as the originals do."""
+    """The tree with copies of its arrays, in the memory layouts of the originals."""
     return _tree.rebuild(tree, [_copy(x) for x in _tree.leaves(tree)])
 
 
@@ -151,14 +151,11 @@ def _copy(x: Any) -> Any:
     if isinstance(x, np.ndarray):
         return x.copy("K")
     if _is_tensor(x):
-        return x.new_empty(0).set_(x.detach().untyped_storage().clone(), *_place(x))
+        storage = x.detach().untyped_storage().clone()
+        return x.new_empty(0).set_(storage, x.storage_offset(), x.size(), x.stride())
     return x
 
 
 def _is_tensor(x: Any) -> bool:
     backend = _backends.find(x)
     return backend is not None and backend.name == "torch"
-
-
-def _place(x: Any) -> tuple[Any, ...]:
-    return x.storage_offset(), x.size(), x.stride()

@@ -1,7 +1,7 @@
-"""Assertions on two nests: the same to the last bit, or within so many units in the last place.
+"""Assertions on two trees: identical bits, or equal within some units in the last place (ulps).
 
-A failure lists every path that differs, in the dialect of `lars_tree.errors`, and of each array the
-worst element: its index, both values, and how far apart they are in ulps.
+A failure lists every path that differs, like the errors of the package, and the worst element of
+each array: its index, both values, and their distance in ulps.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,15 @@ import numpy as np
 from lars_tree import _backends, _show, _tree, errors
 from lars_tree._core.wrapper import unwrap
 from lars_tree.errors import Line
-from lars_tree.testing import _arrays, _ulp
+from lars_tree.testing import _arrays
 from lars_tree.testing._arrays import Array
 
 
 def assert_identical(actual: Any, expected: Any, *, check_type: bool = True) -> None:
-    """Assert that two nests are the same: node types, key order, dtypes, shapes, devices and bits.
+    """Assert that two trees are the same: node types, key order, dtypes, shapes, devices and bits.
 
-    NaN is NaN, whatever its sign and payload: no library promises them. -0.0 is not 0.0. How arrays
-    lie in memory does not matter.
+    NaN equals NaN, whatever its sign and payload, which no library guarantees; -0.0 differs from
+    0.0. The memory layout of arrays does not matter.
 
     >>> from lars_tree.testing import assert_identical
     >>> assert_identical({"a": np.array([1.0, 2.0])}, {"a": np.array([1.0, 2.5])})
@@ -34,13 +35,13 @@ def assert_identical(actual: Any, expected: Any, *, check_type: bool = True) -> 
       a: 1 of 2 elements differs: at [1] 2.0, expected 2.5, 1.13e+15 ulp off
 
     Args:
-        actual: A nest of arrays of any library, numbers and other leaves, or one of them.
-        expected: The same.
-        check_type: Whether leaves must be of one type (`numpy.ndarray`, `torch.Tensor`, `Array`).
-            False also compares arrays of two libraries, dtypes by their names.
+        actual: A tree of arrays of any library, numbers and other leaves, or one leaf.
+        expected: Likewise.
+        check_type: Whether leaves must have the same type (`numpy.ndarray`, `torch.Tensor`,
+            `Array`). False also compares arrays of two libraries, dtypes by their names.
 
     Raises:
-        AssertionError: naming every path that differs.
+        AssertionError: It names every path that differs.
     """
     with _tree.explaining({"actual": actual, "expected": expected}):
         _raise("actual is not identical to expected", differences(actual, expected, check_type))
@@ -55,30 +56,20 @@ def _raise(headline: str, lines: Iterator[Line]) -> None:
 def differences(
     actual: Any, expected: Any, check_type: bool, values: bool = True
 ) -> Iterator[Line]:
-    """Where two nests differ, and how; `values` False looks at all but the elements of arrays."""
-
-    def compare(wanted: Any, found: Any) -> tuple[str, bool]:
-        if wanted is _tree.MISSING or found is _tree.MISSING:
-            return "", False  # that was said of their parents
-        if _tree.is_leaf(found) and _tree.is_leaf(wanted):
-            return _leaf_difference(found, wanted, check_type, values), False
-        return _node_difference(found, wanted)
-
-    return _tree.side_by_side(expected, actual, compare)
-
-
-def _node_difference(actual: Any, expected: Any) -> tuple[str, bool]:
-    mine, theirs = ([key for key, _ in _tree.children(node)] for node in (actual, expected))
-    same_type = type(actual) is type(expected)
-    if same_type and mine == theirs:
-        return "", True
-    if not same_type or (isinstance(expected, (list, tuple)) and len(mine) != len(theirs)):
-        text = f"expected {errors.describe(expected)}, got {errors.describe(actual)}"
-        return text, same_type
-    if set(mine) != set(theirs):
-        return errors.key_differences(theirs, mine), True
-    orders = [errors.enumerated(keys, shown=repr) for keys in (theirs, mine)]
-    return f"expected the keys in the order {orders[0]}, got {orders[1]}", True
+    """The paths at which two trees differ, and how; without `values`, elements are not compared."""
+    same_type = lambda x, y: type(x) is type(y)  # noqa: E731
+    for path, wanted, found, what in _tree.side_by_side(expected, actual, same_type):
+        text = ""
+        if what == "leaves":
+            text = _leaf_difference(found, wanted, check_type, values)
+        elif what == "order":
+            keys = [[key for key, _ in _tree.children(node)] for node in (wanted, found)]
+            orders = [errors.enumerated(each, shown=repr) for each in keys]
+            text = f"expected the keys in the order {orders[0]}, got {orders[1]}"
+        elif what != "missing":  # missing keys are listed at their parents
+            text = _tree.mismatch(wanted, found, what)
+        if text:
+            yield path, text
 
 
 def _leaf_difference(actual: Any, expected: Any, check_type: bool, values: bool) -> str:
@@ -111,62 +102,72 @@ def _dtype_name(dtype: Any) -> str:
 def _same_object(a: Any, b: Any) -> bool:
     if type(a) is not type(b):
         return False
-    nan = isinstance(a, float) and math.isnan(a) and math.isnan(b)
-    return a is b or nan or bool(a == b)
+    both_nan = isinstance(a, float) and math.isnan(a) and math.isnan(b)
+    return a is b or both_nan or bool(a == b)
 
 
 def _element_difference(actual: Any, expected: Any) -> str:
     a, e = (_arrays.to_numpy(x) for x in (actual, expected))
     if a.dtype.kind not in "fc":
-        at = np.argwhere(np.asarray(a != e))
-        return _text(a, a, e, at[:1], len(at), "") if len(at) else ""
-    x, y = _parts(a), _parts(e)
+        different = np.argwhere(np.asarray(a != e))
+        return _element_text(a, a, e, different[0], len(different)) if len(different) else ""
+    x, y = _real_parts(a), _real_parts(e)
     same = ((x == y) & (np.signbit(x) == np.signbit(y))) | (np.isnan(x) & np.isnan(y))
     if same.all():
         return ""
-    off = _ulp.errors(x, y, y, _arrays.format_of(_format_name(actual)))
-    worst = np.unravel_index(np.argmax(np.where(same, -1, off)), off.shape)
-    return _text(a, x, y, [worst], (~same).sum(), f", {off[worst]:.3g} ulp off")
+    distance = np.where(same, -1, _distance(x, y, y, _format(actual)))
+    return _element_text(a, x, y, _index_of_largest(distance), int((~same).sum()), distance)
 
 
-def _format_name(x: Any) -> str:
-    return _arrays.name_of(getattr(unwrap(x), "dtype", float))
+def _format(x: Any) -> _arrays.Format:
+    return _arrays.format_of(_arrays.name_of(getattr(unwrap(x), "dtype", float)))
 
 
-def _parts(x: Array) -> Array:
-    """Complex numbers as pairs of real ones, along a further axis."""
+def _real_parts(x: Array) -> Array:
+    """Complex elements as pairs of real ones, along a new last axis."""
     return np.stack([x.real, x.imag], -1) if x.dtype.kind == "c" else x
 
 
-def _text(whole: Array, a: Array, e: Array, at: Any, count: int, off: str, how: str = "") -> str:
-    index = tuple(int(i) for i in at[0])
-    part = ""
-    if a.ndim > whole.ndim:
-        part = ("real", "imag")[index[-1]] + " part "
-    shown = ", ".join(map(str, index[: whole.ndim]))
+def _index_of_largest(x: Array) -> tuple[Any, ...]:
+    return np.unravel_index(np.argmax(x), x.shape)
+
+
+def _element_text(
+    array: Array,
+    actual: Array,
+    expected: Array,
+    at: Any,
+    count: int,
+    distance: Array | None = None,
+    verbs: tuple[str, str] = ("differs", "differ"),
+) -> str:
+    """The number of elements that differ, and the one at an index of the real parts."""
+    index = tuple(int(i) for i in at)
+    part = ("real part ", "imag part ")[index[-1]] if actual.ndim > array.ndim else ""
+    shown = ", ".join(map(str, index[: array.ndim]))
     where = f"at [{shown}] " if shown else ""
-    verb = how or ("differs" if count == 1 else "differ")
-    values = f"{part}{_number(a[index])}, expected {_number(e[index])}"
-    elements = errors.counted(whole.size, "element")
-    return f"{count:,} of {elements} {verb}: {where}{values}{off}"
+    values = f"{part}{_number(actual[index])}, expected {_number(expected[index])}"
+    elements = errors.counted(array.size, "element")
+    ulps = "" if distance is None else f", {distance[index]:.3g} ulp off"
+    return f"{count:,} of {elements} {verbs[count != 1]}: {where}{values}{ulps}"
 
 
 def _number(x: Any) -> str:
     if not isinstance(x, Decimal):
         return str(x)
-    near = float(x)
-    return str(near) if near and math.isfinite(near) else f"{x:.3g}"
+    as_float = float(x)
+    return str(as_float) if as_float and math.isfinite(as_float) else f"{x:.3g}"
 
 
 def assert_close_ulp(
     actual: Any, expected: Any, ulp: float = 1, scale: Any = None, *, dtype: Any = None
 ) -> None:
-    """Assert that every element is within so many ulps (units in the last place) of the expected.
+    """Assert that every element is within some ulps (units in the last place) of the expected one.
 
-    An ulp is the distance of neighbouring numbers, in the format of `actual`, at the size of the
-    expected element. Keys must be the same, in any order, and shapes; node types and dtypes need
-    not: what is expected may be known more exactly. A result that had to overflow is 1 ulp from the
-    largest number, not infinitely far.
+    An ulp is the distance between neighbouring numbers, in the format of `actual`, at the size of
+    the expected element. Keys (in any order) and shapes must be the same, but not node types and
+    dtypes, so that expected values can be more precise. Where a result has to overflow, infinity
+    is 1 ulp from the largest number.
 
     >>> from lars_tree.testing import assert_close_ulp
     >>> w, third = np.float32([0.3333333, 0.33333]), np.float64([1 / 3, 1 / 3])
@@ -177,16 +178,16 @@ def assert_close_ulp(
       a: 1 of 2 elements is too far off: at [1] 0.33333, expected 0.3333333333333333, 112 ulp off
 
     Args:
-        actual: A nest of floating-point or complex arrays of any library, or one.
-        expected: A nest of the same keys: arrays, or arrays of `decimal.Decimal` objects.
-        ulp: The most that an element may be off, in ulps.
-        scale: At what size an ulp is measured instead: a prefix of `expected`, of numbers or
-            arrays that broadcast. For w - u, the larger of |w| and |u|: what cancels may not be
-            asked back.
-        dtype: The format that an ulp is of, if not that of `actual`.
+        actual: A tree of floating-point or complex arrays of any library, or one array.
+        expected: A tree with the same keys: arrays, or arrays of `decimal.Decimal` objects.
+        ulp: The largest distance that is accepted, in ulps.
+        scale: The size at which an ulp is measured instead: a prefix of `expected`, of numbers or
+            arrays that broadcast. For w - u that is the larger of |w| and |u|, as digits that
+            cancel cannot be recovered.
+        dtype: The format whose ulps are counted, if not that of `actual`.
 
     Raises:
-        AssertionError: naming every path that differs, and of each array the worst element.
+        AssertionError: It names every path that differs, and the worst element of each array.
     """
     with _tree.explaining({"actual": actual, "expected": expected}):
         mismatch = list(_tree.differences(expected, actual, exact=True))
@@ -195,34 +196,67 @@ def assert_close_ulp(
     actuals = _tree.broadcast("actual", expected, actual, exact=True)
     scales = _tree.broadcast("scale", expected, scale, to="expected")
     rows = zip(_tree.walk(expected), actuals, scales, strict=True)
-    lines = ((path, _distance(a, e, ulp, size, dtype)) for (path, e), a, size in rows)
+    lines = ((path, _excess(a, e, ulp, size, dtype)) for (path, e), a, size in rows)
     _raise(f"actual is not within {ulp:g} ulp of expected", ((p, t) for p, t in lines if t))
 
 
-def _distance(actual: Any, expected: Any, ulp: float, scale: Any, dtype: Any) -> str:
+def _excess(actual: Any, expected: Any, ulp: float, scale: Any, dtype: Any) -> str:
+    """The text about elements that are too far off, if there are any."""
+    different = f"expected {_show.leaf(expected)}, got {_show.leaf(actual)}"
     if actual is None or expected is None:
-        return "" if actual is expected else _expected(expected, actual)
+        return "" if actual is expected else different
     a, e = (_arrays.to_numpy(x) for x in (actual, expected))
-    if a.shape != e.shape or a.dtype.kind not in "fc":
-        return (
-            _expected(expected, actual)
-            if a.shape != e.shape
-            else f"{_show.leaf(actual)} has no ulp"
-        )
-    x, y = _parts(a), _parts(e) if e.dtype != object else e
+    if a.shape != e.shape:
+        return different
+    if a.dtype.kind not in "fc":
+        return f"{_show.leaf(actual)} has no ulp"
+    x, y = _real_parts(a), _real_parts(e)
     sizes = y if scale is None else np.broadcast_to(_arrays.to_numpy(scale), a.shape)
     if scale is not None and x.ndim > a.ndim:
         sizes = sizes[..., None]
-    form = _arrays.format_of(_format_name(actual) if dtype is None else _arrays.name_of(dtype))
-    off = _ulp.errors(x, y, sizes, form)
-    far = ~(off <= ulp)
-    if not far.any():
+    form = _format(actual) if dtype is None else _arrays.format_of(_arrays.name_of(dtype))
+    distance = _distance(x, y, sizes, form)
+    count = int(np.count_nonzero(~(distance <= ulp)))
+    if not count:
         return ""
-    worst = np.unravel_index(np.argmax(off), off.shape)
-    count = int(far.sum())
-    how = "is too far off" if count == 1 else "are too far off"
-    return _text(a, x, y, [worst], count, f", {off[worst]:.3g} ulp off", how)
+    verbs = "is too far off", "are too far off"
+    return _element_text(a, x, y, _index_of_largest(distance), count, distance, verbs)
 
 
-def _expected(expected: Any, actual: Any) -> str:
-    return f"expected {_show.leaf(expected)}, got {_show.leaf(actual)}"
+_WIDE = np.longdouble  # where it is no longer than double, distances of float64 are rounded
+
+
+def _distance(actual: Array, expected: Array, scale: Array, form: _arrays.Format) -> Array:
+    """The distance of each real element, in ulps of the format at the size of `scale`.
+
+    Infinity, and expected values above it, count as the power of two above the largest number of
+    the format. NaN has distance 0 from NaN, and infinite distance from everything else. If
+    `expected` or `scale` holds Decimals, all is computed in Decimals.
+    """
+    exponents = _ulp_exponents(scale.astype(_WIDE), form)
+    if object in (expected.dtype, scale.dtype):
+        distance = np.frompyfunc(partial(_decimal_distance, form), 3, 1)
+        return np.asarray(distance(actual, expected, exponents), np.float64)
+    with np.errstate(all="ignore"):
+        end = np.ldexp(_WIDE(1), form.largest + 1)
+        a, e = (np.clip(x.astype(_WIDE), -end, end) for x in (actual, expected))
+        off = np.where(a == e, _WIDE(0), np.abs(a - e)) / np.ldexp(_WIDE(1), exponents)
+        off = np.where(np.isnan(a) & np.isnan(e), _WIDE(0), off)
+        return np.where(np.isnan(off), np.inf, off).astype(np.float64)
+
+
+def _ulp_exponents(scale: Array, form: _arrays.Format) -> Array:
+    exponents = np.frexp(np.abs(scale))[1] - 1
+    exponents = np.where(scale == 0, form.smallest, exponents)
+    exponents = np.where(np.isfinite(scale), exponents, form.largest)
+    return np.asarray(np.clip(exponents, form.smallest, form.largest) - form.bits + 1)
+
+
+def _decimal_distance(form: _arrays.Format, actual: Any, expected: Any, exponent: int) -> float:
+    numbers = [x if isinstance(x, Decimal) else Decimal(float(x)) for x in (actual, expected)]
+    nans = [x.is_nan() for x in numbers]
+    if any(nans):
+        return 0.0 if all(nans) else math.inf
+    end = Decimal(2) ** (form.largest + 1)
+    a, e = (max(-end, min(end, x)) for x in numbers)
+    return float(abs(a - e) / Decimal(2) ** exponent)

@@ -1,4 +1,4 @@
-"""check_update_laws: hold an update function to the laws, and report all that it breaks."""
+"""check_update_laws: check an update function against the laws, and report all that it breaks."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lars_tree.testing import _arrays
 from lars_tree.testing.laws import LAWS, Law
 from lars_tree.testing.trial import Domain, Trial, Update
 
-# A result halfway between two neighbours may round either way: hence the last bit of slack.
+# The 1e-6 is for results halfway between two neighbours, which may be rounded either way.
 ULP = {"float16": 1 + 1e-6, "bfloat16": 1 + 1e-6, "float32": 1 + 1e-6, "float64": 4.0}
 
 
 class LawError(AssertionError):
-    """An update function breaks laws.
+    """An update function breaks one or more laws.
 
     Attributes:
-        laws: The error of each law that is broken, by the name of the law.
+        laws: The errors of the broken laws, by the name of the law.
     """
 
     laws: Mapping[str, BaseException]
@@ -47,15 +47,15 @@ def check_update_laws(
     ulp: float | None = None,
     settings: hypothesis.settings | None = None,
 ) -> None:
-    """Hold an update function to the laws of LARS, and report every law that it breaks.
+    """Check an update function against the laws of LARS, and report every law that it breaks.
 
-    The function is called as `update(w, dcdw, lr)`, with `decay_lambda=` where a law is about decay
-    and with `out=w` where one is about updates in place, and returns the new weights. w and dcdw
-    are nests of arrays, by the arguments below, lr is a float. An optimizer with another signature
-    needs a few lines around it; one with momentum is to be made without.
+    The function is called as `update(w, dcdw, lr)` and returns the new weights. Laws about decay
+    add `decay_lambda=`, the law about updates in place adds `out=w`. w and dcdw are trees of
+    arrays, lr is a float. Wrap an optimizer that has another signature in a small function, and
+    turn its momentum off.
 
-    Each law is tried on random weights and gradients, and what breaks it is reduced to the smallest
-    example that hypothesis can find.
+    Each law is tried on random weights and gradients. If it is broken, hypothesis reduces the input
+    to the smallest example that it can find.
 
     >>> from hypothesis import settings
     >>> from lars_tree.testing import check_update_laws
@@ -72,30 +72,30 @@ def check_update_laws(
 
     Args:
         update: The function, which returns new weights.
-        laws: Those that are checked: `LAWS`, `TREE_LAWS`, `RULE_LAWS`, any of them, or functions of
-            your own that take a `Trial` and assert.
-        exclude: Names of laws that shall not hold, each with the reason.
-        library: "numpy", "torch" or "jax": whose arrays the function is tried on.
-        dtypes: Any of "float16", "bfloat16", "float32" and "float64"; None is all that there are.
-        node_types: Types of the nodes of w and dcdw, as in `nests`.
-        nested: False: w and dcdw are flat dicts of arrays.
-        trust_coefficient: The one with which the function steps.
-        joint_norm: Whether its denominator is |g + decay_lambda * w|, as that of optax, and not
-            |g| + decay_lambda * |w|.
-        ulp: How far off the exact step an element may be where laws are about exactness, in units
-            in the last place of the larger of |w| and |step|. None is 1, and 4 for float64.
-        settings: Of hypothesis, such as `settings(max_examples=20, derandomize=True)`. None takes
-            those in force.
+        laws: The laws to check: `LAWS`, `TREE_LAWS`, `RULE_LAWS`, some of them, or your own
+            functions that take a `Trial` and assert.
+        exclude: Names of laws to leave out, each with the reason.
+        library: The library of the arrays: "numpy", "torch" or "jax".
+        dtypes: Any of "float16", "bfloat16", "float32" and "float64"; None means all available.
+        node_types: The node types of w and dcdw, as in `nests`.
+        nested: If False, w and dcdw are flat dicts of arrays.
+        trust_coefficient: The trust coefficient that the function uses.
+        joint_norm: Whether the denominator of its ratio is |g + decay_lambda * w|, as in optax,
+            instead of |g| + decay_lambda * |w|.
+        ulp: The largest distance from the exact step in the laws about exactness, in units in the
+            last place of the larger of |w| and |step|. None means 1, and 4 for float64.
+        settings: Of hypothesis, such as `settings(max_examples=20, derandomize=True)`. None means
+            the current ones.
 
     Raises:
-        LawError: An AssertionError, which names the laws that are broken, each with an example.
+        LawError: An AssertionError that names the broken laws, each with an example.
         ValueError: There is no such law, library or dtype, or a name in `exclude` has no reason.
         ModuleNotFoundError: The library is not installed.
     """
     excluded = dict(exclude or {})
     _check_names(excluded, laws)
     _arrays.check_known("library", library, _arrays.LIBRARIES)
-    import_module(library)  # if it is missing no law is broken
+    import_module(library)  # a missing library breaks no law
     names = [_arrays.name_of(x) for x in dtypes or _arrays.names_for(library)]
     for name in names:
         _arrays.check_known("dtypes", name, _arrays.names_for(library))
@@ -124,7 +124,7 @@ def _check_names(excluded: dict[str, str], laws: Sequence[Law]) -> None:
 def _broken(
     law: Law, update: Update, domain: Domain, settings: hypothesis.settings | None
 ) -> Exception | None:
-    """What hypothesis finds against a law."""
+    """The error of the law, if hypothesis finds an example that breaks it."""
 
     def trial(data: st.DataObject) -> None:
         law(Trial(update, data, domain))
@@ -136,13 +136,13 @@ def _broken(
     try:
         profile(given(data=st.data())(trial))()
     except (FailedHealthCheck, InvalidArgument, Unsatisfiable):
-        raise  # nothing was tried
-    except Exception as error:  # whatever the function raises breaks the law
+        raise  # the law was not tried
+    except Exception as error:  # any exception of the function breaks the law
         return error
     return None
 
 
-# What hypothesis says first of an example: only the draws below it differ.
+# The first lines of an example of hypothesis, which are always the same.
 _HEADER = re.compile(r"^[^\n]*\(\n\s*data=data\(\.\.\.\),\n\)\n?")
 
 

@@ -1,8 +1,8 @@
-"""The laws of an update: each is a function of a `Trial`, which draws what the law is about.
+"""The laws of an update function. Each is a function of a `Trial`, which draws the arguments.
 
-A law asserts, so that it is broken by an AssertionError; any other error of the update breaks it
-too. `TREE_LAWS` are about nests and memory: they hold for every optimizer without a state.
-`RULE_LAWS` are about the numbers of LARS.
+A law is broken by an AssertionError of its own, and by any error that the update raises.
+`TREE_LAWS` are about trees and memory, and hold for every optimizer without a state. `RULE_LAWS`
+are about the arithmetic of LARS.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from hypothesis import strategies as st
 
 from lars_tree import _backends, _tree, errors
 from lars_tree._core.wrapper import unwrap
-from lars_tree.testing import _arrays, _exact
+from lars_tree.testing import _arrays
 from lars_tree.testing.assertions import assert_close_ulp, assert_identical, differences
-from lars_tree.testing.trees import shuffled
-from lars_tree.testing.trial import Trial, at, mapped
+from lars_tree.testing.strategies import shuffled
+from lars_tree.testing.trial import Trial, at, exact_norm, exact_step, mapped
 
 Law = Callable[[Trial], None]
 
 RATES = st.sampled_from([0.5, 0.125])
 DECAYS = st.sampled_from([0.0, 0.5])
-# Results of the right formula in the arithmetic of any format are closer than this.
+# The right formula gives results closer than this in the arithmetic of any format.
 FORMULA_ULP = 16
 
 
 def same(actual: Any, expected: Any) -> None:
-    """Assert that two results are identical; numpy's scalars may stand for 0-d arrays."""
+    """Assert that two results are identical; numpy scalars equal 0-d arrays."""
     assert_identical(actual, expected, check_type=False)
 
 
@@ -37,7 +37,7 @@ def _times(factor: float, tree: Any) -> Any:
     return mapped(lambda x: _arrays.times(x, factor), tree)
 
 
-# ---- Nests and memory
+# ---- Trees and memory
 
 
 def keeps_the_structure(trial: Trial) -> None:
@@ -63,14 +63,14 @@ def leaves_its_inputs_alone(trial: Trial) -> None:
 
 
 def matches_by_key(trial: Trial) -> None:
-    """Each gradient goes to the weights of its key, in whatever order the keys come."""
+    """Gradients are matched to weights by key, whatever the order of the keys."""
     w, dcdw = trial.pair()
     other = trial.draw(shuffled(dcdw), "dcdw in another order")
     same(trial(w, other, 0.5), trial(w, dcdw, 0.5))
 
 
 def takes_each_layer_on_its_own(trial: Trial) -> None:
-    """Every layer is stepped as if it were alone: nothing is shared by the whole network."""
+    """Every layer is updated as if it were alone: its step does not depend on other layers."""
     w, dcdw = trial.pair()
     new = trial(w, dcdw, 0.5)
     alone = [
@@ -81,7 +81,7 @@ def takes_each_layer_on_its_own(trial: Trial) -> None:
 
 
 def depends_on_its_arguments_alone(trial: Trial) -> None:
-    """The same arguments give the same result, whatever was stepped in between."""
+    """The same arguments give the same result, whatever was updated in between."""
     w, dcdw = trial.pair()
     first = trial(w, dcdw, 0.5)
     trial(_times(4, w), dcdw, 0.5)
@@ -89,7 +89,7 @@ def depends_on_its_arguments_alone(trial: Trial) -> None:
 
 
 def leaves_weights_without_a_gradient(trial: Trial) -> None:
-    """Where the gradient is None the weights stay as they are, decay included."""
+    """Weights whose gradient is None stay unchanged, and do not decay."""
     w, dcdw = trial.pair()
     count = len(_tree.leaves(dcdw))
     missing = trial.draw(st.lists(st.booleans(), min_size=count, max_size=count), "missing")
@@ -102,9 +102,9 @@ def leaves_weights_without_a_gradient(trial: Trial) -> None:
 
 
 def is_the_same_in_place(trial: Trial) -> None:
-    """With out=w the same numbers are written into the arrays of w, and w comes back.
+    """With out=w the same results are written into the arrays of w, and w is returned.
 
-    Nothing is asked of JAX, whose arrays cannot be written to.
+    Not checked for JAX, whose arrays are immutable.
     """
     if trial.domain.library == "jax":
         return
@@ -125,13 +125,13 @@ def stands_still_at_rate_zero(trial: Trial) -> None:
     assert_close_ulp(trial(w, dcdw, 0.0), w, 0)
 
 
-# ---- The numbers of LARS
+# ---- The arithmetic of LARS
 
 
 def does_not_see_the_scale_of_the_gradient(trial: Trial) -> None:
-    """A power of two times the gradient gives the same step, to the last bit.
+    """Scaling the gradient by a power of two gives the same step, to the last bit.
 
-    ratio * g is the same: unless there is an eps that nobody asked for.
+    ratio * g does not change, unless an eps is added to the denominator.
     """
     w, dcdw = trial.pair()
     factor = trial.power("power of two")
@@ -139,7 +139,7 @@ def does_not_see_the_scale_of_the_gradient(trial: Trial) -> None:
 
 
 def scales_with_the_weights(trial: Trial) -> None:
-    """A power of two times the weights gives as many times the step, to the last bit."""
+    """Scaling the weights by a power of two scales the step by the same, to the last bit."""
     w, dcdw = trial.pair()
     factor = trial.power("power of two")
     new = trial(_times(factor, w), dcdw, 0.5)
@@ -159,22 +159,22 @@ def is_linear_in_the_rate(trial: Trial) -> None:
 
 
 def trains_zero_weights(trial: Trial) -> None:
-    """Where the weights are 0, ratio is 1: a layer that starts at zeros trains."""
+    """The ratio of zero weights is 1, so that a layer that starts at zero trains."""
     w, dcdw = trial.pair()
     zeros = _times(0, w)
     trial.assert_rule(trial(zeros, dcdw, 0.5), zeros, dcdw, 0.5, 0.0, FORMULA_ULP)
 
 
 def stands_still_without_a_gradient(trial: Trial) -> None:
-    """Where the gradient is 0 and nothing decays the weights stay: 0 / 0 makes no NaN."""
+    """With a zero gradient and no decay, weights stay unchanged: 0 / 0 does not give NaN."""
     w, dcdw = trial.pair()
     assert_close_ulp(trial(w, _times(0, dcdw), 0.5), w, 0)
 
 
 def decays_plainly_without_a_gradient(trial: Trial) -> None:
-    """Where the gradient is 0, ratio is 1: the step is lr * decay * w, not lr * trust * w.
+    """The ratio of a zero gradient is 1: the step is lr * decay * w, not lr * trust * w.
 
-    With `joint_norm` the ratio is that of |w| to |decay * w|.
+    With `joint_norm` the ratio is |w| / |decay * w|.
     """
     w, dcdw = trial.pair()
     zeros = _times(0, dcdw)
@@ -183,7 +183,7 @@ def decays_plainly_without_a_gradient(trial: Trial) -> None:
 
 
 def follows_the_rule(trial: Trial) -> None:
-    """Without decay a step is lr * trust_coefficient * |w| / |g| * g, of plain numbers."""
+    """Without decay, the step is lr * trust_coefficient * |w| / |g| * g."""
     w, dcdw = trial.pair()
     rate = trial.draw(RATES, "lr")
     trial.assert_rule(trial(w, dcdw, rate), w, dcdw, rate, 0.0, FORMULA_ULP)
@@ -194,32 +194,35 @@ def decays_as_in_the_paper(trial: Trial) -> None:
 
     With `joint_norm` the ratio is |w| / |g + decay * w|.
     """
-    w, dcdw = trial.pair()
-    rate = trial.draw(RATES, "lr")
-    decay = trial.draw(st.sampled_from([0.5, 2.0, 0.125]), "decay_lambda")
-    new = trial(w, dcdw, rate, decay_lambda=decay)
-    trial.assert_rule(new, w, dcdw, rate, decay, FORMULA_ULP)
+    _assert_rule(trial, st.sampled_from([0.5, 2.0, 0.125]))
+
+
+def _assert_rule(
+    trial: Trial,
+    decays: st.SearchStrategy[float],
+    kind: str = "plain",
+    ulp: float | None = FORMULA_ULP,
+) -> None:
+    w, dcdw = trial.pair(kind)
+    rate, decay = trial.draw(RATES, "lr"), trial.draw(decays, "decay_lambda")
+    trial.assert_rule(trial(w, dcdw, rate, decay_lambda=decay), w, dcdw, rate, decay, ulp)
 
 
 def is_exact(trial: Trial) -> None:
-    """Moderate numbers come within the last places of the exact step: see `ulp`."""
-    w, dcdw = trial.pair("moderate")
-    rate, decay = trial.draw(RATES, "lr"), trial.draw(DECAYS, "decay_lambda")
-    trial.assert_rule(trial(w, dcdw, rate, decay_lambda=decay), w, dcdw, rate, decay, None)
+    """Results for numbers of moderate size are within `ulp` of the exact step."""
+    _assert_rule(trial, DECAYS, "moderate", ulp=None)
 
 
 def is_exact_over_the_whole_range(trial: Trial) -> None:
-    """Numbers of all sizes do, up to the largest and down to subnormal ones."""
-    w, dcdw = trial.pair("extreme")
-    rate, decay = trial.draw(RATES, "lr"), trial.draw(DECAYS, "decay_lambda")
-    trial.assert_rule(trial(w, dcdw, rate, decay_lambda=decay), w, dcdw, rate, decay, None)
+    """Results are exact for numbers of all sizes, from subnormal ones to the largest."""
+    _assert_rule(trial, DECAYS, "extreme", ulp=None)
 
 
 def is_exact_in_long_layers(trial: Trial) -> None:
-    """Norms of long layers do: sums in float32 or shorter lose what counts.
+    """Results are exact for long layers, where sums in float32 or less lose precision.
 
-    All numbers of one side are equal, which is the worst case: their rounding errors add up. The
-    other side has one number, so that its norm is known.
+    One side has equal elements, the worst case, as their rounding errors add up. The other has one
+    nonzero element, so that its norm is known.
     """
     dtype = trial.draw(st.sampled_from(list(trial.domain.dtypes)), "dtype")
     count = trial.draw(st.integers(40_000, 100_000), "elements")
@@ -230,13 +233,11 @@ def is_exact_in_long_layers(trial: Trial) -> None:
     w, dcdw = (many, one) if long_side == "w" else (one, many)
     arrays = [_in_library(x, dtype, trial.domain.library) for x in (w, dcdw)]
     new = at(trial({"a": arrays[0]}, {"a": arrays[1]}, 1.0), ("a",))
-    norms = _exact.norm([value], count), _exact.norm([value])
+    norms = exact_norm(value, count), exact_norm(value)
     norms = norms if long_side == "w" else norms[::-1]
-    exact = _exact.step(
-        w[:2].tolist(), dcdw[:2].tolist(), 1.0, 0.0, trial.domain.trust_coefficient, norms
-    )
-    wanted, scale = (np.array(x, object) for x in exact)
-    assert_close_ulp(new[:2], wanted, trial.ulp(arrays[0]), scale, dtype=dtype)
+    parts = w[:2].tolist(), dcdw[:2].tolist()
+    expected, scale = exact_step(*parts, 1.0, 0.0, trial.domain.trust_coefficient, norms)
+    assert_close_ulp(new[:2], expected, trial.ulp(arrays[0]), scale, dtype=dtype)
 
 
 def _in_library(x: Any, dtype: str, library: str) -> Any:
@@ -254,7 +255,7 @@ TREE_LAWS: tuple[Law, ...] = (
     is_the_same_in_place,
     stands_still_at_rate_zero,
 )
-"""Those of nests and memory: they hold for every optimizer without a state."""
+"""The laws about trees and memory, which hold for every optimizer without a state."""
 
 RULE_LAWS: tuple[Law, ...] = (
     does_not_see_the_scale_of_the_gradient,
@@ -269,7 +270,7 @@ RULE_LAWS: tuple[Law, ...] = (
     is_exact_over_the_whole_range,
     is_exact_in_long_layers,
 )
-"""Those of the numbers of LARS."""
+"""The laws about the arithmetic of LARS."""
 
 LAWS = TREE_LAWS + RULE_LAWS
 """All laws, in the order in which they are checked."""

@@ -1,18 +1,22 @@
-"""Strategies of hypothesis for arrays, for layers with their gradients, and for options.
+"""Strategies of hypothesis: arrays, layers with their gradients, options, and trees of all these.
 
-Everything shrinks towards the least: zeros, float64, C order. Where an argument says "or a
-strategy", each value may be drawn anew, as in `hypothesis.extra.numpy`. Nests: `trees.py`.
+Values shrink to the simplest: zeros in float64 and C order, a bare leaf or an empty dict, key 'a',
+keys in their original order. Where an argument says "or a strategy", each value can differ, as in
+`hypothesis.extra.numpy`.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from lars_tree import _nodes, _tree
+from lars_tree.container import Container
 from lars_tree.testing import _arrays
 
 Strategy = st.SearchStrategy[Any]
@@ -27,11 +31,11 @@ def arrays(
     library: Any = "numpy",
     layouts: Sequence[str] = _arrays.LAYOUTS,
 ) -> Strategy:
-    """Arrays of real or complex floating-point numbers, as weights may be.
+    """Arrays of real or complex floating-point numbers.
 
     Without `elements` the numbers are finite and cover the whole range of their format: half of the
-    arrays have numbers of all sizes, subnormal ones too; in the others all are near one power of
-    two, so that whole arrays are tiny or huge. Equal elements and magnitudes are common.
+    arrays mix numbers of all sizes, subnormal ones too; in the others all numbers are near one
+    power of two, so that whole arrays are tiny or huge. Equal elements and magnitudes are common.
 
     >>> from hypothesis import find
     >>> from lars_tree.testing import arrays
@@ -41,13 +45,13 @@ def arrays(
     dtype('float64')
 
     Args:
-        dtype: A floating-point or complex dtype or its name, or a strategy; "bfloat16" too. None is
-            any of float64, float32, float16 and bfloat16 (with numpy only if ml_dtypes is there).
-        shape: A tuple, or a strategy. None is up to three axes of length 0 to 4.
-        elements: A strategy of the numbers; those that the format has not are cut to it.
-        library: "numpy", "torch" or "jax", or a strategy; imported only when asked for.
-        layouts: Which of "C", "F", "reversed" (negative strides) and "gaps" memory may have. Those
-            that a library has not are left out: torch cannot reverse, JAX has "C" alone.
+        dtype: A floating-point or complex dtype or its name, also "bfloat16", or a strategy. None
+            means any of float64, float32, float16 and bfloat16 (for numpy only with ml_dtypes).
+        shape: A tuple, or a strategy. None means up to three axes of length 0 to 4.
+        elements: A strategy for the numbers, which are rounded to the format.
+        library: "numpy", "torch" or "jax", or a strategy; a library is imported only when needed.
+        layouts: Memory layouts: any of "C", "F", "reversed" (negative strides) and "gaps". Those
+            that a library does not have are ignored: torch has no "reversed", JAX only "C".
 
     Raises:
         ValueError: There is no such library or layout.
@@ -82,7 +86,7 @@ def _dtype(draw: Draw, dtype: Any, library: str) -> Any:
 
 @st.composite
 def drawn(draw: Draw, make: Callable[[Draw], Any]) -> Any:
-    """What a function makes of what it draws."""
+    """The results of a function that takes `draw`."""
     return make(draw)
 
 
@@ -134,16 +138,8 @@ def layers(
 ) -> Strategy:
     """Pairs (w, dcdw) of arrays of one dtype and library: one layer and its gradient.
 
-    Args:
-        dtype: As in `arrays`.
-        shape: That of w; as in `arrays`.
-        elements: As in `arrays`, for both.
-        library: As in `arrays`.
-        layouts: As in `arrays`, for each of both.
-        broadcast: The gradient may have fewer axes than w, and broadcast to it.
-
-    Raises:
-        ValueError: As for `arrays`.
+    With `broadcast`, the gradient may have fewer axes than w, and broadcasts to it. `shape` is the
+    shape of w. The other arguments and errors are those of `arrays`, for each of the two arrays.
     """
     libraries, shapes = _libraries(library, layouts), SHAPES if shape is None else _strategy(shape)
 
@@ -169,11 +165,11 @@ OPTIONS = {
 
 
 def options(*names: str) -> Strategy:
-    """Keywords of `lars_update`: some of those named, each with a value for all leaves.
+    """Keyword arguments of `lars_update`: any of the named options, with one value for all leaves.
 
     Args:
         *names: Of "decay_lambda", "trust_coefficient", "eps", "adapt", "trust_clip", "joint_norm"
-            and "grad_scale"; all of them, if none is named.
+            and "grad_scale"; without names, all of them.
 
     Raises:
         ValueError: There is no option of such a name.
@@ -181,3 +177,196 @@ def options(*names: str) -> Strategy:
     for name in names:
         _arrays.check_known("names", name, list(OPTIONS))
     return st.fixed_dictionaries({}, optional={name: OPTIONS[name] for name in names or OPTIONS})
+
+
+# Trees
+
+
+class Layer(NamedTuple):
+    """A namedtuple: one of the node types of `nests`."""
+
+    kernel: Any
+    bias: Any
+
+
+NODE_TYPES = (dict, Container, list, tuple, OrderedDict, defaultdict, Layer)
+
+ODD_KEYS = (
+    *("", "/", ".", "a/b", "a.b", " ", "0", "items", "keys", "map", "__class__", "<b>", "\n"),
+    *("ü", "数", "\N{SNOWMAN}"),
+)
+
+
+def keys() -> Strategy:
+    """Keys of dicts, also unusual ones: '', '/', '.', names of methods, any text, small ints."""
+    return (
+        st.sampled_from("abc")
+        | st.sampled_from(ODD_KEYS)
+        | st.text(max_size=3)
+        | st.integers(-1, 3)
+    )
+
+
+def nests(
+    leaves: Strategy | None = None,
+    *,
+    keys: Strategy | None = None,
+    node_types: Sequence[type] = NODE_TYPES,
+    max_leaves: int = 6,
+    tied: bool = False,
+) -> Strategy:
+    """Trees of all kinds, also empty ones or a bare leaf.
+
+    Args:
+        leaves: A strategy for the leaves; None means `arrays()`.
+        keys: A strategy for the keys of dicts; None means `keys()`.
+        node_types: Types of the nodes: dict, list, tuple, subclasses, namedtuples, attrs classes.
+        max_leaves: About the largest number of leaves.
+        tied: Whether one object may be the leaf of several paths.
+    """
+    known = _keys() if keys is None else keys
+
+    def nodes(children: Strategy) -> Strategy:
+        return st.one_of([_node(cls, known, children) for cls in node_types])
+
+    made = st.recursive(arrays() if leaves is None else leaves, nodes, max_leaves=max_leaves)
+    return made.flatmap(_tied) if tied else made
+
+
+_keys, _layers = keys, layers  # where arguments have these names
+
+
+def _node(cls: type, keys: Strategy, children: Strategy) -> Strategy:
+    if issubclass(cls, dict):
+        make: Any = (lambda items: cls(list, items)) if issubclass(cls, defaultdict) else cls
+        return st.dictionaries(keys, children, max_size=3).map(make)
+    fields = getattr(cls, "_fields", getattr(cls, "__attrs_attrs__", None))
+    if fields is not None:
+        return st.tuples(*[children] * len(fields)).map(lambda values: cls(*values))
+    return st.lists(children, max_size=3).map(cls)
+
+
+@st.composite
+def _tied(draw: Draw, tree: Any) -> Any:
+    found = _tree.leaves(tree)
+    indices = [draw(st.just(i) | st.integers(0, i)) for i in range(len(found))]
+    return _tree.rebuild(tree, [found[i] for i in indices])
+
+
+def containers(
+    leaves: Strategy | None = None,
+    *,
+    keys: Strategy | None = None,
+    max_leaves: int = 6,
+    tied: bool = False,
+) -> Strategy:
+    """Containers of Containers, lists and tuples.
+
+    >>> from hypothesis import find
+    >>> from lars_tree.testing import containers
+    >>> len(find(containers(), lambda w: len(w.leaves()) > 1).leaves())
+    2
+
+    The arguments are those of `nests`.
+    """
+    types = (Container, list, tuple)
+    flat = arrays() if leaves is None else leaves
+    inner = nests(leaves, keys=keys, node_types=types, max_leaves=max_leaves)
+    known = _keys() if keys is None else keys
+    # Flat and nested roots, as hypothesis does not shrink nested trees to flat ones reliably.
+    roots = [st.dictionaries(known, values, max_size=3) for values in (flat, inner)]
+    made = st.one_of(roots).map(Container)
+    return made.flatmap(_tied) if tied else made
+
+
+class _Pair:
+    """A layer and its gradient, as one leaf."""
+
+    def __init__(self, pair: tuple[Any, Any]) -> None:
+        self.w, self.dcdw = pair
+
+
+def weights_and_gradients(
+    layers: Strategy | None = None,
+    *,
+    library: Any = "numpy",
+    keys: Strategy | None = None,
+    node_types: Sequence[type] = NODE_TYPES,
+    max_leaves: int = 6,
+    tied: bool = False,
+    shuffle_keys: bool = False,
+) -> Strategy:
+    """Pairs (w, dcdw) of trees of the same structure, as `lars_update` takes them.
+
+    >>> from hypothesis import find
+    >>> from lars_tree.testing import weights_and_gradients
+    >>> find(weights_and_gradients(node_types=[dict]), lambda pair: isinstance(pair[0], dict))
+    ({}, {})
+
+    Args:
+        layers: A strategy for the leaves, of pairs (w, dcdw). None means `layers(library=library)`
+            and pairs in which both, or only the gradient, are None.
+        library: As in `arrays`; ignored if `layers` are given.
+        keys: As in `nests`.
+        node_types: As in `nests`.
+        max_leaves: As in `nests`.
+        tied: As in `nests`. `lars_update` refuses to update tied weights in place.
+        shuffle_keys: Whether dicts of dcdw may have their keys in another order than those of w.
+    """
+    if layers is None:
+        some = _layers(library=library)
+        layers = some | some.map(lambda pair: (pair[0], None)) | st.just((None, None))
+    pairs = layers.map(_Pair)
+    trees = nests(pairs, keys=keys, node_types=node_types, max_leaves=max_leaves, tied=tied)
+
+    def make(draw: Draw) -> tuple[Any, Any]:
+        tree = draw(trees)
+        leaves = _tree.leaves(tree)
+        w = _tree.rebuild(tree, [pair.w for pair in leaves])
+        dcdw = _tree.rebuild(tree, [pair.dcdw for pair in leaves])
+        return w, draw(shuffled(dcdw)) if shuffle_keys else dcdw
+
+    return drawn(make)
+
+
+def shuffled(tree: Any) -> Strategy:
+    """The same tree with the keys of its dicts in any order."""
+    return _rebuilt(tree, None)
+
+
+@st.composite
+def _rebuilt(draw: Draw, node: Any, cut: Strategy | None) -> Any:
+    """The node with its keys in any order, and with values of `cut` in place of any nodes."""
+    if cut is not None and (_tree.is_leaf(node) or not draw(st.booleans())):
+        return draw(cut)
+    if _tree.is_leaf(node):
+        return node
+    children = [draw(_rebuilt(child, cut)) for _, child in _tree.children(node)]
+    return _reordered(draw, _nodes.replace_children(node, children))
+
+
+def _reordered(draw: Draw, node: Any) -> Any:
+    """A dict or Container with its keys in any order; other nodes unchanged."""
+    cls = type(node)
+    if cls not in (dict, OrderedDict, defaultdict) and not _nodes.is_container(node):
+        return node
+    items = dict(draw(st.permutations(list(_tree.children(node)))))
+    if cls is defaultdict:
+        return defaultdict(node.default_factory, items)
+    return OrderedDict(items) if cls is OrderedDict else _nodes.with_items(node, items)
+
+
+def prefixes_of(tree: Any, values: Strategy | None = None) -> Strategy:
+    """Prefixes of a tree: the same nodes, keys in any order, any subtree replaced by one value.
+
+    >>> from hypothesis import find, strategies as st
+    >>> from lars_tree.testing import prefixes_of
+    >>> w = {"encoder": {"kernel": 1, "bias": 2}, "head": 3}
+    >>> find(prefixes_of(w, st.floats(0, 1)), lambda lr: isinstance(lr, dict))
+    {'encoder': 0.0, 'head': 0.0}
+
+    Args:
+        tree: The tree.
+        values: A strategy for the values; None means integers.
+    """
+    return _rebuilt(tree, st.integers(0, 9) if values is None else values)

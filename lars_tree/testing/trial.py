@@ -1,10 +1,14 @@
-"""One trial of an update function: what a law draws from, and the calls of the function."""
+"""One trial of an update function: the values that a law draws, and the expected results.
+
+`exact_step` is the rule in decimals of 60 digits, independent of the package.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, localcontext
 from functools import cached_property
 from typing import Any
 
@@ -13,20 +17,27 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lars_tree import _tree
-from lars_tree.testing import _arrays, _exact, strategies, trees
+from lars_tree.testing import _arrays, strategies
+from lars_tree.testing._arrays import Array
 from lars_tree.testing.assertions import assert_close_ulp
 
 Update = Callable[..., Any]
 
-# Few bits, so that they and their multiples by powers of two are exact in every format.
-PLAIN = st.integers(1, 64).map(lambda n: n / 8) | st.integers(-64, -1).map(lambda n: n / 8)
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=2, min_side=0, max_side=3)
-MODERATE = st.floats(-8, 8, width=16, allow_subnormal=False)
+ELEMENTS = {
+    # Not 0, and of few bits: their multiples by powers of two are exact in every format.
+    "plain": st.integers(1, 64).map(lambda n: n / 8) | st.integers(-64, -1).map(lambda n: n / 8),
+    # Their squares neither overflow nor underflow in float32.
+    "moderate": st.floats(-8, 8, width=16, allow_subnormal=False),
+    "extreme": None,  # any finite numbers
+}
+
+_CONTEXT = Context(prec=60, Emax=MAX_EMAX, Emin=MIN_EMIN)
 
 
 @dataclass(frozen=True, eq=False)
 class Domain:
-    """What an update function is tried on; see `check_update_laws`."""
+    """The arrays and trees that an update function is tried on; see `check_update_laws`."""
 
     library: str
     dtypes: Sequence[str]
@@ -37,19 +48,9 @@ class Domain:
     ulp: Mapping[str, float]
 
     @cached_property
-    def plain(self) -> st.SearchStrategy[Any]:
-        """Weights and gradients that are plain numbers, and not 0."""
-        return self._pairs(PLAIN)
-
-    @cached_property
-    def moderate(self) -> st.SearchStrategy[Any]:
-        """Weights and gradients of moderate size, whose squares no format of 32 bits loses."""
-        return self._pairs(MODERATE)
-
-    @cached_property
-    def extreme(self) -> st.SearchStrategy[Any]:
-        """Weights and gradients of all finite numbers."""
-        return self._pairs(None)
+    def pairs(self) -> dict[str, st.SearchStrategy[Any]]:
+        """Strategies for weights and gradients, by the kind of their elements."""
+        return {kind: self._pairs(elements) for kind, elements in ELEMENTS.items()}
 
     def _pairs(self, elements: st.SearchStrategy[Any] | None) -> st.SearchStrategy[Any]:
         layers = strategies.layers(
@@ -58,29 +59,25 @@ class Domain:
             elements=elements,
             library=self.library,
         )
-        keys = st.sampled_from("abc") | st.sampled_from(trees.ODD_KEYS)
+        keys = st.sampled_from("abc") | st.sampled_from(strategies.ODD_KEYS)
         if not self.nested:
             pairs = st.dictionaries(keys, layers, max_size=4)
-            return strategies.drawn(lambda draw: _flat(draw(pairs)))
-        nests = trees.weights_and_gradients(
+            return pairs.map(lambda d: tuple({k: pair[i] for k, pair in d.items()} for i in (0, 1)))
+        nested = strategies.weights_and_gradients(
             layers, keys=keys, node_types=self.node_types, max_leaves=4
         )
-        return nests.filter(lambda pair: not _tree.is_leaf(pair[0]))
-
-
-def _flat(pairs: dict[Any, tuple[Any, Any]]) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    return {k: w for k, (w, _) in pairs.items()}, {k: dcdw for k, (_, dcdw) in pairs.items()}
+        return nested.filter(lambda pair: not _tree.is_leaf(pair[0]))
 
 
 class Trial:
-    """What a law is given: an update function, and the means to try it on something.
+    """The argument of a law: an update function, and methods to try it.
 
-    Called like the function, it calls that on copies of what it is given, so that a law is broken
-    by nothing but what it is about.
+    Calling a trial calls the function with copies of the arguments, so that a function that
+    modifies them breaks only the law about that.
 
     Attributes:
         update: The function itself.
-        domain: What it is tried on.
+        domain: The arrays and trees that it is tried on.
     """
 
     def __init__(self, update: Update, data: st.DataObject, domain: Domain) -> None:
@@ -89,23 +86,23 @@ class Trial:
         self._data = data
 
     def __call__(self, w: Any, dcdw: Any, lr: float, **options: Any) -> Any:
-        """What the function makes of copies of w and dcdw."""
+        """The result of the function for copies of w and dcdw."""
         return self.update(_arrays.copied(w), _arrays.copied(dcdw), lr, **options)
 
     def draw(self, strategy: st.SearchStrategy[Any], label: str) -> Any:
-        """A value, which is shown by its label if the law is found to be broken."""
+        """A value, which is reported under its label if the law is broken."""
         return self._data.draw(strategy, label)
 
     def pair(self, kind: str = "plain") -> tuple[Any, Any]:
-        """Weights and gradients: nests of arrays of the domain, in the same structure.
+        """Weights and gradients: two trees of the same structure.
 
         Args:
-            kind: Of their numbers: "plain", "moderate" or "extreme".
+            kind: The kind of their elements: "plain", "moderate" or "extreme"; see `ELEMENTS`.
         """
-        return self.draw(getattr(self.domain, kind), "w, dcdw")  # type: ignore[no-any-return]
+        return self.draw(self.domain.pairs[kind], "w, dcdw")  # type: ignore[no-any-return]
 
     def power(self, label: str) -> float:
-        """A power of two with which plain numbers can be scaled exactly, squares included."""
+        """A power of two by which "plain" numbers and their squares can be scaled exactly."""
         most = 5 if "float16" in self.domain.dtypes else 20
         exponent: int = self.draw(st.integers(-most, most), label)
         return math.ldexp(1, exponent)
@@ -113,7 +110,7 @@ class Trial:
     def assert_rule(
         self, new: Any, w: Any, dcdw: Any, lr: float, decay_lambda: float, ulp: float | None
     ) -> None:
-        """Assert that the new weights are those of the rule, in ulps of the larger of |w| and |u|.
+        """Assert that new weights follow the rule, in ulps of the larger of |w| and |step|.
 
         Args:
             new: The weights after the step.
@@ -121,50 +118,77 @@ class Trial:
             dcdw: The gradients.
             lr: The rate.
             decay_lambda: The decay.
-            ulp: The most that an element may be off; None is what the domain says for its dtype.
+            ulp: The largest accepted distance; None means that of the domain for the dtype.
         """
-        wanted: list[Any] = []
-        scale: list[Any] = []
-        for x, g in zip(_tree.leaves(w), _tree.leaves(dcdw), strict=True):
+        domain = self.domain
+        for (path, x), g in zip(_tree.walk(w), _tree.leaves(dcdw), strict=True):
             old, gradient = (_arrays.to_numpy(y).ravel().tolist() for y in (x, g))
-            exact = _exact.step(
-                old,
-                gradient,
-                lr,
-                decay_lambda,
-                self.domain.trust_coefficient,
-                joint_norm=self.domain.joint_norm,
-            )
-            for values, found in zip(exact, (wanted, scale), strict=True):
-                found.append(_objects(values, tuple(x.shape)))
-        self.assert_close(new, w, _tree.rebuild(w, wanted), _tree.rebuild(w, scale), ulp)
+            options = lr, decay_lambda, domain.trust_coefficient, None, domain.joint_norm
+            expected, scale = exact_step(old, gradient, *options)
+            self._assert_leaf_close(path, x, new, expected.reshape(x.shape), scale, ulp)
 
     def assert_close(self, new: Any, w: Any, expected: Any, scale: Any, ulp: float | None) -> None:
-        """Assert that weights are as expected, in ulps of the format of `w`, whatever they are in.
+        """Assert that new weights are close to the expected ones, in ulps of the dtype of `w`.
 
         Args:
             new: The weights after the step.
             w: The weights before.
-            expected: What they should be.
-            scale: The size at which an ulp is measured, of each element.
+            expected: The expected weights.
+            scale: For each element, the size at which an ulp is measured.
             ulp: As in `assert_rule`.
         """
-        for (path, x), y, size in zip(
-            _tree.walk(w), _tree.leaves(expected), _tree.leaves(scale), strict=True
-        ):
-            actual, wanted, sizes = (nested(path, z) for z in (at(new, path), y, size))
-            most = self.ulp(x) if ulp is None else ulp
-            assert_close_ulp(actual, wanted, most, sizes, dtype=x.dtype)
+        rows = zip(_tree.walk(w), _tree.leaves(expected), _tree.leaves(scale), strict=True)
+        for (path, x), y, size in rows:
+            self._assert_leaf_close(path, x, new, y, size, ulp)
+
+    def _assert_leaf_close(
+        self, path: Any, x: Any, new: Any, expected: Any, scale: Any, ulp: float | None
+    ) -> None:
+        leaves = at(new, path), expected, scale.reshape(x.shape)
+        actual, wanted, sizes = (_nested(path, leaf) for leaf in leaves)
+        most = self.ulp(x) if ulp is None else ulp
+        assert_close_ulp(actual, wanted, most, sizes, dtype=x.dtype)
 
     def ulp(self, x: Any) -> float:
-        """How far off the domain lets the elements of such an array be."""
+        """The distance that the domain accepts for elements of an array with this dtype."""
         return self.domain.ulp[_arrays.name_of(x.dtype)]
 
 
-def _objects(values: list[Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    array = np.empty(len(values), object)
-    array[:] = values
-    return array.reshape(shape)
+def exact_step(
+    w: list[float],
+    dcdw: list[float],
+    lr: float,
+    decay_lambda: float,
+    trust_coefficient: float,
+    norms: tuple[Decimal, Decimal] | None = None,
+    joint_norm: bool = False,
+) -> tuple[Array, Array]:
+    """The new weights of one layer, and the larger of |w| and |step| for each element.
+
+    `norms` of w and dcdw are given if these are only a part of the layer. With `joint_norm` the
+    second norm is that of dcdw + decay_lambda * w.
+    """
+    with localcontext(_CONTEXT):
+        rate, decay = Decimal(lr), Decimal(decay_lambda)
+        x, g = (np.array([Decimal(y) for y in values], object) for values in (w, dcdw))
+        decayed = g + decay * x
+        w_norm, g_norm = norms or (_norm(x), _norm(decayed if joint_norm else g))
+        ratio = Decimal(1)
+        if w_norm and g_norm:
+            denominator = g_norm if joint_norm else g_norm + decay * w_norm
+            ratio = Decimal(trust_coefficient) * w_norm / denominator
+        step = rate * ratio * decayed
+        return x - step, np.maximum(abs(x), abs(step))
+
+
+def exact_norm(value: float, count: int = 1) -> Decimal:
+    """The 2-norm of `count` elements of this value."""
+    with localcontext(_CONTEXT):
+        return (count * Decimal(value) ** 2).sqrt()
+
+
+def _norm(values: Array) -> Decimal:
+    return sum((x * x for x in values), Decimal(0)).sqrt()
 
 
 def at(tree: Any, path: Any) -> Any:
@@ -174,14 +198,14 @@ def at(tree: Any, path: Any) -> Any:
     return tree
 
 
-def nested(path: Any, leaf: Any) -> Any:
-    """A nest of dicts that holds this leaf alone."""
+def _nested(path: Any, leaf: Any) -> Any:
+    """A tree of dicts with this leaf at the path and nothing else."""
     for key in reversed(path):
         leaf = {key: leaf}
     return leaf
 
 
 def mapped(fn: Callable[..., Any], *trees: Any) -> Any:
-    """The first tree with fn of the leaves of all, which have one structure."""
+    """A tree of fn(leaf, ...) over the leaves of trees of the same structure."""
     leaves = zip(*map(_tree.leaves, trees), strict=True)
     return _tree.rebuild(trees[0], [fn(*row) for row in leaves])

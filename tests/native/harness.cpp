@@ -1,6 +1,6 @@
-// Checks of step.hpp, without Python: nothing beyond an array is touched, inputs stay as they are,
-// and neither the instruction set nor threads change a bit, nor whether both phases are run in one.
-// What norms prove of the results is true. Stops at the first difference.
+// Checks of step.hpp, without Python: memory outside the arrays is not touched and inputs are not
+// written; neither the instruction set nor threads nor separate passes change a bit; results that
+// norms prove to be finite are finite. Stops at the first difference.
 //
 //     g++ -std=c++17 -O2 -ffp-contract=off -pthread -I lars_tree/_native tests/native/harness.cpp
 //     ./a.out [quick]
@@ -32,20 +32,18 @@ using namespace lars;
     va_start(values, text);
     std::vfprintf(stderr, text, values);
     std::fputc('\n', stderr);
-    std::_Exit(1);  // other threads may be at work
+    std::_Exit(1);  // other threads may be running
 }
 
 const Format all_formats[formats] = {float16, bfloat16, float32, float64};
 const char* const names[formats] = {"float16", "bfloat16", "float32", "float64"};
-
-std::size_t item_size(Format format) { return Vector::item_size(format); }
 
 // ---- Numbers and rules
 
 enum Range { moderate, any, largest_ones };
 enum { ranges = 3 };
 
-// Elements of a format; of the range `any` all bits are random, but for infinities and NaN.
+// Elements of a format. In the range `any` all bits are random, without infinities and NaN.
 class Numbers {
 public:
     Numbers(Format format, Range range, std::size_t size, unsigned seed)
@@ -63,9 +61,9 @@ private:
         const double number = range == moderate ? share - 0.5 : (bits & 1 ? 1 : -1) * large[format];
         switch (format) {
             case float16:
-                return put<Half>(range, i, number, bits, 0x7c00);
+                return put<Float16>(range, i, number, bits, 0x7c00);
             case bfloat16:
-                return put<Brain>(range, i, number, bits, 0x7f80);
+                return put<Bfloat16>(range, i, number, bits, 0x7f80);
             case float32:
                 return put<float>(range, i, number, bits, 0x7f800000);
             case float64:
@@ -82,8 +80,8 @@ private:
     }
 };
 
-// lr, decay_lambda, trust_coefficient, eps, grad_scale, adapt, trust_clip;
-// momentum, rate, nesterov, maximize; joint_norm, dampening, must_be_finite
+// lr_before_momentum, decay_lambda, trust_coefficient, eps, grad_scale, adapt, trust_clip;
+// momentum, lr_after_momentum, nesterov, maximize; joint_norm, dampening, must_be_finite
 const Rule rules[] = {
     {0.1, 0, 1, 0, 1, true, false, 0.9, 1, false, false, false, 0, true},
     {0.1, 1e-2, 1, 1e-8, 1024, true, false, 0.9, 1, true, false, false, 0.5, true},
@@ -100,28 +98,28 @@ const std::size_t rule_count = sizeof rules / sizeof rules[0];
 
 std::vector<InstructionSet> instruction_sets() {
     std::vector<InstructionSet> sets;
-    for (int set = no_set; set <= best_set(); ++set) {
+    for (int set = baseline_set; set <= best_set(); ++set) {
         sets.push_back(static_cast<InstructionSet>(set));
     }
     return sets;
 }
 
-// Both phases in one, or one after the other.
+// Both passes in one call, or one after the other.
 enum Way { at_once, by_norms };
 
 void step_layers(const std::vector<Layer>& layers, std::size_t threads, InstructionSet set,
                  Way way) {
     if (way == at_once) return step(layers.data(), layers.size(), threads, set);
     std::vector<Norms> norms(layers.size());
-    step(layers.data(), layers.size(), threads, set, Phases::norms, norms.data(), true);
+    step(layers.data(), layers.size(), threads, set, Passes::norms, norms.data(), true);
     std::vector<bool> finite;
     for (std::size_t i = 0; i < layers.size(); ++i) {
         finite.push_back(is_finite(layers[i], norms[i], set));
         if (!finite[i] && prove_finite(layers[i], norms[i])) {
-            fail("layer %zu: a step with infinity or NaN is taken to be finite", i);
+            fail("layer %zu: a step with infinity or NaN is added to be finite", i);
         }
     }
-    step(layers.data(), layers.size(), threads, set, Phases::apply, norms.data());
+    step(layers.data(), layers.size(), threads, set, Passes::apply, norms.data());
     for (std::size_t i = 0; i < layers.size(); ++i) {
         const Layer& layer = layers[i];
         const Loops& loops = loops_for(set);
@@ -135,7 +133,7 @@ void step_layers(const std::vector<Layer>& layers, std::size_t threads, Instruct
 
 // ---- Arrays between guards
 
-// Room for one array, wherever it is to start. AddressSanitizer sees reads of the guards too.
+// Memory for one array at any offset, between guards. AddressSanitizer also detects reads of them.
 class Room {
 public:
     explicit Room(std::size_t most_bytes) : memory(most_bytes + 2 * guard + 2 * line) {
@@ -144,7 +142,7 @@ public:
     }
     ~Room() { ASAN_UNPOISON_MEMORY_REGION(memory.data(), memory.size()); }
 
-    // A copy of these bytes, `offset` bytes beyond a place that is aligned to 64.
+    // A copy of these bytes, `offset` bytes after an address that is aligned to 64.
     char* put(const char* bytes, std::size_t size, std::size_t offset) {
         ASAN_UNPOISON_MEMORY_REGION(memory.data(), memory.size());
         start = aligned + guard + offset;
@@ -174,11 +172,11 @@ private:
     char *aligned, *start = nullptr, *end = nullptr;
 };
 
-// The same step at one place after the other, by each instruction set, against one by no_set; with
-// a velocity or without.
-class Places {
+// The same step at all offsets to a cache line, by each instruction set, compared with the step of
+// baseline_set; with a velocity or without.
+class Offsets {
 public:
-    Places(Format w_format, Format dcdw_format, Range range)
+    Offsets(Format w_format, Format dcdw_format, Range range)
         : w_format(w_format),
           dcdw_format(dcdw_format),
           w_numbers(w_format, range, most, 1),
@@ -192,7 +190,7 @@ public:
         std::vector<char> w(w_numbers.bytes), dcdw(dcdw_numbers.bytes);
         step_one({w.data(), dcdw.data(), expected.data(),
                   moves ? expected_velocity.data() : nullptr, size, w_format, dcdw_format, &rule},
-                 no_set, at_once);
+                 baseline_set, at_once);
         for (InstructionSet set : instruction_sets()) {
             for (std::size_t offset = 0; offset < 64; offset += item) {
                 const Way way = offset / item % 2 ? by_norms : at_once;
@@ -247,7 +245,7 @@ private:
             fail("%s: w %s, dcdw %s, size %zu, offset %zu, set %d, rule %d, out over %s, %s, %s",
                  wrong, names[w_format], names[dcdw_format], size, offset, static_cast<int>(set),
                  static_cast<int>(&rule - rules), in_place, moves ? "momentum" : "no momentum",
-                 way == at_once ? "at once" : "in two phases");
+                 way == at_once ? "at once" : "in two passes");
         }
     }
 
@@ -257,42 +255,43 @@ private:
     Room w_room{most * 8}, dcdw_room{most * 8}, out_room{most * 8}, velocity_room{most * 8};
 };
 
-void check_places(bool quick) {
+void check_offsets(bool quick) {
     std::size_t steps = 0;
     for (Format w_format : all_formats) {
         for (Format dcdw_format : all_formats) {
             for (int range = 0; range < ranges; ++range) {
-                Places places(w_format, dcdw_format, static_cast<Range>(range));
-                for (std::size_t size = 0; size <= Places::most; ++size) {
+                Offsets offsets(w_format, dcdw_format, static_cast<Range>(range));
+                for (std::size_t size = 0; size <= Offsets::most; ++size) {
                     const bool is_near_block = (size + 1) % block <= 2;
                     if (quick && !is_near_block && (size + range) % 16 != 0) continue;
                     for (bool moves : {false, true}) {
-                        places.check(size, rules[steps / 2 % rule_count], moves);
+                        offsets.check(size, rules[steps / 2 % rule_count], moves);
                         ++steps;
                     }
                 }
             }
         }
     }
-    std::printf("%zu steps, each at all places: guards and bits are right\n", steps);
+    std::printf("%zu steps, each at all offsets: guards and bits are right\n", steps);
 }
 
 // ---- Threads
 
-// Layers of their own memory, two of three with a velocity. Two models of the same seed hold the
+// Layers with memory of their own, two of three with a velocity. Models with the same seed hold the
 // same numbers.
 class Model {
 public:
     explicit Model(unsigned seed) {
-        const std::size_t chunk = smallest_chunk;
-        add(whole + 1, float32, float32, moderate, 0);
-        add(3 * whole + 777, bfloat16, bfloat16, moderate, 1);
-        add(2 * whole + 5, float64, float64, largest_ones, 2);  // squares are summed again, scaled
-        add(whole + chunk, float16, float32, moderate, 3);      // adapt is off
-        add(6 * whole + 333, bfloat16, bfloat16, moderate, 2);
-        add(whole + chunk - 1, float64, float32, any, 1);
-        add(2 * whole, float32, float64, any, 4);
-        add(whole, float32, bfloat16, moderate, 0);  // the largest that one thread steps whole
+        const std::size_t chunk = min_chunk;
+        add(max_whole_size + 1, float32, float32, moderate, 0);
+        add(3 * max_whole_size + 777, bfloat16, bfloat16, moderate, 1);
+        add(2 * max_whole_size + 5, float64, float64, largest_ones,
+            2);  // squares are summed again, scaled
+        add(max_whole_size + chunk, float16, float32, moderate, 3);  // adapt is off
+        add(6 * max_whole_size + 333, bfloat16, bfloat16, moderate, 2);
+        add(max_whole_size + chunk - 1, float64, float32, any, 1);
+        add(2 * max_whole_size, float32, float64, any, 4);
+        add(max_whole_size, float32, bfloat16, moderate, 0);  // the largest that one thread updates
         for (std::size_t i = 0; i < 240; ++i) {
             add(i * i % 401, all_formats[i % 4], all_formats[i / 4 % 4],
                 static_cast<Range>(i % ranges), i % rule_count);
@@ -314,7 +313,7 @@ public:
         velocity = first_velocity;
     }
 
-    // Steps all layers in this order, in place or not; then the weights are the new ones.
+    // Updates all layers in this order, in place or not; then `w` has the new weights.
     void step(const std::vector<std::size_t>& order, bool in_place, std::size_t threads,
               InstructionSet set, Way way) {
         std::vector<Layer> layers;
@@ -379,7 +378,7 @@ void check_threads(int steps, unsigned seed) {
 int main(int count, char** arguments) {
     const bool quick = count == 2 && std::strcmp(arguments[1], "quick") == 0;
     if (count > 1 && !quick) fail("usage: %s [quick]", arguments[0]);
-    check_places(quick);
+    check_offsets(quick);
     const int steps = quick ? 24 : 400;
     check_threads(steps, 1);
     std::printf("%d steps of 1, 2, 3 and 8 threads: the same bits\n", steps);

@@ -1,4 +1,4 @@
-"""How the tests of leaks call the kernel many times, and what must then be as before."""
+"""Leak checks: call the kernel many times, then compare reference counts and memory."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if not native_available():
     assert not CI or os.environ.get("LARS_TREE_NATIVE") == "0", "the kernel was not built"
     pytest.skip("the native kernel is not built", allow_module_level=True)
 
-# AddressSanitizer is slow, and keeps freed memory, to see its use.
+# AddressSanitizer is slow, and keeps freed memory to detect its use.
 SANITIZED = "asan" in os.environ.get("LD_PRELOAD", "")
 CALLS = 1_000 if SANITIZED else 10_000
-MOST_BYTES = 16  # of growth for each call: less than any object or block has
+MAX_GROWTH = 16  # bytes per call: less than the size of any object or block
 
 
 def check(call, given, calls=CALLS):
-    """Call it many times; `given` are the objects whose references are counted."""
+    """Call many times, and assert that the references to the `given` objects did not change."""
     call()  # fills caches
     gc.collect()
-    # Constants are shared with all that is loaded, which may let go of some ("propagate", once).
+    # Other modules share the constants, and may release a reference ("propagate", once).
     own = [x for x in given if not isinstance(x, Number | str)]
     shared = [x for x in given if isinstance(x, Number | str)]
     shared += [None, True, False, NotImplemented, np.ndarray, ValueError, RuntimeError]
@@ -45,10 +45,10 @@ def check(call, given, calls=CALLS):
     assert len(gc.get_objects()) - objects < calls // 10
     if SANITIZED:
         return
-    # A leak is there in every round; what else the process does is not.
+    # A leak shows in every round, other allocations of the process do not.
     for measure in (allocated, resident):
         growths = (growth(measure, call, calls) for _ in range(3))
-        assert any(x < MOST_BYTES * calls for x in growths), "the memory of the process grows"
+        assert any(x < MAX_GROWTH * calls for x in growths), "the memory of the process grows"
 
 
 def growth(measure, call, calls):
@@ -62,13 +62,13 @@ NAMES = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks kee
 
 
 class MallInfo(ctypes.Structure):
-    """What glibc tells of its memory, in bytes."""
+    """The result of glibc's mallinfo2, in bytes."""
 
     _fields_ = [(name, ctypes.c_size_t) for name in NAMES.split()]
 
 
 def allocated():
-    """The bytes that malloc has given out, where the C library tells: to the byte."""
+    """The bytes that malloc has handed out, exactly; 0 if the C library cannot tell."""
     mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None) if sys.platform == "linux" else None
     if mallinfo is None:
         return 0
@@ -78,7 +78,7 @@ def allocated():
 
 
 def resident():
-    """The bytes of memory that the process has in use, where the system tells."""
+    """The resident memory of the process in bytes; 0 if the system cannot tell."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
@@ -88,7 +88,7 @@ def raising(*_):
 
 
 def expecting(error, call):
-    """The call, which is to raise this error."""
+    """A call that asserts that `call` raises this error."""
 
     def checked():
         try:
@@ -100,8 +100,8 @@ def expecting(error, call):
     return checked
 
 
-def giving(expected, call):
-    """The call, which is to give this object, or one of this type."""
+def returning(expected, call):
+    """A call that asserts that `call` returns this object, or one of this type."""
 
     def checked():
         result = call()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the native code under sanitizers: the harness under ThreadSanitizer, and under
 # AddressSanitizer with UndefinedBehaviorSanitizer; then the Python tests of the kernel with an
-# extension that was built with the latter two. Fails if one of them reports anything. Needs Linux
+# extension that is built with the latter two. Fails if a sanitizer reports anything. Needs Linux
 # and gcc.
 #
 #     tests/native/sanitize.sh [python]
@@ -14,7 +14,7 @@ trap 'rm -rf "$work"' EXIT
 compile=(g++ -std=c++17 -g -ffp-contract=off -Wall -Wextra -Werror)
 address=(-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
 
-# All in a copy, so that no build, cache or other extension of the source tree comes in between.
+# In a copy, so that no build, cache or extension of the source tree is used.
 cp -r lars_tree tests docs pyproject.toml README.md CHANGELOG.md "$work"
 cd "$work"
 kernel=$work/lars_tree/_native/_kernel.abi3.so
@@ -36,10 +36,10 @@ ASAN_OPTIONS+=:detect_stack_use_after_return=1:quarantine_size_mb=64:log_path=$w
 export UBSAN_OPTIONS=print_stacktrace=1:log_path=$work/report
 export TSAN_OPTIONS=halt_on_error=1:log_path=$work/report
 
-reported() { # shows the reports, which the tests may have captured; whether there are any
+reported() { # shows the reports, which the tests may have captured; fails if there are none
     compgen -G "$work/report*" >/dev/null && cat "$work"/report* >&2
 }
-run() { # stops at a failure and at a report, also of a process whose exit status nobody looked at
+run() { # stops at a failure, and at a report of a process whose exit status was ignored
     local status=0
     "$@" || status=$?
     if reported || [ "$status" != 0 ]; then
@@ -51,7 +51,7 @@ run() { # stops at a failure and at a report, also of a process whose exit statu
 echo "== The harness, as optimised as the extension"
 run ./plain quick
 echo "== The harness under ThreadSanitizer"
-# It cannot place its shadow memory where addresses are too random.
+# It fails where the randomization of addresses leaves no room for its shadow memory.
 fixed=(setarch "$(uname -m)" -R)
 "${fixed[@]}" true 2>/dev/null || fixed=()
 run "${fixed[@]}" ./thread quick
@@ -60,7 +60,7 @@ ASAN_OPTIONS+=:detect_leaks=1 run ./address quick
 wait "$extension"
 
 echo "== The Python tests of the kernel, with the sanitized extension"
-cat >sanitized.py <<'PYTHON' # a plugin, so that the processes of pytest-xdist look too
+cat >sanitized.py <<'PYTHON' # a plugin, so that the processes of pytest-xdist run it too
 import ctypes, os
 import lars_tree
 from lars_tree import _native

@@ -1,7 +1,7 @@
 """No step of the kernel leaks a reference or memory, whether it succeeds, declines or raises.
 
-Each case is called 10,000 times; then there are as many references to each object that it was given
-as before. Then it is called further, and the memory of the process does not grow with the calls.
+After 10,000 calls of each case, the reference counts of all arguments must be as before. During
+further calls, the memory of the process must not grow.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import need
-from leaks import CALLS, check, expecting, giving, raising
+from leaks import CALLS, check, expecting, raising, returning
 from native_steps import numpy_reader, stepped, taken
 
 from lars_tree import _native
@@ -19,7 +19,7 @@ from lars_tree._rule import Rule
 
 
 def leaves(**changes):
-    """What one step takes; the last of three leaves has no weights."""
+    """The arguments of one step. The last of the three leaves is None."""
     rule = Rule(0.1, 0.01, 1.0, 0.0, 1.0)
     made = SimpleNamespace(
         ws=[np.ones(5), np.ones((2, 3), np.complex64), None],
@@ -51,12 +51,12 @@ def first(x):
     return [x, *leaves().ws[1:]]
 
 
-def one(w, dcdw):
+def one_leaf(w, dcdw):
     return {"ws": [w], "dcdws": [dcdw], "rules": leaves().rules[:1]}
 
 
 def into_gradients(w, dcdw):
-    return {**one(w, dcdw), "outs": [dcdw]}
+    return {**one_leaf(w, dcdw), "outs": [dcdw]}
 
 
 def make_vector(w):
@@ -65,7 +65,7 @@ def make_vector(w):
 
 def with_bits(as_bits):
     bfloat16 = need("ml_dtypes").bfloat16
-    return {**one(np.ones(4, bfloat16), np.ones(4, bfloat16)), "as_bits": as_bits}
+    return {**one_leaf(np.ones(4, bfloat16), np.ones(4, bfloat16)), "as_bits": as_bits}
 
 
 def in_place(**changes):
@@ -79,7 +79,7 @@ STEPS = {
     "into other arrays": (tuple, lambda: {"outs": [*leaves().ws[:2], None]}),
     "into the gradients": (tuple, lambda: into_gradients(np.ones(5), np.ones(5))),
     "no leaves": (tuple, lambda: {"ws": [], "dcdws": [], "rules": []}),
-    "empty arrays": (tuple, lambda: one(np.ones((0, 2)), np.ones((0, 2)))),
+    "empty arrays": (tuple, lambda: one_leaf(np.ones((0, 2)), np.ones((0, 2)))),
     "bfloat16": (tuple, lambda: with_bits(lambda x: x.view(np.uint16))),
     "bfloat16 in place": (tuple, lambda: in_place(**with_bits(lambda x: x.view(np.uint16)))),
     "a gradient without weights": (None, lambda: {"dcdws": [*leaves().dcdws[:2], np.ones(2)]}),
@@ -130,7 +130,7 @@ def check_step(expected, made, calls=CALLS, take=stepped):
     given += [x for rule in made.rules for x in rule]
     singletons = (None, True, False)
     given = [x for x in given if not any(x is y for y in singletons)]
-    check((expecting if fails else giving)(expected, call), given, calls)
+    check((expecting if fails else returning)(expected, call), given, calls)
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -143,7 +143,7 @@ def test_a_step_of_numpy_arrays_leaks_nothing(name):
 
 
 def moving(first=None, **changes):
-    """What to change for momentum: `first` is the first velocity. In place, if not told where."""
+    """The changes of `leaves` for momentum: in place, unless `outs` is given."""
     rule = Rule(0.1, 0.01, momentum=0.9, nesterov=True)
     first = np.zeros(5) if first is None else first
     velocities = [first, np.zeros((2, 3), np.complex64), None]
@@ -155,8 +155,8 @@ def into_new(first=None, **changes):
     return moving(first, outs=None, **changes)
 
 
-def kept(velocity):
-    """The first weights stay as they are."""
+def unchanged(velocity):
+    """The first weights have no gradient."""
     return moving(velocity, dcdws=[None, *leaves().dcdws[1:]])
 
 
@@ -178,14 +178,14 @@ def number():
 
 
 def empty():
-    return into_new(**one(np.ones(0), np.ones(0)), velocities=[np.ones(0)])
+    return into_new(**one_leaf(np.ones(0), np.ones(0)), velocities=[np.ones(0)])
 
 
 MOMENTUM = {
     "in place": (tuple, moving),
     "into new arrays": (tuple, into_new),
     "into other arrays": (tuple, lambda: moving(outs=[*leaves().ws[:2], None])),
-    "weights that are kept": (tuple, lambda: kept(np.zeros(5))),
+    "weights without a gradient": (tuple, lambda: unchanged(np.zeros(5))),
     "empty arrays": (tuple, empty),
     "a counter": (tuple, lambda: counting(number())),
     "another dtype": (None, lambda: moving(np.zeros(5, np.float32))),
@@ -200,7 +200,7 @@ MOMENTUM = {
         None,
         lambda: moving(velocities=[*moving()["velocities"][:2], number()]),
     ),
-    "another dtype, of kept weights": (None, lambda: kept(np.zeros(5, np.float32))),
+    "another dtype, without a gradient": (None, lambda: unchanged(np.zeros(5, np.float32))),
     "a read-only counter": (None, lambda: counting(frozen(number()))),
     "a counter of another dtype": (None, lambda: counting(np.zeros(()))),
     "a counter of two": (None, lambda: counting(np.zeros(2, np.int64))),
@@ -237,7 +237,7 @@ def tensor_leaves(**changes):
     return leaves(**{"tensors": _EXCHANGE, **made, **changes})
 
 
-def foreign(torch):  # memory of numpy's, which is looked at before it is written
+def foreign(torch):  # memory of numpy, which is tested before it is written
     return torch.from_numpy(np.ones(5, np.float32))
 
 
@@ -258,7 +258,7 @@ TENSORS = {
 @pytest.mark.parametrize("name", TENSORS)
 def test_a_step_of_tensors_leaks_nothing(name):
     expected, changes = TENSORS[name]
-    # What torch refuses has the C++ stack in its message, which takes long.
+    # torch's error messages contain the C++ stack, which takes long.
     calls = 200 if name in ("sparse", "meta") else CALLS
     check_step(expected, tensor_leaves(**changes), calls)
 
@@ -299,11 +299,11 @@ def test_momentum_of_tensors_in_place_leaks_nothing():
 # ---- Plans
 
 
-def in_two_phases(*columns, **options):
-    """Everything that a plan can be asked."""
+def in_two_passes(*columns, **options):
+    """A step that calls all methods of a plan."""
     plan, news = taken(*columns, **options)
     norms = plan.norms(bounds=True)
-    assert len(norms) == 64 * len(plan.places)
+    assert len(norms) == 64 * len(plan.indices)
     assert plan.nonfinite(norms) == []
     assert plan.must_be_finite is False
     assert len(plan.written) <= len(plan.spans())
@@ -313,8 +313,8 @@ def in_two_phases(*columns, **options):
 
 
 @pytest.mark.parametrize("changes", [moving, into_new, lambda: counting(number())])
-def test_the_two_phases_leak_nothing(changes):
-    check_step(tuple, leaves(**changes()), take=in_two_phases)
+def test_the_two_passes_leak_nothing(changes):
+    check_step(tuple, leaves(**changes()), take=in_two_passes)
 
 
 PLAN_ERRORS = {
@@ -322,19 +322,19 @@ PLAN_ERRORS = {
     "no norms": (ValueError, lambda plan: plan.apply(bytes(128))),
     "norms of nothing": (ValueError, lambda plan: plan.nonfinite(None)),
     "no reader": (TypeError, lambda plan: _native.plan().prepare(None, [], [], [], [])),
-    "no list of places": (
+    "no list of indices": (
         TypeError,
-        lambda plan: _native.plan().prepare(numpy_reader(), [], [], [], [], places=(1,)),
+        lambda plan: _native.plan().prepare(numpy_reader(), [], [], [], [], indices=(1,)),
     ),
-    "no number as a place": (
+    "no number as an index": (
         TypeError,
         lambda plan: _native.plan().prepare(
-            numpy_reader(), [None], [None], None, [None], places=["1"]
+            numpy_reader(), [None], [None], None, [None], indices=["1"]
         ),
     ),
-    "a place that is not there": (
+    "an index out of range": (
         IndexError,
-        lambda plan: _native.plan().prepare(numpy_reader(), [], [], [], [], places=[1]),
+        lambda plan: _native.plan().prepare(numpy_reader(), [], [], [], [], indices=[1]),
     ),
     "nowhere for velocities": (
         ValueError,

@@ -1,9 +1,9 @@
-"""No walk of the kernel over nests leaks a reference or memory: see test_leaks.py."""
+"""No walk of the kernel over trees leaks a reference or memory: see test_leaks.py."""
 
 from __future__ import annotations
 
 import pytest
-from leaks import check, expecting, giving, raising
+from leaks import check, expecting, raising, returning
 
 from lars_tree import _native, _tree
 
@@ -27,12 +27,12 @@ class Other(list):  # not walked natively
     pass
 
 
-def nest(key="b", **others):
+def make_tree(key="b", **others):
     return {"a": [object(), (object(), Other([object()]))], Key(key, **others): {"c": object()}}
 
 
 def objects(node):
-    """A nest and all that is in it."""
+    """A tree and all objects in it."""
     yield node
     if isinstance(node, dict):
         node = [*node, *node.values()]
@@ -56,7 +56,7 @@ def walk(*trees, kind_of=_tree._kind, others=None, exact=False):
 
 
 def changing(tree):
-    """What is called for an `Other`: adds to the nest that is being read, and takes from it."""
+    """A callback for nodes of type `Other`: adds and removes keys of the tree that is read."""
 
     def others(node, *_):
         tree[0.5] = tree.pop(0.5, None)
@@ -66,16 +66,16 @@ def changing(tree):
     return others
 
 
-def unknown():  # its type is new, so its kind must be asked for
+def unknown():  # has a new type, so `kind_of` is called
     return type("New", (), {})()
 
 
 COLLECTS = {
-    "nest": (None, nest, {}),
+    "tree": (None, make_tree, {}),
     "leaf": (None, object, {}),
     "the kind raises": (ValueError, unknown, {"kind_of": raising}),
     "the kind is no number": (TypeError, unknown, {"kind_of": lambda node: "leaf"}),
-    "another node raises": (ValueError, nest, {"others": raising}),
+    "another node raises": (ValueError, make_tree, {"others": raising}),
 }
 
 
@@ -83,24 +83,24 @@ COLLECTS = {
 def test_collect_leaks_nothing(name):
     expected, make, options = COLLECTS[name]
     tree = make()
-    call = expecting if expected else giving
+    call = expecting if expected else returning
     check(call(expected, lambda: walk(tree, **options)), [*objects(tree), *options.values()])
 
 
 OK, NO = (True, {}), (False, {})
 MATCHES = {
-    "nests": (*OK, nest, nest),
+    "trees": (*OK, make_tree, make_tree),
     "a value for all": (*OK, lambda: Other([object()]), object),
     "not exact": (False, {"exact": True}, lambda: [object()], object),
-    "another key": (*NO, nest, lambda: nest("other")),
-    "a key too few": (*NO, nest, lambda: without(nest(), "a")),
+    "another key": (*NO, make_tree, lambda: make_tree("other")),
+    "a key too few": (*NO, make_tree, lambda: without(make_tree(), "a")),
     "another length": (*NO, lambda: [object()], lambda: [object(), object()]),
-    "a node for a leaf": (*NO, object, nest),
-    "a list for a dict": (*NO, nest, lambda: [object()]),
-    "keys raise": (ValueError, {}, lambda: nest(fails=True), lambda: nest(fails=True)),
+    "a node for a leaf": (*NO, object, make_tree),
+    "a list for a dict": (*NO, make_tree, lambda: [object()]),
+    "keys raise": (ValueError, {}, lambda: make_tree(fails=True), lambda: make_tree(fails=True)),
     "the kind raises": (ValueError, {"kind_of": raising}, unknown, unknown),
-    "another node raises": (ValueError, {"others": raising}, nest, nest),
-    "another node gives None": (False, {"others": lambda *_: None}, nest, nest),
+    "another node raises": (ValueError, {"others": raising}, make_tree, make_tree),
+    "another node gives None": (False, {"others": lambda *_: None}, make_tree, make_tree),
 }
 
 
@@ -108,13 +108,13 @@ MATCHES = {
 def test_match_leaks_nothing(name):
     expected, options, make, make_prefix = MATCHES[name]
     tree, prefix = make(), make_prefix()
-    call = giving if isinstance(expected, bool) else expecting
+    call = returning if isinstance(expected, bool) else expecting
     given = [*objects(tree), *objects(prefix), *options.values()]
     given = [x for x in given if x is not True]
     check(call(expected, lambda: walk(tree, prefix, **options)), given)
 
 
-def test_a_nest_that_is_changed_while_it_is_read_leaks_nothing():
+def test_a_tree_that_is_changed_while_it_is_read_leaks_nothing():
     tree = {"a": [Other()], "b": object()}
     call = expecting(RuntimeError, lambda: walk(tree, others=changing(tree)))
     check(call, [tree, *tree.values()])
@@ -122,7 +122,7 @@ def test_a_nest_that_is_changed_while_it_is_read_leaks_nothing():
     check(call, [tree, tree["a"], tree["b"]])
 
 
-def test_a_nest_that_holds_itself_leaks_nothing():
+def test_a_tree_that_contains_itself_leaks_nothing():
     tree = []
     tree.append(tree)
     check(expecting(RecursionError, lambda: walk(tree)), [tree], calls=100)

@@ -11,11 +11,11 @@ import os
 import numpy as np
 import pytest
 from conftest import CI, need
+from native_steps import options_of
 from numpy.lib.stride_tricks import as_strided
 
 from lars_tree import OutError, native_available
 from lars_tree._core.advance import advance
-from lars_tree._rule import Rule
 
 BLOCKS = 10  # of cases, for tests that run in parallel
 NUMPY_CASES, TORCH_CASES = 10_000 // BLOCKS, 1_000 // BLOCKS
@@ -133,7 +133,7 @@ def run(case, buffer, view, copy, to_numpy):
         return {key: x and view(x, buffer) for key, x in views.items()}
 
     def step(w, dcdw, velocity, out=None):
-        options = Rule(0.1, momentum=0.9, **case.options)._asdict()
+        options = options_of(momentum=0.9, **case.options)
         new, state = advance(w, dcdw, out, options, {"velocity": velocity} if velocity else None)
         return {"out": new, "velocity": state.get("velocity", {})}
 

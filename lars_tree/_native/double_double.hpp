@@ -1,12 +1,15 @@
-// Numbers of twice the precision of double, with exponents that no norm can leave.
+// Double-double numbers: twice the precision of double, with an exponent of their own.
 //
-// A Wide is (high + low) * 2^exponent, where |low| is at most half an ulp of high, and high is in
-// [1, 2) in magnitude; or high is 0, infinite or NaN and the rest is 0. The ratio of two norms of
-// float64 arrays may lie beyond double on the way to a step that does not, and its rounding error
-// would count against the four ulps that a float64 result may be off: so scalars are Wide.
+// A DoubleDouble is (high + low) * 2^exponent, where 1 <= |high| < 2 and |low| is at most half an
+// ulp of high. If high is 0, infinite or NaN, low and exponent are 0. Norms and coefficients are
+// double-double numbers because the ratio of two norms of float64 arrays may be outside the range
+// of double although the step is not, and because its rounding error would add to the four ulps
+// that a float64 result may be off.
 //
-// Every operation is a fixed sequence of double operations, none fused, the same ones as in
-// lars_tree/_backends/wide.py. So both give the same bits.
+// Products and sums of two doubles have rounding errors that are doubles themselves, and a few
+// double operations compute them exactly (`two_sum`, `two_product`); all other operations are built
+// on these. Every operation is a fixed sequence of double operations, without fused multiply-add,
+// the same as in lars_tree/_backends/wide.py, so both give the same bits.
 #pragma once
 
 #include <algorithm>
@@ -17,11 +20,12 @@
 
 namespace lars {
 
-// The rounded sum of a and b and its error, exactly: a + b = sum + error (Knuth).
+// A double, and a correction below its last bit.
 struct Pair {
     double high, low;
 };
 
+// The rounded sum of a and b, and its exact error: a + b = high + low (Knuth).
 inline Pair two_sum(double a, double b) {
     double sum = a + b, part = sum - a;
     return {sum, (a - (sum - part)) + (b - part)};
@@ -33,7 +37,7 @@ inline Pair fast_two_sum(double a, double b) {
     return {sum, b - (sum - a)};
 }
 
-// The rounded product of a and b, of moderate size, and its error, exactly (Dekker, Veltkamp).
+// The rounded product of a and b, of moderate size, and its exact error (Dekker, Veltkamp).
 inline Pair two_product(double a, double b) {
     const double splitter = 134217729.0;  // 2^27 + 1
     double product = a * b;
@@ -48,15 +52,15 @@ inline double power_of_two(std::int64_t exponent) {
     return bit_cast<double>(static_cast<std::uint64_t>(exponent + 1023) << 52);
 }
 
-struct Wide {
+struct DoubleDouble {
     double high, low;
     std::int64_t exponent;
 
-    Wide() : Wide(0) {}
-    Wide(double x) : Wide(Pair{x, 0}) {}
+    DoubleDouble() : DoubleDouble(0) {}
+    DoubleDouble(double x) : DoubleDouble(Pair{x, 0}) {}
 
-    // Of a pair whose sum is rounded to its high part.
-    explicit Wide(Pair x, std::int64_t exponent = 0)
+    // (high + low) * 2^exponent, where high is the sum rounded to double.
+    explicit DoubleDouble(Pair x, std::int64_t exponent = 0)
         : high(x.high), low(x.low), exponent(exponent) {
         int shift = static_cast<int>(bit_cast<std::uint64_t>(x.high) >> 52 & 0x7ff) - 1023;
         if (shift == 0) return;
@@ -77,82 +81,82 @@ struct Wide {
         this->exponent += shift;
     }
 
-    bool is_plain() const { return high != 0 && std::isfinite(high); }
+    bool is_finite_nonzero() const { return high != 0 && std::isfinite(high); }
 };
 
 inline bool is_zero(double x) { return x == 0; }
-inline bool is_zero(Wide x) { return x.high == 0; }
+inline bool is_zero(DoubleDouble x) { return x.high == 0; }
 
 // The nearest double, which may be 0 or infinite.
-inline double rounded(double x) { return x; }
-inline double rounded(Wide x) {
+inline double to_double(double x) { return x; }
+inline double to_double(DoubleDouble x) {
     if (-900 < x.exponent && x.exponent < 900) return x.high * power_of_two(x.exponent);
     std::int64_t bounded = std::max<std::int64_t>(-3000, std::min<std::int64_t>(3000, x.exponent));
     return std::ldexp(x.high, static_cast<int>(bounded));
 }
 
-// factor * 2^exponent, with an exponent of 0 unless the number is far from 1. Scaling by 2^exponent
-// first and multiplying by the factor then rounds once, and leaves the range of double only where
-// the product does.
+// factor * 2^exponent; the exponent is 0 unless the number is far from 1. To multiply by the
+// number, scale by 2^exponent and then multiply by the factor: there is one rounding, and the
+// result overflows only if the product does.
 struct Split {
     double factor;
     int exponent;
 };
 
 inline Split split(double x) { return {x, 0}; }
-inline Split split(Wide x) {
-    if (-960 < x.exponent && x.exponent < 960) return {rounded(x), 0};
+inline Split split(DoubleDouble x) {
+    if (-960 < x.exponent && x.exponent < 960) return {to_double(x), 0};
     return {x.high, static_cast<int>(
                         std::max<std::int64_t>(-5000, std::min<std::int64_t>(5000, x.exponent)))};
 }
 
-// x * 2^exponent; doubles are scaled by nothing.
+// x * 2^exponent. Doubles are used only where the exponent is 0.
 inline double scaled(double x, int) { return x; }
-inline Wide scaled(Wide x, int exponent) {
-    if (x.is_plain()) x.exponent += exponent;
+inline DoubleDouble scaled(DoubleDouble x, int exponent) {
+    if (x.is_finite_nonzero()) x.exponent += exponent;
     return x;
 }
 
-inline Wide operator*(Wide a, Wide b) {
-    if (!a.is_plain() || !b.is_plain()) return Wide(a.high * b.high);
+inline DoubleDouble operator*(DoubleDouble a, DoubleDouble b) {
+    if (!a.is_finite_nonzero() || !b.is_finite_nonzero()) return DoubleDouble(a.high * b.high);
     Pair product = two_product(a.high, b.high);
     product.low += a.high * b.low + a.low * b.high;
-    return Wide(fast_two_sum(product.high, product.low), a.exponent + b.exponent);
+    return DoubleDouble(fast_two_sum(product.high, product.low), a.exponent + b.exponent);
 }
 
-inline Wide operator/(Wide a, Wide b) {
-    if (!a.is_plain() || !b.is_plain()) return Wide(a.high / b.high);
+inline DoubleDouble operator/(DoubleDouble a, DoubleDouble b) {
+    if (!a.is_finite_nonzero() || !b.is_finite_nonzero()) return DoubleDouble(a.high / b.high);
     double quotient = a.high / b.high;
     Pair product = two_product(quotient, b.high);
     double rest = ((a.high - product.high) - product.low) + a.low - quotient * b.low;
-    return Wide(fast_two_sum(quotient, rest / b.high), a.exponent - b.exponent);
+    return DoubleDouble(fast_two_sum(quotient, rest / b.high), a.exponent - b.exponent);
 }
 
-inline Wide operator+(Wide a, Wide b) {
+inline DoubleDouble operator+(DoubleDouble a, DoubleDouble b) {
     if (b.high == 0) return a;
     if (a.high == 0) return b;
-    if (!a.is_plain() || !b.is_plain()) return Wide(a.high + b.high);
+    if (!a.is_finite_nonzero() || !b.is_finite_nonzero()) return DoubleDouble(a.high + b.high);
     if (a.exponent < b.exponent) std::swap(a, b);
     if (a.exponent - b.exponent > 200) return a;
     double scale = power_of_two(b.exponent - a.exponent);
     Pair sum = two_sum(a.high, b.high * scale);
     sum.low += a.low + b.low * scale;
-    return Wide(fast_two_sum(sum.high, sum.low), a.exponent);
+    return DoubleDouble(fast_two_sum(sum.high, sum.low), a.exponent);
 }
 
-inline Wide sqrt(Wide a) {
-    if (!a.is_plain()) return Wide(std::sqrt(a.high));
+inline DoubleDouble sqrt(DoubleDouble a) {
+    if (!a.is_finite_nonzero()) return DoubleDouble(std::sqrt(a.high));
     std::int64_t odd = a.exponent & 1;
     double high = odd ? 2 * a.high : a.high, low = odd ? 2 * a.low : a.low;
     double root = std::sqrt(high);
     Pair square = two_product(root, root);
     double rest = ((high - square.high) - square.low) + low;
-    return Wide(fast_two_sum(root, rest / (2 * root)), (a.exponent - odd) / 2);
+    return DoubleDouble(fast_two_sum(root, rest / (2 * root)), (a.exponent - odd) / 2);
 }
 
-// Of numbers that are not negative; false if either is NaN.
-inline bool operator>(Wide a, Wide b) {
-    if (!a.is_plain() || !b.is_plain()) return a.high > b.high;
+// For numbers that are not negative; false if either is NaN.
+inline bool operator>(DoubleDouble a, DoubleDouble b) {
+    if (!a.is_finite_nonzero() || !b.is_finite_nonzero()) return a.high > b.high;
     if (a.exponent != b.exponent) return a.exponent > b.exponent;
     return a.high != b.high ? a.high > b.high : a.low > b.low;
 }
