@@ -1,5 +1,6 @@
-"""Benchmarks of lars_tree, side by side with other packages: `python -m benchmarks`.
+"""Benchmarks of lars_tree and other packages, in one process: `python -m benchmarks`.
 
-`trees.py` makes the weights, `contestants.py` the steps that are compared, `measure.py` the times,
-`memory.py` the peak memory, `targets.py` says what is aimed at, `report.py` and `plots.py` show it.
+`trees.py` makes the weights, `contestants.py` the steps that are compared. `measure.py` and
+`memory.py` measure, `sections.py` says what. `targets.py` has the aims, `report.py` and `plots.py`
+show the results. `training.py` is a separate experiment on accuracy.
 """

@@ -1,82 +1,93 @@
-"""The steps that are compared: of the same kind, from the same weights and gradients.
+"""The steps that are compared, from the same weights and gradients.
 
-What a package does differently is in its note, which the report prints.
+Where a package does something else, its `note` says so; the report prints the notes.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import chdir
 from dataclasses import dataclass
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from benchmarks.trees import Flat, small, weights_and_gradients
-from lars_tree import Container
+from lars_tree import Container, Lars
 
-LR, DECAY, TRUST = 0.1, 1e-4, 1e-3
+LR, DECAY, TRUST, MOMENTUM = 0.1, 1e-4, 1e-3, 0.9
 
 
 @dataclass(frozen=True)
 class Case:
-    """One contestant on one tree: `step` returns the new weights, `read` makes them a flat dict."""
+    """A contestant on one tree: `step` returns the new weights, `read` makes them a flat dict."""
 
     step: Callable[[], Any]
     read: Callable[[Any], Flat]
 
 
+Build = Callable[[Flat, Flat, bool], Case]  # of weights, gradients, and whether to step in place
+
+
 @dataclass(frozen=True)
 class Contestant:
-    """A way to take the step; `build` gets weights, gradients and whether to step in place."""
+    """A way to take the step."""
 
     name: str
-    build: Callable[[Flat, Flat, bool], Case]
+    build: Build
     module: str
     out_of_place: bool = True
-    allocates: bool = False  # in its first step: what it compiles, or keeps for all steps
+    allocates: bool = False  # in its first step: compiled code, or memory kept for all steps
+    peer: bool = False  # another package
+    comparable: bool = True  # whether its step should be the one computed by hand
     note: str = ""
 
     @property
     def ways(self) -> tuple[bool, ...]:
-        """In place, and out of place where it can."""
+        """In place, and out of place if supported."""
         return (True, False) if self.out_of_place else (True,)
 
     @property
     def installed(self) -> bool:
-        """Whether it can be imported; it is not imported for that."""
+        """Whether its module is installed; does not import it."""
         return importlib.util.find_spec(self.module) is not None
 
 
-def _lars_tree(convert: Callable[[np.ndarray], Any]) -> Callable[[Flat, Flat, bool], Case]:
-    def build(w: Flat, g: Flat, in_place: bool) -> Case:
-        weights, gradients = (
-            Container.from_flat({path: convert(x) for path, x in flat.items()}) for flat in (w, g)
-        )
-        out = weights if in_place else None
-
-        def step() -> Container:
-            return weights.lars_update(
-                gradients, LR, decay_lambda=DECAY, trust_coefficient=TRUST, out=out
-            )
-
-        return Case(step, lambda new: {path: np.asarray(x) for path, x in new.to_flat().items()})
-
-    return build
-
-
 def as_torch(x: np.ndarray) -> Any:
-    """A copy in memory of torch's own."""
+    """A copy in memory allocated by torch."""
     import torch
 
     return torch.from_numpy(x).clone()
 
 
-def rate_by_hand(x: np.ndarray, dx: np.ndarray) -> float:
-    """The local rate of one leaf."""
+def _containers(convert: Callable[[np.ndarray], Any], *flats: Flat) -> list[Container]:
+    return [Container.from_flat({path: convert(x) for path, x in flat.items()}) for flat in flats]
+
+
+def _read(new: Any) -> Flat:
+    return {path: np.asarray(x) for path, x in Container(new).to_flat().items()}
+
+
+def _lars_tree(convert: Callable[[np.ndarray], Any], w: Flat, g: Flat, in_place: bool) -> Case:
+    weights, gradients = _containers(convert, w, g)
+    options = {"decay_lambda": DECAY, "trust_coefficient": TRUST}
+    if in_place:
+        options["out"] = weights
+    return Case(lambda: weights.lars_update(gradients, LR, **options), _read)
+
+
+def _functional(convert: Callable[[np.ndarray], Any], w: Flat, g: Flat, in_place: bool) -> Case:
+    weights, gradients = _containers(convert, w, g)
+    opt = Lars(LR, MOMENTUM, weight_decay=DECAY, trust_coefficient=TRUST)
+    state = opt.init(weights)
+    return Case(lambda: opt.update(weights, gradients, state, out=weights)[0], _read)
+
+
+def _rate_by_hand(x: np.ndarray, dx: np.ndarray) -> float:
     x_norm, dx_norm = float(np.linalg.norm(x)), float(np.linalg.norm(dx))
     denominator = dx_norm + DECAY * x_norm
     return LR * TRUST * x_norm / denominator if x_norm and denominator else LR
@@ -87,7 +98,7 @@ def _by_hand(w: Flat, g: Flat, in_place: bool) -> Case:
 
     def step_in_place() -> Flat:
         for path, x in weights.items():
-            r = rate_by_hand(x, g[path])
+            r = _rate_by_hand(x, g[path])
             np.multiply(x, 1 - r * DECAY, out=x)
             np.subtract(x, r * g[path], out=x)
         return weights
@@ -95,7 +106,7 @@ def _by_hand(w: Flat, g: Flat, in_place: bool) -> Case:
     def step() -> Flat:
         new = {}
         for path, x in weights.items():
-            r = rate_by_hand(x, g[path])
+            r = _rate_by_hand(x, g[path])
             new[path] = (1 - r * DECAY) * x
             new[path] -= r * g[path]
         return new
@@ -103,14 +114,14 @@ def _by_hand(w: Flat, g: Flat, in_place: bool) -> Case:
     return Case(step_in_place if in_place else step, dict)
 
 
-def optimizer(lars: Callable[[], Any], **options: Any) -> Callable[[Flat, Flat, bool], Case]:
-    """Builds cases of a class of torch optimizers, given as a function that imports it."""
+def _optimizer(find: Callable[[], Any], **options: Any) -> Build:
+    """Builds cases of a class of torch optimizers, which `find` imports."""
 
     def build(w: Flat, g: Flat, in_place: bool) -> Case:
         parameters = {path: as_torch(x).requires_grad_() for path, x in w.items()}
         for path, x in g.items():
             parameters[path].grad = as_torch(x)
-        opt = lars()(parameters.values(), lr=LR, weight_decay=DECAY, **options)
+        opt = find()(parameters.values(), lr=LR, weight_decay=DECAY, **options)
 
         def step() -> dict[str, Any]:
             opt.step()
@@ -121,15 +132,26 @@ def optimizer(lars: Callable[[], Any], **options: Any) -> Callable[[Flat, Flat, 
     return build
 
 
-def pytorch_lars() -> Any:
-    """The class of pytorch_optimizer."""
+def _torch_lars() -> Any:
+    from lars_tree.torch import Lars
+
+    return Lars
+
+
+def _sgd() -> Any:
+    from torch.optim import SGD
+
+    return SGD
+
+
+def _pytorch_lars() -> Any:
     from pytorch_optimizer import LARS
 
     return LARS
 
 
-def timm_lars() -> Any:
-    """The class of timm, from its module alone: `import timm` loads all models, and torchvision."""
+def _timm_lars() -> Any:
+    """Import only the module of Lars: `import timm` imports all models, and torchvision."""
     for name in ("timm", "timm.optim"):
         if name not in sys.modules:
             spec = importlib.util.find_spec(name)
@@ -144,12 +166,10 @@ def _optax(w: Flat, g: Flat, in_place: bool) -> Case:
 
     cpu = jax.devices("cpu")[0]
     weights, gradients = (
-        jax.tree.map(
-            lambda x: jax.numpy.array(x, copy=True, device=cpu), Container.from_flat(flat).to_dict()
-        )
-        for flat in (w, g)
+        jax.tree.map(lambda x: jax.numpy.array(x, copy=True, device=cpu), tree.to_dict())
+        for tree in _containers(np.asarray, w, g)
     )
-    optimizer = optax.chain(  # optax.lars less its last part, which keeps the momentum
+    optimizer = optax.chain(  # optax.lars without its last part, the momentum
         optax.add_decayed_weights(DECAY),
         optax.scale_by_trust_ratio(trust_coefficient=TRUST),
         optax.scale_by_learning_rate(LR),
@@ -168,19 +188,16 @@ def _optax(w: Flat, g: Flat, in_place: bool) -> Case:
             weights = new
         return new
 
-    return Case(
-        step, lambda new: {path: np.asarray(x) for path, x in Container(new).to_flat().items()}
-    )
+    return Case(step, _read)
 
 
 def _ivy(w: Flat, g: Flat, in_place: bool) -> Case:
-    with TemporaryDirectory() as folder, chdir(folder):  # it opens a log where it is imported
+    with TemporaryDirectory() as folder, chdir(folder):  # ivy writes a log file on import
         import ivy
 
     ivy.set_backend("numpy")
     weights, gradients = (
-        ivy.Container(Container.from_flat({k: ivy.array(x.copy()) for k, x in flat.items()}))
-        for flat in (w, g)
+        ivy.Container(tree) for tree in _containers(lambda x: ivy.array(x.copy()), w, g)
     )
     out = weights if in_place else None
 
@@ -194,87 +211,133 @@ def _ivy(w: Flat, g: Flat, in_place: bool) -> Case:
     return Case(step, read)
 
 
-OVERWRITES = "overwrites the gradients"
-CONTESTANTS = {
-    contestant.name: contestant
-    for contestant in [
-        Contestant("lars_tree, numpy", _lars_tree(np.copy), "lars_tree"),
-        Contestant("lars_tree, torch", _lars_tree(as_torch), "torch"),
-        Contestant("numpy by hand", _by_hand, "numpy", note="norms in float32"),
-    ]
-}
-PEERS = {
-    contestant.name: contestant
-    for contestant in [
-        Contestant(
-            "pytorch_optimizer",
-            optimizer(pytorch_lars, momentum=0.0),
-            "pytorch_optimizer",
-            out_of_place=False,
-            note=f"{OVERWRITES}; one-dimensional leaves take plain SGD without norms or decay",
-        ),
-        Contestant(
-            "pytorch_optimizer, no foreach",
-            optimizer(pytorch_lars, momentum=0.0, foreach=False),
-            "pytorch_optimizer",
-            out_of_place=False,
-            note="the same",
-        ),
-        Contestant(
-            "timm",
-            optimizer(timm_lars, momentum=0.0, trust_coeff=TRUST),
-            "timm",
-            out_of_place=False,
-        ),
-        Contestant(
-            "timm, foreach",
-            optimizer(timm_lars, momentum=0.0, trust_coeff=TRUST, foreach=True),
-            "timm",
-            out_of_place=False,
-        ),
-        Contestant(
-            "optax, jitted",
-            _optax,
-            "optax",
-            allocates=True,
-            note="the norm of g + decay w; in place: donated; without its momentum buffer",
-        ),
-        Contestant("ivy", _ivy, "ivy", note="no trust coefficient; with decay another step"),
-    ]
-}
-CONTESTANTS |= PEERS
+def _by_name(*contestants: Contestant) -> dict[str, Contestant]:
+    return {contestant.name: contestant for contestant in contestants}
 
 
-def present(
-    everyone: dict[str, Contestant], peers: Collection[str], without: list[str]
-) -> dict[str, Contestant]:
-    """Those that are installed, less the peers that a word of `without` names."""
+_PYTORCH = {
+    "module": "pytorch_optimizer",
+    "out_of_place": False,
+    "peer": True,
+    "note": "overwrites the gradients; takes an SGD step without decay on one-dimensional leaves",
+}
+_TIMM = {"module": "timm", "out_of_place": False, "peer": True}
+CONTESTANTS = _by_name(
+    Contestant("lars_tree, numpy", partial(_lars_tree, np.copy), "lars_tree"),
+    Contestant("lars_tree, torch", partial(_lars_tree, as_torch), "torch"),
+    Contestant("numpy by hand", _by_hand, "numpy", note="norms in float32"),
+    Contestant("pytorch_optimizer", _optimizer(_pytorch_lars, momentum=0.0), **_PYTORCH),
+    Contestant(
+        "pytorch_optimizer, no foreach",
+        _optimizer(_pytorch_lars, momentum=0.0, foreach=False),
+        **_PYTORCH,
+    ),
+    Contestant("timm", _optimizer(_timm_lars, momentum=0.0, trust_coeff=TRUST), **_TIMM),
+    Contestant(
+        "timm, foreach",
+        _optimizer(_timm_lars, momentum=0.0, trust_coeff=TRUST, foreach=True),
+        **_TIMM,
+    ),
+    Contestant(
+        "optax, jitted",
+        _optax,
+        "optax",
+        allocates=True,
+        peer=True,
+        note="the norm of g + decay w; without its momentum buffer; in place: donated buffers",
+    ),
+    Contestant(
+        "ivy",
+        _ivy,
+        "ivy",
+        peer=True,
+        comparable=False,
+        note="no trust coefficient; with decay, another rule",
+    ),
+)
+
+_KEEPS = {"out_of_place": False, "allocates": True}  # the velocity
+OPTIMIZERS = _by_name(
+    Contestant(
+        "lars_tree.torch.Lars",
+        _optimizer(_torch_lars, momentum=MOMENTUM),
+        "torch",
+        **_KEEPS,
+    ),
+    Contestant("lars_tree.Lars, numpy", partial(_functional, np.copy), "lars_tree", **_KEEPS),
+    Contestant("lars_tree.Lars, torch", partial(_functional, as_torch), "torch", **_KEEPS),
+    Contestant(
+        "torch SGD, fused",
+        _optimizer(_sgd, momentum=MOMENTUM, fused=True),
+        "torch",
+        comparable=False,
+        note="computes no norms",
+        **_KEEPS,
+    ),
+    Contestant(
+        "pytorch_optimizer, momentum",
+        _optimizer(_pytorch_lars, momentum=MOMENTUM),
+        **_PYTORCH | _KEEPS,
+    ),
+    Contestant(
+        "pytorch_optimizer, momentum, no foreach",
+        _optimizer(_pytorch_lars, momentum=MOMENTUM, foreach=False),
+        **_PYTORCH | _KEEPS,
+    ),
+    Contestant(
+        "timm, momentum",
+        _optimizer(_timm_lars, momentum=MOMENTUM, trust_coeff=TRUST),
+        **_TIMM | _KEEPS,
+    ),
+    Contestant(
+        "timm, momentum, foreach",
+        _optimizer(_timm_lars, momentum=MOMENTUM, trust_coeff=TRUST, foreach=True),
+        **_TIMM | _KEEPS,
+    ),
+)
+
+
+def present(everyone: dict[str, Contestant], without: list[str]) -> dict[str, Contestant]:
+    """The installed contestants, without the peers whose name contains a word of `without`."""
     return {
-        name: contestant
-        for name, contestant in everyone.items()
-        if contestant.installed and not (name in peers and any(word in name for word in without))
+        name: x
+        for name, x in everyone.items()
+        if x.installed and not (x.peer and any(word in name for word in without))
     }
 
 
-def check(contestants: dict[str, Contestant]) -> None:
-    """Refuse to time a contestant that does not take the step, tried on two small leaves.
+def check(contestants: dict[str, Contestant], momentum: float = 0.0) -> None:
+    """Refuse to time a contestant that does not take the step: try it on two small leaves.
 
-    All results are finite and differ from the old weights. Steps along the kernel agree within 1%
-    (optax takes another norm; ivy another step), those of lars_tree and by hand for the bias too.
+    The update of the kernel is within 1% of the one by hand, unless the contestant follows another
+    rule. The new weights of lars_tree agree within rounding, the bias included.
     """
     w, g = weights_and_gradients(small(2))
-    hand = _by_hand(w, g, False).step()
     for name, contestant in contestants.items():
-        ours = name.startswith("lars_tree")
+        # A second step tests the momentum; pytorch_optimizer has overwritten the gradients by then.
+        steps = 2 if momentum and not name.startswith("pytorch_optimizer") else 1
         for in_place in contestant.ways:
             case = contestant.build(w, g, in_place)
-            new = case.read(case.step())
+            for _ in range(steps):
+                result = case.step()
+            new = case.read(result)
             assert new.keys() == w.keys(), name
             for path, x in new.items():
+                expected = _expected(w[path], g[path], momentum, steps)
+                error = np.linalg.norm(x - expected) / np.linalg.norm(expected - w[path])
                 assert np.isfinite(x).all(), (name, path)
                 assert (x != w[path]).any(), (name, path)
-                exact = hand[path] - w[path]
-                error = np.linalg.norm(x - w[path] - exact) / np.linalg.norm(exact)
-                comparable = ours or (path.endswith("kernel") and name != "ivy")
-                assert error < 0.01 or not comparable, (name, path, error)
-                assert not ours or np.allclose(x, hand[path], rtol=1e-5, atol=0), (name, path)
+                if name.startswith("lars_tree"):
+                    assert np.allclose(x, expected, rtol=1e-5, atol=0), (name, path)
+                elif contestant.comparable and path.endswith("kernel"):
+                    assert error < 0.01, (name, path, error)
+
+
+def _expected(x: np.ndarray, dx: np.ndarray, momentum: float, steps: int) -> np.ndarray:
+    """The weights after some steps, in float64."""
+    x, dx = x.astype(float), dx.astype(float)
+    velocity = np.zeros_like(x)
+    for _ in range(steps):
+        velocity = momentum * velocity + _rate_by_hand(x, dx) * (dx + DECAY * x)
+        x = x - velocity
+    return x

@@ -1,4 +1,4 @@
-"""Times: in turns, each contestant once a round, in another order each round; medians of rounds."""
+"""Times: each round runs every contestant once, in random order; medians over the rounds."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-REST = 0.02  # seconds before each turn: threads of others that wait for work have gone to sleep
-TURN = 0.01  # seconds: a quick step is repeated to last about that long
-WARM = 0.3  # seconds: a quicker step has a turn first that is not timed, to raise the clock and
-# to fill the cache, which hold what the rest and the others left
-PATIENCE = 3.0  # seconds: a slower step is called as seldom as can be
-BUDGET = 10.0  # seconds: who has used more stays out of the rounds that are left
+# All in seconds.
+REST = 0.02  # the pause before each turn, in which the threads of other contestants go to sleep
+TURN = 0.01  # a quicker step is repeated to last about that long
+WARM = 0.3  # a quicker step has an untimed turn first, to raise the clock and to fill the cache
+PATIENCE = 3.0  # a slower step is called only once before it is timed
+BUDGET = 10.0  # a contestant that has used more does not take part in the remaining rounds
 
 
 def medians(
@@ -25,13 +25,13 @@ def medians(
     rounds: int,
     before: Callable[[str], None] = lambda _: None,
 ) -> dict[str, float]:
-    """The median time of a call of each step, in seconds; `before` is called ahead of each turn."""
+    """The median seconds of a call of each step; `before` is called before each turn."""
     gc.collect()
-    gc.freeze()  # the weights of others are nothing for a step to search for garbage
+    gc.freeze()  # so that collections during a step do not scan the weights of the others
     calls = {}
     for name, step in steps.items():
         before(name)
-        first = _time(step, 1)  # loads, compiles, starts threads
+        first = _time(step, 1)  # imports, compiles, starts threads
         calls[name] = max(1, round(TURN / (_time(step, 1) if first < PATIENCE else first)))
     times: dict[str, list[float]] = {name: [] for name in steps}
     rng = np.random.default_rng(0)
@@ -55,7 +55,7 @@ def _time(step: Callable[[], Any], calls: int) -> float:
 
 
 def stream() -> tuple[Callable[[], Any], int]:
-    """The memory limit: `a.add_(b)` by torch, on all its threads, and the bytes that it moves."""
+    """The call `a.add_(b)` of torch on all threads, and the bytes that it moves."""
     import torch
 
     size = 30_000_000
@@ -64,7 +64,7 @@ def stream() -> tuple[Callable[[], Any], int]:
 
 
 def import_time(rounds: int) -> float:
-    """How much longer `import lars_tree` takes than `import numpy`, each in a fresh interpreter."""
+    """Seconds of `import lars_tree` beyond `import numpy`, each in a fresh interpreter."""
     differences = []
     for turn in range(rounds):
         order = ["numpy", "lars_tree"][:: 1 if turn % 2 else -1]
@@ -79,6 +79,6 @@ def _import(module: str) -> float:
 
 
 def child(*arguments: str) -> str:
-    """What a fresh interpreter prints."""
+    """The output of a fresh interpreter."""
     command = [sys.executable, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603

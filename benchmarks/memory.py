@@ -1,6 +1,6 @@
 """Peak memory of one step, each in a fresh process: `python -m benchmarks.memory NAME in|out`.
 
-The kernel's own high-water mark, reset just before the step. Linux only.
+This is the high-water mark that Linux keeps for a process, reset just before the step.
 """
 
 from __future__ import annotations
@@ -11,23 +11,22 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from benchmarks.contestants import CONTESTANTS
+from benchmarks.contestants import CONTESTANTS, OPTIMIZERS
 from benchmarks.measure import child
-from benchmarks.optimizers import OPTIMIZERS
 from benchmarks.trees import resnet50, small, weights_and_gradients
 
 AVAILABLE = Path("/proc/self/clear_refs").exists()
 
 
 def peak(name: str, in_place: bool, rounds: int) -> int:
-    """The extra bytes at the peak of a step on ResNet-50, less the new weights: the median."""
+    """The median of the peak extra bytes of a step on ResNet-50, without the new weights."""
     arguments = ("-m", "benchmarks.memory", name, "in" if in_place else "out")
     return int(median(int(child(*arguments).split()[-1]) for _ in range(rounds)))
 
 
 def _measure(name: str, in_place: bool) -> int:
     contestant = (CONTESTANTS | OPTIMIZERS)[name]
-    contestant.build(*weights_and_gradients(small(2)), in_place).step()  # loads what is needed
+    contestant.build(*weights_and_gradients(small(2)), in_place).step()  # imports and compiles
     w, g = weights_and_gradients(resnet50())
     outputs = 0 if in_place else sum(x.nbytes for x in w.values())
     case = contestant.build(w, g, in_place)

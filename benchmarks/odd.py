@@ -1,7 +1,7 @@
-"""What an odd leaf, or an option that needs all norms, costs beside the ordinary step.
+"""The cost of a leaf that the kernel does not support, or of an option that needs all norms.
 
-The steps of a group alternate in one process, and each is compared with the first of its group:
-times depend on the machine, these ratios hardly do.
+The steps of a group alternate in one process, and each is compared with the first of its group.
+Times depend on the machine, these ratios hardly do.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import measure
-from benchmarks.contestants import DECAY, LR, TRUST, as_torch
-from benchmarks.optimizers import MOMENTUM
+from benchmarks.contestants import DECAY, LR, MOMENTUM, TRUST, as_torch
 from benchmarks.trees import Flat, resnet50, weights_and_gradients
 from lars_tree import Array, Container, Lars, lars_update
 from lars_tree.report import trust_ratios
@@ -101,7 +100,7 @@ def _optimizer() -> Steps:
 
 
 def _jax() -> Steps:
-    """JAX arrays are immutable, so a step must at least make new ones."""
+    """JAX arrays are immutable, so a step creates new ones: the base is the time for that."""
     import jax
     import jax.numpy as jnp
 
@@ -128,9 +127,9 @@ def _torch() -> Steps:
 
 @dataclass(frozen=True)
 class Group:
-    """Steps of which the first is the base, and bounds of the others, as ratios to it.
+    """Steps, the base among them, and bounds for the ratios of other steps to it.
 
-    Without `build` the steps are those of `benchmarks.shards`, in processes of their own.
+    Without `build` the steps are those of `benchmarks.shards`, in their own processes.
     """
 
     title: str
@@ -140,7 +139,7 @@ class Group:
     module: str = "numpy"
 
     def measured(self, rounds: int) -> dict[str, float]:
-        """The median seconds of each step; none where the library is not installed."""
+        """The median seconds of each step; empty if the library is not installed."""
         if importlib.util.find_spec(self.module) is None:
             return {}
         return measure.medians(self.build(), rounds) if self.build else _sharded(rounds)

@@ -1,7 +1,7 @@
 """`python -m benchmarks.pictures`: draw the pictures of docs/reports.md.
 
-They are of real runs: networks trained by LARS on the digits that scikit-learn ships. Needs
-Chromium with its driver for the picture of a notebook.
+They show networks trained by LARS on the digits of scikit-learn. The picture of a notebook needs
+Chromium and its driver.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import report
 from benchmarks.plots import STYLE
 from lars_tree import Container, demo
 from lars_tree.report import TrustHistory, layer_table, trust_ratios
 
-IMAGES = Path(__file__).parent.parent / "docs" / "images"
+IMAGES = report.DOCS / "images"
 BATCH, EPOCHS, RATE, DECAY = 512, 40, 0.1, 1e-4
 
 
@@ -34,7 +35,7 @@ def main() -> None:
 
 
 def _trained(sizes: list[int], rate: float) -> tuple[TrustHistory, Container, Container]:
-    """The history of a run, and its last weights and gradients."""
+    """Train a network; return the history, and the last weights and gradients."""
     digits, _ = demo.load(seed=0)
     rng = np.random.default_rng(0)
     w = Container()
@@ -70,12 +71,12 @@ def _table(w: Container, g: Container, path: Path) -> None:
     console = Console(width=96, record=True, file=io.StringIO())
     console.print(layer_table(w, g, RATE, decay_lambda=DECAY))
     svg = console.export_svg(title="layer_table(w, g, 0.1, decay_lambda=1e-4)")
-    # Without the fonts that rich would load from elsewhere.
+    # Drop the fonts that rich would load from the network.
     path.write_text(re.sub(r"\n *@font-face \{.*?\}", "", svg, flags=re.DOTALL))
 
 
 def _notebook(w: Container, path: Path) -> None:
-    """The tree as a notebook shows it, light beside dark."""
+    """The tree as a notebook shows it, in a light and in a dark theme."""
     from PIL import Image
     from selenium import webdriver
 

@@ -1,4 +1,4 @@
-"""The plots of the page: SVG without a background, in colours that both themes can show."""
+"""The plots of the performance page: SVG without a background, for light and dark themes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.trees import TITLES
 INK, OURS, PEER = "#808890", "#2f81f7", "#a0a8b0"
 SERIES = [OURS, "#d2802a"]
 STYLE = {
-    "svg.fonttype": "none",  # text stays text: small files
+    "svg.fonttype": "none",  # keep text as text, for small files
     "svg.hashsalt": "lars_tree",
     "font.size": 9,
     "font.family": "sans-serif",
@@ -34,23 +34,24 @@ def write(results: Results, folder: Path) -> None:
 
 
 @contextmanager
-def _figure(path: Path, panels: int, width: float, height: float) -> Iterator[Any]:
+def figure(path: Path, panels: int, width: float, height: float) -> Iterator[Any]:
+    """The axes of a figure, which is saved at the end."""
     import matplotlib as mpl
 
     mpl.use("agg")
     from matplotlib import pyplot
 
     with mpl.rc_context(STYLE):
-        figure, axes = pyplot.subplots(1, panels, figsize=(width, height), squeeze=False)
+        drawn, axes = pyplot.subplots(1, panels, figsize=(width, height), squeeze=False)
         yield axes[0]
-        figure.tight_layout()
-        figure.savefig(path, transparent=True, metadata={"Date": None})
-        pyplot.close(figure)
+        drawn.tight_layout()
+        drawn.savefig(path, transparent=True, metadata={"Date": None})
+        pyplot.close(drawn)
 
 
 def _peers(results: Results, path: Path) -> None:
-    """Bars: the time of each, by the memory limit."""
-    with _figure(path, len(results.in_place), 10, 3) as axes:
+    """Bars: time / memory limit of each contestant."""
+    with figure(path, len(results.in_place), 10, 3) as axes:
         for axis, (tree, times) in zip(axes, results.in_place.items(), strict=True):
             names = [name for name in reversed(times) if name != LIMIT]
             ratios = [times[name] / times[LIMIT] for name in names]
@@ -66,8 +67,8 @@ def _peers(results: Results, path: Path) -> None:
 
 
 def _growth(results: Results, path: Path) -> None:
-    """Lines: the time for each leaf."""
-    with _figure(path, 1, 5, 3) as (axis,):
+    """Lines: the time per leaf."""
+    with figure(path, 1, 5, 3) as (axis,):
         for (library, times), color in zip(results.growth.items(), SERIES, strict=True):
             axis.plot(*_microseconds(times), "o-", color=color, label=library)
         axis.set_xscale("log")
@@ -82,8 +83,8 @@ def _microseconds(times: dict[int, float]) -> tuple[list[int], list[float]]:
 
 
 def _threads(results: Results, path: Path) -> None:
-    """Lines: the speed-up over one thread, beside the ideal."""
-    with _figure(path, 1, 5, 3) as (axis,):
+    """Lines: the speed-up over one thread, and the ideal one."""
+    with figure(path, 1, 5, 3) as (axis,):
         for (tree, times), color in zip(results.threads.items(), SERIES, strict=True):
             speedups = [times[1] / seconds for seconds in times.values()]
             axis.plot(list(times), speedups, "o-", color=color, label=TITLES[tree])

@@ -1,18 +1,16 @@
-"""The results as text for the terminal and as Markdown for the page. Medians and ratios only."""
+"""The results as text for the terminal and as Markdown for the page: medians and ratios."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from string import Template
 
 import lars_tree
-from benchmarks.contestants import CONTESTANTS
-from benchmarks.optimizers import OPTIMIZERS
+from benchmarks.contestants import CONTESTANTS, OPTIMIZERS
 from benchmarks.sections import DTYPES, LIBRARIES, LIMIT, THREADS, Results, Seconds, cores
 from benchmarks.targets import MIB, OPTIMIZER, OURS, targets
 from benchmarks.trees import TITLES
@@ -21,25 +19,25 @@ Row = list[str]
 Table = tuple[str, list[Row]]  # a title, and rows of which the first is the heading
 
 PACKAGES = ["numpy", "torch", "ml_dtypes", "pytorch_optimizer", "timm", "jax", "optax", "ivy"]
-TEMPLATE = Path(__file__).with_name("performance.md.in")
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 def tables(results: Results) -> Iterator[tuple[str, Table]]:
     """Each part that was measured, by its name in the template."""
-    yield "targets", ("Targets", _targets(results))
     yield "in_place", ("In place, float32", _peers(results.in_place, OURS))
     yield "out_of_place", ("Out of place, float32", _peers(results.out_of_place, OURS))
     yield "momentum", ("With momentum, in place, float32", _peers(results.momentum, OPTIMIZER))
-    yield "dtypes", ("Number types, in place: ms, and by float32", _dtypes(results))
-    yield "growth", ("Small leaves: µs for each", _growth(results))
+    yield "dtypes", ("Dtypes, in place: ms, and ratio to float32", _dtypes(results))
+    yield "growth", ("Small leaves: µs per leaf", _growth(results))
     yield "threads", ("Threads: ms, and speed-up", _threads(results))
     yield "odd", ("Odd leaves, and options that need all norms", _odd(results))
-    yield "memory", ("ResNet-50: extra MiB at the peak of a step", _memory(results))
+    yield "memory", ("ResNet-50: peak extra MiB of a step", _memory(results))
     yield "versions", ("Measured with", [["", ""], *map(list, environment().items())])
+    yield "targets", ("Targets", _targets(results))
 
 
 def environment() -> dict[str, str]:
-    """What the numbers depend on."""
+    """What the times depend on."""
     found = {
         "processor": _processor(),
         "cores": str(cores()),
@@ -68,15 +66,16 @@ def _processor() -> str:
 
 
 def text(results: Results) -> str:
-    """For the terminal: columns, aligned."""
+    """All tables, for the terminal."""
     return "\n".join(
-        f"\n{title}\n{'-' * len(title)}\n{_columns(rows)}"
+        f"\n{title}\n{'-' * len(title)}\n{columns(rows)}"
         for _, (title, rows) in tables(results)
         if len(rows) > 1
     )
 
 
-def _columns(rows: list[Row]) -> str:
+def columns(rows: list[Row]) -> str:
+    """A table for the terminal."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     return "\n".join(line for line in lines if line)
@@ -84,12 +83,10 @@ def _columns(rows: list[Row]) -> str:
 
 def page(results: Results, command: str) -> str:
     """docs/performance.md: the template, filled in."""
-    parts = {name: _markdown(rows) for name, (_, rows) in tables(results)}
-    parts["summary"] = _summary(results)
-    everyone = CONTESTANTS | OPTIMIZERS
-    absent = [name for name, contestant in everyone.items() if not contestant.installed]
-    notes = [f"* **{name}**: {x.note}." for name, x in everyone.items() if x.note]
-    parts["notes"] = "\n".join(notes + [f"* **{name}**: not installed." for name in absent])
+    parts = {name: markdown(rows) for name, (_, rows) in tables(results)}
+    verdicts = [target.verdict for target in targets(results) if target.measured is not None]
+    parts["summary"] = f"{verdicts.count('met')} of {len(verdicts)} targets are met."
+    parts["notes"] = _notes()
     left_out = [str(n) for n in THREADS if n > cores()]
     parts["threads_remark"] = (
         f"{' and '.join(left_out)} threads were not measured: the machine has {cores()} cores."
@@ -97,22 +94,26 @@ def page(results: Results, command: str) -> str:
         else ""
     )
     bandwidth = "not measured" if results.bandwidth is None else f"{results.bandwidth / 1e9:.1f}"
-    return Template(TEMPLATE.read_text()).substitute(parts, command=command, bandwidth=bandwidth)
+    return fill("performance.md.in", {**parts, "command": command, "bandwidth": bandwidth})
 
 
-def _summary(results: Results) -> str:
-    """How many targets are met, and by name which are not."""
-    verdicts = {target.what: target.verdict for target in targets(results)}
-    counts = Counter(verdicts.values())
-    lines = [f"{counts['met']} of {len(verdicts)} targets are met."]
-    for verdict in ("missed", "not measured"):
-        if counts[verdict]:
-            names = "; ".join(what for what, found in verdicts.items() if found == verdict)
-            lines.append(f"{verdict.capitalize()}: {names}.")
-    return "\n\n".join(lines)
+def fill(template: str, parts: dict[str, object]) -> str:
+    """A template of this folder, filled in."""
+    return Template(Path(__file__).with_name(template).read_text()).substitute(parts)
 
 
-def _markdown(rows: list[Row]) -> str:
+def _notes() -> str:
+    """What the contestants do differently; each note once, for all that share it."""
+    names: dict[str, list[str]] = {}
+    for name, x in (CONTESTANTS | OPTIMIZERS).items():
+        note = x.note if x.installed else "not installed"
+        if note:
+            names.setdefault(note, []).append(f"**{name}**")
+    return "\n".join(f"* {', '.join(who)}: {note}." for note, who in names.items())
+
+
+def markdown(rows: list[Row]) -> str:
+    """A table for a page."""
     head, *body = rows
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *body])
@@ -124,14 +125,14 @@ def _targets(results: Results) -> list[Row]:
         for x in targets(results)
         if x.measured is not None
     ]
-    return [["time / time, unless a unit is given", "aim", "measured", ""], *rows]
+    return [["ratio of times, unless a unit is given", "aim", "measured", ""], *rows]
 
 
 def _peers(times: dict[str, Seconds], ours: str) -> list[Row]:
-    """A row for each contestant: milliseconds, and the ratio to one of ours."""
+    """A row for each contestant: milliseconds, and the ratio to `ours`."""
     names = dict.fromkeys(name for seconds in times.values() for name in seconds)
-    all_of_them = OPTIMIZERS if ours in OPTIMIZERS else CONTESTANTS
-    names |= {name: None for name, x in all_of_them.items() if not x.installed and times}
+    everyone = OPTIMIZERS if ours in OPTIMIZERS else CONTESTANTS
+    names |= {name: None for name, x in everyone.items() if not x.installed and times}
     rows = [["", *(heading for tree in times for heading in (f"{TITLES[tree]}, ms", "ratio"))]]
     for name in sorted(names, key=lambda name: name != LIMIT):
         row = [name]

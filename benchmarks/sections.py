@@ -1,4 +1,4 @@
-"""What is measured: each function here fills one part of the results."""
+"""What is measured: each section fills one part of the results."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 import lars_tree
 from benchmarks import measure, memory, odd
@@ -35,12 +37,13 @@ class Results:
     odd: dict[str, Seconds] = field(default_factory=dict)
     memory: dict[str, Seconds] = field(default_factory=dict)
     import_time: float | None = None
+    repr_time: float | None = None
     bandwidth: float | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Who takes part, and how often: `rounds` for small work, `few` for large and for children."""
+    """The contestants, and how many rounds: `rounds` for small trees, `few` for large ones."""
 
     contestants: dict[str, Contestant]
     optimizers: dict[str, Contestant]
@@ -49,7 +52,7 @@ class Plan:
 
 
 def peers(tree: str) -> Callable[[Plan, Results], None]:
-    """All contestants on one tree, in place beside the memory limit, and out of place."""
+    """All contestants on one tree: in place and out of place."""
 
     def section(plan: Plan, results: Results) -> None:
         shapes = TREES[tree]()
@@ -77,7 +80,7 @@ def _steps(
 def _beside_the_limit(
     steps: dict[str, Callable[[], Any]], rounds: int, least: int
 ) -> tuple[Seconds, float]:
-    """The medians with the memory limit for so many bytes, and the bandwidth."""
+    """The medians, with the memory limit for `least` bytes among them, and the bandwidth."""
     stream, traffic = measure.stream()
     times = measure.medians(steps | {LIMIT: stream}, rounds)
     bandwidth = traffic / times[LIMIT]
@@ -85,7 +88,7 @@ def _beside_the_limit(
 
 
 def momentum(plan: Plan, results: Results) -> None:
-    """Optimizers with momentum on two trees, beside the memory limit."""
+    """Optimizers with momentum on two trees."""
     for tree in ("resnet", "small"):
         shapes = TREES[tree]()
         steps = _steps(plan.optimizers, weights_and_gradients(shapes), True)
@@ -94,11 +97,11 @@ def momentum(plan: Plan, results: Results) -> None:
 
 
 def dtypes(plan: Plan, results: Results) -> None:
-    """Every number type in both libraries, in place."""
+    """Every dtype in both libraries, in place."""
     for tree in ("resnet", "gpt2"):
         flats = weights_and_gradients(TREES[tree]())
         steps = {
-            f"{library} {dtype}": _in_place(*(_container(flat, library, dtype) for flat in flats))
+            f"{library} {dtype}": _in_place(*(_tree(flat, library, dtype) for flat in flats))
             for library in LIBRARIES
             for dtype in DTYPES
         }
@@ -106,11 +109,11 @@ def dtypes(plan: Plan, results: Results) -> None:
 
 
 def growth(plan: Plan, results: Results) -> None:
-    """The time for each leaf as their number grows."""
+    """The time per leaf, by number of leaves."""
     for library in LIBRARIES:
         steps = {
             str(leaves): _in_place(
-                *(_container(flat, library) for flat in weights_and_gradients(small(leaves)))
+                *(_tree(flat, library) for flat in weights_and_gradients(small(leaves)))
             )
             for leaves in LEAVES
         }
@@ -119,10 +122,10 @@ def growth(plan: Plan, results: Results) -> None:
 
 
 def threads(plan: Plan, results: Results) -> None:
-    """As many threads as the machine has cores, at most."""
+    """The time by number of threads, up to the number of cores."""
     default = lars_tree.get_num_threads()
     for tree in ("resnet", "gpt2"):
-        step = _in_place(*(_container(flat) for flat in weights_and_gradients(TREES[tree]())))
+        step = _in_place(*(_tree(flat) for flat in weights_and_gradients(TREES[tree]())))
 
         def before(name: str, step: Callable[[], Any] = step) -> None:
             lars_tree.set_num_threads(int(name))
@@ -135,13 +138,13 @@ def threads(plan: Plan, results: Results) -> None:
 
 
 def odd_leaves(plan: Plan, results: Results) -> None:
-    """Odd leaves, and options that need all norms, beside the ordinary step."""
+    """Odd leaves, and options that need all norms."""
     for group in odd.GROUPS:
         results.odd[group.title] = group.measured(plan.rounds)
 
 
 def peak_memory(plan: Plan, results: Results) -> None:
-    """Extra memory at the peak of one step on ResNet-50, in fresh processes."""
+    """Peak extra memory of one step on ResNet-50."""
     if memory.AVAILABLE:
         for in_place in (True, False):
             contestants = plan.contestants | (plan.optimizers if in_place else {})
@@ -152,9 +155,15 @@ def peak_memory(plan: Plan, results: Results) -> None:
             }
 
 
-def imports(plan: Plan, results: Results) -> None:
-    """The time of the import."""
+def importing(plan: Plan, results: Results) -> None:
+    """The time of `import lars_tree`."""
     results.import_time = measure.import_time(21)
+
+
+def display(plan: Plan, results: Results) -> None:
+    """The time of `repr` for 100,000 leaves."""
+    w = Container({f"l{i}": {f"k{j}": np.ones(4) for j in range(100)} for i in range(1000)})
+    results.repr_time = measure.medians({"repr": lambda: repr(w)}, plan.few)["repr"]
 
 
 SECTIONS = {
@@ -167,21 +176,22 @@ SECTIONS = {
     "threads": threads,
     "odd": odd_leaves,
     "memory": peak_memory,
-    "import": imports,
+    "import": importing,
+    "repr": display,
 }
 
 
 def cores() -> int:
-    """The cores that this process may run on."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _container(flat: dict[str, Any], library: str = "numpy", dtype: str = "float32") -> Container:
+def _tree(flat: dict[str, Any], library: str = "numpy", dtype: str = "float32") -> Container:
     if library == "torch":
         import torch
 
-        number = getattr(torch, dtype)
-        return Container.from_flat({path: as_torch(x).to(number) for path, x in flat.items()})
+        as_dtype = getattr(torch, dtype)
+        return Container.from_flat({path: as_torch(x).to(as_dtype) for path, x in flat.items()})
     if dtype == "bfloat16":
         import ml_dtypes
 

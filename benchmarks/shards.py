@@ -1,7 +1,7 @@
 """Steps of FSDP2 over gloo: `torchrun --standalone --nproc-per-node=2 -m benchmarks.shards ROUNDS`.
 
-Prints the median seconds of a step of each optimizer as JSON. The processes wait for each other
-before and after each step.
+Prints the median seconds of a step of each optimizer as JSON. A barrier before and after each step
+keeps the processes together.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
+from benchmarks.contestants import MOMENTUM
 from benchmarks.odd import OPTIONS
-from benchmarks.optimizers import MOMENTUM
 from lars_tree.torch import Lars
 
 

@@ -1,4 +1,4 @@
-"""What lars_tree aims at, and whether it was met."""
+"""The targets, and whether they are met."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import odd, optimizers
-from benchmarks.contestants import PEERS
+from benchmarks import odd
+from benchmarks.contestants import CONTESTANTS, OPTIMIZERS
 from benchmarks.sections import LIMIT, Results
 from benchmarks.trees import TITLES
 
@@ -18,7 +18,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Target:
-    """`measured` should be at most `bound`, or at least where `at_least`; None: not measured."""
+    """`measured` should be at most `bound`, or with `at_least` at least. None: not measured."""
 
     what: str
     bound: float
@@ -40,7 +40,7 @@ class Target:
         return f"{'≥' if self.at_least else '≤'} {self.show(self.bound)}"
 
     def show(self, value: float | None) -> str:
-        """The value with its unit; of three digits, so that rounding does not hide a miss."""
+        """The value with its unit; three digits, so that rounding does not hide a miss."""
         if value is None:
             return ""
         return f"{value:.3g}{self.unit}" if self.unit == "×" else f"{value:.3g} {self.unit}"
@@ -65,8 +65,7 @@ def _in_place(results: Results) -> Iterator[Target]:
             yield Target(f"{title}: time / memory limit", limit, _ratio(times, OURS, LIMIT))
         else:
             yield Target(f"{title}: time", 0.6, None if ours is None else 1e3 * ours, "ms")
-        peers = {name: seconds for name, seconds in times.items() if name in PEERS}
-        best = min(peers, key=peers.__getitem__, default="")
+        best = _fastest_peer(times)
         named = f" ({best.split(',')[0]})" if best else ""
         fastest = _ratio(times, best, OURS)
         yield Target(f"{title}: fastest peer{named} / lars_tree", speed, fastest, at_least=True)
@@ -87,8 +86,7 @@ def _with_momentum(results: Results) -> Iterator[Target]:
     for name in (OPTIMIZER, "lars_tree.Lars, numpy"):
         for tree, speed in {"resnet": 2.0, "small": 4.0}.items():
             times, title = results.momentum.get(tree, {}), f"{TITLES[tree]}, momentum: "
-            peers = {peer: seconds for peer, seconds in times.items() if peer in optimizers.PEERS}
-            best = min(peers, key=peers.__getitem__, default="")
+            best = _fastest_peer(times)
             what = f"{title}fastest peer ({best.split(',')[0]}) / {name}"
             yield Target(what, speed, _ratio(times, best, name), at_least=True)
             if tree == "resnet":
@@ -96,7 +94,7 @@ def _with_momentum(results: Results) -> Iterator[Target]:
                 fused = _ratio(times, name, "torch SGD, fused")
                 yield Target(f"{title}{name} / torch SGD, fused", 1.3, fused)
         extra = results.memory.get("in place", {}).get(name)
-        what = f"{name}: extra memory beside the velocity"
+        what = f"{name}: extra memory beyond the velocity"
         yield Target(what, 1.0, None if extra is None else extra / MIB, "MiB")
 
 
@@ -116,16 +114,22 @@ def _others(results: Results) -> Iterator[Target]:
             speed = _ratio(times, f"{library} float32", f"{library} bfloat16")
             yield Target(what, 1.5, speed, at_least=True)
     growth = _ratio(results.growth.get("numpy", {}), 100_000, 1000)
-    yield Target("small leaves: time for each of 100,000 / of 1,000", 1.3, growth)
+    yield Target("small leaves: time per leaf of 100,000 / of 1,000", 1.3, growth)
     for way in ("in place", "out of place"):
         for name in (OURS, OURS_TORCH):
             extra = results.memory.get(way, {}).get(name)
             what = f"{name.split(', ')[1]}, {way}: extra memory"
             yield Target(what, 1.0, None if extra is None else extra / MIB, "MiB")
-    seconds = results.import_time
-    yield Target(
-        "import: time over numpy's", 40.0, None if seconds is None else 1e3 * seconds, "ms"
-    )
+    for what, bound, seconds in [
+        ("import: time beyond numpy's", 40.0, results.import_time),
+        ("repr of 100,000 leaves", 50.0, results.repr_time),
+    ]:
+        yield Target(what, bound, None if seconds is None else 1e3 * seconds, "ms")
+
+
+def _fastest_peer(times: dict[str, float]) -> str:
+    peers = [name for name, x in (CONTESTANTS | OPTIMIZERS).items() if x.peer and name in times]
+    return min(peers, key=times.__getitem__, default="")
 
 
 def _ratio(times: dict[Any, float], above: Any, below: Any) -> float | None:

@@ -1,7 +1,8 @@
-"""`python -m benchmarks.training`: does it train, and does it keep its accuracy at large batches?
+"""`python -m benchmarks.training`: does LARS train, and keep its accuracy at large batch sizes?
 
-LARS beside SGD and Adam on real images: equal epochs, one schedule, rates tuned alike on validation
-images, accuracy reported on test images. Every run goes to a file at once: `--resume` reads it.
+LARS, SGD and Adam train on real images with equal epochs and the same schedule. Rates are tuned in
+the same way on validation images; the accuracy is that on test images. Each finished run is saved
+to a file, which `--resume` reads.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from importlib.metadata import version
 from itertools import product, takewhile
 from pathlib import Path
 from statistics import fmean, stdev, variance
-from string import Template
 from tempfile import mkdtemp
 from time import process_time
 from typing import Any, NamedTuple
@@ -32,24 +32,22 @@ from benchmarks import plots, report
 from lars_tree.schedules import Polynomial
 from lars_tree.torch import Lars, param_groups
 
-DOCS = Path(__file__).parent.parent / "docs"
-TEMPLATE = Path(__file__).with_name("training.md.in")
-TRAIN, TEST = 1024, 400  # images; 373 are left to choose by
+TRAIN, TEST = 1024, 400  # images; the other 373 are for validation
 MOMENTUM, DECAY, WARMUP = 0.9, 5e-4, 0.1
-KEPT = 1.0  # points: an accuracy counts as kept where no more than that is lost
+KEPT = 1.0  # the largest loss, in points, at which an accuracy counts as kept
 PACKAGES = ["numpy", "torch", "scikit-learn"]
 
-Part = tuple[Tensor, Tensor]  # images of 8 x 8 pixels in [0, 1], and the digits they show
-Make = Callable[[list[dict[str, Any]], float], torch.optim.Optimizer]  # of groups and the rate
+Part = tuple[Tensor, Tensor]  # images of 8 x 8 pixels in [0, 1], and their labels
+Make = Callable[[list[dict[str, Any]], float], torch.optim.Optimizer]  # from groups and a rate
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """An optimizer, the exponent of the middle of its rates, and how it is drawn."""
+    """An optimizer, the exponent of the middle one of its rates, and its line in the plot."""
 
     make: Make
     centre: int
-    color: str  # of Okabe and Ito, who chose them for colour-blind readers
+    color: str  # from the palette of Okabe and Ito, for colour-blind readers
     line: str
 
 
@@ -67,18 +65,18 @@ CONTESTANTS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is tried."""
+    """The size of the experiment."""
 
     epochs: int = 20
     batches: tuple[int, ...] = (32, 128, 512, TRAIN)
     seeds: tuple[int, ...] = (0, 1, 2)
     candidates: int = 5  # rates
-    extra: int = 4  # more at most, where the best is at the edge
-    further: tuple[int, ...] = tuple(range(10, 30))  # seeds, at the largest batch and chosen rate
+    extra: int = 4  # at most so many more rates, while the best is at the edge
+    further: tuple[int, ...] = tuple(range(10, 30))  # seeds, at the largest batch size
 
 
 class Data(NamedTuple):
-    """To train on, to choose the rate by, and to report."""
+    """The three parts of the images."""
 
     train: Part
     validation: Part
@@ -86,20 +84,20 @@ class Data(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What one run came to."""
+    """The accuracies of one run, and its size."""
 
     validation: float
     test: float
     images: int
     steps: int
-    seconds: float  # of processor time: others may share the core
+    seconds: float  # of processor time
 
 
-Runs = dict[int, list[Run]]  # by the exponent of the rate, a run for each seed
+Runs = dict[int, list[Run]]  # from the exponent of the rate to a run for each seed
 
 
 class Results(NamedTuple):
-    """By optimizer and batch; and at the largest batch, by optimizer, those of further seeds."""
+    """The runs by optimizer and batch size; those of further seeds by optimizer."""
 
     plan: Plan
     cells: dict[tuple[str, int], Runs]
@@ -107,21 +105,21 @@ class Results(NamedTuple):
 
 
 def load() -> Data:
-    """The digits that scikit-learn ships, split once for all."""
+    """The digits of scikit-learn, in a fixed split."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split as split
 
     rows, labels = load_digits(return_X_y=True)
     images = torch.tensor(rows / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)
     labels = torch.tensor(labels)
-    places = range(len(labels))
-    rest, test = split(places, test_size=TEST, stratify=labels, random_state=0)
+    indices = range(len(labels))
+    rest, test = split(indices, test_size=TEST, stratify=labels, random_state=0)
     train, validation = split(rest, train_size=TRAIN, stratify=labels[rest], random_state=0)
     return Data(*((images[x], labels[x]) for x in (train, validation, test)))
 
 
 def network() -> nn.Sequential:
-    """Three convolutions with batch norm, the mean over the pixels, a linear head."""
+    """Three convolutions with batch norm, global average pooling, a linear head."""
     layers: list[nn.Module] = []
     for inputs, outputs, stride in [(1, 16, 1), (16, 32, 2), (32, 32, 1)]:
         convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
@@ -132,13 +130,13 @@ def network() -> nn.Sequential:
 def fit(
     part: Part, name: str, rate: float, *, batch: int, seed: int, epochs: int
 ) -> tuple[nn.Sequential, int, int]:
-    """The model that comes of a seed and a peak rate; how many images and steps it was shown."""
+    """Train a model; return it with the number of images and of steps."""
     images, labels = part
     seen, steps, total = 0, 0, epochs * math.ceil(len(labels) / batch)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = network()
-        # All decay the same parameters; SGD and Adam pass over what else the groups say.
+        # SGD and Adam ignore the other options of the groups.
         optimizer = CONTESTANTS[name].make(param_groups(model, weight_decay=DECAY), rate)
         schedule = LambdaLR(optimizer, Polynomial(1.0, total, max(1, round(WARMUP * total))))
         for _ in range(epochs):
@@ -153,28 +151,28 @@ def fit(
 
 @torch.no_grad()
 def settle(model: nn.Sequential, images: Tensor) -> None:
-    """Give batch norm the statistics of these images under the weights as they are now.
+    """Compute the statistics of batch norm for these images and the current weights.
 
-    Its running means lag: after few steps they would say more of the first weights than of the
-    last, and large batches would seem worse than they are, whatever the optimizer.
+    The running means lag behind the weights. After few steps they mostly reflect the first weights,
+    and large batch sizes would seem worse than they are, for every optimizer.
     """
     for layer in model:
         if isinstance(layer, nn.BatchNorm2d):
             layer.reset_running_stats()
-            layer.momentum = None  # the plain mean over what it sees: here, all at once
+            layer.momentum = None  # the mean over all batches; here there is one
     model.train()(images)
     model.eval()
 
 
 @torch.no_grad()
 def accuracy(model: nn.Sequential, part: Part) -> float:
-    """The fraction of the images that are read right."""
+    """The fraction of the images that are classified correctly."""
     images, labels = part
     return float((model(images).argmax(dim=1) == labels).double().mean())
 
 
 def train(data: Data, name: str, rate: float, **how: int) -> Run:
-    """One run, from the weights and on the batches that the seed gives; see `fit`."""
+    """One run; the arguments are those of `fit`."""
     start = process_time()
     model, images, steps = fit(data.train, name, rate, **how)
     settle(model, data.train[0])
@@ -183,22 +181,22 @@ def train(data: Data, name: str, rate: float, **how: int) -> Run:
 
 
 def rate_of(exponent: int) -> float:
-    """1, 3, 10, 30, ...: about sqrt(10) ** exponent, in numbers that read well."""
+    """1, 3, 10, 30, ...: about sqrt(10) ** exponent."""
     return float(f"{3 if exponent % 2 else 1}e{exponent // 2}")
 
 
 def choose(runs: Runs) -> int:
-    """The rate of the best mean accuracy on validation images; of equals the smallest."""
+    """The exponent with the best mean validation accuracy; among equals, the smallest."""
     return max(sorted(runs), key=lambda x: fmean(run.validation for run in runs[x]))
 
 
 def at_edge(runs: Runs) -> bool:
-    """Whether a rate beyond those tried might be better still."""
+    """Whether the best rate is the smallest or the largest one tried."""
     return choose(runs) in (min(runs), max(runs))
 
 
 def tune(trained: Callable[[int, int], Run], centre: int, plan: Plan) -> Runs:
-    """Try the rates around the centre, then one more as long as the best is at the edge."""
+    """Try the rates around the centre, then further ones while the best is at the edge."""
     runs: Runs = {}
     low = centre - plan.candidates // 2
     wanted = list(range(low, low + plan.candidates))
@@ -211,10 +209,10 @@ def tune(trained: Callable[[int, int], Run], centre: int, plan: Plan) -> Runs:
 
 
 class Log:
-    """Runs by what was run, in a file that each is added to at once."""
+    """A file of finished runs, by description."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        settings = json.loads(json.dumps(settings))  # as it reads from a file
+        settings = json.loads(json.dumps(settings))  # as read from a file
         self._path = path
         self._content: dict[str, Any] = {"settings": settings, "runs": {}}
         if path.exists():
@@ -223,18 +221,18 @@ class Log:
                 raise ValueError(f"{path}: made with {self._content['settings']}, not {settings}")
 
     def run(self, what: str, compute: Callable[[], Run]) -> Run:
-        """The run as it was logged, or computed now."""
+        """The logged run, or else a new one, which is logged."""
         runs = self._content["runs"]
         if what not in runs:
             runs[what] = compute()
             new = self._path.with_suffix(".new")
             new.write_text(json.dumps(self._content, indent=1))
-            new.replace(self._path)  # at no moment is there half a file
+            new.replace(self._path)  # atomic
         return Run(*runs[what])
 
 
 def experiment(data: Data, plan: Plan, log: Log) -> Results:
-    """Every optimizer at every batch, then further seeds at the largest."""
+    """Every optimizer at every batch size, and further seeds at the largest."""
     results = Results(plan, {}, {})
     for batch, name in product(plan.batches, CONTESTANTS):
 
@@ -251,7 +249,7 @@ def experiment(data: Data, plan: Plan, log: Log) -> Results:
 
 
 def scores(runs: Runs) -> list[float]:
-    """The accuracies on test images at the chosen rate, one for each seed, in percent."""
+    """The test accuracies at the chosen rate in percent, one for each seed."""
     return [100 * run.test for run in runs[choose(runs)]]
 
 
@@ -261,7 +259,7 @@ def _cell(runs: Runs) -> str:
 
 
 def table(results: Results) -> list[report.Row]:
-    """A row for each optimizer, a column for each batch, and one for the further seeds."""
+    """A row for each optimizer, a column for each batch size, and one for the further seeds."""
     batches = results.plan.batches
     rows = [["", *(f"batch {x:,}" for x in batches), f"{batches[-1]:,}, further seeds"]]
     for name in CONTESTANTS:
@@ -272,7 +270,7 @@ def table(results: Results) -> list[report.Row]:
 
 
 def by_rate(results: Results) -> list[report.Row]:
-    """The accuracy on validation images at the largest batch, by rate."""
+    """The validation accuracy at the largest batch size, by rate."""
     rows = [["", "rate: accuracy"]]
     for name in CONTESTANTS:
         runs = sorted(results.cells[name, results.plan.batches[-1]].items())
@@ -282,13 +280,13 @@ def by_rate(results: Results) -> list[report.Row]:
 
 
 def findings(results: Results) -> list[str]:
-    """What the numbers show, and what they do not, in sentences."""
+    """What the numbers show, in sentences."""
     first, *_, last = batches = results.plan.batches
     mean = {key: fmean(scores(runs)) for key, runs in results.cells.items()}
     kept, lines = {}, []
     for name in CONTESTANTS:
         lost = {batch: mean[name, first] - mean[name, batch] for batch in batches}
-        # Sums of fractions are not exact: a loss of just so much is not more.
+        # The tolerance is for rounding: a loss of exactly KEPT counts as kept.
         kept[name] = list(takewhile(lambda x: lost[x] <= KEPT + 1e-9, batches))[-1]  # noqa: B023
         lines.append(
             f"**{name}**: {mean[name, first]:.2f}% at batch {first:,}, {mean[name, last]:.2f}% at "
@@ -296,30 +294,30 @@ def findings(results: Results) -> list[str]:
         )
     for name in (name for name in CONTESTANTS if name.startswith("LARS")):
         (above, beside_sgd), (_, beside_adam) = (compare(results, name, x) for x in ("SGD", "Adam"))
-        against = [f"its accuracy is kept up to batch {kept[name]:,} only"] * (kept[name] != last)
+        against = [f"its accuracy is kept only up to batch {kept[name]:,}"] * (kept[name] != last)
         against += ["SGD keeps its accuracy too"] * (kept["SGD"] == last)
         against += ["it is not above SGD"] * (not above)
         lines.append(
-            f"At batch {last:,}, by further seeds, **{name}** is {beside_sgd}; {beside_adam}. "
+            f"At batch {last:,}, with further seeds, **{name}** is {beside_sgd}; {beside_adam}. "
             "The claim that it keeps its accuracy where SGD does not is "
-            + (f"not shown: {'; '.join(against)}." if against else "shown.")
+            + (f"not confirmed: {'; '.join(against)}." if against else "confirmed.")
         )
     return lines
 
 
 def compare(results: Results, name: str, other: str) -> tuple[bool, str]:
-    """Whether the first is above by further seeds and two standard errors; and that in words."""
+    """Whether `name` is above `other` by more than two standard errors; and a description."""
     a, b = ([100 * run.test for run in results.further[x]] for x in (name, other))
     difference = fmean(a) - fmean(b)
     margin = 2 * math.sqrt(variance(a) / len(a) + variance(b) / len(b))
     points = f"{abs(difference):.2f} ± {margin:.2f} points"
     if abs(difference) <= margin:
-        return False, f"not told apart from {other} ({points})"
+        return False, f"not distinguishable from {other} ({points})"
     return difference > 0, f"{points} {'above' if difference > 0 else 'below'} {other}"
 
 
 def extensions(results: Results) -> list[str]:
-    """Where more rates were tried than the candidates, and where the best is still at the edge."""
+    """The cells that needed more rates, and whether the best one is still at the edge."""
     return [
         f"{name} at batch {batch:,}, {len(runs)} rates" + " (the best at the edge)" * at_edge(runs)
         for (name, batch), runs in results.cells.items()
@@ -342,24 +340,24 @@ def page(results: Results, command: str) -> str:
         "runs": len(runs),
         "minutes": f"{sum(run.seconds for run in runs) / 60:.0f}",
         "steps": ", ".join(steps),
-        "table": report._markdown(table(results)),
-        "by_rate": report._markdown(by_rate(results)),
+        "table": report.markdown(table(results)),
+        "by_rate": report.markdown(by_rate(results)),
         "findings": "\n* ".join(findings(results)),
-        "extensions": "; ".join(extensions(results)) or "nowhere",
-        "versions": report._markdown([["", ""], *([name, versions[name]] for name in named)]),
+        "extensions": "; ".join(extensions(results)) or "none",
+        "versions": report.markdown([["", ""], *([name, versions[name]] for name in named)]),
     }
-    return Template(TEMPLATE.read_text()).substitute(parts, command=command)
+    return report.fill("training.md.in", {**parts, "command": command})
 
 
 def plot(results: Results, path: Path) -> None:
-    """Lines: the accuracy against the batch, with bars from the worst to the best seed."""
+    """Lines: the accuracy by batch size, with bars from the worst to the best seed."""
     batches = results.plan.batches
-    with plots._figure(path, 1, 6, 3.6) as (axis,):
-        for place, (name, x) in enumerate(CONTESTANTS.items()):
+    with plots.figure(path, 1, 6, 3.6) as (axis,):
+        for index, (name, x) in enumerate(CONTESTANTS.items()):
             found = [scores(results.cells[name, batch]) for batch in batches]
             means = [fmean(values) for values in found]
             bars = [[fmean(y) - min(y) for y in found], [max(y) - fmean(y) for y in found]]
-            beside = [batch * 1.05 ** (place - 1.5) for batch in batches]  # bars do not cover bars
+            beside = [x * 1.05 ** (index - 1.5) for x in batches]  # bars do not overlap
             style = {"color": x.color, "capsize": 3, "markersize": 5, "label": name}
             axis.errorbar(beside, means, bars, fmt=x.line, **style)
         axis.set_xscale("log", base=2)
@@ -374,7 +372,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few epochs, rates and seeds")
     parser.add_argument("--write", action="store_true", help="write docs/training.md and its plot")
-    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on from the runs in there")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="continue from these runs")
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
@@ -384,12 +382,12 @@ def main(arguments: list[str]) -> None:
     _say(f"Runs are kept in {path}")
     settings = {**asdict(plan), "versions": {name: version(name) for name in PACKAGES}}
     results = experiment(load(), plan, Log(path, settings))
-    tables = [report._columns(rows) for rows in (table(results), by_rate(results))]
+    tables = [report.columns(rows) for rows in (table(results), by_rate(results))]
     sys.stdout.write("\n".join([*tables, *findings(results), *extensions(results)]) + "\n")
     if options.write:
-        plot(results, DOCS / "images" / "training.svg")
+        plot(results, report.DOCS / "images" / "training.svg")
         command = f"python -m benchmarks.training{' --quick' * options.quick} --write"
-        (DOCS / "training.md").write_text(page(results, command))
+        (report.DOCS / "training.md").write_text(page(results, command))
 
 
 def _say(line: str) -> None:

@@ -1,6 +1,6 @@
-"""The weights that are stepped: real names and shapes, random values.
+"""The weights to update: real names and shapes, random values.
 
-A tree is flat here, a dict from path to array; each contestant nests it as its users would.
+Here a tree is a flat dict from path to array; each contestant converts it to what its users have.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Flat = dict[str, np.ndarray]
 
 
 def resnet50() -> Shapes:
-    """ResNet-50 as torchvision names it: 161 leaves, 25.6 M parameters."""
+    """ResNet-50 with the names of torchvision: 161 leaves, 25.6 M parameters."""
     shapes: Shapes = dict(_convolution("conv1", "bn1", 3, 64, 7))
     channels = 64
     for stage, (width, blocks) in enumerate([(64, 3), (128, 4), (256, 6), (512, 3)], start=1):
@@ -40,7 +40,7 @@ def _convolution(
 
 
 def gpt2() -> Shapes:
-    """GPT-2 small as transformers names it: 148 leaves, 124 M parameters."""
+    """GPT-2 small with the names of transformers: 148 leaves, 124 M parameters."""
     d = 768
     shapes: Shapes = {"wte/weight": (50257, d), "wpe/weight": (1024, d)}
     for layer in range(12):
@@ -58,7 +58,7 @@ def gpt2() -> Shapes:
 
 
 def small(leaves: int = 1000) -> Shapes:
-    """Pairs of a 16x16 kernel and a bias of 16: what each leaf costs, whatever its size."""
+    """Pairs of a 16x16 kernel and a bias of 16, to measure the cost per leaf."""
     shapes: Shapes = {}
     for pair in range(leaves // 2):
         shapes[f"layer{pair}/kernel"] = (16, 16)
@@ -81,14 +81,14 @@ def values(shapes: Shapes, scale: float, seed: int) -> Flat:
 
 
 def weights_and_gradients(shapes: Shapes) -> tuple[Flat, Flat]:
-    """Weights of about 0.05, gradients of about 0.01: nothing here depends on the size."""
+    """Weights of about 0.05 and gradients of about 0.01."""
     return values(shapes, 0.05, seed=1), values(shapes, 0.01, seed=2)
 
 
 def least_traffic(shapes: Shapes, *, velocity: bool = False) -> int:
-    """The bytes that any step must move: read w and g, write w; and read and write a velocity.
+    """The bytes that any step must move: read w and g, write w; read and write the velocity.
 
-    A leaf of more than 4 M elements is in no cache when its norms are known: it is read twice.
+    A leaf of more than 4 M elements is read twice: no cache holds it until its norms are known.
     """
     streams = 5 if velocity else 3
     sizes = [prod(shape) for shape in shapes.values()]

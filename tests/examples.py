@@ -1,15 +1,15 @@
-"""The blocks of code in a Markdown page: found, and run in the order in which they stand.
+"""Run the fenced code blocks of a Markdown page, in order.
 
-The language of its fence says how a block runs. All blocks of a page share names and a directory.
+The language of the fence says how. All blocks of a page share one namespace and one directory.
 
-    pycon    as a doctest
-    python   as it stands; if it begins with the comment of a command, such as `# python step.py`,
-             it is written to the file that the command ends with, and the command is run
-    bash     line by line; see NOT_RUN
-    console  lines that begin with `$ ` are commands, those below what they print
-    text     not at all: a drawing or a formula
+    pycon    a doctest
+    python   code; if its first line is the comment of a command, such as `# python step.py`, it is
+             written to the file at the end of the command, and the command is run
+    bash     commands, one per line, except for NOT_RUN
+    console  a line that begins with `$ ` is a command, the lines below it are its output
+    text     not run: a drawing or a formula
 
-There is no other language. Code that is neither in a fence nor indented is not known as such.
+Other languages, and prompts outside a block, are errors.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from conftest import need
 ROOT = Path(__file__).parent.parent
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
-# Commands in pages that the tests do not run, and why.
+# Commands in pages that the tests do not run, with the reasons.
 NOT_RUN = {
     r"(\.venv/bin/)?pip install .*": "sets up an environment",
     r"python3\.11 -m venv .*": "sets up an environment; .ci/run runs those of the README",
     r"git (tag|push) .*": "makes a release",
-    r"\.venv/bin/python -m pytest": "is what runs these pages",
+    r"\.venv/bin/python -m pytest": "would run these pages again",
     r"python -m benchmarks.*": "takes minutes",
 }
 
-# What is compared with, and is in none of the extras: where one is missing, also on CI, the page is
-# skipped from the block on that needs it.
+# Packages that the pages compare with. No extra installs them: if one is missing, even on CI, the
+# rest of the page is skipped.
 PEERS = {"ivy", "optax", "pytorch_optimizer", "timm"}
 
 
 class Block(NamedTuple):
-    """A block of code: the language of its fence, what is in it, and the line of the fence."""
+    """A code block: the language and the line of its fence, and the text in it."""
 
     language: str
     text: str
@@ -75,7 +75,7 @@ def blocks(page: str) -> list[Block]:
 
 
 def run_page(page: str, name: str, directory: Path) -> None:
-    """Run all blocks of a page in a directory, up to the first that needs what is missing."""
+    """Run the blocks of a page in a directory, up to the first that needs a missing package."""
     names: dict[str, Any] = {"__name__": name}
     for block in blocks(page):
         where = f"{name}, line {block.line}"
@@ -92,8 +92,8 @@ def _pycon(block: Block, where: str, names: dict[str, Any], directory: Path) -> 
     assert results.failed == 0, f"{where}: see above"
 
 
-# A thread of gloo that releases a tensor while Python is being taken down aborts the process
-# (pytorch issue 190489). A barrier makes that rare; on a busy machine it is still seen.
+# If a thread of gloo releases a tensor while Python shuts down, the process aborts (pytorch issue
+# 190489). A barrier makes this rare; on a busy machine it still happens.
 GLOO_SETTLES = "\nimport time\n\ntime.sleep(1)\n"
 
 
@@ -134,19 +134,19 @@ LANGUAGES = {
 
 
 def _commands(text: str) -> list[str]:
-    """The commands of a block: its lines, joined where they end in a backslash, no comments."""
+    """The commands of a block: its lines without comments; a backslash at the end joins lines."""
     lines = text.replace("\\\n", "").splitlines()
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
 def is_exempt(command: str) -> bool:
-    """Whether a command is not run: because of NOT_RUN, or because .ci/run runs the very same."""
+    """Whether a command is not run: it matches NOT_RUN, or `.ci/run` contains the same line."""
     ours = (ROOT / ".ci" / "run").read_text().splitlines()
     return command in ours or any(re.fullmatch(pattern, command) for pattern in NOT_RUN)
 
 
 def _run(command: str, where: str, directory: Path) -> str:
-    """What a command prints; its errors too."""
+    """The output of a command, stderr included."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     result = subprocess.run(
         ["bash", "-c", command],
@@ -161,7 +161,7 @@ def _run(command: str, where: str, directory: Path) -> str:
 
 
 def _need_imports(source: str) -> None:
-    """Skip, or fail on CI, if something is missing that the source imports."""
+    """Skip, or fail on CI, if the source imports a package that is not installed."""
     for node in ast.walk(ast.parse(source)):
         modules = []
         if isinstance(node, ast.Import):
@@ -172,6 +172,6 @@ def _need_imports(source: str) -> None:
             top = module.partition(".")[0]
             if top in PEERS:
                 if find_spec(top) is None:
-                    pytest.skip(f"{top} is not installed: from here on the page was not run")
+                    pytest.skip(f"{top} is not installed: the rest of the page was not run")
             else:
                 need(module if top == "lars_tree" else top)

@@ -1,4 +1,4 @@
-"""Every example in docstrings, README and docs runs, and shows what it says."""
+"""The examples in docstrings, README and docs run, and print what they show."""
 
 from __future__ import annotations
 
@@ -34,7 +34,6 @@ def test_docstrings(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_pages(page, tmp_path, monkeypatch):
-    """Every block of code runs, and shows what it says."""
     monkeypatch.chdir(tmp_path)
     run_page(page.read_text(), page.name, tmp_path)
 
@@ -54,13 +53,13 @@ def test_pages(page, tmp_path, monkeypatch):
         (">>> 1 + 1", "outside"),
     ],
 )
-def test_a_wrong_block_is_seen(page, message, tmp_path):
+def test_a_wrong_block_fails(page, message, tmp_path):
     with pytest.raises(AssertionError) as error:
         run_page(page, "page", tmp_path)
     assert message in str(error.value)
 
 
-def test_blocks_of_a_page_share_names_and_a_directory(tmp_path):
+def test_the_blocks_of_a_page_share_names_and_a_directory(tmp_path):
     page = """
         ```python
         from pathlib import Path
@@ -78,8 +77,8 @@ def test_blocks_of_a_page_share_names_and_a_directory(tmp_path):
         run_page(page, "page", tmp_path)
 
 
-def test_only_listed_commands_are_not_run():
-    assert is_exempt(".venv/bin/mypy")  # .ci/run has this very line
+def test_only_exempt_commands_are_not_run():
+    assert is_exempt(".venv/bin/mypy")  # .ci/run contains this line
     assert not is_exempt(".venv/bin/mypy --version")
     assert is_exempt("python -m benchmarks --write")
     assert not is_exempt("lars-tree demo")
@@ -87,7 +86,7 @@ def test_only_listed_commands_are_not_run():
 
 @pytest.mark.parametrize("pattern", NOT_RUN)
 def test_each_exemption_is_used(pattern):
-    """So that none outlives the block that it was made for."""
+    """An exemption for a block that no longer exists is an error."""
     lines = [
         line
         for page in PAGES
@@ -98,18 +97,18 @@ def test_each_exemption_is_used(pattern):
     assert any(re.fullmatch(pattern, line) for line in lines)
 
 
-def test_links_between_pages_lead_somewhere():
+def test_links_between_pages_have_a_target():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_readme_has_two_commands_that_do_all_the_set_up():
+def test_the_two_commands_of_the_readme_set_up_their_environment():
     commands = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert [command.count("\n") for command in commands] == [1, 1]
     assert all(command.startswith("python3.11 -m venv .venv && ") for command in commands)
 
 
 @pytest.mark.parametrize("name", ["lars_update", "Container", "Array", "Lars"])
-def test_public_names_show_an_example(name):
+def test_public_names_have_an_example(name):
     assert ">>>" in getattr(lars_tree, name).__doc__

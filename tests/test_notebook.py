@@ -1,4 +1,4 @@
-"""Container in a real browser: headless Chromium opens a page from a file, as notebooks show it."""
+"""The HTML of a Container in a browser, headless Chromium: it folds, is legible and safe."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FLAGS = [
     "--disable-dev-shm-usage",
     "--window-size=800,600",
 ]
-# What JupyterLab sets in its dark theme, whatever the system prefers.
+# The variables of JupyterLab's dark theme, which does not depend on the theme of the system.
 JUPYTER_DARK = """<style>:root{--jp-content-font-color1:rgba(255,255,255,1);
 --jp-content-font-color2:rgba(255,255,255,0.7);--jp-layout-color0:#111111;
 --jp-border-color2:#424242}</style>"""
@@ -56,7 +56,7 @@ def container():
     return w
 
 
-def opened(browser, folder, theme, head=""):
+def open_page(browser, folder, theme="light", head=""):
     page = folder / "page.html"
     html = container()._repr_html_()
     page.write_text(
@@ -65,11 +65,10 @@ def opened(browser, folder, theme, head=""):
     features = [{"name": "prefers-color-scheme", "value": theme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     browser.get(page.as_uri())
-    return page
 
 
-def named(browser, name):
-    """The row with this key."""
+def row(browser, name):
+    """The element that shows this key."""
     found = [
         x
         for x in browser.find_elements("css selector", "b")
@@ -80,7 +79,7 @@ def named(browser, name):
 
 
 def colors(browser, selector):
-    """Of text: its colour and that of what is painted behind it, as red, green, blue, opacity."""
+    """The colours of a text and of its background, as [red, green, blue, opacity]."""
     script = """
         let x = document.querySelector(arguments[0]);
         const ink = getComputedStyle(x).color;
@@ -91,7 +90,7 @@ def colors(browser, selector):
 
 
 def contrast(ink, page):
-    """The contrast ratio of WCAG 2.1, from 1 to 21; ink that lets through shows the page."""
+    """The contrast ratio of WCAG 2.1, from 1 to 21; transparent ink is mixed with the page."""
     ink = [a * ink[3] + b * (1 - ink[3]) for a, b in zip(ink[:3], page[:3], strict=True)]
     lights = []
     for color in (ink, page):
@@ -100,32 +99,31 @@ def contrast(ink, page):
     return (max(lights) + 0.05) / (min(lights) + 0.05)
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_the_tree_folds_and_unfolds(browser, tmp_path, theme):
-    opened(browser, tmp_path, theme)
-    assert named(browser, "encoder").is_displayed()
-    assert named(browser, "head").is_displayed()
-    assert not named(browser, "kernel").is_displayed()
+def test_the_tree_folds_and_unfolds(browser, tmp_path):
+    open_page(browser, tmp_path)
+    assert row(browser, "encoder").is_displayed()
+    assert row(browser, "head").is_displayed()
+    assert not row(browser, "kernel").is_displayed()
     folded = browser.get_screenshot_as_png()
 
-    named(browser, "encoder").click()
-    assert named(browser, "kernel").is_displayed()
-    assert not named(browser, "bias").is_displayed()
-    named(browser, "deep").click()
-    assert named(browser, "bias").is_displayed()
+    row(browser, "encoder").click()
+    assert row(browser, "kernel").is_displayed()
+    assert not row(browser, "bias").is_displayed()
+    row(browser, "deep").click()
+    assert row(browser, "bias").is_displayed()
     unfolded = browser.get_screenshot_as_png()
     assert folded != unfolded
 
-    named(browser, "encoder").click()
-    assert not named(browser, "kernel").is_displayed()
-    assert not named(browser, "bias").is_displayed()
+    row(browser, "encoder").click()
+    assert not row(browser, "kernel").is_displayed()
+    assert not row(browser, "bias").is_displayed()
 
 
 @pytest.mark.parametrize("head", ["", JUPYTER_DARK], ids=["page", "jupyter-dark"])
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_all_text_can_be_read(browser, tmp_path, theme, head):
-    """4.5 is the contrast that WCAG asks for."""
-    opened(browser, tmp_path, theme, head)
+def test_all_text_is_legible(browser, tmp_path, theme, head):
+    """WCAG requires a contrast of 4.5."""
+    open_page(browser, tmp_path, theme, head)
     for selector in (
         ".lars-tree b",
         ".lars-tree summary",
@@ -138,14 +136,14 @@ def test_all_text_can_be_read(browser, tmp_path, theme, head):
         assert (sum(page[:3]) < 200) == is_dark
 
 
-def test_contrast_is_that_of_the_standard():
+def test_contrast_has_the_values_of_the_standard():
     assert contrast([0, 0, 0, 1], [255, 255, 255, 1]) == pytest.approx(21)
     assert contrast([119, 119, 119, 1], [255, 255, 255, 1]) == pytest.approx(4.48, abs=0.01)
     assert contrast([0, 0, 0, 0.5], [255, 255, 255, 1]) == pytest.approx(3.95, abs=0.05)
 
 
 def test_hostile_keys_run_no_script(browser, tmp_path):
-    opened(browser, tmp_path, "light")
+    open_page(browser, tmp_path)
     for summary in browser.find_elements("css selector", "summary")[1:]:
         if not summary.find_element("xpath", "..").get_property("open"):
             summary.click()
@@ -156,7 +154,7 @@ def test_hostile_keys_run_no_script(browser, tmp_path):
     assert browser.title == "calm"
 
 
-def test_a_script_that_runs_would_be_seen(browser, tmp_path):
+def test_a_script_in_a_page_would_run(browser, tmp_path):
     page = tmp_path / "page.html"
     page.write_text(f"<!doctype html><title>calm</title>{HOSTILE[0]}")
     browser.get(page.as_uri())

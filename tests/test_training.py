@@ -1,4 +1,4 @@
-"""The experiment of docs/training.md, on a few images for one epoch."""
+"""`benchmarks.training`, on a few images for one epoch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PLAN = Plan(epochs=1, batches=(32, COUNT), seeds=(0,), candidates=2, extra=0, fu
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Layers this small gain nothing from more, and other tests run beside these."""
+    """More threads do not help layers of this size."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -35,22 +35,22 @@ def results(data, tmp_path_factory):
     return training.experiment(data, PLAN, log)
 
 
-def run(test=0.5, validation=0.5):
+def run_with(test=0.5, validation=0.5):
     return Run(validation, test, 0, 0, 0.0)
 
 
-def made(accuracies, further):
-    """Results of these accuracies in percent by batch, and of further seeds, by optimizer."""
+def results_with(accuracies, further):
+    """Results with these accuracies in percent: by optimizer and batch size; of further seeds."""
     plan = Plan(batches=tuple(accuracies[next(iter(accuracies))]), further=(8, 9))
     cells = {
-        (name, batch): {0: [run(x / 100) for x in values]}
+        (name, batch): {0: [run_with(x / 100) for x in values]}
         for name, by_batch in accuracies.items()
         for batch, values in by_batch.items()
     }
-    return Results(plan, cells, {k: [run(x / 100) for x in v] for k, v in further.items()})
+    return Results(plan, cells, {k: [run_with(x / 100) for x in v] for k, v in further.items()})
 
 
-def test_the_parts_share_no_image_and_hold_all_digits():
+def test_the_parts_are_disjoint_and_contain_all_digits():
     data = training.load()
     assert [len(labels) for _, labels in data] == [1024, 373, 400]
     parts = [{image.numpy().tobytes() for image in images} for images, _ in data]
@@ -58,14 +58,14 @@ def test_the_parts_share_no_image_and_hold_all_digits():
     assert all(labels.unique().tolist() == list(range(10)) for _, labels in data)
 
 
-def test_equal_epochs_are_equal_images_whatever_the_batch(data):
+def test_equal_epochs_are_equal_images_for_every_batch_size(data):
     for batch, steps in {32: 6, 40: 6, COUNT: 2, 10 * COUNT: 2}.items():
         got = training.train(data, "SGD", 0.1, batch=batch, seed=0, epochs=2)
         assert (got.images, got.steps) == (2 * COUNT, steps)
 
 
 @pytest.mark.parametrize("name", CONTESTANTS)
-def test_a_seed_gives_the_same_bits_another_gives_others(data, name):
+def test_runs_are_reproducible_and_depend_on_the_seed(data, name):
     def weights(seed):
         rate = training.rate_of(CONTESTANTS[name].centre)
         model = training.fit(data.train, name, rate, batch=32, seed=seed, epochs=1)[0]
@@ -78,7 +78,7 @@ def test_a_seed_gives_the_same_bits_another_gives_others(data, name):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_all_start_alike_and_the_rate_is_what_sets_them_apart(data):
+def test_all_optimizers_start_from_the_same_weights(data):
     def weights(name, rate):
         model = training.fit(data.train, name, rate, batch=32, seed=0, epochs=1)[0]
         return torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -89,13 +89,13 @@ def test_all_start_alike_and_the_rate_is_what_sets_them_apart(data):
         assert not torch.equal(weights(name, 0.01), start)
 
 
-def test_the_two_trust_coefficients_move_kernels_alike_where_the_rates_do(data):
-    def first_kernel(name, rate):  # at batch 48 only the second step moves anything
+def test_trust_1_takes_the_same_steps_at_a_thousandth_of_the_rate(data):
+    def first_kernel(name, rate):  # at batch 48 only the second step changes the weights
         return training.fit(data.train, name, rate, batch=48, seed=0, epochs=1)[0][0].weight
 
-    ours, recipe = first_kernel("LARS, trust 1", 0.1), first_kernel("LARS, trust 0.001", 100.0)
-    torch.testing.assert_close(ours, recipe)
-    assert not torch.allclose(ours, first_kernel("LARS, trust 1", 0.2))
+    one, recipe = first_kernel("LARS, trust 1", 0.1), first_kernel("LARS, trust 0.001", 100.0)
+    torch.testing.assert_close(one, recipe)
+    assert not torch.allclose(one, first_kernel("LARS, trust 1", 0.2))
 
 
 def test_it_trains():
@@ -104,13 +104,13 @@ def test_it_trains():
     assert got.test > 0.85
 
 
-def test_batch_norm_is_settled_on_the_images(data):
+def test_settle_computes_the_batch_norm_statistics_of_the_images(data):
     model, *_ = training.fit(data.train, "SGD", 0.1, batch=32, seed=0, epochs=1)
     training.settle(model, data.train[0])
     with torch.no_grad():
-        seen = model[0](data.train[0])
-    torch.testing.assert_close(model[1].running_mean, seen.mean(dim=(0, 2, 3)))
-    torch.testing.assert_close(model[1].running_var, seen.var(dim=(0, 2, 3)))
+        inputs = model[0](data.train[0])
+    torch.testing.assert_close(model[1].running_mean, inputs.mean(dim=(0, 2, 3)))
+    torch.testing.assert_close(model[1].running_var, inputs.var(dim=(0, 2, 3)))
     assert not model.training
 
 
@@ -118,34 +118,35 @@ def test_rates_are_1_and_3_times_powers_of_ten():
     assert [training.rate_of(x) for x in range(-4, 4)] == [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30]
 
 
-def test_the_rate_is_chosen_by_mean_validation_accuracy_alone():
+def test_the_rate_is_chosen_by_mean_validation_accuracy():
     runs = {
-        0: [run(0.99, validation=0.5), run(0.99, validation=0.9)],
-        1: [run(0.10, validation=0.7), run(0.20, validation=0.8)],
-        2: [run(0.99, validation=0.6), run(0.99, validation=0.8)],
+        0: [run_with(0.99, validation=0.5), run_with(0.99, validation=0.9)],
+        1: [run_with(0.10, validation=0.7), run_with(0.20, validation=0.8)],
+        2: [run_with(0.99, validation=0.6), run_with(0.99, validation=0.8)],
     }
     assert training.choose(runs) == 1
     assert training.scores(runs) == [10, 20]
-    assert training.choose({2: [run()], 1: [run()]}) == 1  # the smallest of equals
+    assert training.choose({2: [run_with()], 1: [run_with()]}) == 1  # the smallest among equals
 
 
 @pytest.mark.parametrize("peak", [-4, 0, 5])
-def test_more_rates_are_tried_until_the_best_is_not_at_the_edge(peak):
+def test_rates_are_added_while_the_best_is_at_the_edge(peak):
     plan = Plan(seeds=(0, 1), candidates=5, extra=4)
-    asked = []
+    calls = []
 
     def trained(exponent, seed):
-        asked.append((exponent, seed))
-        return run(validation=-abs(exponent - peak))
+        calls.append((exponent, seed))
+        return run_with(validation=-abs(exponent - peak))
 
     runs = training.tune(trained, 0, plan)
     assert training.choose(runs) == peak
     assert not training.at_edge(runs)
-    beyond = range(min(-2, peak - 1), max(2, peak + 1) + 1)
-    assert sorted(runs) == list(beyond)
-    assert sorted(asked) == [(x, seed) for x in beyond for seed in (0, 1)]  # none twice
-    assert training.at_edge(training.tune(trained, peak - 9, plan))  # there it gives up
-    assert len(training.tune(trained, peak - 9, plan)) == 9
+    exponents = range(min(-2, peak - 1), max(2, peak + 1) + 1)
+    assert sorted(runs) == list(exponents)
+    assert sorted(calls) == [(x, seed) for x in exponents for seed in (0, 1)]  # none twice
+    far_off = training.tune(trained, peak - 9, plan)
+    assert training.at_edge(far_off)
+    assert len(far_off) == plan.candidates + plan.extra
 
 
 def test_the_table_has_every_cell(results):
@@ -162,37 +163,34 @@ def test_the_table_has_every_cell(results):
         assert further == f"{(a + b) / 2:.2f} ± {abs(a - b) / 2**0.5:.2f}"
 
 
-def test_the_spread_is_half_the_range():
-    results = made(
+def test_the_table_shows_half_the_range():
+    results = results_with(
         {name: {32: [90, 92, 97]} for name in CONTESTANTS}, {name: [90, 92] for name in CONTESTANTS}
     )
     assert training.table(results)[1][1:] == ["93.00 ± 3.50 (1)", "91.00 ± 1.41"]
 
 
-def test_what_is_found_follows_from_the_numbers():
+def test_the_findings_follow_from_the_numbers():
     kept, lost, worse = {32: [98], 96: [97]}, {32: [98], 96: [96.5]}, {32: [98], 96: [90]}
-    ours, recipe, *_ = CONTESTANTS
-    accuracies = {ours: kept, recipe: lost, "SGD": worse, "Adam": kept}
-    further = {ours: [96, 98], recipe: [89, 92], "SGD": [89, 91], "Adam": [20, 30]}
-    lines = training.findings(made(accuracies, further))
-    first = (
-        f"**{ours}**: 98.00% at batch 32, 97.00% at batch 96 (-1.00 points); kept up to batch 96."
-    )
-    assert lines[0] == first
+    first, second, *_ = CONTESTANTS
+    accuracies = {first: kept, second: lost, "SGD": worse, "Adam": kept}
+    further = {first: [96, 98], second: [89, 92], "SGD": [89, 91], "Adam": [20, 30]}
+    lines = training.findings(results_with(accuracies, further))
+    expected = "98.00% at batch 32, 97.00% at batch 96 (-1.00 points); kept up to batch 96."
+    assert lines[0] == f"**{first}**: {expected}"
     assert "kept up to batch 32." in lines[1]
     assert "7.00 ± 2.83 points above SGD; 72.00 ± 10.20 points above Adam" in lines[4]
-    assert lines[4].endswith("is shown.")
-    assert "not told apart from SGD (0.50 ± 3.61 points)" in lines[5]
+    assert lines[4].endswith("is confirmed.")
+    assert "not distinguishable from SGD (0.50 ± 3.61 points)" in lines[5]
     assert lines[5].endswith(
-        "not shown: its accuracy is kept up to batch 32 only; it is not above SGD."
+        "not confirmed: its accuracy is kept only up to batch 32; it is not above SGD."
     )
     accuracies["SGD"] = kept
-    assert (
-        "not shown: SGD keeps its accuracy too." in training.findings(made(accuracies, further))[4]
-    )
+    lines = training.findings(results_with(accuracies, further))
+    assert "not confirmed: SGD keeps its accuracy too." in lines[4]
 
 
-def test_the_page_and_the_log(results, data, tmp_path):
+def test_the_page_shows_the_tables(results):
     text = training.page(results, "the command")
     assert "$" not in text
     for row in training.table(results):
@@ -200,17 +198,19 @@ def test_the_page_and_the_log(results, data, tmp_path):
     assert "the command" in text
     assert f"{len(CONTESTANTS) * (2 * 2 + 2)} runs" in text
 
+
+def test_finished_runs_are_read_from_the_log(tmp_path):
     path = tmp_path / "runs.json"
-    training.Log(path, {"a": (1,)}).run("one", lambda: run(0.25))
-    kept = training.Log(path, {"a": (1,)})
-    assert kept.run("one", lambda: pytest.fail("run again")) == run(0.25)
-    assert kept.run("two", lambda: run(0.75)) == run(0.75)
+    training.Log(path, {"a": (1,)}).run("one", lambda: run_with(0.25))
+    log = training.Log(path, {"a": (1,)})
+    assert log.run("one", lambda: pytest.fail("run again")) == run_with(0.25)
+    assert log.run("two", lambda: run_with(0.75)) == run_with(0.75)
     with pytest.raises(ValueError, match="made with"):
         training.Log(path, {"a": (2,)})
 
 
-def test_the_plot_has_text_that_can_be_read_and_a_line_for_each(results, tmp_path):
-    pytest.importorskip("matplotlib.pyplot")  # needed for the benchmarks alone, so not in `dev`
+def test_the_plot_has_a_line_for_each_optimizer(results, tmp_path):
+    need("matplotlib")
     training.plot(results, tmp_path / "plot.svg")
     text = (tmp_path / "plot.svg").read_text()
     assert len(text) < 200_000

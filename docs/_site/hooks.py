@@ -1,10 +1,9 @@
-"""What the site shows of files outside docs/, and the pages of the API.
+"""Adds pages to the site: files outside docs/, and the API.
 
-README, CHANGELOG and CONTRIBUTING become pages as they are; links between them and docs/ lead to
-the same place on the site as in the repository. Each public module has a page with the names in its
-`__all__`, each documented once. The build fails for a name without a docstring, and for a module
-that is neither public nor known to be part of another one. Nothing is imported: Griffe reads the
-sources, so torch is not needed.
+README, CHANGELOG and CONTRIBUTING become pages, and links between them and docs/ are adapted. Each
+public module has a page with the names in its `__all__`; each name is documented once. The build
+fails for a name without a docstring, and for a module without `__all__` that is not in INNER.
+Nothing is imported: Griffe reads the sources, so torch is not needed.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
 }
 
-# Modules without a page: what is public in them is a name of lars_tree, or the command.
+# Modules without a page: their public names are exported by lars_tree, or they are the command.
 INNER = {"array", "cli", "container", "demo", "optimizer", "update"}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Find the public modules; put their pages where the navigation has the API."""
+    """Find the public modules, and add their pages to the navigation."""
     root = Path(config.config_file_path).parent
     loader = griffe.GriffeLoader(search_paths=[root])
     package = loader.load(PACKAGE)
@@ -46,7 +45,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that are made."""
+    """Add the generated pages."""
     root = Path(config.config_file_path).parent
     for source, target in PAGES.items():
         files.append(File.generated(config, target, content=(root / source).read_text("utf-8")))
@@ -56,7 +55,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
-    """Turn links between the repository's files into those between the pages of the site."""
+    """Turn links between files of the repository into links between pages of the site."""
     for source, target in PAGES.items():
         up = "" if page.file.src_uri in PAGES.values() else "../"
         markdown = re.sub(rf"\]\({re.escape(up + source)}(?=[#)])", f"]({target}", markdown)
@@ -72,7 +71,7 @@ def public(package: griffe.Module) -> list[griffe.Module]:
     """The public modules, the package first.
 
     Raises:
-        PluginError: It is not clear whether a module is public, or a name has no docstring.
+        PluginError: A module has no `__all__`, or a name has no docstring or does not exist.
     """
     inner = {name for name in package.modules if name.startswith("_")} | INNER
     found = [package, *(x for name, x in sorted(package.modules.items()) if name not in inner)]
@@ -81,12 +80,12 @@ def public(package: griffe.Module) -> list[griffe.Module]:
             raise PluginError(f"{module.path} has no __all__: give it one, or add it to INNER here")
     missing = [path for module in found for path in undocumented(module)]
     if missing:
-        raise PluginError(f"no docstring, or not there: {', '.join(missing)}")
+        raise PluginError(f"no docstring, or not defined: {', '.join(missing)}")
     return found
 
 
 def undocumented(module: griffe.Module) -> Iterator[str]:
-    """The module, its public names, and their public methods, where they have no docstring."""
+    """The public names of a module, and their public methods, that have no docstring."""
     if not module.has_docstring:
         yield module.path
     for name in names(module):
@@ -104,17 +103,17 @@ def undocumented(module: griffe.Module) -> Iterator[str]:
 
 
 def names(module: griffe.Module) -> list[str]:
-    """What a module exports."""
+    """The names that a module exports."""
     return sorted(str(name) for name in module.exports or [])
 
 
 def target(item: griffe.Object | griffe.Alias) -> griffe.Object:
-    """What a name stands for."""
+    """The object that a name refers to."""
     return item.final_target if item.is_alias else item
 
 
 def page(module: griffe.Module, modules: list[griffe.Module]) -> str:
-    """The page of a module; names that are at home in another of these modules are left to that."""
+    """The page of a module; a name defined in another public module is only linked."""
     ours, elsewhere = [], []
     homes = {other.path for other in modules} - {module.path}
     for name in names(module):
@@ -127,21 +126,21 @@ def page(module: griffe.Module, modules: list[griffe.Module]) -> str:
             ours.append(f"::: {module.path}.{name}\n")
     lines = [f"# {module.path}", "", fenced(module.docstring.value), ""]
     if elsewhere:
-        lines += [f"Also here, documented in modules of their own: {', '.join(elsewhere)}.", ""]
+        lines += [f"Also exported here: {', '.join(elsewhere)}.", ""]
     return "\n".join([*lines, *ours])
 
 
 class DoctestFences(griffe.Extension):
-    """Doctests in docstrings, which Markdown would take for quotations, become blocks of code."""
+    """Fences the doctests in docstrings, which Markdown would show as quotations."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Put fences around the doctests of one docstring."""
+        """Fence the doctests of one docstring."""
         if obj.docstring:
             obj.docstring.value = fenced(obj.docstring.value)
 
 
 def fenced(text: str) -> str:
-    """The text with fences around its doctests: from a prompt to the next empty line."""
+    """The text with fences around its doctests, each up to the next empty line."""
     blocks = text.split("\n\n")
     return "\n\n".join(
         f"```pycon\n{block}\n```" if block.startswith(">>> ") else block for block in blocks

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,8 @@ from lars_tree._core.wrapper import unwrap
 
 Array = np.ndarray[Any, Any]
 
-LIBRARIES = ("numpy", "torch", "jax")
+Library = Literal["numpy", "torch", "jax"]
+LIBRARIES: tuple[Library, ...] = ("numpy", "torch", "jax")
 LAYOUTS = ("C", "F", "reversed", "gaps")
 
 

@@ -38,7 +38,7 @@ def check_update_laws(
     *,
     laws: Sequence[Law] = LAWS,
     exclude: Mapping[str, str] | None = None,
-    library: str = "numpy",
+    library: _arrays.Library = "numpy",
     dtypes: Sequence[Any] | None = None,
     node_types: Sequence[type] = (dict, list, tuple, Container),
     nested: bool = True,

@@ -28,7 +28,7 @@ def arrays(
     shape: Any = None,
     *,
     elements: Strategy | None = None,
-    library: Any = "numpy",
+    library: _arrays.Library | Strategy = "numpy",
     layouts: Sequence[str] = _arrays.LAYOUTS,
 ) -> Strategy:
     """Arrays of real or complex floating-point numbers.
@@ -132,7 +132,7 @@ def layers(
     shape: Any = None,
     *,
     elements: Strategy | None = None,
-    library: Any = "numpy",
+    library: _arrays.Library | Strategy = "numpy",
     layouts: Sequence[str] = _arrays.LAYOUTS,
     broadcast: bool = False,
 ) -> Strategy:
@@ -289,7 +289,7 @@ class _Pair:
 def weights_and_gradients(
     layers: Strategy | None = None,
     *,
-    library: Any = "numpy",
+    library: _arrays.Library | Strategy = "numpy",
     keys: Strategy | None = None,
     node_types: Sequence[type] = NODE_TYPES,
     max_leaves: int = 6,

@@ -39,7 +39,7 @@ _CONTEXT = Context(prec=60, Emax=MAX_EMAX, Emin=MIN_EMIN)
 class Domain:
     """The arrays and trees that an update function is tried on; see `check_update_laws`."""
 
-    library: str
+    library: _arrays.Library
     dtypes: Sequence[str]
     node_types: Sequence[type]
     nested: bool
