@@ -1,4 +1,4 @@
-"""TrustHistory: trust ratios over a run, kept where they are until they are looked at."""
+"""TrustHistory: trust ratios over a run, kept on their devices until they are read."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ class TrustRatioWarning(UserWarning):
 
 
 def warn(headline: str, lines: list[errors.Line]) -> None:
-    """Warn whoever called the package of these layers, if there are any."""
+    """Warn of these layers, if any, at the line outside this package that called it."""
     if lines:
-        # The first caller outside of the package.
         level, frame = 1, sys._getframe(0)
         while frame is not None and frame.f_globals.get("__package__") == __package__:
             level, frame = level + 1, frame.f_back  # type: ignore[assignment]
@@ -49,18 +48,18 @@ class TrustHistory:
     >>> history.ratios["kernel"].round(4)
     array([0.7809, 0.7624, 0.7428])
 
-    `record` is cheap: it keeps the arrays, on their device, and waits for nothing. Their values are
-    fetched, all at once, when they are looked at.
+    `record` is cheap: it keeps the arrays on their devices and does not wait. Reading `ratios`
+    fetches all new values at once.
 
-    Memory is bounded: when more than `capacity` steps have been recorded, every other one is
-    dropped, and from then on only each second step is kept, and so on. So the steps that are there
+    Memory is bounded: when more than `capacity` steps are kept, every other one is dropped, and
+    from then on only every second step is kept, then every fourth, and so on. So the kept steps
     always span the whole run evenly.
 
     Args:
-        capacity: How many steps to keep at most, at least 2.
+        capacity: The largest number of steps to keep, at least 2.
 
     Raises:
-        OptionError: capacity is no whole number, or below 2.
+        OptionError: `capacity` is not a whole number >= 2.
     """
 
     def __init__(self, capacity: int = 1000) -> None:
@@ -68,8 +67,8 @@ class TrustHistory:
         self._like: Any = None
         self._steps: list[int] = []
         self._rows: list[list[Any]] = []
-        self._shapes: list[tuple[int, ...] | None] = []  # by leaf; None as long as it had no ratio
-        self._fetched = 0  # rows before this one hold values of numpy
+        self._shapes: list[tuple[int, ...] | None] = []  # per leaf; None until its first ratio
+        self._fetched = 0  # the number of rows at the start that hold numpy arrays
         self._stride = 1
         self._seen = 0
         self._next = 0
@@ -78,14 +77,14 @@ class TrustHistory:
         """Keep the ratios of one step.
 
         Args:
-            ratios: What `trust_ratios` returned; also from within a function under `jax.jit`, which
-                has to return them. A layer without a ratio (None) has a gap here.
-            step: Its number; one more than the last one if it is left out.
+            ratios: The result of `trust_ratios`; inside a jitted function, return it first. A layer
+                without a ratio (None) has a gap at this step.
+            step: The number of the step; by default one more than the last one.
 
         Raises:
-            StructureError: The tree is not that of the first record.
-            LeafError: The values are traced, or no numbers; or a leaf has more or fewer layers than
-                before. In all cases nothing is recorded.
+            StructureError: The tree does not match the first record.
+            LeafError: A value is traced, or is not a number; or a leaf has more or fewer layers
+                than before. Nothing is recorded.
         """
         step = self._next if step is None else operator.index(step)
         like, shapes = self._like, self._shapes
@@ -95,7 +94,7 @@ class TrustHistory:
             shapes = [None] * len(_tree.leaves(like))
         given = _tree.broadcast("ratios", like, ratios, exact=True, to="those of the first record")
         row = [_kept(x) for x in given]
-        self._like, self._shapes, self._next = like, _common(like, shapes, row), step + 1
+        self._like, self._shapes, self._next = like, _shapes_with(row, shapes, like), step + 1
         if self._seen % self._stride == 0:
             self._rows.append(row)
             self._steps.append(step)
@@ -107,27 +106,27 @@ class TrustHistory:
 
     @property
     def steps(self) -> np.ndarray[Any, Any]:
-        """The numbers of the steps that are there."""
+        """The numbers of the kept steps."""
         return np.array(self._steps, np.int64)
 
     @property
     def ratios(self) -> dict[str, np.ndarray[Any, Any]]:
-        """By the path of each layer, its ratio at each of the `steps`; NaN where it had none."""
+        """For the path of each layer, its ratio at each of the `steps`; NaN if it had none."""
         return {errors.path_string(path): column for path, column, _ in self._columns()}
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the ratios over the steps: a line for each layer, for many layers a heat map.
 
         Args:
-            ax: Where to draw; a new figure otherwise, which pyplot does not know of: save it by
+            ax: Where to draw; by default a new figure, which pyplot does not know: save it by
                 `history.plot().figure.savefig(path)`.
 
         Returns:
             The axes. Needs matplotlib.
 
         Warns:
-            TrustRatioWarning: naming the layers whose ratio was 0 or not finite at some step; a
-                logarithmic axis has no place for these.
+            TrustRatioWarning: Names the layers with a ratio that is 0 or not finite at some step,
+                which a logarithmic axis cannot show.
         """
         from lars_tree import _plots
 
@@ -152,18 +151,18 @@ class TrustHistory:
         return f"TrustHistory: {layers}, {steps} from {self._steps[0]:,} to {self._steps[-1]:,}"
 
     def _columns(self) -> list[tuple[errors.Path, np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-        """For each layer its path, its ratios, and where it has one."""
+        """For each layer its path, its ratios, and at which steps it has one."""
         self._fetch()
         found = []
         leaves = zip(self._shapes, zip(*self._rows, strict=True), strict=True)
-        for (path, _), (shape, rows) in zip(_tree.walk(self._like), leaves, strict=False):
+        for (path, _), (shape, column) in zip(_tree.walk(self._like), leaves, strict=False):
             if shape is None:
                 continue
-            present = np.array([x is not None for x in rows])
+            present = np.array([x is not None for x in column])
             gap = np.full(shape, np.nan)
-            table = np.stack([gap if x is None else x for x in rows]).reshape(len(rows), -1)
-            for layer, column in zip(layer_paths(path, shape), table.T, strict=True):
-                found.append((layer, column, present))
+            table = np.stack([gap if x is None else x for x in column]).reshape(len(column), -1)
+            for layer, ratios in zip(layer_paths(path, shape), table.T, strict=True):
+                found.append((layer, ratios, present))
         return found
 
     def _fetch(self) -> None:
@@ -176,9 +175,9 @@ class TrustHistory:
 
 
 def _kept(x: Any) -> Any:
-    """A ratio as it is; but one that is lazy would keep all that it is to be computed from."""
+    """The ratio to keep: computed now if it is lazy, as its graph would keep the weights alive."""
     x = unwrap(x)
-    if x is None or unreadable(x):  # for `_common` to say
+    if x is None or unreadable(x):  # `_shapes_with` raises
         return x
     backend = _backends.find(x)
     if backend is None:
@@ -188,23 +187,22 @@ def _kept(x: Any) -> Any:
     return fetch("ratios", [x])[0] if backend.values(x) is Values.TRACED else x
 
 
-def _common(like: Any, shapes: list[Any], row: list[Any]) -> list[Any]:
-    """The shape of each leaf: that of its first ratios, which those of a later row have too."""
+def _shapes_with(row: list[Any], shapes: list[Any], like: Any) -> list[Any]:
+    """The shapes of the leaves, with those of leaves that have their first ratio in this row."""
     found = list(shapes)
-    odd: dict[int, str] = {}
+    faults: dict[int, str] = {}
     for i, x in enumerate(row):
         if x is None:
             continue
         text = unreadable(x)
-        shape: tuple[int, ...] = () if text else x.shape
+        if text is None and found[i] is None:
+            found[i] = x.shape
+        elif text is None and found[i] != x.shape:
+            text = f"expected ratios of shape {tuple(found[i])} as before, got {tuple(x.shape)}"
         if text is not None:
-            odd[i] = text
-        elif found[i] is None:
-            found[i] = shape
-        elif found[i] != shape:
-            odd[i] = f"expected ratios of shape {tuple(found[i])} as before, got {tuple(shape)}"
-    if odd:
+            faults[i] = text
+    if faults:
         paths = [path for path, _ in _tree.walk(like)]  # only errors need them
-        lines = [(paths[i], text) for i, text in odd.items()]
+        lines = [(paths[i], text) for i, text in faults.items()]
         raise errors.error(errors.LeafError, "ratios", "ratios cannot be recorded", lines)
     return found

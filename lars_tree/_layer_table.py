@@ -1,4 +1,4 @@
-"""LayerTable: what `report.layer_table` returns. Text only; the numbers come from elsewhere."""
+"""LayerTable, the result of `report.layer_table`: shows records, and computes nothing."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class LayerTable:
 
     Attributes:
         records: One dict for each layer, ready for a data frame: `path`, `shape`, `dtype`,
-            `parameters`, `w_norm`, `g_norm`, `ratio`, `relative_step` and `clipped`. The numbers
-            are None for a layer without a gradient, which stays as it is.
+            `parameters`, `w_norm`, `g_norm`, `ratio`, `relative_step` and `clipped`. Norms, ratio
+            and step are None for a layer without a gradient.
     """
 
     def __init__(self, records: list[dict[str, Any]]) -> None:
@@ -52,7 +52,7 @@ class LayerTable:
         return self.to_text(_MOST_LINES)
 
     def to_text(self, most: int | None = None) -> str:
-        """The table in plain text, with all layers or the first of them."""
+        """The table as text, with all layers or the first `most` lines."""
         cells = self._cells()
         lines = [_HEAD, *cells[:most]]
         rest = len(cells) + 1 - len(lines)
@@ -79,7 +79,7 @@ class LayerTable:
 
         table = Table(title=self._title(), box=box.SIMPLE_HEAD)
         for column in _COLUMNS:
-            is_path = column.key == "path"  # the one that gives way where there is little room
+            is_path = column.key == "path"  # only paths wrap in a narrow terminal
             table.add_column(
                 Text(column.head),
                 justify="left" if column.is_text else "right",
@@ -87,7 +87,7 @@ class LayerTable:
                 no_wrap=not is_path,
             )
         for cells in self._cells():
-            table.add_row(*map(Text, cells))  # not strings: rich would read markup in them
+            table.add_row(*map(Text, cells))  # rich would read markup in strings
         return table
 
     def to_markdown(self) -> str:

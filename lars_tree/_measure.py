@@ -1,6 +1,6 @@
-"""What the steps of a tree are made of, measured by the code that takes them; nothing is written.
+"""What reports show: norms and ratios, measured by the code that makes the step.
 
-Also what reports need of such numbers: the paths of the layers, and one wait for all values.
+Also the paths of layers, and reading the values of many numbers at once.
 """
 
 from __future__ import annotations
@@ -20,39 +20,40 @@ from lars_tree._rule import Measured, Rule
 from lars_tree._writes import Writes
 
 
-class Step(NamedTuple):
-    """The step of one leaf, before it is taken; its norm, where that was asked for."""
+class LeafReport(NamedTuple):
+    """A leaf and its rule; unless the leaf is not updated, the norms and ratio of its step."""
 
+    w: Any
     rule: Rule
-    measured: Measured
-    norm: Any = None
+    measured: Measured | None = None
+    step_norm: Any = None  # only if it was asked for
 
 
 def measure(
     w: Any, dcdw: Any, options: dict[str, Any], with_steps: bool = False
-) -> list[Step | None]:
-    """For each leaf what `lars_update` makes its step of; None where the weights stay as they are.
+) -> list[LeafReport]:
+    """A report for each leaf, by the code that makes the step of `lars_update`. Writes nothing.
 
-    Nothing waits for a device, and all works under `jax.jit`. `with_steps` computes the steps too,
-    one leaf at a time.
+    Does not wait for a device, and works under `jax.jit`. `with_steps` also computes the steps, one
+    leaf at a time, for their norms.
     """
     columns, caller = matched(w, dcdw, options)
     native = Native(columns, measures=True)
     leaves = [row.leaf for row in checked(columns, caller, native.rest)[0]]
-    moving = [leaf for leaf in leaves if leaf.dcdw is not None]
     found = native.measured()
-    for backend, group in grouped(moving, lambda leaf: leaf.backend).items():
-        places = (leaf.leaf_index for leaf in group)
-        found |= zip(places, backend.measure(group), strict=True)
-    steps: list[Step | None] = [None] * len(columns.ws)
-    for place, measured in found.items():
-        norm = _norm(checked(columns, caller, [place])[0][0].leaf) if with_steps else None
-        steps[place] = Step(columns.rules[place], measured, norm)
-    return steps
+    to_measure = [leaf for leaf in leaves if leaf.dcdw is not None]
+    for backend, group in grouped(to_measure, lambda leaf: leaf.backend).items():
+        indices = (leaf.leaf_index for leaf in group)
+        found |= zip(indices, backend.measure(group), strict=True)
+    reports = list(map(LeafReport, columns.ws, columns.rules))
+    for i, measured in found.items():
+        norm = _step_norm(checked(columns, caller, [i])[0][0].leaf) if with_steps else None
+        reports[i] = reports[i]._replace(measured=measured, step_norm=norm)
+    return reports
 
 
-def _norm(leaf: Leaf) -> Any:
-    """Of the step itself: what a velocity at rest takes in."""
+def _step_norm(leaf: Leaf) -> Any:
+    """The norm of the step: of the velocity after a step from rest."""
     backend, rule = leaf.backend, leaf.rule._replace(momentum=0.0, stop_gradients=True)
     rest = backend.zeros(leaf.w, backend.velocity_dtype(leaf.w))
     step = backend.update([leaf._replace(rule=rule, velocity=rest)], Writes())[0].velocity
@@ -60,7 +61,7 @@ def _norm(leaf: Leaf) -> Any:
 
 
 def layer_paths(path: errors.Path, shape: tuple[int, ...]) -> list[errors.Path]:
-    """The path of each layer of a leaf with ratios of this shape: with an index if it has axes."""
+    """The path of each layer of a leaf whose ratios have this shape: () or one axis."""
     if not shape:
         return [path]
     last = path[-1] if path else ""
@@ -68,30 +69,27 @@ def layer_paths(path: errors.Path, shape: tuple[int, ...]) -> list[errors.Path]:
 
 
 def fetch(argument: str, numbers: list[Any]) -> list[np.ndarray[Any, Any]]:
-    """The values of numbers of any library, waiting for each of these once.
+    """The values of numbers and arrays of any library as float64; waits once for each library.
 
     Raises:
-        LeafError: some are traced, and have no values yet.
+        LeafError: Some are traced and have no values.
     """
-    places: dict[Backend | None, list[int]] = {}
+    indices: dict[Backend | None, list[int]] = {}
     numbers = [unwrap(x) for x in numbers]
     for i, x in enumerate(numbers):
-        places.setdefault(_backends.find(x), []).append(i)
+        indices.setdefault(_backends.find(x), []).append(i)
     found: dict[int, np.ndarray[Any, Any]] = {}
-    for backend, here in places.items():
-        some = [numbers[i] for i in here]
-        if backend is None:
-            arrays = [np.asarray(x) for x in some]
-        elif any(is_traced(x) for x in some):
+    for backend, of_backend in indices.items():
+        xs = [numbers[i] for i in of_backend]
+        if any(is_traced(x) for x in xs):
             raise traced_error(argument)
-        else:
-            arrays = backend.fetch(some)
-        found |= {i: np.asarray(x, np.float64) for i, x in zip(here, arrays, strict=True)}
+        values = xs if backend is None else backend.fetch(xs)
+        found |= {i: np.asarray(x, np.float64) for i, x in zip(of_backend, values, strict=True)}
     return [found[i] for i in range(len(numbers))]
 
 
 def unreadable(x: Any) -> str | None:
-    """What was expected of ratios, where x is not such, or can never be read; None where it can."""
+    """For an error: why x is not a ratio, or cannot be read; None if it is a ratio or a vector."""
     backend = _backends.find(x)
     if backend is None:
         is_number = issubclass(type(x), Real)
@@ -104,13 +102,15 @@ def unreadable(x: Any) -> str | None:
 
 
 def is_traced(x: Any) -> bool:
-    """Whether x stands for a value that this call will never see."""
+    """Whether x is a tracer, which never has a value."""
     backend = _backends.find(x)
     return backend is not None and backend.values(x) is Values.TRACED and backend.is_tracked(x)
 
 
 def traced_error(argument: str) -> errors.LarsTreeError:
-    """What to say of such."""
-    text = "expected values, got what stands for them while they are traced: return it from there"
-    headline = f"{argument} is not known yet"
+    text = (
+        "expected concrete values, got tracers: return the ratios from the jitted function and"
+        " record them outside"
+    )
+    headline = f"the values of {argument} are not known yet"
     return errors.error(errors.LeafError, argument, headline, [((), text)])

@@ -1,4 +1,4 @@
-"""Pictures of trust ratios, by matplotlib, without the global state of pyplot."""
+"""Plots of trust ratios, by matplotlib without the global state of pyplot."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Array = np.ndarray[Any, Any]
+Floats = np.ndarray[Any, Any]
 
-MOST_LINES = 12
+_MOST_LINES = 12
 _MOST_LABELS = 40
 
-# Okabe and Ito (2008), which the colour-blind tell apart; without yellow, too pale for a line.
+# Okabe and Ito (2008): distinct for colour-blind readers; without yellow, too pale for a line.
 _COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 _DASHES = ["-", "--"]
 
 
-def draw(steps: Array, ratios: dict[str, Array], ax: Axes | None) -> Axes:
-    """Lines for a few layers, a heat map for many; values that a logarithm has not are left out."""
+def draw(steps: Floats, ratios: dict[str, Floats], ax: Axes | None) -> Axes:
+    """Lines for a few layers, a heat map for many; only finite ratios > 0 are drawn."""
+    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     shown = {
         name: np.where(np.isfinite(column) & (column > 0), column, np.nan)
         for name, column in ratios.items()
     }
-    is_map = len(shown) > MOST_LINES
+    is_map = len(shown) > _MOST_LINES
     if ax is None:
         height = min(9.0, max(4.0, 1.2 + 0.2 * len(shown))) if is_map else 4.0
-        ax = _new_axes(8.0, height)
+        ax = Figure(figsize=(8.0, height), layout="constrained").subplots()
     (_heat_map if is_map else _lines)(ax, steps, shown)
     ax.set_xlabel("step")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -38,14 +39,8 @@ def draw(steps: Array, ratios: dict[str, Array], ax: Axes | None) -> Axes:
     return ax
 
 
-def _new_axes(width: float, height: float) -> Axes:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained").subplots()
-
-
-def _lines(ax: Axes, steps: Array, ratios: dict[str, Array]) -> None:
-    marker = "o" if len(steps) < 3 else None  # a line through one point cannot be seen
+def _lines(ax: Axes, steps: Floats, ratios: dict[str, Floats]) -> None:
+    marker = "o" if len(steps) < 3 else None  # a line through one point is invisible
     for i, (name, column) in enumerate(ratios.items()):
         color = _COLORS[i % len(_COLORS)]
         dashes = _DASHES[i // len(_COLORS) % len(_DASHES)]
@@ -62,7 +57,7 @@ def _lines(ax: Axes, steps: Array, ratios: dict[str, Array]) -> None:
         ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, frameon=False)
 
 
-def _heat_map(ax: Axes, steps: Array, ratios: dict[str, Array]) -> None:
+def _heat_map(ax: Axes, steps: Floats, ratios: dict[str, Floats]) -> None:
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
     from matplotlib.patches import Patch
@@ -70,7 +65,7 @@ def _heat_map(ax: Axes, steps: Array, ratios: dict[str, Array]) -> None:
     table = np.array(list(ratios.values()))
     known = table[np.isfinite(table)]
     low, high = (known.min(), known.max()) if known.size else (0.1, 1.0)
-    if low == high:  # one colour: that of the middle
+    if low == high:  # the colour in the middle of the scale
         low, high = low / 2, high * 2
     colors = colormaps["viridis"].with_extremes(bad="0.85")
     edges = _edges(steps)
@@ -84,9 +79,8 @@ def _heat_map(ax: Axes, steps: Array, ratios: dict[str, Array]) -> None:
     )
     ax.set_ylim(len(table) - 0.5, -0.5)  # the first layer is at the top
     stride = -(-len(table) // _MOST_LABELS)
-    places = range(0, len(table), stride)
-    names = list(ratios)
-    ax.set_yticks(list(places), [_label(names[i]) for i in places], fontsize="small")
+    labels = list(map(_label, ratios))
+    ax.set_yticks(range(0, len(table), stride), labels[::stride], fontsize="small")
     ax.figure.colorbar(image, ax=ax, label="ratio", pad=0.02)
     if known.size < table.size:
         patch = Patch(color="0.85", label="none, 0 or not finite")
@@ -99,8 +93,8 @@ def _heat_map(ax: Axes, steps: Array, ratios: dict[str, Array]) -> None:
         )
 
 
-def _edges(steps: Array) -> Array:
-    """Where the cells of a row begin and end: half way between its steps."""
+def _edges(steps: Floats) -> Floats:
+    """The borders between the cells of a row: half way between the steps."""
     centers = np.asarray(steps, float)
     if len(centers) < 2:
         return np.concatenate([centers - 0.5, centers + 0.5])
@@ -110,6 +104,6 @@ def _edges(steps: Array) -> Array:
 
 
 def _label(name: str, most: int = 40) -> str:
-    """The end of a name says most; '$' would begin a formula."""
+    """The name, without its beginning if it is long; '$' would begin a formula."""
     name = name if len(name) <= most else f"...{name[3 - most :]}"
     return name.replace("$", r"\$")

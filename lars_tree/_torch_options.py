@@ -1,13 +1,13 @@
-"""The options of `torch.Lars`: what values each may have, and what they mean in a parameter group.
+"""The options of `torch.Lars`: their checks, and the `Rule` that the options of a group make.
 
-Raises what torch's own optimizers raise, a ValueError. The rule's own checks are in `_options.py`.
+Errors are those of torch's own optimizers: ValueError, not OptionError.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from numbers import Complex, Number, Real
+from numbers import Number
 from operator import index
+from types import NoneType
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lars_tree._core.types import NonFinite
+from lars_tree._options import finite_number
 from lars_tree._rule import Rule
 from lars_tree.errors import did_you_mean
 
@@ -39,74 +40,118 @@ class GroupOptions(TypedDict, total=False):
     fused: bool | None
 
 
-_REAL_DTYPES = "iuf"  # of numpy: integers and floats
+NAMES = tuple(GroupOptions.__annotations__)
 
-# A schedule that ends at 0 may leave a negative rate of a few ulps of the first one.
+# The numbers of a rule, and what torch calls them.
+_NUMBERS = {
+    "decay_lambda": "weight_decay",
+    **{name: name for name in ("lr", "momentum", "dampening", "trust_coefficient", "eps")},
+}
+_FLAGS = ("nesterov", "trust_clip", "joint_norm", "maximize")
+_CHOICES: dict[str, tuple[bool | str | None, ...]] = {
+    **dict.fromkeys(_FLAGS, (True, False)),
+    **dict.fromkeys(("foreach", "fused"), (True, False, None)),
+    "adapt": (True, False, "decayed"),
+    "nonfinite": ("propagate", "skip", "raise"),
+}
+
+# A schedule that ends at 0 can return a negative rate, by a few ulps of its first rate.
 _ROUNDING = 1e-12
 
 
 def check(
     options: dict[str, Any], group: str = "", *, waits: bool = True, first_rate: Any = 0.0
 ) -> None:
-    """Raise ValueError for a value that the rule is not defined for; the message names the option.
+    """Raise ValueError, naming the option, if a value is invalid.
 
-    And RuntimeError, as torch does, for `foreach` and `fused` together.
+    Also raise RuntimeError, as torch does, if both `foreach` and `fused` are True.
 
     Args:
-        options: Those of the optimizer, or of a parameter group.
+        options: The options of the optimizer or of a parameter group.
         group: The name of the group, for the message.
-        waits: Whether to look into tensors on a device.
-        first_rate: What a schedule began with: beside it, a rate may be negative by rounding.
+        waits: Whether to read tensors on a device, which waits for the device.
+        first_rate: The first rate of a schedule: a rate may be negative by its rounding error.
     """
-    for name, fits, expected in _CHECKS:
+    for name in _NUMBERS.values():
+        if finite_number(options[name]) is None:  # invalid, or a tensor or array of one number
+            _check_array(name, options[name], group, waits, first_rate)
+    for name, choices in _CHOICES.items():
         x = options[name]
-        if isinstance(x, Tensor) and fits is _is_number:
-            if x.numel() != 1:
-                raise _error(group, f"Tensor {name} must be 1-element, got shape {tuple(x.shape)}")
-            if _is_real(x) and not (waits or x.is_cpu):
-                continue
-        if not fits(x) and not (name == "lr" and _is_rounding(x, first_rate)):
-            if fits is _is_number and _is_real(x):
-                raise _error(group, f"Invalid {_TITLES.get(name, name)}: {x}")
-            text = f"Invalid {name}: expected {expected}, got {x!r}"
-            raise _error(group, text + did_you_mean(x, ("decayed", "propagate", "skip", "raise")))
+        if not (isinstance(x, (bool, str, NoneType)) and x in choices):
+            *others, last = map(repr, choices)
+            expected = f"{', '.join(others)} or {last}"
+            hint = did_you_mean(x, choices)
+            raise _error(group, f"Invalid {name}: expected {expected}, got {x!r}{hint}")
+    axis = options["layer_axis"]
+    if axis is not None and not _is_index(axis):
+        raise _error(group, f"Invalid layer_axis: expected an axis or None, got {axis!r}")
     if options["dampening"] > 1:
-        raise _error(group, f"Invalid dampening: {options['dampening']}")
+        text = f"Invalid dampening: expected a number from 0 to 1, got {options['dampening']}"
+        raise _error(group, text)
     if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
         raise _error(group, "Nesterov momentum requires a momentum and zero dampening")
-    if options["foreach"] and options["fused"]:  # as in torch
+    if options["foreach"] and options["fused"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
 
+def _check_array(name: str, x: Any, group: str, waits: bool, first_rate: Any) -> None:
+    """Raise if x is not a tensor of one element, or a numpy array without axes, of a valid number.
+
+    A negative rate is valid if it is a rounding error of `first_rate`.
+    """
+    number = x
+    if isinstance(x, Tensor):
+        if x.numel() != 1:
+            raise _error(group, f"Tensor {name} must be 1-element, got shape {tuple(x.shape)}")
+        is_real = not (x.is_complex() or x.dtype == torch.bool or x.is_meta)
+        if is_real and not (waits or x.is_cpu):
+            return
+        number = x.item() if is_real else None
+    elif isinstance(x, np.ndarray) and x.ndim == 0:
+        number = x[()]
+    if finite_number(number) is not None:
+        return
+    if name == "lr" and isinstance(number, Number) and not isinstance(number, bool):
+        size = finite_number(-number)  # type: ignore[operator]  # Number does not declare it
+        if size is not None and size <= _ROUNDING * float(first_rate):
+            return
+    raise _error(group, f"Invalid {name}: expected a finite number >= 0, got {x!r}")
+
+
+def _is_index(x: Any) -> bool:
+    try:
+        index(x)
+    except TypeError:
+        return False
+    return not isinstance(x, (bool, np.bool_))
+
+
+def _error(group: str, text: str) -> ValueError:
+    return ValueError(f"{group}: {text}" if group else text)
+
+
 def rule(group: dict[str, Any], grad_scale: Any, is_first: bool) -> Rule:
-    """The rule for parameters of a group that was checked; the first step is not dampened."""
+    """The rule for parameters of a checked group; the first step is not dampened."""
     moves, axis = group["momentum"] != 0, group["layer_axis"]
-    numbers = {name: _number(group[key]) for name, key in _NUMBERS.items()}
+    numbers = {name: _float_or_tensor(group[key]) for name, key in _NUMBERS.items()}
     lr, dampening = numbers.pop("lr"), numbers.pop("dampening")
     if not isinstance(lr, Tensor):
-        lr = max(lr, 0.0)  # it may be negative by rounding
+        lr = max(lr, 0.0)  # negative by rounding
     return Rule(
         lr_before_momentum=1.0 if moves else lr,
         lr_after_momentum=lr if moves else 1.0,
         dampening=dampening if moves and not is_first else 0.0,
-        grad_scale=1.0 if grad_scale is None else _number(grad_scale),
+        grad_scale=1.0 if grad_scale is None else _float_or_tensor(grad_scale),
         adapt=adapts(group),
         layer_axis=None if axis is None else index(axis),
+        nonfinite=group["nonfinite"],
         **numbers,
-        **{name: group[name] for name in _SHARED},
+        **{name: group[name] for name in _FLAGS},
     )
 
 
-# The numbers of a rule and what torch calls them; what else is called the same here and there.
-_NUMBERS = {
-    "decay_lambda": "weight_decay",
-    **{name: name for name in ("lr", "momentum", "dampening", "trust_coefficient", "eps")},
-}
-_SHARED = ("nesterov", "trust_clip", "joint_norm", "maximize", "nonfinite")
-
-
-def _number(x: Any) -> Any:
-    """A float, or a tensor without axes where the value cannot be looked at without waiting."""
+def _float_or_tensor(x: Any) -> Any:
+    """A float; or a tensor without axes if its value cannot be read without waiting."""
     if not isinstance(x, Tensor):
         return float(x)
     is_known = x.is_cpu and not torch.compiler.is_compiling()
@@ -114,82 +159,6 @@ def _number(x: Any) -> Any:
 
 
 def adapts(group: dict[str, Any]) -> bool:
-    """Whether the parameters of a group are adapted."""
+    """Whether the trust ratio applies to the parameters of a group."""
     adapt = group["adapt"]
     return bool(group["weight_decay"] != 0) if adapt == "decayed" else bool(adapt)
-
-
-def _error(group: str, text: str) -> ValueError:
-    return ValueError(f"{group}: {text}" if group else text)
-
-
-def _is_rounding(x: Any, first: Any) -> bool:
-    return _is_real(x) and _is_number(-x) and float(-x) <= _ROUNDING * float(first)
-
-
-def _is_real(x: Any) -> bool:
-    """Whether x is one real number, of Python, numpy or torch; truth values are none."""
-    if isinstance(x, Tensor):
-        is_number = not x.is_complex() and x.dtype != torch.bool and not x.is_meta
-        return x.numel() == 1 and is_number
-    if isinstance(x, (np.ndarray, np.generic)):
-        return x.ndim == 0 and x.dtype.kind in _REAL_DTYPES
-    if isinstance(x, Real):
-        return not isinstance(x, bool)
-    return isinstance(x, Number) and not isinstance(x, Complex)  # decimal.Decimal
-
-
-_INFINITY = float("inf")
-
-
-def _is_number(x: Any) -> bool:
-    if type(x) is float:  # nearly always
-        return 0 <= x < _INFINITY
-    if not _is_real(x):
-        return False
-    try:
-        return 0 <= float(x) < _INFINITY
-    except (OverflowError, ValueError):  # an int beyond the floats; a signalling NaN
-        return False
-
-
-def _is_flag(x: Any) -> bool:
-    return isinstance(x, bool)
-
-
-def _is_choice(x: Any) -> bool:
-    return x is None or isinstance(x, bool)
-
-
-def _is_adapt(x: Any) -> bool:
-    return isinstance(x, bool) or (isinstance(x, str) and x == "decayed")
-
-
-def _is_nonfinite(x: Any) -> bool:
-    return isinstance(x, str) and x in ("propagate", "skip", "raise")
-
-
-def _is_axis(x: Any) -> bool:
-    if isinstance(x, (bool, np.bool_)):
-        return False
-    try:
-        return x is None or index(x) is not None
-    except TypeError:
-        return False
-
-
-_TITLES = {"lr": "learning rate", "momentum": "momentum value"}
-
-_FLAGS = ("nesterov", "trust_clip", "joint_norm", "maximize")
-_CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [
-    *(
-        (name, _is_number, "a finite number >= 0")
-        for name in ("lr", "momentum", "dampening", "weight_decay", "trust_coefficient", "eps")
-    ),
-    *((name, _is_flag, "True or False") for name in _FLAGS),
-    *((name, _is_choice, "True, False or None") for name in ("foreach", "fused")),
-    ("adapt", _is_adapt, "True, False or 'decayed'"),
-    ("nonfinite", _is_nonfinite, "'propagate', 'skip' or 'raise'"),
-    ("layer_axis", _is_axis, "an axis or None"),
-]
-NAMES = tuple(name for name, *_ in _CHECKS)

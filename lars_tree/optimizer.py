@@ -1,27 +1,19 @@
 """Lars: the rule with momentum, as an optimizer over any tree. Its state is a Container.
 
-The step itself is `update.advance`; this module has what stands around it. For parameters of a
-torch model with their gradients in them, there is `lars_tree.torch.Lars`.
+The step itself is `_core.advance`. For the parameters of a torch model, with their gradients in
+`p.grad`, use `lars_tree.torch.Lars`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from inspect import Parameter, signature
 from typing import Any, TypeVar, Unpack, overload
 
 import numpy as np
 
-from lars_tree import (
-    _backends,
-    _checks,
-    _counters,
-    _nodes,
-    _options,
-    _tree,
-    errors,
-    schedules,
-)
+from lars_tree import _backends, _checks, _counters, _nodes, _options, _tree, errors, schedules
 from lars_tree._backends.base import FLOATING
 from lars_tree._core import locks
 from lars_tree._core.advance import advance
@@ -39,7 +31,7 @@ State = TypeVar("State", bound=dict[str, Any])
 class Lars:
     """LARS with momentum, over a tree of weights.
 
-    For the step u of `lars_update`, with `weight_decay` as its decay_lambda, and a velocity v that
+    With u, the step of `lars_update` with `weight_decay` as its decay_lambda, and a velocity v that
     starts at zero,
 
         v = momentum * v + u
@@ -52,34 +44,35 @@ class Lars:
     >>> w, state = opt.update(w, g, state)      # kernel: ratio 5 / 10, a step of 0.05 * [0, 10]
     >>> w.kernel, state.velocity.kernel, int(state.step)
     (array([3. , 3.5]), array([0. , 0.5]), 1)
-    >>> w, state = opt.update(w, g, state)      # half of the last step, and the next one
-    >>> state.velocity.bias                     # 0.5 * 0.1 + 0.1 * 0.1, as |w| is 0.1 by now
+    >>> w, state = opt.update(w, g, state)      # half of the last step, and a new one
+    >>> state.velocity.bias                     # 0.5 * 0.1 + 0.1 * 0.1, as |w| is now 0.1
     array([0.06])
 
-    In place, nothing is allocated: `opt.update(w, g, state, out=w)` writes to the weights and to
-    the arrays of the state. Under `jax.jit` and `lax.scan` both are simply values.
+    `opt.update(w, g, state, out=w)` works in place: it writes to the weights and to the arrays of
+    the state, and allocates nothing. Under `jax.jit` and `lax.scan` weights and state are ordinary
+    values.
 
-    The velocity has the dtype of its weights, but float32 where those are float16 or bfloat16, and
-    is None where they are no floating-point numbers, which can only be kept. The state is a
-    Container and can be saved like weights: `step` counts the steps that were taken, `skipped`
-    those that nonfinite="skip" left out, and `velocity` is like w (there is none if momentum is the
-    number 0; each step is then that of `lars_update`, to the bit).
+    A velocity has the dtype of its weights, or float32 if they are float16 or bfloat16. Leaves that
+    are not floating point are never updated and have no velocity (None). The state is a Container
+    and can be saved like weights: `step` counts the steps, `skipped` the steps that
+    nonfinite="skip" skipped, and `velocity` is a tree like w. If momentum is the number 0 there is
+    no velocity, and each step has the bits of `lars_update`.
 
     Args:
-        lr: The rate: as in `lars_update`, or a schedule: a callable of the number of the step,
-            which is 0 at first, such as those in `lars_tree.schedules`; also within a Container.
-        momentum: What is left of the velocity after each step, a number >= 0.
-        nesterov: Look ahead: the velocity is applied as it will be after one more such gradient.
+        lr: The rate: as in `lars_update`, or a schedule: a callable that is given the number of the
+            step, from 0, such as those in `lars_tree.schedules`. May be a tree of both.
+        momentum: The factor of the velocity, a number >= 0.
+        nesterov: Nesterov momentum: applies the velocity that one more equal gradient would give.
         weight_decay: Weight decay: the decay_lambda of `lars_update`.
         trust_coefficient: As in `lars_update`, but 0.001, as in the paper and in other packages.
-        eps: As in `lars_update`, but 1e-8, so that the rounding noise of a gradient that should be
-            0 makes no step of full length.
-        stop_gradients: As in `lars_update`; False keeps the history of the velocity too.
-        **options: The further options of `lars_update`. All but `lr` are fixed for all steps; each
-            may be a Container or dict that is a prefix of w.
+        eps: As in `lars_update`, but 1e-8, so that a gradient that is 0 except for rounding errors
+            does not make a step of full length.
+        stop_gradients: As in `lars_update`; False keeps the graph of the velocity too.
+        **options: The further options of `lars_update`. All options but `lr` are the same for all
+            steps; each may be a Container or dict that is a prefix of w.
 
     Raises:
-        OptionError: A value that the rule is not defined for.
+        OptionError: An option has an invalid value.
 
     Source: You, Gitman, Ginsburg (2017), arXiv:1708.03888, Algorithm 1.
     """
@@ -96,7 +89,7 @@ class Lars:
         stop_gradients: Flags = True,
         **options: Unpack[SharedOptions],
     ) -> None:
-        _options.check_names(options, _options.OPTIMIZER_DEFAULTS, function="Lars()")
+        _options.check_names(options, _DEFAULTS, function="Lars()")
         given = {
             "momentum": momentum,
             "nesterov": nesterov,
@@ -122,7 +115,7 @@ class Lars:
         return f"Lars({', '.join([_on_one_line(self.lr), *shown])})"
 
     def init(self, w: Any) -> Container:
-        """The state before the first step: nothing moves yet.
+        """The state before the first step, with velocities of zeros.
 
         >>> Lars(0.1).init({"a": np.ones(3), "b": np.ones(2, np.float16)})
         Container: 4 leaves, 7 parameters, 48 bytes
@@ -135,22 +128,20 @@ class Lars:
             w: The weights: a tree of arrays, or one array.
 
         Raises:
-            StructureError: w holds itself, or has a node that cannot be rebuilt.
-            LarsTreeError: as `update` does for weights that cannot be updated, such as a leaf that
-                is not an array, or one without data.
+            StructureError: w contains itself, or has a node that cannot be rebuilt.
+            LarsTreeError: w cannot be updated: a leaf is not an array, or has no data.
         """
         try:
             leaves = _tree.leaves(w)
-            bare = list(map(unwrap, leaves))
-            _checks.check_weights(bare, lambda: _tree.paths(w, len(bare)))
+            arrays = list(map(unwrap, leaves))
+            _checks.check_weights(arrays, lambda: _tree.paths(w, len(arrays)))
         except RecursionError:
             raise _tree.explained({"w": w}) from None
-        arrays = [x for x in bare if x is not None]
-        first = arrays[0] if arrays else np.empty(0)
+        first = next((x for x in arrays if x is not None), np.empty(0))
         backend = _backends.find(first)
         assert backend is not None
         state = Container(step=backend.counter(first), skipped=backend.counter(first))
-        if self._moves:
+        if self._has_velocity:
             state["velocity"] = _tree.rebuild(w, [_zeros(x) for x in leaves], "w")
         return state
 
@@ -164,20 +155,20 @@ class Lars:
     def update(self, w: Any, dcdw: Any, state: dict[str, Any], out: Any = None) -> tuple[Any, Any]:
         """Take one step: the new weights and the new state.
 
-        With `out`, the step is read, the schedules are called and all is written under the lock of
-        updates in place, so each of several threads takes a step of its own. A schedule may itself
-        make updates, but must not wait for those of another thread.
+        With `out`, a lock is held from reading `state.step` and calling the schedules until all is
+        written, so the steps of several threads follow each other. A schedule may itself make
+        updates, but must not wait for an update of another thread.
 
         Args:
             w: The weights.
-            dcdw: Their gradients, as in `lars_update`, but of the shapes of their weights.
-            state: What `init` or the last `update` returned.
-            out: Where to write the new weights, such as w itself. The state is then written to
-                where it is, too, and is returned.
+            dcdw: The gradients, as in `lars_update`, but of the same shapes as the weights.
+            state: The result of `init` or of the last `update`.
+            out: Where to write the new weights, often w itself. The state is then written in place
+                too, and returned.
 
         Raises:
-            StateError, StructureError: the state is not one of these weights; nothing was written.
-            LarsTreeError: as `lars_update` does; nothing was written.
+            StateError, StructureError: The state does not match w. Nothing was written.
+            LarsTreeError: As in `lars_update`. Nothing was written.
         """
         self._check_state(state)
         with nullcontext() if out is None else locks.writing(lambda: _counters.spans(state)):
@@ -189,11 +180,11 @@ class Lars:
         return new_w, Container({name: new[name] for name in state})
 
     @property
-    def _moves(self) -> bool:
+    def _has_velocity(self) -> bool:
         return not is_zero(self.options["momentum"])
 
     def _check_state(self, state: Any) -> None:
-        names = ["step", "skipped", *(["velocity"] if self._moves else [])]
+        names = ["step", "skipped", *(["velocity"] if self._has_velocity else [])]
         if not isinstance(state, dict):
             text = f"expected what `init` returns, got {errors.describe(state)}"
         elif state.keys() != set(names):
@@ -204,11 +195,18 @@ class Lars:
         raise errors.error(errors.StateError, "state", headline, [((), text)])
 
 
-_DEFAULTS = {"momentum": 0.9, "nesterov": False, **_options.OPTIMIZER_DEFAULTS}
+_DEFAULTS = {
+    **{
+        name: parameter.default
+        for name, parameter in signature(Lars).parameters.items()
+        if parameter.default is not Parameter.empty
+    },
+    **{name: _options.DEFAULTS[name] for name in _options.SharedOptions.__annotations__},
+}
 
 
 def _zeros(x: Any) -> Any:
-    """A velocity for one leaf of the weights; None for one that can only be left as it is."""
+    """The first velocity of a leaf; None if the leaf is not floating point."""
     array = unwrap(x)
     backend = _backends.find(array)
     if backend is None or backend.facts(array).kind not in FLOATING:
@@ -232,7 +230,7 @@ def _rate(schedule: Schedule, step: Any) -> Any:
 
 
 def _without_schedules(lr: Any, rate: Callable[[Any], Any]) -> Any:
-    """The rate with rate(schedule) for each schedule, which may have the type of a tree."""
+    """The tree with rate(schedule) for each schedule. Nodes that are callable are schedules."""
     if callable(lr):
         return rate(lr)
     if _tree.is_leaf(lr):

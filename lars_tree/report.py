@@ -1,8 +1,8 @@
-"""Reports on layers: trust ratios, a table, their history over a training run.
+"""Reports on layers: trust ratios, a table, and their history over a training run.
 
-The numbers are those of the update itself (`_measure.py`), on the device where it takes place;
-nothing waits for them before they are shown. matplotlib and rich are imported where they are first
-needed. `pip install 'lars-tree[report]'` has both.
+The numbers are those of the update itself (`_measure.py`), computed on the device of the weights;
+nothing waits for them until they are shown. matplotlib and rich are imported when first needed;
+`pip install 'lars-tree[report]'` installs both.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ import numpy as np
 
 from lars_tree import _backends, _options, _tree, errors
 from lars_tree._core.types import Flags, Numbers
-from lars_tree._core.wrapper import unwrap
+from lars_tree._core.wrapper import rewrapped, unwrap
 from lars_tree._history import TrustHistory, TrustRatioWarning, warn
 from lars_tree._layer_table import LayerTable
 from lars_tree._measure import fetch, layer_paths, measure, unreadable
 from lars_tree._options import Options, StepOptions
 from lars_tree._rule import Measured
-from lars_tree.array import Array
 from lars_tree.container import Container
 
 Tree = TypeVar("Tree", bound=Container)
@@ -54,14 +53,14 @@ def trust_ratios(
     stop_gradients: Flags = True,
     **options: Unpack[Options],
 ) -> Any:
-    """The trust ratios by which `lars_update` would step, for the same arguments.
+    """The trust ratios that `lars_update` uses for the same arguments.
 
     For each array of w, with g = dcdw / grad_scale,
 
         ratio = trust_coefficient * |w| / (|g| + decay_lambda * |w| + eps)
 
-    and 1 where `lars_update` takes 1: for adapt=False, and where |w| or |g| is 0. With `trust_clip`
-    it is min(ratio, lr) / lr, by which lr is multiplied, and never above 1.
+    and 1 for adapt=False and where |w| or |g| is 0. With `trust_clip` it is min(ratio, lr) / lr,
+    the factor of lr, and never above 1.
 
     >>> w = Container(kernel=np.array([3.0, 4.0]), bias=np.array([0.0]))
     >>> g = Container(kernel=np.array([0.0, 10.0]), bias=np.array([1.0]))
@@ -73,30 +72,25 @@ def trust_ratios(
     Args:
         w: Weights, as in `lars_update`. Nothing is modified.
         dcdw: Gradients: the same.
-        lr: Rate: of no effect on the ratios, unless there is `trust_clip`. If it has a shape, the
-            largest one counts.
+        lr: Rate: matters only with `trust_clip`; of a rate with a shape the largest element counts.
         decay_lambda: Weight decay.
-        stop_gradients: False keeps the history of the ratios, where `lars_update` would.
-        **options: The further options of `lars_update`; `nonfinite` is of no effect.
+        stop_gradients: False keeps the autograd graph of the ratios, as in `lars_update`.
+        **options: The further options of `lars_update`; `nonfinite` has no effect.
 
     Returns:
-        A tree like w. At each leaf a number, or a vector with one for each index of `layer_axis`:
-        an array of the library and on the device of the weights, which nothing has waited for.
-        float64, on accelerators the type that the update computes in. JAX has float32 for weights
-        that are not double, unless jax_enable_x64 is set. None where the weights stay as they are.
+        A tree like w. Each leaf is a 0-d array, or a vector with an element for each index of
+        `layer_axis`, of the library and on the device of the weights; or None where the weights are
+        not updated. The dtype is float64, on accelerators the dtype that the update computes in,
+        in JAX float32 for weights that are not double unless jax_enable_x64 is set.
 
     Raises:
-        LarsTreeError: as `lars_update` does.
+        LarsTreeError: As in `lars_update`.
     """
     given = _given("trust_ratios()", lr, decay_lambda, stop_gradients, options)
-    ratios = []
-    steps = measure(w, dcdw, given)
-    leaves = _tree.leaves(w)
-    if len(leaves) != len(steps):
-        raise _tree.changed()
-    for old, step in zip(leaves, steps, strict=True):
-        ratio = None if step is None else step.measured.ratio
-        ratios.append(Array(ratio) if isinstance(old, Array) and step is not None else ratio)
+    ratios = [
+        None if report.measured is None else rewrapped(report.measured.ratio, report.w)
+        for report in measure(w, dcdw, given)
+    ]
     return _tree.rebuild(w, ratios, "w")
 
 
@@ -110,7 +104,7 @@ def layer_table(
     stop_gradients: Flags = True,
     **options: Unpack[Options],
 ) -> LayerTable:
-    """The layers of w beside the step that `lars_update` would take, for the same arguments.
+    """A table of the layers of w and of the step of `lars_update` for the same arguments.
 
     >>> w = Container(kernel=np.array([3.0, 4.0]), bias=np.array([0.0]))
     >>> g = Container(kernel=np.array([0.0, 10.0]), bias=np.array([1.0]))
@@ -120,51 +114,48 @@ def layer_table(
       kernel  (2,)   float64           2    5   10    0.5        0.1
       bias    (1,)   float64           1    0    1      1        inf
 
-    |w| and |g| are the norms of weights and gradients (without the loss scale), |u| is that of the
-    step. An array with a `layer_axis` has one row for each index of it. Shows itself in a terminal,
-    in notebooks and in rich, has `to_markdown()`, and `records` for data frames. Steps are computed
-    one array at a time; then all numbers are waited for.
+    |w|, |g| and |u| are the norms of weights, gradients (without the loss scale) and step. An array
+    with a `layer_axis` has one row for each index. Terminals, notebooks and rich show the table; it
+    has `to_markdown()`, and `records` for data frames. Computes the steps one array at a time, then
+    waits for all values.
 
     Args:
         w: Weights, as in `lars_update`. Nothing is modified.
         dcdw: Gradients: the same.
         lr: Rate: the same.
         decay_lambda: Weight decay.
-        stop_gradients: As in `lars_update`; of no effect.
-        **options: The further options of `lars_update`; `nonfinite` is of no effect.
+        stop_gradients: As in `lars_update`; has no effect.
+        **options: The further options of `lars_update`; `nonfinite` has no effect.
 
     Raises:
-        LarsTreeError: as `lars_update` does, and where values are traced.
+        LarsTreeError: As in `lars_update`, and for traced values.
 
     Warns:
-        TrustRatioWarning: naming the layers whose ratio is 0, not finite, or clipped.
+        TrustRatioWarning: Names the layers whose ratio is 0, not finite, or clipped.
     """
     given = _given("layer_table()", lr, decay_lambda, stop_gradients, options)
-    steps = measure(w, dcdw, given, with_steps=True)
-    known = [number for step in steps if step for number in (*step.measured, step.norm)]
-    numbers = iter(fetch("w", known))
+    reports = measure(w, dcdw, given, with_steps=True)
+    numbers = [x for report in reports for x in (*(report.measured or ()), report.step_norm)]
+    values = iter(fetch("w", [x for x in numbers if x is not None]))
     records: list[dict[str, Any]] = []
     faults: list[errors.Line] = []
-    leaves = list(_tree.walk(w))
-    if len(leaves) != len(steps):
-        raise _tree.changed()
-    for (path, old), step in zip(leaves, steps, strict=True):
-        x = unwrap(old)
+    for path, report in zip(_tree.paths(w, len(reports)), reports, strict=True):
+        x, axis = unwrap(report.w), report.rule.layer_axis
         backend = _backends.find(x)
         if backend is None:
             continue
         shape, dtype = tuple(backend.facts(x).shape), str(backend.facts(x).dtype)
-        if step is None:
-            records.append(_record(path, shape, dtype))
+        if report.measured is None:
+            records.append(_record(path, shape, dtype, _NO_STEP))
             continue
-        columns = np.stack(list(islice(numbers, 5)), axis=-1)
-        axis = step.rule.layer_axis
+        columns = np.stack(list(islice(values, 5)), axis=-1)
         if axis is not None:
             shape = tuple(np.delete(shape, axis).tolist())
         layers = layer_paths(path, columns.shape[:-1])
-        for layer, (*measured, norm) in zip(layers, columns.reshape(-1, 5).tolist(), strict=True):
-            records.append(_record(layer, shape, dtype, Measured(*measured), norm))
-            faults += [(layer, text) for text in _faults(Measured(*measured))]
+        for layer, (*row, step_norm) in zip(layers, columns.reshape(-1, 5).tolist(), strict=True):
+            measured = Measured(*row)
+            records.append(_record(layer, shape, dtype, _step_fields(measured, step_norm)))
+            faults += [(layer, text) for text in _faults(measured)]
     warn("some layers have odd trust ratios", faults)
     return LayerTable(records)
 
@@ -177,27 +168,20 @@ def _given(
     return {**_options.DEFAULTS, **given, **options}
 
 
+_NO_STEP = {**dict.fromkeys(("w_norm", "g_norm", "ratio", "relative_step")), "clipped": False}
+
+
 def _record(
-    path: errors.Path,
-    shape: tuple[int, ...],
-    dtype: str,
-    layer: Measured | None = None,
-    step_norm: float = 0.0,
+    path: errors.Path, shape: tuple[int, ...], dtype: str, step: dict[str, Any]
 ) -> dict[str, Any]:
-    record = {
-        "path": errors.path_string(path),
-        "shape": shape,
-        "dtype": dtype,
-        "parameters": prod(shape),
-        **dict.fromkeys(("w_norm", "g_norm", "ratio", "relative_step")),
-        "clipped": False,
-    }
-    if layer is None:
-        return record
+    layer = {"path": errors.path_string(path), "shape": shape, "dtype": dtype}
+    return {**layer, "parameters": prod(shape), **step}
+
+
+def _step_fields(layer: Measured, step_norm: float) -> dict[str, Any]:
     with np.errstate(all="ignore"):
         relative = float(np.divide(step_norm, layer.w_norm)) if step_norm else 0.0
     return {
-        **record,
         "w_norm": layer.w_norm,
         "g_norm": layer.g_norm,
         "ratio": layer.ratio,
@@ -221,7 +205,7 @@ class Writer(Protocol):
 
 
 class ScalarCallback:
-    """Writes trust ratios to whatever has `add_scalar(tag, value, step)`, as TensorBoard's has.
+    """Writes trust ratios to a TensorBoard writer, or any object with the same `add_scalar`.
 
     >>> class Writer:
     ...     def add_scalar(self, tag, value, step):
@@ -233,15 +217,16 @@ class ScalarCallback:
     0 trust_ratio/encoder/kernel 0.5
     10 trust_ratio/encoder/kernel 0.5
 
-    Only the steps that are written are waited for.
+    Only steps that are written wait for the device.
 
     Args:
-        writer: A `SummaryWriter` of torch or tensorboardX, or the like.
-        tag: What stands before the path of each layer.
-        every: Which steps to write: those that this number divides.
+        writer: A `SummaryWriter` of torch or tensorboardX, or any object with
+            `add_scalar(tag, value, step)`.
+        tag: The prefix of the path of each layer.
+        every: Writes only steps that are multiples of this number.
 
     Raises:
-        OptionError: `every` is no whole number, or below 1.
+        OptionError: `every` is not a whole number >= 1.
     """
 
     def __init__(self, writer: Writer, tag: str = "trust_ratio", every: int = 1) -> None:
@@ -249,10 +234,10 @@ class ScalarCallback:
         self.every = errors.whole_number("every", every, least=1)
 
     def __call__(self, ratios: Any, step: int) -> None:
-        """Write the ratios, a tree as `trust_ratios` returns it, of this step.
+        """Write the ratios of this step, a tree as returned by `trust_ratios`.
 
         Raises:
-            LeafError: a leaf is not a number or an array, or an array without data.
+            LeafError: A leaf is not a number, a vector or None, or has no data.
         """
         if step % self.every:
             return
@@ -260,10 +245,11 @@ class ScalarCallback:
             given = [(path, unwrap(x)) for path, x in _tree.walk(ratios) if x is not None]
         faults = [(path, text) for path, x in given if (text := unreadable(x))]
         if faults:
-            headline = "ratios holds something that cannot be written"
+            headline = "ratios has a leaf that is not a trust ratio"
             raise errors.error(errors.LeafError, "ratios", headline, faults)
         values = fetch("ratios", [x for _, x in given])
-        for (path, _), each in zip(given, values, strict=True):
-            for layer, value in zip(layer_paths(path, each.shape), each.reshape(-1), strict=True):
+        for (path, _), of_leaf in zip(given, values, strict=True):
+            layers = layer_paths(path, of_leaf.shape)
+            for layer, value in zip(layers, of_leaf.reshape(-1), strict=True):
                 tag = "/".join(filter(None, [self.tag, errors.path_string(layer)]))
                 self.writer.add_scalar(tag, float(value), step)

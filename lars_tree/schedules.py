@@ -1,12 +1,12 @@
 """Schedules: the learning rate as a function of the step.
 
-Any callable of the step is one; these are those of the recipes. Given a number they return a float;
-given an array with a shape, or one whose value is not known yet (under `jax.jit`, or lazy), an
-array. A step may lie between two whole numbers, and so does the rate.
+Any callable of the step is a schedule; these are the usual ones. For a number they return a float;
+for an array with axes, or one without a known value (under `jax.jit`, or lazy), an array. Steps and
+rates between two whole steps are allowed.
 
-The first step has number 0, so with a warm-up, which starts from 0, it moves nothing: as in timm,
-whose `warmup_lr_init` is 0 by default, and in optax with an `init_value` of 0 (torch's `LinearLR`
-starts at a third of the rate). To move from the first step on, shift a schedule:
+The first step has number 0, so a warm-up, which starts from rate 0, makes a first step of size 0.
+So it is in timm, whose `warmup_lr_init` is 0 by default, and in optax with an `init_value` of 0;
+torch's `LinearLR` starts at a third of the rate. To start above 0, shift a schedule:
 `lambda step: schedule(step + 1)`.
 """
 
@@ -16,7 +16,7 @@ import math
 import operator
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar, overload
 
 import numpy as np
@@ -33,7 +33,26 @@ A = TypeVar("A", bound=AnyArray)
 
 
 class _Schedule:
-    """The types of a schedule: a number gives a float, an array an array."""
+    """The checks and types of all schedules: a number gives a float, an array an array."""
+
+    warmup_steps: int
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # type: ignore[arg-type]  # each subclass is a dataclass
+            x = getattr(self, field.name)
+            number: float | None
+            if field.name.endswith("_steps"):
+                number = whole_number(field.name, x, least=0)
+            else:
+                number = finite_number(x)
+            if number is None:
+                raise OptionError(f"{field.name}: expected a finite number >= 0, got {x!r}")
+            # The class is frozen. Python numbers do not change the dtype of a step.
+            object.__setattr__(self, field.name, x if type(x) is int else number)
+        warmup_steps, total_steps = self.warmup_steps, getattr(self, "total_steps", None)
+        if total_steps is not None and (total_steps < 1 or total_steps < warmup_steps):
+            text = f"expected at least 1 and warmup_steps ({warmup_steps}), got {total_steps}"
+            raise OptionError(f"total_steps: {text}")
 
     @overload
     def __call__(self, step: float | np.number[Any]) -> float: ...
@@ -43,7 +62,7 @@ class _Schedule:
     def __call__(self, step: A) -> A: ...
 
     def __call__(self, step: Any) -> Any:
-        """The rate at a step; the first one has number 0."""
+        """The rate at a step; the first step is 0."""
         return self._rate(step)
 
     @abstractmethod
@@ -60,21 +79,19 @@ class Constant(_Schedule):
 
     Args:
         rate: The rate, a number >= 0.
-        warmup_steps: How many steps the rate rises linearly, from 0.
+        warmup_steps: For this many steps the rate rises linearly from 0.
 
     Raises:
-        OptionError: a rate is negative or not finite, or a number of steps is.
+        OptionError: `rate` is not a finite number >= 0, or `warmup_steps` is not a whole number
+            >= 0.
     """
 
     rate: float
     warmup_steps: int = 0
 
-    def __post_init__(self) -> None:
-        _check_rates(self, "rate")
-        _check_steps(self, "warmup_steps")
-
     def _rate(self, step: Any) -> Any:
-        return _at(step, self.warmup_steps, self.warmup_steps, self.rate, self.rate, _flat)
+        warmup, _, _ = _progress(step, self.warmup_steps, self.warmup_steps)
+        return warmup * self.rate
 
 
 @dataclass(frozen=True)
@@ -91,14 +108,14 @@ class Polynomial(_Schedule):
 
     Args:
         peak: The highest rate.
-        total_steps: The step at which the rate has come down to `end`, and from which it stays.
-        warmup_steps: How many of these the rate rises linearly, from 0.
+        total_steps: The step from which on the rate is `end`.
+        warmup_steps: For this many of these steps the rate rises linearly from 0.
         power: 1 is linear decay.
         end: The last rate.
 
     Raises:
-        OptionError: a rate is negative or not finite, or a number of steps is, or the warm-up is
-            longer than all steps.
+        OptionError: A rate or the power is not a finite number >= 0, a number of steps is not a
+            whole number >= 0, or `total_steps` is 0 or less than `warmup_steps`.
 
     Source: You, Gitman, Ginsburg (2017), arXiv:1708.03888, section 5; power 2, end 0.
     """
@@ -109,20 +126,14 @@ class Polynomial(_Schedule):
     power: float = 2.0
     end: float = 0.0
 
-    def __post_init__(self) -> None:
-        _check_rates(self, "peak", "end", "power")
-        _check_steps(self, "warmup_steps", "total_steps")
-
     def _rate(self, step: Any) -> Any:
-        def left(t: Any, xp: Any) -> Any:
-            return (1 - t) ** self.power
-
-        return _at(step, self.warmup_steps, self.total_steps, self.peak, self.end, left)
+        warmup, t, _ = _progress(step, self.warmup_steps, self.total_steps)
+        return warmup * _between(self.end, self.peak, (1 - t) ** self.power)
 
 
 @dataclass(frozen=True)
 class Cosine(_Schedule):
-    """Linear warm-up, then half a cosine wave down: the usual schedule of SimCLR and BYOL.
+    """Linear warm-up, then half a cosine wave: the usual schedule of SimCLR and BYOL.
 
         end + (peak - end) * (1 + cos(pi t)) / 2,    t as in `Polynomial`
 
@@ -132,12 +143,12 @@ class Cosine(_Schedule):
 
     Args:
         peak: The highest rate.
-        total_steps: The step at which the rate has come down to `end`, and from which it stays.
-        warmup_steps: How many of these the rate rises linearly, from 0.
+        total_steps: The step from which on the rate is `end`.
+        warmup_steps: For this many of these steps the rate rises linearly from 0.
         end: The last rate.
 
     Raises:
-        OptionError: as for `Polynomial`.
+        OptionError: As for `Polynomial`.
 
     Source: Loshchilov, Hutter (2017), arXiv:1608.03983, without restarts.
     """
@@ -147,25 +158,15 @@ class Cosine(_Schedule):
     warmup_steps: int = 0
     end: float = 0.0
 
-    def __post_init__(self) -> None:
-        _check_rates(self, "peak", "end")
-        _check_steps(self, "warmup_steps", "total_steps")
-
     def _rate(self, step: Any) -> Any:
-        def left(t: Any, xp: Any) -> Any:
-            return (1 + xp.cos(math.pi * t)) / 2
-
-        return _at(step, self.warmup_steps, self.total_steps, self.peak, self.end, left)
-
-
-def _flat(t: Any, xp: Any) -> Any:
-    return 1.0
+        warmup, t, xp = _progress(step, self.warmup_steps, self.total_steps)
+        return warmup * _between(self.end, self.peak, (1 + xp.cos(math.pi * t)) / 2)
 
 
 def value(step: Any) -> Any:
-    """A step as an int, or as a float if it is not of an integer type.
+    """The step as an int if its type is an integer type, or else as a float.
 
-    An array stays as it is if it has a shape, or if its value is not known yet.
+    Arrays with axes, or without a known value, are returned as they are.
     """
     backend = _backends.find(step)
     if backend is not None and (backend.values(step) is not Values.CPU or step.shape):
@@ -176,60 +177,28 @@ def value(step: Any) -> Any:
         return float(step)
 
 
-def _at(
-    step: Any,
-    warmup_steps: int,
-    total_steps: int,
-    peak: float,
-    end: float,
-    left: Callable[[Any, Any], Any],
-) -> Any:
-    """The rate where left(t, namespace) falls from 1 at t = 0 to 0 at t = 1."""
+def _progress(step: Any, warmup_steps: int, total_steps: int) -> tuple[Any, Any, Any]:
+    """The fraction of the warm-up and of the decay that is done at a step, and their namespace."""
     step = value(step)
     xp: Any = math
-    clip: Callable[[Any], Any] = _clipped
+    clip: Callable[[Any], Any] = lambda x: min(max(x, 0.0), 1.0)  # noqa: E731
     backend = _backends.find(step)
     if backend is not None:
         xp = backend.namespace(step)
-        step = _floating(step, xp)
+        step = _as_float(step, xp)
         clip = lambda x: xp.clip(x, 0.0, 1.0)  # noqa: E731
-    warm = clip(step / warmup_steps) if warmup_steps else 1.0
-    share = left(clip((step - warmup_steps) / max(1, total_steps - warmup_steps)), xp)
-    # While it warms up the share is 1. As a sum of two products it gives peak and end exactly.
-    return warm * (share * peak + (1 - share) * end)
+    warmup = clip(step / warmup_steps) if warmup_steps else 1.0
+    return warmup, clip((step - warmup_steps) / max(1, total_steps - warmup_steps)), xp
 
 
-def _floating(step: Any, xp: Any) -> Any:
-    """As a float that can count: small integers overflow, and half precision ends at 2048."""
+def _between(end: float, peak: float, share: Any) -> Any:
+    """The rate with this share of peak, as a sum of two products: exact for shares 0 and 1."""
+    return share * peak + (1 - share) * end
+
+
+def _as_float(step: Any, xp: Any) -> Any:
+    """The step in at least float32: small integers overflow, and float16 is exact up to 2048."""
     step = step / 1
     if getattr(step.dtype, "itemsize", 4) < 4:
         step = step.astype(xp.float32) if hasattr(step, "astype") else step.to(xp.float32)
     return step
-
-
-def _clipped(x: float) -> float:
-    return min(max(x, 0.0), 1.0)
-
-
-def _check_rates(schedule: Any, *names: str) -> None:
-    for name in names:
-        rate = getattr(schedule, name)
-        number = finite_number(rate)
-        if number is None:
-            raise OptionError(f"{name}: expected a finite number >= 0, got {rate!r}")
-        if type(rate) not in (int, float):
-            _put(schedule, name, number)
-
-
-def _check_steps(schedule: Any, *names: str) -> None:
-    for name in names:
-        _put(schedule, name, whole_number(name, getattr(schedule, name), least=0))
-    warmup_steps, total_steps = schedule.warmup_steps, getattr(schedule, "total_steps", None)
-    if total_steps is not None and (total_steps < 1 or total_steps < warmup_steps):
-        text = f"expected at least 1 and warmup_steps ({warmup_steps}), got {total_steps}"
-        raise OptionError(f"total_steps: {text}")
-
-
-def _put(schedule: Any, name: str, number: float) -> None:
-    """Give a field of a frozen class a plain number, which takes on the precision of a step."""
-    object.__setattr__(schedule, name, number)

@@ -1,11 +1,11 @@
-"""FSDP2 models under `lars_tree.torch.Lars`, against one without. See test_distributed."""
+"""FSDP2 models with `lars_tree.torch.Lars`, compared with dense models. See test_distributed."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 
 import torch
-from distributed_worker import communication, compare, everywhere, raised
+from distributed_worker import communication, compare, gathered, raised
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -38,7 +38,7 @@ OPTIONS = {
 
 
 def model(dtype, mesh=None, tensor_parallel=None):
-    """Odd sizes, and a layer of which some processes have nothing."""
+    """A model with odd sizes, and a layer with empty shards in some processes."""
     torch.manual_seed(0)
     made = Sequential(Linear(5, 7), LayerNorm(7), Linear(7, 4), Linear(4, 1)).to(dtype)
     if tensor_parallel is not None:
@@ -61,9 +61,9 @@ def optimizer(of, options, **more):
 
 
 def train(sharded, plain, ours, theirs, seed, watched=False):
-    """One step of both with the same gradients: those of the sharded model.
+    """One step of both models with the gradients of the sharded one.
 
-    `watched` by a dispatch mode, which must see the operations of torch.
+    With `watched`, under a dispatch mode, which must see the operations of torch.
     """
     torch.manual_seed(seed)
     dtype = next(plain.parameters()).dtype
@@ -102,7 +102,7 @@ def case(dtype, options, mesh, tensor_parallel=None, watched=False):
 
 
 def resumed(dtype, mesh, way):
-    """A state that is saved after two steps and loaded into another optimizer for a third."""
+    """Two steps, then saving the state and loading it into another optimizer for a third step."""
     options = OPTIONS["momentum"]
     sharded, plain = model(dtype, mesh), model(dtype)
     ours, theirs = (optimizer(of, options) for of in (sharded, plain))
@@ -116,18 +116,18 @@ def resumed(dtype, mesh, way):
     else:
         how = StateDictOptions(full_state_dict=way == "full", cpu_offload=way == "full")
         saved = get_optimizer_state_dict(sharded, ours, options=how)
-        names = sorted(saved.get("state", {}))  # in the first process alone if full
+        names = sorted(saved.get("state", {}))  # only in the first process if full
         how = StateDictOptions(full_state_dict=way == "full", broadcast_from_rank0=way == "full")
         set_optimizer_state_dict(sharded, fresh, saved, options=how)
     train(sharded, plain, fresh, theirs, 2)
     dtypes = sorted({str(x.dtype).removeprefix("torch.") for x in buffers(sharded, fresh)})
     kind = str(dtype).removeprefix("torch.")
-    facts = {"kind": kind, "names": everywhere(names)[0], "buffers": dtypes}
+    facts = {"kind": kind, "names": gathered(names)[0], "buffers": dtypes}
     return {**facts, **compared(sharded, plain, fresh, theirs)}
 
 
 def refused(mesh):
-    """What cannot be stepped, beside two parameters that could: neither of these is written to."""
+    """A parameter that is refused, beside two valid ones: nothing is written."""
     whole = torch.arange(1.0, 13).reshape(4, 3)
 
     def spread(placement):
@@ -152,11 +152,11 @@ def refused(mesh):
                     ours.state[params[2]]["momentum_buffer"] = buffer
                 found = raised(ours.step)
                 same = [torch.equal(params[0], whole), torch.equal(params[1].full_tensor(), whole)]
-                yield f"{name}, {momentum}, {foreach}", {"raised": found, "same": everywhere(same)}
+                yield f"{name}, {momentum}, {foreach}", {"raised": found, "same": gathered(same)}
 
 
 def redundant():
-    """Steps of an optimizer whose states are spread over the processes."""
+    """Steps of an optimizer whose state is sharded."""
     whole, spread = model(torch.float64), model(torch.float64)
     given = {"lr": 0.05, "trust_coefficient": 0.5, "weight_decay": 0.01, "adapt": "decayed"}
     ours = ZeroRedundancyOptimizer(param_groups(spread), optimizer_class=Lars, **given)
@@ -168,7 +168,7 @@ def redundant():
             (each(torch.randn(6, 5, dtype=torch.float64)) - 1).square().sum().backward()
             by.step()
     pairs = zip(spread.parameters(), whole.parameters(), strict=True)
-    return everywhere([all(torch.equal(p, q) for p, q in pairs), len(ours.optim.state)])
+    return gathered([all(torch.equal(p, q) for p, q in pairs), len(ours.optim.state)])
 
 
 def measure(world):
@@ -183,9 +183,8 @@ def measure(world):
     for dtype in (torch.float64, torch.bfloat16):
         for way in ("of torch.optim", "sharded", "full"):
             yield f"resumed, {way}, {dtype}", resumed(dtype, line, way)
-    if world == 4:
-        grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
-        for name in ("momentum", "across"):
-            yield f"hybrid {name}", case(torch.float64, OPTIONS[name], grid)
-            found = case(torch.float64, OPTIONS[name], grid["replicas"], grid["shards"])
-            yield f"tensor parallel {name}", found
+    grid = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicas", "shards"))
+    for name in ("momentum", "across"):
+        yield f"hybrid {name}", case(torch.float64, OPTIONS[name], grid)
+        found = case(torch.float64, OPTIONS[name], grid["replicas"], grid["shards"])
+        yield f"tensor parallel {name}", found

@@ -1,10 +1,10 @@
-"""Trust ratios of DTensor, against those without sharding. See test_distributed."""
+"""Trust ratios of DTensor, compared with those of dense tensors. See test_distributed."""
 
 from __future__ import annotations
 
 import torch
 from distributed_tensors import MIXED, cases, trees
-from distributed_worker import error, everywhere
+from distributed_worker import error, gathered
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -36,10 +36,10 @@ def measure(world):
             ]
             off = max(abs(a - b) / (b or 1) for a, b in zip(*steps, strict=True) if b < 1e300)
             bits = [x.tolist() for x in numbers.values()]
-            yield f"{tree}, {kind}", {"error": max(errors), "off": off, "bits": everywhere(bits)}
+            yield f"{tree}, {kind}", {"error": max(errors), "off": off, "bits": gathered(bits)}
     mesh = DeviceMesh("cpu", list(range(world // 2)))
     leaves = {name: MIXED[name] for name in ("rows", "layers_across")}
     w, dcdw, *_ = trees(leaves, "float64", mesh)
     found = trust_ratios(w, dcdw, 0.1, **options(leaves))
     known = [bool(torch.isfinite(x).all()) for x in found.values()]
-    yield "some processes", {"known": everywhere(known)}
+    yield "some processes", {"known": gathered(known)}

@@ -6,7 +6,7 @@ from unittest import mock
 
 import torch
 from conftest import unit_lars
-from distributed_worker import all_reduces, compare, distribute, everywhere, part, raised
+from distributed_worker import all_reduces, compare, distribute, gathered, local, raised
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import Parameter
@@ -14,12 +14,9 @@ from torch.nn import Parameter
 from lars_tree import lars_update
 from lars_tree.torch import Lars
 
-# Their parts in each process have norms that are whole numbers, and so have all of them: sums of
-# squares and roots are exact in any order. Sharded unevenly; the last process has nothing.
-VECTORS = {
-    2: {"uneven": [5, 10, 10, 12, 16], "empty": [7]},
-    4: {"uneven": [3, 4, 3, 4, 3, 4, 5], "empty": [3, 4, 6, 8, 10]},
-}
+# The norms of each shard and of the whole vector are integers, so sums of squares and roots are
+# exact in any order. The shards are uneven, and those of "empty" in the last process are empty.
+VECTORS = {"uneven": [5, 10, 10, 12, 16], "empty": [7]}  # for two processes
 OPTIONS = {
     "plain": {},
     "joint": {"joint_norm": True, "trust_clip": True},
@@ -33,24 +30,24 @@ def random(shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def wholes(world, dtype):
-    """Weights and gradients in each process; of exact norms, also in each column."""
+def wholes(dtype):
+    """Dense weights and gradients with exact norms, also of each column."""
     w, dcdw = {"frozen": random((4, 2), 7)}, {"frozen": None}
     for seed, name in enumerate(("uneven", "empty", "across", "odd")):
-        vector = VECTORS[world].get(name, VECTORS[world]["uneven"])
+        vector = VECTORS.get(name, VECTORS["uneven"])
         column = torch.tensor(vector, dtype=torch.float64)[:, None]
         w[name] = column * random((len(vector), 4), seed).sign()
-        dcdw[name] = w[name] / 8  # so the norm of both together is exact too
+        dcdw[name] = w[name] / 8  # so the norm of their sum is exact too
     for name, shape in {"layers": (7, 3), "everywhere": (5, 2), "dense": (6, 3)}.items():
         w[name], dcdw[name] = random(shape, 5), random(shape, 6)
     return [{k: None if x is None else x.to(dtype) for k, x in tree.items()} for tree in (w, dcdw)]
 
 
 def spread(tree, mesh, turns=False):
-    """The same over the processes.
+    """The tree as DTensors.
 
-    If it `turns`, a part of `odd` is in another memory order in the first of them: that one alone
-    must look twice.
+    With `turns`, the first process has its shard of `odd` in another memory order, so only that
+    process takes the general path.
     """
     others = {"everywhere": [Replicate()], "dense": None}
     found = dict(tree)
@@ -59,19 +56,19 @@ def spread(tree, mesh, turns=False):
             found[name] = distribute(x, mesh, others.get(name, [Shard(0)]))
     if turns and mesh.get_rank() == 0:
         odd = found["odd"]
-        turned = part(odd).T.contiguous().T
+        turned = local(odd).T.contiguous().T
         shape, stride = odd.shape, odd.stride()
         found["odd"] = DTensor.from_local(turned, mesh, odd.placements, shape=shape, stride=stride)
     return found
 
 
 def pair(mesh, dtype=torch.float32):
-    w, dcdw = wholes(mesh.size(), dtype)
+    w, dcdw = wholes(dtype)
     return spread(w, mesh, turns=True), spread(dcdw, mesh)
 
 
 def stepped(way, w, dcdw, options):
-    """The weights after a step, and the velocities, if any, which were there before."""
+    """The weights after a step, and the velocities if any."""
     axes = {name: AXES.get(name) for name in w}
     moving = {}
     if "momentum" in way:
@@ -100,12 +97,12 @@ def torch_lars(w, dcdw, **options):
     return Lars(groups, 0.1, 0.5, nesterov=True, trust_coefficient=1.0, **options), params
 
 
-def bits(world, mesh):
+def bits(mesh):
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for way in WAYS:
             for name, options in OPTIONS.items():
-                whole = stepped(way, *wholes(world, dtype), options)
-                like = spread(wholes(world, dtype)[0], mesh)
+                whole = stepped(way, *wholes(dtype), options)
+                like = spread(wholes(dtype)[0], mesh)
                 trees = pair(mesh, dtype)
                 with all_reduces() as counts:
                     found = stepped(way, *trees, options)
@@ -118,7 +115,7 @@ def bits(world, mesh):
 
 
 def versions(mesh):
-    """How often torch sees that weights and velocities, and what is here of them, were written."""
+    """Whether the versions of weights and velocities, and of their local tensors, grow."""
     w, dcdw = pair(mesh)
     optimizer = unit_lars(0.1, momentum=0.5)
     state = optimizer.init(w)
@@ -126,57 +123,57 @@ def versions(mesh):
     written += [x._local_tensor for x in written if isinstance(x, DTensor)]
     before = [x._version for x in written]
     optimizer.update(w, dcdw, state, out=w)
-    return everywhere(all(x._version > old for x, old in zip(written, before, strict=True)))
+    return gathered(all(x._version > old for x, old in zip(written, before, strict=True)))
 
 
 def skipped(mesh):
-    """NaN in the last process alone; without adapt, in its result alone too."""
+    """NaN only in the last process; with adapt=False also only in its result."""
     for name in ("uneven", "across", "odd"):
         w, dcdw = pair(mesh)
         if mesh.get_rank() == mesh.size() - 1:
-            part(dcdw[name])[-1, -1] = torch.nan
-        before = [part(x).clone() for x in w.values()]
+            local(dcdw[name])[-1, -1] = torch.nan
+        before = [local(x).clone() for x in w.values()]
         optimizer, _ = torch_lars(w, dcdw, nonfinite="skip", adapt=name != "uneven")
         optimizer.step()
-        same = all(torch.equal(part(x), old) for x, old in zip(w.values(), before, strict=True))
-        found = {"same": everywhere(same), "skipped": everywhere(optimizer.skipped)}
+        same = all(torch.equal(local(x), old) for x, old in zip(w.values(), before, strict=True))
+        found = {"same": gathered(same), "skipped": gathered(optimizer.skipped)}
         out = {key: torch.zeros_like(x) for key, x in w.items()}
         lars_update(w, dcdw, 0.1, out=out, nonfinite="skip", layer_axis=AXES.get(name))
         pairs = zip(out.values(), before, strict=True)
-        found["kept"] = everywhere(all(torch.equal(part(x), old) for x, old in pairs))
+        found["kept"] = gathered(all(torch.equal(local(x), old) for x, old in pairs))
         yield f"skipped, {name}", found
 
 
 def amp(mesh):
-    """Where one process alone finds infinity by itself, it keeps what it has; none waits."""
+    """If only one process finds infinity, only that one skips the step; no process hangs."""
     w, dcdw = ({name: tree[name] for name in ("uneven", "layers")} for tree in pair(mesh))
-    before = part(w["uneven"]).clone()
+    before = local(w["uneven"]).clone()
     optimizer, _ = torch_lars(w, dcdw, fused=True)
     optimizer.found_inf = torch.tensor(float(mesh.get_rank() == 0))
     optimizer.step()
-    return everywhere(torch.equal(part(w["uneven"]), before))
+    return gathered(torch.equal(local(w["uneven"]), before))
 
 
 def faults(mesh):
-    """What is wrong with memory: told before anything is sent or written."""
+    """Invalid memory is refused before anything is sent or written."""
     w, dcdw = pair(mesh)
     ones = [distribute(torch.ones(8, 3), mesh, [Shard(0)]) for _ in range(2)]
-    part(ones[0]).untyped_storage().resize_(0)
+    local(ones[0]).untyped_storage().resize_(0)
     first = w["uneven"]
-    tied = DTensor.from_local(part(first), mesh, [Shard(0)], shape=first.shape, stride=(4, 1))
+    tied = DTensor.from_local(local(first), mesh, [Shard(0)], shape=first.shape, stride=(4, 1))
     for name, x, grad in (("tied", tied, dcdw["uneven"]), ("freed", *ones)):
         tree, grads = {**w, name: x}, {**dcdw, name: grad}
-        before = [part(x).clone() for x in w.values()]
+        before = [local(x).clone() for x in w.values()]
         with all_reduces() as counts:
             found = raised(lambda tree=tree, grads=grads: lars_update(tree, grads, 0.1, out=tree))
-        same = all(torch.equal(part(x), old) for x, old in zip(w.values(), before, strict=True))
-        yield name, {"raised": found, "same": everywhere(same), "sent": counts["all_reduce"]}
+        same = all(torch.equal(local(x), old) for x, old in zip(w.values(), before, strict=True))
+        yield name, {"raised": found, "same": gathered(same), "sent": counts["all_reduce"]}
 
 
 def measure(world):
     mesh = init_device_mesh("cpu", (world,))
     with mock.patch("lars_tree._backends.torch.step_shards", side_effect=AssertionError("slow")):
-        yield from bits(world, mesh)
+        yield from bits(mesh)
         yield "versions", versions(mesh)
         yield from skipped(mesh)
         yield from faults(mesh)

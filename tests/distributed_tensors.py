@@ -1,4 +1,4 @@
-"""DTensor in `lars_update` and `Lars`, against the same without sharding. See test_distributed."""
+"""DTensor in `lars_update` and `Lars`, compared with dense tensors. See test_distributed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from distributed_worker import (
     compare,
     distribute,
     error,
-    everywhere,
-    part,
+    gathered,
+    local,
     raised,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -26,8 +26,8 @@ from lars_tree import lars_update
 R, S0, S1 = Replicate(), Shard(0), Shard(1)
 
 
-class Leaf(NamedTuple):
-    """One array of a tree, with what is special about it."""
+class LeafCase(NamedTuple):
+    """One array of a tree: its shape, placements and options."""
 
     shape: tuple[int, ...]
     placements: list[Any] | None
@@ -37,50 +37,50 @@ class Leaf(NamedTuple):
 
 
 MIXED = {
-    "rows": Leaf((7, 3), [S0]),
-    "columns": Leaf((4, 9), [S1]),
-    "of_one_process": Leaf((1, 5), [S0]),
-    "of_none": Leaf((0, 3), [S0]),
-    "everywhere": Leaf((5,), [R]),
-    "number": Leaf((), [R]),
-    "plain": Leaf((6, 2), None),
-    "sgd": Leaf((5, 2), [S0], adapt=False),
-    "frozen": Leaf((4, 2), [S0], gradient=None),
-    "constant": Leaf((3, 4), [S1], gradient=0.5),
-    "layers": Leaf((6, 5), [S0], layer_axis=0),
-    "layers_of_one_process": Leaf((1, 6), [S0], layer_axis=0),
-    "layers_across": Leaf((5, 6), [S0], layer_axis=-1),
-    "stack": Leaf((3, 5, 2), [S1], layer_axis=0),
+    "rows": LeafCase((7, 3), [S0]),
+    "columns": LeafCase((4, 9), [S1]),
+    "of_one_process": LeafCase((1, 5), [S0]),
+    "of_none": LeafCase((0, 3), [S0]),
+    "everywhere": LeafCase((5,), [R]),
+    "number": LeafCase((), [R]),
+    "plain": LeafCase((6, 2), None),
+    "sgd": LeafCase((5, 2), [S0], adapt=False),
+    "frozen": LeafCase((4, 2), [S0], gradient=None),
+    "constant": LeafCase((3, 4), [S1], gradient=0.5),
+    "layers": LeafCase((6, 5), [S0], layer_axis=0),
+    "layers_of_one_process": LeafCase((1, 6), [S0], layer_axis=0),
+    "layers_across": LeafCase((5, 6), [S0], layer_axis=-1),
+    "stack": LeafCase((3, 5, 2), [S1], layer_axis=0),
 }
 LAYERS_ALONE = {name: MIXED[name] for name in ("layers", "layers_of_one_process")}
 REPLICATED = {name: MIXED[name] for name in ("everywhere", "number", "plain")}
 TURNED = {
-    "rows_by_columns": Leaf((7, 3), [S0], gradient=[S1]),
-    "rows_everywhere": Leaf((7, 3), [S0], gradient=[R]),
-    "everywhere_by_rows": Leaf((5,), [R], gradient=[S0]),
-    "columns_by_rows": Leaf((4, 9), [S1], gradient=[S0], layer_axis=0),
+    "rows_by_columns": LeafCase((7, 3), [S0], gradient=[S1]),
+    "rows_everywhere": LeafCase((7, 3), [S0], gradient=[R]),
+    "everywhere_by_rows": LeafCase((5,), [R], gradient=[S0]),
+    "columns_by_rows": LeafCase((4, 9), [S1], gradient=[S0], layer_axis=0),
 }
 HYBRID = {
-    "rows": Leaf((7, 3), [R, S0]),
-    "columns": Leaf((4, 9), [R, S1]),
-    "of_one_process": Leaf((1, 5), [R, S0]),
-    "layers": Leaf((6, 5), [R, S0], layer_axis=0),
-    "everywhere": Leaf((5,), [R, R]),
+    "rows": LeafCase((7, 3), [R, S0]),
+    "columns": LeafCase((4, 9), [R, S1]),
+    "of_one_process": LeafCase((1, 5), [R, S0]),
+    "layers": LeafCase((6, 5), [R, S0], layer_axis=0),
+    "everywhere": LeafCase((5,), [R, R]),
 }
 CROSSED = {
-    # First, and of no process but two: the others must add up the leaves below in the same order.
-    "layers_of_two_processes": Leaf((1, 4), [S0, S1], layer_axis=0),
-    "rows_twice": Leaf((7, 3), [S0, S0]),
-    "rows_and_columns": Leaf((5, 3), [S0, S1]),
-    "columns_and_rows": Leaf((3, 5), [S1, S0]),
-    "rows_everywhere": Leaf((6, 2), [S0, R]),
-    "of_one_process": Leaf((1, 1), [S0, S1]),
-    "layers": Leaf((4, 5), [S0, S1], layer_axis=1),
-    "plain": Leaf((6, 2), None),
-    "turned": Leaf((6, 4), [S0, S1], gradient=[S1, S0]),
+    # First, and only on two processes: all must still add up the leaves below in the same order.
+    "layers_of_two_processes": LeafCase((1, 4), [S0, S1], layer_axis=0),
+    "rows_twice": LeafCase((7, 3), [S0, S0]),
+    "rows_and_columns": LeafCase((5, 3), [S0, S1]),
+    "columns_and_rows": LeafCase((3, 5), [S1, S0]),
+    "rows_everywhere": LeafCase((6, 2), [S0, R]),
+    "of_one_process": LeafCase((1, 1), [S0, S1]),
+    "layers": LeafCase((4, 5), [S0, S1], layer_axis=1),
+    "plain": LeafCase((6, 2), None),
+    "turned": LeafCase((6, 4), [S0, S1], gradient=[S1, S0]),
 }
 
-# The dtype, and what weights and gradients are multiplied by: most squares are out of range.
+# The dtype, and the scales of weights and gradients: most squares are out of range.
 KINDS = {
     "float32": (torch.float32, 1.0, 1.0),
     "bfloat16": (torch.bfloat16, 1.0, 1.0),
@@ -100,9 +100,9 @@ def random(name, leaf, dtype, factor, what):
 
 
 def trees(leaves, kind, mesh, numbers=True):
-    """Weights and gradients over the mesh, and the same in each process.
+    """Weights and gradients over the mesh, and the same as dense tensors.
 
-    An optimizer wants a gradient of the shape of its weights: there are no numbers then.
+    With numbers=False no gradient is a number, as an optimizer needs gradients of full shape.
     """
     dtype, of_w, of_dcdw = KINDS[kind]
     found = {}, {}, {}, {}
@@ -126,7 +126,7 @@ def trees(leaves, kind, mesh, numbers=True):
 
 
 def stepped(way, w, dcdw, options):
-    """The weights, and the velocities if any, after a step or two; and how many these were."""
+    """The weights, the velocities if any, and the number of steps taken."""
     if way == "new":
         return lars_update(w, dcdw, 0.1, **options), {}, 1
     if not way.startswith("momentum"):
@@ -143,7 +143,7 @@ def stepped(way, w, dcdw, options):
 
 
 def case(leaves, kind, mesh, way, options):
-    """One case: how far off it is, what was sent, and whether the layout was kept."""
+    """One case: its error, the number of messages, and whether the layout is right."""
     w, dcdw, plain_w, plain_dcdw = trees(leaves, kind, mesh, "momentum" not in way)
     options = {
         "decay_lambda": 0.0 if "by" in kind else 0.01,
@@ -165,32 +165,32 @@ def case(leaves, kind, mesh, way, options):
 
 
 def nonfinite(mesh):
-    """NaN in the shard of the last process alone; without adapt, in its result alone too."""
+    """NaN only in the shard of the last process; with adapt=False also only in its result."""
     leaves = {name: MIXED[name] for name in ("rows", "everywhere", "plain")}
-    leaves |= {"columns": Leaf((4, 8), [S1]), "sgd": Leaf((8, 2), [S0], adapt=False)}
+    leaves |= {"columns": LeafCase((4, 8), [S1]), "sgd": LeafCase((8, 2), [S0], adapt=False)}
     options = {"adapt": {name: leaf.adapt for name, leaf in leaves.items()}}
     for name in ("rows", "columns", "sgd"):
         w, dcdw, *_ = trees(leaves, "float64", mesh)
         if dist.get_rank() == dist.get_world_size() - 1:
-            part(dcdw[name])[0, 0] = torch.nan
-        before = [part(x).clone() for x in w.values()]
+            local(dcdw[name])[0, 0] = torch.nan
+        before = [local(x).clone() for x in w.values()]
 
         def same(tree, before=before):
             pairs = zip(tree.values(), before, strict=True)
-            return all(torch.equal(part(x), old) for x, old in pairs)
+            return all(torch.equal(local(x), old) for x, old in pairs)
 
         optimizer = Lars(0.1, nonfinite="skip", **options)
         moved, state = optimizer.update(w, dcdw, optimizer.init(w))
         kept = [same(lars_update(w, dcdw, 0.1, nonfinite="skip", **options)), same(moved)]
         counts = [int(state.step), int(state.skipped)]
-        yield f"skip, {name}", {"same": everywhere(kept), "counts": everywhere(counts)}
+        yield f"skip, {name}", {"same": gathered(kept), "counts": gathered(counts)}
         given = {"nonfinite": "raise", "out": w, **options}
         refused = raised(lambda w=w, g=dcdw, given=given: lars_update(w, g, 0.1, **given))
-        yield f"raise, {name}", {"same": everywhere(same(w)), "raised": refused}
+        yield f"raise, {name}", {"same": gathered(same(w)), "raised": refused}
 
 
 def faults(mesh):
-    """What cannot be stepped; `columns` could, but nothing is written."""
+    """Leaves that are refused, beside `columns`, which is valid: nothing is written."""
     leaves = {name: MIXED[name] for name in ("columns", "rows")}
     w, dcdw, whole_w, whole_dcdw = trees(leaves, "float64", mesh)
     rows = whole_w["rows"]
@@ -214,7 +214,7 @@ def faults(mesh):
     yield "plain dcdw", {"raised": raised(update_by(whole_dcdw["rows"]))}
     yield "turned state", {"raised": raised(move(distribute(rows, mesh, [S1])))}
     yield from rates(w, whole_w, dcdw, whole_dcdw, mesh)
-    yield "w after faults", {"same": everywhere(all(_same(x, whole_w[k]) for k, x in w.items()))}
+    yield "w after faults", {"same": gathered(all(_same(x, whole_w[k]) for k, x in w.items()))}
     for name, x in {
         "partial": partial,
         "plain": rows.clone(),
@@ -224,18 +224,18 @@ def faults(mesh):
         out = {"columns": distribute(whole_w["columns"], mesh, [S1]), "rows": x}
         refused = raised(update(out={"a": out}))
         same = all(_same(x, whole_w[key]) for key, x in out.items() if x is not partial)
-        yield f"{name} out", {"raised": refused, "same": everywhere(same)}
+        yield f"{name} out", {"raised": refused, "same": gathered(same)}
 
 
 def rates(w, whole_w, dcdw, whole_dcdw, mesh):
-    """Rates that are arrays, and what is spread over processes where the weights are not."""
+    """Rates that are arrays, and sharded arguments for dense weights."""
     one = torch.tensor(0.1, dtype=torch.float64)
     given = {"of no axes": distribute(one, mesh, [R]), "of one axis": one.reshape(1)}
     expected = lars_update(whole_w, whole_dcdw, 0.1)
     for name, lr in {**given, "in each process": one.clone()}.items():
         new = lars_update(w, dcdw, lr)
-        close = [torch.allclose(part(x), _part(expected[key], x)) for key, x in new.items()]
-        yield f"lr {name}", {"same": everywhere(all(close))}
+        close = [torch.allclose(local(x), _local_like(expected[key], x)) for key, x in new.items()]
+        yield f"lr {name}", {"same": gathered(all(close))}
 
     def update(out=None, lr=0.1, g=whole_dcdw["rows"]):
         plain = {"columns": whole_w["columns"], "plain": whole_w["rows"]}
@@ -249,53 +249,52 @@ def rates(w, whole_w, dcdw, whole_dcdw, mesh):
     each = torch.arange(7.0).reshape(7, 1)
     ways = [{"a": {"columns": 0.1, "plain": lr}} for lr in (distribute(each, mesh, [S0]), each)]
     one, other = (update(lr=lr)()["a"]["plain"] for lr in ways)
-    yield "lr for plain w", {"same": everywhere(torch.equal(one, other))}
+    yield "lr for plain w", {"same": gathered(torch.equal(one, other))}
     columns = whole_w["columns"].clone()
     out = {"a": {"columns": columns, "plain": distribute(whole_w["rows"], mesh, [S0])}}
     refused = raised(update(out=out))
     same = torch.equal(columns, whole_w["columns"])
-    yield "out for plain w", {"raised": refused, "same": everywhere(same)}
+    yield "out for plain w", {"raised": refused, "same": gathered(same)}
 
 
-def _part(whole, like):
-    return part(distribute(whole, like.device_mesh, like.placements))
+def _local_like(whole, like):
+    return local(distribute(whole, like.device_mesh, like.placements))
 
 
 def _same(x, whole):
     if isinstance(x, DTensor):
         whole = distribute(whole, x.device_mesh, x.placements)
-    return torch.equal(part(x), part(whole))
+    return torch.equal(local(x), local(whole))
 
 
 def of_some_processes(world):
-    """A mesh that only half of the processes are in."""
+    """A mesh of half of the processes."""
     mesh = DeviceMesh("cpu", list(range(world // 2)))
     leaves = {name: MIXED[name] for name in ("rows", "columns", "layers_across")}
     w, dcdw, *plain = trees(leaves, "float64", mesh)
     options = {"layer_axis": {name: leaf.layer_axis for name, leaf in leaves.items()}}
     new, expected = (lars_update(*pair, 0.1, **options) for pair in ((w, dcdw), plain))
     parts = {name: distribute(x, mesh, leaves[name].placements) for name, x in expected.items()}
-    errors = [error(part(x), part(parts[name])) for name, x in new.items()]
-    sizes = [part(x).numel() for x in new.values()]
-    return {"errors": everywhere(errors), "sizes": everywhere(sizes)}
+    errors = [error(local(x), local(parts[name])) for name, x in new.items()]
+    sizes = [local(x).numel() for x in new.values()]
+    return {"errors": gathered(errors), "sizes": gathered(sizes)}
 
 
 def cases(world):
-    """A tree, a mesh, the number of all-reduces that a step takes, and the ways to take it."""
+    """A tree, a mesh, the number of all-reduces of a step, the kinds, and the ways to step."""
     line = init_device_mesh("cpu", (world,))
-    yield "mixed", MIXED, line, 1, WAYS if world == 2 else WAYS[-2:]
-    yield "layers alone", LAYERS_ALONE, line, 0, WAYS[-1:]
-    yield "replicated", REPLICATED, line, 0, WAYS[-1:]
-    yield "turned", TURNED, line, 1, WAYS[-2:]
-    if world == 4:
-        grid = init_device_mesh("cpu", (2, 2))
-        yield "hybrid", HYBRID, grid, 1, WAYS[-2:]
-        yield "crossed", CROSSED, grid, 2, WAYS[-2:]
+    grid = init_device_mesh("cpu", (2, world // 2))
+    yield "mixed", MIXED, line, 1, KINDS, WAYS
+    for name, tree in (("layers alone", LAYERS_ALONE), ("replicated", REPLICATED)):
+        yield name, tree, line, 0, ("float64",), WAYS[-1:]
+    yield "turned", TURNED, line, 1, KINDS, WAYS[-2:]
+    yield "hybrid", HYBRID, grid, 1, KINDS, WAYS[-2:]
+    yield "crossed", CROSSED, grid, 2, KINDS, WAYS[-2:]
 
 
 def measure(world):
-    for tree, leaves, mesh, count, ways in cases(world):
-        for i, kind in enumerate(KINDS):
+    for name, leaves, mesh, count, kinds, ways in cases(world):
+        for i, kind in enumerate(kinds):
             for j, way in enumerate(ways):
                 clips = (i + j) % 2 == 1 and "by" not in kind
                 options = (
@@ -304,7 +303,7 @@ def measure(world):
                 found = case(leaves, kind, mesh, way, options)
                 moves = any(isinstance(leaf.gradient, list) for leaf in leaves.values())
                 facts = {"kind": kind, "all_reduces": count, "redistributes": moves}
-                yield f"{tree}, {kind}, {way}, {options}", {**facts, **found}
+                yield f"{name}, {kind}, {way}, {options}", {**facts, **found}
     line = init_device_mesh("cpu", (world,))
     yield from nonfinite(line)
     yield from faults(line)

@@ -1,9 +1,9 @@
-"""One of the processes that test_distributed.py starts: runs a suite and prints what it measured.
+"""One of the processes that test_distributed.py starts: runs a suite and prints its measurements.
 
     python distributed_worker.py SUITE RANK WORLD_SIZE STORE
 
-A suite is a module with a generator `measure(world)` of names with measurements. Rank 0 prints them
-as lines of JSON; which of them are right is for the test to say.
+A suite is a module with a generator `measure(world)` of pairs of a name and a measurement. Rank 0
+prints each pair as a line of JSON; the test checks them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import lars_tree
 
 @contextmanager
 def all_reduces():
-    """Counts the calls of all_reduce."""
+    """Count the calls of all_reduce."""
     counts, original = Counter(), dist.all_reduce
 
     def counting(*args, **kwargs):
@@ -41,9 +41,9 @@ def all_reduces():
 
 @contextmanager
 def communication():
-    """Counts all that the backend sends too, as "gloo:all_reduce" and others; is slow.
+    """Also count each operation of the backend, such as "gloo:all_reduce". Slow.
 
-    Not by CommDebugMode: with a dispatch mode at work, lars_update takes another way.
+    Does not use CommDebugMode, as lars_update does not use the kernel under a dispatch mode.
     """
     with all_reduces() as counts:
         with torch.autograd.profiler.profile(use_kineto=False) as profile:
@@ -52,20 +52,20 @@ def communication():
 
 
 def distribute(x, mesh, placements):
-    """A DTensor of x, which all processes have; without placements, x itself. Always a copy."""
+    """A DTensor of a copy of x, which each process has; without placements, the copy itself."""
     if placements is None:
         return x.clone()
     return distribute_tensor(x.clone(), mesh, placements, src_data_rank=None)
 
 
-def part(x):
-    """What this process holds of x."""
+def local(x):
+    """The local tensor of x in this process."""
     x = x.detach()
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def error(actual, expected):
-    """The largest relative error of a tensor; of bfloat16, in units of the last place."""
+    """The largest relative error of a tensor; for bfloat16 in units of the last place."""
     assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
     if not expected.numel():
         return 0.0
@@ -79,8 +79,8 @@ def error(actual, expected):
     return float(torch.where(actual == expected, 0.0, difference).max())
 
 
-def kept(new, w):
-    """Whether a tensor is laid out as its weights are."""
+def same_layout(new, w):
+    """Whether a tensor has the device mesh and placements of its weights."""
     if isinstance(w, DTensor) != isinstance(new, DTensor):
         return False
     return not isinstance(w, DTensor) or (
@@ -89,54 +89,54 @@ def kept(new, w):
 
 
 def compare(xs, wholes, like):
-    """How far tensors are from what they should be, and whether they are laid out like others.
+    """The errors of tensors, and whether their layout is right and their replicas agree.
 
     Args:
         xs: The tensors.
-        wholes: All of each of them, as they should be.
-        like: Tensors that are laid out as they should be.
+        wholes: The expected tensors, not sharded.
+        like: Tensors with the expected layout.
     """
     errors = []
     for x, expected, w in zip(xs, wholes, like, strict=True):
         if isinstance(w, DTensor):
             expected = distribute(expected, w.device_mesh, w.placements)
-        errors.append(error(part(x), part(expected)))
-    laid_out = all(map(kept, xs, like))
-    found = everywhere((errors, laid_out, [_bits(x) for x in xs]))
+        errors.append(error(local(x), local(expected)))
+    kept = all(map(same_layout, xs, like))
+    found = gathered((errors, kept, [_bits(x) for x in xs]))
     known = {}
     pairs = [pair for *_, mine in found for pair in enumerate(mine)]
     return {
         "error": float(torch.tensor([errors for errors, *_ in found]).max()),  # NaN if any is
-        "kept": all(laid_out for _, laid_out, _ in found),
-        # Whether all that hold the same part of a tensor hold the same bits of it.
+        "kept": all(kept for _, kept, _ in found),
+        # Whether all processes with the same shard have the same bits.
         "replicas agree": all(known.setdefault((i, key), bits) == bits for i, (key, bits) in pairs),
     }
 
 
 def _bits(x):
-    """Which part of x this process holds, and its bits."""
+    """The coordinates of the shard of x in this process, and its bits."""
     key = ()
     if isinstance(x, DTensor):
         pairs = zip(x.device_mesh.get_coordinate(), x.placements, strict=True)
         key = tuple(i for i, placement in pairs if not placement.is_replicate())
-    return key, part(x).reshape(-1).view(torch.uint8).numpy().tobytes()
+    return key, local(x).reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def everywhere(mine):
-    """What each process has, of each."""
+def gathered(mine):
+    """The values of all processes."""
     found = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     return found
 
 
 def raised(call):
-    """What each process raises, by name and with its paths; the first line of its message."""
+    """What each process raises: the name, the paths, and the first line of the message."""
     try:
         call()
     except lars_tree.LarsTreeError as fault:
         paths = ["/".join(map(str, path)) for path in fault.paths]
-        return everywhere([type(fault).__name__, paths, str(fault).splitlines()[0]])
-    return everywhere(None)
+        return gathered([type(fault).__name__, paths, str(fault).splitlines()[0]])
+    return gathered(None)
 
 
 def main(suite, rank, world, path):
@@ -146,7 +146,7 @@ def main(suite, rank, world, path):
     for name, measured in importlib.import_module(suite).measure(world):
         if rank == 0:
             print(json.dumps([name, measured]), flush=True)
-    # Not by a barrier of gloo: that is over here while others are still at it.
+    # Not by a barrier of gloo, which can return here while other processes are still in it.
     store.set(f"{rank} is done", "")
     store.wait([f"{other} is done" for other in range(world)])
 
@@ -158,9 +158,9 @@ if __name__ == "__main__":
         code = 0
     except BaseException:
         traceback.print_exc()
-    # At once. After a failure the others wait for this process; and where nothing failed, a thread
-    # of gloo may still have to release a tensor, which aborts an interpreter that is being taken
-    # down (pytorch issue 190489).
+    # Exit at once: after a failure the other processes would wait for this one; after a success a
+    # thread of gloo may still release a tensor, which aborts an interpreter that is shutting down
+    # (pytorch issue 190489).
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

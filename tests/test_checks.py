@@ -187,7 +187,7 @@ def test_errors_of_arrays_on_other_devices_are_in_these_words(argument, facts):
 
 def test_the_torch_optimizer_has_its_own_words():
     need("torch")
-    from lars_tree._torch_messages import TORCH_WORDS
+    from lars_tree._torch_rows import TORCH_WORDS
 
     def message(leaves, names):
         with pytest.raises(LarsTreeError) as caught:
@@ -207,7 +207,7 @@ def test_the_torch_optimizer_has_its_own_words():
         "momentum_buffer does not fit p",
         "  0.bias: expected a momentum_buffer of float32 (2, 3) for parameters of float32,"
         " got float32 (4,)",
-        "  p was changed after the optimizer had stepped it, as by model.double() or model.to():",
+        "  p was changed after a step of the optimizer, as by model.double() or model.to():",
         "  opt.load_state_dict(opt.state_dict()) converts the buffers,"
         " opt.state.clear() drops them",
     ]

@@ -1,6 +1,6 @@
-"""torch DTensor and FSDP2: many processes, whose result is that of one.
+"""torch DTensor and FSDP2: the result of several processes is that of one.
 
-The processes talk by gloo over the loopback interface alone, and find each other by a file.
+The processes communicate by gloo over the loopback interface only, and find each other by a file.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ need("torch.distributed.tensor")
 need("torch.distributed.fsdp")
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
-LIMIT = 240  # seconds: what takes longer hangs
+LIMIT = 240  # seconds; a suite that takes longer hangs
 
 
 def measured(suite, world, folder):
-    """What the suite yields when that many processes run it; fails with what they say if they do.
+    """The measurements of a suite run by `world` processes; fails with their output if one fails.
 
-    All are ended as soon as one has failed, as the others would wait for it.
+    Kills all processes as soon as one has failed, as the others would wait for it.
     """
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback}
@@ -61,12 +61,12 @@ def measured(suite, world, folder):
     return dict(map(json.loads, outputs[0].with_suffix(".out").read_text().splitlines()))
 
 
-# Relative, and units of the last place of bfloat16; all else is computed in double.
+# Relative; for bfloat16 in units of the last place. All other dtypes are computed in double.
 TOLERANCES = {"float32": 1.3e-6, "bfloat16": 1.0}
 
 
 def wrong(found):
-    """Those of the cases that are not what one process gives."""
+    """The cases that differ from one process."""
     return {
         name: case
         for name, case in found.items()
@@ -77,7 +77,7 @@ def wrong(found):
 
 
 def check_faults(found, world):
-    """What is refused is refused by all processes, and nothing was written."""
+    """All processes refuse the invalid arguments, and nothing was written."""
     for argument in ("w", "dcdw", "state"):
         headline = f"{argument} holds an array that cannot be computed with"
         expected = ["LeafError", ["a/rows"], headline]
@@ -103,11 +103,11 @@ def check_faults(found, world):
         assert found[name]["same"] == [True] * world, name
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_tensors(world, tmp_path):
+def test_tensors(tmp_path):
+    world = 4
     found = measured("distributed_tensors", world, tmp_path)
     compared = {name: case for name, case in found.items() if "kind" in case}
-    assert len(compared) == (72 if world == 2 else 80)
+    assert len(compared) == 90
     assert wrong(compared) == {}
 
     # One all-reduce a step for each dimension of the mesh, and nothing else is sent.
@@ -131,15 +131,15 @@ def test_tensors(world, tmp_path):
 
 
 @pytest.mark.skipif(not native_available(), reason="the kernel was not built")
-@pytest.mark.parametrize("world", [2, 4])
-def test_shards(world, tmp_path):
-    """Where norms are the same, shards have the bits of one process."""
+def test_shards(tmp_path):
+    """For equal norms, shards have the bits of one process."""
+    world = 2
     found = measured("distributed_shards", world, tmp_path)
     compared = {name: case for name, case in found.items() if "error" in case}
     assert len(compared) == 45
     for name, case in compared.items():
         exact = {"error": 0, "kept": True, "replicas agree": True}
-        sent = 2 if name.endswith("other") else 1  # whether all results are finite, too
+        sent = 2 if name.endswith("other") else 1  # also whether all results are finite
         assert case == {**exact, "sent": sent}, name
     assert found["versions"] == [True] * world
     for name in ("uneven", "across", "odd"):
@@ -152,21 +152,21 @@ def test_shards(world, tmp_path):
         assert found[name] == {"raised": [refused] * world, "same": [True] * world, "sent": 0}
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_ratios(world, tmp_path):
-    """All processes get the ratios of whole parameters, and of all layers, by the same bits."""
+def test_ratios(tmp_path):
+    """All processes get the ratios of whole parameters and of all layers, with the same bits."""
+    world = 4
     found = measured("distributed_ratios", world, tmp_path)
     some = found.pop("some processes")["known"]
     assert some == [[i < world // 2] * 2 for i in range(world)]
-    assert len(found) == 3 * (4 if world == 2 else 6)
+    assert len(found) == 3 * 6
     for name, case in found.items():
         assert case["error"] <= 1e-12, name
         assert case["off"] <= (1e-6 if "float" in name else 1e-5), name
         assert case["bits"] == case["bits"][:1] * world, name
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_models(world, tmp_path):
+def test_models(tmp_path):
+    world = 4
     found = measured("distributed_models", world, tmp_path)
     same, counts = zip(*found.pop("zero redundancy"), strict=True)
     assert (all(same), sum(counts), min(counts) > 0) == (True, 8, True)
@@ -178,7 +178,7 @@ def test_models(world, tmp_path):
         ]
         assert kinds == [[True, 1]] * world
         assert case["same"] == [[True, True]] * world
-    assert len(found) == (18 if world == 2 else 22)
+    assert len(found) == 22
     assert wrong(found) == {}
     for name, case in found.items():
         if name.startswith("resumed"):

@@ -1,4 +1,4 @@
-"""TrustHistory and ScalarCallback: what is kept, what is waited for, what is drawn."""
+"""TrustHistory and ScalarCallback: recording, waiting for devices, plots."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def recorded(steps=5, count=2, **options):
     return history
 
 
-# What is kept
+# Recording
 
 
 def test_a_history_has_the_ratios_of_each_layer_by_step(library):
@@ -82,7 +82,7 @@ def test_keys_match_by_name_and_another_tree_is_refused():
         ({"a": {"b": 1.0}, "c": np.ones(3)}, r"c: expected ratios of shape \(2,\) as before"),
     ],
 )
-def test_what_cannot_stand_beside_the_others_is_refused_and_not_counted(odd, text):
+def test_ratios_that_do_not_match_are_refused_and_not_recorded(odd, text):
     history = TrustHistory()
     history.record({"a": {"b": 1.0}, "c": None})
     history.record({"a": {"b": None}, "c": np.array([2.0, 3.0])})
@@ -95,7 +95,7 @@ def test_what_cannot_stand_beside_the_others_is_refused_and_not_counted(odd, tex
 
 
 @given(st.integers(2, 9), st.integers(0, 200))
-def test_memory_is_bounded_and_what_is_kept_spans_the_run_evenly(capacity, count):
+def test_memory_is_bounded_and_kept_steps_span_the_run_evenly(capacity, count):
     history = recorded(count, capacity=capacity)
     assert len(history) <= capacity
     assert len(history) >= min(count, capacity // 2)
@@ -116,23 +116,22 @@ def test_reading_in_between_changes_nothing(read_at):
         history.record(ratios(step))
         if step in read_at:
             assert history.ratios["layer/k1"][-1] == history.steps[-1] + 1
-            assert {type(x) for row in history._rows for x in row} == {
-                np.ndarray
-            }  # no more to fetch
+            kinds = {type(x) for row in history._rows for x in row}
+            assert kinds == {np.ndarray}  # nothing left to fetch
     assert history.ratios["layer/k1"].tolist() == (history.steps + 1).tolist()
 
 
 @pytest.mark.parametrize("capacity", [0, 1, -3, 2.5, "9", True])
-def test_a_capacity_that_keeps_nothing_is_refused(capacity):
+def test_an_invalid_capacity_is_refused(capacity):
     with pytest.raises(OptionError, match="capacity: expected a whole number >= 2, got"):
         TrustHistory(capacity=capacity)
 
 
-# What is waited for
+# Waiting
 
 
 @pytest.mark.parametrize("name", ["torch", "jax"])
-def test_recording_waits_for_nothing_and_reading_does_once(name, monkeypatch):
+def test_recording_does_not_wait_and_reading_fetches_once(name, monkeypatch):
     x = to_library(name, np.array([3.0, 4.0]))
     backend = _backends.find(x)
     fetched = []
@@ -156,7 +155,7 @@ def test_recording_waits_for_nothing_and_reading_does_once(name, monkeypatch):
     assert fetched == [20, 2]
 
 
-def test_ratios_come_out_of_jit_and_not_before():
+def test_ratios_are_recorded_outside_of_jit_only():
     jax = need("jax")
     history = TrustHistory()
     w = Container(b=jax.numpy.array([3.0, 4.0]), a=jax.numpy.ones(1))
@@ -167,18 +166,18 @@ def test_ratios_come_out_of_jit_and_not_before():
 
     history.record(step(w))
     assert history.ratios["b"] == pytest.approx([5 / 2**0.5])
-    with pytest.raises(LeafError, match="ratios is not known yet"):
+    with pytest.raises(LeafError, match="values of ratios are not known yet"):
         jax.jit(lambda w: history.record(trust_ratios(w, 1.0, 0.1)))(w)
     assert len(history) == 1
 
 
-def test_lazy_ratios_are_computed_at_once_as_they_would_keep_the_weights():
+def test_lazy_ratios_are_computed_when_recorded():
     history = TrustHistory()
     history.record(trust_ratios(to_library("dask", np.array([3.0, 4.0])), 1.0, 0.1))
     assert type(history._rows[0][0]) is np.ndarray
 
 
-# What is drawn
+# Plots
 
 
 def axes_of(history, *arguments):
@@ -199,7 +198,7 @@ def test_few_layers_are_lines_over_a_logarithmic_axis():
 
 
 @pytest.mark.parametrize("count", [2, 13])
-def test_steps_are_whole_numbers_also_where_there_is_but_one(count):
+def test_ticks_are_whole_steps(count):
     ticks = axes_of(recorded(1, count)).get_xticks()
     assert [x for x in ticks if x != int(x)] == []
 
@@ -224,7 +223,7 @@ def test_many_layers_are_a_heat_map():
 
 
 @pytest.mark.parametrize("count", [2, 13])
-def test_odd_ratios_are_named_in_a_warning_and_left_out(count):
+def test_ratios_that_cannot_be_drawn_are_named_in_a_warning(count):
     history = recorded(4, count=count)
     odd = ratios(4, count)
     odd.layer.k0, odd.layer.k1 = np.float64(0), np.float64(np.inf)
@@ -256,14 +255,14 @@ def test_anything_can_be_drawn(count, value, steps):
         axes_of(history).figure.canvas.draw()
 
 
-def test_it_draws_where_it_is_told_to():
+def test_plot_draws_on_the_given_axes():
     figure = need("matplotlib.figure").Figure()
     ax = figure.subplots()
     assert axes_of(recorded(), ax) is ax
     assert axes_of(recorded()).figure is not figure
 
 
-def test_pyplot_is_left_alone():
+def test_pyplot_is_not_imported():
     need("matplotlib")
     code = """if 1:
         import sys
@@ -301,7 +300,7 @@ def test_scalars_are_written_by_path(library):
     assert bare.written == [("trust_ratio", 3.0, 5)]
 
 
-def test_steps_that_are_not_written_are_not_waited_for():
+def test_steps_between_every_are_not_read():
     class Never:
         def __float__(self):
             raise AssertionError

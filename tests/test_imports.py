@@ -45,7 +45,7 @@ LAYERS = [
     ["io", "optimizer", "torch", "report"],
     ["container", "schedules", "_torch_rows", "_history", "_layer_table", "_plots"],
     ["_torch_groups"],
-    ["_torch_options", "_torch_messages"],
+    ["_torch_options"],
     ["array", "_measure"],
     ["update"],
     ["_core.advance"],

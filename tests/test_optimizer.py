@@ -21,7 +21,7 @@ W, G = np.array([3.0, 4.0]), np.array([0.4, 0.3])
 
 
 def steps(opt, w, gradients, out=False):
-    """The weights and the state after a step for each gradient."""
+    """The weights and the state after one step for each gradient."""
     state = opt.init(w)
     for g in gradients:
         w, state = opt.update(w, g, state, out=w if out else None)
@@ -116,7 +116,7 @@ def test_the_whole_range_of_float64(w_exponent, g_exponent):
 
 # ---- Laws
 
-# An optimizer wants gradients of the shapes of their weights.
+# Gradients of an optimizer have the shapes of their weights.
 LAYERS = layers(DTYPES)
 TREES = trees(LAYERS)
 
@@ -132,7 +132,7 @@ def test_without_momentum_it_is_lars_update_to_the_bit(pair, options, momentum):
 
 @given(pair=TREES, options=options(), nesterov=st.booleans())
 def test_the_first_step_moves_by_the_step_of_lars_update(pair, options, nesterov):
-    """From rest v = u, to the bit that w - u shows: and with nesterov 1 + m times that."""
+    """The velocity after the first step is u, within the rounding errors of w - u."""
     w, g = pair
     _, state = steps(Lars(0.25, 0.5, nesterov, **options), w, [g])
     zero = [(path, x) for path, x in walk(state["velocity"])]
@@ -153,9 +153,9 @@ def test_the_first_step_moves_by_the_step_of_lars_update(pair, options, nesterov
 
 
 @given(pair=TREES, nesterov=st.booleans())
-def test_in_place_is_out_of_place(pair, nesterov):
+def test_in_place_and_out_of_place_agree(pair, nesterov):
     w, g = pair
-    assume(w is not None)  # which as `out` means something else
+    assume(w is not None)  # out=None is out of place
     opt = Lars(0.1, 0.9, nesterov, decay_lambda=0.01)
     expected, after = steps(opt, w, [g, g, g])
     out = copy.deepcopy(w)
@@ -181,7 +181,7 @@ def test_neither_weights_nor_state_nor_gradients_are_modified(leaf, nesterov):
     assert [x.tobytes() for x in (w, g, state.velocity, state.step)] == before
 
 
-def test_one_leaf_of_a_tree_steps_as_alone():
+def test_a_leaf_of_a_tree_is_updated_as_on_its_own():
     w, g = random_tree(0), random_tree(1)
     together, _ = steps(Lars(0.1), w, [g, g])
     for path in w.paths():
@@ -189,7 +189,7 @@ def test_one_leaf_of_a_tree_steps_as_alone():
         assert np.array_equal(together[path], alone)
 
 
-def test_stacked_layers_step_like_each_alone():
+def test_stacked_layers_are_updated_like_separate_layers():
     rng = np.random.default_rng(0)
     w, g = rng.normal(size=(2, 3, 4, 5))
     for axis in (0, 1, -1):
@@ -202,8 +202,8 @@ def test_stacked_layers_step_like_each_alone():
             np.testing.assert_allclose(np.moveaxis(together, axis, 0), each, rtol=1e-14)
 
 
-def test_clipping_holds_the_local_rate():
-    """LARC: it is min(ratio, lr), so a layer whose ratio is below lr moves at that."""
+def test_trust_clip_limits_the_local_rate():
+    """LARC: the local rate is min(ratio, lr)."""
     w, g = {"a": 100 * W, "b": 0.001 * W}, {"a": G, "b": G}
     _, state = steps(Lars(0.1, trust_clip=True), w, [g])
     np.testing.assert_allclose(state.velocity.a, 0.1 * G, rtol=1e-15)
@@ -220,7 +220,7 @@ def test_options_and_momentum_may_differ_by_leaf():
     assert new.a == alone
 
 
-def test_without_a_gradient_weights_and_velocity_stay():
+def test_leaves_without_gradient_are_not_updated():
     w, g = random_tree(0), random_tree(1)
     for out in (False, True):
         opt = Lars(0.1)
@@ -236,7 +236,7 @@ def test_without_a_gradient_weights_and_velocity_stay():
 # ---- Libraries
 
 
-def test_every_library_takes_the_steps_of_numpy(library):
+def test_every_library_agrees_with_numpy(library):
     rng = np.random.default_rng(0)
     w, gs = rng.normal(size=(3, 4)), rng.normal(size=(3, 3, 4))
     opt = Lars(Polynomial(0.2, 10, 2), nesterov=True, decay_lambda=0.01)
@@ -251,10 +251,10 @@ def test_every_library_takes_the_steps_of_numpy(library):
 
 
 def test_every_library_stacks_and_clips_layers(library):
-    """Against a loop over the layers, in numpy."""
+    """Compared with a loop over the layers in numpy."""
     rng = np.random.default_rng(0)
     w, g = rng.normal(size=(2, 3, 4))
-    w[1] *= 1e-3  # so that one ratio is clipped, and one is not
+    w[1] *= 1e-3  # one ratio is clipped, the other is not
     options = {"trust_clip": True, "decay_lambda": 0.1, "nesterov": True}
     each = [steps(Lars(0.1, **options), x, [dx, dx])[0] for x, dx in zip(w, g, strict=True)]
     made, given = to_library(library.name, w), to_library(library.name, g)
@@ -273,13 +273,13 @@ def test_a_compiled_step_stacks_layers():
         np.testing.assert_allclose(state.velocity[:, i], alone_state.velocity, rtol=1e-6)
 
 
-def test_arrays_of_the_package_stay_so():
+def test_wrapped_arrays_stay_wrapped():
     new, state = steps(Lars(0.1), {"a": Array(W)}, [{"a": Array(G)}] * 2)
     assert type(new["a"]) is type(state.velocity.a) is Array
     np.testing.assert_allclose(state.velocity.a.data, steps(Lars(0.1), W, [G, G])[1].velocity)
 
 
-def test_jit_and_scan_take_the_steps_of_the_plain_call():
+def test_jit_and_scan_agree_with_the_direct_call():
     jax, jnp = need("jax"), need("jax.numpy")
     w, g = (random_tree(seed).map(lambda x: jnp.asarray(x, jnp.float32)) for seed in (0, 1))
     opt = Lars(Polynomial(0.2, 10, 2), nesterov=True, decay_lambda=0.01, nonfinite="skip")

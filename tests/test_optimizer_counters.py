@@ -1,4 +1,4 @@
-"""The counters in the state of Lars: what is no counter is refused, before anything is written."""
+"""The counters in the state of Lars: invalid ones are refused before anything is written."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def donated():
     return x
 
 
-# What stands in the place of a counter, and what the message says that it is.
-NO_COUNTERS = {
+# Invalid counters, and how the message describes them.
+INVALID = {
     "a float": (lambda: np.array(1.0), r"got float64 of shape \(\)"),
     "with an axis": (lambda: np.array([1]), r"got int64 of shape \(1,\)"),
     "8 bits": (lambda: np.array(127, np.int8), r"got int8 of shape \(\)"),
     "16 bits": (lambda: need("torch").tensor(3, dtype=need("torch").int16), "got torch.int16"),
-    "a truth value": (lambda: np.array(True), "got bool"),
+    "a bool": (lambda: np.array(True), "got bool"),
     "a number": (lambda: 3, "got an int"),
     "nothing": (lambda: None, "got None"),
     "freed": (lambda: freed(need("torch")), "got a tensor whose storage was freed"),
@@ -46,9 +46,9 @@ NO_COUNTERS = {
 
 
 @pytest.mark.parametrize("name", ["step", "skipped"])
-@pytest.mark.parametrize("kind", NO_COUNTERS)
-def test_what_is_no_counter_is_refused(kind, name):
-    make, says = NO_COUNTERS[kind]
+@pytest.mark.parametrize("kind", INVALID)
+def test_invalid_counters_are_refused(kind, name):
+    make, says = INVALID[kind]
     for in_place in (False, True):
         w = W.copy()
         state = OPT.init(w)
@@ -58,7 +58,7 @@ def test_what_is_no_counter_is_refused(kind, name):
         assert np.array_equal(w, W)
 
 
-# JAX itself takes those of 64 bits for shorter ones, unless jax_enable_x64 is set.
+# JAX has no counters of 64 bits unless jax_enable_x64 is set.
 COUNTING = [
     *itertools.product(["numpy", "torch", "strict"], ["int32", "int64", "uint32", "uint64"]),
     *itertools.product(["jax"], ["int32", "uint32"]),
@@ -72,7 +72,7 @@ def test_counters_of_32_bits_and_more_count(name, dtype):
     )
     state = OPT.init(w) | {"step": step, "skipped": skipped}
     if (name, dtype[0]) == ("torch", "u"):
-        with pytest.raises(StateError, match=f"got torch.{dtype}"):  # torch cannot add to these
+        with pytest.raises(StateError, match=f"got torch.{dtype}"):  # torch cannot add to them
             OPT.update(w, g, state)
         return
     _, after = OPT.update(w, g, state)
@@ -81,7 +81,7 @@ def test_counters_of_32_bits_and_more_count(name, dtype):
 
 
 def parts_of_one_array(w):
-    """Weights, velocity and counters that lie side by side in one block of memory."""
+    """Weights, velocity and counters side by side in one buffer."""
     memory = np.zeros(6)
     memory[:2] = w
     counters = memory[4:].view(np.int64)
@@ -91,7 +91,7 @@ def parts_of_one_array(w):
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
-def test_counters_may_lie_beside_what_they_count(nonfinite):
+def test_counters_may_lie_beside_weights_in_one_buffer(nonfinite):
     opt = Lars(0.1, nonfinite=nonfinite)
     w, state = parts_of_one_array(W)
     expected = opt.update(W, G, opt.init(W))
@@ -130,12 +130,12 @@ SHARING = {
 }
 
 
-LONG_AND_QUICK = [(share, "skip") for share in SHARING]
-# The quick way has no skips, and does not look at their count.
-LONG_AND_QUICK += [(share, "propagate") for share in SHARING if share is not skipped_of_the_weights]
+CASES = [(share, "skip") for share in SHARING]  # the general path
+# The fast path does not write to `skipped`.
+CASES += [(share, "propagate") for share in SHARING if share is not skipped_of_the_weights]
 
 
-@pytest.mark.parametrize(("share", "nonfinite"), LONG_AND_QUICK)
+@pytest.mark.parametrize(("share", "nonfinite"), CASES)
 def test_counters_that_share_memory_are_refused_in_place(share, nonfinite):
     opt = Lars(0.1, nonfinite=nonfinite)
     w = {"a": W.copy()}
@@ -150,7 +150,7 @@ def test_counters_that_share_memory_are_refused_in_place(share, nonfinite):
     assert state == before[1]
 
 
-def test_tensors_that_count_twice_are_refused_in_place():
+def test_counters_that_are_views_of_one_tensor_are_refused_in_place():
     torch = need("torch")
     w = torch.tensor(W)
     state = OPT.init(w)
@@ -158,14 +158,14 @@ def test_tensors_that_count_twice_are_refused_in_place():
     with pytest.raises(OutError, match="skipped: it shares memory with step"):
         OPT.update(w, torch.tensor(G), state, out=w)
     assert w.tolist() == W.tolist()
-    _, after = OPT.update(w, torch.tensor(G), state)  # where nothing is written, nothing is lost
+    _, after = OPT.update(w, torch.tensor(G), state)  # allowed out of place
     assert (int(after.step), int(after.skipped)) == (1, 0)
 
 
 # ---- Schedules
 
 
-def test_each_of_many_threads_takes_a_step_of_its_own():
+def test_steps_of_many_threads_follow_each_other():
     steps = []
 
     def rate(step):

@@ -1,4 +1,4 @@
-"""Lars where leaves are of special kinds: inference tensors, and what is no number."""
+"""Lars with special leaves: inference tensors, leaves that are not floating point, JAX arrays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from test_optimizer import G, W, steps
 
 from lars_tree import Array, DtypeError, LeafError
 
-# ---- Inference tensors: torch lets nothing but itself, in their own mode, write to them
+# ---- Inference tensors, which torch lets nobody write to outside of inference mode
 
 
 def inferred(torch, x):
@@ -22,32 +22,27 @@ def inferred(torch, x):
 
 
 OPTIONS = {
-    "quick": {},
+    "fast path": {},
     "guarded": {"nonfinite": "skip"},
     "layers": {"layer_axis": 0},
     "rates": {"lr": np.array([0.1, 0.1])},
-    "history": {"stop_gradients": False},
+    "graph": {"stop_gradients": False},
 }
 
 
 @pytest.mark.parametrize("which", ["w", "velocity", "step", "skipped", "dcdw", "all"])
-@pytest.mark.parametrize("way", OPTIONS)
-def test_inference_tensors_are_stepped_like_others(way, which):
+@pytest.mark.parametrize("name", OPTIONS)
+def test_inference_tensors_are_updated_like_other_tensors(name, which):
     torch = need("torch")
-    options = {"lr": 0.1, **OPTIONS[way]}
-    opt = Lars(**options)
+    opt = Lars(**{"lr": 0.1, **OPTIONS[name]})
     made = {
         name: inferred(torch, x) if which in (name, "all") else torch.tensor(np.asarray(x))
         for name, x in {"w": W, "dcdw": G, "velocity": G, "step": 3, "skipped": 1}.items()
     }
-    plain = {name: x.clone() for name, x in made.items()}
-    plain_state = {
-        "step": plain["step"],
-        "skipped": plain["skipped"],
-        "velocity": plain["velocity"],
-    }
-    expected, after = opt.update(plain["w"], plain["dcdw"], plain_state)
-    state = {name: made[name] for name in plain_state}
+    copies = {name: x.clone() for name, x in made.items()}
+    keys = ("step", "skipped", "velocity")
+    expected, after = opt.update(copies["w"], copies["dcdw"], {name: copies[name] for name in keys})
+    state = {name: made[name] for name in keys}
     for out in (None, made["w"]):
         new, moved = opt.update(made["w"], made["dcdw"], state, out=out)
         assert torch.equal(new, expected)
@@ -56,7 +51,7 @@ def test_inference_tensors_are_stepped_like_others(way, which):
     assert new is made["w"]
 
 
-# ---- Leaves that are no floating-point numbers stay as they are, and have no velocity
+# ---- Leaves that are not floating point are never updated and have no velocity
 
 
 def a_key():
@@ -65,20 +60,20 @@ def a_key():
 
 def quantized():
     torch = need("torch")
-    warnings.simplefilter("ignore", UserWarning)  # torch will drop these one day
+    warnings.simplefilter("ignore", UserWarning)  # torch deprecates quantized tensors
     return torch._empty_affine_quantized([2], scale=0.1, zero_point=0, dtype=torch.qint8)
 
 
-def in_words():
+def strings():
     return np.array(["a", "b"])
 
 
-def counts():
+def integers():
     return np.array([1, 2])
 
 
-@pytest.mark.parametrize("make", [a_key, quantized, in_words, counts], ids=lambda f: f.__name__)
-def test_leaves_that_cannot_be_computed_with_are_kept(make):
+@pytest.mark.parametrize("make", [a_key, quantized, strings, integers], ids=lambda f: f.__name__)
+def test_leaves_that_are_not_floating_point_are_kept(make):
     opt, other = Lars(0.1), make()
     w, g = {"a": W, "b": other}, {"a": G, "b": None}
     state = opt.init(w)
@@ -98,7 +93,7 @@ def test_leaves_that_cannot_be_computed_with_are_kept(make):
         opt.update({"a": W, "b": make()}, {"a": G, "b": make()}, opt.init(w))
 
 
-def test_an_integer_velocity_of_an_older_state_does_no_harm():
+def test_an_integer_velocity_of_an_older_version_is_kept():
     opt, w = Lars(0.1), {"a": W, "b": np.array([1, 2])}
     state = opt.init(w)
     state.velocity["b"] = np.zeros(2, int)
@@ -107,15 +102,15 @@ def test_an_integer_velocity_of_an_older_state_does_no_harm():
     assert np.array_equal(after.velocity.b, before)
 
 
-# ---- JAX: a compiled step serves the next one, wherever the weights are
+# ---- JAX: the first compiled step serves all others, on any device
 
 
-@pytest.mark.parametrize("place", ["anywhere", "first", "last", "Auto", "Explicit"])
-def test_a_step_is_compiled_once(place):
+@pytest.mark.parametrize("where", ["uncommitted", "first", "last", "Auto", "Explicit"])
+def test_a_step_is_compiled_once(where):
     jax = need("jax")
-    sharding = {"anywhere": None, "first": jax.devices()[0], "last": jax.devices()[-1]}.get(place)
-    if place in ("Auto", "Explicit"):
-        kind = getattr(jax.sharding.AxisType, place)
+    sharding = {"first": jax.devices()[0], "last": jax.devices()[-1]}.get(where)
+    if where in ("Auto", "Explicit"):
+        kind = getattr(jax.sharding.AxisType, where)
         mesh = jax.make_mesh((4,), ("x",), axis_types=(kind,))
         sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     w = jax.numpy.arange(8.0)
@@ -130,7 +125,7 @@ def test_a_step_is_compiled_once(place):
     assert int(state.step) == 3
 
 
-def test_velocities_are_made_on_the_device_of_weights_that_may_still_move():
+def test_velocities_of_uncommitted_jax_arrays_are_on_their_device():
     jax = need("jax")
     with jax.default_device(jax.devices()[2]):
         w = jax.numpy.ones(3)
@@ -143,7 +138,7 @@ OPT = Lars(0.1)
 
 
 @pytest.mark.parametrize("name", ["numpy", "torch"])
-def test_counters_may_be_arrays_of_ours(name):
+def test_counters_may_be_wrapped_arrays(name):
     opt, w, g = Lars(0.1), to_library(name, W), to_library(name, G)
     state = opt.init(w)
     for counter in ("step", "skipped"):

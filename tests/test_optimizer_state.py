@@ -58,7 +58,7 @@ def test_keys_in_another_order_keep_their_velocities():
     assert not np.array_equal(after.velocity.a, after.velocity.b)
 
 
-def test_a_velocity_that_is_a_scalar_of_numpy_is_stepped():
+def test_a_velocity_may_be_a_numpy_scalar():
     opt, w, g = Lars(0.1, 0.5), np.array(3.0), np.array(1.0)
     _, state = steps(opt, w, [g])
     expected = opt.update(w, g, state)
@@ -68,7 +68,9 @@ def test_a_velocity_that_is_a_scalar_of_numpy_is_stepped():
     assert float(actual[0]) == float(expected[0])
 
 
-@pytest.mark.parametrize("options", [{}, {"nonfinite": "skip"}])  # the quick way and the long one
+@pytest.mark.parametrize(
+    "options", [{}, {"nonfinite": "skip"}]
+)  # the fast path and the general path
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_leaf_without_momentum_or_gradient_needs_no_velocity(library, options, in_place):
     if in_place and not library.mutable:
@@ -103,7 +105,7 @@ def test_nothing_is_written_when_a_step_raises():
     assert (w, state) == before
 
 
-def test_a_skipped_step_leaves_all_but_its_count():
+def test_a_skipped_step_changes_only_its_count():
     for out in (False, True):
         w, g = random_tree(0), random_tree(1)
         opt = Lars(0.1, nonfinite="skip")
@@ -157,16 +159,6 @@ BAD_STATES = {
         LarsTreeError,
         "b: expected a velocity, got None",
     ),
-    "a float step": (
-        lambda s: change(s, "step", np.array(1.0)),
-        StateError,
-        "step: expected an integer array",
-    ),
-    "a step with axes": (
-        lambda s: change(s, "step", np.array([1])),
-        StateError,
-        "step: expected an integer array",
-    ),
 }
 
 
@@ -214,7 +206,7 @@ def test_a_counter_that_cannot_be_written_to_is_refused():
     assert int(opt.update(w, G, state)[1].step) == 4
 
 
-def test_a_schedule_is_asked_for_each_step_that_was_taken():
+def test_a_schedule_is_called_with_the_number_of_steps_taken():
     asked = []
 
     def schedule(step):
@@ -238,7 +230,7 @@ def test_each_subtree_may_have_a_schedule():
 
 
 class Halving(NamedTuple):
-    """A schedule that is a tuple, too."""
+    """A schedule that is also a tuple."""
 
     rate: float
 
@@ -247,7 +239,7 @@ class Halving(NamedTuple):
 
 
 class Table(dict):
-    """A schedule that is a dict, too."""
+    """A schedule that is also a dict."""
 
     def __call__(self, step):
         return self[step]
@@ -268,7 +260,7 @@ def test_a_callable_of_any_type_is_a_schedule(place, schedule):
     assert int(state.step) == 2
 
 
-def test_a_class_of_attrs_is_a_schedule_where_it_can_be_called():
+def test_a_callable_attrs_class_is_a_schedule():
     attrs = need("attrs")
     cls = attrs.make_class("Schedule", ["rate"], class_body={"__call__": lambda self, _: self.rate})
     new, _ = steps(Lars(cls(0.5), 0.0, adapt=False), W, [G])
@@ -286,7 +278,7 @@ def test_a_class_of_attrs_is_a_schedule_where_it_can_be_called():
         ("eps", lambda eps: Lars(0.1, eps=eps)),
     ],
 )
-def test_a_tree_that_holds_itself_is_named(name, call):
+def test_a_tree_that_contains_itself_is_refused(name, call):
     tree = {"a": {"b": 0.5}}
     tree["a"]["c"] = tree["a"]
     with pytest.raises(StructureError, match=f"{name} holds itself\n  a/c: expected a tree"):
@@ -314,26 +306,26 @@ def test_a_tree_that_holds_itself_is_named(name, call):
         (lambda: Lars(0.1, trust_coeficient=1), TypeError, "did you mean 'trust_coefficient'"),
     ],
 )
-def test_values_that_make_no_optimizer_are_refused(make, kind, says):
+def test_invalid_options_are_refused(make, kind, says):
     with pytest.raises(kind, match=says):
         make()
 
 
-def test_errors_of_options_have_the_names_of_the_optimizer():
+def test_errors_use_the_option_names_of_the_optimizer():
     opt = lars_tree.Lars(0.1, weight_decay={"a": None, "b": 0.1})
     w = {"a": W, "b": W}
     with pytest.raises(OptionError, match=r"^weight_decay has an invalid value"):
         opt.update(w, w, opt.init(w))
 
 
-def test_a_schedule_that_gives_no_rate_is_refused_before_anything_is_written():
+def test_an_invalid_scheduled_rate_is_refused_before_writing():
     opt, w = Lars(lambda step: -1.0), W.copy()
     with pytest.raises(OptionError, match=r"lr: expected a finite number >= 0, got -1\.0"):
         opt.update(w, G, opt.init(w), out=w)
     assert np.array_equal(w, W)
 
 
-def test_repr_shows_what_is_not_as_usual():
+def test_repr_shows_options_that_are_not_defaults():
     assert repr(lars_tree.Lars(0.1)) == "Lars(0.1)"
     opt = lars_tree.Lars(Constant(0.1), nesterov=True, weight_decay=1e-4)
     shown = "Lars(Constant(rate=0.1, warmup_steps=0), nesterov=True, weight_decay=0.0001)"
@@ -341,7 +333,7 @@ def test_repr_shows_what_is_not_as_usual():
     assert repr(pickle.loads(pickle.dumps(lars_tree.Lars(0.1)))) == "Lars(0.1)"
 
 
-def test_repr_takes_one_line():
+def test_repr_is_one_line():
     adapt = Container(a={"b": True}, c=[False, np.True_])
     lr = Container(a=0.1, c=np.array([[0.1], [0.2]]))
     shown = "Lars({'a': 0.1, 'c': array([[0.1], [0.2]])}, "

@@ -1,4 +1,4 @@
-"""Schedules: values, laws, and the same numbers from traced steps."""
+"""Schedules: values, laws, and agreement of the libraries."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_mapped_step_of_torch_gives_a_mapped_rate(schedule):
 
 
 @pytest.mark.parametrize("schedule", EACH, ids=repr)
-def test_they_are_values(schedule):
+def test_schedules_compare_hash_and_pickle_by_value(schedule):
     again = eval(repr(schedule), {cls.__name__: cls for cls in (Constant, Cosine, Polynomial)})
     assert again == schedule
     assert hash(again) == hash(schedule)
@@ -106,8 +106,8 @@ def test_they_are_values(schedule):
 
 
 @pytest.mark.parametrize("number", [np.int64, np.uint8, np.array], ids=lambda x: x.__name__)
-def test_numbers_of_numpy_are_as_good_as_plain_ones(number):
-    """Also under jit, where they would bring their own precision in."""
+def test_numpy_numbers_become_python_numbers(number):
+    """Also under jit, where numpy numbers would change the dtype of the rate."""
     rate = np.float32(0.5)
     for plain, other in [
         (Constant(0.5, 7), Constant(rate, number(7))),
@@ -126,7 +126,7 @@ def test_numbers_of_numpy_are_as_good_as_plain_ones(number):
             assert jax.jit(other)(step).dtype == jax.jit(plain)(step).dtype
 
 
-def test_a_warm_up_starts_from_nothing_and_can_be_shifted():
+def test_a_warm_up_starts_at_0_and_can_be_shifted():
     schedule = Polynomial(1.0, 100, warmup_steps=4)
     assert schedule(0) == 0
     x = np.ones(1)
@@ -161,7 +161,7 @@ def test_a_warm_up_starts_from_nothing_and_can_be_shifted():
         (lambda: Cosine(True, 10), "peak: expected a finite number >= 0, got True"),
     ],
 )
-def test_values_that_make_no_schedule_are_refused(make, says):
+def test_invalid_values_are_refused(make, says):
     with pytest.raises(OptionError, match=says):
         make()
 
@@ -171,7 +171,7 @@ STEPS = (-1.5, 0.5, 3.0, 6.75, 7.0, 20.5, 60.25, 99.5, 1000.0, math.inf)
 
 @pytest.mark.parametrize("schedule", EACH, ids=repr)
 def test_a_fractional_step_has_one_rate_in_every_library(schedule):
-    """Eagerly, where it was that of the whole step below, and traced."""
+    """Eager and traced."""
     jax, torch = need("jax"), need("torch")
     expected = [schedule(step) for step in STEPS]
     assert all(isinstance(rate, float) for rate in expected)
@@ -199,7 +199,7 @@ def test_whole_numbers_keep_their_bits_as_floats(schedule, step):
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint32", "float16", "bfloat16"])
-def test_steps_of_few_bits_do_not_overflow(dtype):
+def test_small_step_dtypes_do_not_overflow(dtype):
     """3 - 20 in an unsigned type, 200 in int8, 70,000 in float16."""
     jax = need("jax")
     for schedule in (Polynomial(10.0, 100, 20, end=1.0), Cosine(2.0, 70_000, 200)):
@@ -209,7 +209,7 @@ def test_steps_of_few_bits_do_not_overflow(dtype):
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch", "jax.numpy"])
-def test_arrays_of_steps_have_arrays_of_rates(library):
+def test_arrays_of_steps_give_arrays_of_rates(library):
     xp, schedule = need(library), Polynomial(10.0, 100, 20, end=1.0)
     for shape in ((3,), (1,)):
         rates = schedule(xp.full(shape, 60))

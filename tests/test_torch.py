@@ -1,4 +1,4 @@
-"""torch: parameters, autograd, torch.func, the multi-tensor way, version counters."""
+"""torch: parameters, autograd, torch.func, multi-tensor operations, version counters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def doubles(*values, grad=True):
 
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.parametrize("kind", ["tensor", "parameter", "result"])
-def test_the_result_is_a_leaf_that_requires_a_gradient_where_w_did(kind, requires_grad):
+def test_the_result_is_a_leaf_and_requires_grad_like_w(kind, requires_grad):
     w = torch.ones(3, requires_grad=requires_grad)
     if kind == "parameter":
         w = torch.nn.Parameter(w.detach(), requires_grad=requires_grad)
@@ -80,7 +80,7 @@ def test_gradients_are_finite_at_zero(zero, decay):
         assert w.grad.tolist() == pytest.approx([1 - 0.1 * decay] * 2)
 
 
-def test_with_stop_gradients_nothing_is_recorded_even_for_a_rate_with_history():
+def test_stop_gradients_gives_no_graph_even_for_a_tracked_rate():
     w, g, lr = doubles([3.0, 4.0], [0.4, 0.3], 0.1)
     new = lars_update(w, g, lr)
     assert new.grad_fn is None
@@ -133,8 +133,8 @@ def test_a_step_that_is_refused_bumps_no_version():
     assert [x._version for x in written] == versions
 
 
-def test_a_word_may_be_a_string_of_numpy():
-    w = torch.ones(2, 3).t()  # no fast engine takes it beside this gradient
+def test_nonfinite_may_be_a_numpy_string():
+    w = torch.ones(2, 3).t()  # not supported by the native engine with this gradient
     new = lars_update(w, torch.full((3, 2), torch.inf), 0.1, nonfinite=np.str_("skip"))
     assert torch.equal(new, w)
 
@@ -182,7 +182,7 @@ def test_a_state_dict_is_updated_in_place():
 
 
 def many(wide, leaves, rules, velocities=None):
-    """Step through the multi-tensor operations that accelerators use, in their precision."""
+    """The new weights by the multi-tensor operations for accelerators, computed in dtype wide."""
     velocities = velocities or [None] * len(leaves)
     news = [
         StepResult(torch.empty_like(w), v) for (w, _), v in zip(leaves, velocities, strict=True)
@@ -202,7 +202,7 @@ def many(wide, leaves, rules, velocities=None):
 
 @pytest.mark.parametrize("options", [{}, {"decay_lambda": 0.1}, {"eps": 1e-3}, {"grad_scale": 8.0}])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
-def test_many_tensors_at_once_step_like_each_alone(options, dtype):
+def test_multi_tensor_steps_agree_with_separate_steps(options, dtype):
     generator = torch.Generator().manual_seed(0)
     shapes = [(3, 4), (), (5,), (0, 2), (2, 3, 2)]
     leaves = [
@@ -227,8 +227,8 @@ def test_many_tensors_at_once_step_like_each_alone(options, dtype):
 
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
-def test_many_tensors_at_once_keep_their_momentum(dtype, nesterov):
-    """Against the same in double precision."""
+def test_multi_tensor_momentum_agrees_with_double_precision(dtype, nesterov):
+    """Compared with the same operations in double precision."""
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, dtype)
     shapes = [(3, 4), (), (5,), (0, 2), (2, 3, 2)]
@@ -256,7 +256,7 @@ def test_many_tensors_at_once_keep_their_momentum(dtype, nesterov):
 
 @pytest.mark.parametrize("w_exponent", [-140, -60, 0, 60, 125])
 @pytest.mark.parametrize("g_exponent", [-140, -60, 0, 60, 125])
-def test_many_tensors_at_once_keep_the_range_of_float32(w_exponent, g_exponent):
+def test_multi_tensor_steps_cover_the_range_of_float32(w_exponent, g_exponent):
     """Computed in float32: squares would overflow above 2**64 and vanish below 2**-75."""
     w = torch.tensor(np.ldexp([3.0, 4.0], w_exponent), dtype=torch.float32)
     g = torch.tensor(np.ldexp([4.0, 3.0], g_exponent), dtype=torch.float32)
@@ -265,7 +265,7 @@ def test_many_tensors_at_once_keep_the_range_of_float32(w_exponent, g_exponent):
     assert reference.worst_error(new.tolist(), w.tolist(), step, "float32") <= 4
 
 
-def test_numbers_on_the_device_stay_there_and_vectors_are_made_of_those_that_differ():
+def test_multi_tensor_options_may_be_tensors_and_differ_by_leaf():
     leaves = [(torch.tensor([3.0, 4.0]), torch.tensor([0.4, 0.3]))] * 2
     rules = [Rule(torch.tensor(0.1)), Rule(0.2, decay_lambda=0.1)]
     first, second = many(torch.float32, leaves, rules)
@@ -297,7 +297,7 @@ def test_cuda_agrees_with_the_cpu_and_never_waits(dtype):
             assert torch.allclose(x.cpu(), y, rtol=tolerance, atol=tolerance)
 
 
-def test_libraries_mix_leaf_by_leaf():
+def test_leaves_may_be_of_different_libraries():
     jnp, da = need("jax.numpy"), need("dask.array")
     makers = [np.asarray, torch.tensor, jnp.asarray, da.from_array]
     w = Container({f"l{i}": make(np.array([3.0, 4.0])) for i, make in enumerate(makers)})

@@ -1,4 +1,4 @@
-"""lars_tree.torch.param_groups: which parameters are layers, and which are none any more."""
+"""lars_tree.torch.param_groups, and parameters that are no longer whole layers."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def module(**parameters):
 
 
 def renamed(name, base=nn.Module, **parameters):
-    """The same, of a class of this name."""
+    """A module with parameters of these shapes, of a class with this name."""
     made = module(**parameters)
     made.__class__ = type(name, (base,), {})
     return made
 
 
-def left_out(net, **options):
-    """The names of what is left out; all others are adapted and decayed."""
+def excluded(net, **options):
+    """The names of the excluded parameters; all others are adapted and decayed."""
     groups = param_groups(net, named=True, weight_decay=0.1, **options)
     assert all((g["weight_decay"] == 0.1) == g.get("adapt", True) for g in groups)
     found = {g.get("adapt", True): [name for name, _ in g["params"]] for g in groups}
@@ -57,7 +57,7 @@ class Halved(nn.Module):
 
 
 def tied():
-    """A kernel that is the scale of a norm layer, too."""
+    """A kernel that is also the scale of a norm layer."""
     net = nn.Sequential(nn.Linear(4, 3, bias=False), nn.LayerNorm([3, 4], bias=False))
     net[1].weight = net[0].weight
     return net
@@ -125,31 +125,31 @@ CASES = {
     "tied": (tied(), ["0.weight"]),
     "listed by the model": (listing({"token"}), ["token"]),
     "listed by a part": (listing({"token"}, inside=True), ["backbone.token"]),
-    "tokens that no one lists": (module(token=(1, 1, 4)), []),
+    "not listed": (module(token=(1, 1, 4)), []),
     "by axes": (module(a=(), b=(4,), c=(1, 4)), ["a", "b"]),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_left_out_of_adaptation_and_decay(case):
+def test_parameters_excluded_from_adaptation_and_decay(case):
     net, expected = CASES[case]
-    assert left_out(net) == expected
+    assert excluded(net) == expected
 
 
 def test_stacked_layers_have_one_axis_more():
     net = module(kernel=(2, 3, 3), shift=(2, 3), scale=())
     net.act = nn.PReLU(3)
-    assert left_out(net, layer_axis=0) == ["shift", "scale", "act.weight"]
+    assert excluded(net, layer_axis=0) == ["shift", "scale", "act.weight"]
     groups = param_groups(net, layer_axis=0, weight_decay=0.1)
     opt = Lars(groups, 0.1)
     sum(p.sum() for p in net.parameters()).backward()
     opt.step()
-    assert net.scale.item() == pytest.approx(0.9)  # no layers there, and plain SGD
+    assert net.scale.item() == pytest.approx(0.9)  # excluded: plain SGD
 
 
 def test_a_predicate_decides_instead():
     net = nn.Sequential(nn.LayerNorm([2, 3]), nn.Linear(3, 3))
-    assert left_out(net, exclude=lambda name, p: name == "1.weight") == ["1.weight"]
+    assert excluded(net, exclude=lambda name, p: name == "1.weight") == ["1.weight"]
     (only,) = param_groups(net, exclude=lambda name, p: True)
     assert len(only["params"]) == 4
 
@@ -191,7 +191,7 @@ def test_anything_but_a_model_is_refused(given, says):
         param_groups(given(model()))
 
 
-def test_options_that_are_none_and_parameters_without_a_shape_are_refused():
+def test_unknown_options_and_lazy_parameters_are_refused():
     with pytest.raises(TypeError, match=r"'trust_coeff'.*it is 'trust_coefficient' here"):
         param_groups(model(), trust_coeff=1e-3)
     with pytest.raises(ValueError, match=r"^0.weight has no shape yet"):
@@ -205,7 +205,7 @@ def test_options_that_are_none_and_parameters_without_a_shape_are_refused():
 
 @pytest.fixture(scope="module")
 def group():
-    """A process group of this process alone, which sends nothing."""
+    """A process group of this process only, which does not communicate."""
     need("torch.distributed.fsdp")
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -215,7 +215,7 @@ def group():
 
 
 def flatten(net, group, use_orig_params):
-    """What FSDP1 does, which itself asks for an accelerator."""
+    """Flatten the parameters as FSDP1 does, which would require an accelerator."""
     from torch.distributed.fsdp import _flat_param as flat
 
     strategy = flat.HandleShardingStrategy.FULL_SHARD
@@ -259,7 +259,7 @@ def test_parameters_that_fsdp1_flattens_later_are_refused(group, momentum):
 
 
 def test_partitions_of_deepspeed_are_refused(monkeypatch):
-    """It was read, not run: ZeRO-3 marks parameters, the others put a flat tensor in the groups."""
+    """By its source: ZeRO-3 marks parameters; stages 1 and 2 put a flat tensor in each group."""
     net = model()
     net[0].weight.ds_id = 0
     with pytest.raises(LarsTreeError, match=r"0.weight: partitioned by DeepSpeed's ZeRO-3"):

@@ -1,4 +1,4 @@
-"""What torch.load(weights_only=True) lets a file do with Containers: it makes them, no more."""
+"""torch.load(weights_only=True) makes Containers, and calls nothing else for a crafted file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Weights(Container):
 
 
 class Called:
-    """An object that a user trusts files to make, but not to call."""
+    """An object that files may create, but must not call."""
 
     def __call__(self, *args):
         pytest.fail("a file called it")
@@ -35,7 +35,7 @@ class Called:
 
 
 class Crafted:
-    """Pickled as what another class reduces to."""
+    """Pickled as these arguments of __reduce__."""
 
     def __init__(self, *reduced):
         self.reduced = reduced
@@ -75,7 +75,7 @@ def test_what_torch_trusts_does_not_change_with_subclasses():
 
 @pytest.mark.parametrize("state", ["text", {"a": 1}, (None, {"__setstate__": 1}), (1, 2)])
 @pytest.mark.parametrize("key", ["__setstate__", "__dict__"])
-def test_a_state_in_a_file_does_not_reach_what_keys_hold(key, state):
+def test_a_crafted_state_does_not_call_values_of_special_keys(key, state):
     file = saved(Crafted(Container, ({key: Called()},), state))
     with torch.serialization.safe_globals([Called]), pytest.raises(Exception, match=r"__|unpack"):
         loaded(file)

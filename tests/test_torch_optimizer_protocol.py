@@ -1,7 +1,7 @@
-"""lars_tree.torch.Lars among frameworks: what they ask of an optimizer, and what they set.
+"""lars_tree.torch.Lars in frameworks: what they expect of an optimizer, and what they set.
 
-Lightning and Accelerate are not installed here; what they look at was read in their sources, and
-real runs of both were made by hand.
+Lightning and Accelerate are not installed here. The tests follow their sources, and both were run
+by hand.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lars_tree.torch import Lars  # noqa: E402
 
 
 def handles_unscaling(opt):
-    """As Lightning and Fabric ask, which then refuse to clip gradients."""
+    """As Lightning and Fabric check; if true they refuse to clip gradients."""
     return getattr(opt, "_step_supports_amp_scaling", False)
 
 
@@ -33,22 +33,22 @@ def copies(opt):
 
 
 @pytest.mark.parametrize("fused", [None, False, True])
-def test_only_fused_it_takes_the_scale_itself_as_sgd_does(fused):
+def test_only_a_fused_optimizer_unscales_gradients_itself_as_sgd_does(fused):
     sgd = torch.optim.SGD([parameter()], fused=fused)
     for opt in copies(Lars([parameter()], fused=fused)):
         assert handles_unscaling(opt) is handles_unscaling(sgd) is bool(fused)
         assert opt.param_groups[0]["fused"] is sgd.param_groups[0]["fused"] is fused
 
 
-def test_fused_and_foreach_are_one_too_many_as_in_sgd():
+def test_fused_and_foreach_exclude_each_other_as_in_sgd():
     for optimizer in (Lars, torch.optim.SGD):
         with pytest.raises(RuntimeError, match="`fused` and `foreach` cannot be `True` together"):
             optimizer([parameter()], fused=True, foreach=True)
 
 
 @pytest.mark.parametrize("fused", [None, True])
-def test_a_scaler_calls_step_as_it_does_for_sgd(fused):
-    """Accelerate takes a step for skipped if it was not called, and keeps the schedule back."""
+def test_a_scaler_calls_step_as_for_sgd(fused):
+    """Accelerate treats a step as skipped if it was not called, and then skips the schedule."""
     called = []
     for optimizer in (Lars, torch.optim.SGD):
         p = parameter(dtype=torch.float32)
@@ -80,7 +80,7 @@ def test_gradients_are_clipped_before_a_step_and_divided_by_the_scale_once():
     assert same(*results)
 
 
-def test_cpu_parameters_step_alike_fused_or_not():
+def test_fused_does_not_change_steps_on_the_cpu():
     nets = [model(dtype=torch.bfloat16) for _ in range(2)]
     pair = zip(nets, (None, True), strict=True)
     assert same(*(train(net, Lars(net.parameters(), 0.5, fused=fused)) for net, fused in pair))
@@ -89,11 +89,10 @@ def test_cpu_parameters_step_alike_fused_or_not():
 # ---- Rates of schedulers
 
 
-@FOREACH
+@pytest.mark.parametrize(("foreach", "momentum"), [(None, 0.0), (True, 0.9)])
 @pytest.mark.parametrize("make", [float, torch.tensor, np.float64])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_a_rate_that_is_negative_by_rounding_is_0(foreach, make, momentum):
-    """As that which LinearLR ends with."""
+    """As the last rate of LinearLR."""
     p = parameter()
     opt = Lars([p], make(0.1), momentum, foreach=foreach)
     scheduler = torch.optim.lr_scheduler.LinearLR(opt, end_factor=0.0, total_iters=10)
@@ -104,14 +103,14 @@ def test_a_rate_that_is_negative_by_rounding_is_0(foreach, make, momentum):
     assert -1e-16 < float(opt.param_groups[0]["lr"]) < 0
     opt.step()
     assert torch.equal(p, before)
-    # Without a scheduler, beside the rate that the optimizer was made with.
+    # Without a scheduler, compared with the rate that the optimizer was made with.
     opt = Lars([parameter()], make(30.0), momentum, foreach=foreach)
     for rate, fits in {-2e-11: True, -3.1e-11: False}.items():
         opt.param_groups[0]["lr"] = make(rate)
         if fits:
             opt.step()
             continue
-        with pytest.raises(ValueError, match=r"param_groups\[0\]: Invalid learning rate: -3"):
+        with pytest.raises(ValueError, match=r"param_groups\[0\]: Invalid lr: .* got .*-3"):
             opt.step()
     assert [p.tolist() for p in opt.param_groups[0]["params"]] == [W]
 
@@ -135,7 +134,7 @@ def test_no_key_is_added_to_groups_or_defaults(optimizer, way):
     assert opt.param_groups[0].keys() == opt.param_groups[1].keys()
 
 
-def test_a_pickle_of_an_older_version_gets_the_options_that_are_new():
+def test_a_pickle_of_an_older_version_gets_new_options():
     net = model()
     opt = Lars(net.parameters(), 0.5)
     train(net, opt, 1)
@@ -151,7 +150,7 @@ def test_a_pickle_of_an_older_version_gets_the_options_that_are_new():
     assert old.defaults == Lars(net.parameters(), 0.5).defaults
 
 
-def test_a_key_that_was_saved_is_kept():
+def test_unknown_keys_of_a_saved_group_are_kept():
     net = model()
     opt = Lars([{"params": list(net.parameters()), "differentiable": False, "name": "all"}])
     opt.load_state_dict(opt.state_dict())
@@ -176,8 +175,8 @@ def test_a_failed_step_leaves_no_empty_states():
 
 @FOREACH
 @pytest.mark.parametrize("make", [float, torch.tensor])
-def test_what_is_not_decayed_is_not_adapted(foreach, make):
-    """As in timm, so that groups that know of decay alone do."""
+def test_adapt_decayed_adapts_only_groups_with_decay(foreach, make):
+    """As in timm, so that groups that set only the decay work."""
     options = {"lr": 0.5, "trust_coefficient": 0.1, "foreach": foreach}
     results = []
     for default, others in (({"adapt": "decayed"}, {}), ({}, {"adapt": False})):
@@ -196,7 +195,7 @@ def test_what_is_not_decayed_is_not_adapted(foreach, make):
     assert same(*results)
 
 
-def test_decay_that_a_schedule_turns_off_turns_adaptation_off():
+def test_adapt_decayed_follows_a_change_of_decay():
     p, q = parameter(), parameter()
     opt = Lars([{"params": [p], "adapt": "decayed"}, {"params": [q]}], 0.1, weight_decay=0.1)
     opt.step()
@@ -209,7 +208,7 @@ def test_decay_that_a_schedule_turns_off_turns_adaptation_off():
 
 
 @FOREACH
-def test_numbers_of_one_element_may_be_tensors_of_any_number_of_axes(foreach):
+def test_options_may_be_tensors_of_one_element(foreach):
     names = ("lr", "momentum", "dampening", "weight_decay", "trust_coefficient", "eps")
     values = dict(zip(names, (0.5, 0.875, 0.25, 0.125, 0.5, 0.25), strict=True))
     results = []
@@ -226,11 +225,9 @@ def test_numbers_of_one_element_may_be_tensors_of_any_number_of_axes(foreach):
 
 
 @pytest.mark.parametrize("steps", [0, 1])
-@pytest.mark.parametrize(
-    ("foreach", "momentum"), [(None, 0.9), (False, 0.9), (True, 0.9), (True, 0.0)]
-)
-def test_a_gradient_has_the_shape_of_its_parameter(foreach, momentum, steps):
-    """torch sees that it has when it is set alone."""
+@pytest.mark.parametrize(("foreach", "momentum"), [(None, 0.9), (True, 0.9), (True, 0.0)])
+def test_a_gradient_of_another_shape_is_refused(foreach, momentum, steps):
+    """torch checks the shape only when the gradient is assigned."""
     p = torch.nn.Parameter(torch.ones(4))
     p.grad = torch.ones(4)
     opt = Lars([p], momentum=momentum, foreach=foreach)

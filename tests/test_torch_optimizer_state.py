@@ -1,4 +1,4 @@
-"""lars_tree.torch.Lars among torch's own: states, schedulers, GradScaler, compilation, errors."""
+"""lars_tree.torch.Lars with the rest of torch: states, schedulers, GradScaler, compilation."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def test_training_goes_on_from_a_saved_state(way, dtype):
     assert {x.dtype for x in loaded} == {torch.float32}
     assert same(loaded, buffers)
     assert same(train(net, opt, 2), train(other, again, 2))
-    # A buffer that is shared would have been stepped twice.
+    # A shared buffer would have been updated twice.
     assert same([again.state[p]["momentum_buffer"] for p in other.parameters()], buffers)
 
 
-def test_the_last_of_the_hooks_decides_what_is_loaded():
+def test_pre_hooks_may_change_what_is_loaded():
     net = model(dtype=torch.bfloat16)
     opt = Lars(net.parameters(), 0.5)
     train(net, opt, 1)
@@ -68,7 +68,7 @@ def test_the_last_of_the_hooks_decides_what_is_loaded():
         assert torch.equal(again.state[p]["momentum_buffer"], 2 * opt.state[p]["momentum_buffer"])
 
 
-def test_hooks_may_change_what_was_loaded():
+def test_post_hooks_may_change_what_was_loaded():
     net = model(dtype=torch.bfloat16)
     opt = Lars(net.parameters(), 0.5)
     train(net, opt, 1)
@@ -99,7 +99,7 @@ def test_a_state_of_sgd_can_be_loaded():
     assert all(x["momentum_buffer"].dtype == torch.float32 for x in opt.state.values())
 
 
-def test_what_another_state_lacks_stays_as_it_is_in_each_group():
+def test_options_that_a_loaded_state_lacks_keep_their_values():
     net = model()
     sgd = torch.optim.SGD(param_groups(net), 0.1, momentum=0.9)
     sgd_groups = [{"params": group["params"]} for group in sgd.param_groups]
@@ -114,20 +114,20 @@ def test_what_another_state_lacks_stays_as_it_is_in_each_group():
 
 
 def fused(opt):
-    """Have it take the scale of the loss itself, also where its tensors are `foreach`."""
+    """Make the step unscale gradients, as fused=True does, which excludes foreach=True."""
     opt._step_supports_amp_scaling = True
     return opt
 
 
-ITSELF = pytest.mark.parametrize("itself", [fused, lambda opt: opt], ids=["fused", "not fused"])
+FUSED = pytest.mark.parametrize("prepare", [fused, lambda opt: opt], ids=["fused", "not fused"])
 
 
 @FOREACH
-@ITSELF
-def test_the_first_step_that_is_taken_is_not_dampened(foreach, itself):
-    """Whether one before it was skipped, or raised."""
+@FUSED
+def test_the_first_step_taken_is_not_dampened(foreach, prepare):
+    """Also after a step that was skipped or that raised."""
     p = parameter()
-    opt = itself(Lars([p], 0.1, dampening=0.5, adapt=False, foreach=foreach))
+    opt = prepare(Lars([p], 0.1, dampening=0.5, adapt=False, foreach=foreach))
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.zeros(()))
     p.grad = torch.tensor([torch.inf, 0.0], dtype=torch.float64)
@@ -139,7 +139,7 @@ def test_the_first_step_that_is_taken_is_not_dampened(foreach, itself):
     assert not opt.state[p]
     p.grad = torch.tensor(G, dtype=torch.float64)
     opt.param_groups[0]["weight_decay"] = float("nan")
-    with pytest.raises(ValueError, match="Invalid weight_decay: nan"):
+    with pytest.raises(ValueError, match=r"Invalid weight_decay: .* got nan"):
         opt.step()
     assert not opt.state[p]
     opt.param_groups[0]["weight_decay"] = 0.0
@@ -157,14 +157,7 @@ def test_parameters_can_be_added():
     assert q.tolist() == pytest.approx([3 - 0.25 * 0.4, 4 - 0.25 * 0.3])
 
 
-def test_names_of_parameters_are_kept():
-    net = model()
-    opt = Lars(net.named_parameters(), 0.5)
-    train(net, opt, 1)
-    assert opt.state_dict()["param_groups"][0]["param_names"][:2] == ["0.weight", "0.bias"]
-
-
-# ---- What stands around an optimizer
+# ---- Schedulers, GradScaler, compilation
 
 
 @pytest.mark.parametrize("tensor", [False, True])
@@ -203,24 +196,14 @@ def test_an_axis_may_be_any_index(foreach, make):
 
 
 @FOREACH
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_rate_may_be_a_tensor(foreach, dtype):
-    nets = [model(dtype=dtype) for _ in range(2)]
-    rates = (0.5, torch.tensor(0.5))
-    pair = zip(nets, rates, strict=True)
-    results = [train(n, Lars(n.parameters(), lr, foreach=foreach)) for n, lr in pair]
-    assert same(*results)
-
-
-@FOREACH
-@ITSELF
+@FUSED
 @pytest.mark.parametrize("unscales", [False, True])
-def test_grad_scaler_scales_are_divided_out_exactly(foreach, itself, unscales):
+def test_grad_scaler_scales_are_divided_out_exactly(foreach, prepare, unscales):
     """Scales are powers of two: the steps are those of gradients that were never scaled."""
     results = []
     for scaled in (False, True):
         net = model(dtype=torch.float64)
-        opt = itself(Lars(param_groups(net, weight_decay=0.01), 0.5, eps=1e-3, foreach=foreach))
+        opt = prepare(Lars(param_groups(net, weight_decay=0.01), 0.5, eps=1e-3, foreach=foreach))
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14, growth_interval=2, enabled=scaled)
         for i in range(4):
             opt.zero_grad()
@@ -235,11 +218,11 @@ def test_grad_scaler_scales_are_divided_out_exactly(foreach, itself, unscales):
 
 
 @FOREACH
-@ITSELF
+@FUSED
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip", "raise"])
-def test_grad_scaler_skips_steps_with_infinite_gradients(foreach, itself, nonfinite):
+def test_grad_scaler_skips_steps_with_infinite_gradients(foreach, prepare, nonfinite):
     net = model()
-    opt = itself(Lars(net.parameters(), 0.5, foreach=foreach, nonfinite=nonfinite))
+    opt = prepare(Lars(net.parameters(), 0.5, foreach=foreach, nonfinite=nonfinite))
     train(net, opt, 1)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     buffers = [opt.state[p]["momentum_buffer"] for p in net.parameters()]
@@ -251,11 +234,11 @@ def test_grad_scaler_skips_steps_with_infinite_gradients(foreach, itself, nonfin
     assert same([*(p.detach() for p in net.parameters()), *buffers], before)
     assert scaler.get_scale() == 2.0
     assert not hasattr(opt, "found_inf")
-    assert opt.skipped == 0  # by the scaler, and not by the optimizer
+    assert opt.skipped == 0  # the scaler skipped the step, not the optimizer
 
 
-def test_compiled_steps_are_whole_graphs_that_never_look_at_values():
-    """fullgraph=True raises where a value would have to be waited for."""
+def test_compiled_steps_are_whole_graphs_that_read_no_values():
+    """fullgraph=True raises where the step would have to wait for a value."""
     results = []
     for compiled in (False, True):
         net = model()
@@ -274,7 +257,7 @@ def test_compiled_steps_are_whole_graphs_that_never_look_at_values():
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
-def test_a_step_that_looks_at_values_is_not_compiled():
+def test_a_step_that_reads_values_is_not_compiled():
     p = parameter(dtype=torch.float32)
     opt = Lars([p], 0.5, nonfinite="skip")
     step = torch.compile(opt.step, backend="eager")
@@ -292,7 +275,7 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"
 
 @CUDA
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_cuda_takes_the_steps_of_the_cpu_and_never_waits(dtype):
+def test_cuda_agrees_with_the_cpu_and_never_waits(dtype):
     results = []
     for device in ("cpu", "cuda"):
         net = model(dtype=dtype).to(device)

@@ -1,6 +1,6 @@
-"""A step of lars_tree.torch.Lars is whole or not taken, also of parameters of several kinds.
+"""A step of lars_tree.torch.Lars updates all parameters or none, also of several kinds.
 
-Those of a group with foreach=True stand for those on an accelerator: the way is the same.
+Groups with foreach=True stand for parameters on an accelerator: the same engine updates them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BOTH = pytest.mark.parametrize("steps", [0, 1], ids=["first", "later"])
 
 
 def mixed(steps=0, **options):
-    """Parameters in CPU memory and others, with and without momentum."""
+    """Parameters for the native engine and for the foreach engine, with and without momentum."""
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(3, generator=generator)) for _ in range(3)]
     groups = [{"params": [p], "foreach": i > 0} for i, p in enumerate(params)]
@@ -54,17 +54,25 @@ def equal(a, b):
 
 
 @BOTH
-def test_ctrl_c_comes_before_a_step_of_all_parameters_or_after_it(steps):
-    before = snapshot(*mixed(steps))
-    done = snapshot(*mixed(steps + 1))
+@pytest.mark.parametrize("native", [False, True], ids=["mixed", "all in CPU memory"])
+def test_ctrl_c_interrupts_before_or_after_a_step_of_all_parameters(steps, native):
+    def made(steps):
+        params, opt = mixed()
+        for group in opt.param_groups:
+            group["foreach"] = group["foreach"] and not native
+        for _ in range(steps):
+            opt.step()
+        return params, opt
+
+    before, done = snapshot(*made(steps)), snapshot(*made(steps + 1))
     assert not equal(before, done)
     seen = set()
-    # Every third line of the step itself, and some of those of what it calls.
-    for files, stride in ((f"{FOLDER}/torch.py", 3), (f"{FOLDER}/_core/execute.py", 7)):
+    # Every third line of the optimizer, and every eleventh line of the package.
+    for paths, stride in (((f"{FOLDER}/torch", f"{FOLDER}/_torch"), 3), (FOLDER, 11)):
         line = steps
         while True:
-            params, opt = mixed(steps)
-            if not interrupted_at(line, files, opt.step):
+            params, opt = made(steps)
+            if not interrupted_at(line, paths, opt.step):
                 break
             found = snapshot(params, opt)
             assert equal(found, done) or equal(found, before), line
@@ -75,7 +83,7 @@ def test_ctrl_c_comes_before_a_step_of_all_parameters_or_after_it(steps):
 
 
 def failing_at(count, monkeypatch):
-    """Have that call of a multi-tensor operation run out of memory; a list of all that came."""
+    """Make this call of a multi-tensor operation raise; returns the list of all calls so far."""
     calls = []
 
     def watched(name, original):
@@ -94,8 +102,8 @@ def failing_at(count, monkeypatch):
 
 
 @BOTH
-@pytest.mark.parametrize("foreach", [True, None], ids=["all elsewhere", "mixed"])
-def test_no_operation_that_fails_leaves_half_a_step(steps, foreach, monkeypatch):
+@pytest.mark.parametrize("foreach", [True, None], ids=["all foreach", "mixed"])
+def test_a_failing_operation_leaves_no_partial_step(steps, foreach, monkeypatch):
     params, opt = mixed(steps)
     if foreach:
         opt.param_groups[0]["foreach"] = True
@@ -117,7 +125,7 @@ def test_no_operation_that_fails_leaves_half_a_step(steps, foreach, monkeypatch)
 
 @BOTH
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
-def test_no_fault_in_cpu_memory_leaves_half_a_step(steps, error, monkeypatch):
+def test_an_error_in_cpu_memory_leaves_no_partial_step(steps, error, monkeypatch):
     params, opt = mixed(steps)
     before = snapshot(params, opt)
 
@@ -138,8 +146,8 @@ def test_no_fault_in_cpu_memory_leaves_half_a_step(steps, error, monkeypatch):
     assert equal(snapshot(params, opt), snapshot(*mixed(steps + 1)))
 
 
-class Elsewhere(torch.nn.Parameter):
-    """Stepped as a parameter on an accelerator."""
+class OnAccelerator(torch.nn.Parameter):
+    """Not a plain tensor in CPU memory, so the foreach engine updates it."""
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip", "raise"])
@@ -150,7 +158,7 @@ def test_one_group_may_hold_parameters_of_both_kinds(nonfinite):
             p.grad = torch.tensor([0.4, 0.3])
         return params, Lars(params, 0.1, trust_coefficient=0.1, nonfinite=nonfinite)
 
-    kinds = [torch.nn.Parameter, Elsewhere, torch.nn.Parameter, Elsewhere]
+    kinds = [torch.nn.Parameter, OnAccelerator, torch.nn.Parameter, OnAccelerator]
     params, opt = made(kinds)
     alike, other = made([torch.nn.Parameter] * 4)
     for _ in range(2):
@@ -159,20 +167,20 @@ def test_one_group_may_hold_parameters_of_both_kinds(nonfinite):
     for p, q in zip(params, alike, strict=True):
         torch.testing.assert_close(p.data, q.data)
     before = snapshot(params, opt)
-    for place, p in enumerate(params):
+    for index, p in enumerate(params):
         buffer = opt.state[p]["momentum_buffer"]
         opt.state[p]["momentum_buffer"] = torch.zeros(3)
         with pytest.raises(lars_tree.StateError) as caught:
             opt.step()
-        assert caught.value.paths == ((f"param_groups[0]['params'][{place}]",),)
+        assert caught.value.paths == ((f"param_groups[0]['params'][{index}]",),)
         opt.state[p]["momentum_buffer"] = buffer
         assert equal(snapshot(params, opt), before)
 
 
 def test_parameters_are_taken_one_by_one_and_written_at_once(monkeypatch):
-    """foreach=False on an accelerator, whose memory only torch can write to."""
+    """foreach=False on an accelerator, whose memory only torch can write."""
     monkeypatch.setattr(type(BACKEND), "copied_memory", lambda *args: None)
-    params = [Elsewhere(torch.ones(3)) for _ in range(3)]
+    params = [OnAccelerator(torch.ones(3)) for _ in range(3)]
     opt = Lars(params, 0.1, foreach=False)
     for p in params:
         p.grad = torch.ones(3)
@@ -198,22 +206,22 @@ def test_parameters_are_taken_one_by_one_and_written_at_once(monkeypatch):
 # ---- nonfinite
 
 
-def spoiled(place, **options):
+def spoiled(index, **options):
     params, opt = mixed(1, **options)
-    params[place].grad = torch.tensor([1.0, float("inf"), 1.0])
+    params[index].grad = torch.tensor([1.0, float("inf"), 1.0])
     return params, opt
 
 
-@pytest.mark.parametrize("place", [0, 1, 2], ids=["in CPU memory", "no momentum", "elsewhere"])
-def test_a_step_that_is_not_finite_is_skipped_as_a_whole_and_counted(place):
-    params, opt = spoiled(place, nonfinite="skip")
+@pytest.mark.parametrize("index", [0, 1, 2], ids=["native", "no momentum", "foreach"])
+def test_a_step_that_is_not_finite_is_skipped_as_a_whole_and_counted(index):
+    params, opt = spoiled(index, nonfinite="skip")
     before = snapshot(params, opt)
     opt.step()
     opt.step()
     assert equal(snapshot(params, opt), before)
     assert opt.skipped == 2
     assert copy.deepcopy(opt).skipped == 2
-    params[place].grad = torch.ones(3)
+    params[index].grad = torch.ones(3)
     opt.step()
     assert opt.skipped == 2
     expected, _ = snapshot(*mixed(2))
@@ -221,30 +229,30 @@ def test_a_step_that_is_not_finite_is_skipped_as_a_whole_and_counted(place):
         torch.testing.assert_close(p, q)
 
 
-@pytest.mark.parametrize("place", [0, 1, 2], ids=["in CPU memory", "no momentum", "elsewhere"])
-def test_a_step_that_is_not_finite_is_refused_as_a_whole(place):
-    params, opt = spoiled(place, nonfinite="raise")
+@pytest.mark.parametrize("index", [0, 1, 2], ids=["native", "no momentum", "foreach"])
+def test_a_step_that_is_not_finite_is_refused_as_a_whole(index):
+    params, opt = spoiled(index, nonfinite="raise")
     before = snapshot(params, opt)
-    says = rf"p.grad would make .*\n  param_groups\[{place}\]\['params'\]\[0\]: expected finite"
+    says = rf"p.grad would make .*\n  param_groups\[{index}\]\['params'\]\[0\]: expected finite"
     with pytest.raises(lars_tree.NonFiniteError, match=says):
         opt.step()
     assert equal(snapshot(params, opt), before)
     assert opt.skipped == 0
 
 
-def test_the_groups_that_ask_for_it_are_looked_at():
-    """And what they see, or do not, is for all."""
-    for place, moves in {0: False, 2: True}.items():
-        params, opt = spoiled(place)
+def test_only_groups_that_ask_for_it_are_checked():
+    """What they find decides on the step of all groups."""
+    for index, moves in {0: False, 2: True}.items():
+        params, opt = spoiled(index)
         opt.param_groups[0]["nonfinite"] = "skip"
         before = snapshot(params, opt)
         opt.step()
         assert equal(snapshot(params, opt), before) is not moves
         assert opt.skipped == (not moves)
-        assert bool(params[place].isfinite().all()) is not moves
+        assert bool(params[index].isfinite().all()) is not moves
 
 
-def test_a_first_step_that_is_skipped_is_not_the_first():
+def test_a_skipped_step_does_not_count_as_the_first():
     p = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
     opt = Lars([p], 0.1, dampening=0.5, adapt=False, nonfinite="skip")
     p.grad = torch.tensor([torch.nan, 0.0])
@@ -256,7 +264,7 @@ def test_a_first_step_that_is_skipped_is_not_the_first():
     assert p.tolist() == pytest.approx([3 - 0.04, 4 - 0.03])
 
 
-def test_without_looking_nan_goes_where_it_goes():
+def test_propagate_writes_nan():
     params, opt = spoiled(0)
     opt.step()
     assert not params[0].isfinite().all()
