@@ -17,7 +17,8 @@ import numpy as np
 
 from benchmarks import report
 from benchmarks.plots import STYLE
-from lars_tree import Container, demo
+from lars_tree import Container
+from lars_tree._commands import demo
 from lars_tree.report import TrustHistory, layer_table, trust_ratios
 
 IMAGES = report.DOCS / "images"

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 
 import numpy as np
 
-from lars_tree import _backends, _pytrees, errors
+from lars_tree import _backends, errors
+from lars_tree._backends.wrapper import Wrapper, unwrap
+from lars_tree._core.options import Options, StepOptions
 from lars_tree._core.types import Flags, Numbers, T
-from lars_tree._core.wrapper import Wrapper, unwrap
-from lars_tree._operators import Arithmetic
-from lars_tree._options import Options, StepOptions
+from lars_tree._tree import pytrees
+from lars_tree._tree.operators import Arithmetic
 from lars_tree.update import lars_update
 
 if TYPE_CHECKING:
@@ -226,5 +227,5 @@ def _wrapped(x: Any) -> Any:
     return x if _backends.find(x) is None else Array(x)
 
 
-_pytrees.register_wrapper(Array, "_data")
-_pytrees.trust_in_files(Array)
+pytrees.register_wrapper(Array, "_data")
+pytrees.trust_in_files(Array)

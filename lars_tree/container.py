@@ -1,6 +1,6 @@
 """Container: a dict of dicts with paths and attribute access. Structure only.
 
-Methods about arrays call functions of other modules: `_compare.py`, `_show.py`, `update.py`.
+Methods about arrays call functions of other modules: `update.py`, `_display/`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ import copy
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, Self, Unpack, overload
 
-from lars_tree import _compare, _conversion, _paths, _pytrees, _show, _tree, errors
+from lars_tree import errors
+from lars_tree._core.options import Options, StepOptions
 from lars_tree._core.types import Flags, Numbers, T
-from lars_tree._operators import Arithmetic
-from lars_tree._options import Options, StepOptions
+from lars_tree._display import compare, show
+from lars_tree._tree import conversion, nodes, paths, pytrees, structure
+from lars_tree._tree.operators import Arithmetic
 from lars_tree.errors import Path, PathAttributeError, PathKeyError, path_string
 from lars_tree.update import lars_update
 
@@ -54,7 +56,7 @@ class Container(Arithmetic, dict[Any, Any]):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        _pytrees.register(cls)
+        pytrees.register(cls)
 
     @classmethod
     def _lars_tree_make(cls, items: Mapping[Any, Any] | Iterable[tuple[Hashable, Any]]) -> Self:
@@ -66,35 +68,35 @@ class Container(Arithmetic, dict[Any, Any]):
     # Reading and writing
 
     def __getitem__(self, key: Any) -> Any:
-        found = _paths.find(self, key)
-        if found is _tree.MISSING:
-            raise _paths.missing_error(PathKeyError, self, _paths.split(key))
+        found = paths.find(self, key)
+        if found is structure.MISSING:
+            raise paths.missing_error(PathKeyError, self, paths.split(key))
         return found
 
     def __contains__(self, key: object) -> bool:
-        return _paths.find(self, key) is not _tree.MISSING
+        return paths.find(self, key) is not structure.MISSING
 
     def get(self, key: Any, default: Any = None) -> Any:
         """The value at a key or path, or the default."""
-        found = _paths.find(self, key)
-        return default if found is _tree.MISSING else found
+        found = paths.find(self, key)
+        return default if found is structure.MISSING else found
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        value = _conversion.convert("value", value, type(self))
+        value = conversion.convert("value", value, type(self))
         if isinstance(key, tuple):
-            _paths.put(self, key, value)
+            paths.put(self, key, value)
         else:
             dict.__setitem__(self, key, value)
 
     def __delitem__(self, key: Any) -> None:
-        _paths.remove(self, key)
+        paths.remove(self, key)
 
     def __getattr__(self, name: str) -> Any:
-        if _paths.is_special(name):
+        if paths.is_special(name):
             raise PathAttributeError(f"no attribute {name!r}; a key is read as w[{name!r}]")
         if dict.__contains__(self, name):
             return dict.__getitem__(self, name)
-        raise _paths.missing_error(PathAttributeError, self, (name,))
+        raise paths.missing_error(PathAttributeError, self, (name,))
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._refuse_method(name)
@@ -103,11 +105,11 @@ class Container(Arithmetic, dict[Any, Any]):
     def __delattr__(self, name: str) -> None:
         self._refuse_method(name)
         if not dict.__contains__(self, name):
-            raise _paths.missing_error(PathAttributeError, self, (name,))
+            raise paths.missing_error(PathAttributeError, self, (name,))
         dict.__delitem__(self, name)
 
     def _refuse_method(self, name: str) -> None:
-        if hasattr(type(self), name) or _paths.is_special(name):
+        if hasattr(type(self), name) or paths.is_special(name):
             text = f"{name!r} is an attribute of Container itself: write w[{name!r}] for the key"
             raise PathAttributeError(text)
 
@@ -119,11 +121,11 @@ class Container(Arithmetic, dict[Any, Any]):
 
     def update(self, mapping: Any = (), /, **keys: Any) -> None:
         """Write all items of a mapping or of (key, value) pairs. Keys are literal."""
-        items = dict(_tree.children(mapping) if isinstance(mapping, Mapping) else mapping)
+        items = dict(nodes.children(mapping) if isinstance(mapping, Mapping) else mapping)
         whole = mapping if isinstance(mapping, Mapping) else items
-        with _tree.explaining({"mapping": whole, "keys": keys}):
-            converted = _tree.rebuilding(
-                "mapping", _conversion.convert_node, items | keys, type(self)
+        with structure.explaining({"mapping": whole, "keys": keys}):
+            converted = structure.rebuilding(
+                "mapping", conversion.convert_node, items | keys, type(self)
             )
         dict.update(self, converted)
 
@@ -142,10 +144,10 @@ class Container(Arithmetic, dict[Any, Any]):
         del self[key]
         return value
 
-    @_conversion.explain_cycles
+    @conversion.explain_cycles
     def copy(self) -> Self:
         """A copy of the nodes, which shares the leaves."""
-        return _tree.rebuild(self, _tree.leaves(self), "self")
+        return structure.rebuild(self, structure.leaves(self), "self")
 
     __copy__ = copy
 
@@ -174,29 +176,29 @@ class Container(Arithmetic, dict[Any, Any]):
 
     # Leaves, names, selection
 
-    @_conversion.explain_cycles
+    @conversion.explain_cycles
     def leaves(self) -> list[Any]:
         """The leaves in order. None counts as a leaf; an empty node has no leaves."""
-        return _tree.leaves(self)
+        return structure.leaves(self)
 
-    @_conversion.explain_cycles
+    @conversion.explain_cycles
     def paths(self) -> list[Path]:
         """The path of each leaf: a tuple of keys."""
-        return [path for path, _ in _tree.walk(self)]
+        return [path for path, _ in structure.walk(self)]
 
-    @_conversion.explain_cycles
+    @conversion.explain_cycles
     def unflatten(self, leaves: Iterable[Any]) -> Self:
         """A Container like this one with other leaves, given in the order of `leaves()`.
 
         >>> Container(a=1, b={"c": 2}).unflatten([3, 4]).to_dict()
         {'a': 3, 'b': {'c': 4}}
         """
-        leaves, count = list(leaves), len(_tree.leaves(self))
+        leaves, count = list(leaves), len(structure.leaves(self))
         if len(leaves) != count:
             raise errors.StructureError(f"expected {count} leaves, got {len(leaves)}")
-        return _tree.rebuild(self, leaves, "self")
+        return structure.rebuild(self, leaves, "self")
 
-    @_conversion.explain_cycles
+    @conversion.explain_cycles
     def to_flat(self, sep: str = "/") -> dict[str, Any]:
         """The leaves by name: keys joined by `sep`. '.' gives the names of a state_dict.
 
@@ -208,7 +210,7 @@ class Container(Arithmetic, dict[Any, Any]):
         Raises:
             StructureError: a key contains `sep`, or two paths have the same name.
         """
-        return _paths.flat(self, sep)
+        return paths.flat(self, sep)
 
     @classmethod
     def from_flat(cls, flat: Mapping[Any, Any], sep: str = "/") -> Self:
@@ -225,17 +227,18 @@ class Container(Arithmetic, dict[Any, Any]):
     @classmethod
     def _from_flat(cls, flat: Mapping[Any, Any], sep: str, argument: str) -> Self:
         new = cls()
-        for name, leaf in _conversion.convert(argument, flat, cls).items():
+        for name, leaf in conversion.convert(argument, flat, cls).items():
             path = tuple(name.split(sep)) if isinstance(name, str) else (name,)
-            _paths.put_new(new, path, leaf)
+            paths.put_new(new, path, leaf)
         return new
 
-    @_conversion.explain_cycles
+    @conversion.explain_cycles
     def to_dict(self) -> dict[Any, Any]:
         """Nested dicts, which share the leaves."""
-        return _tree.rebuilding("self", _conversion.to_dicts, self)  # type: ignore[no-any-return]
+        dicts: dict[Any, Any] = structure.rebuilding("self", conversion.to_dicts, self)
+        return dicts
 
-    @_conversion.explain_cycles
+    @conversion.explain_cycles
     def map(self, fn: Callable[..., Any], /, *rest: Any, with_path: bool = False) -> Self:
         """A Container of fn(leaf, ...) for each leaf. None stays None.
 
@@ -251,16 +254,16 @@ class Container(Arithmetic, dict[Any, Any]):
             StructureError: one of `rest` is not a prefix of this Container.
         """
         columns = [
-            _tree.broadcast(f"argument {i}", self, tree, to="the Container")
+            structure.broadcast(f"argument {i}", self, tree, to="the Container")
             for i, tree in enumerate(rest, 1)
         ]
-        results = _tree.map_leaves(fn, self, *columns, with_path=with_path)
+        results = structure.map_leaves(fn, self, *columns, with_path=with_path)
         converted = [
-            _conversion.convert("the result of fn", result, type(self)) for result in results
+            conversion.convert("the result of fn", result, type(self)) for result in results
         ]
-        return _tree.rebuild(self, converted, "self")
+        return structure.rebuild(self, converted, "self")
 
-    @_conversion.explain_cycles
+    @conversion.explain_cycles
     def filter(self, pred: Callable[[Path, Any], Any], /) -> Self:
         """The leaves for which pred(path, leaf) is true. Nodes left without leaves are removed.
 
@@ -269,83 +272,84 @@ class Container(Arithmetic, dict[Any, Any]):
         >>> Container(a={"kernel": 1, "bias": 2}).filter(lambda p, x: p[-1] == "bias").to_dict()
         {'a': {'bias': 2}}
         """
-        kept = [bool(pred(path, leaf)) for path, leaf in _tree.walk(self)]
+        kept = [bool(pred(path, leaf)) for path, leaf in structure.walk(self)]
         return self._picked(kept)
 
-    @_conversion.explain_cycles
+    @conversion.explain_cycles
     def partition(self, pred: Callable[[Path, Any], Any], /) -> tuple[Self, Self]:
         """`filter` and its complement."""
-        kept = [bool(pred(path, leaf)) for path, leaf in _tree.walk(self)]
+        kept = [bool(pred(path, leaf)) for path, leaf in structure.walk(self)]
         return self._picked(kept), self._picked([not keep for keep in kept])
 
     def _picked(self, kept: list[bool]) -> Self:
-        picked = _tree.pick(self, iter(kept))
-        return type(self)() if picked is _tree.NOTHING else picked
+        picked = structure.pick(self, iter(kept))
+        return type(self)() if picked is structure.NOTHING else picked
 
     # Comparison, arithmetic, summaries
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mapping) and _compare.equal(self, other)
+        return isinstance(other, Mapping) and compare.equal(self, other)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
 
     __hash__ = None
 
-    @_conversion.explain_cycles
+    @conversion.explain_cycles
     def allclose(self, other: Any, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
         """Whether the keys are the same and |a - b| <= atol + rtol |b| for all elements."""
-        return _compare.close(self, other, rtol, atol)
+        return compare.close(self, other, rtol, atol)
 
-    @_conversion.explain_cycles
+    @conversion.explain_cycles
     def diff(self, other: Any) -> dict[str, str]:
         """The differences from another tree, by path.
 
         >>> Container(a=np.ones(2), b=np.ones(3)).diff({"a": np.ones(2), "b": np.zeros(4)})
         {'b': 'float64 (3,) here, float64 (4,) there'}
         """
-        return {path_string(path): text for path, text in _compare.differences(self, other)}
+        return {path_string(path): text for path, text in compare.differences(self, other)}
 
-    @_conversion.explain_cycles
+    @conversion.explain_cycles
     def _operate(self, operation: Callable[..., Any], *operands: Any) -> Self:
         lead = self
         for other in operands:
-            if not isinstance(other, Mapping) or not any(_tree.differences(self, other)):
+            if not isinstance(other, Mapping) or not any(structure.differences(self, other)):
                 continue
-            if not any(_tree.differences(other, self)):  # self is a prefix of the other
-                lead = _conversion.convert("one operand", other, Container)
+            if not any(structure.differences(other, self)):  # self is a prefix of the other
+                lead = conversion.convert("one operand", other, Container)
         columns = [
-            _tree.broadcast("one operand", lead, operand, to="the other") for operand in operands
+            structure.broadcast("one operand", lead, operand, to="the other")
+            for operand in operands
         ]
         # The leaves of `lead` only say where None stays None.
-        results = _tree.map_leaves(lambda _, *values: operation(*values), lead, *columns)
-        return _tree.rebuild(lead, results, "one operand")
+        results = structure.map_leaves(lambda _, *values: operation(*values), lead, *columns)
+        return structure.rebuild(lead, results, "one operand")
 
-    @_conversion.explain_cycles
+    @conversion.explain_cycles
     def num_leaves(self) -> int:
         """The number of leaves that are not None."""
-        return sum(leaf is not None for leaf in _tree.leaves(self))
+        return sum(leaf is not None for leaf in structure.leaves(self))
 
-    @_conversion.explain_cycles
+    @conversion.explain_cycles
     def num_parameters(self) -> int:
         """The number of elements of all arrays."""
-        return _show.totals(_tree.leaves(self)).parameters
+        return show.totals(structure.leaves(self)).parameters
 
-    @_conversion.explain_cycles
+    @conversion.explain_cycles
     def num_bytes(self) -> int:
         """The number of bytes of all arrays."""
-        return _show.totals(_tree.leaves(self)).bytes
+        return show.totals(structure.leaves(self)).bytes
 
     def __repr__(self) -> str:
-        return _show.text(self)
+        return show.text(self)
 
     def _repr_html_(self) -> str:
-        from lars_tree import _html  # only notebooks need it
+        from lars_tree._display import html  # only notebooks need it
 
-        return _html.tree(self)
+        return html.tree(self)
 
     def __rich__(self) -> Any:
-        return _show.rich_tree(self)
+        return show.rich_tree(self)
 
     @overload
     def lars_update(
@@ -390,5 +394,5 @@ class Container(Arithmetic, dict[Any, Any]):
         )
 
 
-_pytrees.register(Container)
-_pytrees.trust_in_files(Container)
+pytrees.register(Container)
+pytrees.trust_in_files(Container)

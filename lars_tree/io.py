@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Literal
 
 from lars_tree import errors
-from lars_tree._core.wrapper import unwrap
+from lars_tree._backends.wrapper import unwrap
 from lars_tree._files import arrays, formats, names, npz, safetensors
 from lars_tree._files.replacing import Path, replacing
 from lars_tree.container import Container

@@ -13,15 +13,16 @@ from typing import Any, TypeVar, Unpack, overload
 
 import numpy as np
 
-from lars_tree import _backends, _checks, _counters, _nodes, _options, _tree, errors, schedules
+from lars_tree import _backends, errors, schedules
 from lars_tree._backends.base import FLOATING
-from lars_tree._core import locks
+from lars_tree._backends.wrapper import unwrap
+from lars_tree._core import checks, counters, locks
 from lars_tree._core.advance import advance
+from lars_tree._core.options import DEFAULTS, SharedOptions, check, check_names
 from lars_tree._core.types import Flags, Numbers, Rates, Schedule, T
-from lars_tree._core.wrapper import unwrap
-from lars_tree._floats import in_default_floats
-from lars_tree._options import SharedOptions
-from lars_tree._rule import is_zero
+from lars_tree._numerics.float_environment import in_default_floats
+from lars_tree._numerics.formula import is_zero
+from lars_tree._tree import nodes, structure
 from lars_tree.array import Array
 from lars_tree.container import Container
 
@@ -89,7 +90,7 @@ class Lars:
         stop_gradients: Flags = True,
         **options: Unpack[SharedOptions],
     ) -> None:
-        _options.check_names(options, _DEFAULTS, function="Lars()")
+        check_names(options, _DEFAULTS, function="Lars()")
         given = {
             "momentum": momentum,
             "nesterov": nesterov,
@@ -100,9 +101,9 @@ class Lars:
             **options,
         }
         try:
-            _options.check({"lr": _without_schedules(lr, lambda _: 0.0), **given})
+            check({"lr": _without_schedules(lr, lambda _: 0.0), **given})
         except RecursionError:
-            raise _tree.explained({"lr": lr, **given}) from None
+            raise structure.explained({"lr": lr, **given}) from None
         self.lr = lr
         self.options = {**_DEFAULTS, **given}
 
@@ -132,17 +133,17 @@ class Lars:
             LarsTreeError: w cannot be updated: a leaf is not an array, or has no data.
         """
         try:
-            leaves = _tree.leaves(w)
+            leaves = structure.leaves(w)
             arrays = list(map(unwrap, leaves))
-            _checks.check_weights(arrays, lambda: _tree.paths(w, len(arrays)))
+            checks.check_weights(arrays, lambda: structure.paths(w, len(arrays)))
         except RecursionError:
-            raise _tree.explained({"w": w}) from None
+            raise structure.explained({"w": w}) from None
         first = next((x for x in arrays if x is not None), np.empty(0))
         backend = _backends.find(first)
         assert backend is not None
         state = Container(step=backend.counter(first), skipped=backend.counter(first))
         if self._has_velocity:
-            state["velocity"] = _tree.rebuild(w, [_zeros(x) for x in leaves], "w")
+            state["velocity"] = structure.rebuild(w, [_zeros(x) for x in leaves], "w")
         return state
 
     @overload
@@ -171,8 +172,8 @@ class Lars:
             LarsTreeError: As in `lars_update`. Nothing was written.
         """
         self._check_state(state)
-        with nullcontext() if out is None else locks.writing(lambda: _counters.spans(state)):
-            _counters.check(state, written=out is not None)
+        with nullcontext() if out is None else locks.writing(lambda: counters.spans(state)):
+            counters.check(state, written=out is not None)
             options = {"lr": _rates(self.lr, state["step"]), **self.options}
             new_w, new = advance(w, dcdw, out, options, state)
         if out is not None:
@@ -201,7 +202,7 @@ _DEFAULTS = {
         for name, parameter in signature(Lars).parameters.items()
         if parameter.default is not Parameter.empty
     },
-    **{name: _options.DEFAULTS[name] for name in _options.SharedOptions.__annotations__},
+    **{name: DEFAULTS[name] for name in SharedOptions.__annotations__},
 }
 
 
@@ -233,7 +234,7 @@ def _without_schedules(lr: Any, rate: Callable[[Any], Any]) -> Any:
     """The tree with rate(schedule) for each schedule. Nodes that are callable are schedules."""
     if callable(lr):
         return rate(lr)
-    if _tree.is_leaf(lr):
+    if structure.is_leaf(lr):
         return lr
-    new = [_without_schedules(child, rate) for _, child in _tree.children(lr)]
-    return _nodes.replace_for_reading(lr, new)
+    new = [_without_schedules(child, rate) for _, child in nodes.children(lr)]
+    return nodes.replace_for_reading(lr, new)

@@ -1,7 +1,7 @@
 """Reports on layers: trust ratios, a table, and their history over a training run.
 
-The numbers are those of the update itself (`_measure.py`), computed on the device of the weights;
-nothing waits for them until they are shown. matplotlib and rich are imported when first needed;
+The numbers are those of the update itself (`_report/measure.py`), computed on the device of the
+weights; nothing waits for them until they are shown. matplotlib and rich are imported when needed;
 `pip install 'lars-tree[report]'` installs both.
 """
 
@@ -15,14 +15,15 @@ from typing import Any, Protocol, TypeVar, Unpack, overload
 
 import numpy as np
 
-from lars_tree import _backends, _options, _tree, errors
+from lars_tree import _backends, errors
+from lars_tree._backends.wrapper import rewrapped, unwrap
+from lars_tree._core.options import DEFAULTS, Options, StepOptions, check_names
 from lars_tree._core.types import Flags, Numbers
-from lars_tree._core.wrapper import rewrapped, unwrap
-from lars_tree._history import TrustHistory, TrustRatioWarning, warn
-from lars_tree._layer_table import LayerTable
-from lars_tree._measure import fetch, layer_paths, measure, unreadable
-from lars_tree._options import Options, StepOptions
-from lars_tree._rule import Measured
+from lars_tree._numerics.formula import Measured
+from lars_tree._report.history import TrustHistory, TrustRatioWarning, warn
+from lars_tree._report.layer_table import LayerTable
+from lars_tree._report.measure import fetch, layer_paths, measure, unreadable
+from lars_tree._tree import structure
 from lars_tree.container import Container
 
 Tree = TypeVar("Tree", bound=Container)
@@ -91,7 +92,7 @@ def trust_ratios(
         None if report.measured is None else rewrapped(report.measured.ratio, report.w)
         for report in measure(w, dcdw, given)
     ]
-    return _tree.rebuild(w, ratios, "w")
+    return structure.rebuild(w, ratios, "w")
 
 
 def layer_table(
@@ -139,7 +140,7 @@ def layer_table(
     values = iter(fetch("w", [x for x in numbers if x is not None]))
     records: list[dict[str, Any]] = []
     faults: list[errors.Line] = []
-    for path, report in zip(_tree.paths(w, len(reports)), reports, strict=True):
+    for path, report in zip(structure.paths(w, len(reports)), reports, strict=True):
         x, axis = unwrap(report.w), report.rule.layer_axis
         backend = _backends.find(x)
         if backend is None:
@@ -163,9 +164,9 @@ def layer_table(
 def _given(
     function: str, lr: Numbers, decay_lambda: Numbers, stop_gradients: Flags, options: Options
 ) -> dict[str, Any]:
-    _options.check_names(options, function=function)
+    check_names(options, function=function)
     given = {"lr": lr, "decay_lambda": decay_lambda, "stop_gradients": stop_gradients}
-    return {**_options.DEFAULTS, **given, **options}
+    return {**DEFAULTS, **given, **options}
 
 
 _NO_STEP = {**dict.fromkeys(("w_norm", "g_norm", "ratio", "relative_step")), "clipped": False}
@@ -241,8 +242,8 @@ class ScalarCallback:
         """
         if step % self.every:
             return
-        with _tree.explaining({"ratios": ratios}):
-            given = [(path, unwrap(x)) for path, x in _tree.walk(ratios) if x is not None]
+        with structure.explaining({"ratios": ratios}):
+            given = [(path, unwrap(x)) for path, x in structure.walk(ratios) if x is not None]
         faults = [(path, text) for path, x in given if (text := unreadable(x))]
         if faults:
             headline = "ratios has a leaf that is not a trust ratio"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from lars_tree import _options
 from lars_tree._core.advance import advance
+from lars_tree._core.options import with_hints
 from lars_tree._core.types import Axes, Flags, MeshAxes, NonFinites, Numbers, T
 
 
-@_options.with_hints
+@with_hints
 def lars_update(
     w: T,
     dcdw: Any,

@@ -172,7 +172,9 @@ def faults(mesh):
 
 def measure(world):
     mesh = init_device_mesh("cpu", (world,))
-    with mock.patch("lars_tree._backends.torch.step_shards", side_effect=AssertionError("slow")):
+    with mock.patch(
+        "lars_tree._backends.torch.backend.step_shards", side_effect=AssertionError("slow")
+    ):
         yield from bits(mesh)
         yield "versions", versions(mesh)
         yield from skipped(mesh)

@@ -9,7 +9,7 @@ import numpy as np
 from lars_tree import _native
 from lars_tree._backends.base import Columns, StepResults
 from lars_tree._backends.numpy import as_bits
-from lars_tree._rule import Rule
+from lars_tree._numerics.formula import Rule
 
 
 def options_of(**options: Any) -> dict[str, Any]:

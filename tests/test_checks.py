@@ -12,19 +12,12 @@ import numpy as np
 import pytest
 from conftest import need
 
-from lars_tree import (
-    Lars,
-    LarsTreeError,
-    NonFiniteError,
-    _backends,
-    _checks,
-    _nonfinite,
-    _options,
-    lars_update,
-)
+from lars_tree import Lars, LarsTreeError, NonFiniteError, _backends, lars_update
 from lars_tree._backends.base import Leaf, Sharding, StepResult
-from lars_tree._operands import with_operands
-from lars_tree._rule import Rule
+from lars_tree._core import checks, nonfinite
+from lars_tree._core.operands import with_operands
+from lars_tree._core.options import DEFAULTS, OPTIMIZER_DEFAULTS, finite_number
+from lars_tree._numerics.formula import Rule
 from lars_tree.errors import WORDS, Words
 
 
@@ -51,7 +44,7 @@ def paths():
 
 @pytest.mark.parametrize(
     ("function", "defaults"),
-    [(lars_update, _options.DEFAULTS), (Lars, _options.OPTIMIZER_DEFAULTS)],
+    [(lars_update, DEFAULTS), (Lars, OPTIMIZER_DEFAULTS)],
 )
 def test_the_defaults_of_signatures_are_those_of_the_rule(function, defaults):
     stated = {
@@ -75,7 +68,7 @@ def test_the_defaults_of_signatures_are_those_of_the_rule(function, defaults):
     ids=repr,
 )
 def test_finite_numbers(x, expected):
-    assert repr(_options.finite_number(x)) == repr(expected)
+    assert repr(finite_number(x)) == repr(expected)
 
 
 def test_each_array_is_read_once(monkeypatch):
@@ -92,7 +85,7 @@ def test_each_array_is_read_once(monkeypatch):
     shared, rate = ones(), ones(3)
     leaves = [leaf(i, dcdw=shared, out=ones(), velocity=ones(), lr=rate) for i in range(3)]
     leaves += [leaf(3, w, out=w, velocity=ones()) for w in [ones(2, 6)[:, ::2]]]
-    rows = _checks.check(leaves, paths, same_shapes=True)
+    rows = checks.check(leaves, paths, same_shapes=True)
     assert [row.leaf for row in rows] == leaves
     assert counts["facts", id(shared)] == counts["facts", id(rate)] == 1
     assert set(counts.values()) == {1}
@@ -151,8 +144,8 @@ def test_errors_are_in_the_words_of_the_caller(fault):
     for words in (WORDS, WORDS_OF_TEST):
         with pytest.raises(LarsTreeError) as caught:
             shapes = fault != "shape"
-            rows = _checks.check(FAULTS[fault](), paths, same_shapes=shapes, words=words)
-            _checks.check_apart(rows, paths, words)
+            rows = checks.check(FAULTS[fault](), paths, same_shapes=shapes, words=words)
+            checks.check_apart(rows, paths, words)
         seen.append(caught.value)
     expected, actual = seen
     terms, text = in_default_words(str(actual))
@@ -179,21 +172,21 @@ def test_errors_of_arrays_on_other_devices_are_in_these_words(argument, facts):
     row.dcdw.varying = varying
     texts = []
     for words in (WORDS, WORDS_OF_TEST):
-        fault = _checks._belongs(argument, row, row.dcdw, words)
-        fault = fault or _checks._broadcasts(argument, row.w.facts, row.dcdw.facts, words)
+        fault = checks._belongs(argument, row, row.dcdw, words)
+        fault = fault or checks._broadcasts(argument, row.w.facts, row.dcdw.facts, words)
         texts.append("\n".join([fault.argument, fault.headline, fault.text]))
     assert texts[0] == argument + in_default_words(texts[1].removeprefix(argument))[1]
 
 
 def test_the_torch_optimizer_has_its_own_words():
     need("torch")
-    from lars_tree._torch_rows import TORCH_WORDS
+    from lars_tree.torch.rows import TORCH_WORDS
 
     def message(leaves, names):
         with pytest.raises(LarsTreeError) as caught:
             paths = [(x,) for x in names]
-            rows = _checks.check(leaves, lambda: paths, same_shapes=True, words=TORCH_WORDS)
-            _checks.check_apart(rows, lambda: paths, TORCH_WORDS)
+            rows = checks.check(leaves, lambda: paths, same_shapes=True, words=TORCH_WORDS)
+            checks.check_apart(rows, lambda: paths, TORCH_WORDS)
         assert caught.value.paths == ((names[-1],),)
         return [caught.value.argument, *str(caught.value).splitlines()]
 
@@ -218,4 +211,4 @@ def test_the_torch_optimizer_has_its_own_words():
     ]
     bad = leaf(nonfinite="raise")
     with pytest.raises(NonFiniteError, match=r"^p.grad would make parameters that .*\n  a: "):
-        _nonfinite.guard([bad], {0: StepResult(ones() * np.inf)}, lambda: [("a",)], TORCH_WORDS)
+        nonfinite.guard([bad], {0: StepResult(ones() * np.inf)}, lambda: [("a",)], TORCH_WORDS)

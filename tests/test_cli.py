@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from conftest import need
 
-from lars_tree import Container, __version__, demo
+from lars_tree import Container, __version__
+from lars_tree._commands import demo
 from lars_tree.cli import main
 
 

@@ -86,7 +86,7 @@ END = """
 import ctypes, os, threading, time
 import numpy as np
 from lars_tree import _native
-from lars_tree._rule import Rule
+from lars_tree._numerics.formula import Rule
 library = ctypes.CDLL(None)
 ids = {}
 def end(*_):

@@ -16,8 +16,10 @@ import pytest
 from conftest import need
 from conftest import unit_lars as Lars
 
-from lars_tree import _floats, _native, _writes, lars_update, schedules
-from lars_tree._backends import cpu
+from lars_tree import _native, lars_update, schedules
+from lars_tree._backends.cpu.twin import twin
+from lars_tree._core import writes
+from lars_tree._numerics import float_environment
 from lars_tree.report import trust_ratios
 from lars_tree.testing import assert_identical
 
@@ -94,7 +96,7 @@ def in_place(w, g, options):
 def test_the_bits_are_those_of_the_default_environment(mode, kernel, monkeypatch):
     if not kernel:
         monkeypatch.setattr(_native, "kernel", None)
-        monkeypatch.setattr(_writes, "MAX_HELD", 0)  # updates in place run in a separate thread
+        monkeypatch.setattr(writes, "MAX_HELD", 0)  # updates in place run in a separate thread
     for dtype in DTYPES:
         for step in steps(dtype):
             expected = step()
@@ -107,7 +109,7 @@ def test_the_environment_is_back_after_an_error(monkeypatch):
     def fail(*args):
         raise MemoryError
 
-    monkeypatch.setattr(cpu, "_update_layer", fail)
+    monkeypatch.setattr(twin, "_update_layer", fail)
     for mode in MODES:
         with environment(mode), pytest.raises(MemoryError):
             lars_update(np.ones((4, 2))[:, 0], 1.0, 0.1)
@@ -123,7 +125,7 @@ def test_schedules_are_called_in_the_default_environment():
 
 
 def test_without_the_c_functions_nothing_is_wrapped(monkeypatch):
-    monkeypatch.setattr(_floats, "_ENVIRONMENT", None)
-    assert _floats.in_default_floats(len) is len
+    monkeypatch.setattr(float_environment, "_ENVIRONMENT", None)
+    assert float_environment.in_default_floats(len) is len
     monkeypatch.setattr(sys, "platform", "win32")
-    assert _floats._environment() is None
+    assert float_environment._environment() is None

@@ -10,9 +10,9 @@ from conftest import need
 from conftest import unit_lars as Lars
 
 from lars_tree import BackendError, Container, LeafError, OptionError, lars_update
-from lars_tree._options import DEFAULTS, resolve
-from lars_tree._rule import mesh_axes
-from lars_tree._tree import leaves
+from lars_tree._core.options import DEFAULTS, resolve
+from lars_tree._numerics.formula import mesh_axes
+from lars_tree._tree.structure import leaves
 from lars_tree.report import trust_ratios
 
 jax = need("jax")

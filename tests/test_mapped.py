@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from conftest import need
 
-from lars_tree import Array, Lars, OutError, _memory, lars_update
+from lars_tree import Array, Lars, OutError, lars_update
+from lars_tree._backends.memory import is_foreign, is_mapped_read_only
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="only Linux tells how memory is mapped"
@@ -162,24 +163,24 @@ def test_writable_mappings_are_written(tmp_path):
 def test_memory_of_numpy_is_not_foreign():
     x = np.ones((4, 5))
     for own in (x, x[1:], x.T, x[::2, 1:][:, ::-1], x.reshape(-1).view(np.float32), np.float64(1)):
-        assert not _memory.is_foreign(np.asarray(own))
+        assert not is_foreign(np.asarray(own))
     for foreign in (
         np.frombuffer(bytearray(8)),
         np.asarray(Interface(x)),
         np.asarray(memoryview(bytearray(8))),
     ):
-        assert _memory.is_foreign(foreign)
+        assert is_foreign(foreign)
 
 
 @pytest.mark.parametrize("with_madvise", [True, False])
 def test_read_only_mappings_are_found_with_and_without_madvise(with_madvise, tmp_path, monkeypatch):
     if not with_madvise:
-        monkeypatch.setattr(_memory, "_madvise", lambda: None)
+        monkeypatch.setattr("lars_tree._backends.memory._madvise", lambda: None)
     np.zeros(SIZE, np.float32).tofile(tmp_path / "x")
     for mode, expected in (("r", True), ("r+", False), ("c", False)):
         x = np.memmap(tmp_path / "x", np.float32, mode)
         address = x.__array_interface__["data"][0]
-        assert _memory.is_mapped_read_only(address, x.nbytes) is expected
-        assert _memory.is_mapped_read_only(address, 0) is False
+        assert is_mapped_read_only(address, x.nbytes) is expected
+        assert is_mapped_read_only(address, 0) is False
     with suppress(ValueError):
         x.flush()

@@ -14,7 +14,9 @@ from conftest import need
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lars_tree import Container, OutError, _memory, _writes, lars_update
+from lars_tree import Container, OutError, lars_update
+from lars_tree._backends import memory
+from lars_tree._core import writes
 
 
 @st.composite
@@ -39,9 +41,9 @@ def addresses(view):
 def test_a_view_that_overlaps_itself_is_always_found(pair):
     view, _ = pair
     if len(set(addresses(view))) < view.size:
-        assert _memory.overlaps_itself(view)
+        assert memory.overlaps_itself(view)
     elif view.flags.c_contiguous or view.T.flags.c_contiguous:
-        assert not _memory.overlaps_itself(view)
+        assert not memory.overlaps_itself(view)
 
 
 @given(st.lists(views(), max_size=5), st.lists(views(), max_size=4))
@@ -56,9 +58,9 @@ def test_overlapping_finds_exactly_the_pairs_that_share_an_element(some, others)
     sets = [[set(addresses(x)) for x in xs] for xs in (some, others)]
     pairs = [(i, j) for j in range(len(some)) for i in range(j)]
     expected = {(i, j) for i, j in pairs if sets[0][i] & sets[0][j]}
-    assert set(_memory.overlapping(some)) == expected
+    assert set(memory.overlapping(some)) == expected
     expected = {(i, j) for i, x in enumerate(sets[0]) for j, y in enumerate(sets[1]) if x & y}
-    assert set(_memory.overlapping(some, others)) == expected
+    assert set(memory.overlapping(some, others)) == expected
 
 
 @given(st.integers(0, 12), st.integers(0, 12), st.integers(0, 12), st.booleans())
@@ -162,7 +164,7 @@ def test_a_memory_map_is_updated_in_the_file(tmp_path):
 
 def test_in_place_takes_little_memory_whatever_the_array(monkeypatch):
     monkeypatch.setattr(
-        _writes, "MAX_HELD", 2**19
+        writes, "MAX_HELD", 2**19
     )  # without the kernel, results up to this size are held
     w, g = np.ones(4_000_000, np.float32), np.ones(4_000_000, np.float32)
     lars_update(w, g, 0.1, out=w)

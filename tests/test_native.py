@@ -20,7 +20,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lars_tree import _native, lars_update
-from lars_tree._backends import bfloat16
+from lars_tree._numerics import bfloat16
 from lars_tree.testing import assert_identical
 
 if _native.kernel is None and (not CI or os.environ.get("LARS_TREE_NATIVE") == "0"):

@@ -14,8 +14,9 @@ import pytest
 from conftest import CI, need
 from native_steps import numpy_reader, stepped
 
-from lars_tree import _native, _nodes, _tree
-from lars_tree._rule import Rule
+from lars_tree import _native
+from lars_tree._numerics.formula import Rule
+from lars_tree._tree import nodes, structure
 
 if _native.kernel is None and (not CI or os.environ.get("LARS_TREE_NATIVE") == "0"):
     pytest.skip("the native kernel was not built, or is turned off", allow_module_level=True)
@@ -26,7 +27,7 @@ def walk(*trees, others):
     found = []
     arguments = (found, True) if len(trees) == 2 else (found,)
     call = _native.kernel.match if len(trees) == 2 else _native.kernel.collect
-    call(*trees, *arguments, {**_tree._KINDS, set: _nodes.ITEMS}, _tree._kind, others)
+    call(*trees, *arguments, {**structure.KINDS, set: nodes.ITEMS}, structure.kind_of, others)
     return found
 
 
@@ -99,7 +100,7 @@ def test_a_callback_may_make_the_list_of_leaves_shorter():
 @pytest.mark.parametrize("index", range(1, 6))
 def test_exceptions_of_methods_of_tensors_propagate(index):
     torch = need("torch")
-    from lars_tree._backends.reader import _EXCHANGE, TENSOR_TYPES
+    from lars_tree._backends.torch.reader import _EXCHANGE, TENSOR_TYPES
 
     if _EXCHANGE is None:
         pytest.skip("this torch has no exchange of tensors")
@@ -117,7 +118,7 @@ def test_exceptions_of_methods_of_tensors_propagate(index):
 DEEP = """
 import collections, sys, threading
 import attrs
-from lars_tree import _tree
+from lars_tree._tree import structure
 @attrs.define
 class Fields:
     x: object
@@ -142,9 +143,9 @@ def as_tuple(x):
 def work():
     for kinds in mixes:
         tree, prefix = deep(kinds, 1), deep(kinds, 2)
-        assert _tree.leaves(tree) == [1]
-        assert _tree.broadcast("dcdw", tree, prefix) == [2]
-        assert _tree.broadcast("dcdw", [tree, tree], [3, prefix]) == [3, 2]
+        assert structure.leaves(tree) == [1]
+        assert structure.broadcast("dcdw", tree, prefix) == [2]
+        assert structure.broadcast("dcdw", [tree, tree], [3, prefix]) == [3, 2]
     print(len(mixes))
 kinds = [as_list, as_dict, as_tuple, walked, Named, Fields, foreign]
 mixes = [[as_list], [as_dict], kinds, [as_list] * 31 + [walked]]

@@ -9,10 +9,10 @@ import pytest
 from conftest import CI, need
 
 from lars_tree import Array, BackendError, LeafError, ShapeError, _native, lars_update
+from lars_tree._backends.wrapper import unwrap
 from lars_tree._core.advance import matched
 from lars_tree._core.native import Native
-from lars_tree._core.wrapper import unwrap
-from lars_tree._options import DEFAULTS
+from lars_tree._core.options import DEFAULTS
 from lars_tree.optimizer import Lars
 from lars_tree.report import trust_ratios
 from lars_tree.testing import assert_identical

@@ -26,9 +26,10 @@ from test_native import (
     watched,
 )
 
-from lars_tree import _native, _tree
+from lars_tree import _native
 from lars_tree._core.advance import advance
-from lars_tree._rule import Rule
+from lars_tree._numerics.formula import Rule
+from lars_tree._tree import structure
 from lars_tree.testing import assert_identical
 
 # The arrays contain signalling NaN.
@@ -68,7 +69,7 @@ def velocity_for(w, rng, *numbers):
 def assert_same_step(actual, expected):
     """The same bits in the weights and velocities of two trees, and one step counted."""
     for x, y in zip(actual[:2], expected[:2], strict=True):
-        for leaf, twin in zip(_tree.leaves(x), _tree.leaves(y), strict=True):
+        for leaf, twin in zip(structure.leaves(x), structure.leaves(y), strict=True):
             assert_identical(leaf, twin)
     assert actual[2] == expected[2] == 1
     assert actual[2].dtype == np.int64

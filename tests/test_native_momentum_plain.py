@@ -10,9 +10,10 @@ from test_native import dtype_of
 from test_native_momentum import assert_same_step, by_kernel, by_twin, step
 from test_native_plain import Subclass, shown
 
-from lars_tree import LarsTreeError, OutError, _tree
+from lars_tree import LarsTreeError, OutError
 from lars_tree._core.advance import advance
-from lars_tree._rule import Rule
+from lars_tree._numerics.formula import Rule
+from lars_tree._tree import structure
 
 
 def ones(dtype=float):
@@ -121,7 +122,7 @@ CASES = {
 def build(case):
     w, g, out, v = CASES[case]()
     out = w if isinstance(out, str) else out
-    return w, g, out, v, [x for tree in (w, g, out, v) for x in _tree.leaves(tree)]
+    return w, g, out, v, [x for tree in (w, g, out, v) for x in structure.leaves(tree)]
 
 
 def outcome(call, case):
@@ -129,7 +130,7 @@ def outcome(call, case):
     w, g, out, v, given = build(case)
     try:
         *new, count = call(w, g, out, v, momentum=0.5, decay_lambda=0.1)
-        new = [*shown(x for tree in new for x in _tree.leaves(tree)), int(count)]
+        new = [*shown(x for tree in new for x in structure.leaves(tree)), int(count)]
     except LarsTreeError as error:
         new = f"{type(error).__name__}: {error}"
     return new, shown(given)
@@ -144,8 +145,8 @@ def test_unsupported_leaves_take_the_general_path(case):
 def test_the_kernel_does_not_touch_unsupported_leaves(case):
     w, g, out, v, given = build(case)
     before, counter = shown(given), np.zeros((), np.int64)
-    outs = None if out is None else _tree.leaves(out)
-    ws, dcdws, velocities = map(_tree.leaves, (w, g, v))
+    outs = None if out is None else structure.leaves(out)
+    ws, dcdws, velocities = map(structure.leaves, (w, g, v))
     rules = [Rule(0.1, momentum=0.5)] * len(ws)
     assert by_plan(ws, dcdws, outs, rules, velocities, counter) is None
     assert shown(given) == before

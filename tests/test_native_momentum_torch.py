@@ -11,10 +11,11 @@ from native_steps import options_of
 from test_native import SETS, patched, run, watched
 from test_native_torch import DTYPES, cut, equal, pytestmark, random  # noqa: F401
 
-from lars_tree import LarsTreeError, _native, _tree
+from lars_tree import LarsTreeError, _native
 from lars_tree._backends.base import Columns
 from lars_tree._core.advance import advance
-from lars_tree._rule import Rule
+from lars_tree._numerics.formula import Rule
+from lars_tree._tree import structure
 
 torch = need("torch")
 
@@ -157,7 +158,7 @@ def test_unsupported_leaves_get_the_same_bits(case):
     assert took[-1] is False  # the plan of all leaves is stepped last
     expected = by_twin(w, gradient(w), None, v)
     for x, y in zip(actual, expected, strict=True):
-        assert all(map(equal, _tree.leaves(x), _tree.leaves(y)))
+        assert all(map(equal, structure.leaves(x), structure.leaves(y)))
 
 
 def half(x):
@@ -204,11 +205,11 @@ def test_the_kernel_does_not_update_leaves_that_are_refused(case, out):
     messages = []
     for call in (step, by_twin):
         w, v = (REFUSED | IN_PLACE)[case]()
-        before = [x.clone() for x in _tree.leaves(w)]
+        before = [x.clone() for x in structure.leaves(w)]
         with pytest.raises(LarsTreeError) as caught:
             call(w, gradient(w), w if out == "w" else None, v)
         messages.append(str(caught.value))
-        assert all(map(torch.equal, _tree.leaves(w), before))
+        assert all(map(torch.equal, structure.leaves(w), before))
     assert messages[0] == messages[1]
 
 
@@ -217,7 +218,7 @@ def test_tensors_as_counters(dtype):
     w, g, v = random(3), random(3), random(3)
     count = torch.tensor(5, dtype=dtype)
     columns = Columns([w], [g], [w], [Rule(0.1)], [v])
-    backend, plan = need("lars_tree._backends.torch").BACKEND, _native.plan()
+    backend, plan = need("lars_tree._backends.torch.backend").BACKEND, _native.plan()
     taken = backend.count(plan, count)
     assert taken is (dtype == torch.int64)
     assert backend.prepare(plan, columns, None, None) == []

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from native_steps import numpy_reader, stepped
 from test_native import dtype_of, run, without_kernel
 
-from lars_tree import Container, LarsTreeError, StructureError, _native, _tree, lars_update
-from lars_tree._rule import Rule
+from lars_tree import Container, LarsTreeError, StructureError, _native, lars_update
+from lars_tree._numerics.formula import Rule
+from lars_tree._tree import nodes, structure
 
 
 class Subclass(np.ndarray):
@@ -110,7 +111,7 @@ SUPPORTED = {
 def build(case):
     w, g, out, options = (CASES | SUPPORTED)[case]()
     out = w if isinstance(out, str) else out
-    return w, g, out, options, [x for tree in (w, g, out) for x in _tree.leaves(tree)]
+    return w, g, out, options, [x for tree in (w, g, out) for x in structure.leaves(tree)]
 
 
 def shown(xs):
@@ -121,7 +122,7 @@ def outcome(update, case):
     """The result or the error, and the content of all arrays that were passed."""
     w, g, out, options, given = build(case)
     try:
-        new = shown(_tree.leaves(update(w, g, options.pop("lr", 0.1), out=out, **options)))
+        new = shown(structure.leaves(update(w, g, options.pop("lr", 0.1), out=out, **options)))
     except LarsTreeError as error:
         new = f"{type(error).__name__}: {error}"
     return new, shown(given)
@@ -136,9 +137,9 @@ def test_unsupported_leaves_take_the_general_path(case):
 def test_the_kernel_does_not_touch_unsupported_leaves(case):
     w, g, out, options, given = build(case)
     before = shown(given)
-    outs = None if out is None else _tree.leaves(out)
-    rules = [Rule(options.pop("lr", 0.1), **options)] * len(_tree.leaves(w))
-    news = stepped(numpy_reader(), _tree.leaves(w), _tree.leaves(g), outs, rules)
+    outs = None if out is None else structure.leaves(out)
+    rules = [Rule(options.pop("lr", 0.1), **options)] * len(structure.leaves(w))
+    news = stepped(numpy_reader(), structure.leaves(w), structure.leaves(g), outs, rules)
     if "no gradient" not in case:
         assert news is None
         assert shown(given) == before
@@ -217,7 +218,7 @@ DICTS = [dict, dict, Container, Container, Named, OrderedDict, with_first_key_la
 LEAVES = st.builds(object) | st.builds(object) | st.none()  # no two are equal
 
 
-def nodes(children):
+def tree_nodes(children):
     lists = st.lists(children, max_size=3)
     dicts = st.dictionaries(KEYS, children, max_size=4)
     return (
@@ -230,12 +231,12 @@ def nodes(children):
 @st.composite
 def prefixes(draw, tree):
     """Mostly prefixes of the tree, with nodes of other types and keys in another order."""
-    if _tree.is_leaf(tree):
+    if structure.is_leaf(tree):
         return draw(LEAVES)
     change = draw(st.integers(0, 15))
     if change < 2:
-        return draw(LEAVES if change else nodes(LEAVES))
-    pairs = [(key, draw(prefixes(child))) for key, child in _tree.children(tree)]
+        return draw(LEAVES if change else tree_nodes(LEAVES))
+    pairs = [(key, draw(prefixes(child))) for key, child in nodes.children(tree)]
     if not isinstance(tree, dict):
         return draw(st.sampled_from([list, tuple]))(child for _, child in pairs)
     if change == 2:
@@ -246,13 +247,17 @@ def prefixes(draw, tree):
 
 
 def walked(tree, prefix, exact):
-    found = _tree.leaves(tree)
+    found = structure.leaves(tree)
     values = []
-    matched = _tree._match(tree, prefix, values, exact)
+    matched = structure._match(tree, prefix, values, exact)
     return found, matched, values if matched else None
 
 
-@given(tree=nodes(st.recursive(LEAVES, nodes, max_leaves=10)), data=st.data(), exact=st.booleans())
+@given(
+    tree=tree_nodes(st.recursive(LEAVES, tree_nodes, max_leaves=10)),
+    data=st.data(),
+    exact=st.booleans(),
+)
 def test_native_walks_find_the_same_as_their_twins(tree, data, exact):
     prefix = data.draw(prefixes(tree))
     actual = walked(tree, prefix, exact)
@@ -266,13 +271,13 @@ def test_native_walks_find_the_same_as_their_twins(tree, data, exact):
 def test_a_tree_that_is_too_deep_does_not_end_the_process(limit):
     code = f"""if 1:
         import sys
-        from lars_tree import _tree
+        from lars_tree._tree import structure
         sys.setrecursionlimit({limit})
         for parent in (lambda tree: [tree], lambda tree: (tree,), lambda tree: {{"a": tree}}):
             tree = 1
             for _ in range(100_000):
                 tree = parent(tree)
-            for walk in (_tree.leaves, lambda tree: _tree.broadcast("dcdw", tree, tree)):
+            for walk in (structure.leaves, lambda tree: structure.broadcast("dcdw", tree, tree)):
                 try:
                     print(walk(tree) == [1])
                 except RecursionError:
@@ -283,7 +288,9 @@ def test_a_tree_that_is_too_deep_does_not_end_the_process(limit):
 @pytest.mark.parametrize(
     "change", [dict.clear, lambda x: x.update(d=4), lambda x: x.pop("c", None)]
 )
-@pytest.mark.parametrize("walk", [_tree.leaves, lambda x: _tree.broadcast("dcdw", x, dict(x))])
+@pytest.mark.parametrize(
+    "walk", [structure.leaves, lambda x: structure.broadcast("dcdw", x, dict(x))]
+)
 def test_a_dict_that_changes_while_it_is_read(walk, change):
     class Meddling(list):
         def __iter__(self):

@@ -18,7 +18,7 @@ from test_native import OPTIONS, PAIRS, SETS, arrays, random_array
 from test_native_momentum import MOTIONS, cases, velocity_for
 
 from lars_tree import _native
-from lars_tree._rule import Rule
+from lars_tree._numerics.formula import Rule
 
 # The arrays contain signalling NaN.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -82,7 +82,7 @@ def test_only_the_leaves_at_given_indices_are_added():
 @pytest.mark.parametrize("out", ["new", "in place"])
 def test_leaves_of_several_libraries_in_one_plan_get_the_same_bits_as_alone(out):
     torch = need("torch")
-    reader = need("lars_tree._backends.reader").READER
+    reader = need("lars_tree._backends.torch.reader").READER
     if reader is None:
         pytest.skip("torch has no C functions for DLPack")
     rng = np.random.default_rng(0)

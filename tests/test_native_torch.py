@@ -12,7 +12,7 @@ from test_native import by_kernel, run, watched, without_kernel
 from lars_tree import LarsTreeError, lars_update
 
 torch = need("torch")
-exchange = need("lars_tree._backends.reader")._EXCHANGE
+exchange = need("lars_tree._backends.torch.reader")._EXCHANGE
 pytestmark = pytest.mark.skipif(exchange is None, reason="torch has no C functions for DLPack")
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

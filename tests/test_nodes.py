@@ -26,7 +26,8 @@ from node_classes import (
     Tagged,
 )
 
-from lars_tree import Container, StructureError, _tree, lars_update, report
+from lars_tree import Container, StructureError, lars_update, report
+from lars_tree._tree import nodes, structure
 
 W, G = np.array([3.0, 4.0]), np.array([0.0, 10.0])
 NEW = [3.0, 3.5]  # ratio 5 / 10: a step of 0.05 * [0, 10]
@@ -43,18 +44,18 @@ def tree(make, a, b):
 
 
 def keys(node):
-    return [key for key, _ in _tree.children(node)]
+    return [key for key, _ in nodes.children(node)]
 
 
 def nodes_of(tree):
-    if not _tree.is_leaf(tree):
+    if not structure.is_leaf(tree):
         yield tree
-        for _, child in _tree.children(tree):
+        for _, child in nodes.children(tree):
             yield from nodes_of(child)
 
 
 def assert_rebuilt(new, w, values):
-    assert [x.tolist() for x in _tree.leaves(new)] == values
+    assert [x.tolist() for x in structure.leaves(new)] == values
     pairs = list(zip(nodes_of(new), nodes_of(w), strict=True))
     assert all(a is not b and type(a) is type(b) and keys(a) == keys(b) for a, b in pairs)
 
@@ -63,7 +64,7 @@ def assert_rebuilt(new, w, values):
 def w(make):
     w = tree(make, W.copy(), W.copy())
     yield w
-    assert [x.tolist() for x in _tree.leaves(w)] == [W.tolist()] * 5
+    assert [x.tolist() for x in structure.leaves(w)] == [W.tolist()] * 5
 
 
 def test_an_update_makes_new_nodes_and_does_not_change_the_old_ones(make, w):
@@ -73,7 +74,7 @@ def test_an_update_makes_new_nodes_and_does_not_change_the_old_ones(make, w):
 
 def test_init_and_trust_ratios_make_new_nodes(make, w):
     state = Lars(0.1, momentum=0.5).init(w)
-    assert [x.tolist() for x in _tree.leaves(state["velocity"])] == [[0, 0]] * 5
+    assert [x.tolist() for x in structure.leaves(state["velocity"])] == [[0, 0]] * 5
     assert_rebuilt(report.trust_ratios(w, tree(make, G, G), 0.1), w, [0.5] * 5)
 
 
@@ -84,9 +85,9 @@ def test_two_steps_of_the_optimizer_are_those_with_plain_nodes(make, w):
     for _ in range(2):
         new, state = opt.update(new, g, state)
         plain, plain_state = opt.update(plain, 1 * G, plain_state)
-    assert_rebuilt(new, w, [x.tolist() for x in _tree.leaves(plain)])
-    moved = [x.tolist() for x in _tree.leaves(state["velocity"])]
-    assert moved == [x.tolist() for x in _tree.leaves(plain_state["velocity"])]
+    assert_rebuilt(new, w, [x.tolist() for x in structure.leaves(plain)])
+    moved = [x.tolist() for x in structure.leaves(state["velocity"])]
+    assert moved == [x.tolist() for x in structure.leaves(plain_state["velocity"])]
 
 
 def test_map_makes_new_nodes(make, w):
@@ -103,13 +104,15 @@ def any_make(request):
 def test_reading_is_consistent_and_never_rebuilds(any_make, monkeypatch):
     """`leaves`, `walk` and `broadcast` agree, and do not rebuild the node."""
     node = any_make(W, G)
-    monkeypatch.setattr(_tree._nodes, "_checked", None)
-    assert [x.tolist() for x in _tree.leaves(node)] == [W.tolist(), G.tolist()]
-    assert [path for path, _ in _tree.walk(node)] == [(key,) for key in keys(node)]
+    monkeypatch.setattr(structure._nodes, "_checked", None)
+    assert [x.tolist() for x in structure.leaves(node)] == [W.tolist(), G.tolist()]
+    assert [path for path, _ in structure.walk(node)] == [(key,) for key in keys(node)]
     other = dict(zip(keys(node), (1, 2), strict=True))
-    assert _tree.broadcast("lr", node, other) == _tree.broadcast("lr", other, other) == [1, 2]
+    assert (
+        structure.broadcast("lr", node, other) == structure.broadcast("lr", other, other) == [1, 2]
+    )
     w = dict(zip(keys(node), (W, W), strict=True))
-    given = _tree.broadcast("dcdw", w, node, exact=True)
+    given = structure.broadcast("dcdw", w, node, exact=True)
     assert [x.tolist() for x in given] == [W.tolist(), G.tolist()]
 
 
@@ -117,7 +120,7 @@ def test_gradients_options_and_out_are_only_read(any_make, monkeypatch):
     names = keys(any_make(W, G))
     w = dict(zip(names, (W.copy(), W.copy()), strict=True))
     expected = lars_update(w, dict(zip(names, (G, G), strict=True)), 0.1, eps=1.0)
-    monkeypatch.setattr(_tree._nodes, "_checked", None)
+    monkeypatch.setattr(structure._nodes, "_checked", None)
     rates = any_make(np.float64(0.1), np.array(0.1))
     new = lars_update(w, any_make(G, G), rates, eps=any_make(np.ones(()), np.ones(())))
     assert [x.tolist() for x in new.values()] == [x.tolist() for x in expected.values()]
@@ -130,9 +133,9 @@ def test_in_place_the_node_is_only_read(any_make, monkeypatch):
     node = any_make(W.copy(), W.copy())
     if isinstance(node, Group):
         pytest.skip("each reading gives other arrays")
-    monkeypatch.setattr(_tree._nodes, "_checked", None)
+    monkeypatch.setattr(structure._nodes, "_checked", None)
     assert lars_update(node, any_make(G, G), 0.1, out=node) is node
-    assert [x.tolist() for x in _tree.leaves(node)] == [NEW, NEW]
+    assert [x.tolist() for x in structure.leaves(node)] == [NEW, NEW]
 
 
 def test_schedules_in_a_node_of_any_class(any_make, monkeypatch):
@@ -146,7 +149,7 @@ def test_schedules_in_a_node_of_any_class(any_make, monkeypatch):
         return 0.1
 
     lr = any_make(schedule, schedule)
-    monkeypatch.setattr(_tree._nodes, "_checked", None)
+    monkeypatch.setattr(structure._nodes, "_checked", None)
     opt = Lars(lr, momentum=0)
     w = dict(zip(keys(lr), (W, W), strict=True))
     state = opt.init(w)
@@ -154,7 +157,7 @@ def test_schedules_in_a_node_of_any_class(any_make, monkeypatch):
     opt.update(new, dict.fromkeys(w, G), state)
     assert seen == [0, 0, 1, 1]
     assert [x.tolist() for x in new.values()] == [NEW, NEW]
-    assert all(x is schedule for x in _tree.leaves(lr))
+    assert all(x is schedule for x in structure.leaves(lr))
 
 
 # Nodes that cannot be rebuilt
@@ -178,7 +181,7 @@ def test_a_node_that_cannot_be_rebuilt_is_refused_with_its_path(name, argument, 
     with pytest.raises(StructureError, match="l/0: expected a node that can be rebuilt") as caught:
         act(w)
     assert (caught.value.argument, caught.value.paths) == (argument, (("l", 0),))
-    assert [x.tolist() for x in _tree.leaves(w)] == [W.tolist()] * 3
+    assert [x.tolist() for x in structure.leaves(w)] == [W.tolist()] * 3
 
 
 def test_a_state_that_cannot_be_rebuilt_is_refused_with_its_path():
@@ -284,7 +287,7 @@ def test_a_path_reads_and_writes_through_the_methods_of_the_node(make):
 def test_a_UserString_is_a_leaf():
     from collections import UserString
 
-    assert _tree.leaves([UserString("ab")]) == ["ab"]
+    assert structure.leaves([UserString("ab")]) == ["ab"]
 
 
 # Classes are freed
@@ -292,7 +295,7 @@ def test_a_UserString_is_a_leaf():
 
 def _used(cls):
     tree = [cls({"a": W})]
-    _tree.leaves(tree)
+    structure.leaves(tree)
     lars_update(tree, cls({"a": G})["a"], 0.1)
     Container(tree=tree)
     return weakref.ref(cls)
@@ -308,7 +311,7 @@ def test_a_class_made_in_a_call_is_freed(base):
 def test_a_leaf_class_made_in_a_call_is_freed():
     def used():
         cls = type("Local", (), {})
-        assert _tree.leaves([cls(), cls()])
+        assert structure.leaves([cls(), cls()])
         return weakref.ref(cls)
 
     seen = used()
@@ -317,8 +320,8 @@ def test_a_leaf_class_made_in_a_call_is_freed():
 
 
 def test_the_kinds_of_module_level_classes_are_known_to_the_kernel():
-    _tree.leaves([Container(), Frozen()])
-    assert {Container, Frozen} <= _tree._KINDS.keys()
+    structure.leaves([Container(), Frozen()])
+    assert {Container, Frozen} <= structure.KINDS.keys()
 
 
 def test_arrays_that_a_node_makes_whenever_it_is_read_are_refused_as_out():

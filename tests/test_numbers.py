@@ -246,7 +246,7 @@ def test_the_result_is_rounded_once(name, bits):
 
 @pytest.mark.filterwarnings("ignore:.*encountered in cast:RuntimeWarning")
 def test_bfloat16_is_rounded_to_nearest_even_like_the_reference():
-    from lars_tree._backends import bfloat16
+    from lars_tree._numerics import bfloat16
 
     bfloat = need("ml_dtypes").bfloat16
     every = np.arange(2**16, dtype=np.uint16)
@@ -290,7 +290,7 @@ def test_jit_keeps_the_bounds_for_normal_numbers(name, decay, joint):
 @pytest.mark.parametrize(("decay", "joint"), [(0.0, False), (0.1, False), (0.1, True)])
 @pytest.mark.parametrize("name", ["float32", "float64"])
 def test_array_operations_keep_the_bounds(library_name, name, decay, joint):
-    """Autograd, Dask and the array API standard compute by `_rule.step`."""
+    """Autograd, Dask and the array API standard compute by `formula.step`."""
     from conftest import to_library
 
     rng = np.random.default_rng(6)
@@ -314,7 +314,7 @@ def compiled(**options):
 
 
 def stepped_from_rest(way, w, g, options):
-    """The velocity after one step by `_rule.step`: the change of the weights, to all digits."""
+    """The velocity after one step by `formula.step`: the change of the weights, to all digits."""
     from conftest import to_library
 
     if way == "foreach":  # multi-tensor operations, as on accelerators

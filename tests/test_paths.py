@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lars_tree import Container, PathKeyError, StructureError, _tree, errors, lars_update
+from lars_tree import Container, PathKeyError, StructureError, errors, lars_update
+from lars_tree._tree import structure
 
 KEYS = st.sampled_from(["a", "b", "a/b", "b/a", "a.b", "0", "", "/"])
 TREES = st.dictionaries(
@@ -79,7 +80,7 @@ def test_hints_are_searched_only_for_the_keys_that_are_shown(candidates):
 def test_hints_are_searched_only_for_the_nodes_that_are_shown(candidates):
     w, g = ({i: {name: 1} for i in range(1000)} for name in ("bias", "bais"))
     with pytest.raises(StructureError, match=r"9: missing 'bias'; unexpected 'bais' .did you") as e:
-        _tree.broadcast("dcdw", w, g)
+        structure.broadcast("dcdw", w, g)
     assert len(e.value.paths) == 1000
     assert candidates == [1] * errors.MOST_LINES
 
@@ -88,7 +89,7 @@ def test_mismatches_of_many_keys_take_linear_time():
     """A quadratic search would take hours for 100,000 keys."""
     w, g = ({f"{name}{i}": 1 for i in range(100_000)} for name in "ab")
     with pytest.raises(StructureError, match=r"missing 'a0'.* and 99995 more; unexpected 'b0'"):
-        _tree.broadcast("dcdw", w, g)
+        structure.broadcast("dcdw", w, g)
     w = Container(w)
     assert w.get("b") is None
     assert not hasattr(w, "b")

@@ -16,9 +16,10 @@ from conftest import CI, need
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lars_tree import Array, Container, _pytrees, _tree
+from lars_tree import Array, Container
+from lars_tree._tree import pytrees, structure
 
-ROOT = Path(_pytrees.__file__).parents[1]
+ROOT = Path(pytrees.__file__).parents[2]
 KEYS = st.text("ab/.", max_size=2) | st.integers(0, 2) | st.sampled_from([1.5, None, (1, "a")])
 CONTAINERS = st.recursive(
     st.integers(0, 9),
@@ -128,14 +129,14 @@ def make_module(tmp_path, monkeypatch):
     yield make
     for name in names:
         sys.modules.pop(name, None)
-        _pytrees._FINDER.hooks.pop(name, None)
+        pytrees._FINDER.hooks.pop(name, None)
 
 
 def test_hooks_are_called_once_and_after_the_import(make_module):
     name = make_module("early = 1\nlate = 2")
     seen = []
-    _pytrees.when_imported(name, lambda module: seen.append(("first", module.late)))
-    _pytrees.when_imported(name, lambda module: seen.append(("second", module.late)))
+    pytrees.when_imported(name, lambda module: seen.append(("first", module.late)))
+    pytrees.when_imported(name, lambda module: seen.append(("second", module.late)))
     for _ in range(2):  # a search without an import does not lose the hooks
         assert importlib.util.find_spec(name) is not None
     assert seen == []
@@ -148,14 +149,14 @@ def test_a_hook_is_called_at_once_for_an_imported_module(make_module):
     name = make_module("")
     module = importlib.import_module(name)
     seen = []
-    _pytrees.when_imported(name, seen.append)
+    pytrees.when_imported(name, seen.append)
     assert seen == [module]
 
 
 def test_a_hook_survives_a_failed_import(make_module, monkeypatch):
     name = make_module("import os\nif 'LARS_TREE_BROKEN' in os.environ: raise OSError('broken')")
     seen = []
-    _pytrees.when_imported(name, seen.append)
+    pytrees.when_imported(name, seen.append)
     monkeypatch.setenv("LARS_TREE_BROKEN", "1")
     with pytest.raises(OSError, match="broken"):
         importlib.import_module(name)
@@ -167,7 +168,7 @@ def test_a_hook_survives_a_failed_import(make_module, monkeypatch):
 def test_a_hooked_module_keeps_its_own_loader(make_module):
     name = make_module("")
     plain = importlib.import_module(make_module(""))
-    _pytrees.when_imported(name, lambda module: None)
+    pytrees.when_imported(name, lambda module: None)
     module = importlib.import_module(name)
     assert type(module.__loader__) is type(plain.__loader__)
     assert type(module.__spec__.loader) is type(plain.__spec__.loader)
@@ -175,13 +176,13 @@ def test_a_hooked_module_keeps_its_own_loader(make_module):
 
 def test_a_hook_does_not_make_a_missing_library_importable():
     name = "a_module_that_does_not_exist"
-    _pytrees.when_imported(name, lambda module: None)
+    pytrees.when_imported(name, lambda module: None)
     try:
         assert importlib.util.find_spec(name) is None
         with pytest.raises(ModuleNotFoundError, match=name):
             importlib.import_module(name)
     finally:
-        del _pytrees._FINDER.hooks[name]
+        del pytrees._FINDER.hooks[name]
 
 
 # Laws
@@ -331,8 +332,8 @@ def test_torch_load_returns_equal_containers(keys):
 def test_array_classes_of_libraries_are_cached_for_the_kernel():
     torch, jax = need("torch"), need("jax")
     leaves = [torch.ones(1), torch.nn.Parameter(torch.ones(1)), jax.numpy.ones(1)]
-    assert len(_tree.leaves(leaves)) == 3
-    assert set(map(type, leaves)) <= _tree._KINDS.keys()
+    assert len(structure.leaves(leaves)) == 3
+    assert set(map(type, leaves)) <= structure.KINDS.keys()
 
 
 def test_a_subclass_is_freed_unless_a_library_registered_it():

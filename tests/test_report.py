@@ -150,7 +150,7 @@ def test_tiny_weights_with_zero_gradient_decay_by_the_rate():
     jax, torch = need("jax"), need("torch")
     from test_torch import many
 
-    from lars_tree._rule import Rule
+    from lars_tree._numerics.formula import Rule
 
     options = {"decay_lambda": 1.0, "trust_coefficient": 2.0**20}
     w = np.full(3, 2.0**-1000)
@@ -221,9 +221,9 @@ def test_nothing_is_modified(library):
 @each_option
 def test_multi_tensor_ratios_agree_with_separate_ratios(options, monkeypatch):
     torch = need("torch")
-    from lars_tree._backends import tensors
     from lars_tree._backends.base import Leaf
-    from lars_tree._options import DEFAULTS, resolve
+    from lars_tree._backends.torch.backend import tensors
+    from lars_tree._core.options import DEFAULTS, resolve
 
     monkeypatch.setattr(tensors, "wide", lambda layer: torch.float32)
     shapes = [(3, 4), (), (5,), (2, 3, 2)]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lars_tree import Array, Container
-from lars_tree._show import rows
+from lars_tree._display.show import rows
 from lars_tree.errors import path_string
 from lars_tree.report import layer_table
 

@@ -13,8 +13,8 @@ import pytest
 from test_threads import run
 from test_writes import contents, in_chunks, of_momentum, of_strides
 
-from lars_tree import _writes
-from lars_tree._backends import cpu
+from lars_tree._backends.cpu.twin import twin
+from lars_tree._core import writes
 
 
 def test_no_handler_is_swapped(monkeypatch):
@@ -23,7 +23,7 @@ def test_no_handler_is_swapped(monkeypatch):
 
     for name in ("signal", "siginterrupt", "set_wakeup_fd"):
         monkeypatch.setattr(signal, name, fail)
-    monkeypatch.setattr(_writes, "MAX_HELD", 2**18)
+    monkeypatch.setattr(writes, "MAX_HELD", 2**18)
     for case in (of_strides, of_momentum, in_chunks):
         trees, call = case()
         before = contents(trees)
@@ -41,13 +41,13 @@ def test_of_two_signals_within_an_update_both_are_handled(monkeypatch):
         calls.append(number)
         raise ValueError(number)
 
-    stepped = cpu._stepped
+    stepped = twin._stepped
 
     def at_once(*args):
         deque(map(ctypes.PyDLL(None)["raise"], numbers), 0)  # Python looks for them afterwards
         return stepped(*args)
 
-    monkeypatch.setattr(cpu, "_stepped", at_once)
+    monkeypatch.setattr(twin, "_stepped", at_once)
     trees, call = of_strides()
     before = contents(trees)
     old = [signal.signal(number, fail) for number in numbers]
@@ -66,12 +66,12 @@ def test_of_two_signals_within_an_update_both_are_handled(monkeypatch):
 def test_a_child_forked_during_an_update_has_the_handlers_of_its_parent():
     code = """
     import os, signal, threading, numpy as np, lars_tree
-    from lars_tree._backends import cpu
-    inside, forked, stepped = threading.Event(), threading.Event(), cpu._stepped
+    from lars_tree._backends.cpu import twin
+    inside, forked, stepped = threading.Event(), threading.Event(), twin._stepped
     def wait(*args):
         inside.set(); forked.wait(30)
         return stepped(*args)
-    cpu._stepped = wait
+    twin._stepped = wait
     def fork():
         inside.wait()
         child = os.fork()

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
 
 import lars_tree.testing as testing
-from lars_tree import Array, Container, _tree, lars_update
+from lars_tree import Array, Container, lars_update
+from lars_tree._tree import structure
 from lars_tree.testing import assert_identical
 
 GENERATE = settings(max_examples=600, database=None, phases=[Phase.generate])
@@ -170,9 +171,9 @@ def test_libraries_may_be_mixed():
     either = testing.arrays(library=st.sampled_from(["numpy", "torch"]), shape=(1,))
     tree = example(
         testing.nests(either, node_types=[list]),
-        lambda tree: len({type(x) for x in _tree.leaves(tree)}) == 2,
+        lambda tree: len({type(x) for x in structure.leaves(tree)}) == 2,
     )
-    assert {type(x).__module__ for x in _tree.leaves(tree)} == {"numpy", "torch"}
+    assert {type(x).__module__ for x in structure.leaves(tree)} == {"numpy", "torch"}
     w, g = example(testing.layers(library=st.just("torch"), shape=(1,)), lambda pair: pair[0].any())
     assert (type(w), w.dtype) == (torch.Tensor, g.dtype)
 
@@ -214,7 +215,7 @@ def test_unusual_keys_are_made():
     @settings(max_examples=1000, derandomize=True)
     @given(testing.nests(st.just(1), node_types=[Container]))
     def collect(tree):
-        made.update(key for path, _ in _tree.walk(tree) for key in path)
+        made.update(key for path, _ in structure.walk(tree) for key in path)
 
     collect()
     assert made >= {"a", 0, -1, *testing.strategies.ODD_KEYS}
@@ -238,8 +239,8 @@ def test_attrs_classes_as_node_types():
 
 
 def test_trees_shrink_to_the_simplest():
-    assert _tree.leaves(least(testing.nests())) in ([], [0])
-    assert least(testing.nests(), _tree.is_leaf).tolist() == 0
+    assert structure.leaves(least(testing.nests())) in ([], [0])
+    assert least(testing.nests(), structure.is_leaf).tolist() == 0
     assert least(testing.containers()) == Container()
     w = least(testing.containers(), lambda w: len(w.leaves()) > 1)
     assert w.paths() == [("a",), ("b",)]
@@ -255,7 +256,7 @@ def test_containers_shrink_to_flat_ones_from_most_seeds():
 
 
 def is_tied(tree):
-    found = _tree.leaves(tree)
+    found = structure.leaves(tree)
     return len({id(x) for x in found}) < len(found)
 
 
@@ -272,7 +273,7 @@ def test_leaves_are_tied_only_on_request():
 def test_an_update_takes_the_weights_and_gradients(pair):
     w, dcdw = pair
     new = lars_update(w, dcdw, 0.1)
-    assert [path for path, _ in _tree.walk(new)] == [path for path, _ in _tree.walk(w)]
+    assert [path for path, _ in structure.walk(new)] == [path for path, _ in structure.walk(w)]
 
 
 def test_weights_and_gradients_of_each_kind_are_made():
@@ -294,7 +295,7 @@ TREE = Container(a={"b": 1, "items": [2, 3]}, c=(4, OrderedDict(d=5)), e=default
 
 @given(testing.prefixes_of(TREE))
 def test_prefixes_of_a_tree_broadcast_to_it(prefix):
-    _tree.broadcast("lr", TREE, prefix)
+    structure.broadcast("lr", TREE, prefix)
 
 
 def test_all_prefixes_are_made():
@@ -347,5 +348,5 @@ def test_weights_are_identical_to_themselves_and_to_their_update_without_gradien
 
 def test_wrapped_arrays_are_leaves():
     wrapped = testing.arrays(shape=(1,)).map(Array)
-    w = example(testing.nests(wrapped, node_types=[list]), _tree.leaves)
-    assert {type(x) for x in _tree.leaves(w)} == {Array}
+    w = example(testing.nests(wrapped, node_types=[list]), structure.leaves)
+    assert {type(x) for x in structure.leaves(w)} == {Array}

@@ -11,9 +11,9 @@ from lars_tree import Container, Lars, OutError, lars_update
 
 torch = need("torch")
 
-from lars_tree._backends import tensors  # noqa: E402
 from lars_tree._backends.base import Leaf, StepResult  # noqa: E402
-from lars_tree._rule import Rule  # noqa: E402
+from lars_tree._backends.torch.backend import tensors  # noqa: E402
+from lars_tree._numerics.formula import Rule  # noqa: E402
 
 DOUBLE = {"dtype": torch.float64}
 

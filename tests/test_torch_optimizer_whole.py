@@ -17,7 +17,7 @@ torch = need("torch")
 
 from test_torch_optimizer import same  # noqa: E402
 
-from lars_tree._backends.torch import BACKEND  # noqa: E402
+from lars_tree._backends.torch.backend import BACKEND  # noqa: E402
 from lars_tree._core import execute  # noqa: E402
 from lars_tree.torch import Lars  # noqa: E402
 

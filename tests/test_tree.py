@@ -12,7 +12,8 @@ from conftest import need
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lars_tree import Container, StructureError, _tree
+from lars_tree import Container, StructureError
+from lars_tree._tree import nodes, structure
 from lars_tree.testing import prefixes_of
 
 Point = collections.namedtuple("Point", "x y")
@@ -49,7 +50,7 @@ def assert_same(actual, expected):
     """The same leaves at the same paths, in the same order, in nodes of the same types."""
     dm_tree.assert_same_structure(actual, expected)
     assert dm_tree.flatten_with_path(actual) == dm_tree.flatten_with_path(expected)
-    assert list(_tree.walk(actual)) == list(_tree.walk(expected))
+    assert list(structure.walk(actual)) == list(structure.walk(expected))
 
 
 # Walk and rebuild
@@ -58,59 +59,59 @@ def assert_same(actual, expected):
 @given(TREES)
 def test_the_walk_finds_the_leaves_of_dm_tree(tree):
     expected = dm_tree.flatten_with_path(tree)
-    actual = list(_tree.walk(tree))
+    actual = list(structure.walk(tree))
     assert len(actual) == len(expected)
     assert dict(actual) == dict(expected)
 
 
 @given(TREES)
 def test_leaves_come_in_the_order_of_the_walk(tree):
-    assert _tree.leaves(tree) == [leaf for _, leaf in _tree.walk(tree)]
+    assert structure.leaves(tree) == [leaf for _, leaf in structure.walk(tree)]
 
 
 @given(TREES)
 def test_rebuild_maps_as_dm_tree_does(tree):
     expected = dm_tree.map_structure(lambda x: f"{x}!", tree)
-    actual = _tree.rebuild(tree, [f"{x}!" for x in _tree.leaves(tree)])
+    actual = structure.rebuild(tree, [f"{x}!" for x in structure.leaves(tree)])
     assert_same(actual, expected)
 
 
 @given(TREES)
 def test_every_node_is_a_leaf_or_has_children(tree):
-    assert _tree.is_leaf(tree) == (not dm_tree.is_nested(tree))
-    if not _tree.is_leaf(tree):
-        children = [child for _, child in _tree.children(tree)]
-        assert_same(_tree._nodes.replace_children(tree, children), tree)
+    assert structure.is_leaf(tree) == (not dm_tree.is_nested(tree))
+    if not structure.is_leaf(tree):
+        children = [child for _, child in nodes.children(tree)]
+        assert_same(structure._nodes.replace_children(tree, children), tree)
 
 
 @given(st.data())
 def test_attrs_are_nodes_as_in_dm_tree(layer, data):
     tree = {"l": layer(data.draw(TREES), layer(data.draw(TREES), [None]))}
-    assert dict(_tree.walk(tree)) == dict(dm_tree.flatten_with_path(tree))
+    assert dict(structure.walk(tree)) == dict(dm_tree.flatten_with_path(tree))
     expected = dm_tree.map_structure(lambda x: f"{x}!", tree)
-    assert_same(_tree.rebuild(tree, [f"{x}!" for x in _tree.leaves(tree)]), expected)
+    assert_same(structure.rebuild(tree, [f"{x}!" for x in structure.leaves(tree)]), expected)
 
 
 def test_keys_keep_their_own_order():
     tree = {"b": 1, "a": collections.OrderedDict(z=2, y=3)}
-    assert list(_tree.walk(tree)) == [(("b",), 1), (("a", "z"), 2), (("a", "y"), 3)]
-    assert list(_tree.rebuild(tree, [1, 2, 3])["a"]) == ["z", "y"]
+    assert list(structure.walk(tree)) == [(("b",), 1), (("a", "z"), 2), (("a", "y"), 3)]
+    assert list(structure.rebuild(tree, [1, 2, 3])["a"]) == ["z", "y"]
 
 
 def test_keys_may_be_of_several_types():
     tree = {1: "a", "1": "b", None: "c", (1, 2): {2.5: "d"}}
-    assert [path for path, _ in _tree.walk(tree)] == [(1,), ("1",), (None,), ((1, 2), 2.5)]
-    assert _tree.rebuild(tree, _tree.leaves(tree)) == tree
+    assert [path for path, _ in structure.walk(tree)] == [(1,), ("1",), (None,), ((1, 2), 2.5)]
+    assert structure.rebuild(tree, structure.leaves(tree)) == tree
 
 
 def test_none_is_a_leaf_and_an_empty_node_has_none():
     tree = {"a": None, "b": {}, "c": [], "d": ((), Point(None, [{}]))}
-    assert list(_tree.walk(tree)) == [(("a",), None), (("d", 1, "x"), None)]
-    assert_same(_tree.rebuild(tree, [None, None]), tree)
+    assert list(structure.walk(tree)) == [(("a",), None), (("d", 1, "x"), None)]
+    assert_same(structure.rebuild(tree, [None, None]), tree)
 
 
 def test_a_defaultdict_keeps_its_factory():
-    rebuilt = _tree.rebuild(collections.defaultdict(list, a=1), [2])
+    rebuilt = structure.rebuild(collections.defaultdict(list, a=1), [2])
     assert rebuilt["a"] == 2
     assert rebuilt["missing"] == []
 
@@ -122,21 +123,21 @@ def test_a_dict_subclass_keeps_its_type_without_its_constructor_being_called():
 
     tree = Named("encoder")
     tree["a"] = 1
-    rebuilt = _tree.rebuild(tree, [2])
+    rebuilt = structure.rebuild(tree, [2])
     assert (type(rebuilt), rebuilt.name, rebuilt["a"]) == (Named, "encoder", 2)
     assert tree["a"] == 1
 
 
 @pytest.mark.parametrize("leaf", ["text", b"bytes", 3, None, {1, 2}, np.ones(2)], ids=repr)
 def test_leaves_of_each_kind(leaf):
-    assert _tree.is_leaf(leaf)
-    assert list(_tree.walk(leaf)) == [((), leaf)]
+    assert structure.is_leaf(leaf)
+    assert list(structure.walk(leaf)) == [((), leaf)]
 
 
 def test_keys_named_like_methods_do_not_hide_these():
     tree = Container({"items": 1, "keys": {"values": 2}})
-    assert _tree.leaves(tree) == [1, 2]
-    assert _tree.broadcast("lr", tree, {"items": 3, "keys": 4}) == [3, 4]
+    assert structure.leaves(tree) == [1, 2]
+    assert structure.broadcast("lr", tree, {"items": 3, "keys": 4}) == [3, 4]
 
 
 # Match and broadcast
@@ -149,10 +150,12 @@ def test_a_prefix_broadcasts_as_dm_tree_does(tree, data):
     expected = dm_tree.map_structure_up_to(
         prefix, lambda value, part: dm_tree.map_structure(lambda _: value, part), prefix, tree
     )
-    actual = _tree.rebuild(tree, _tree.broadcast("lr", tree, prefix))
+    actual = structure.rebuild(tree, structure.broadcast("lr", tree, prefix))
     dm_tree.assert_same_structure(actual, expected)
     assert dm_tree.flatten_with_path(actual) == dm_tree.flatten_with_path(expected)
-    assert [path for path, _ in _tree.walk(actual)] == [path for path, _ in _tree.walk(tree)]
+    assert [path for path, _ in structure.walk(actual)] == [
+        path for path, _ in structure.walk(tree)
+    ]
 
 
 @given(DICTS, DICTS)
@@ -161,34 +164,34 @@ def test_dm_tree_agrees_on_exact_matches(a, b):
         dm_tree.assert_same_structure(a, b)
     except (TypeError, ValueError):
         with pytest.raises(StructureError):
-            _tree.broadcast("dcdw", a, b, exact=True)
+            structure.broadcast("dcdw", a, b, exact=True)
     else:
-        assert _tree.broadcast("dcdw", a, b, exact=True) == _tree.leaves(b)
+        assert structure.broadcast("dcdw", a, b, exact=True) == structure.leaves(b)
 
 
 @given(DICTS, DICTS)
 def test_differences_are_listed_exactly_where_broadcasting_fails(a, b):
-    lines = list(_tree.differences(a, b))
+    lines = list(structure.differences(a, b))
     if lines:
         with pytest.raises(StructureError) as caught:
-            _tree.broadcast("lr", a, b)
+            structure.broadcast("lr", a, b)
         assert caught.value.paths == tuple(path for path, _ in lines)
     else:
-        assert len(_tree.broadcast("lr", a, b)) == len(_tree.leaves(a))
+        assert len(structure.broadcast("lr", a, b)) == len(structure.leaves(a))
 
 
 def test_keys_match_by_name_and_not_by_order():
-    assert _tree.broadcast("dcdw", {"a": 1, "b": 2}, {"b": 20, "a": 10}, exact=True) == [10, 20]
-    assert _tree.broadcast("dcdw", Point(1, 2), {"y": 20, "x": 10}, exact=True) == [10, 20]
+    assert structure.broadcast("dcdw", {"a": 1, "b": 2}, {"b": 20, "a": 10}, exact=True) == [10, 20]
+    assert structure.broadcast("dcdw", Point(1, 2), {"y": 20, "x": 10}, exact=True) == [10, 20]
 
 
 def test_a_list_matches_a_tuple_of_its_length():
-    assert _tree.broadcast("dcdw", [1, [2, 3]], (4, (5, 6)), exact=True) == [4, 5, 6]
+    assert structure.broadcast("dcdw", [1, [2, 3]], (4, (5, 6)), exact=True) == [4, 5, 6]
 
 
 def test_a_key_with_a_slash_is_not_read_as_a_path():
     with pytest.raises(StructureError, match="missing 'a/b'; unexpected 'a'"):
-        _tree.broadcast("dcdw", Container({"a/b": 1}), Container(a={"b": 2}))
+        structure.broadcast("dcdw", Container({"a/b": 1}), Container(a={"b": 2}))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +220,7 @@ def test_a_key_with_a_slash_is_not_read_as_a_path():
 )
 def test_the_message_of_a_mismatch(w, other, line):
     with pytest.raises(StructureError) as caught:
-        _tree.broadcast("dcdw", w, other, exact=True)
+        structure.broadcast("dcdw", w, other, exact=True)
     assert str(caught.value).startswith(f"dcdw does not match w\n  {line}")
     assert caught.value.argument == "dcdw"
 
@@ -226,7 +229,7 @@ def test_a_mismatch_lists_every_path():
     w = {"a": {"bias": 1, "kernel": 2}, "h": 3, "same": 4}
     other = {"a": {"bias": 1, "kernel": [2]}, "h": {"u": 3}, "same": 4}
     with pytest.raises(StructureError) as caught:
-        _tree.broadcast("dcdw", w, other)
+        structure.broadcast("dcdw", w, other)
     assert caught.value.paths == (("a", "kernel"), ("h",))
 
 
@@ -245,19 +248,19 @@ def _cyclic(make):
     ids=["itself", "in a list", "in a namedtuple"],
 )
 def test_a_cycle_is_found_where_it_closes(make, path):
-    assert _tree.cycle(_cyclic(make)) == (("root",), ("root", "me", *path))
+    assert structure.cycle(_cyclic(make)) == (("root",), ("root", "me", *path))
 
 
 def test_a_node_at_two_paths_is_not_a_cycle():
     shared = {"x": 1}
-    assert _tree.cycle({"a": shared, "b": [shared, shared]}) is None
+    assert structure.cycle({"a": shared, "b": [shared, shared]}) is None
 
 
 def test_a_tree_of_any_depth_is_searched_for_cycles():
     tree = {}
     for _ in range(3000):
         tree = {"deeper": tree}
-    assert _tree.cycle(tree) is None
+    assert structure.cycle(tree) is None
 
 
 # Pick
@@ -265,14 +268,14 @@ def test_a_tree_of_any_depth_is_searched_for_cycles():
 
 @given(DICTS, st.data())
 def test_pick_keeps_the_chosen_leaves(tree, data):
-    kept = [data.draw(st.booleans()) for _ in _tree.leaves(tree)]
-    picked = _tree.pick(tree, iter(kept))
-    expected = [pair for pair, keep in zip(_tree.walk(tree), kept, strict=True) if keep]
-    assert ([] if picked is _tree.NOTHING else list(_tree.walk(picked))) == expected
+    kept = [data.draw(st.booleans()) for _ in structure.leaves(tree)]
+    picked = structure.pick(tree, iter(kept))
+    expected = [pair for pair, keep in zip(structure.walk(tree), kept, strict=True) if keep]
+    assert ([] if picked is structure.NOTHING else list(structure.walk(picked))) == expected
 
 
 def test_a_sequence_keeps_its_length_when_picked_from():
-    assert _tree.pick({"a": [1, 2], "b": (3,)}, iter([False, True, False])) == {"a": [None, 2]}
+    assert structure.pick({"a": [1, 2], "b": (3,)}, iter([False, True, False])) == {"a": [None, 2]}
 
 
 # Two trees side by side
@@ -285,28 +288,28 @@ def test_side_by_side_yields_leaves_and_differences_in_the_order_of_the_left_tre
     def correspond(x, y):
         return type(x) is type(y)
 
-    assert list(_tree.side_by_side(left, right, correspond)) == [
+    assert list(structure.side_by_side(left, right, correspond)) == [
         ((), left, right, "keys"),
         (("a",), 1, 4, "leaves"),
         (("b",), left["b"], right["b"], "keys"),
         (("b", "x"), 1, 5, "leaves"),
-        (("b", "y"), 2, _tree.MISSING, "missing"),
-        (("b", "z"), _tree.MISSING, 6, "missing"),
+        (("b", "y"), 2, structure.MISSING, "missing"),
+        (("b", "z"), structure.MISSING, 6, "missing"),
         (("c",), [1], (1,), "nodes"),
         (("d",), left["d"], right["d"], "order"),
         (("d", "p"), 1, 1, "leaves"),
         (("d", "q"), 2, 2, "leaves"),
         (("e",), {}, 0, "nodes"),
-        (("f",), 3, _tree.MISSING, "missing"),
-        (("g",), _tree.MISSING, 7, "missing"),
+        (("f",), 3, structure.MISSING, "missing"),
+        (("g",), structure.MISSING, 7, "missing"),
     ]
-    assert list(_tree.side_by_side(1, 2, path=("at",))) == [(("at",), 1, 2, "leaves")]
+    assert list(structure.side_by_side(1, 2, path=("at",))) == [(("at",), 1, 2, "leaves")]
 
 
 @given(TREES, TREES)
 def test_side_by_side_pairs_the_common_leaves(a, b):
-    leaves = {path: (x, y) for path, x, y, what in _tree.side_by_side(a, b) if what == "leaves"}
-    left, right = dict(_tree.walk(a)), dict(_tree.walk(b))
+    leaves = {path: (x, y) for path, x, y, what in structure.side_by_side(a, b) if what == "leaves"}
+    left, right = dict(structure.walk(a)), dict(structure.walk(b))
     assert leaves == {path: (x, right[path]) for path, x in left.items() if path in right}
 
 

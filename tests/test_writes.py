@@ -16,8 +16,9 @@ import pytest
 from conftest import need, to_library, to_numpy, traced
 
 import lars_tree
-from lars_tree import Container, Lars, _writes, lars_update
-from lars_tree._backends import cpu
+from lars_tree import Container, Lars, lars_update
+from lars_tree._backends.cpu.twin import twin
+from lars_tree._core import writes
 
 FOLDER = os.path.dirname(lars_tree.__file__)
 
@@ -120,7 +121,7 @@ def contents(trees):
 
 @pytest.fixture(autouse=True)
 def _little_room(monkeypatch):
-    monkeypatch.setattr(_writes, "MAX_HELD", 2**18)
+    monkeypatch.setattr(writes, "MAX_HELD", 2**18)
 
 
 # ---- Exceptions at each moment
@@ -156,7 +157,7 @@ def interrupted_at(number, call, send):
     def trace(frame, event, _):
         # In `make`, and in the functions that it calls.
         inside = frame.f_back is not None and frame.f_back.f_trace is not None
-        if frame.f_code is not _writes.Writes.make.__code__ and not inside:
+        if frame.f_code is not writes.Writes.make.__code__ and not inside:
             return None
         if not frame.f_code.co_filename.startswith(FOLDER):
             return None
@@ -198,7 +199,7 @@ def test_an_exception_at_any_moment_leaves_all_written_or_nothing(case, send):
 def test_a_failing_allocation_leaves_all_written_or_nothing(case, monkeypatch):
     """Only within the call that writes: elsewhere, Python itself may not survive."""
     testcapi = pytest.importorskip("_testcapi", reason="this Python has no test modules")
-    deque, number = _writes.deque, 0
+    deque, number = writes.deque, 0
 
     def without_memory(*args):
         # One failure only: if all allocations fail, Python may unwind forever.
@@ -214,7 +215,7 @@ def test_a_failing_allocation_leaves_all_written_or_nothing(case, monkeypatch):
         before = contents(trees)
         number += 1
         with monkeypatch.context() as patch:
-            patch.setattr(_writes, "deque", without_memory)
+            patch.setattr(writes, "deque", without_memory)
             try:
                 call()
                 failed = False
@@ -228,7 +229,7 @@ def test_no_memory_for_one_leaf_leaves_the_others_unchanged(monkeypatch):
     """The failure is in the computation of results, before anything is written."""
     trees, call = of_momentum()
     before = contents(trees)
-    stepped = cpu._stepped
+    stepped = twin._stepped
     calls = []
 
     def fail(*args):
@@ -237,7 +238,7 @@ def test_no_memory_for_one_leaf_leaves_the_others_unchanged(monkeypatch):
             raise MemoryError
         return stepped(*args)
 
-    monkeypatch.setattr(cpu, "_stepped", fail)
+    monkeypatch.setattr(twin, "_stepped", fail)
     with pytest.raises(MemoryError):
         call()
     assert contents(trees) == before

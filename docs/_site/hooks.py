@@ -27,7 +27,7 @@ PAGES = {
 }
 
 # Modules without a page: their public names are exported by lars_tree, or they are the command.
-INNER = {"array", "cli", "container", "demo", "optimizer", "update"}
+INNER = {"array", "cli", "container", "optimizer", "update"}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:

@@ -16,13 +16,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from lars_tree._backends.base import Backend
-from lars_tree._nodes import is_permanent
+from lars_tree._tree.nodes import is_permanent
 
 # The module that defines the type, the name of the type, the module here.
 _TABLE = [
     ("numpy", "ndarray", "numpy"),
     ("numpy", "generic", "numpy"),
-    ("torch", "Tensor", "torch"),
+    ("torch", "Tensor", "torch.backend"),
     ("jax", "Array", "jax"),
     ("jax.core", "Tracer", "jax"),
     ("dask.array", "Array", "dask"),

@@ -1,7 +1,7 @@
 """Backends that compute with whole arrays, through a namespace that follows the array API standard.
 
 For arrays without CPU memory that a kernel could read: traced and sharded JAX arrays, lazy Dask
-arrays, arrays on accelerators. The formula is `_rule.step`.
+arrays, arrays on accelerators. The formula is `formula.step`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from lars_tree import _rule
 from lars_tree._backends.base import Backend, Leaf, NativeArray, StepResult, Writes
-from lars_tree._rule import Measured, Norm, Rule
+from lars_tree._numerics import formula
+from lars_tree._numerics.formula import Measured, Norm, Rule
 
 
 class NamespaceOps:
-    """`_rule.Ops` in terms of an array namespace."""
+    """`formula.Ops` in terms of an array namespace."""
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp
@@ -104,7 +104,7 @@ def _other_axes(x: NativeArray, layer_axis: int | None) -> tuple[int, ...]:
 
 
 class ArraysBackend(Backend):
-    """A library whose arrays are updated by `_rule.step`, leaf by leaf."""
+    """A library whose arrays are updated by `formula.step`, leaf by leaf."""
 
     @abstractmethod
     def ops(self, x: NativeArray) -> NamespaceOps:
@@ -128,9 +128,9 @@ class ArraysBackend(Backend):
         if 0 in w.shape:
             return StepResult(self.copy(w, rule.stop_gradients), velocity)
         wide = None if velocity is None else self.widen(velocity, w)
-        ops = self.ops(w).over(_rule.mesh_axes(rule))
+        ops = self.ops(w).over(formula.mesh_axes(rule))
         with np.errstate(all="ignore"):  # for libraries that are based on numpy
-            new = _rule.step(ops, *self._widened(w, dcdw, rule), wide)
+            new = formula.step(ops, *self._widened(w, dcdw, rule), wide)
         return StepResult(
             self.narrow(new[0], w), None if velocity is None else self.narrow(new[1], velocity)
         )
@@ -139,7 +139,7 @@ class ArraysBackend(Backend):
         self, w: NativeArray, dcdw: NativeArray, rule: Rule
     ) -> tuple[NativeArray, NativeArray, Rule]:
         """All in the dtype to compute in, and dcdw in the shape of w."""
-        names = (*_rule.NUMBERS, *_rule.MOMENTUM_NUMBERS)
+        names = (*formula.NUMBERS, *formula.MOMENTUM_NUMBERS)
         values = {name: getattr(rule, name) for name in names}
         numbers: dict[str, Any] = {
             name: value if isinstance(value, float) else self.widen(value, w)
@@ -153,7 +153,7 @@ class ArraysBackend(Backend):
         axis = rule.layer_axis
         shape = () if axis is None else (w.shape[axis],)
         w, dcdw, rule = self._widened(w, dcdw, rule)
-        ops = self.ops(w).over(_rule.mesh_axes(rule))
+        ops = self.ops(w).over(formula.mesh_axes(rule))
         lr = rule.lr_before_momentum
         if getattr(lr, "ndim", 0):  # trust_clip reports one ratio: that of the largest rate
             largest = ops.max(ops.xp.broadcast_to(lr, w.shape), _other_axes(w, axis))
@@ -162,7 +162,7 @@ class ArraysBackend(Backend):
             zeros = ops.xp.reshape(ops.sum(abs(w), _other_axes(w, axis)), shape)
             return Measured(zeros, zeros, zeros + 1, zeros + 1)
         with np.errstate(all="ignore"):
-            measured = _rule.measure(ops, w, dcdw, rule)
+            measured = formula.measure(ops, w, dcdw, rule)
         return Measured(*(ops.xp.reshape(x, shape) for x in measured))
 
     def measure(self, leaves: list[Leaf]) -> list[Measured]:

@@ -3,7 +3,7 @@
 The words for one array of an update, in the order in which they arise:
 
     Columns    all leaves of an update side by side, one list per argument, unchecked
-    Operand    one array with what its library reports about it (`_operands.py`), for the checks
+    Operand    one array and what its library reports about it, for checks (`_core/operands.py`)
     Leaf       everything that the step of one array of the weights needs, checked
     Engine     what computes the step of some leaves in place, if the caller chooses it
 """
@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from lars_tree._memory import NumpyArray
-from lars_tree._rule import Measured, Rule, mesh_axes
+from lars_tree._backends.memory import NumpyArray
+from lars_tree._numerics.formula import Measured, Rule, mesh_axes
 
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
@@ -171,7 +171,7 @@ class Shards(Protocol):
 
 
 class Writes(Protocol):
-    """What the step of one leaf may ask of `_writes.Writes`, which documents these methods."""
+    """What the step of one leaf may ask of `writes.Writes`, which documents these methods."""
 
     plan: Plan | None
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from lars_tree._backends.arrays import ArraysBackend, NamespaceOps
 from lars_tree._backends.base import Facts, Values, kind_of_numpy
-from lars_tree._memory import NumpyArray
+from lars_tree._backends.memory import NumpyArray
 
 
 class DaskOps(NamespaceOps):

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lars_tree import _native
-from lars_tree._backends import cpu
 from lars_tree._backends.arrays import ArraysBackend, NamespaceOps
 from lars_tree._backends.base import (
     MAX_AXES,
@@ -31,10 +30,11 @@ from lars_tree._backends.base import (
     kind_of_numpy,
     named,
 )
+from lars_tree._backends.cpu import twin
 from lars_tree._backends.jax_memory import copy, device_to_view, empty_like, put
+from lars_tree._backends.memory import NumpyArray
 from lars_tree._backends.numpy import as_bits, raw
-from lars_tree._memory import NumpyArray
-from lars_tree._rule import Measured, Rule, mesh_axes
+from lars_tree._numerics.formula import Measured, Rule, mesh_axes
 
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
@@ -242,7 +242,7 @@ def _update(leaf: Leaf) -> StepResult:
     w, dcdw, velocity, rule = leaf.w, leaf.dcdw, leaf.velocity, leaf.rule
     if _steps_in_cpu_memory(leaf):
         new = [empty_like(w)] if velocity is None else [empty_like(w), copy(velocity)]
-        cpu.update(raw(np.asarray(w)), raw(np.asarray(dcdw)), raw(new[0]), rule, *new[1:])
+        twin.update(raw(np.asarray(w)), raw(np.asarray(dcdw)), raw(new[0]), rule, *new[1:])
         return StepResult(*put(new, w.sharding, w.committed))
     dcdw, velocity = (None if x is None else _sharded_like(x, w) for x in (dcdw, velocity))
     stepped = BACKEND.step(w, dcdw, rule, velocity)
@@ -312,7 +312,7 @@ def _report_dtypes(ws: list[jax.Array]) -> list[Any]:
 def _measure(leaf: Leaf) -> Measured:
     w, dcdw, rule = leaf.w, leaf.dcdw, leaf.rule
     if _steps_in_cpu_memory(leaf):
-        measured = cpu.measure(raw(np.asarray(w)), raw(np.asarray(dcdw)), rule)
+        measured = twin.measure(raw(np.asarray(w)), raw(np.asarray(dcdw)), rule)
         with jax.default_device(next(iter(w.devices()))):
             return Measured(*(jnp.asarray(x) for x in measured))
     measured = BACKEND.measure_leaf(w, _sharded_like(dcdw, w), rule)

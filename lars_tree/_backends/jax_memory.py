@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lars_tree._backends.base import MAX_AXES
-from lars_tree._memory import NumpyArray
+from lars_tree._backends.memory import NumpyArray
 
 _DTYPES_OF_KERNEL = frozenset(
     np.dtype(x)

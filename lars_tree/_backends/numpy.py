@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lars_tree import _native
-from lars_tree._backends import cpu
 from lars_tree._backends.base import (
     Backend,
     Columns,
@@ -21,8 +20,15 @@ from lars_tree._backends.base import (
     is_bfloat16,
     kind_of_numpy,
 )
-from lars_tree._memory import READ_ONLY_MAP, NumpyArray, is_foreign, is_mapped_read_only, span
-from lars_tree._rule import Measured, Rule
+from lars_tree._backends.cpu import twin
+from lars_tree._backends.memory import (
+    READ_ONLY_MAP,
+    NumpyArray,
+    is_foreign,
+    is_mapped_read_only,
+    span,
+)
+from lars_tree._numerics.formula import Measured, Rule
 
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
@@ -98,13 +104,13 @@ class NumpyBackend(Backend):
         moving = None if velocity is None else raw(velocity)
         arrays = raw(leaf.w), raw(leaf.dcdw), raw(new), leaf.rule, moving
         if leaf.out is None:
-            cpu.update(*arrays)
+            twin.update(*arrays)
         else:
-            cpu.prepare(*arrays, writes)
+            twin.prepare(*arrays, writes)
         return StepResult(new[()] if isinstance(leaf.w, np.generic) else new, velocity)
 
     def measure(self, leaves: list[Leaf]) -> list[Measured]:
-        return [cpu.measure(raw(leaf.w), raw(leaf.dcdw), leaf.rule) for leaf in leaves]
+        return [twin.measure(raw(leaf.w), raw(leaf.dcdw), leaf.rule) for leaf in leaves]
 
     def all_finite(self, xs: list[NumpyArray]) -> bool:
         return all(bool(np.isfinite(x).all()) for x in xs)

@@ -9,7 +9,7 @@ import numpy as np
 
 from lars_tree._backends.arrays import ArraysBackend, NamespaceOps
 from lars_tree._backends.base import Backend, Facts, Kind, NativeArray, Values
-from lars_tree._memory import READ_ONLY_MAP, NumpyArray, is_mapped_read_only, span
+from lars_tree._backends.memory import READ_ONLY_MAP, NumpyArray, is_mapped_read_only, span
 
 _KINDS = {
     "real floating": Kind.REAL,

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lars_tree import _show, _tree, errors
+from lars_tree import errors
 from lars_tree._commands.output import Output, columns
+from lars_tree._display import show
 from lars_tree._files import formats, names
 from lars_tree._files.formats import Stored
+from lars_tree._tree.structure import mismatch, side_by_side
 
 Array = np.ndarray[Any, Any]
 
@@ -36,11 +38,11 @@ def diff(a: str, b: str) -> Output:
     structure: list[dict[str, str]] = []
     leaves: list[dict[str, Any]] = []
     with formats.opened(a) as one, formats.opened(b) as other:
-        for path, x, y, what in _tree.side_by_side(one.tree, other.tree):
+        for path, x, y, what in side_by_side(one.tree, other.tree):
             if what == "leaves":
                 leaves.append(_leaf_record(path, x, y, one, other))
             elif what in ("nodes", "keys"):
-                text = _tree.mismatch(x, y, what)
+                text = mismatch(x, y, what)
                 structure.append({"path": errors.path_string(path), "difference": text})
     differing = [leaf for leaf in leaves if leaf["difference"]]
     lines = [(x["path"] or "/", x["difference"]) for x in [*structure, *differing]]
@@ -51,7 +53,7 @@ def diff(a: str, b: str) -> Output:
 
 def _leaf_record(path: errors.Path, x: Any, y: Any, a: Stored, b: Stored) -> dict[str, Any]:
     """The comparison of a leaf that is in both files."""
-    shown = {"a": _show.leaf(x), "b": _show.leaf(y)}
+    shown = {"a": show.leaf(x), "b": show.leaf(y)}
     parts = [f"{shown['a']} in A, {shown['b']} in B"] if shown["a"] != shown["b"] else []
     change = None
     if x is not None and y is not None and x.shape == y.shape:

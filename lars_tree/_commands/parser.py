@@ -14,8 +14,9 @@ from typing import Any
 import click
 
 import lars_tree
-from lars_tree import _options, errors
+from lars_tree import errors
 from lars_tree._commands.output import Output
+from lars_tree._core.options import DEFAULTS, check
 
 _LIBRARIES = {"cli": ("ml_dtypes", "safetensors"), "demo": ("sklearn",)}  # by extra
 
@@ -96,7 +97,7 @@ def _step_options(**lr: Any) -> Callable[[Any], Any]:
                 is_flag=isinstance(default, bool),
                 help=_SHARED[name],
             )
-            for name, default in _options.DEFAULTS.items()
+            for name, default in DEFAULTS.items()
             if name in _SHARED
         ),
         click.option(
@@ -192,7 +193,7 @@ def diff(a: str, b: str) -> Output:
 )
 def demo(seed: int, epochs: int, batch: int, rate: float) -> Output:
     """Train on handwritten digits, by LARS and by plain SGD."""
-    from lars_tree import demo
+    from lars_tree._commands import demo
 
-    _options.check({"lr": rate})  # FloatRange accepts NaN and infinity
+    check({"lr": rate})  # FloatRange accepts NaN and infinity
     return Output(*demo.run(seed=seed, epochs=epochs, batch=batch, rate=rate))

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from lars_tree import _options, _tree, errors, io
+from lars_tree import errors, io
+from lars_tree._core import options
 from lars_tree._files import formats, npz
+from lars_tree._tree import structure
 from lars_tree.container import Container
 
 
@@ -32,14 +34,16 @@ def for_leaves(
         OptionError: a rate is invalid, even if no leaf takes it; a pattern matches no leaf.
     """
     for given in (lr, dict(lr_for)):
-        _options.check({"lr": given})
-    paths = ["/".join(map(str, path)) for path, _ in _tree.walk(w)]
+        options.check({"lr": given})
+    paths = ["/".join(map(str, path)) for path, _ in structure.walk(w)]
     lrs, adapt = dict.fromkeys(paths, lr), dict.fromkeys(paths, True)
     for pattern, rate in lr_for:
         lrs.update(dict.fromkeys(_matching("lr_for", pattern, paths), rate))
     for pattern in no_adapt:
         adapt.update(dict.fromkeys(_matching("no_adapt", pattern, paths), False))
-    rates, adapted = (_tree.rebuild(w, [values[path] for path in paths]) for values in (lrs, adapt))
+    rates, adapted = (
+        structure.rebuild(w, [values[path] for path in paths]) for values in (lrs, adapt)
+    )
     return rates, {**shared, "adapt": adapted}
 
 

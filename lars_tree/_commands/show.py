@@ -5,20 +5,22 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from lars_tree import _show, _tree, errors, report
+from lars_tree import errors, report
 from lars_tree._commands.output import Output, columns
 from lars_tree._commands.rates import for_leaves, read
+from lars_tree._display import show
 from lars_tree._files import formats
+from lars_tree._tree import structure
 
 
 def tree(file: str) -> Output:
     """The arrays in the file, without reading their elements."""
     with formats.opened(file) as stored:
-        leaves = [(errors.path_string(path), x) for path, x in _tree.walk(stored.tree)]
+        leaves = [(errors.path_string(path), x) for path, x in structure.walk(stored.tree)]
         metadata = {k: text for k, text in stored.metadata.items() if k != formats.STRUCTURE}
-    lines = columns([(path, _show.leaf(x)) for path, x in leaves])
-    text = "\n".join([f"{file}: {_show.summary(x for _, x in leaves)}", *lines])
-    totals = _show.totals(x for _, x in leaves)._asdict()
+    lines = columns([(path, show.leaf(x)) for path, x in leaves])
+    text = "\n".join([f"{file}: {show.summary(x for _, x in leaves)}", *lines])
+    totals = show.totals(x for _, x in leaves)._asdict()
     described = [
         {
             "path": path,

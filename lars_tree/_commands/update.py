@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from lars_tree import _options, _show, _tree, io
+from lars_tree import io
 from lars_tree._commands.output import Output
 from lars_tree._commands.rates import for_leaves, read
 from lars_tree._core.advance import matched
 from lars_tree._core.execute import checked
+from lars_tree._core.options import DEFAULTS
+from lars_tree._display import show
 from lars_tree._files import formats, names, npz, safetensors
 from lars_tree._files.replacing import replacing
+from lars_tree._tree import structure
 from lars_tree.container import Container
 from lars_tree.update import lars_update
 
@@ -26,8 +29,8 @@ def update(weights: str, grads: str, out: str, options: dict[str, Any]) -> Outpu
         g = read(grads)
         lr, options = for_leaves(w.tree, **options)
         # Everything that lars_update refuses is refused before the weights are copied.
-        checked(*matched(w.tree, g, {**_options.DEFAULTS, **options, "lr": lr}))
-        paths = {names.join(path): path for path, _ in _tree.walk(w.tree)}
+        checked(*matched(w.tree, g, {**DEFAULTS, **options, "lr": lr}))
+        paths = {names.join(path): path for path, _ in structure.walk(w.tree)}
         formats.check(format_, w.entries, paths)
         if format_ is npz:
             new = io.load(weights)
@@ -40,6 +43,6 @@ def update(weights: str, grads: str, out: str, options: dict[str, Any]) -> Outpu
                 new = formats.tree(file.name, *safetensors.mapped(file.name, "r+"), Container)
                 lars_update(new, g, lr, **options, out=new)
                 del new  # Windows does not rename a mapped file
-        blanks = _tree.leaves(w.tree)
-    record = {"weights": weights, "gradients": grads, "out": out, **_show.totals(blanks)._asdict()}
-    return Output(f"{out}: {_show.summary(blanks)}", record)
+        blanks = structure.leaves(w.tree)
+    record = {"weights": weights, "gradients": grads, "out": out, **show.totals(blanks)._asdict()}
+    return Output(f"{out}: {show.summary(blanks)}", record)

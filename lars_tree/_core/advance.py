@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from lars_tree import _counters, _nodes, _options, _tree, errors
+from lars_tree import errors
 from lars_tree._backends.base import Columns
+from lars_tree._backends.wrapper import unwrap
+from lars_tree._core.counters import NAMES, counted
 from lars_tree._core.execute import Caller, Result, execute
+from lars_tree._core.options import resolve
 from lars_tree._core.types import T
-from lars_tree._core.wrapper import unwrap
+from lars_tree._tree import nodes, structure
 
 State = dict[str, Any]
 
@@ -31,7 +34,7 @@ def advance(
         return _rebuilt(w, out, state or {}, execute(columns, caller))
     except RecursionError:
         trees = {"w": w, "dcdw": dcdw, "out": out, "state": state, **options}
-        raise _tree.explained(trees) from None
+        raise structure.explained(trees) from None
 
 
 def matched(w: Any, dcdw: Any, options: dict[str, Any]) -> tuple[Columns, Caller]:
@@ -39,7 +42,7 @@ def matched(w: Any, dcdw: Any, options: dict[str, Any]) -> tuple[Columns, Caller
     try:
         return _matched(w, dcdw, None, options, None)
     except RecursionError:
-        raise _tree.explained({"w": w, "dcdw": dcdw, **options}) from None
+        raise structure.explained({"w": w, "dcdw": dcdw, **options}) from None
 
 
 def _matched(
@@ -47,29 +50,29 @@ def _matched(
 ) -> tuple[Columns, Caller]:
     """The values of all arguments for each leaf of w."""
     given = state or {}
-    ws = _tree.leaves(w)
-    dcdws = _tree.broadcast("dcdw", w, dcdw)
+    ws = structure.leaves(w)
+    dcdws = structure.broadcast("dcdw", w, dcdw)
     outs = velocities = None
     if out is not None:
-        outs = ws if out is w else _tree.broadcast("out", w, out, exact=True)
+        outs = ws if out is w else structure.broadcast("out", w, out, exact=True)
     if "velocity" in given:
         at = ("velocity",)
-        velocities = _tree.broadcast("state", w, given["velocity"], exact=True, at=at)
-    rules = _options.resolve(w, options, len(ws))
+        velocities = structure.broadcast("state", w, given["velocity"], exact=True, at=at)
+    rules = resolve(w, options, len(ws))
     if any(x is not None and len(x) != len(ws) for x in (dcdws, outs, velocities)):
-        raise _tree.changed()
-    if outs is not None and _nodes.may_make_children():
+        raise structure.changed()
+    if outs is not None and nodes.may_make_children():
         _refuse_new_children(w, "out", out, outs)
         if velocities is not None:
             _refuse_new_children(w, "state", given["velocity"], velocities, ("velocity",))
-    counters = {name: unwrap(given[name]) for name in _counters.NAMES if name in given}
+    counters = {name: unwrap(given[name]) for name in NAMES if name in given}
     columns = Columns(ws, dcdws, outs, rules, velocities, counters if outs is not None else {})
 
     found: list[errors.Path] = []
 
     def paths() -> list[errors.Path]:
         if not found:
-            found.extend(_tree.paths(w, len(ws)))
+            found.extend(structure.paths(w, len(ws)))
         return found
 
     def refuse_extra() -> None:
@@ -89,10 +92,10 @@ def _refuse_extra(
         x is None and value is not None for x, value in zip(ws, values, strict=True)
     ):
         return
-    theirs = dict(_tree.walk(other))
+    theirs = dict(structure.walk(other))
     lines = [
         (path, f"expected None, got {errors.describe(theirs[path])}")
-        for path, leaf in _tree.walk(w)
+        for path, leaf in structure.walk(w)
         if leaf is None and theirs.get(path) is not None
     ]
     if lines:
@@ -104,11 +107,11 @@ def _refuse_new_children(
     w: Any, argument: str, tree: Any, found: list[Any], at: errors.Path = ()
 ) -> None:
     """Refuse nodes that create their children at each reading: what is written would be lost."""
-    again = _tree.broadcast(argument, w, tree, exact=True, at=at)
+    again = structure.broadcast(argument, w, tree, exact=True, at=at)
     text = "expected the same array at each reading, got a new one: give a tree that holds arrays"
     if len(again) != len(found):  # another thread has changed it
         return
-    rows = zip(_tree.walk(w), found, again, strict=False)
+    rows = zip(structure.walk(w), found, again, strict=False)
     lines = [((*at, *path), text) for (path, _), x, y in rows if x is not y]
     if lines:
         headline = f"{argument} gives other arrays when it is read again"
@@ -118,15 +121,11 @@ def _refuse_new_children(
 def _rebuilt(w: Any, out: Any, state: State, result: Result) -> tuple[Any, State]:
     if out is not None:
         return out, state
-    new = {
-        name: _counters.counted(x, name, result.taken)
-        for name, x in state.items()
-        if name in _counters.NAMES
-    }
+    new = {name: counted(x, name, result.taken) for name, x in state.items() if name in NAMES}
     if result.velocities is not None:
         # The results are in the order of w, and the keys of the state may be in another order.
         old, indices = state["velocity"], range(len(result.velocities))
-        order = _tree.broadcast("w", old, w, values=indices, exact=True, to="state")
+        order = structure.broadcast("w", old, w, values=indices, exact=True, to="state")
         moved = [result.velocities[i] for i in order]
-        new["velocity"] = _tree.rebuild(old, moved, "state", at=("velocity",))
-    return _tree.rebuild(w, result.ws, "w"), new
+        new["velocity"] = structure.rebuild(old, moved, "state", at=("velocity",))
+    return structure.rebuild(w, result.ws, "w"), new

@@ -16,7 +16,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
-from lars_tree import _backends, _checks, _counters, _memory, _nonfinite, _overlaps, errors
+from lars_tree import _backends, errors
+from lars_tree._backends import memory
 from lars_tree._backends.base import (
     FLOATING,
     Backend,
@@ -27,12 +28,13 @@ from lars_tree._backends.base import (
     Values,
     grouped,
 )
-from lars_tree._core import locks
+from lars_tree._backends.wrapper import rewrapped, unwrap
+from lars_tree._core import checks, locks, nonfinite, overlaps
+from lars_tree._core.counters import check_apart, count_in_place
 from lars_tree._core.native import Native, Span
-from lars_tree._core.wrapper import rewrapped, unwrap
-from lars_tree._operands import Operand, Row
-from lars_tree._rule import Rule, is_zero
-from lars_tree._writes import Writes
+from lars_tree._core.operands import Operand, Row
+from lars_tree._core.writes import Writes
+from lars_tree._numerics.formula import Rule, is_zero
 
 
 class Caller(NamedTuple):
@@ -99,13 +101,13 @@ def _execute(columns: Columns, caller: Caller, native: Native) -> Result:
         native = Native(columns, takes_none=True)
         rows, trusted = checked(columns, caller, native.rest, native)
     # Leaves of the native engine overlap with none of these rows.
-    _checks.check_apart(rows, caller.paths, caller.words)
-    _counters.check_apart(columns.counters, rows, caller.paths)
+    checks.check_apart(rows, caller.paths, caller.words)
+    check_apart(columns.counters, rows, caller.paths)
     with _writing(native, rows, columns):
         writes = Writes(native.plan)
-        results, taken = _run(native, _overlaps.detach_inputs(rows) + trusted, caller, writes)
+        results, taken = _run(native, overlaps.detach_inputs(rows) + trusted, caller, writes)
         if columns.outs is not None:
-            _counters.count_in_place(columns.counters, taken, writes)
+            count_in_place(columns.counters, taken, writes)
             for call in caller.last:
                 writes.then(call)
             if writes.plan is not None:
@@ -133,7 +135,7 @@ def checked(
     if trusted:
         known = {leaf.leaf_index for leaf in trusted}
         leaves = [leaf for leaf in leaves if leaf.leaf_index not in known]
-    rows = _checks.check(leaves, caller.paths, same_shapes=caller.same_shapes, words=caller.words)
+    rows = checks.check(leaves, caller.paths, same_shapes=caller.same_shapes, words=caller.words)
     return rows, trusted
 
 
@@ -199,7 +201,7 @@ def _merged_spans(arrays: list[Operand]) -> list[Span]:
     for x in arrays:
         if x.backend is None or x.backend.values(x.x) is not Values.CPU or x.memory is None:
             continue
-        start, size = _memory.span(x.memory)
+        start, size = memory.span(x.memory)
         if size:
             found.append((start, start + size))
     merged: list[Span] = []
@@ -256,7 +258,7 @@ def _run(
     if guarded:
         writes.norms, bad = native.nonfinite()
         others = [leaf for leaf in leaves if leaf.leaf_index not in shards]
-        guards, taken = _nonfinite.guard(others, results, caller.paths, caller.words, bad)
+        guards, taken = nonfinite.guard(others, results, caller.paths, caller.words, bad)
         results |= guards
     elif shards:
         writes.norms = native.norms()
@@ -278,7 +280,7 @@ def _run(
 def _kept(leaf: Leaf, writes: Writes) -> StepResult:
     """Weights and a velocity that stay unchanged: copies, if the results are new arrays."""
     if leaf.out is None:
-        return _nonfinite.copies(leaf)
+        return nonfinite.copies(leaf)
     if leaf.out is not leaf.w:
         writes.add(leaf.backend, leaf.out, leaf.w)
     return StepResult(leaf.out, leaf.velocity)

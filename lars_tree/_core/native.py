@@ -21,13 +21,13 @@ from lars_tree._backends.base import (
     StepResults,
     grouped,
 )
-from lars_tree._backends.cpu import measured
-from lars_tree._core.wrapper import is_wrapped, unwrap
-from lars_tree._rule import Measured, is_joint
+from lars_tree._backends.cpu.twin import measured
+from lars_tree._backends.wrapper import is_wrapped, unwrap
+from lars_tree._numerics.formula import Measured, is_joint
 
 if TYPE_CHECKING:
+    from lars_tree._core.writes import Writes
     from lars_tree._native._kernel import Plan
-    from lars_tree._writes import Writes
 
 Span = tuple[int, int]  # a memory range: its start and end address
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from lars_tree import _backends, errors
 from lars_tree._backends.base import Values
-from lars_tree._core.wrapper import unwrap
+from lars_tree._backends.wrapper import unwrap
 from lars_tree.errors import Line, Path
 
 Array = np.ndarray[Any, Any]

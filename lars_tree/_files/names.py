@@ -13,7 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
-from lars_tree import _tree, errors
+from lars_tree import errors
+from lars_tree._tree import nodes
+from lars_tree._tree.structure import cycle, explained, is_leaf
 from lars_tree.errors import Line, Path
 
 RESERVED = "__metadata__"
@@ -45,13 +47,13 @@ def flatten(tree: Any) -> tuple[dict[str, tuple[Path, Any]], str | None]:
     Raises a StructureError for trees that cannot be restored from a file.
     """
     encoder = _Encoder()
-    if _tree.is_leaf(tree) or not isinstance(tree, Mapping):
+    if is_leaf(tree) or not isinstance(tree, Mapping):
         raise _refusal([((), f"expected a Container or dict, got {errors.describe(tree)}")])
     try:
         structure = encoder.encode(tree, ())
     except errors.StructureError:
-        if _tree.cycle(tree):
-            raise _tree.explained({"tree": tree}) from None
+        if cycle(tree):
+            raise explained({"tree": tree}) from None
         raise
     if encoder.faults:
         raise _refusal(encoder.faults)
@@ -81,7 +83,7 @@ class _Encoder:
         if node is None:
             self.can_split = False
             return None
-        if _tree.is_leaf(node):
+        if is_leaf(node):
             self._add_leaf(node, path)
             return True
         self.nodes += 1
@@ -89,7 +91,7 @@ class _Encoder:
         if not is_dict and type(node) not in (list, tuple):
             text = f"expected a dict, list or tuple, got {errors.describe(node)}"
             self.faults.append((path, text))
-        pairs = list(_tree.children(node))
+        pairs = list(nodes.children(node))
         self.can_split = self.can_split and is_dict and bool(pairs)
         structure: Structure = ["dict" if is_dict else type(node).__name__]
         for key, child in pairs:

@@ -1,7 +1,7 @@
 """The native kernel for CPU memory: `kernel`, or None where it was not built.
 
 kernel.hpp has the arithmetic, without Python; plan.hpp binds it. Only speed depends on the kernel:
-`_backends/cpu.py` gives the same bits. LARS_TREE_NATIVE=0 in the environment turns it off.
+`_backends/cpu/twin.py` gives the same bits. LARS_TREE_NATIVE=0 in the environment turns it off.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class Plan:
         """
 
     def measure(self, norms: bytearray) -> bytearray:
-        """For each layer a row of 4 doubles, the fields of `_rule.Measured`."""
+        """For each layer a row of 4 doubles, the fields of `formula.Measured`."""
 
     def nonfinite(self, norms: bytearray) -> list[int]:
         """The rows of the layers that would get an infinite or NaN weight or velocity.

@@ -12,8 +12,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from lars_tree import _backends, _tree, errors
-from lars_tree._core.wrapper import unwrap
+from lars_tree import _backends, errors
+from lars_tree._backends.wrapper import unwrap
+from lars_tree._tree import structure
 
 Array = np.ndarray[Any, Any]
 
@@ -139,7 +140,7 @@ def times(x: Any, factor: float) -> Any:
 
 def copied(tree: Any) -> Any:
     """The tree with copies of its arrays, in the memory layouts of the originals."""
-    return _tree.rebuild(tree, [_copy(x) for x in _tree.leaves(tree)])
+    return structure.rebuild(tree, [_copy(x) for x in structure.leaves(tree)])
 
 
 def _copy(x: Any) -> Any:

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from lars_tree import _backends, _show, _tree, errors
-from lars_tree._core.wrapper import unwrap
+from lars_tree import _backends, errors
+from lars_tree._backends.wrapper import unwrap
+from lars_tree._display import show
+from lars_tree._tree import nodes, structure
 from lars_tree.errors import Line
 from lars_tree.testing import _arrays
 from lars_tree.testing._arrays import Array
@@ -43,7 +45,7 @@ def assert_identical(actual: Any, expected: Any, *, check_type: bool = True) -> 
     Raises:
         AssertionError: It names every path that differs.
     """
-    with _tree.explaining({"actual": actual, "expected": expected}):
+    with structure.explaining({"actual": actual, "expected": expected}):
         _raise("actual is not identical to expected", differences(actual, expected, check_type))
 
 
@@ -58,16 +60,16 @@ def differences(
 ) -> Iterator[Line]:
     """The paths at which two trees differ, and how; without `values`, elements are not compared."""
     same_type = lambda x, y: type(x) is type(y)  # noqa: E731
-    for path, wanted, found, what in _tree.side_by_side(expected, actual, same_type):
+    for path, wanted, found, what in structure.side_by_side(expected, actual, same_type):
         text = ""
         if what == "leaves":
             text = _leaf_difference(found, wanted, check_type, values)
         elif what == "order":
-            keys = [[key for key, _ in _tree.children(node)] for node in (wanted, found)]
+            keys = [[key for key, _ in nodes.children(node)] for node in (wanted, found)]
             orders = [errors.enumerated(each, shown=repr) for each in keys]
             text = f"expected the keys in the order {orders[0]}, got {orders[1]}"
         elif what != "missing":  # missing keys are listed at their parents
-            text = _tree.mismatch(wanted, found, what)
+            text = structure.mismatch(wanted, found, what)
         if text:
             yield path, text
 
@@ -78,14 +80,14 @@ def _leaf_difference(actual: Any, expected: Any, check_type: bool, values: bool)
     backends = [_backends.find(unwrap(x)) for x in (actual, expected)]
     if None in backends:
         same = backends == [None, None] and _same_object(actual, expected)
-        return "" if same else f"expected {_show.leaf(expected)}, got {_show.leaf(actual)}"
+        return "" if same else f"expected {show.leaf(expected)}, got {show.leaf(actual)}"
     facts = [b.facts(unwrap(x)) for b, x in zip(backends, (actual, expected), strict=True) if b]
     if not check_type:
         facts = [x._replace(dtype=_dtype_name(x.dtype), device=None) for x in facts]
     if facts[0] != facts[1]:
-        shown = [_show.leaf(x) for x in (expected, actual)]
+        shown = [show.leaf(x) for x in (expected, actual)]
         if shown[0] == shown[1]:
-            shown = [f"{_show.leaf(x)} on {unwrap(x).device}" for x in (expected, actual)]
+            shown = [f"{show.leaf(x)} on {unwrap(x).device}" for x in (expected, actual)]
         return f"expected {shown[0]}, got {shown[1]}"
     return _element_difference(actual, expected) if values else ""
 
@@ -189,27 +191,27 @@ def assert_close_ulp(
     Raises:
         AssertionError: It names every path that differs, and the worst element of each array.
     """
-    with _tree.explaining({"actual": actual, "expected": expected}):
-        mismatch = list(_tree.differences(expected, actual, exact=True))
+    with structure.explaining({"actual": actual, "expected": expected}):
+        mismatch = list(structure.differences(expected, actual, exact=True))
     if mismatch:
         raise AssertionError(errors.message("actual", "actual does not match expected", mismatch))
-    actuals = _tree.broadcast("actual", expected, actual, exact=True)
-    scales = _tree.broadcast("scale", expected, scale, to="expected")
-    rows = zip(_tree.walk(expected), actuals, scales, strict=True)
+    actuals = structure.broadcast("actual", expected, actual, exact=True)
+    scales = structure.broadcast("scale", expected, scale, to="expected")
+    rows = zip(structure.walk(expected), actuals, scales, strict=True)
     lines = ((path, _excess(a, e, ulp, size, dtype)) for (path, e), a, size in rows)
     _raise(f"actual is not within {ulp:g} ulp of expected", ((p, t) for p, t in lines if t))
 
 
 def _excess(actual: Any, expected: Any, ulp: float, scale: Any, dtype: Any) -> str:
     """The text about elements that are too far off, if there are any."""
-    different = f"expected {_show.leaf(expected)}, got {_show.leaf(actual)}"
+    different = f"expected {show.leaf(expected)}, got {show.leaf(actual)}"
     if actual is None or expected is None:
         return "" if actual is expected else different
     a, e = (_arrays.to_numpy(x) for x in (actual, expected))
     if a.shape != e.shape:
         return different
     if a.dtype.kind not in "fc":
-        return f"{_show.leaf(actual)} has no ulp"
+        return f"{show.leaf(actual)} has no ulp"
     x, y = _real_parts(a), _real_parts(e)
     sizes = y if scale is None else np.broadcast_to(_arrays.to_numpy(scale), a.shape)
     if scale is not None and x.ndim > a.ndim:

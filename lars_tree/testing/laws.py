@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from lars_tree import _backends, _tree, errors
-from lars_tree._core.wrapper import unwrap
+from lars_tree import _backends, errors
+from lars_tree._backends.wrapper import unwrap
+from lars_tree._tree import structure
 from lars_tree.testing import _arrays
 from lars_tree.testing.assertions import assert_close_ulp, assert_identical, differences
 from lars_tree.testing.strategies import shuffled
@@ -45,7 +46,7 @@ def keeps_the_structure(trial: Trial) -> None:
     w, dcdw = trial.pair()
     new = trial(w, dcdw, 0.5)
     lines = list(differences(new, w, check_type=False, values=False))
-    for (path, x), y in zip(_tree.walk(w), _tree.leaves(new), strict=not lines):
+    for (path, x), y in zip(structure.walk(w), structure.leaves(new), strict=not lines):
         libraries = [getattr(_backends.find(unwrap(z)), "name", None) for z in (x, y)]
         if libraries[0] != libraries[1]:
             lines.append((path, f"expected an array of {libraries[0]}, got {errors.describe(y)}"))
@@ -87,7 +88,7 @@ def depends_on_its_arguments_alone(trial: Trial) -> None:
 def leaves_weights_without_a_gradient(trial: Trial) -> None:
     """Weights whose gradient is None stay unchanged, and do not decay."""
     w, dcdw = trial.pair()
-    count = len(_tree.leaves(dcdw))
+    count = len(structure.leaves(dcdw))
     missing = trial.draw(st.lists(st.booleans(), min_size=count, max_size=count), "missing")
     partial = mapped(lambda g, no: None if no else g, dcdw, missing)
     new, full = (trial(w, g, 0.5, decay_lambda=0.5) for g in (partial, dcdw))
@@ -104,11 +105,11 @@ def is_the_same_in_place(trial: Trial) -> None:
     w, dcdw = trial.pair()
     expected = trial(w, dcdw, 0.5)
     target = _arrays.copied(w)
-    arrays = _tree.leaves(target)
+    arrays = structure.leaves(target)
     result = trial.update(target, _arrays.copied(dcdw), 0.5, out=target)
     assert result is target, f"expected w itself, got {errors.describe(result)}"
-    same(_tree.rebuild(w, arrays), expected)
-    kept = all(x is y for x, y in zip(_tree.leaves(target), arrays, strict=True))
+    same(structure.rebuild(w, arrays), expected)
+    kept = all(x is y for x, y in zip(structure.leaves(target), arrays, strict=True))
     assert kept, "w holds other arrays than before"
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lars_tree import _nodes, _tree
+from lars_tree._tree import nodes, structure
+from lars_tree._tree.nodes import is_container, replace_children, with_items
 from lars_tree.container import Container
 from lars_tree.testing import _arrays
 
@@ -245,9 +246,9 @@ def _node(cls: type, keys: Strategy, children: Strategy) -> Strategy:
 
 @st.composite
 def _tied(draw: Draw, tree: Any) -> Any:
-    found = _tree.leaves(tree)
+    found = structure.leaves(tree)
     indices = [draw(st.just(i) | st.integers(0, i)) for i in range(len(found))]
-    return _tree.rebuild(tree, [found[i] for i in indices])
+    return structure.rebuild(tree, [found[i] for i in indices])
 
 
 def containers(
@@ -318,9 +319,9 @@ def weights_and_gradients(
 
     def make(draw: Draw) -> tuple[Any, Any]:
         tree = draw(trees)
-        leaves = _tree.leaves(tree)
-        w = _tree.rebuild(tree, [pair.w for pair in leaves])
-        dcdw = _tree.rebuild(tree, [pair.dcdw for pair in leaves])
+        leaves = structure.leaves(tree)
+        w = structure.rebuild(tree, [pair.w for pair in leaves])
+        dcdw = structure.rebuild(tree, [pair.dcdw for pair in leaves])
         return w, draw(shuffled(dcdw)) if shuffle_keys else dcdw
 
     return drawn(make)
@@ -334,23 +335,23 @@ def shuffled(tree: Any) -> Strategy:
 @st.composite
 def _rebuilt(draw: Draw, node: Any, cut: Strategy | None) -> Any:
     """The node with its keys in any order, and with values of `cut` in place of any nodes."""
-    if cut is not None and (_tree.is_leaf(node) or not draw(st.booleans())):
+    if cut is not None and (structure.is_leaf(node) or not draw(st.booleans())):
         return draw(cut)
-    if _tree.is_leaf(node):
+    if structure.is_leaf(node):
         return node
-    children = [draw(_rebuilt(child, cut)) for _, child in _tree.children(node)]
-    return _reordered(draw, _nodes.replace_children(node, children))
+    children = [draw(_rebuilt(child, cut)) for _, child in nodes.children(node)]
+    return _reordered(draw, replace_children(node, children))
 
 
 def _reordered(draw: Draw, node: Any) -> Any:
     """A dict or Container with its keys in any order; other nodes unchanged."""
     cls = type(node)
-    if cls not in (dict, OrderedDict, defaultdict) and not _nodes.is_container(node):
+    if cls not in (dict, OrderedDict, defaultdict) and not is_container(node):
         return node
-    items = dict(draw(st.permutations(list(_tree.children(node)))))
+    items = dict(draw(st.permutations(list(nodes.children(node)))))
     if cls is defaultdict:
         return defaultdict(node.default_factory, items)
-    return OrderedDict(items) if cls is OrderedDict else _nodes.with_items(node, items)
+    return OrderedDict(items) if cls is OrderedDict else with_items(node, items)
 
 
 def prefixes_of(tree: Any, values: Strategy | None = None) -> Strategy:

@@ -16,7 +16,7 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lars_tree import _tree
+from lars_tree._tree import nodes, structure
 from lars_tree.testing import _arrays, strategies
 from lars_tree.testing._arrays import Array
 from lars_tree.testing.assertions import assert_close_ulp
@@ -66,7 +66,7 @@ class Domain:
         nested = strategies.weights_and_gradients(
             layers, keys=keys, node_types=self.node_types, max_leaves=4
         )
-        return nested.filter(lambda pair: not _tree.is_leaf(pair[0]))
+        return nested.filter(lambda pair: not structure.is_leaf(pair[0]))
 
 
 class Trial:
@@ -121,7 +121,7 @@ class Trial:
             ulp: The largest accepted distance; None means that of the domain for the dtype.
         """
         domain = self.domain
-        for (path, x), g in zip(_tree.walk(w), _tree.leaves(dcdw), strict=True):
+        for (path, x), g in zip(structure.walk(w), structure.leaves(dcdw), strict=True):
             old, gradient = (_arrays.to_numpy(y).ravel().tolist() for y in (x, g))
             options = lr, decay_lambda, domain.trust_coefficient, None, domain.joint_norm
             expected, scale = exact_step(old, gradient, *options)
@@ -137,7 +137,9 @@ class Trial:
             scale: For each element, the size at which an ulp is measured.
             ulp: As in `assert_rule`.
         """
-        rows = zip(_tree.walk(w), _tree.leaves(expected), _tree.leaves(scale), strict=True)
+        rows = zip(
+            structure.walk(w), structure.leaves(expected), structure.leaves(scale), strict=True
+        )
         for (path, x), y, size in rows:
             self._assert_leaf_close(path, x, new, y, size, ulp)
 
@@ -194,7 +196,7 @@ def _norm(values: Array) -> Decimal:
 def at(tree: Any, path: Any) -> Any:
     """The leaf at a path."""
     for key in path:
-        tree = dict(_tree.children(tree))[key]
+        tree = dict(nodes.children(tree))[key]
     return tree
 
 
@@ -207,5 +209,5 @@ def _nested(path: Any, leaf: Any) -> Any:
 
 def mapped(fn: Callable[..., Any], *trees: Any) -> Any:
     """A tree like the first one, of fn(leaf, ...) over the leaves of all trees."""
-    leaves = zip(*map(_tree.leaves, trees), strict=True)
-    return _tree.rebuild(trees[0], [fn(*row) for row in leaves])
+    leaves = zip(*map(structure.leaves, trees), strict=True)
+    return structure.rebuild(trees[0], [fn(*row) for row in leaves])

@@ -15,7 +15,7 @@ from leaks import CALLS, check, expecting, raising, returning
 from native_steps import numpy_reader, stepped, taken
 
 from lars_tree import _native
-from lars_tree._rule import Rule
+from lars_tree._numerics.formula import Rule
 
 
 def leaves(**changes):
@@ -226,7 +226,7 @@ def test_momentum_leaks_nothing(name):
 
 def tensor_leaves(**changes):
     torch = need("torch")
-    from lars_tree._backends.reader import _EXCHANGE, TENSOR_TYPES
+    from lars_tree._backends.torch.reader import _EXCHANGE, TENSOR_TYPES
 
     if _EXCHANGE is None:
         pytest.skip("this torch has no exchange of tensors")

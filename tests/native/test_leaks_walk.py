@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from leaks import check, expecting, raising, returning
 
-from lars_tree import _native, _tree
+from lars_tree import _native
+from lars_tree._tree import structure
 
 
 class Key:
@@ -45,14 +46,14 @@ def without(tree, key):
     return {k: v for k, v in tree.items() if k is not key}
 
 
-def walk(*trees, kind_of=_tree._kind, others=None, exact=False):
+def walk(*trees, kind_of=structure.kind_of, others=None, exact=False):
     found = []
     if len(trees) == 1:
-        others = others or _tree._collect_in_python
-        _native.kernel.collect(*trees, found, _tree._KINDS, kind_of, others)
+        others = others or structure._collect_in_python
+        _native.kernel.collect(*trees, found, structure.KINDS, kind_of, others)
         return None
-    others = others or _tree._match_in_python
-    return _native.kernel.match(*trees, found, exact, _tree._KINDS, kind_of, others)
+    others = others or structure._match_in_python
+    return _native.kernel.match(*trees, found, exact, structure.KINDS, kind_of, others)
 
 
 def changing(tree):

@@ -1,0 +1,1 @@
+"""The twin: the engine for CPU memory in numpy."""

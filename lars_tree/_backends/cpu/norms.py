@@ -1,0 +1,227 @@
+"""The norms of arrays in CPU memory, read in pieces, for `cpu.py`.
+
+Squares are added by the same operations in the same order as in `_native/kernel.hpp`, so both give
+the same bits; `tests/test_native.py` compares them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lars_tree._numerics import bfloat16, formula
+from lars_tree._numerics.double_double import (
+    SPLITTER,
+    DoubleDouble,
+    fast_two_sum,
+    two_product,
+    two_sum,
+)
+from lars_tree._numerics.formula import Rule
+
+Array = np.ndarray[Any, Any]
+Precision = type[np.floating[Any]]  # the type in which to compute: float64 or longdouble
+
+_LANES = 16
+_MIN_CHUNK = 1 << 14
+_MAX_CHUNKS = 1 << 14
+
+# A sum of squares between these lost nothing to overflow, and nothing that counts to underflow.
+_SAFE_SUM = (2.0**-900, 2.0**1000)
+
+# From norms of elements shorter than double, and options between these, no coefficient leaves the
+# range of double, nor has a rounding error that is visible in the result.
+_MODERATE = (2.0**-100, 2.0**100)
+
+# The exponent of the largest element of a scaled joint gradient: squares are in range, and small
+# elements keep their digits.
+_JOINT_EXPONENT = 480
+
+
+def precision_for(*arrays: Array) -> Precision:
+    is_long = any(x.dtype.itemsize > (16 if x.dtype.kind == "c" else 8) for x in arrays)
+    return np.longdouble if is_long else np.float64
+
+
+class Norms(NamedTuple):
+    """The norms of a layer; None where the rule does not adapt.
+
+    Attributes:
+        number: The type of the norms, in which coefficients are computed: float or DoubleDouble.
+        w: The norm of w.
+        dcdw: The norm of dcdw; with `joint_norm` that of the joint gradient.
+        joint: The joint gradient.
+    """
+
+    number: Any
+    w: Any = None
+    dcdw: Any = None
+    joint: JointGradient | None = None
+
+    def numbers(self, rule: Rule) -> Rule:
+        """The rule with its numbers in the type of the norms."""
+        names = (*formula.NUMBERS, "lr_after_momentum")
+        return rule._replace(**{name: self.number(getattr(rule, name)) for name in names})
+
+    def trust_ratio(self, rule: Rule, clip: bool = True) -> Any:
+        numbers, one = self.numbers(rule), self.number(1)
+        choose = lambda condition, a, b: a if condition else b  # noqa: E731
+        return formula.trust_ratio(self.w, self.dcdw, numbers, choose, one, clip)
+
+
+def norms_of(w: Any, dcdw: Any, precision: Precision, rule: Rule) -> Norms:
+    if not rule.adapt:
+        return Norms(DoubleDouble)
+    number = _number_type(w, dcdw, rule)
+    w_norm = _norm(w, precision, number)
+    if not formula.is_joint(rule):
+        return Norms(number, w_norm, _norm(dcdw, precision, number))
+    joint = JointGradient(w, dcdw, precision, rule)
+    if number is float:
+        return Norms(number, w_norm, _norm(joint, precision, number), joint)
+    scaled = joint.scaled()
+    if scaled is None:  # infinite, or NaN
+        square, _ = _sum_of_squares(joint, precision)
+        return Norms(number, w_norm, DoubleDouble(math.sqrt(square)), joint)
+    norm = _from_pair(_sum_of_squares(scaled, precision)).sqrt().scaled(scaled.exponent)
+    return Norms(number, w_norm, norm, scaled)
+
+
+class JointGradient:
+    """dcdw + decay_lambda * grad_scale * w, whose norm `joint_norm` uses; computed piece by piece.
+
+    Each element has a single rounding, also where the two terms cancel. The gradient is the result
+    times 2**exponent; the exponent is 0 unless the sum was scaled to stay in range.
+    """
+
+    def __init__(
+        self, w: Any, dcdw: Any, precision: Precision, rule: Rule, exponent: int | None = None
+    ) -> None:
+        self.arrays = w, dcdw, precision, rule
+        self.dtype = dtype_of(w)
+        self.exponent = exponent or 0
+        self.decay = DoubleDouble(rule.decay_lambda) * DoubleDouble(rule.grad_scale)
+        self.shifts, shift = (0, 0), self.decay.exponent
+        if exponent is not None:
+            self.shifts, shift = (self.decay.exponent - exponent, -exponent), 0
+        self.high, self.low = (np.ldexp(x, shift) for x in (self.decay.high, self.decay.low))
+
+    def __len__(self) -> int:
+        return len(self.arrays[0])
+
+    def __getitem__(self, piece: slice) -> Array:
+        *arrays, precision, rule = self.arrays
+        w, dcdw = (read_piece(x, piece, precision) for x in arrays)
+        if any(self.shifts):
+            w, dcdw = np.ldexp(w, self.shifts[0]), np.ldexp(dcdw, self.shifts[1])
+        splitter = SPLITTER if precision is np.float64 else 2.0**32 + 1
+        product, error = two_product(self.high, w, splitter)
+        total, rest = two_sum(-dcdw if rule.maximize else dcdw, product)
+        exact: Array = total + (rest + (error + self.low * w))
+        return np.where(np.isfinite(exact), exact, total)
+
+    def scaled(self) -> JointGradient | None:
+        """The same sum without overflow or underflow; None where elements are not finite."""
+        *arrays, precision, _ = self.arrays
+        largest = [_largest(x, precision) for x in arrays]
+        if not np.isfinite(largest).all():
+            return None
+        bounds = zip(largest, (self.decay.exponent + 1, 0), strict=True)
+        exponents = [int(np.frexp(x)[1]) + exponent for x, exponent in bounds if x]
+        exponent = max(exponents, default=0) - _JOINT_EXPONENT
+        return JointGradient(*self.arrays, exponent=exponent)
+
+
+def _number_type(w: Any, dcdw: Any, rule: Rule) -> Any:
+    names = (*formula.NUMBERS, *(["lr_after_momentum"] if rule.trust_clip else []))
+    values = (getattr(rule, name) for name in names)
+    short = all(dtype_of(x).itemsize <= (8 if dtype_of(x).kind == "c" else 4) for x in (w, dcdw))
+    is_moderate = all(x == 0 or _MODERATE[0] < x < _MODERATE[1] for x in values)
+    return float if short and is_moderate else DoubleDouble
+
+
+def _norm(flat: Any, precision: Precision, number: Any) -> Any:
+    total = _sum_of_squares(flat, precision)
+    if number is float:
+        return math.sqrt(total[0])
+    if _SAFE_SUM[0] < total[0] < _SAFE_SUM[1]:
+        return _from_pair(total).sqrt()
+    largest = _largest(flat, precision)
+    if largest == 0 or not np.isfinite(largest):
+        return DoubleDouble(float(largest))
+    exponent = int(np.frexp(largest)[1])
+    return _from_pair(_sum_of_squares(flat, precision, -exponent)).sqrt().scaled(exponent)
+
+
+def _largest(flat: Any, precision: Precision) -> Any:
+    largest = precision(0)
+    for piece in pieces(flat):
+        values = np.abs(read_piece(flat, piece, precision))
+        largest = np.maximum(largest, np.max(values, initial=0))
+    return largest
+
+
+def _sum_of_squares(flat: Any, precision: Precision, exponent: int = 0) -> tuple[Any, Any]:
+    """The sum of the squares of the elements times 2**exponent, and its rounding error.
+
+    Within a chunk, rows of 16 are added by pairwise summation, as if rows of zeros followed up to
+    the next power of two; then the 16 lanes, and the chunks in their order, with the rounding
+    errors.
+    """
+    total = (precision(0), precision(0))
+    for piece in pieces(flat):
+        values = read_piece(flat, piece, precision)
+        if exponent:
+            values = np.ldexp(values, exponent)
+        count = 1 << (-(-values.size // _LANES) - 1).bit_length()
+        rows = np.zeros((count, _LANES), precision)
+        np.square(values, out=rows.reshape(-1)[: values.size])
+        while len(rows) > 1:
+            rows = rows[0::2] + rows[1::2]
+        high, low = rows[0], np.zeros(_LANES, precision)
+        while len(high) > 1:
+            high, low = _add((high[0::2], low[0::2]), (high[1::2], low[1::2]))
+        total = _add(total, (high[0], low[0]))
+    # Where the sum is infinite or NaN, the rounding errors are NaN.
+    return fast_two_sum(*total) if np.isfinite(total[0]) else (total[0], precision(0))
+
+
+def _add(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
+    total, error = two_sum(a[0], b[0])
+    return total, error + (a[1] + b[1])
+
+
+def _from_pair(pair: tuple[Any, Any]) -> DoubleDouble:
+    """The sum of two numbers of any precision, the second far smaller."""
+    mantissa, exponent = np.frexp(pair[0])
+    high = float(mantissa)
+    low = float((mantissa - high) + np.ldexp(pair[1], -exponent))
+    return DoubleDouble(*fast_two_sum(high, low), int(exponent))
+
+
+def pieces(flat: Any) -> Iterator[slice]:
+    """Slices of one chunk each; the chunks of the largest arrays are larger, as in the kernel."""
+    parts = 2 if dtype_of(flat).kind == "c" else 1
+    size, chunk = len(flat) * parts, _MIN_CHUNK
+    while size // chunk > _MAX_CHUNKS:
+        chunk *= 2
+    chunk //= parts
+    return (slice(i, i + chunk) for i in range(0, len(flat), chunk))
+
+
+def dtype_of(flat: Any) -> np.dtype[Any]:
+    dtype: np.dtype[Any] = flat.base.dtype if isinstance(flat, np.flatiter) else flat.dtype
+    return dtype
+
+
+def read_piece(flat: Any, piece: slice, precision: Precision) -> Array:
+    """A piece in this precision; complex elements as pairs of real ones."""
+    x: Array = flat[piece]
+    if x.dtype.kind == "u":
+        return bfloat16.decode(x).astype(precision, copy=False)
+    if x.dtype.kind == "c":
+        return x.astype(np.result_type(precision, np.complex64)).view(precision)
+    return x.astype(precision, copy=False)

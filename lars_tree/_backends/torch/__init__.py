@@ -1,0 +1,1 @@
+"""Torch tensors: their backend, and the engines for devices and shards."""

@@ -1,0 +1,60 @@
+"""Numpy views of the CPU memory of torch tensors."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lars_tree._backends.memory import NumpyArray
+
+NUMPY_TYPES = {
+    torch.float16: "f2",
+    torch.bfloat16: "u2",
+    torch.float32: "f4",
+    torch.float64: "f8",
+    torch.complex64: "c8",
+    torch.complex128: "c16",
+}
+
+
+def bytes_needed(x: Tensor) -> int:
+    """The size that its storage must have to hold a tensor."""
+    if x.numel() == 0:
+        return 0
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return int((x.storage_offset() + last + 1) * x.element_size())
+
+
+def view(x: Tensor) -> NumpyArray:
+    """A numpy view for `cpu.update`, with the bits of bfloat16.
+
+    Not by `x.numpy()`, after which the storage can never be resized or freed.
+    """
+    x = x.detach().resolve_conj().resolve_neg()
+    if not x.numel():
+        return np.empty(x.shape, NUMPY_TYPES[x.dtype])
+    return np.asarray(Address(x, NUMPY_TYPES[x.dtype]))
+
+
+def bits(x: Tensor) -> NumpyArray:
+    """A numpy view of the bits of a tensor of any dtype, to copy from or to."""
+    x = x.detach().resolve_conj().resolve_neg()
+    size = x.element_size()
+    typestr = f"u{size}" if size <= 8 else f"c{size}"
+    return np.asarray(Address(x, typestr)) if x.numel() else np.empty(x.shape, typestr)
+
+
+class Address:
+    """The memory of a tensor by numpy's protocol; without a typestr, it must not be read."""
+
+    def __init__(self, x: Tensor, typestr: str | None = None) -> None:
+        size = x.element_size()
+        self._keep = x  # numpy's view keeps this object alive, and so the memory
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": tuple(x.shape),
+            "strides": tuple(stride * size for stride in x.stride()),
+            "typestr": typestr or f"|V{size}",
+            "data": (x.data_ptr(), typestr is None),
+        }

@@ -1,0 +1,79 @@
+"""The foreach engine: updates many torch tensors at once, by multi-tensor operations.
+
+For torch optimizers with parameters on accelerators, or with foreach=True. It replaces the full
+checks, which would take longer than the step on a device, by a cheap pre-check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lars_tree._backends.base import Leaf
+from lars_tree._backends.torch.addresses import NUMPY_TYPES
+from lars_tree._backends.torch.backend import BACKEND, is_in_cpu_memory, results_in_place
+from lars_tree._backends.torch.sharded import is_sharded, partial_fault, shard_of, sharding_of
+from lars_tree._backends.torch.stand_ins import TENSOR_TYPES
+
+
+class Foreach(NamedTuple):
+    """`base.Engine` for torch tensors.
+
+    Attributes:
+        indices: The indices of its leaves.
+        one_by_one: Whether to update leaf by leaf, which needs less memory.
+        unless: A number on a device: unless it is 0, the old values are kept.
+    """
+
+    indices: Collection[int]
+    one_by_one: bool
+    unless: Tensor | None
+
+    def trusted(self, leaves: list[Leaf]) -> list[Leaf]:
+        """The tensors on devices, if the cheap pre-check passes; CPU tensors are fully checked."""
+        ours = [leaf for leaf in leaves if leaf.leaf_index in self.indices]
+        if not _look_right(ours):
+            return []
+        return [leaf for leaf in ours if not is_in_cpu_memory(leaf.w)]
+
+    def results(self, leaves: list[Leaf]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs of a tensor to write to and its new values; never waits for a device."""
+        if not self.one_by_one:
+            yield from zip(*results_in_place(leaves, self.unless), strict=True)
+            return
+        for leaf in leaves:  # the results are held in the dtypes of `out`, to save memory
+            for out, new in zip(*results_in_place([leaf], self.unless), strict=True):
+                yield out, new.to(out.dtype)
+
+
+def _look_right(leaves: list[Leaf]) -> bool:
+    """A cheap pre-check of whether tensors fit together; the full checks report what is wrong.
+
+    It does not find tensors that overlap but start at different addresses.
+    """
+    starts = []
+    for leaf in leaves:
+        w, velocity, axis = leaf.w, leaf.velocity, leaf.rule.layer_axis
+        expected_kind = _kind(w)
+        for x in (leaf.dcdw, w if velocity is None else velocity):
+            if not isinstance(x, Tensor) or _kind(x) != expected_kind:
+                return False
+        expected = (BACKEND.velocity_dtype(w), sharding_of(w))
+        if velocity is not None and (velocity.dtype, sharding_of(velocity)) != expected:
+            return False
+        if w.is_meta or (is_sharded(w) and partial_fault(w)):
+            return False
+        if w.dtype not in NUMPY_TYPES or not (axis is None or -w.ndim <= axis < w.ndim):
+            return False
+        local = shard_of(w)
+        if type(local) not in TENSOR_TYPES:
+            return False  # a subclass may stand for another tensor
+        if local.numel():
+            starts.append(local.data_ptr())
+    return len(starts) == len(set(starts))
+
+
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.device, x.is_complex(), is_sharded(x) and x.device_mesh

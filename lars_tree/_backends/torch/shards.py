@@ -1,0 +1,207 @@
+"""DTensor shards in CPU memory, updated by the native engine.
+
+The layers in this process become layers of the plan of the update. The plan computes their norms;
+the squares are added up over the processes, as in `sharded.py`, before the plan is applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lars_tree._backends.base import Leaf, StepResult
+from lars_tree._backends.memory import NumpyArray
+from lars_tree._backends.torch.reader import READER
+from lars_tree._backends.torch.sharded import (
+    SAFE_SUM,
+    SCALES,
+    add_up,
+    groups_of,
+    has_part,
+    is_sharded,
+    layers_here,
+    partial_fault,
+    shard_of,
+)
+from lars_tree._backends.torch.stand_ins import TENSOR_TYPES
+from lars_tree._backends.torch.tensors import bump_versions, leaf_like, targets
+from lars_tree._numerics.formula import Rule
+
+if TYPE_CHECKING:
+    from lars_tree._native._kernel import Plan
+
+_EXPONENTS = np.log2(SCALES)
+
+
+class Shards:
+    """`base.Shards` for DTensors."""
+
+    def __init__(self, plan: Plan, steps_in_memory: Callable[[Leaf], bool]) -> None:
+        self.results: dict[int, StepResult] = {}
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        self._plan = plan
+        self._steps_in_memory = steps_in_memory
+        self._parts: list[_Part] = []
+        self._written: list[Tensor] = []
+
+    @property
+    def leaf_indices(self) -> dict[int, int]:
+        return {row: part.leaf.leaf_index for part in self._parts for row in part.rows}
+
+    def trust(self, leaves: list[Leaf]) -> list[Leaf]:
+        leaves = [leaf for leaf in leaves if _looks_right(leaf)]
+        results = [targets(leaf) for leaf in leaves]
+        columns = _Columns([], [], [], [], [])
+        for leaf, new in zip(leaves, results, strict=True):
+            columns.add(list(map(shard_of, (leaf.w, leaf.dcdw, *new))), leaf.rule)
+        first = len(self._plan.indices)
+        rest = set(self._plan.prepare(READER, *columns))
+        taken = [i for i in range(len(leaves)) if i not in rest]
+        for row, i in enumerate(taken, first):
+            self._keep(leaves[i], results[i], range(row, row + 1))
+        return [leaves[i] for i in taken]
+
+    def take(self, leaves: list[Leaf]) -> None:
+        with torch.no_grad():
+            for leaf in leaves:
+                if is_sharded(leaf.w) and leaf.w.is_cpu and self._steps_in_memory(leaf):
+                    self._take(leaf, targets(leaf))
+
+    def _take(self, leaf: Leaf, new: StepResult) -> None:
+        first = len(self._plan.indices)
+        columns = _Columns([], [], [], [], [])
+        for *tensors, rule in layers_here(leaf, new):
+            readable = [None if x is None else _readable(x) for x in tensors]
+            if leaf.out is leaf.w:
+                readable[0] = readable[2]
+            pairs = zip(tensors[2:], readable[2:], strict=True)
+            self.copies += (pair for pair in pairs if pair[0] is not pair[1])
+            options = rule._asdict().items()
+            numbers: Any = {name: float(x) for name, x in options if isinstance(x, Tensor)}
+            columns.add(readable, rule._replace(stop_gradients=True, **numbers))
+        rest = self._plan.prepare(READER, *columns)
+        assert not rest, "checked arrays are readable"
+        self._keep(leaf, new, range(first, first + len(columns.ws)))
+
+    def _keep(self, leaf: Leaf, new: StepResult, rows: range) -> None:
+        self._parts.append(_Part(leaf, rows))
+        if leaf.out is None:
+            self.results[leaf.leaf_index] = StepResult(leaf_like(new.w, leaf.w), new.velocity)
+        else:
+            self.results[leaf.leaf_index] = new
+            self._written += (x for x in new if x is not None)
+
+    def reduce(self, norms: bytearray) -> None:
+        parts = [part for part in self._in_order() if part.leaf.rule.adapt]
+        groups = _groups((part.leaf.w, part.leaf.rule.layer_axis) for part in parts)
+        # The norms of a leaf that is not shared with other processes are complete.
+        shared = [(part.rows, some) for part, some in zip(parts, groups, strict=True) if some]
+        indices = [row for rows, _ in shared for row in rows]
+        table = np.frombuffer(norms).reshape(-1, _ROW)
+        squares = torch.from_numpy(_squares(table[indices]))
+        add_up(squares, ((len(rows), some) for rows, some in shared))
+        table[indices, :_COLUMNS] = _roots(squares.numpy())
+
+    def agree(self, bad: set[int]) -> set[int]:
+        leaves = [part.leaf for part in self._in_order()]
+        leaves = [leaf for leaf in leaves if leaf.rule.nonfinite != "propagate"]
+        flags = torch.tensor([float(leaf.leaf_index in bad) for leaf in leaves])
+        add_up(flags, ((1, some) for some in _groups((leaf.w, None) for leaf in leaves)))
+        return bad.union(
+            leaf.leaf_index for leaf, flag in zip(leaves, flags, strict=True) if flag > 0
+        )
+
+    def announce(self) -> None:
+        bump_versions([*self._written, *map(shard_of, self._written)])
+
+    def _in_order(self) -> list[_Part]:
+        """In leaf order, which is the same in all processes, whatever each of them trusts."""
+        return sorted(self._parts, key=lambda part: part.leaf.leaf_index)
+
+
+class _Part(NamedTuple):
+    """A leaf, and the rows of the plan with its layers in this process."""
+
+    leaf: Leaf
+    rows: range
+
+
+class _Columns(NamedTuple):
+    """The arguments of `Plan.prepare`."""
+
+    ws: list[Any]
+    dcdws: list[Any]
+    outs: list[Any]
+    rules: list[Rule]
+    velocities: list[Any]
+
+    def add(self, tensors: list[Any], rule: Rule) -> None:
+        for column, x in zip(self, [*tensors[:3], rule, *tensors[3:]], strict=True):
+            column.append(x)
+
+
+def _looks_right(leaf: Leaf) -> bool:
+    """Whether the tensors of a leaf are sharded alike; the plan itself looks at the shards."""
+    w = leaf.w
+    if leaf.dcdw is None or not is_sharded(w) or not w.is_cpu or partial_fault(w):
+        return False
+    if not has_part(w):
+        return False
+    ours, shape = w._spec, w.shape
+    for x in (leaf.dcdw, leaf.velocity, leaf.out):
+        if x is None or x is w:
+            continue
+        if not is_sharded(x) or x.shape != shape:
+            return False
+        spec = x._spec
+        if spec.placements != ours.placements or spec.mesh != ours.mesh:
+            return False
+    return True
+
+
+def _groups(given: Iterable[tuple[Any, int | None]]) -> list[list[Any]]:
+    """The groups of each DTensor with its layer axis."""
+    known: dict[Any, list[Any]] = {}
+    found = []
+    for w, axis in given:
+        key = id(w.device_mesh), w.placements, None if axis is None else axis % w.ndim
+        if key not in known:
+            known[key] = groups_of(w, axis)
+        found.append(known[key])
+    return found
+
+
+def _readable(x: Tensor) -> Tensor:
+    """The tensor if the kernel can read it, otherwise a contiguous copy."""
+    is_aligned = x.data_ptr() % x.element_size() == 0
+    if type(x) in TENSOR_TYPES and x.is_contiguous() and is_aligned and not x.is_neg():
+        return x
+    return x.resolve_neg().clone(memory_format=torch.contiguous_format)
+
+
+# A row of the norms of a plan: three numbers for each of w and dcdw, and two more.
+_ROW, _COLUMNS = 8, 6
+
+
+def _squares(rows: NumpyArray) -> NumpyArray:
+    """The squared norms: by layer, w and dcdw, and scale."""
+    high, exponent = (rows[:, i:_COLUMNS:3, None] for i in (0, 2))
+    with np.errstate(all="ignore"):
+        scaled = np.ldexp(high, (exponent + _EXPONENTS).astype(np.intc))
+        squares: NumpyArray = scaled * scaled
+        return squares
+
+
+def _roots(sums: NumpyArray) -> NumpyArray:
+    """The first columns of the rows of norms with these squares."""
+    unscaled, of_large, _ = np.moveaxis(sums, -1, 0)
+    is_safe = (unscaled > SAFE_SUM[0]) & (unscaled < SAFE_SUM[1])
+    which = np.where(is_safe, 0, np.where(of_large > SAFE_SUM[0], 1, 2))
+    high = np.sqrt(np.take_along_axis(sums, which[..., None], -1)[..., 0])
+    found = np.stack([high, np.zeros_like(high), -_EXPONENTS[which]], -1)
+    rows: NumpyArray = found.reshape(-1, _COLUMNS)
+    return rows

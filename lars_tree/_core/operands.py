@@ -1,0 +1,70 @@
+"""Operands: the arrays of leaves with what their libraries report, read once for each array."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from lars_tree import _backends
+from lars_tree._backends.base import Facts, Kind, Leaf
+from lars_tree._backends.memory import NumpyArray
+from lars_tree._core.options import option_name
+
+
+class Operand:
+    """An array and what its library reports about it; or any other object, without a backend."""
+
+    fault: str | None = None
+    # Only set for arrays without a fault:
+    facts = Facts((), Kind.OTHER, None, None)
+    varying: frozenset[Any] = frozenset()
+
+    def __init__(self, x: Any) -> None:
+        self.x = x
+        self.backend = backend = _backends.find(x)
+        if backend is not None:
+            self.fault = backend.fault(x)
+            if not self.fault:
+                self.facts = backend.facts(x)
+                self.varying = backend.varying(x)
+
+    @cached_property
+    def memory(self) -> NumpyArray | None:
+        return None if self.backend is None else self.backend.memory(self.x)
+
+
+class Row(NamedTuple):
+    """A leaf with its operands; `options` are those options that are arrays, by name."""
+
+    leaf: Leaf
+    w: Operand
+    dcdw: Operand
+    out: Operand
+    velocity: Operand
+    options: list[tuple[str, Operand]]
+
+
+def with_operands(leaves: list[Leaf]) -> list[Row]:
+    """The leaves with their operands; an array that many leaves use is read once."""
+    known: dict[int, Operand] = {}
+    options: dict[int, list[tuple[str, Operand]]] = {}
+
+    def read(x: Any) -> Operand:
+        operand = known.get(id(x))
+        if operand is None:
+            operand = known[id(x)] = Operand(x)
+        return operand
+
+    rows = []
+    for leaf in leaves:
+        rule = leaf.rule
+        if id(rule) not in options:
+            given = [(name, x) for name, x in zip(rule._fields, rule, strict=True) if _is_array(x)]
+            options[id(rule)] = [(option_name(name), read(x)) for name, x in given]
+        arrays = (read(leaf.w), read(leaf.dcdw), read(leaf.out), read(leaf.velocity))
+        rows.append(Row(leaf, *arrays, options[id(rule)]))
+    return rows
+
+
+def _is_array(x: Any) -> bool:
+    return _backends.find(x) is not None

@@ -1,0 +1,191 @@
+"""The writes of one update in place: collected first, then made all together or not at all.
+
+Between two instructions, Python may run a signal handler, or raise an exception that another thread
+requested. So CPU memory is written by a single call that executes no Python and allocates nothing:
+`deque` exhausts an iterator of calls of C functions. First the native kernel, which raises before
+it writes or not at all; then the copies of results that were computed before.
+
+Two kinds of arrays need more:
+
+* Arrays that only their library can write: it may fail or run Python. They are written first; their
+  old values are kept, and restored if anything fails.
+* Arrays whose results would take much memory: they are updated in chunks, in a separate thread,
+  where no signal handler runs and which no other thread knows. If memory runs out after the first
+  chunk was written, the update is incomplete: this cannot be prevented.
+
+tests/test_writes.py makes each allocation fail, and interrupts at each moment.
+"""
+
+from __future__ import annotations
+
+import _thread
+import operator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from operator import setitem
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lars_tree._backends.base import Backend, Leaf, StepResult
+from lars_tree._backends.memory import NumpyArray
+
+if TYPE_CHECKING:
+    from lars_tree._native._kernel import Plan
+
+Call = Callable[[], Any]
+
+_call: Callable[[Call], Any] = operator.call
+
+# The most bytes of results to hold until they are written. Arrays beyond that, such as memory maps
+# larger than memory, are updated in chunks.
+MAX_HELD = 2**26
+
+
+class Writes:
+    """The writes of one update.
+
+    Args:
+        plan: The layers that the native kernel updates; more may be added.
+    """
+
+    def __init__(self, plan: Plan | None = None) -> None:
+        self.plan = plan
+        self.norms: bytearray | None = None  # of the plan, if they are known already
+        self._copies: list[tuple[NumpyArray, NumpyArray]] = []
+        self._chunked: list[Call] = []
+        self._foreign: dict[Backend, list[tuple[Any, Any]]] = {}
+        self._shared: dict[Backend, list[Any]] = {}
+        self._last: list[Call] = []
+        self._room = MAX_HELD
+
+    def add(self, backend: Backend, out: Any, x: Any) -> None:
+        """Copy x, of the same shape, to `out`."""
+        memory = backend.copied_memory(out, x)
+        if memory is None:
+            self._foreign.setdefault(backend, []).append((out, x))
+        else:
+            self.copy(*memory)
+            self.announce(backend, [out])
+
+    def result(self, leaf: Leaf, new: StepResult) -> StepResult:
+        """Copy the results to the `out` of the leaf, if it has one; return where they are then."""
+        if leaf.out is None:
+            return new
+        self.add(leaf.backend, leaf.out, new.w)
+        if leaf.velocity is not None:
+            self.add(leaf.backend, leaf.velocity, new.velocity)
+        return StepResult(leaf.out, leaf.velocity)
+
+    def announce(self, backend: Backend, outs: Iterable[Any]) -> None:
+        """Tell a library that these arrays are written to without it."""
+        self._shared.setdefault(backend, []).extend(outs)
+
+    def copy(self, target: NumpyArray, values: NumpyArray) -> None:
+        """Copy values to an array in CPU memory."""
+        self._copies.append((target, np.asarray(values, target.dtype)))
+
+    def holds(self, size: int) -> bool:
+        """Reserve memory for results that are held until they are written, if there is room."""
+        if size > self._room:
+            return False
+        self._room -= size
+        return True
+
+    def step_in_chunks(self, step: Call) -> None:
+        """Add a call that writes while it computes, and only to CPU memory."""
+        self._chunked.append(step)
+
+    def then(self, last: Call) -> None:
+        """Add a last call, of a C function that runs no Python and cannot fail.
+
+        >>> from functools import partial
+        >>> state = {"buffer": None}    # an existing key: setting it allocates no memory
+        >>> writes = Writes()
+        >>> writes.then(partial(setitem, state, "buffer", "new"))
+        >>> writes.make()
+        >>> state
+        {'buffer': 'new'}
+        """
+        self._last.append(last)
+
+    def make(self) -> None:
+        """Write everything, or raise and write nothing."""
+        done = [False]
+        foreign = [(backend, backend.writers(pairs)) for backend, pairs in self._foreign.items()]
+        writers = [write for _, writes in foreign for write in writes]
+        others = bool(self._copies or self._chunked or self._last)
+        if writers and self.plan is not None:
+            others |= bool(self.plan.spans())
+        held: list[Call] = []
+        if writers and len(writers) + others > 1:  # a single write leaves nothing to restore
+            for backend, pairs in self._foreign.items():
+                old = [(out, backend.copy(out, stop_gradients=True)) for out, _ in pairs]
+                held += backend.writers(old)
+        for backend, outs in self._shared.items():
+            backend.announce(outs)
+        write = self._at_once([partial(setitem, done, 0, True)])
+        try:
+            for each in writers:
+                each()
+            if self._chunked:
+                _aside([*self._chunked, write])
+            else:
+                write()
+        except BaseException:
+            if not done[0]:
+                for each in held:
+                    each()
+            raise
+
+    def _at_once(self, last: list[Call]) -> Call:
+        """A call that makes all writes to CPU memory, then these calls, without Python."""
+        calls: list[Call] = []
+        if self.plan is not None:  # first: it raises before it writes, or not at all
+            calls = [self.plan.step if self.norms is None else partial(self.plan.apply, self.norms)]
+        calls += (partial(setitem, target, ..., values) for target, values in self._copies)
+        return partial(deque, map(_call, [*calls, *self._last, *last]), 0)
+
+
+def _aside(calls: list[Call]) -> None:
+    """Make calls in a new thread, where nothing interrupts them, and wait for it."""
+    started, ended = [False], _thread.allocate_lock()
+    failures: list[BaseException] = []
+
+    def work() -> Iterator[None]:
+        try:
+            yield  # an exception requested from outside may be raised in a thread that starts here
+            for each in calls:
+                each()
+        except BaseException as error:  # raised below
+            failures.append(error)
+        finally:
+            ended.release()
+
+    ended.acquire()
+    worker = work()
+    next(worker)
+    start: list[Call] = [
+        partial(_thread.start_new_thread, next, (worker, None)),
+        partial(setitem, started, 0, True),
+    ]
+    try:
+        deque(map(_call, start), 0)  # one C call, so that `started` is always right
+        _wait(ended)
+    except BaseException:
+        if started[0]:
+            _wait(ended)
+        raise
+    if failures:
+        raise failures[0]
+
+
+def _wait(ended: _thread.LockType) -> None:
+    """Wait until a lock was released, even if interrupted; then raise what interrupted it."""
+    try:
+        with ended:
+            pass
+    except BaseException:
+        _wait(ended)
+        raise

@@ -1,0 +1,1 @@
+"""How Containers, tables and differences look: text, rich, HTML."""

@@ -1,0 +1,1 @@
+"""The formula, double-double numbers, bfloat16 and the floating-point environment."""

@@ -1,0 +1,123 @@
+"""LayerTable, the result of `report.layer_table`: shows records, and computes nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from lars_tree import errors
+
+_MOST_LINES = 60
+_MARKDOWN = re.compile(r"([\\`*_\[\]<>|&~$#])")
+
+
+class _Column(NamedTuple):
+    key: str
+    head: str
+    is_text: bool = False
+
+
+_COLUMNS = [
+    _Column("path", "path", True),
+    _Column("shape", "shape", True),
+    _Column("dtype", "dtype", True),
+    _Column("parameters", "parameters"),
+    _Column("w_norm", "|w|"),
+    _Column("g_norm", "|g|"),
+    _Column("ratio", "ratio"),
+    _Column("relative_step", "|u| / |w|"),
+]
+
+
+class LayerTable:
+    """The layers of a tree in a table, for a terminal, a notebook, rich and Markdown.
+
+    Attributes:
+        records: One dict for each layer, ready for a data frame: `path`, `shape`, `dtype`,
+            `parameters`, `w_norm`, `g_norm`, `ratio`, `relative_step` and `clipped`. Norms, ratio
+            and step are None for a layer without a gradient.
+    """
+
+    def __init__(self, records: list[dict[str, Any]]) -> None:
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.records)
+
+    def __repr__(self) -> str:
+        return self.to_text(_MOST_LINES)
+
+    def to_text(self, most: int | None = None) -> str:
+        """The table as text, with all layers or the first `most` lines."""
+        cells = self._cells()
+        lines = [_HEAD, *cells[:most]]
+        rest = len(cells) + 1 - len(lines)
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        shown = [
+            "  ".join(
+                f"{cell:<{width}}" if column.is_text else f"{cell:>{width}}"
+                for cell, width, column in zip(line, widths, _COLUMNS, strict=True)
+            ).rstrip()
+            for line in lines
+        ]
+        more = [f"... and {rest:,} more"] if rest > 0 else []
+        return "\n".join([self._title(), *(f"  {line}" for line in [*shown, *more])])
+
+    def _repr_html_(self) -> str:
+        from lars_tree._display import html
+
+        return html.table(_HEAD, self._cells(), [column.is_text for column in _COLUMNS])
+
+    def __rich__(self) -> Any:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=self._title(), box=box.SIMPLE_HEAD)
+        for column in _COLUMNS:
+            is_path = column.key == "path"  # only paths wrap in a narrow terminal
+            table.add_column(
+                Text(column.head),
+                justify="left" if column.is_text else "right",
+                overflow="fold",
+                no_wrap=not is_path,
+            )
+        for cells in self._cells():
+            table.add_row(*map(Text, cells))  # rich would read markup in strings
+        return table
+
+    def to_markdown(self) -> str:
+        """The table in Markdown, with all layers."""
+        rules = [":---" if column.is_text else "---:" for column in _COLUMNS]
+        lines = [[_escaped(cell) for cell in line] for line in (_HEAD, *self._cells())]
+        lines.insert(1, rules)
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def _title(self) -> str:
+        parameters = sum(record["parameters"] for record in self.records)
+        layers = errors.counted(len(self.records), "layer")
+        return f"{layers}, {errors.counted(parameters, 'parameter')}"
+
+    def _cells(self) -> list[list[str]]:
+        return [[_cell(record, column.key) for column in _COLUMNS] for record in self.records]
+
+
+_HEAD = [column.head for column in _COLUMNS]
+
+
+def _cell(record: dict[str, Any], key: str) -> str:
+    value = record[key]
+    if value is None:
+        return "-"
+    if key == "parameters":
+        return f"{value:,}"
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{text} (clipped)" if key == "ratio" and record["clipped"] else text
+
+
+def _escaped(cell: str) -> str:
+    return _MARKDOWN.sub(r"\\\1", cell)

@@ -1,0 +1,1 @@
+"""Trees: walk, match by key, broadcast, rebuild. Knows no arrays."""

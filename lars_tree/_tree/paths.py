@@ -1,0 +1,160 @@
+"""How a Container finds, writes and removes what a key or a path names.
+
+An exact key takes precedence over a path. A path is a tuple of keys or, except in writing, a string
+split at '/'. A key made of digits may be an index. Works on any tree; knows no arrays.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from lars_tree import errors
+from lars_tree._tree import nodes, structure
+from lars_tree._tree.structure import MISSING
+from lars_tree.errors import LarsTreeError, Path, PathKeyError, path_string
+
+_INDEX = re.compile("0|[1-9][0-9]{0,17}")
+
+
+def split(key: Any) -> Path:
+    """The path that a key stands for."""
+    if isinstance(key, tuple):
+        return key
+    return tuple(key.split("/")) if isinstance(key, str) else (key,)
+
+
+def is_special(name: str) -> bool:
+    """Whether Python reserves the name, as it does __setstate__: never an attribute for a key.
+
+    Libraries call the methods that have such names, and the keys of a file may come from anybody.
+    """
+    return name.startswith("__") and name.endswith("__")
+
+
+def find(root: dict[Any, Any], key: Any) -> Any:
+    """The value at a key or path; MISSING if there is none."""
+    if dict.__contains__(root, key):
+        return dict.__getitem__(root, key)
+    path = split(key)
+    if path == (key,) or not path:
+        return MISSING
+    parent, depth = _parent(root, path)
+    return _child(parent, path[-1])[1] if depth == len(path) - 1 else MISSING
+
+
+def _parent(root: Any, path: Path) -> tuple[Any, int]:
+    """The deepest node above the end of the path, and how many keys lead to it."""
+    node, depth = root, 0
+    while depth < len(path) - 1 and (child := _child(node, path[depth])[1]) is not MISSING:
+        node, depth = child, depth + 1
+    return node, depth
+
+
+def _child(node: Any, key: Any) -> tuple[Any, Any]:
+    """The key, or the index that a string of digits stands for, and its value or MISSING."""
+    if structure.is_leaf(node):
+        return key, MISSING
+    items = node if structure.is_plain_dict(node) else dict(nodes.children(node))
+    if isinstance(key, str) and not dict.__contains__(items, key) and _INDEX.fullmatch(key):
+        key = int(key) if dict.__contains__(items, int(key)) else key
+    return key, dict.get(items, key, MISSING)
+
+
+def put(root: dict[Any, Any], path: Path, value: Any) -> None:
+    """Write a value at a path and create the missing parents.
+
+    Raises:
+        PathKeyError: the path goes through a leaf, or to an index that a list or tuple cannot set.
+    """
+    if dict.__contains__(root, path):
+        dict.__setitem__(root, path, value)
+        return
+    if not path:
+        raise PathKeyError("an empty path names no key")
+    parent, depth = _parent(root, path)
+    key, child = _child(parent, path[depth])
+    can_set = isinstance(parent, dict) or (isinstance(parent, list) and child is not MISSING)
+    if not can_set:
+        raise _unreachable(path, depth, parent)
+    for missing in reversed(path[depth + 1 :]):  # bottom-up: only the last write changes the tree
+        node = type(root)()
+        dict.__setitem__(node, missing, value)
+        value = node
+    if structure.is_plain_dict(parent):
+        dict.__setitem__(parent, key, value)  # a Container would read a tuple as a path
+    else:
+        parent[key] = value
+
+
+def remove(root: dict[Any, Any], key: Any) -> None:
+    """Remove the value at a key or path.
+
+    Raises:
+        PathKeyError: there is none, or it is in a list or tuple.
+    """
+    if dict.__contains__(root, key):
+        dict.__delitem__(root, key)
+        return
+    path = split(key)
+    if find(root, key) is MISSING:
+        raise missing_error(PathKeyError, root, path)
+    parent, depth = _parent(root, path)
+    if not isinstance(parent, dict):
+        raise _unreachable(path, depth, parent)
+    del parent[_child(parent, path[-1])[0]]
+
+
+def _unreachable(path: Path, depth: int, node: Any) -> LarsTreeError:
+    where = path_string(path[:depth])
+    error = PathKeyError(f"cannot change {path_string(path)}: {where} is {errors.describe(node)}")
+    error.paths = (path,)
+    return error
+
+
+def missing_error(kind: type[LarsTreeError], root: Any, path: Path) -> LarsTreeError:
+    """The error for a path that does not exist: its first missing key, and the keys that exist."""
+    if not path:
+        return kind("an empty path names no key")
+    parent, depth = _parent(root, path)
+    known = [key for key, _ in nodes.children(parent)]
+    where = f" in {path_string(path[:depth])}" if depth else ""
+    there = f"there is {errors.enumerated(known, shown=repr)}" if known else "it is empty"
+    found = "that is a leaf" if structure.is_leaf(parent) else there
+    hint = errors.did_you_mean(path[depth], known)
+    error = kind(f"no {path_string(path[depth : depth + 1])!r}{where}: {found}{hint}")
+    error.paths = (path,)
+    return error
+
+
+def flat(root: dict[Any, Any], sep: str) -> dict[str, Any]:
+    """The leaves by name; an empty node counts as a leaf, and is of the type of the root."""
+    found: dict[str, Any] = {}
+    for path, node in structure.walk(root, empty_nodes=True):
+        if any(sep in str(key) for key in path):
+            text = f"a key of {path_string(path)} holds the separator {sep!r}"
+            raise errors.StructureError(text)
+        name = sep.join(map(str, path))
+        if name in found:
+            raise errors.StructureError(f"two leaves have the name {name!r}")
+        found[name] = node if structure.is_leaf(node) else type(root)()
+    return found
+
+
+def put_new(root: dict[Any, Any], path: Path, value: Any) -> None:
+    """Write a value at a new path of literal keys and create the missing parents.
+
+    Raises:
+        PathKeyError: the path exists, or goes through a leaf.
+    """
+    node: Any = root
+    *parents, last = path
+    for depth, key in enumerate(parents, 1):
+        if not dict.__contains__(node, key):
+            dict.__setitem__(node, key, type(root)())
+        node = dict.__getitem__(node, key)
+        if not isinstance(node, type(root)):
+            raise _unreachable(path, depth, node)
+    if dict.__contains__(node, last):
+        raise _unreachable(path, len(path), dict.__getitem__(node, last))
+    dict.__setitem__(node, last, value)

@@ -1,0 +1,396 @@
+"""Trees of values: walk, match by key, broadcast a prefix, rebuild. Knows no arrays.
+
+`_tree/nodes.py` defines what a node is, how its children are read, and how it is rebuilt. Whatever
+is not a node is a leaf; None is a leaf that holds nothing. Only Python's recursion limit bounds the
+depth of a tree: no walk here recurses on the C stack.
+
+Matching first runs a fast pass that stops at the first difference. Only if that fails does a slow
+pass list all differences. `_native/walk.hpp` implements the fast walks for plain dicts, lists and
+tuples.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar
+
+from lars_tree import _native, errors
+from lars_tree._tree import nodes
+from lars_tree._tree.nodes import KINDS, LEAF, PLAIN_DICT, SEQUENCE, children, kind_of
+from lars_tree.errors import Line, Path
+
+Tree = Any
+Leaf = Any
+T = TypeVar("T")
+What = Literal["", "leaves", "nodes", "keys", "order", "missing"]
+Pair = tuple[Path, Tree, Tree, What]
+
+NOTHING, MISSING = object(), object()
+
+
+def is_leaf(node: Tree) -> bool:
+    """Whether this is a leaf, not a node."""
+    return kind_of(node) == LEAF
+
+
+def is_plain_dict(node: Tree) -> bool:
+    """Whether dict's own methods read the node in the same way as the methods of its class."""
+    return kind_of(node) == PLAIN_DICT
+
+
+def leaves(tree: Tree) -> list[Leaf]:
+    """The leaves in the order of the tree."""
+    found: list[Leaf] = []
+    kernel = _native.in_use()
+    try:
+        if kernel is None:
+            _collect_in_python(tree, found)
+        else:
+            kernel.collect(tree, found, KINDS, kind_of, _collect_in_python)
+    except RuntimeError as error:
+        raise _translated(error, "w") from None
+    return found
+
+
+def _translated(error: RuntimeError, argument: str) -> Exception:
+    """Our error if Python or the kernel reports that a node changed while it was read."""
+    text = str(error)
+    is_change = " during iteration" in text or text == "a tree was changed while it was read"
+    return changed(argument) if is_change else error
+
+
+def _collect_in_python(node: Tree, found: list[Leaf]) -> None:
+    if kind_of(node) == LEAF:
+        found.append(node)
+    else:
+        for _, child in children(node):
+            _collect_in_python(child, found)
+
+
+_DEEPEST = 100_000  # levels, whatever the recursion limit: a cycle has no end
+
+
+def _check_depth(depth: int) -> None:
+    if depth > min(sys.getrecursionlimit(), _DEEPEST):
+        raise RecursionError
+
+
+def walk(tree: Tree, path: Path = (), *, empty_nodes: bool = False) -> Iterator[tuple[Path, Leaf]]:
+    """(path, leaf) pairs in the order of `leaves`; with `empty_nodes` also (path, empty node)."""
+    if is_leaf(tree):
+        yield path, tree
+        return
+    keys, pending = list(path), [iter(children(tree))]
+    while pending:
+        for key, child in pending[-1]:
+            if is_leaf(child) or (empty_nodes and not list(children(child))):
+                yield (*keys, key), child
+            else:
+                _check_depth(len(pending))
+                keys.append(key)
+                pending.append(iter(children(child)))
+                break
+        else:
+            pending.pop()
+            if pending:
+                keys.pop()
+
+
+def rebuild(tree: T, new_leaves: Iterable[Leaf], argument: str = "tree", at: Path = ()) -> T:
+    """A tree like `tree` with other leaves, given in the order of `leaves`.
+
+    Errors name the tree as `argument`; `at` is its path within that argument.
+
+    Raises:
+        StructureError: A node cannot be rebuilt, or the number of leaves has changed.
+    """
+    return _rebuild(_fill, tree, new_leaves, argument, at)
+
+
+def for_reading(tree: Tree, new_leaves: Iterable[Leaf]) -> Tree:
+    """Like `rebuild` for a tree that is only read: nodes of other classes become dicts or lists."""
+    return _rebuild(_fill_for_reading, tree, new_leaves, "w")
+
+
+def _rebuild(
+    fill: Callable[..., Tree], tree: T, leaves: Iterable[Leaf], argument: str, at: Path = ()
+) -> T:
+    remaining = iter(leaves)
+    try:
+        new: T = rebuilding(argument, fill, tree, remaining, at=at)
+    except StopIteration:
+        raise changed(argument) from None
+    if next(remaining, NOTHING) is not NOTHING:
+        raise changed(argument)
+    return new
+
+
+def rebuilding(
+    argument: str, fill: Callable[..., Any], tree: Tree, *arguments: Any, at: Path = ()
+) -> Any:
+    """fill(tree, ...), with a StructureError for a node that cannot be rebuilt."""
+    try:
+        return fill(tree, *arguments)
+    except nodes.CannotRebuild as error:
+        raise error.explained(argument, at) from None
+
+
+def changed(argument: str = "w") -> errors.LarsTreeError:
+    """The error for a tree whose leaves changed during a call."""
+    headline = f"{argument} was changed while it was read, as another thread may do"
+    text = "expected the same leaves until the end of the call"
+    return errors.error(errors.StructureError, argument, headline, [((), text)])
+
+
+def paths(tree: Tree, count: int) -> list[Path]:
+    """The paths of the leaves; a StructureError unless there are `count`."""
+    found = [path for path, _ in walk(tree)]
+    if len(found) != count:
+        raise changed()
+    return found
+
+
+def _fill(node: Tree, remaining: Iterator[Leaf]) -> Tree:
+    # Not a closure: a recursive closure is a reference cycle, which keeps all leaves alive.
+    kind = kind_of(node)
+    if kind == LEAF:
+        return next(remaining)
+    if kind != PLAIN_DICT or not nodes.is_trusted(node):
+        return nodes.replace_children(node, nodes.map_children(node, _fill, remaining))
+    filled = {}
+    try:  # the fast path, for most nodes
+        for key, child in dict.items(node):
+            filled[key] = _fill(child, remaining)
+    except nodes.CannotRebuild as error:
+        error.keys.append(key)
+        raise
+    return filled if type(node) is dict else nodes.container(type(node), filled)
+
+
+def _fill_for_reading(node: Tree, remaining: Iterator[Leaf]) -> Tree:
+    if kind_of(node) == LEAF:
+        return next(remaining)
+    return nodes.replace_for_reading(node, nodes.map_children(node, _fill_for_reading, remaining))
+
+
+def map_leaves(
+    fn: Callable[..., Any], tree: Tree, *columns: list[Any], with_path: bool = False
+) -> list[Any]:
+    """fn(leaf, ...) for each leaf, None for None; an exception in fn gets a note with the path."""
+    results = []
+    for (path, leaf), *values in zip(walk(tree), *columns, strict=True):
+        arguments = (path, leaf, *values) if with_path else (leaf, *values)
+        try:
+            results.append(None if leaf is None else fn(*arguments))
+        except Exception as error:
+            error.add_note(f"at {errors.path_string(path)}")
+            raise
+    return results
+
+
+def pick(tree: Tree, kept: Iterator[bool]) -> Tree:
+    """The tree of the leaves for which `kept` is true; NOTHING if there are none.
+
+    Nodes without such leaves are left out. A list or tuple keeps its length, with None in the gaps.
+    """
+    return rebuilding("tree", _pick, tree, kept)
+
+
+def _pick(node: Tree, kept: Iterator[bool]) -> Tree:
+    if is_leaf(node):
+        return node if next(kept) else NOTHING
+    picked = nodes.map_children(node, _pick, kept)
+    some = [child is not NOTHING for child in picked]
+    if not any(some):
+        return NOTHING
+    if is_plain_dict(node) and nodes.is_trusted(node):
+        pairs = zip(node, picked, strict=True)
+        return nodes.with_items(node, [pair for pair in pairs if pair[1] is not NOTHING])
+    values = [child if keep else None for child, keep in zip(picked, some, strict=True)]
+    return nodes.replace_children(node, values)
+
+
+def broadcast(
+    argument: str,
+    tree: Tree,
+    prefix: Tree,
+    *,
+    values: Iterable[Leaf] | None = None,
+    exact: bool = False,
+    to: str = "w",
+    at: Path = (),
+) -> list[Leaf]:
+    """For each leaf of `tree` the value that `prefix` has for it.
+
+    `prefix` has the nodes of `tree`. Unless `exact`, a leaf may take the place of a node: it then
+    holds for all leaves below. Keys are matched by name; a list matches a tuple of its length.
+    `values` replace the leaves of the prefix, in their order. `at` is the path of the prefix within
+    the argument.
+
+    Raises:
+        StructureError: naming `argument`, what it is matched `to`, and every path that differs.
+    """
+    found: list[Leaf] = []
+    try:
+        given = prefix if values is None else for_reading(prefix, values)
+        if _match(tree, given, found, exact):
+            return found
+        lines = list(differences(tree, prefix, exact, at))
+    except RecursionError:
+        raise explained({to: tree, argument: prefix}) from None
+    except RuntimeError as error:
+        raise _translated(error, f"{to} or {argument}") from None
+    headline = f"{argument} does not match {to}"
+    raise errors.error(errors.StructureError, argument, headline, lines)
+
+
+def _match(tree: Tree, prefix: Tree, found: list[Leaf], exact: bool) -> bool:
+    """Whether `prefix` is a prefix of the tree; appends its value for each leaf to `found`."""
+    kernel = _native.in_use()
+    if kernel is None:
+        return _match_in_python(tree, prefix, found, exact)
+    return kernel.match(tree, prefix, found, exact, KINDS, kind_of, _match_in_python)
+
+
+def _match_in_python(node: Tree, prefix: Tree, found: list[Leaf], exact: bool) -> bool:
+    kind, prefix_kind = kind_of(node), kind_of(prefix)
+    if prefix_kind == LEAF:
+        if kind == LEAF:
+            found.append(prefix)
+        elif not exact:
+            found.extend([prefix] * len(leaves(node)))
+        return kind == LEAF or not exact
+    if kind == LEAF:
+        return False
+    # dict's own methods: those of a Container read 'a/b' as a path.
+    parts = prefix if prefix_kind == PLAIN_DICT else dict(children(prefix))
+    pairs = list(children(node))
+    if len(pairs) != len(parts):
+        return False
+    for key, child in pairs:
+        if not dict.__contains__(parts, key):
+            return False
+        if not _match_in_python(child, dict.__getitem__(parts, key), found, exact):
+            return False
+    return True
+
+
+def side_by_side(
+    left: Tree,
+    right: Tree,
+    correspond: Callable[[Tree, Tree], bool] = lambda *_: True,
+    path: Path = (),
+) -> Iterator[Pair]:
+    """Walk two trees together; yield each pair of leaves, and each pair that differs in structure.
+
+    The pairs are (path, left, right, what), where `what` is one of
+
+    * "leaves": two leaves, equal or not;
+    * "nodes": a leaf and a node, or two nodes that do not `correspond`: they are not entered;
+    * "keys", "order": nodes with different keys, or with the same keys in another order;
+    * "missing": a key of one node only; the other tree has MISSING there.
+    """
+    keys: list[Hashable] = list(path)
+    pending: list[Iterator[tuple[Path, Tree, Tree]]] = [iter([((), left, right)])]
+    while pending:
+        for key, x, y in pending[-1]:
+            what, pairs = _compare(x, y, correspond)
+            if what:
+                yield (*keys, *key), x, y, what
+            if pairs:
+                _check_depth(len(pending) - 1)
+                keys.extend(key)
+                pending.append(iter(pairs))
+                break
+        else:
+            pending.pop()
+            if len(pending) > 1:
+                keys.pop()
+
+
+def _compare(
+    left: Tree, right: Tree, correspond: Callable[[Tree, Tree], bool]
+) -> tuple[What, list[tuple[Path, Tree, Tree]]]:
+    """How two nodes differ, and the (key,) and children of both, to be compared next."""
+    if left is MISSING or right is MISSING:
+        return "missing", []
+    if is_leaf(left) or is_leaf(right):
+        return "leaves" if is_leaf(left) and is_leaf(right) else "nodes", []
+    if not correspond(left, right):
+        return "nodes", []
+    a, b = dict(children(left)), dict(children(right))
+    pairs: list[tuple[Path, Tree, Tree]]
+    pairs = [((key,), child, b.get(key, MISSING)) for key, child in a.items()]
+    pairs += [((key,), MISSING, child) for key, child in b.items() if key not in a]
+    if a.keys() != b.keys():
+        return "keys", pairs
+    return "" if list(a) == list(b) else "order", pairs
+
+
+def differences(tree: Tree, prefix: Tree, exact: bool = False, path: Path = ()) -> Iterator[Line]:
+    """The paths at which `prefix` is not a prefix of `tree`, with what was expected there."""
+    count = 0
+    for where, node, other, what in side_by_side(tree, prefix, _may_match, path):
+        if what == "keys" or (what == "nodes" and (exact or not is_leaf(other))):
+            yield where, mismatch(node, other, what, hints=count < errors.MOST_LINES)
+            count += 1
+
+
+def _may_match(tree: Tree, prefix: Tree) -> bool:
+    """Nodes are compared key by key; lists and tuples only if they have the same length."""
+    if SEQUENCE not in (kind_of(tree), kind_of(prefix)):
+        return True
+    return dict(children(tree)).keys() == dict(children(prefix)).keys()
+
+
+def mismatch(expected: Tree, found: Tree, what: What, hints: bool = True) -> str:
+    """The text for a pair of `side_by_side` that differs in its nodes or keys."""
+    if what == "keys" and SEQUENCE not in (kind_of(expected), kind_of(found)):
+        keys, found_keys = ([key for key, _ in children(node)] for node in (expected, found))
+        return errors.key_differences(keys, found_keys, hints)
+    return f"expected {errors.describe(expected)}, got {errors.describe(found)}"
+
+
+def cycle(tree: Tree) -> tuple[Path, Path] | None:
+    """The path of a node that holds itself, and the path of its repetition; None if there is none.
+
+    Iterative, so that it can explain a RecursionError.
+    """
+    depths = {id(tree): 0}  # of the nodes from the root to the current one
+    pending: list[tuple[Hashable, Tree, Iterator[tuple[Hashable, Tree]]]]
+    pending = [(None, tree, iter(list(children(tree))))]
+    while pending:
+        if len(pending) > _DEEPEST:
+            return None  # some classes make new nodes, without end, whenever they are read
+        for key, child in pending[-1][-1]:
+            if id(child) in depths:
+                keys = [parent for parent, *_ in pending[1:]]
+                return tuple(keys[: depths[id(child)]]), (*keys, key)
+            if not is_leaf(child):
+                depths[id(child)] = len(pending)
+                pending.append((key, child, iter(list(children(child)))))
+                break
+        else:
+            del depths[id(pending.pop()[1])]
+    return None
+
+
+@contextmanager
+def explaining(arguments: dict[str, Tree]) -> Iterator[None]:
+    """Replace a RecursionError by one that names the argument that is too deep."""
+    try:
+        yield
+    except RecursionError:
+        raise explained(arguments) from None
+
+
+def explained(arguments: dict[str, Tree]) -> Exception:
+    """The error for the one of these trees that is too deep to walk."""
+    for name, tree in arguments.items():
+        if found := cycle(tree):
+            earlier, path = found
+            text = f"expected a tree, got the node at {errors.path_string(earlier) or name} again"
+            return errors.error(errors.StructureError, name, f"{name} holds itself", [(path, text)])
+    return RecursionError("a tree is deeper than the recursion limit: sys.setrecursionlimit")

@@ -1,0 +1,6 @@
+"""LARS for torch: an optimizer, and the parameter groups that the published recipes use."""
+
+from lars_tree.torch.groups import param_groups
+from lars_tree.torch.optimizer import Lars
+
+__all__ = ["Lars", "param_groups"]

@@ -1,0 +1,189 @@
+"""Which parameters of a model are layers: `param_groups`, and the check for flattened parameters.
+
+`param_groups` is public in `lars_tree.torch`. It decides by the type of the module, then by name,
+then by the number of axes.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrize import ParametrizationList
+
+from lars_tree import errors
+from lars_tree._core.options import check_names
+from lars_tree.torch.options import NAMES, GroupOptions, adapts
+
+_Named = tuple[str, Tensor]
+
+
+def param_groups(
+    model: Module,
+    *,
+    exclude: Callable[[str, Tensor], bool] | None = None,
+    named: bool = False,
+    **options: Unpack[GroupOptions],
+) -> list[dict[str, Any]]:
+    """Parameter groups by the usual recipe: no decay and no adaptation for biases and norm layers.
+
+    >>> import torch
+    >>> from lars_tree.torch import Lars, param_groups
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+    >>> groups = param_groups(model, named=True, weight_decay=1e-4)
+    >>> for group in groups:
+    ...     names = [name for name, _ in group["params"]]
+    ...     print(names, group["weight_decay"], group.get("adapt", True))
+    ['0.weight'] 0.0001 True
+    ['0.bias', '1.weight', '1.bias'] 0.0 False
+    >>> opt = Lars(groups, lr=0.1)
+
+    Excluded from decay and adaptation are: the parameters of norm layers (those of torch, and
+    classes whose names end in Norm, Norm2d and the like) and of PReLU; the magnitudes of
+    weight_norm; parameters called bias; those that the model's own `no_weight_decay()` lists, as
+    in timm; and those with at most one axis, not counting `layer_axis`.
+
+    Args:
+        model: The model. The groups have each of its parameters that require a gradient once.
+        exclude: Replaces these rules: given a name and a parameter, whether to exclude it.
+        named: True: the groups hold (name, parameter) pairs, so that errors and states show the
+            names. False: they hold parameters, which every framework accepts.
+        **options: Options of `Lars` for all groups.
+
+    Returns:
+        The nonempty groups, the adapted parameters first.
+
+    Raises:
+        TypeError: `model` is not a module; an option is not one of `Lars`.
+        ValueError: A lazy parameter has no shape yet.
+        LeafError: A parameter is not a whole layer, as with FSDP1 and DeepSpeed's ZeRO.
+    """
+    if not isinstance(model, Module):
+        given = "a generator" if isinstance(model, Iterator) else errors.describe(model)
+        raise TypeError(f"param_groups needs the model itself, which has the names, got {given}")
+    check_names(options, NAMES, function="param_groups()")
+    parameters = list(model.named_parameters())
+    _refuse_flat(parameters)
+    for name, p in parameters:
+        if is_lazy(p):
+            raise ValueError(f"{name} has no shape yet: run the model once to initialise it")
+    most_axes = 1 if options.get("layer_axis") is None else 2
+    usual = {id(p) for p in _usually_excluded(model, most_axes)} if exclude is None else set()
+    adapted: list[_Named] = []
+    excluded: list[_Named] = []
+    for name, p in parameters:
+        if p.requires_grad:
+            is_excluded = id(p) in usual if exclude is None else exclude(name, p)
+            (excluded if is_excluded else adapted).append((name, p))
+    groups: list[dict[str, Any]] = [
+        {"params": adapted, **options},
+        {"params": excluded, **options, "weight_decay": 0.0, "adapt": False, "layer_axis": None},
+    ]
+    if not named:
+        for group in groups:
+            group["params"] = [p for _, p in group["params"]]
+    return [group for group in groups if group["params"]]
+
+
+# Modules whose weights are kernels, whatever the names of their classes.
+_KERNELS = (
+    *(_ConvNd, torch.nn.Linear, torch.nn.Bilinear, torch.nn.RNNBase, torch.nn.RNNCellBase),
+    *(torch.nn.Embedding, torch.nn.EmbeddingBag),
+)
+# Modules whose parameters scale and shift, whatever their shapes.
+_NORMS = (_NormBase, torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.RMSNorm, torch.nn.PReLU)
+_NORM_NAME = re.compile(r"norm(alization)?(act)?(\d+d)?(act)?$", re.IGNORECASE)
+_BIAS_NAME = re.compile(r"(^|_)bias$|^bias_")  # torch has bias_k and bias_ih_l0
+
+
+def _usually_excluded(model: Module, most_axes: int) -> Iterator[Tensor]:
+    """The parameters to exclude: a shared one if any of its modules excludes it."""
+    for path, module in model.named_modules():
+        owner, used_as = module, None
+        if isinstance(module, ParametrizationList):  # its path ends in parametrizations.weight
+            used_as = path.rpartition(".")[2]
+            owner = model.get_submodule(
+                path.removesuffix(f"parametrizations.{used_as}").rstrip(".")
+            )
+        is_norm = _is_norm(owner)
+        for name, p in _own_parameters(module).items():
+            is_bias = _BIAS_NAME.search(used_as or name)
+            if p.ndim <= most_axes or is_norm or is_bias or _is_magnitude(module, name):
+                yield p
+        listed = getattr(module, "no_weight_decay", None)
+        if callable(listed):
+            names = set(listed())
+            every = module.named_parameters(remove_duplicate=False)
+            yield from (p for name, p in every if name in names)
+
+
+def _own_parameters(module: Module) -> dict[str, Tensor]:
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
+
+
+def _is_norm(module: Module) -> bool:
+    if isinstance(module, _NORMS):
+        return True
+    # A scripted module loses its class, but keeps the name.
+    names = [getattr(module, "original_name", ""), *(x.__name__ for x in type(module).__mro__)]
+    return not isinstance(module, _KERNELS) and any(map(_NORM_NAME.search, names))
+
+
+def _is_magnitude(module: Module, name: str) -> bool:
+    """Whether this is the g of weight_norm, in its new or its old form."""
+    if isinstance(module, ParametrizationList):
+        return name == "original0" and any(isinstance(x, _WeightNorm) for x in module)
+    stem = name.removesuffix("_g")
+    return stem != name and f"{stem}_v" in _own_parameters(module)
+
+
+def name_of(group: dict[str, Any], number: int, index: int) -> str:
+    """The name of a parameter in messages: the user's own, or its position in the groups."""
+    names = group.get("param_names", ())
+    return names[index] if index < len(names) else f"param_groups[{number}]['params'][{index}]"
+
+
+def refuse_flat(group: dict[str, Any], number: int) -> None:
+    """Raise LeafError if a framework has flattened or partitioned parameters of a group."""
+    _refuse_flat((name_of(group, number, i), p) for i, p in enumerate(group["params"]))
+
+
+def _refuse_flat(parameters: Iterable[_Named]) -> None:
+    lines = [((name,), text) for name, p in parameters if (text := _flattened_by(p))]
+    if lines:
+        raise _flat_error(lines)
+
+
+def _flattened_by(p: Tensor) -> str:
+    if getattr(p, "_fsdp_flattened", False):
+        return "flattened by FSDP1: use FSDP2 (fully_shard) instead"
+    return "partitioned by DeepSpeed's ZeRO-3: use FSDP2 instead" if hasattr(p, "ds_id") else ""
+
+
+def refuse_flattened_since(group: dict[str, Any], number: int) -> None:
+    """Raise LeafError if a framework has flattened the parameters of a group since it was added.
+
+    Looks at the first parameter only, as each step calls this.
+    """
+    params = group["params"]
+    if params and _flattened_by(params[0]):
+        refuse_flat(group, number)
+    # DeepSpeed replaces the parameters of a group by one flat tensor, which is not a Parameter.
+    is_flat = len(params) == 1 and type(params[0]) is Tensor and params[0].ndim == 1
+    if is_flat and "deepspeed" in sys.modules and adapts(group):
+        text = "flattened by DeepSpeed's ZeRO: use ZeRO stage 0, or FSDP2, instead"
+        raise _flat_error([((name_of(group, number, 0),), text)])
+
+
+def _flat_error(lines: Iterable[errors.Line]) -> errors.LarsTreeError:
+    headline = "params holds parts of layers: LARS needs each layer as one tensor"
+    return errors.error(errors.LeafError, "params", headline, lines)

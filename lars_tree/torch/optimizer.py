@@ -1,0 +1,290 @@
+"""Lars as a `torch.optim.Optimizer`, and the parameter groups of the usual recipes.
+
+Each step is one call of `execute` for all parameters: the native engine updates those in CPU
+memory; multi-tensor operations, which do not wait for the device, update all others.
+`torch/options.py` has the options, `torch/rows.py` the inputs of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from inspect import signature
+from operator import setitem
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lars_tree._backends.torch.backend import BACKEND, results_in_place
+from lars_tree._backends.torch.tensors import copy_all
+from lars_tree._core import locks
+from lars_tree._core.execute import execute
+from lars_tree._core.options import CALLED_ELSEWHERE, check_names, with_hints
+from lars_tree._core.types import NonFinite
+from lars_tree.errors import LarsTreeError
+from lars_tree.torch.groups import param_groups, refuse_flat
+from lars_tree.torch.options import NAMES, check
+from lars_tree.torch.rows import ParameterRows, gather
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+
+__all__ = ["Lars", "param_groups"]
+
+Loss = TypeVar("Loss")
+
+
+class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
+    """LARS with momentum for the parameters of a model, with the conventions of torch.
+
+    For each parameter p with gradient g (-g with `maximize`),
+
+        ratio  = trust_coefficient * |p| / (|g| + weight_decay * |p| + eps)
+        d      = ratio * (g + weight_decay * p)
+        buffer = momentum * buffer + (1 - dampening) * d
+        p      = p - lr * buffer,    or with nesterov    p = p - lr * (d + momentum * buffer)
+
+    |.| is the 2-norm over the parameter, over all shards of a DTensor. Where |p| or |g| is 0, ratio
+    is 1. As in `torch.optim.SGD` the rate multiplies the buffer, so a new rate takes effect at
+    once, and the first step is not dampened. At a constant rate it is the paper's rule.
+
+    >>> import torch
+    >>> from lars_tree.torch import Lars
+    >>> p = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    >>> opt = Lars([p], lr=0.1, momentum=0.5, trust_coefficient=1.0)
+    >>> p.grad = torch.tensor([0.0, 10.0])
+    >>> opt.step()                              # ratio 5 / 10: a step of 0.1 * [0, 5]
+    >>> p.data
+    tensor([3.0000, 3.5000])
+    >>> opt.state[p]["momentum_buffer"]
+    tensor([0., 5.])
+
+    Gradients are never modified. A step updates all parameters or none, also when it raises or
+    Ctrl-C interrupts it. Buffers are float32 for parameters of half precision. With
+    `torch.amp.GradScaler` it works like torch's own optimizers: the scaler unscales the gradients
+    and skips steps; with `fused=True` the step itself does both.
+
+    Args:
+        params: Parameters, named parameters or parameter groups. A group may override each of the
+            options below. `param_groups` makes the groups of the usual recipes.
+        lr: The rate: a number or a tensor of one number.
+        momentum: The factor of the buffer; 0 for no buffer.
+        dampening: Scales each step that enters the buffer, but the first, by 1 - dampening.
+        weight_decay: Weight decay, in the ratio and in the step.
+        nesterov: Nesterov momentum; needs momentum > 0 and dampening 0.
+        trust_coefficient: The paper's eta.
+        eps: Added to the denominator.
+        trust_clip: True (LARC, as in apex and timm): the local rate is min(ratio, lr) instead of
+            lr * ratio; where a norm is 0 it is lr.
+        joint_norm: True: the denominator is |g + weight_decay * p| + eps.
+        adapt: False: ratio is 1, which is SGD, as for biases and norm layers. "decayed": the ratio
+            applies to groups with weight decay only, as in timm.
+        foreach: True: multi-tensor operations on the CPU too, as exact as on accelerators. False:
+            parameters on accelerators are updated one by one.
+        maximize: Maximize the objective.
+        layer_axis: The axis along which parameters stack layers; each index has its own ratio.
+        nonfinite: What to do if a parameter or buffer of the group would become NaN or infinite:
+            "propagate" writes it, "raise" raises NonFiniteError, "skip" skips the step of all
+            parameters. "raise" and "skip" wait for the device.
+        fused: True: the step divides by the scale of a GradScaler itself, as in torch's fused
+            optimizers; Lightning then cannot clip gradients. Not per group; not with foreach.
+
+    Attributes:
+        skipped: The number of steps skipped by nonfinite="skip". Not in the `state_dict`.
+
+    Raises:
+        ValueError: An option has an invalid value; no parameters.
+        LeafError: A parameter is not a whole layer, as with FSDP1 and DeepSpeed's ZeRO.
+
+    Source: You, Gitman, Ginsburg (2017), arXiv:1708.03888, Algorithm 1.
+    """
+
+    skipped: int = 0
+
+    @with_hints
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.0,
+        momentum: float = 0.9,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        trust_coefficient: float = 0.001,
+        eps: float = 1e-8,
+        trust_clip: bool = False,
+        joint_norm: bool = False,
+        adapt: bool | Literal["decayed"] = True,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        layer_axis: int | None = None,
+        nonfinite: NonFinite = "propagate",
+        fused: bool | None = None,
+    ) -> None:
+        given = locals()
+        defaults = {name: given[name] for name in NAMES}
+        check(defaults)
+        super().__init__(params, defaults)
+        self._set_amp_scaling()
+
+    def _set_amp_scaling(self) -> None:
+        """As in torch's fused optimizers: GradScaler sets `grad_scale` and `found_inf`."""
+        if self.defaults["fused"]:
+            self._step_supports_amp_scaling = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, as in `torch.optim.Optimizer`.
+
+        Raises:
+            ValueError: An option has an invalid value.
+            TypeError: A key is another package's name for an option of Lars.
+            LeafError: A parameter is not a whole layer, as with FSDP1.
+        """
+        name = f"param_groups[{len(self.param_groups)}]"
+        if isinstance(param_group, dict):
+            # Unknown keys are allowed, but not other packages' names for our options.
+            foreign = {key: x for key, x in param_group.items() if key in CALLED_ELSEWHERE}
+            check_names(foreign, self.defaults, function=name)
+            check({**self.defaults, **param_group}, name)
+        super().add_param_group(param_group)
+        try:
+            refuse_flat(self.param_groups[-1], len(self.param_groups) - 1)
+        except LarsTreeError:
+            del self.param_groups[-1]
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "skipped": self.skipped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        known = set(state.get("defaults", vars(self).get("defaults", ())))
+        super().__setstate__(state)
+        for name in self.defaults.keys() - known:  # added by torch
+            del self.defaults[name]
+        for name, option in signature(Lars).parameters.items():  # new since an older version
+            if name != "params":
+                self.defaults.setdefault(name, option.default)
+        for group in self.param_groups:  # also of another optimizer
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        self._set_amp_scaling()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, as in `torch.optim.Optimizer`; also a state of `torch.optim.SGD`.
+
+        Options that a loaded group lacks keep their values.
+        """
+        final: dict[str, Any] = {}
+        before = [{name: group[name] for name in self.defaults} for group in self.param_groups]
+        # The last pre-hook gets the state as changed by all others; the first post-hook runs before
+        # users' hooks, which can change what is loaded.
+        hooks = (
+            self.register_load_state_dict_pre_hook(lambda _, given: final.update(given)),
+            self.register_load_state_dict_post_hook(
+                lambda _: self._finish_loading(final, before), prepend=True
+            ),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _finish_loading(self, final: dict[str, Any], before: list[dict[str, Any]]) -> None:
+        groups = zip(self.param_groups, final["param_groups"], before, strict=True)
+        for group, given, options in groups:
+            group.update((name, x) for name, x in options.items() if name not in given)
+        # torch casts buffers to the dtype of the parameter, and may share them with `state_dict`.
+        saved = (i for group in final["param_groups"] for i in group["params"])
+        ours = (p for group in self.param_groups for p in group["params"])
+        for i, p in zip(saved, ours, strict=True):
+            buffer = final["state"].get(i, {}).get("momentum_buffer")
+            # Any other value is loaded as it is, and the next step raises for it.
+            fits = isinstance(buffer, Tensor) and not buffer.is_meta
+            if fits and buffer.is_complex() == p.is_complex():
+                moved = buffer.detach().to(p.device, BACKEND.velocity_dtype(p))
+                self.state[p]["momentum_buffer"] = moved.clone()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: Recomputes the loss and the gradients.
+
+        Returns:
+            The result of the closure.
+
+        Raises:
+            RuntimeError: A gradient is sparse.
+            ValueError: An option of a group has an invalid value.
+            LarsTreeError: Parameters, gradients or buffers do not fit together, share memory, or
+                are read-only. Nothing was written. (On accelerators shared memory is found only if
+                two parameters start at the same address.)
+            NonFiniteError: nonfinite="raise", and a result would be NaN or infinite.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # A lock: only one of several threads may make the buffers.
+        compiling = torch.compiler.is_compiling()
+        with nullcontext() if compiling else locks.writing(lambda: locks.of(self)):
+            self._step(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        return loss
+
+    def _step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        if any(group["nonfinite"] != "propagate" for group in self.param_groups):
+            self._step_if_finite(grad_scale, found_inf)
+            return
+        inputs = gather(self, grad_scale, may_skip=found_inf is not None)
+        if found_inf is not None and not inputs.device_can_skip:
+            if found_inf:
+                return
+            found_inf = None
+        if torch.compiler.is_compiling():
+            copy_all(*results_in_place(inputs.leaves(), found_inf))
+            self._keep_buffers(inputs)
+        elif inputs.rows:
+            done = [not inputs.first_steps]
+            last = (partial(setitem, done, 0, True),) if inputs.first_steps else ()
+            with self._buffers_kept(inputs, lambda: done[0]):
+                execute(inputs.columns(), inputs.caller(found_inf, last))
+
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]  # it reads values
+    def _step_if_finite(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        inputs = gather(self, None if grad_scale is None else float(grad_scale))
+        if inputs.rows and not (found_inf is not None and found_inf):
+            counts = {name: np.zeros((), np.int64) for name in ("step", "skipped")}
+            with self._buffers_kept(inputs, lambda: bool(counts["step"])):
+                execute(inputs.columns(counts), inputs.caller())
+            self.skipped += int(counts["skipped"])
+
+    @contextmanager
+    def _buffers_kept(self, inputs: ParameterRows, is_done: Callable[[], bool]) -> Iterator[None]:
+        """Put new buffers into the state, and remove them unless the step is done."""
+        new = [p for p, _ in inputs.new_buffers()]
+        unknown = [p for p in new if p not in self.state]
+        try:
+            self._keep_buffers(inputs)
+            yield
+        finally:
+            if not is_done():
+                for p in new:
+                    self.state[p].pop("momentum_buffer", None)
+                for p in unknown:
+                    self.state.pop(p, None)
+
+    def _keep_buffers(self, inputs: ParameterRows) -> None:
+        for p, buffer in inputs.new_buffers():
+            self.state[p]["momentum_buffer"] = buffer

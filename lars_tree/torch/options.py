@@ -1,0 +1,164 @@
+"""The options of `torch.Lars`: their checks, and the `Rule` that the options of a group make.
+
+Errors are those of torch's own optimizers: ValueError, not OptionError.
+"""
+
+from __future__ import annotations
+
+from numbers import Number
+from operator import index
+from types import NoneType
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lars_tree._core.options import finite_number
+from lars_tree._core.types import NonFinite
+from lars_tree._numerics.formula import Rule
+from lars_tree.errors import did_you_mean
+
+
+class GroupOptions(TypedDict, total=False):
+    """The options of `torch.Lars`, which a parameter group may have; see there."""
+
+    lr: float | Tensor
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+    trust_coefficient: float
+    eps: float
+    trust_clip: bool
+    joint_norm: bool
+    adapt: bool | Literal["decayed"]
+    foreach: bool | None
+    maximize: bool
+    layer_axis: int | None
+    nonfinite: NonFinite
+    fused: bool | None
+
+
+NAMES = tuple(GroupOptions.__annotations__)
+
+# The numbers of a rule, and what torch calls them.
+_NUMBERS = {
+    "decay_lambda": "weight_decay",
+    **{name: name for name in ("lr", "momentum", "dampening", "trust_coefficient", "eps")},
+}
+_FLAGS = ("nesterov", "trust_clip", "joint_norm", "maximize")
+_CHOICES: dict[str, tuple[bool | str | None, ...]] = {
+    **dict.fromkeys(_FLAGS, (True, False)),
+    **dict.fromkeys(("foreach", "fused"), (True, False, None)),
+    "adapt": (True, False, "decayed"),
+    "nonfinite": ("propagate", "skip", "raise"),
+}
+
+# A schedule that ends at 0 can return a negative rate, by a few ulps of its first rate.
+_ROUNDING = 1e-12
+
+
+def check(
+    options: dict[str, Any], group: str = "", *, waits: bool = True, first_rate: Any = 0.0
+) -> None:
+    """Raise ValueError, naming the option, if a value is invalid.
+
+    Also raise RuntimeError, as torch does, if both `foreach` and `fused` are True.
+
+    Args:
+        options: The options of the optimizer or of a parameter group.
+        group: The name of the group, for the message.
+        waits: Whether to read tensors on a device, which waits for the device.
+        first_rate: The first rate of a schedule: a rate may be negative by its rounding error.
+    """
+    for name in _NUMBERS.values():
+        if finite_number(options[name]) is None:  # invalid, or a tensor or array of one number
+            _check_array(name, options[name], group, waits, first_rate)
+    for name, choices in _CHOICES.items():
+        x = options[name]
+        if not (isinstance(x, (bool, str, NoneType)) and x in choices):
+            *others, last = map(repr, choices)
+            expected = f"{', '.join(others)} or {last}"
+            hint = did_you_mean(x, choices)
+            raise _error(group, f"Invalid {name}: expected {expected}, got {x!r}{hint}")
+    axis = options["layer_axis"]
+    if axis is not None and not _is_index(axis):
+        raise _error(group, f"Invalid layer_axis: expected an axis or None, got {axis!r}")
+    if options["dampening"] > 1:
+        text = f"Invalid dampening: expected a number from 0 to 1, got {options['dampening']}"
+        raise _error(group, text)
+    if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
+        raise _error(group, "Nesterov momentum requires a momentum and zero dampening")
+    if options["foreach"] and options["fused"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+
+def _check_array(name: str, x: Any, group: str, waits: bool, first_rate: Any) -> None:
+    """Raise if x is not a tensor of one element, or a numpy array without axes, of a valid number.
+
+    A negative rate is valid if it is a rounding error of `first_rate`.
+    """
+    number = x
+    if isinstance(x, Tensor):
+        if x.numel() != 1:
+            raise _error(group, f"Tensor {name} must be 1-element, got shape {tuple(x.shape)}")
+        is_real = not (x.is_complex() or x.dtype == torch.bool or x.is_meta)
+        if is_real and not (waits or x.is_cpu):
+            return
+        number = x.item() if is_real else None
+    elif isinstance(x, np.ndarray) and x.ndim == 0:
+        number = x[()]
+    if finite_number(number) is not None:
+        return
+    if name == "lr" and isinstance(number, Number) and not isinstance(number, bool):
+        size = finite_number(-number)  # type: ignore[operator]  # Number does not declare it
+        if size is not None and size <= _ROUNDING * float(first_rate):
+            return
+    raise _error(group, f"Invalid {name}: expected a finite number >= 0, got {x!r}")
+
+
+def _is_index(x: Any) -> bool:
+    try:
+        index(x)
+    except TypeError:
+        return False
+    return not isinstance(x, (bool, np.bool_))
+
+
+def _error(group: str, text: str) -> ValueError:
+    return ValueError(f"{group}: {text}" if group else text)
+
+
+def rule(group: dict[str, Any], grad_scale: Any, is_first: bool) -> Rule:
+    """The rule for parameters of a checked group; the first step is not dampened."""
+    moves, axis = group["momentum"] != 0, group["layer_axis"]
+    numbers = {name: _float_or_tensor(group[key]) for name, key in _NUMBERS.items()}
+    lr, dampening = numbers.pop("lr"), numbers.pop("dampening")
+    if not isinstance(lr, Tensor):
+        lr = max(lr, 0.0)  # negative by rounding
+    return Rule(
+        lr_before_momentum=1.0 if moves else lr,
+        lr_after_momentum=lr if moves else 1.0,
+        dampening=dampening if moves and not is_first else 0.0,
+        grad_scale=1.0 if grad_scale is None else _float_or_tensor(grad_scale),
+        adapt=adapts(group),
+        layer_axis=None if axis is None else index(axis),
+        nonfinite=group["nonfinite"],
+        **numbers,
+        **{name: group[name] for name in _FLAGS},
+    )
+
+
+def _float_or_tensor(x: Any) -> Any:
+    """A float; or a tensor without axes if its value cannot be read without waiting."""
+    if not isinstance(x, Tensor):
+        return float(x)
+    is_known = x.is_cpu and not torch.compiler.is_compiling()
+    return float(x) if is_known else x.reshape(())
+
+
+def adapts(group: dict[str, Any]) -> bool:
+    """Whether the trust ratio applies to the parameters of a group."""
+    adapt = group["adapt"]
+    return bool(group["weight_decay"] != 0) if adapt == "decayed" else bool(adapt)

@@ -1,0 +1,147 @@
+"""The inputs of one step of a torch optimizer: its parameters with gradients, buffers and rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lars_tree import errors
+from lars_tree._backends.base import Columns, Leaf
+from lars_tree._backends.torch.backend import BACKEND, is_in_cpu_memory, is_shard
+from lars_tree._backends.torch.foreach import Foreach
+from lars_tree._backends.torch.reader import may_read
+from lars_tree._core.execute import Caller
+from lars_tree._numerics.formula import Rule
+from lars_tree.torch import options
+from lars_tree.torch.groups import name_of, refuse_flattened_since
+
+_CONVERTS = (
+    "p was changed after a step of the optimizer, as by model.double() or model.to():"
+    "\n  opt.load_state_dict(opt.state_dict()) converts the buffers, opt.state.clear() drops them"
+)
+
+TORCH_WORDS = errors.Words(
+    w="p",
+    dcdw="p.grad",
+    out="p",
+    state="momentum_buffer",
+    weights="parameters",
+    outs="parameters",
+    velocity="momentum_buffer",
+    options={"decay_lambda": "weight_decay"},
+    path=lambda path: "/".join(map(str, path)),
+    hint=_CONVERTS,
+)
+
+# A parameter, its gradient, buffer and rule, the number of its group, and its index in the group.
+# A NamedTuple takes three times as long to make.
+ParameterRow = tuple[Tensor, Tensor, Tensor | None, Rule, int, int]
+
+
+class ParameterRows:
+    """All parameters that have a gradient.
+
+    Attributes:
+        rows: A row for each parameter.
+        for_foreach: The indices of the rows that the foreach engine updates.
+        first_steps: The indices of the rows with a new buffer.
+        device_can_skip: Whether a device can skip the step by itself, without being waited for.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], grad_scale: Any) -> None:
+        self.groups = groups
+        self.grad_scale = grad_scale
+        self.rows: list[ParameterRow] = []
+        self.for_foreach: set[int] = set()
+        self.first_steps: list[int] = []
+        self.device_can_skip = True
+
+    def rule(self, number: int, is_for_foreach: bool, is_first: bool) -> Rule:
+        """The rule of those parameters of a group that have the same engine and kind of step."""
+        group, scale = self.groups[number], self.grad_scale
+        # The CPU cannot skip by itself; and a skipped step must not count as the undampened one.
+        is_undampened = is_first and group["dampening"] != 0
+        self.device_can_skip &= is_for_foreach and not is_undampened
+        scale = scale if is_for_foreach or scale is None else float(scale)
+        return options.rule(group, scale, is_first)
+
+    def columns(self, counters: Mapping[str, Any] | None = None) -> Columns:
+        """The arguments of `execute` for an update in place."""
+        params, grads, buffers, rules = (list(xs) for xs in list(zip(*self.rows, strict=True))[:4])
+        return Columns(params, grads, params, rules, buffers, counters or {})
+
+    def new_buffers(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Each parameter that has a new buffer, with that buffer."""
+        return ((self.rows[i][0], self.rows[i][2]) for i in self.first_steps)
+
+    def leaves(self) -> list[Leaf]:
+        """The rows as leaves, for a step under `torch.compile`."""
+        return [
+            Leaf(i, param, grad, param, rule, BACKEND, buffer)
+            for i, (param, grad, buffer, rule, *_) in enumerate(self.rows)
+        ]
+
+    def caller(
+        self, found_inf: Tensor | None = None, last: tuple[Callable[[], Any], ...] = ()
+    ) -> Caller:
+        """The caller's part of the arguments of `execute`."""
+        engine = None
+        # The foreach engine does not read values, which "raise" and "skip" need.
+        if self.for_foreach and all(group["nonfinite"] == "propagate" for group in self.groups):
+            numbers = {self.rows[i][4] for i in self.for_foreach}
+            one_by_one = all(self.groups[number]["foreach"] is False for number in numbers)
+            engine = Foreach(self.for_foreach, one_by_one, found_inf)
+        return Caller(self._paths, same_shapes=True, last=last, words=TORCH_WORDS, engine=engine)
+
+    def _paths(self) -> list[errors.Path]:
+        positions = (row[4:] for row in self.rows)
+        return [(name_of(self.groups[number], number, index),) for number, index in positions]
+
+
+def gather(optimizer: Optimizer, grad_scale: Any, may_skip: bool = False) -> ParameterRows:
+    """The inputs of a step of all parameters with gradients; checks the options of their groups."""
+    found = ParameterRows(optimizer.param_groups, grad_scale)
+    rows, for_foreach, first_steps = found.rows, found.for_foreach, found.first_steps
+    get_state, strided = optimizer.state.get, torch.strided
+    no_state: dict[str, Any] = {}
+    compiling = torch.compiler.is_compiling()
+    # If one process may skip the step, shards are left to the foreach engine: there all processes
+    # take part in the norms, also those that skip.
+    shards_too = not (compiling or may_skip) and may_read()
+    for number, group in enumerate(optimizer.param_groups):
+        if not compiling:  # schedulers can set any value
+            first_rate = group.get("initial_lr", optimizer.defaults["lr"])
+            name = f"param_groups[{number}]"
+            options.check(group, name, waits=False, first_rate=first_rate)
+            refuse_flattened_since(group, number)
+        moves = group["momentum"] != 0
+        always_foreach = compiling or group["foreach"]
+        kind = None
+        for index, p in enumerate(group["params"]):
+            grad = p.grad
+            if grad is None:
+                continue
+            if grad.layout is not strided:
+                name = name_of(group, number, index)
+                text = f"Lars does not support sparse gradients: make that of {name} dense"
+                raise RuntimeError(text)
+            buffer = get_state(p, no_state).get("momentum_buffer") if moves else None
+            is_first = moves and buffer is None
+            if is_first:
+                buffer = BACKEND.zeros(p, BACKEND.velocity_dtype(p))
+            is_for_foreach = always_foreach or not (
+                is_in_cpu_memory(p) or (shards_too and is_shard(p))
+            )
+            if kind != (is_for_foreach, is_first):  # mostly as for the previous parameter
+                kind = is_for_foreach, is_first
+                rule = found.rule(number, *kind)
+            if is_for_foreach:
+                for_foreach.add(len(rows))
+            if is_first:
+                first_steps.append(len(rows))
+            rows.append((p, grad, buffer, rule, number, index))
+    return found
