@@ -90,16 +90,9 @@ class Lars:
         stop_gradients: Flags = True,
         **options: Unpack[SharedOptions],
     ) -> None:
+        arguments = {**locals(), **options}
         check_names(options, _DEFAULTS, function="Lars()")
-        given = {
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "trust_coefficient": trust_coefficient,
-            "eps": eps,
-            "stop_gradients": stop_gradients,
-            **options,
-        }
+        given = {name: arguments[name] for name in _DEFAULTS if name in arguments}
         try:
             check({"lr": _without_schedules(lr, lambda _: 0.0), **given})
         except RecursionError:

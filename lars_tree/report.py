@@ -70,13 +70,9 @@ def trust_ratios(
     >>> trust_ratios(np.array([[3.0, 4.0], [0.0, 1.0]]), 1.0, 0.1, layer_axis=0) * 2**0.5
     array([5., 1.])
 
-    Args:
-        w: Weights, as in `lars_update`. Nothing is modified.
-        dcdw: Gradients: the same.
-        lr: Rate: matters only with `trust_clip`; of a rate with a shape the largest element counts.
-        decay_lambda: Weight decay.
-        stop_gradients: False keeps the autograd graph of the ratios, as in `lars_update`.
-        **options: The further options of `lars_update`; `nonfinite` has no effect.
+    The arguments are those of `lars_update`. `lr` matters only with `trust_clip`, where the largest
+    element of an array counts; `nonfinite` has no effect; `stop_gradients=False` keeps the autograd
+    graph of the ratios. Nothing is modified.
 
     Returns:
         A tree like w. Each leaf is a 0-d array, or a vector with an element for each index of
@@ -120,13 +116,8 @@ def layer_table(
     has `to_markdown()`, and `records` for data frames. Computes the steps one array at a time, then
     waits for all values.
 
-    Args:
-        w: Weights, as in `lars_update`. Nothing is modified.
-        dcdw: Gradients: the same.
-        lr: Rate: the same.
-        decay_lambda: Weight decay.
-        stop_gradients: As in `lars_update`; has no effect.
-        **options: The further options of `lars_update`; `nonfinite` has no effect.
+    The arguments are those of `lars_update`; `nonfinite` and `stop_gradients` have no effect.
+    Nothing is modified.
 
     Raises:
         LarsTreeError: As in `lars_update`, and for traced values.

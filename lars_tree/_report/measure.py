@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lars_tree import _backends, errors
-from lars_tree._backends.base import Backend, Leaf, Values, grouped
+from lars_tree._backends.base import Leaf, Values, grouped
 from lars_tree._backends.wrapper import unwrap
 from lars_tree._core.advance import matched
 from lars_tree._core.execute import checked
@@ -74,12 +74,10 @@ def fetch(argument: str, numbers: list[Any]) -> list[np.ndarray[Any, Any]]:
     Raises:
         LeafError: Some are traced and have no values.
     """
-    indices: dict[Backend | None, list[int]] = {}
     numbers = [unwrap(x) for x in numbers]
-    for i, x in enumerate(numbers):
-        indices.setdefault(_backends.find(x), []).append(i)
+    by_backend = grouped(range(len(numbers)), lambda i: _backends.find(numbers[i]))
     found: dict[int, np.ndarray[Any, Any]] = {}
-    for backend, of_backend in indices.items():
+    for backend, of_backend in by_backend.items():
         xs = [numbers[i] for i in of_backend]
         if any(is_traced(x) for x in xs):
             raise traced_error(argument)

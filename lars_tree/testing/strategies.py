@@ -301,15 +301,10 @@ def weights_and_gradients(
     >>> find(weights_and_gradients(node_types=[dict]), lambda pair: isinstance(pair[0], dict))
     ({}, {})
 
-    Args:
-        layers: A strategy for the leaves, of pairs (w, dcdw). None means `layers(library=library)`
-            and pairs in which both, or only the gradient, are None.
-        library: As in `arrays`; ignored if `layers` are given.
-        keys: As in `nests`.
-        node_types: As in `nests`.
-        max_leaves: As in `nests`.
-        tied: As in `nests`. `lars_update` refuses to update tied weights in place.
-        shuffle_keys: Whether dicts of dcdw may have their keys in another order than those of w.
+    `layers` is a strategy for the pairs of arrays; without it, pairs are drawn from
+    `layers(library=library)`, and in some of them the gradient or both are None. `library` is as in
+    `arrays`. With `shuffle_keys` the dicts of dcdw can have another key order than those of w. The
+    other arguments are those of `nests`; `lars_update` refuses to update tied weights in place.
     """
     if layers is None:
         some = _layers(library=library)

@@ -110,15 +110,9 @@ class Trial:
     def assert_rule(
         self, new: Any, w: Any, dcdw: Any, lr: float, decay_lambda: float, ulp: float | None
     ) -> None:
-        """Assert that new weights follow the rule, in ulps of the larger of |w| and |step|.
+        """Assert that the new weights follow the rule, in ulps of the larger of |w| and |step|.
 
-        Args:
-            new: The weights after the step.
-            w: The weights before.
-            dcdw: The gradients.
-            lr: The rate.
-            decay_lambda: The decay.
-            ulp: The largest accepted distance; None means that of the domain for the dtype.
+        `ulp` is the largest accepted distance; None means that of the domain for the dtype.
         """
         domain = self.domain
         for (path, x), g in zip(structure.walk(w), structure.leaves(dcdw), strict=True):
@@ -128,14 +122,9 @@ class Trial:
             self._assert_leaf_close(path, x, new, expected.reshape(x.shape), scale, ulp)
 
     def assert_close(self, new: Any, w: Any, expected: Any, scale: Any, ulp: float | None) -> None:
-        """Assert that new weights are close to the expected ones, in ulps of the dtype of `w`.
+        """Assert that the new weights are close to `expected`, in ulps of the dtype of `w`.
 
-        Args:
-            new: The weights after the step.
-            w: The weights before.
-            expected: The expected weights.
-            scale: For each element, the size at which an ulp is measured.
-            ulp: As in `assert_rule`.
+        An ulp is measured at the size of the element of `scale`. `ulp` is as in `assert_rule`.
         """
         rows = zip(
             structure.walk(w), structure.leaves(expected), structure.leaves(scale), strict=True

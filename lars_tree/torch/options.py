@@ -62,15 +62,10 @@ _ROUNDING = 1e-12
 def check(
     options: dict[str, Any], group: str = "", *, waits: bool = True, first_rate: Any = 0.0
 ) -> None:
-    """Raise ValueError, naming the option, if a value is invalid.
+    """Raise ValueError, naming the option and the group, if a value is invalid.
 
-    Also raise RuntimeError, as torch does, if both `foreach` and `fused` are True.
-
-    Args:
-        options: The options of the optimizer or of a parameter group.
-        group: The name of the group, for the message.
-        waits: Whether to read tensors on a device, which waits for the device.
-        first_rate: The first rate of a schedule: a rate may be negative by its rounding error.
+    Raise RuntimeError, as torch does, if both `foreach` and `fused` are True. Without `waits`,
+    tensors on a device are not checked. A rate may be negative by a rounding error of `first_rate`.
     """
     for name in _NUMBERS.values():
         if finite_number(options[name]) is None:  # invalid, or a tensor or array of one number
