@@ -164,7 +164,7 @@ def test_a_failed_step_leaves_no_empty_states():
     q.grad = q.grad.to_sparse()
     opt = Lars([p, q])
     with pytest.raises(
-        RuntimeError, match=r"make that of param_groups\[0\]\['params'\]\[1\] dense"
+        RuntimeError, match=r"make the gradient of param_groups\[0\]\['params'\]\[1\] dense"
     ):
         opt.step()
     assert dict(opt.state) == {}
