@@ -1,8 +1,8 @@
 """Reports on layers: trust ratios, a table, and their history over a training run.
 
-The numbers are those of the update itself (`_report/measure.py`), computed on the device of the
-weights; nothing waits for them until they are shown. matplotlib and rich are imported when needed;
-`pip install 'lars-tree[report]'` installs both.
+The numbers are computed by the code of the update (`_report/measure.py`), on the device of the
+weights; only showing the numbers waits for the device. matplotlib and rich are imported when
+needed; `pip install 'lars-tree[report]'` installs both.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def trust_ratios(
 
         ratio = trust_coefficient * |w| / (|g| + decay_lambda * |w| + eps)
 
-    and 1 for adapt=False and where |w| or |g| is 0. With `trust_clip` it is min(ratio, lr) / lr,
-    the factor of lr, and never above 1.
+    The ratio is 1 with adapt=False, and where |w| or |g| is 0. With `trust_clip` the result is
+    min(ratio, lr) / lr, the factor of lr, which is at most 1.
 
     >>> w = Container(kernel=np.array([3.0, 4.0]), bias=np.array([0.0]))
     >>> g = Container(kernel=np.array([0.0, 10.0]), bias=np.array([1.0]))
@@ -75,10 +75,10 @@ def trust_ratios(
     graph of the ratios. Nothing is modified.
 
     Returns:
-        A tree like w. Each leaf is a 0-d array, or a vector with an element for each index of
-        `layer_axis`, of the library and on the device of the weights; or None where the weights are
-        not updated. The dtype is float64, on accelerators the dtype that the update computes in,
-        in JAX float32 for weights that are not double unless jax_enable_x64 is set.
+        A tree like w. Each leaf is a 0-d array, or with `layer_axis` a vector with one element for
+        each index, in the library and on the device of the weights. It is None where the weights
+        are not updated. The dtype is float64; on accelerators, the dtype in which the update
+        computes; in JAX, float32 for weights that are not float64, unless jax_enable_x64 is set.
 
     Raises:
         LarsTreeError: As in `lars_update`.
@@ -113,8 +113,8 @@ def layer_table(
 
     |w|, |g| and |u| are the norms of weights, gradients (without the loss scale) and step. An array
     with a `layer_axis` has one row for each index. Terminals, notebooks and rich show the table; it
-    has `to_markdown()`, and `records` for data frames. Computes the steps one array at a time, then
-    waits for all values.
+    has `to_markdown()`, and `records` for data frames. The steps are computed one array at a time;
+    then the function waits for all values.
 
     The arguments are those of `lars_update`; `nonfinite` and `stop_gradients` have no effect.
     Nothing is modified.
@@ -190,7 +190,7 @@ def _faults(layer: Measured) -> Iterator[str]:
 
 
 class Writer(Protocol):
-    """What writes scalars, as a `SummaryWriter` does."""
+    """An object that writes scalars, such as a `SummaryWriter`."""
 
     def add_scalar(self, tag: str, value: float, step: int, /) -> object:
         """Write one value."""
@@ -209,7 +209,7 @@ class ScalarCallback:
     0 trust_ratio/encoder/kernel 0.5
     10 trust_ratio/encoder/kernel 0.5
 
-    Only steps that are written wait for the device.
+    A call waits for the device only if it writes.
 
     Args:
         writer: A `SummaryWriter` of torch or tensorboardX, or any object with
