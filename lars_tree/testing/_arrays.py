@@ -24,7 +24,7 @@ LAYOUTS = ("C", "F", "reversed", "gaps")
 
 
 class Format(NamedTuple):
-    """A float format: significand bits, and the exponents of the smallest and largest normal number."""
+    """A float format: significand bits, exponents of the smallest and largest normal number."""
 
     bits: int
     smallest: int

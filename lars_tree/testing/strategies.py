@@ -303,9 +303,9 @@ def weights_and_gradients(
     ({}, {})
 
     `layers` is a strategy for the pairs of arrays; without it, pairs are drawn from
-    `layers(library=library)`, and in some pairs the gradient or both arrays are None. `library` is as in
-    `arrays`. With `shuffle_keys` the dicts of dcdw can have another key order than those of w. The
-    other arguments are those of `nests`; `lars_update` refuses to update tied weights in place.
+    `layers(library=library)`, and in some pairs the gradient or both arrays are None. `library`
+    is as in `arrays`. With `shuffle_keys`, dicts of dcdw can have another key order than those of
+    w. The other arguments are those of `nests`; tied weights cannot be updated in place.
     """
     if layers is None:
         some = _layers(library=library)
