@@ -32,8 +32,8 @@ State = TypeVar("State", bound=dict[str, Any])
 class Lars:
     """LARS with momentum, over a tree of weights.
 
-    With u, the step of `lars_update` with `weight_decay` as its decay_lambda, and a velocity v that
-    starts at zero,
+    Let u be the step of `lars_update` with decay_lambda=weight_decay, and v a velocity that starts
+    at zero. Then a step is
 
         v = momentum * v + u
         w = w - v,    or with nesterov    w = w - (u + momentum * v)
@@ -157,8 +157,8 @@ class Lars:
             w: The weights.
             dcdw: The gradients, as in `lars_update`, but of the same shapes as the weights.
             state: The result of `init` or of the last `update`.
-            out: Where to write the new weights, often w itself. The state is then written in place
-                too, and returned.
+            out: The tree to write the new weights to, often w itself. The state is then written in
+                place too, and returned.
 
         Raises:
             StateError, StructureError: The state does not match w. Nothing was written.

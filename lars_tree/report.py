@@ -17,8 +17,8 @@ import numpy as np
 
 from lars_tree import _backends, errors
 from lars_tree._backends.wrapper import rewrapped, unwrap
-from lars_tree._core.options import DEFAULTS, Options, StepOptions, check_names
-from lars_tree._core.types import Flags, Numbers
+from lars_tree._core.options import DEFAULTS, StepOptions, check_names
+from lars_tree._core.types import Numbers
 from lars_tree._numerics.formula import Measured
 from lars_tree._report.history import TrustHistory, TrustRatioWarning, warn
 from lars_tree._report.layer_table import LayerTable
@@ -44,16 +44,7 @@ def trust_ratios(w: Tree, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptio
 def trust_ratios(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptions]) -> Any: ...
 
 
-def trust_ratios(
-    w: Any,
-    dcdw: Any,
-    lr: Numbers,
-    /,
-    *,
-    decay_lambda: Numbers = 0,
-    stop_gradients: Flags = True,
-    **options: Unpack[Options],
-) -> Any:
+def trust_ratios(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptions]) -> Any:
     """The trust ratios that `lars_update` uses for the same arguments.
 
     For each array of w, with g = dcdw / grad_scale,
@@ -70,9 +61,9 @@ def trust_ratios(
     >>> trust_ratios(np.array([[3.0, 4.0], [0.0, 1.0]]), 1.0, 0.1, layer_axis=0) * 2**0.5
     array([5., 1.])
 
-    The arguments are those of `lars_update`. `lr` matters only with `trust_clip`, where the largest
-    element of an array counts; `nonfinite` has no effect; `stop_gradients=False` keeps the autograd
-    graph of the ratios. Nothing is modified.
+    The arguments and their defaults are those of `lars_update`. `lr` matters only with
+    `trust_clip`, where the largest element of an array counts; `nonfinite` has no effect;
+    `stop_gradients=False` keeps the autograd graph of the ratios. Nothing is modified.
 
     Returns:
         A tree like w. Each leaf is a 0-d array, or with `layer_axis` a vector with one element for
@@ -83,7 +74,7 @@ def trust_ratios(
     Raises:
         LarsTreeError: As in `lars_update`.
     """
-    given = _given("trust_ratios()", lr, decay_lambda, stop_gradients, options)
+    given = _given("trust_ratios()", lr, options)
     ratios = [
         None if report.measured is None else rewrapped(report.measured.ratio, report.w)
         for report in measure(w, dcdw, given)
@@ -91,16 +82,7 @@ def trust_ratios(
     return structure.rebuild(w, ratios, "w")
 
 
-def layer_table(
-    w: Any,
-    dcdw: Any,
-    lr: Numbers,
-    /,
-    *,
-    decay_lambda: Numbers = 0,
-    stop_gradients: Flags = True,
-    **options: Unpack[Options],
-) -> LayerTable:
+def layer_table(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptions]) -> LayerTable:
     """A table of the layers of w and of the step of `lars_update` for the same arguments.
 
     >>> w = Container(kernel=np.array([3.0, 4.0]), bias=np.array([0.0]))
@@ -116,8 +98,8 @@ def layer_table(
     has `to_markdown()`, and `records` for data frames. The steps are computed one array at a time;
     then the function waits for all values.
 
-    The arguments are those of `lars_update`; `nonfinite` and `stop_gradients` have no effect.
-    Nothing is modified.
+    The arguments and their defaults are those of `lars_update`; `nonfinite` and `stop_gradients`
+    have no effect. Nothing is modified.
 
     Raises:
         LarsTreeError: As in `lars_update`, and for traced values.
@@ -125,7 +107,7 @@ def layer_table(
     Warns:
         TrustRatioWarning: Names the layers whose ratio is 0, not finite, or clipped.
     """
-    given = _given("layer_table()", lr, decay_lambda, stop_gradients, options)
+    given = _given("layer_table()", lr, options)
     reports = measure(w, dcdw, given, with_steps=True)
     numbers = [x for report in reports for x in (*(report.measured or ()), report.step_norm)]
     values = iter(fetch("w", [x for x in numbers if x is not None]))
@@ -152,12 +134,9 @@ def layer_table(
     return LayerTable(records)
 
 
-def _given(
-    function: str, lr: Numbers, decay_lambda: Numbers, stop_gradients: Flags, options: Options
-) -> dict[str, Any]:
+def _given(function: str, lr: Numbers, options: StepOptions) -> dict[str, Any]:
     check_names(options, function=function)
-    given = {"lr": lr, "decay_lambda": decay_lambda, "stop_gradients": stop_gradients}
-    return {**DEFAULTS, **given, **options}
+    return {**DEFAULTS, "lr": lr, **options}
 
 
 _NO_STEP = {**dict.fromkeys(("w_norm", "g_norm", "ratio", "relative_step")), "clipped": False}

@@ -80,7 +80,7 @@ class TrustHistory:
         self._next = 0
 
     def record(self, ratios: Any, step: int | None = None) -> None:
-        """Keep the ratios of one step.
+        """Record the ratios of one step.
 
         Args:
             ratios: The result of `trust_ratios`; a jitted function has to return it, as tracers

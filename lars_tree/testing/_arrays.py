@@ -46,7 +46,7 @@ def name_of(dtype: Any) -> str:
 
 
 def numpy_name(dtype: Any) -> Any:
-    """The dtype as numpy accepts it, with its byte order; 'bfloat16' even without ml_dtypes."""
+    """Convert a dtype for numpy, with its byte order; 'bfloat16' remains a string."""
     text = str(dtype)
     if text.endswith("bfloat16"):
         return "bfloat16"

@@ -77,7 +77,7 @@ class Trial:
 
     Attributes:
         update: The function itself.
-        domain: The arrays and trees that it is tried on.
+        domain: The arrays and trees that the function is tried on.
     """
 
     def __init__(self, update: Update, data: st.DataObject, domain: Domain) -> None:

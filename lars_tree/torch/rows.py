@@ -61,7 +61,7 @@ class ParameterRows:
         self.device_can_skip = True
 
     def rule(self, number: int, is_for_foreach: bool, is_first: bool) -> Rule:
-        """The rule of a group for one engine; `is_first`: for parameters with new buffers."""
+        """The rule of a group for the parameters of one engine, with new buffers or without."""
         group, scale = self.groups[number], self.grad_scale
         # Only the foreach engine skips on the device. A skipped step must not count as the first,
         # which is not dampened.
