@@ -1,6 +1,6 @@
 """Lars: the rule with momentum, as an optimizer over any tree. Its state is a Container.
 
-The step itself is `_core.advance`. For the parameters of a torch model, with their gradients in
+`_core.advance` computes the step. For the parameters of a torch model, with their gradients in
 `p.grad`, use `lars_tree.torch.Lars`.
 """
 
@@ -32,8 +32,8 @@ State = TypeVar("State", bound=dict[str, Any])
 class Lars:
     """LARS with momentum, over a tree of weights.
 
-    With u, the step of `lars_update` with `weight_decay` as its decay_lambda, and a velocity v that
-    starts at zero,
+    Let u be the step of `lars_update` with decay_lambda=weight_decay, and v a velocity that starts
+    at zero. Then a step is
 
         v = momentum * v + u
         w = w - v,    or with nesterov    w = w - (u + momentum * v)
@@ -50,24 +50,24 @@ class Lars:
     array([0.06])
 
     `opt.update(w, g, state, out=w)` works in place: it writes to the weights and to the arrays of
-    the state, and allocates nothing. Under `jax.jit` and `lax.scan` weights and state are ordinary
-    values.
+    the state, and allocates nothing. Under `jax.jit` and `lax.scan`, weights and state are ordinary
+    pytrees.
 
     A velocity has the dtype of its weights, or float32 if they are float16 or bfloat16. Leaves that
     are not floating point are never updated and have no velocity (None). The state is a Container
     and can be saved like weights: `step` counts the steps, `skipped` the steps that
-    nonfinite="skip" skipped, and `velocity` is a tree like w. If momentum is the number 0 there is
-    no velocity, and each step has the bits of `lars_update`.
+    nonfinite="skip" skipped, and `velocity` is a tree like w. If momentum is the number 0, there is
+    no velocity, and each step gives the bits of `lars_update`.
 
     Args:
-        lr: The rate: as in `lars_update`, or a schedule: a callable that is given the number of the
-            step, from 0, such as those in `lars_tree.schedules`. May be a tree of both.
+        lr: The rate, as in `lars_update`; or a schedule, a callable that gets the number of the
+            step (the first is 0), as in `lars_tree.schedules`. A tree can contain both.
         momentum: The factor of the velocity, a number >= 0.
-        nesterov: Nesterov momentum: applies the velocity that one more equal gradient would give.
+        nesterov: Nesterov momentum: the second formula for w.
         weight_decay: Weight decay: the decay_lambda of `lars_update`.
-        trust_coefficient: As in `lars_update`, but 0.001, as in the paper and in other packages.
-        eps: As in `lars_update`, but 1e-8, so that a gradient that is 0 except for rounding errors
-            does not make a step of full length.
+        trust_coefficient: As in `lars_update`, with the default of the paper and other packages.
+        eps: As in `lars_update`. The default keeps the step small if a gradient is 0 except for
+            rounding errors.
         stop_gradients: As in `lars_update`; False keeps the graph of the velocity too.
         **options: The further options of `lars_update`. All options but `lr` are the same for all
             steps; each may be a Container or dict that is a prefix of w.
@@ -90,16 +90,9 @@ class Lars:
         stop_gradients: Flags = True,
         **options: Unpack[SharedOptions],
     ) -> None:
+        arguments = {**locals(), **options}
         check_names(options, _DEFAULTS, function="Lars()")
-        given = {
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "trust_coefficient": trust_coefficient,
-            "eps": eps,
-            "stop_gradients": stop_gradients,
-            **options,
-        }
+        given = {name: arguments[name] for name in _DEFAULTS if name in arguments}
         try:
             check({"lr": _without_schedules(lr, lambda _: 0.0), **given})
         except RecursionError:
@@ -154,18 +147,18 @@ class Lars:
     def update(self, w: T, dcdw: Any, state: State, out: T) -> tuple[T, State]: ...
 
     def update(self, w: Any, dcdw: Any, state: dict[str, Any], out: Any = None) -> tuple[Any, Any]:
-        """Take one step: the new weights and the new state.
+        """Take one step: returns the new weights and the new state.
 
-        With `out`, a lock is held from reading `state.step` and calling the schedules until all is
-        written, so the steps of several threads follow each other. A schedule may itself make
-        updates, but must not wait for an update of another thread.
+        With `out`, a lock is held until all results are written, so that steps of several threads
+        run one after another. Schedules are called under this lock: they may make updates, but
+        must not wait for an update of another thread.
 
         Args:
             w: The weights.
             dcdw: The gradients, as in `lars_update`, but of the same shapes as the weights.
             state: The result of `init` or of the last `update`.
-            out: Where to write the new weights, often w itself. The state is then written in place
-                too, and returned.
+            out: The tree to write the new weights to, often w itself. The state is then written in
+                place too, and returned.
 
         Raises:
             StateError, StructureError: The state does not match w. Nothing was written.
@@ -231,7 +224,7 @@ def _rate(schedule: Schedule, step: Any) -> Any:
 
 
 def _without_schedules(lr: Any, rate: Callable[[Any], Any]) -> Any:
-    """The tree with rate(schedule) for each schedule. Nodes that are callable are schedules."""
+    """Replace each schedule of a tree by rate(schedule). A callable node is a schedule too."""
     if callable(lr):
         return rate(lr)
     if structure.is_leaf(lr):

@@ -1,8 +1,8 @@
 """Reports on layers: trust ratios, a table, and their history over a training run.
 
-The numbers are those of the update itself (`_report/measure.py`), computed on the device of the
-weights; nothing waits for them until they are shown. matplotlib and rich are imported when needed;
-`pip install 'lars-tree[report]'` installs both.
+The numbers are computed by the code of the update (`_report/measure.py`), on the device of the
+weights; only showing the numbers waits for the device. matplotlib and rich are imported when
+needed; `pip install 'lars-tree[report]'` installs both.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 
 from lars_tree import _backends, errors
 from lars_tree._backends.wrapper import rewrapped, unwrap
-from lars_tree._core.options import DEFAULTS, Options, StepOptions, check_names
-from lars_tree._core.types import Flags, Numbers
+from lars_tree._core.options import DEFAULTS, StepOptions, check_names
+from lars_tree._core.types import Numbers
 from lars_tree._numerics.formula import Measured
 from lars_tree._report.history import TrustHistory, TrustRatioWarning, warn
 from lars_tree._report.layer_table import LayerTable
@@ -44,24 +44,15 @@ def trust_ratios(w: Tree, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptio
 def trust_ratios(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptions]) -> Any: ...
 
 
-def trust_ratios(
-    w: Any,
-    dcdw: Any,
-    lr: Numbers,
-    /,
-    *,
-    decay_lambda: Numbers = 0,
-    stop_gradients: Flags = True,
-    **options: Unpack[Options],
-) -> Any:
+def trust_ratios(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptions]) -> Any:
     """The trust ratios that `lars_update` uses for the same arguments.
 
     For each array of w, with g = dcdw / grad_scale,
 
         ratio = trust_coefficient * |w| / (|g| + decay_lambda * |w| + eps)
 
-    and 1 for adapt=False and where |w| or |g| is 0. With `trust_clip` it is min(ratio, lr) / lr,
-    the factor of lr, and never above 1.
+    The ratio is 1 with adapt=False, and where |w| or |g| is 0. With `trust_clip` the result is
+    min(ratio, lr) / lr, the factor of lr, which is at most 1.
 
     >>> w = Container(kernel=np.array([3.0, 4.0]), bias=np.array([0.0]))
     >>> g = Container(kernel=np.array([0.0, 10.0]), bias=np.array([1.0]))
@@ -70,24 +61,20 @@ def trust_ratios(
     >>> trust_ratios(np.array([[3.0, 4.0], [0.0, 1.0]]), 1.0, 0.1, layer_axis=0) * 2**0.5
     array([5., 1.])
 
-    Args:
-        w: Weights, as in `lars_update`. Nothing is modified.
-        dcdw: Gradients: the same.
-        lr: Rate: matters only with `trust_clip`; of a rate with a shape the largest element counts.
-        decay_lambda: Weight decay.
-        stop_gradients: False keeps the autograd graph of the ratios, as in `lars_update`.
-        **options: The further options of `lars_update`; `nonfinite` has no effect.
+    The arguments and their defaults are those of `lars_update`. `lr` matters only with
+    `trust_clip`, where the largest element of an array counts; `nonfinite` has no effect;
+    `stop_gradients=False` keeps the autograd graph of the ratios. Nothing is modified.
 
     Returns:
-        A tree like w. Each leaf is a 0-d array, or a vector with an element for each index of
-        `layer_axis`, of the library and on the device of the weights; or None where the weights are
-        not updated. The dtype is float64, on accelerators the dtype that the update computes in,
-        in JAX float32 for weights that are not double unless jax_enable_x64 is set.
+        A tree like w. Each leaf is a 0-d array, or with `layer_axis` a vector with one element for
+        each index, in the library and on the device of the weights. It is None where the weights
+        are not updated. The dtype is float64; on accelerators, the dtype in which the update
+        computes; in JAX, float32 for weights that are not float64, unless jax_enable_x64 is set.
 
     Raises:
         LarsTreeError: As in `lars_update`.
     """
-    given = _given("trust_ratios()", lr, decay_lambda, stop_gradients, options)
+    given = _given("trust_ratios()", lr, options)
     ratios = [
         None if report.measured is None else rewrapped(report.measured.ratio, report.w)
         for report in measure(w, dcdw, given)
@@ -95,16 +82,7 @@ def trust_ratios(
     return structure.rebuild(w, ratios, "w")
 
 
-def layer_table(
-    w: Any,
-    dcdw: Any,
-    lr: Numbers,
-    /,
-    *,
-    decay_lambda: Numbers = 0,
-    stop_gradients: Flags = True,
-    **options: Unpack[Options],
-) -> LayerTable:
+def layer_table(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptions]) -> LayerTable:
     """A table of the layers of w and of the step of `lars_update` for the same arguments.
 
     >>> w = Container(kernel=np.array([3.0, 4.0]), bias=np.array([0.0]))
@@ -117,16 +95,11 @@ def layer_table(
 
     |w|, |g| and |u| are the norms of weights, gradients (without the loss scale) and step. An array
     with a `layer_axis` has one row for each index. Terminals, notebooks and rich show the table; it
-    has `to_markdown()`, and `records` for data frames. Computes the steps one array at a time, then
-    waits for all values.
+    has `to_markdown()`, and `records` for data frames. The steps are computed one array at a time;
+    then the function waits for all values.
 
-    Args:
-        w: Weights, as in `lars_update`. Nothing is modified.
-        dcdw: Gradients: the same.
-        lr: Rate: the same.
-        decay_lambda: Weight decay.
-        stop_gradients: As in `lars_update`; has no effect.
-        **options: The further options of `lars_update`; `nonfinite` has no effect.
+    The arguments and their defaults are those of `lars_update`; `nonfinite` and `stop_gradients`
+    have no effect. Nothing is modified.
 
     Raises:
         LarsTreeError: As in `lars_update`, and for traced values.
@@ -134,7 +107,7 @@ def layer_table(
     Warns:
         TrustRatioWarning: Names the layers whose ratio is 0, not finite, or clipped.
     """
-    given = _given("layer_table()", lr, decay_lambda, stop_gradients, options)
+    given = _given("layer_table()", lr, options)
     reports = measure(w, dcdw, given, with_steps=True)
     numbers = [x for report in reports for x in (*(report.measured or ()), report.step_norm)]
     values = iter(fetch("w", [x for x in numbers if x is not None]))
@@ -161,12 +134,9 @@ def layer_table(
     return LayerTable(records)
 
 
-def _given(
-    function: str, lr: Numbers, decay_lambda: Numbers, stop_gradients: Flags, options: Options
-) -> dict[str, Any]:
+def _given(function: str, lr: Numbers, options: StepOptions) -> dict[str, Any]:
     check_names(options, function=function)
-    given = {"lr": lr, "decay_lambda": decay_lambda, "stop_gradients": stop_gradients}
-    return {**DEFAULTS, **given, **options}
+    return {**DEFAULTS, "lr": lr, **options}
 
 
 _NO_STEP = {**dict.fromkeys(("w_norm", "g_norm", "ratio", "relative_step")), "clipped": False}
@@ -199,7 +169,7 @@ def _faults(layer: Measured) -> Iterator[str]:
 
 
 class Writer(Protocol):
-    """What writes scalars, as a `SummaryWriter` does."""
+    """An object that writes scalars, such as a `SummaryWriter`."""
 
     def add_scalar(self, tag: str, value: float, step: int, /) -> object:
         """Write one value."""
@@ -218,7 +188,7 @@ class ScalarCallback:
     0 trust_ratio/encoder/kernel 0.5
     10 trust_ratio/encoder/kernel 0.5
 
-    Only steps that are written wait for the device.
+    A call waits for the device only if it writes.
 
     Args:
         writer: A `SummaryWriter` of torch or tensorboardX, or any object with

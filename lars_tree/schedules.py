@@ -1,12 +1,12 @@
 """Schedules: the learning rate as a function of the step.
 
-Any callable of the step is a schedule; these are the usual ones. For a number they return a float;
-for an array with axes, or one without a known value (under `jax.jit`, or lazy), an array. Steps and
-rates between two whole steps are allowed.
+Any function of the step number is a schedule; this module has the usual schedules. They return a
+float for a number, and an array for an array that has axes or no known value (lazy, or under
+`jax.jit`). Fractional steps are allowed.
 
-The first step has number 0, so a warm-up, which starts from rate 0, makes a first step of size 0.
-So it is in timm, whose `warmup_lr_init` is 0 by default, and in optax with an `init_value` of 0;
-torch's `LinearLR` starts at a third of the rate. To start above 0, shift a schedule:
+The first step has number 0. A warm-up starts from rate 0, so the first step changes no weight, as
+in timm (`warmup_lr_init` is 0 by default) and in optax with `init_value=0`; torch's `LinearLR`
+starts at a third of the rate. To start above 0, shift a schedule:
 `lambda step: schedule(step + 1)`.
 """
 
@@ -33,7 +33,7 @@ A = TypeVar("A", bound=AnyArray)
 
 
 class _Schedule:
-    """The checks and types of all schedules: a number gives a float, an array an array."""
+    """The base class of the schedules: checks of the fields, and overloads of the call."""
 
     warmup_steps: int
 
@@ -47,7 +47,7 @@ class _Schedule:
                 number = finite_number(x)
             if number is None:
                 raise OptionError(f"{field.name}: expected a finite number >= 0, got {x!r}")
-            # The class is frozen. Python numbers do not change the dtype of a step.
+            # The class is frozen. Unlike numpy's, Python numbers do not change the dtype of a step.
             object.__setattr__(self, field.name, x if type(x) is int else number)
         warmup_steps, total_steps = self.warmup_steps, getattr(self, "total_steps", None)
         if total_steps is not None and (total_steps < 1 or total_steps < warmup_steps):
@@ -62,7 +62,7 @@ class _Schedule:
     def __call__(self, step: A) -> A: ...
 
     def __call__(self, step: Any) -> Any:
-        """The rate at a step; the first step is 0."""
+        """The rate at a step; the first step has number 0."""
         return self._rate(step)
 
     @abstractmethod
@@ -96,7 +96,7 @@ class Constant(_Schedule):
 
 @dataclass(frozen=True)
 class Polynomial(_Schedule):
-    """Linear warm-up, then polynomial decay: the schedule of the LARS paper, with power 2.
+    """Linear warm-up, then polynomial decay; with power 2, the schedule of the LARS paper.
 
         peak * step / warmup_steps                                   up to warmup_steps
         end + (peak - end) * (1 - t)**power                          then, with
@@ -108,8 +108,8 @@ class Polynomial(_Schedule):
 
     Args:
         peak: The highest rate.
-        total_steps: The step from which on the rate is `end`.
-        warmup_steps: For this many of these steps the rate rises linearly from 0.
+        total_steps: The step at which the rate reaches `end`.
+        warmup_steps: In this many of the total steps, the rate rises linearly from 0.
         power: 1 is linear decay.
         end: The last rate.
 
@@ -143,8 +143,8 @@ class Cosine(_Schedule):
 
     Args:
         peak: The highest rate.
-        total_steps: The step from which on the rate is `end`.
-        warmup_steps: For this many of these steps the rate rises linearly from 0.
+        total_steps: The step at which the rate reaches `end`.
+        warmup_steps: In this many of the total steps, the rate rises linearly from 0.
         end: The last rate.
 
     Raises:
@@ -166,7 +166,7 @@ class Cosine(_Schedule):
 def value(step: Any) -> Any:
     """The step as an int if its type is an integer type, or else as a float.
 
-    Arrays with axes, or without a known value, are returned as they are.
+    Arrays with axes, or without a known value, are returned unchanged.
     """
     backend = _backends.find(step)
     if backend is not None and (backend.values(step) is not Values.CPU or step.shape):
@@ -178,7 +178,7 @@ def value(step: Any) -> Any:
 
 
 def _progress(step: Any, warmup_steps: int, total_steps: int) -> tuple[Any, Any, Any]:
-    """The fraction of the warm-up and of the decay that is done at a step, and their namespace."""
+    """The completed fractions of warm-up and decay at a step, and their array namespace."""
     step = value(step)
     xp: Any = math
     clip: Callable[[Any], Any] = lambda x: min(max(x, 0.0), 1.0)  # noqa: E731
@@ -192,12 +192,12 @@ def _progress(step: Any, warmup_steps: int, total_steps: int) -> tuple[Any, Any,
 
 
 def _between(end: float, peak: float, share: Any) -> Any:
-    """The rate with this share of peak, as a sum of two products: exact for shares 0 and 1."""
+    """Interpolate from `end` to `peak`; exact for shares 0 and 1."""
     return share * peak + (1 - share) * end
 
 
 def _as_float(step: Any, xp: Any) -> Any:
-    """The step in at least float32: small integers overflow, and float16 is exact up to 2048."""
+    """The step as float32 or wider: small integers overflow, float16 is exact up to 2048 only."""
     step = step / 1
     if getattr(step.dtype, "itemsize", 4) < 4:
         step = step.astype(xp.float32) if hasattr(step, "astype") else step.to(xp.float32)

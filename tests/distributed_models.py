@@ -63,7 +63,7 @@ def optimizer(of, options, **more):
 def train(sharded, plain, ours, theirs, seed, watched=False):
     """One step of both models with the gradients of the sharded one.
 
-    With `watched`, under a dispatch mode, which must see the operations of torch.
+    With `watched`, the step runs under a dispatch mode, which must see the operations of torch.
     """
     torch.manual_seed(seed)
     dtype = next(plain.parameters()).dtype
@@ -102,7 +102,7 @@ def case(dtype, options, mesh, tensor_parallel=None, watched=False):
 
 
 def resumed(dtype, mesh, way):
-    """Two steps, then saving the state and loading it into another optimizer for a third step."""
+    """Take two steps, save the state, load it into another optimizer and take a third step."""
     options = OPTIONS["momentum"]
     sharded, plain = model(dtype, mesh), model(dtype)
     ours, theirs = (optimizer(of, options) for of in (sharded, plain))
@@ -127,7 +127,7 @@ def resumed(dtype, mesh, way):
 
 
 def refused(mesh):
-    """A parameter that is refused, beside two valid ones: nothing is written."""
+    """One parameter is refused; the two valid parameters beside it are not written."""
     whole = torch.arange(1.0, 13).reshape(4, 3)
 
     def spread(placement):
@@ -156,7 +156,7 @@ def refused(mesh):
 
 
 def redundant():
-    """Steps of an optimizer whose state is sharded."""
+    """Steps of an optimizer in a ZeroRedundancyOptimizer, which shards the state."""
     whole, spread = model(torch.float64), model(torch.float64)
     given = {"lr": 0.05, "trust_coefficient": 0.5, "weight_decay": 0.01, "adapt": "decayed"}
     ours = ZeroRedundancyOptimizer(param_groups(spread), optimizer_class=Lars, **given)

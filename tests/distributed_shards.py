@@ -1,4 +1,4 @@
-"""Shards in CPU memory, by the kernel: the bits of one process. See test_distributed."""
+"""The kernel updates shards in CPU memory: same bits as in one process. See test_distributed."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def pair(mesh, dtype=torch.float32):
 
 
 def stepped(way, w, dcdw, options):
-    """The weights after a step, and the velocities if any."""
+    """The weights after a step, and the velocities if there are any."""
     axes = {name: AXES.get(name) for name in w}
     moving = {}
     if "momentum" in way:
@@ -115,7 +115,7 @@ def bits(mesh):
 
 
 def versions(mesh):
-    """Whether the versions of weights and velocities, and of their local tensors, grow."""
+    """Whether a step increases the versions of weights, velocities and their local tensors."""
     w, dcdw = pair(mesh)
     optimizer = unit_lars(0.1, momentum=0.5)
     state = optimizer.init(w)
@@ -127,7 +127,7 @@ def versions(mesh):
 
 
 def skipped(mesh):
-    """NaN only in the last process; with adapt=False also only in its result."""
+    """NaN only in the gradient of the last process; with adapt=False, its result too."""
     for name in ("uneven", "across", "odd"):
         w, dcdw = pair(mesh)
         if mesh.get_rank() == mesh.size() - 1:
@@ -145,7 +145,7 @@ def skipped(mesh):
 
 
 def amp(mesh):
-    """If only one process finds infinity, only that one skips the step; no process hangs."""
+    """If only one process finds infinity, only that process skips the step; none hangs."""
     w, dcdw = ({name: tree[name] for name in ("uneven", "layers")} for tree in pair(mesh))
     before = local(w["uneven"]).clone()
     optimizer, _ = torch_lars(w, dcdw, fused=True)

@@ -68,7 +68,7 @@ HYBRID = {
     "everywhere": LeafCase((5,), [R, R]),
 }
 CROSSED = {
-    # First, and only on two processes: all must still add up the leaves below in the same order.
+    # First, on two processes only: all must still reduce the leaves below in the same order.
     "layers_of_two_processes": LeafCase((1, 4), [S0, S1], layer_axis=0),
     "rows_twice": LeafCase((7, 3), [S0, S0]),
     "rows_and_columns": LeafCase((5, 3), [S0, S1]),
@@ -80,7 +80,7 @@ CROSSED = {
     "turned": LeafCase((6, 4), [S0, S1], gradient=[S1, S0]),
 }
 
-# The dtype, and the scales of weights and gradients: most squares are out of range.
+# The dtype, and the scales of weights and gradients, whose squares are mostly out of range.
 KINDS = {
     "float32": (torch.float32, 1.0, 1.0),
     "bfloat16": (torch.bfloat16, 1.0, 1.0),
@@ -102,7 +102,7 @@ def random(name, leaf, dtype, factor, what):
 def trees(leaves, kind, mesh, numbers=True):
     """Weights and gradients over the mesh, and the same as dense tensors.
 
-    With numbers=False no gradient is a number, as an optimizer needs gradients of full shape.
+    With numbers=False no gradient is a number, because an optimizer needs full shapes.
     """
     dtype, of_w, of_dcdw = KINDS[kind]
     found = {}, {}, {}, {}
@@ -143,7 +143,7 @@ def stepped(way, w, dcdw, options):
 
 
 def case(leaves, kind, mesh, way, options):
-    """One case: its error, the number of messages, and whether the layout is right."""
+    """The error of one case, its number of messages, and whether the placements are right."""
     w, dcdw, plain_w, plain_dcdw = trees(leaves, kind, mesh, "momentum" not in way)
     options = {
         "decay_lambda": 0.0 if "by" in kind else 0.01,
@@ -165,7 +165,7 @@ def case(leaves, kind, mesh, way, options):
 
 
 def nonfinite(mesh):
-    """NaN only in the shard of the last process; with adapt=False also only in its result."""
+    """NaN only in the gradient shard of the last process; with adapt=False, its result too."""
     leaves = {name: MIXED[name] for name in ("rows", "everywhere", "plain")}
     leaves |= {"columns": LeafCase((4, 8), [S1]), "sgd": LeafCase((8, 2), [S0], adapt=False)}
     options = {"adapt": {name: leaf.adapt for name, leaf in leaves.items()}}
@@ -190,7 +190,7 @@ def nonfinite(mesh):
 
 
 def faults(mesh):
-    """Leaves that are refused, beside `columns`, which is valid: nothing is written."""
+    """One leaf is refused; nothing is written, not even the valid leaf `columns`."""
     leaves = {name: MIXED[name] for name in ("columns", "rows")}
     w, dcdw, whole_w, whole_dcdw = trees(leaves, "float64", mesh)
     rows = whole_w["rows"]
@@ -281,7 +281,7 @@ def of_some_processes(world):
 
 
 def cases(world):
-    """A tree, a mesh, the number of all-reduces of a step, the kinds, and the ways to step."""
+    """Trees, each with a mesh, the all-reduces of a step, the kinds, and the ways to step."""
     line = init_device_mesh("cpu", (world,))
     grid = init_device_mesh("cpu", (2, world // 2))
     yield "mixed", MIXED, line, 1, KINDS, WAYS

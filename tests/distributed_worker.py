@@ -41,7 +41,7 @@ def all_reduces():
 
 @contextmanager
 def communication():
-    """Also count each operation of the backend, such as "gloo:all_reduce". Slow.
+    """Count also each operation of the backend, such as "gloo:all_reduce". This is slow.
 
     Does not use CommDebugMode, as lars_update does not use the kernel under a dispatch mode.
     """
@@ -52,7 +52,7 @@ def communication():
 
 
 def distribute(x, mesh, placements):
-    """A DTensor of a copy of x, which each process has; without placements, the copy itself."""
+    """A DTensor of a copy of x, which all processes have in full; without placements, the copy."""
     if placements is None:
         return x.clone()
     return distribute_tensor(x.clone(), mesh, placements, src_data_rank=None)
@@ -130,7 +130,7 @@ def gathered(mine):
 
 
 def raised(call):
-    """What each process raises: the name, the paths, and the first line of the message."""
+    """The error that each process raises: its name, its paths, and its first line."""
     try:
         call()
     except lars_tree.LarsTreeError as fault:
@@ -146,7 +146,7 @@ def main(suite, rank, world, path):
     for name, measured in importlib.import_module(suite).measure(world):
         if rank == 0:
             print(json.dumps([name, measured]), flush=True)
-    # Not by a barrier of gloo, which can return here while other processes are still in it.
+    # Not a barrier of gloo, which can return while other processes still use it.
     store.set(f"{rank} is done", "")
     store.wait([f"{other} is done" for other in range(world)])
 

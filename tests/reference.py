@@ -1,4 +1,4 @@
-"""The LARS rule again, slow and exact: in mpmath, one element at a time.
+"""A slow and exact LARS rule for comparison: in mpmath, one element at a time.
 
 It shares no code with the package. It also measures the error of a result, in units in the last
 place (ulp) of the larger of |w| and |u| at each element.
@@ -13,7 +13,7 @@ from mpmath import mp, mpc, mpf
 
 mp.prec = 400
 
-# Name: bits of the significand, smallest exponent of a normal number, largest exponent.
+# By name: significand bits, and the exponents of the smallest and largest normal number.
 FORMATS = {
     "float16": (11, -14, 15),
     "bfloat16": (8, -126, 127),
@@ -25,7 +25,7 @@ FORMATS = {
 class Step(NamedTuple):
     """The exact step u and new weights w - u, elementwise; and the ratio, a factor of the rate.
 
-    For a rate per element, the ratio is that of the largest rate.
+    With one rate per element, the ratio is that of the largest rate.
     """
 
     u: list
@@ -78,14 +78,14 @@ def _exact(x: complex) -> mpf | mpc:
 
 
 def ulp(x: mpf, name: str) -> mpf:
-    """The distance between neighbouring numbers of the format at |x|."""
+    """The distance between neighbouring numbers of the format at the size of x."""
     bits, smallest, _ = FORMATS[name]
     exponent = smallest if x == 0 else max(int(mp.floor(mp.log(abs(x), 2))), smallest)
     return mpf(2) ** (exponent - bits + 1)
 
 
 def clipped(x: mpf, name: str) -> mpf:
-    """x, bounded by the power of two that follows the largest number of the format."""
+    """x, limited to the power of two above the largest number of the format."""
     end = mpf(2) ** (FORMATS[name][2] + 1)
     return max(-end, min(end, x))
 

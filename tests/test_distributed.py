@@ -1,4 +1,4 @@
-"""torch DTensor and FSDP2: the result of several processes is that of one.
+"""torch DTensor and FSDP2: several processes have the result of one process.
 
 The processes communicate by gloo over the loopback interface only, and find each other by a file.
 """
@@ -27,9 +27,9 @@ LIMIT = 240  # seconds; a suite that takes longer hangs
 
 
 def measured(suite, world, folder):
-    """The measurements of a suite run by `world` processes; fails with their output if one fails.
+    """The measurements of a suite run by `world` processes; if one fails, shows their output.
 
-    Kills all processes as soon as one has failed, as the others would wait for it.
+    Kills all processes as soon as one has failed, because the others would wait for it.
     """
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback}
@@ -66,7 +66,7 @@ TOLERANCES = {"float32": 1.3e-6, "bfloat16": 1.0}
 
 
 def wrong(found):
-    """The cases that differ from one process."""
+    """The cases whose results differ from those of one process."""
     return {
         name: case
         for name, case in found.items()
@@ -77,7 +77,7 @@ def wrong(found):
 
 
 def check_faults(found, world):
-    """All processes refuse the invalid arguments, and nothing was written."""
+    """Assert that all processes refused the invalid arguments, and that nothing was written."""
     for argument in ("w", "dcdw", "state"):
         headline = f"{argument} holds an array that cannot be computed with"
         expected = ["LeafError", ["a/rows"], headline]
@@ -132,7 +132,7 @@ def test_tensors(tmp_path):
 
 @pytest.mark.skipif(not native_available(), reason="the kernel was not built")
 def test_shards(tmp_path):
-    """For equal norms, shards have the bits of one process."""
+    """If the norms are equal, shards have the bits of one process."""
     world = 2
     found = measured("distributed_shards", world, tmp_path)
     compared = {name: case for name, case in found.items() if "error" in case}

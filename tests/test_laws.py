@@ -101,7 +101,7 @@ def test_inputs_are_never_modified(pair):
     power=st.integers(-20, 20),
 )
 def test_scaling_the_loss_by_a_power_of_two_does_not_change_the_result(w, g, power):
-    """g -> c g cancels in ratio * g; for c a power of two, to the last bit."""
+    """c cancels in ratio * (c g), bitwise if c is a power of two."""
     assume(w.any())  # zero weights have ratio 1, whatever the scale
     expected = lars_update(w, g, 0.1)
     assert_identical(lars_update(w, g * np.float32(2.0**power), 0.1), expected)
@@ -214,7 +214,7 @@ def test_stacked_layers_are_updated_like_layers_one_by_one(library, axis, decay)
     ]
     stacks = (to_library(library.name, x) for x in (w, g))
     new = to_numpy(lars_update(*stacks, 0.1, layer_axis=axis, **options))
-    # Sums run in memory order, which differs between a stack and its slices: the last bit may too.
+    # Not bitwise: sums run in memory order, which differs between a stack and its slices.
     np.testing.assert_allclose(new, np.stack(layers, axis), rtol=2e-7)
 
 

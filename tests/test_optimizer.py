@@ -1,4 +1,4 @@
-"""Lars over trees: the rule with momentum, in every library. Its state: test_optimizer_state.py."""
+"""Lars over trees: the rule with momentum, in every library."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_the_whole_range_of_float64(w_exponent, g_exponent):
 
 # ---- Laws
 
-# Gradients of an optimizer have the shapes of their weights.
+# `Lars` requires gradients with the shapes of their weights.
 LAYERS = layers(DTYPES)
 TREES = trees(LAYERS)
 
@@ -140,15 +140,14 @@ def test_the_first_step_moves_by_the_step_of_lars_update(pair, options, nesterov
         if x is None:
             assert v is None
             continue
-        wide = np.result_type(
-            x.dtype.newbyteorder("="), np.longdouble
-        )  # w - u may be beyond double
+        wide = np.result_type(x.dtype.newbyteorder("="), np.longdouble)  # w - u can overflow double
         small = np.broadcast_to(dx, x.shape).astype(wide)
         u = x.astype(wide) - lars_update(x.astype(wide), small, 0.25, **options)
         atol = 1e-6 * (np.abs(x.astype(wide)).max(initial=0) + np.abs(u).max(initial=0))
-        with np.errstate(over="ignore"):  # as a velocity may be beyond its type
+        with np.errstate(over="ignore"):  # a velocity can overflow its dtype
             u, atol = u.astype(v.dtype), float(atol)
-        atol += float(np.finfo(v.dtype).smallest_subnormal)  # u is rounded twice
+        # u is rounded twice, each time by at most half of the smallest number.
+        atol += float(np.finfo(v.dtype).smallest_subnormal)
         np.testing.assert_allclose(v, u, rtol=1e-6, atol=atol, err_msg=str(path))
 
 
@@ -203,7 +202,7 @@ def test_stacked_layers_are_updated_like_separate_layers():
 
 
 def test_trust_clip_limits_the_local_rate():
-    """LARC: the local rate is min(ratio, lr)."""
+    """As in LARC, the local rate is min(ratio, lr)."""
     w, g = {"a": 100 * W, "b": 0.001 * W}, {"a": G, "b": G}
     _, state = steps(Lars(0.1, trust_clip=True), w, [g])
     np.testing.assert_allclose(state.velocity.a, 0.1 * G, rtol=1e-15)
@@ -251,7 +250,7 @@ def test_every_library_agrees_with_numpy(library):
 
 
 def test_every_library_stacks_and_clips_layers(library):
-    """Compared with a loop over the layers in numpy."""
+    """The expected result is that of a loop over the layers in numpy."""
     rng = np.random.default_rng(0)
     w, g = rng.normal(size=(2, 3, 4))
     w[1] *= 1e-3  # one ratio is clipped, the other is not

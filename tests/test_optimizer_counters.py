@@ -58,7 +58,7 @@ def test_invalid_counters_are_refused(kind, name):
         assert np.array_equal(w, W)
 
 
-# JAX has no counters of 64 bits unless jax_enable_x64 is set.
+# JAX has no 64-bit integers unless jax_enable_x64 is set.
 COUNTING = [
     *itertools.product(["numpy", "torch", "strict"], ["int32", "int64", "uint32", "uint64"]),
     *itertools.product(["jax"], ["int32", "uint32"]),

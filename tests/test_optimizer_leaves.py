@@ -13,7 +13,7 @@ from test_optimizer import G, W, steps
 
 from lars_tree import Array, DtypeError, LeafError
 
-# ---- Inference tensors, which torch lets nobody write to outside of inference mode
+# ---- Inference tensors, to which torch allows writing only in inference mode
 
 
 def inferred(torch, x):
@@ -102,7 +102,7 @@ def test_an_integer_velocity_of_an_older_version_is_kept():
     assert np.array_equal(after.velocity.b, before)
 
 
-# ---- JAX: the first compiled step serves all others, on any device
+# ---- JAX: one compilation for all steps, and devices
 
 
 @pytest.mark.parametrize("where", ["uncommitted", "first", "last", "Auto", "Explicit"])

@@ -1,4 +1,4 @@
-"""The state of Lars: saved, left alone, refused; schedules and construction."""
+"""The state of Lars: saving, unchanged leaves and errors. Also schedules and construction."""
 
 from __future__ import annotations
 

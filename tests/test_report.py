@@ -1,4 +1,4 @@
-"""Trust ratios and the table of layers: the numbers are those of the update."""
+"""Trust ratios and the table of layers: they agree with the update."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_ratio_is_exact_over_the_whole_range_of_exponents(name, options):
 @each_option
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_ratio_reproduces_the_update(dtype, options):
-    """In long double: w - lr * ratio * (g + decay * w), within an ulp (4 for float64)."""
+    """w - lr * ratio * (g + decay * w) in long double is within 1 ulp (4 for float64)."""
     for seed in range(20):
         w, g = pair(dtype=dtype, seed=seed)
         new = lars_update(w, g, 0.3, **options)
@@ -222,7 +222,7 @@ def test_nothing_is_modified(library):
 def test_multi_tensor_ratios_agree_with_separate_ratios(options, monkeypatch):
     torch = need("torch")
     from lars_tree._backends.base import Leaf
-    from lars_tree._backends.torch.backend import tensors
+    from lars_tree._backends.torch import tensors
     from lars_tree._core.options import DEFAULTS, resolve
 
     monkeypatch.setattr(tensors, "wide", lambda layer: torch.float32)

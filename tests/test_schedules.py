@@ -107,7 +107,7 @@ def test_schedules_compare_hash_and_pickle_by_value(schedule):
 
 @pytest.mark.parametrize("number", [np.int64, np.uint8, np.array], ids=lambda x: x.__name__)
 def test_numpy_numbers_become_python_numbers(number):
-    """Also under jit, where numpy numbers would change the dtype of the rate."""
+    """Under jit, a numpy number would change the dtype of the rate."""
     rate = np.float32(0.5)
     for plain, other in [
         (Constant(0.5, 7), Constant(rate, number(7))),
@@ -171,7 +171,7 @@ STEPS = (-1.5, 0.5, 3.0, 6.75, 7.0, 20.5, 60.25, 99.5, 1000.0, math.inf)
 
 @pytest.mark.parametrize("schedule", EACH, ids=repr)
 def test_a_fractional_step_has_one_rate_in_every_library(schedule):
-    """Eager and traced."""
+    """The step is eager or traced."""
     jax, torch = need("jax"), need("torch")
     expected = [schedule(step) for step in STEPS]
     assert all(isinstance(rate, float) for rate in expected)
@@ -179,7 +179,7 @@ def test_a_fractional_step_has_one_rate_in_every_library(schedule):
         assert [schedule(make(step)) for step in STEPS] == pytest.approx(expected, rel=1e-3)
     near = pytest.approx(expected, rel=1e-5, abs=1e-6)
     for dtype in ("float32", "float16"):
-        steps = np.array(STEPS, dtype)  # exact in each
+        steps = np.array(STEPS, dtype)  # exact in each dtype
         assert jax.jit(jax.vmap(schedule))(steps).tolist() == near
         rates = lambda step: torch.as_tensor(schedule(step), dtype=torch.float32)  # noqa: E731
         assert torch.func.vmap(rates)(torch.from_numpy(steps)).tolist() == near
@@ -200,7 +200,7 @@ def test_whole_numbers_keep_their_bits_as_floats(schedule, step):
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint32", "float16", "bfloat16"])
 def test_small_step_dtypes_do_not_overflow(dtype):
-    """3 - 20 in an unsigned type, 200 in int8, 70,000 in float16."""
+    """These would overflow: 3 - 20 in an unsigned type, 200 in int8, 70,000 in float16."""
     jax = need("jax")
     for schedule in (Polynomial(10.0, 100, 20, end=1.0), Cosine(2.0, 70_000, 200)):
         step = jax.numpy.asarray(3, dtype)

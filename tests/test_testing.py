@@ -24,7 +24,7 @@ SHRINK = settings(GENERATE, phases=[Phase.generate, Phase.shrink])
 
 
 def found(strategy, condition, settings, seed):
-    """A list of the value that hypothesis finds from one seed; empty if it finds none."""
+    """The value that hypothesis finds from one seed, in a list, which is empty if there is none."""
     try:
         return [find(strategy, condition, settings=settings, random=Random(seed))]
     except NoSuchExample:
@@ -47,7 +47,7 @@ def made(strategy, condition):
 def least(strategy, condition=lambda x: True):
     """The simplest value that fulfils the condition.
 
-    Three seeds, as hypothesis does not always shrink to the simplest value from one.
+    Tries three seeds, as hypothesis does not always shrink to the simplest value from one seed.
     """
     values = [x for seed in range(3) for x in found(strategy, condition, SHRINK, seed)]
     return min(values, key=lambda x: len(repr(x)))
@@ -91,7 +91,7 @@ FORMATS = {
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_whole_range_of_each_format_is_covered(name):
-    """There are arrays within each third of the exponents, and subnormal ones."""
+    """There are arrays within each third of the exponent range, and subnormal elements."""
     if name == "bfloat16":
         need("ml_dtypes")
     smallest, largest = (np.log2(x) for x in FORMATS[name])

@@ -1,4 +1,4 @@
-"""lars_tree.testing: which trees its assertions accept, and the messages for others."""
+"""The assertions of lars_tree.testing: which trees they accept, and the messages of failures."""
 
 from __future__ import annotations
 

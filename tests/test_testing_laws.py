@@ -25,7 +25,7 @@ def test_lars_update_keeps_every_law(law, library):
     check_update_laws(lars_update, laws=[law], library=library)
 
 
-# ---- Deliberate mistakes: a correct update of a flat dict, in double, with one thing wrong.
+# ---- Deliberate mistakes: a correct update of a flat dict, in double, with one fault
 
 
 def norm(x):
@@ -209,7 +209,7 @@ IN_PLACE = {"is_the_same_in_place": "it has no out"}
 
 
 def test_the_correct_update_breaks_no_law_and_some_mistakes_only_one():
-    """This shows that the law is broken by the mistake, not by the rest of the function."""
+    """So it is the mistake that breaks the law, not the rest of the function."""
     quick = settings(QUICK, max_examples=15)
     common = {"nested": False, "dtypes": ["float32"], "settings": quick}
     with np.errstate(all="ignore"):

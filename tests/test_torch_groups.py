@@ -1,4 +1,4 @@
-"""lars_tree.torch.param_groups, and parameters that are no longer whole layers."""
+"""lars_tree.torch.param_groups, and the refusal of flattened or partitioned parameters."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def module(**parameters):
 
 
 def renamed(name, base=nn.Module, **parameters):
-    """A module with parameters of these shapes, of a class with this name."""
+    """A module whose class has this name, with parameters of these shapes."""
     made = module(**parameters)
     made.__class__ = type(name, (base,), {})
     return made
@@ -147,7 +147,7 @@ def test_stacked_layers_have_one_axis_more():
     assert net.scale.item() == pytest.approx(0.9)  # excluded: plain SGD
 
 
-def test_a_predicate_decides_instead():
+def test_a_predicate_replaces_the_usual_rules():
     net = nn.Sequential(nn.LayerNorm([2, 3]), nn.Linear(3, 3))
     assert excluded(net, exclude=lambda name, p: name == "1.weight") == ["1.weight"]
     (only,) = param_groups(net, exclude=lambda name, p: True)
@@ -200,12 +200,12 @@ def test_unknown_options_and_lazy_parameters_are_refused():
     assert len(Lars(known, fused=True).param_groups) == 2
 
 
-# ---- Parameters that are parts of layers
+# ---- Flattened and partitioned parameters
 
 
 @pytest.fixture(scope="module")
 def group():
-    """A process group of this process only, which does not communicate."""
+    """A process group with this process only, which does not communicate."""
     need("torch.distributed.fsdp")
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -259,7 +259,7 @@ def test_parameters_that_fsdp1_flattens_later_are_refused(group, momentum):
 
 
 def test_partitions_of_deepspeed_are_refused(monkeypatch):
-    """By its source: ZeRO-3 marks parameters; stages 1 and 2 put a flat tensor in each group."""
+    """As in DeepSpeed: ZeRO-3 marks parameters; stages 1 and 2 make one flat tensor per group."""
     net = model()
     net[0].weight.ds_id = 0
     with pytest.raises(LarsTreeError, match=r"0.weight: partitioned by DeepSpeed's ZeRO-3"):

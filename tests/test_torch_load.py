@@ -1,4 +1,4 @@
-"""torch.load(weights_only=True) makes Containers, and calls nothing else for a crafted file."""
+"""torch.load(weights_only=True) makes Containers, and a crafted file can call nothing else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ made = []
 
 
 class Weights(Container):
-    """A user's subclass, whose constructor may do anything."""
+    """A user's subclass, whose constructor could do anything."""
 
     def __init__(self, *args, **keys):
         made.append(dict(*args, **keys))
@@ -26,7 +26,7 @@ class Weights(Container):
 
 
 class Called:
-    """An object that files may create, but must not call."""
+    """An object that a file may create but must not call."""
 
     def __call__(self, *args):
         pytest.fail("a file called it")
@@ -35,7 +35,7 @@ class Called:
 
 
 class Crafted:
-    """Pickled as these arguments of __reduce__."""
+    """An object whose pickle has these values as the result of __reduce__."""
 
     def __init__(self, *reduced):
         self.reduced = reduced
@@ -81,7 +81,7 @@ def test_a_crafted_state_does_not_call_values_of_special_keys(key, state):
         loaded(file)
 
 
-def test_special_names_are_never_attributes_for_keys():
+def test_special_names_are_keys_but_not_attributes():
     w = Container({"__deepcopy__": 1.0, "__x__": {"__array__": 2.0}, "_y_": 3.0})
     assert copy.deepcopy(w) == w
     assert not hasattr(w, "__x__")

@@ -1,4 +1,4 @@
-"""lars_tree.torch.Lars: the rule in torch's convention, as an optimizer among torch's own."""
+"""lars_tree.torch.Lars: the rule in torch's convention, for parameters of all kinds."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def same(xs, ys):
     ids=str,
 )
 def test_each_step_against_the_exact_rule(options, foreach):
-    """The step enters the buffer at rate 1; the rate multiplies the buffer."""
+    """The rate is not part of the buffer; it multiplies the buffer in each step."""
     defaults = {"trust_coefficient": 0.1, "momentum": 0.9, "eps": 0.0}
     options = {**defaults, **options}
     p = parameter()
@@ -193,7 +193,7 @@ def test_groups_override_each_option(foreach):
 
 @FOREACH
 def test_without_decay_an_infinite_weight_gives_no_nan(foreach):
-    """Also if another group has decay."""
+    """This also holds if another group has decay."""
     p, q = parameter([np.inf, 1.0]), parameter()
     groups = [{"params": [p]}, {"params": [q], "weight_decay": 0.1}]
     opt = Lars(groups, 0.5, adapt=False, foreach=foreach)
@@ -239,7 +239,7 @@ def test_gradients_are_not_modified():
 @FOREACH
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64"])
 def test_parameters_of_all_kinds(dtype, foreach):
-    """0-d, empty, non-contiguous and without a gradient; compared with double precision."""
+    """0-d, empty, non-contiguous, and without a gradient; compared with double precision."""
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, dtype)
     shapes = [(), (0, 3), (4, 6), (5,), (3, 2)]

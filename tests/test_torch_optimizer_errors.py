@@ -152,7 +152,7 @@ OTHER_TERMS = re.compile(r"\b(dcdw|w|out|state|velocity|weights|leaf|leaves)\b(?
     ],
 )
 def test_an_error_names_the_parameters_and_nothing_is_written(spoil, says, foreach):
-    """In the terms of torch, whichever group the parameter is in."""
+    """The error uses the terms of torch, whichever group the parameter is in."""
     net = model()
     first, second = param_groups(net, named=True)
     opt = Lars([{**first, "momentum": 0.0}, second], 0.5, foreach=foreach)
@@ -174,7 +174,7 @@ def test_an_error_names_the_parameters_and_nothing_is_written(spoil, says, forea
 @FOREACH
 @pytest.mark.parametrize("momenta", [(0.9, 0.9), (0.9, 0.0), (0.0, 0.0)])
 def test_parameters_that_share_memory_are_refused(momenta, foreach):
-    """They are different Parameters, so torch does not see that they are tied."""
+    """The parameters are different objects, so torch does not detect the shared memory."""
     x = torch.ones(4)
     params = [torch.nn.Parameter(y) for y in (x, x[1:3])]
     groups = [{"params": [p], "momentum": m} for p, m in zip(params, momenta, strict=True)]
@@ -189,7 +189,7 @@ def test_parameters_that_share_memory_are_refused(momenta, foreach):
 
 @FOREACH
 def test_steps_of_many_threads_are_all_taken(foreach):
-    """Also the first step: all threads use one buffer."""
+    """In the first step, all threads use the same new buffer."""
     p = torch.nn.Parameter(torch.zeros(20_000))
     p.grad = -torch.ones_like(p)
     opt = Lars([p], 1.0, momentum=1.0, adapt=False, foreach=foreach)

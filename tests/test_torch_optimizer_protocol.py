@@ -1,7 +1,7 @@
 """lars_tree.torch.Lars in frameworks: what they expect of an optimizer, and what they set.
 
-Lightning and Accelerate are not installed here. The tests follow their sources, and both were run
-by hand.
+Lightning and Accelerate are not installed here. The tests imitate the sources of both frameworks,
+and both were run by hand.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lars_tree.torch import Lars  # noqa: E402
 
 
 def handles_unscaling(opt):
-    """As Lightning and Fabric check; if true they refuse to clip gradients."""
+    """The check by which Lightning and Fabric decide to refuse gradient clipping."""
     return getattr(opt, "_step_supports_amp_scaling", False)
 
 
@@ -48,7 +48,7 @@ def test_fused_and_foreach_exclude_each_other_as_in_sgd():
 
 @pytest.mark.parametrize("fused", [None, True])
 def test_a_scaler_calls_step_as_for_sgd(fused):
-    """Accelerate treats a step as skipped if it was not called, and then skips the schedule."""
+    """Accelerate skips the schedule if the scaler did not call `step`."""
     called = []
     for optimizer in (Lars, torch.optim.SGD):
         p = parameter(dtype=torch.float32)
@@ -92,7 +92,7 @@ def test_fused_does_not_change_steps_on_the_cpu():
 @pytest.mark.parametrize(("foreach", "momentum"), [(None, 0.0), (True, 0.9)])
 @pytest.mark.parametrize("make", [float, torch.tensor, np.float64])
 def test_a_rate_that_is_negative_by_rounding_is_0(foreach, make, momentum):
-    """As the last rate of LinearLR."""
+    """The last rate of LinearLR can be negative."""
     p = parameter()
     opt = Lars([p], make(0.1), momentum, foreach=foreach)
     scheduler = torch.optim.lr_scheduler.LinearLR(opt, end_factor=0.0, total_iters=10)
@@ -103,7 +103,7 @@ def test_a_rate_that_is_negative_by_rounding_is_0(foreach, make, momentum):
     assert -1e-16 < float(opt.param_groups[0]["lr"]) < 0
     opt.step()
     assert torch.equal(p, before)
-    # Without a scheduler, compared with the rate that the optimizer was made with.
+    # Without a scheduler, the rounding error is relative to the optimizer's own rate.
     opt = Lars([parameter()], make(30.0), momentum, foreach=foreach)
     for rate, fits in {-2e-11: True, -3.1e-11: False}.items():
         opt.param_groups[0]["lr"] = make(rate)
@@ -164,7 +164,7 @@ def test_a_failed_step_leaves_no_empty_states():
     q.grad = q.grad.to_sparse()
     opt = Lars([p, q])
     with pytest.raises(
-        RuntimeError, match=r"make that of param_groups\[0\]\['params'\]\[1\] dense"
+        RuntimeError, match=r"make the gradient of param_groups\[0\]\['params'\]\[1\] dense"
     ):
         opt.step()
     assert dict(opt.state) == {}
@@ -176,7 +176,7 @@ def test_a_failed_step_leaves_no_empty_states():
 @FOREACH
 @pytest.mark.parametrize("make", [float, torch.tensor])
 def test_adapt_decayed_adapts_only_groups_with_decay(foreach, make):
-    """As in timm, so that groups that set only the decay work."""
+    """As in timm, a group only has to set weight_decay=0."""
     options = {"lr": 0.5, "trust_coefficient": 0.1, "foreach": foreach}
     results = []
     for default, others in (({"adapt": "decayed"}, {}), ({}, {"adapt": False})):
@@ -227,7 +227,7 @@ def test_options_may_be_tensors_of_one_element(foreach):
 @pytest.mark.parametrize("steps", [0, 1])
 @pytest.mark.parametrize(("foreach", "momentum"), [(None, 0.9), (True, 0.9), (True, 0.0)])
 def test_a_gradient_of_another_shape_is_refused(foreach, momentum, steps):
-    """torch checks the shape only when the gradient is assigned."""
+    """torch checks the shape of a gradient only when it is assigned."""
     p = torch.nn.Parameter(torch.ones(4))
     p.grad = torch.ones(4)
     opt = Lars([p], momentum=momentum, foreach=foreach)

@@ -1,4 +1,4 @@
-"""A step of lars_tree.torch.Lars updates all parameters or none, also of several kinds.
+"""A step of lars_tree.torch.Lars updates all parameters or none, even for mixed kinds.
 
 Groups with foreach=True stand for parameters on an accelerator: the same engine updates them.
 """
@@ -67,7 +67,7 @@ def test_ctrl_c_interrupts_before_or_after_a_step_of_all_parameters(steps, nativ
     before, done = snapshot(*made(steps)), snapshot(*made(steps + 1))
     assert not equal(before, done)
     seen = set()
-    # Every third line of the optimizer, and every eleventh line of the package.
+    # Interrupt at every third line of the optimizer, and every eleventh line of the package.
     for paths, stride in (((f"{FOLDER}/torch", f"{FOLDER}/_torch"), 3), (FOLDER, 11)):
         line = steps
         while True:
@@ -83,7 +83,7 @@ def test_ctrl_c_interrupts_before_or_after_a_step_of_all_parameters(steps, nativ
 
 
 def failing_at(count, monkeypatch):
-    """Make this call of a multi-tensor operation raise; returns the list of all calls so far."""
+    """Make the multi-tensor operation with this number raise; returns the list of operations."""
     calls = []
 
     def watched(name, original):
@@ -147,7 +147,7 @@ def test_an_error_in_cpu_memory_leaves_no_partial_step(steps, error, monkeypatch
 
 
 class OnAccelerator(torch.nn.Parameter):
-    """Not a plain tensor in CPU memory, so the foreach engine updates it."""
+    """A tensor subclass, which the foreach engine updates, as if it were on an accelerator."""
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip", "raise"])
@@ -178,7 +178,7 @@ def test_one_group_may_hold_parameters_of_both_kinds(nonfinite):
 
 
 def test_parameters_are_taken_one_by_one_and_written_at_once(monkeypatch):
-    """foreach=False on an accelerator, whose memory only torch can write."""
+    """foreach=False on an accelerator, to whose memory only torch can write."""
     monkeypatch.setattr(type(BACKEND), "copied_memory", lambda *args: None)
     params = [OnAccelerator(torch.ones(3)) for _ in range(3)]
     opt = Lars(params, 0.1, foreach=False)
@@ -241,7 +241,7 @@ def test_a_step_that_is_not_finite_is_refused_as_a_whole(index):
 
 
 def test_only_groups_that_ask_for_it_are_checked():
-    """What they find decides on the step of all groups."""
+    """If such a group has a nonfinite result, the step of all groups is skipped."""
     for index, moves in {0: False, 2: True}.items():
         params, opt = spoiled(index)
         opt.param_groups[0]["nonfinite"] = "skip"

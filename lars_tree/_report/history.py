@@ -26,7 +26,7 @@ class TrustRatioWarning(UserWarning):
 
 
 def warn(headline: str, lines: list[errors.Line]) -> None:
-    """Warn of these layers, if any, at the line outside this package that called it."""
+    """Warn about these layers, if any; the warning shows the caller's line outside this package."""
     if lines:
         level, frame = 1, sys._getframe(0)
         while frame is not None and _package(frame) == "lars_tree":
@@ -57,9 +57,9 @@ class TrustHistory:
     `record` is cheap: it keeps the arrays on their devices and does not wait. Reading `ratios`
     fetches all new values at once.
 
-    Memory is bounded: when more than `capacity` steps are kept, every other one is dropped, and
-    from then on only every second step is kept, then every fourth, and so on. So the kept steps
-    always span the whole run evenly.
+    Memory is bounded: when more than `capacity` steps are kept, every other step is dropped, and
+    from then on only every second step is kept, then every fourth, and so on. The kept steps
+    therefore always span the whole run evenly.
 
     Args:
         capacity: The largest number of steps to keep, at least 2.
@@ -80,12 +80,12 @@ class TrustHistory:
         self._next = 0
 
     def record(self, ratios: Any, step: int | None = None) -> None:
-        """Keep the ratios of one step.
+        """Record the ratios of one step.
 
         Args:
-            ratios: The result of `trust_ratios`; inside a jitted function, return it first. A layer
-                without a ratio (None) has a gap at this step.
-            step: The number of the step; by default one more than the last one.
+            ratios: The result of `trust_ratios`; a jitted function has to return it, as tracers
+                cannot be recorded. A layer without a ratio (None) has a gap at this step.
+            step: The number of the step; by default the last number plus 1.
 
         Raises:
             StructureError: The tree does not match the first record.
@@ -119,15 +119,15 @@ class TrustHistory:
 
     @property
     def ratios(self) -> dict[str, np.ndarray[Any, Any]]:
-        """For the path of each layer, its ratio at each of the `steps`; NaN if it had none."""
+        """By path, the ratios of each layer at the `steps`; NaN where it has no ratio."""
         return {errors.path_string(path): column for path, column, _ in self._columns()}
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the ratios over the steps: a line for each layer, for many layers a heat map.
+        """Draw the ratios over the steps: a line for each layer, or a heat map for many layers.
 
         Args:
-            ax: Where to draw; by default a new figure, which pyplot does not know: save it by
-                `history.plot().figure.savefig(path)`.
+            ax: The axes to draw on; by default those of a new figure outside pyplot, which
+                `history.plot().figure.savefig(path)` saves.
 
         Returns:
             The axes. Needs matplotlib.
@@ -159,7 +159,7 @@ class TrustHistory:
         return f"TrustHistory: {layers}, {steps} from {self._steps[0]:,} to {self._steps[-1]:,}"
 
     def _columns(self) -> list[tuple[errors.Path, np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-        """For each layer its path, its ratios, and at which steps it has one."""
+        """The path of each layer, its ratios, and a mask of the steps where it has a ratio."""
         self._fetch()
         found = []
         leaves = zip(self._shapes, zip(*self._rows, strict=True), strict=True)
@@ -183,7 +183,7 @@ class TrustHistory:
 
 
 def _kept(x: Any) -> Any:
-    """The ratio to keep: computed now if it is lazy, as its graph would keep the weights alive."""
+    """The ratio to keep. A lazy ratio is computed, as its graph would keep the weights alive."""
     x = unwrap(x)
     if x is None or unreadable(x):  # `_shapes_with` raises
         return x
@@ -196,7 +196,7 @@ def _kept(x: Any) -> Any:
 
 
 def _shapes_with(row: list[Any], shapes: list[Any], like: Any) -> list[Any]:
-    """The shapes of the leaves, with those of leaves that have their first ratio in this row."""
+    """The shapes of all leaves so far, including leaves whose first ratio is in this row."""
     found = list(shapes)
     faults: dict[int, str] = {}
     for i, x in enumerate(row):

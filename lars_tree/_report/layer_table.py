@@ -1,4 +1,4 @@
-"""LayerTable, the result of `report.layer_table`: shows records, and computes nothing."""
+"""LayerTable, the table that `report.layer_table` returns."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class LayerTable:
                 no_wrap=not is_path,
             )
         for cells in self._cells():
-            table.add_row(*map(Text, cells))  # rich would read markup in strings
+            table.add_row(*map(Text, cells))  # rich would parse plain strings as markup
         return table
 
     def to_markdown(self) -> str:

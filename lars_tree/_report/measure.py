@@ -1,6 +1,6 @@
-"""What reports show: norms and ratios, measured by the code that makes the step.
+"""Measure the norms and ratios of reports, by the code of the update.
 
-Also the paths of layers, and reading the values of many numbers at once.
+Also make the paths of layers, and fetch the values of many numbers at once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lars_tree import _backends, errors
-from lars_tree._backends.base import Backend, Leaf, Values, grouped
+from lars_tree._backends.base import Leaf, Values, grouped
 from lars_tree._backends.wrapper import unwrap
 from lars_tree._core.advance import matched
 from lars_tree._core.execute import checked
@@ -21,7 +21,7 @@ from lars_tree._numerics.formula import Measured, Rule
 
 
 class LeafReport(NamedTuple):
-    """A leaf and its rule; unless the leaf is not updated, the norms and ratio of its step."""
+    """The weights of a leaf and its rule; if the leaf is updated, also its norms and ratio."""
 
     w: Any
     rule: Rule
@@ -32,7 +32,7 @@ class LeafReport(NamedTuple):
 def measure(
     w: Any, dcdw: Any, options: dict[str, Any], with_steps: bool = False
 ) -> list[LeafReport]:
-    """A report for each leaf, by the code that makes the step of `lars_update`. Writes nothing.
+    """A report for each leaf, measured by the code of `lars_update`. Writes nothing.
 
     Does not wait for a device, and works under `jax.jit`. `with_steps` also computes the steps, one
     leaf at a time, for their norms.
@@ -53,7 +53,7 @@ def measure(
 
 
 def _step_norm(leaf: Leaf) -> Any:
-    """The norm of the step: of the velocity after a step from rest."""
+    """The norm of the step, which is the velocity after a step from velocity 0."""
     backend, rule = leaf.backend, leaf.rule._replace(momentum=0.0, stop_gradients=True)
     rest = backend.zeros(leaf.w, backend.velocity_dtype(leaf.w))
     step = backend.update([leaf._replace(rule=rule, velocity=rest)], Writes())[0].velocity
@@ -74,12 +74,10 @@ def fetch(argument: str, numbers: list[Any]) -> list[np.ndarray[Any, Any]]:
     Raises:
         LeafError: Some are traced and have no values.
     """
-    indices: dict[Backend | None, list[int]] = {}
     numbers = [unwrap(x) for x in numbers]
-    for i, x in enumerate(numbers):
-        indices.setdefault(_backends.find(x), []).append(i)
+    by_backend = grouped(range(len(numbers)), lambda i: _backends.find(numbers[i]))
     found: dict[int, np.ndarray[Any, Any]] = {}
-    for backend, of_backend in indices.items():
+    for backend, of_backend in by_backend.items():
         xs = [numbers[i] for i in of_backend]
         if any(is_traced(x) for x in xs):
             raise traced_error(argument)
@@ -89,7 +87,7 @@ def fetch(argument: str, numbers: list[Any]) -> list[np.ndarray[Any, Any]]:
 
 
 def unreadable(x: Any) -> str | None:
-    """For an error: why x is not a ratio, or cannot be read; None if it is a ratio or a vector."""
+    """Why x is not a ratio or a vector of ratios that can be read; None if it is."""
     backend = _backends.find(x)
     if backend is None:
         is_number = issubclass(type(x), Real)

@@ -20,7 +20,7 @@ _DASHES = ["-", "--"]
 
 
 def draw(steps: Floats, ratios: dict[str, Floats], ax: Axes | None) -> Axes:
-    """Lines for a few layers, a heat map for many; only finite ratios > 0 are drawn."""
+    """Draw lines for few layers, a heat map for many; only finite ratios > 0 are drawn."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -65,7 +65,7 @@ def _heat_map(ax: Axes, steps: Floats, ratios: dict[str, Floats]) -> None:
     table = np.array(list(ratios.values()))
     known = table[np.isfinite(table)]
     low, high = (known.min(), known.max()) if known.size else (0.1, 1.0)
-    if low == high:  # the colour in the middle of the scale
+    if low == high:  # centre the only value on the colour scale
         low, high = low / 2, high * 2
     colors = colormaps["viridis"].with_extremes(bad="0.85")
     edges = _edges(steps)
@@ -104,6 +104,6 @@ def _edges(steps: Floats) -> Floats:
 
 
 def _label(name: str, most: int = 40) -> str:
-    """The name, without its beginning if it is long; '$' would begin a formula."""
+    """The name, cut at its start if it is long; '$' is escaped, as it would start a formula."""
     name = name if len(name) <= most else f"...{name[3 - most :]}"
     return name.replace("$", r"\$")

@@ -1,7 +1,7 @@
 """Arrays for tests: the float formats, memory layouts, and the libraries that hold them.
 
-bfloat16, which numpy does not have, is kept as bits (uint16) until it is given to a library, so
-that torch needs no ml_dtypes. A library is imported only when one of its arrays is made.
+numpy does not have bfloat16: its bits (uint16) are kept until a library gets them, so torch does
+not need ml_dtypes. A library is imported only when one of its arrays is made.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LAYOUTS = ("C", "F", "reversed", "gaps")
 
 
 class Format(NamedTuple):
-    """A float format: significand bits, and the exponents of the smallest and largest normal."""
+    """A float format: significand bits, exponents of the smallest and largest normal number."""
 
     bits: int
     smallest: int
@@ -46,7 +46,7 @@ def name_of(dtype: Any) -> str:
 
 
 def numpy_name(dtype: Any) -> Any:
-    """The dtype as numpy accepts it, with its byte order; 'bfloat16' even without ml_dtypes."""
+    """Convert a dtype for numpy, with its byte order; 'bfloat16' remains a string."""
     text = str(dtype)
     if text.endswith("bfloat16"):
         return "bfloat16"
@@ -68,7 +68,6 @@ def names_for(library: str) -> list[str]:
 
 
 def is_bfloat16(dtype: Any) -> bool:
-    """Whether a dtype, or the name of one, is bfloat16."""
     return name_of(dtype) == "bfloat16"
 
 
@@ -78,7 +77,7 @@ def bits_of_bfloat16(x: Array) -> Array:
 
 
 def layouts_for(library: str, ndim: int, layouts: tuple[str, ...]) -> list[str]:
-    """The layouts that differ from C for an array of `ndim` axes; otherwise only "C"."""
+    """The layouts that the library has and that differ for `ndim` axes; at least "C"."""
     possible = {"numpy": LAYOUTS, "torch": ("C", "F", "gaps"), "jax": ("C",)}[library]
     least = {"C": 0, "F": 2, "reversed": 1, "gaps": 1}
     return [x for x in layouts if x in possible and ndim >= least[x]] or ["C"]
@@ -99,7 +98,7 @@ def laid_out(x: Array, layout: str) -> Array:
 
 
 def to_library(x: Array, dtype: Any, library: str) -> Any:
-    """A numpy array (of bits for bfloat16) as an array of a library that shares its memory."""
+    """Convert a numpy array (bits for bfloat16) to an array of a library; torch shares memory."""
     if library == "torch":
         import torch
 

@@ -38,9 +38,10 @@ def assert_identical(actual: Any, expected: Any, *, check_type: bool = True) -> 
 
     Args:
         actual: A tree of arrays of any library, numbers and other leaves, or one leaf.
-        expected: Likewise.
+        expected: The tree or leaf to compare with.
         check_type: Whether leaves must have the same type (`numpy.ndarray`, `torch.Tensor`,
-            `Array`). False also compares arrays of two libraries, dtypes by their names.
+            `Array`). If False, arrays of two libraries can be identical: dtypes are compared by
+            name.
 
     Raises:
         AssertionError: It names every path that differs.
@@ -143,7 +144,7 @@ def _element_text(
     distance: Array | None = None,
     verbs: tuple[str, str] = ("differs", "differ"),
 ) -> str:
-    """The number of elements that differ, and the one at an index of the real parts."""
+    """A text with the number of elements that differ, and the values at the index `at`."""
     index = tuple(int(i) for i in at)
     part = ("real part ", "imag part ")[index[-1]] if actual.ndim > array.ndim else ""
     shown = ", ".join(map(str, index[: array.ndim]))
@@ -168,8 +169,8 @@ def assert_close_ulp(
 
     An ulp is the distance between neighbouring numbers, in the format of `actual`, at the size of
     the expected element. Keys (in any order) and shapes must be the same, but not node types and
-    dtypes, so that expected values can be more precise. Where a result has to overflow, infinity
-    is 1 ulp from the largest number.
+    dtypes, so that expected values can be more precise. Infinity counts as the number 1 ulp above
+    the largest one, because some exact results overflow.
 
     >>> from lars_tree.testing import assert_close_ulp
     >>> w, third = np.float32([0.3333333, 0.33333]), np.float64([1 / 3, 1 / 3])
@@ -183,9 +184,9 @@ def assert_close_ulp(
         actual: A tree of floating-point or complex arrays of any library, or one array.
         expected: A tree with the same keys: arrays, or arrays of `decimal.Decimal` objects.
         ulp: The largest distance that is accepted, in ulps.
-        scale: The size at which an ulp is measured instead: a prefix of `expected`, of numbers or
-            arrays that broadcast. For w - u that is the larger of |w| and |u|, as digits that
-            cancel cannot be recovered.
+        scale: The size at which an ulp is measured, if not that of the expected element: a prefix
+            of `expected` with numbers or arrays that broadcast. For w - u use the larger of |w| and
+            |u|, because digits that cancel are lost.
         dtype: The format whose ulps are counted, if not that of `actual`.
 
     Raises:
@@ -203,7 +204,7 @@ def assert_close_ulp(
 
 
 def _excess(actual: Any, expected: Any, ulp: float, scale: Any, dtype: Any) -> str:
-    """The text about elements that are too far off, if there are any."""
+    """A text about the elements that are too far off; empty if there are none."""
     different = f"expected {show.leaf(expected)}, got {show.leaf(actual)}"
     if actual is None or expected is None:
         return "" if actual is expected else different
@@ -225,7 +226,7 @@ def _excess(actual: Any, expected: Any, ulp: float, scale: Any, dtype: Any) -> s
     return _element_text(a, x, y, _index_of_largest(distance), count, distance, verbs)
 
 
-_WIDE = np.longdouble  # where it is no longer than double, distances of float64 are rounded
+_WIDE = np.longdouble  # if it is the same as double, distances of float64 are rounded
 
 
 def _distance(actual: Array, expected: Array, scale: Array, form: _arrays.Format) -> Array:
@@ -233,7 +234,7 @@ def _distance(actual: Array, expected: Array, scale: Array, form: _arrays.Format
 
     Infinity, and expected values above it, count as the power of two above the largest number of
     the format. NaN has distance 0 from NaN, and infinite distance from everything else. If
-    `expected` or `scale` holds Decimals, all is computed in Decimals.
+    `expected` or `scale` holds Decimals, distances are computed in Decimals.
     """
     exponents = _ulp_exponents(scale.astype(_WIDE), form)
     if object in (expected.dtype, scale.dtype):

@@ -50,7 +50,7 @@ def check_update_laws(
     """Check an update function against the laws of LARS, and report every law that it breaks.
 
     The function is called as `update(w, dcdw, lr)` and returns the new weights. Laws about decay
-    add `decay_lambda=`, the law about updates in place adds `out=w`. w and dcdw are trees of
+    add `decay_lambda=`; the law about updates in place adds `out=w`. w and dcdw are trees of
     arrays, lr is a float. Wrap an optimizer that has another signature in a small function, and
     turn its momentum off.
 
@@ -84,8 +84,8 @@ def check_update_laws(
             instead of |g| + decay_lambda * |w|.
         ulp: The largest distance from the exact step in the laws about exactness, in units in the
             last place of the larger of |w| and |step|. None means 1, and 4 for float64.
-        settings: Of hypothesis, such as `settings(max_examples=20, derandomize=True)`. None means
-            the current ones.
+        settings: Settings of hypothesis, such as `settings(max_examples=20, derandomize=True)`.
+            None means the current settings.
 
     Raises:
         LawError: An AssertionError that names the broken laws, each with an example.
@@ -95,7 +95,7 @@ def check_update_laws(
     excluded = dict(exclude or {})
     _check_names(excluded, laws)
     _arrays.check_known("library", library, _arrays.LIBRARIES)
-    import_module(library)  # a missing library breaks no law
+    import_module(library)  # raises if the library is missing, which breaks no law
     names = [_arrays.name_of(x) for x in dtypes or _arrays.names_for(library)]
     for name in names:
         _arrays.check_known("dtypes", name, _arrays.names_for(library))
@@ -137,12 +137,12 @@ def _broken(
         profile(given(data=st.data())(trial))()
     except (FailedHealthCheck, InvalidArgument, Unsatisfiable):
         raise  # the law was not tried
-    except Exception as error:  # any exception of the function breaks the law
+    except Exception as error:  # an exception of any type breaks the law
         return error
     return None
 
 
-# The first lines of an example of hypothesis, which are always the same.
+# Every example of hypothesis starts with these lines.
 _HEADER = re.compile(r"^[^\n]*\(\n\s*data=data\(\.\.\.\),\n\)\n?")
 
 

@@ -1,6 +1,6 @@
 """The laws of an update function. Each is a function of a `Trial`, which draws the arguments.
 
-A law is broken by an AssertionError of its own, and by any error that the update raises.
+A law is broken if it raises an AssertionError, or if the update raises any error.
 `TREE_LAWS` are about trees and memory, and hold for every optimizer without a state. `RULE_LAWS`
 are about the arithmetic of LARS.
 """
@@ -25,7 +25,7 @@ Law = Callable[[Trial], None]
 
 RATES = st.sampled_from([0.5, 0.125])
 DECAYS = st.sampled_from([0.0, 0.5])
-# The right formula gives results closer than this in the arithmetic of any format.
+# The correct formula has a smaller error than this in the arithmetic of every format.
 FORMULA_ULP = 16
 
 
@@ -141,7 +141,7 @@ def scales_with_the_weights(trial: Trial) -> None:
 
 
 def is_linear_in_the_rate(trial: Trial) -> None:
-    """Four times the rate is four times the step."""
+    """Four times the rate gives four times the step."""
     w, dcdw = trial.pair()
     rate = trial.draw(RATES, "lr")
     one, four = trial(w, dcdw, rate), trial(w, dcdw, 4 * rate)
@@ -215,8 +215,8 @@ def is_exact_over_the_whole_range(trial: Trial) -> None:
 def is_exact_in_long_layers(trial: Trial) -> None:
     """Results are exact for long layers, where sums in float32 or less lose precision.
 
-    One side has equal elements, the worst case, as their rounding errors add up. The other has one
-    nonzero element, so that its norm is known.
+    All elements of w or of dcdw are equal, the worst case, because their rounding errors add up.
+    The other array has one nonzero element, so that its norm is known.
     """
     dtype = trial.draw(st.sampled_from(list(trial.domain.dtypes)), "dtype")
     count = trial.draw(st.integers(40_000, 100_000), "elements")

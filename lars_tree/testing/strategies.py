@@ -1,8 +1,8 @@
-"""Strategies of hypothesis: arrays, layers with their gradients, options, and trees of all these.
+"""Hypothesis strategies for arrays, layers with their gradients, options, and trees.
 
 Values shrink to the simplest: zeros in float64 and C order, a bare leaf or an empty dict, key 'a',
-keys in their original order. Where an argument says "or a strategy", each value can differ, as in
-`hypothesis.extra.numpy`.
+keys in their original order. If a strategy is given for an argument such as `dtype`, its value is
+drawn anew for each example, as in `hypothesis.extra.numpy`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ def arrays(
 ) -> Strategy:
     """Arrays of real or complex floating-point numbers.
 
-    Without `elements` the numbers are finite and cover the whole range of their format: half of the
-    arrays mix numbers of all sizes, subnormal ones too; in the others all numbers are near one
-    power of two, so that whole arrays are tiny or huge. Equal elements and magnitudes are common.
+    Without `elements`, the elements are finite and cover the whole range of their format: half of
+    the arrays mix elements of all sizes, also subnormal; in the other half all elements are near
+    one power of two, so that whole arrays are tiny or huge. Equal elements and magnitudes are
+    common.
 
     >>> from hypothesis import find
     >>> from lars_tree.testing import arrays
@@ -49,10 +50,10 @@ def arrays(
         dtype: A floating-point or complex dtype or its name, also "bfloat16", or a strategy. None
             means any of float64, float32, float16 and bfloat16 (for numpy only with ml_dtypes).
         shape: A tuple, or a strategy. None means up to three axes of length 0 to 4.
-        elements: A strategy for the numbers, which are rounded to the format.
+        elements: A strategy for the elements, which are rounded to the format.
         library: "numpy", "torch" or "jax", or a strategy; a library is imported only when needed.
-        layouts: Memory layouts: any of "C", "F", "reversed" (negative strides) and "gaps". Those
-            that a library does not have are ignored: torch has no "reversed", JAX only "C".
+        layouts: Memory layouts: any of "C", "F", "reversed" (negative strides) and "gaps". A
+            layout that the library lacks is ignored: torch has no "reversed", JAX only "C".
 
     Raises:
         ValueError: There is no such library or layout.
@@ -67,7 +68,7 @@ SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)
 def _groups(
     dtype: Any, shapes: Strategy, elements: Strategy | None, library: Any, layouts: Sequence[str]
 ) -> Strategy:
-    """Tuples of arrays with one dtype and library; `shapes` makes lists of their shapes."""
+    """Tuples of arrays with one dtype and library; `shapes` draws the list of their shapes."""
     if not isinstance(library, st.SearchStrategy):
         _arrays.check_known("library", library, _arrays.LIBRARIES)
     for layout in layouts:
@@ -166,11 +167,11 @@ def options(*names: str) -> Strategy:
     """Keyword arguments of `lars_update`: any of the named options, with one value for all leaves.
 
     Args:
-        *names: Of "decay_lambda", "trust_coefficient", "eps", "adapt", "trust_clip", "joint_norm"
-            and "grad_scale"; without names, all of them.
+        *names: Any of "decay_lambda", "trust_coefficient", "eps", "adapt", "trust_clip",
+            "joint_norm" and "grad_scale". Without names, all options can be drawn.
 
     Raises:
-        ValueError: There is no option of such a name.
+        ValueError: A name is not one of these.
     """
     for name in names:
         _arrays.check_known("names", name, list(OPTIONS))
@@ -213,14 +214,14 @@ def nests(
     max_leaves: int = 6,
     tied: bool = False,
 ) -> Strategy:
-    """Trees of all kinds, also empty ones or a bare leaf.
+    """Trees of all kinds, including empty trees and bare leaves.
 
     Args:
         leaves: A strategy for the leaves; None means `arrays()`.
         keys: A strategy for the keys of dicts; None means `keys()`.
         node_types: Types of the nodes: dict, list, tuple, subclasses, namedtuples, attrs classes.
         max_leaves: About the largest number of leaves.
-        tied: Whether one object may be the leaf of several paths.
+        tied: Whether one object may be the leaf at several paths.
     """
     known = _keys() if keys is None else keys
 
@@ -231,7 +232,7 @@ def nests(
     return made.flatmap(_tied) if tied else made
 
 
-_keys, _layers = keys, layers  # where arguments have these names
+_keys, _layers = keys, layers  # for functions with arguments of these names
 
 
 def _node(cls: type, keys: Strategy, children: Strategy) -> Strategy:
@@ -301,15 +302,10 @@ def weights_and_gradients(
     >>> find(weights_and_gradients(node_types=[dict]), lambda pair: isinstance(pair[0], dict))
     ({}, {})
 
-    Args:
-        layers: A strategy for the leaves, of pairs (w, dcdw). None means `layers(library=library)`
-            and pairs in which both, or only the gradient, are None.
-        library: As in `arrays`; ignored if `layers` are given.
-        keys: As in `nests`.
-        node_types: As in `nests`.
-        max_leaves: As in `nests`.
-        tied: As in `nests`. `lars_update` refuses to update tied weights in place.
-        shuffle_keys: Whether dicts of dcdw may have their keys in another order than those of w.
+    `layers` is a strategy for the pairs of arrays; without it, pairs are drawn from
+    `layers(library=library)`, and in some pairs the gradient or both arrays are None. `library`
+    is as in `arrays`. With `shuffle_keys`, dicts of dcdw can have another key order than those of
+    w. The other arguments are those of `nests`; tied weights cannot be updated in place.
     """
     if layers is None:
         some = _layers(library=library)
@@ -334,7 +330,7 @@ def shuffled(tree: Any) -> Strategy:
 
 @st.composite
 def _rebuilt(draw: Draw, node: Any, cut: Strategy | None) -> Any:
-    """The node with its keys in any order, and with values of `cut` in place of any nodes."""
+    """The node with its keys in any order; values of `cut`, if given, replace any nodes."""
     if cut is not None and (structure.is_leaf(node) or not draw(st.booleans())):
         return draw(cut)
     if structure.is_leaf(node):

@@ -1,6 +1,6 @@
 """One trial of an update function: the values that a law draws, and the expected results.
 
-`exact_step` is the rule in decimals of 60 digits, independent of the package.
+`exact_step` computes the rule in decimals of 60 digits, with no code of the package.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ Update = Callable[..., Any]
 
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=2, min_side=0, max_side=3)
 ELEMENTS = {
-    # Not 0, and of few bits: their multiples by powers of two are exact in every format.
+    # Nonzero, with few bits, so that products with powers of two are exact in every format.
     "plain": st.integers(1, 64).map(lambda n: n / 8) | st.integers(-64, -1).map(lambda n: n / 8),
-    # Their squares neither overflow nor underflow in float32.
+    # The squares of these numbers neither overflow nor underflow in float32.
     "moderate": st.floats(-8, 8, width=16, allow_subnormal=False),
     "extreme": None,  # any finite numbers
 }
@@ -73,11 +73,11 @@ class Trial:
     """The argument of a law: an update function, and methods to try it.
 
     Calling a trial calls the function with copies of the arguments, so that a function that
-    modifies them breaks only the law about that.
+    modifies its arguments breaks only the law `leaves_its_inputs_alone`.
 
     Attributes:
         update: The function itself.
-        domain: The arrays and trees that it is tried on.
+        domain: The arrays and trees that the function is tried on.
     """
 
     def __init__(self, update: Update, data: st.DataObject, domain: Domain) -> None:
@@ -90,7 +90,7 @@ class Trial:
         return self.update(_arrays.copied(w), _arrays.copied(dcdw), lr, **options)
 
     def draw(self, strategy: st.SearchStrategy[Any], label: str) -> Any:
-        """A value, which is reported under its label if the law is broken."""
+        """A value of the strategy; the report of a broken law shows it under this label."""
         return self._data.draw(strategy, label)
 
     def pair(self, kind: str = "plain") -> tuple[Any, Any]:
@@ -110,15 +110,9 @@ class Trial:
     def assert_rule(
         self, new: Any, w: Any, dcdw: Any, lr: float, decay_lambda: float, ulp: float | None
     ) -> None:
-        """Assert that new weights follow the rule, in ulps of the larger of |w| and |step|.
+        """Assert that the new weights follow the rule, in ulps of the larger of |w| and |step|.
 
-        Args:
-            new: The weights after the step.
-            w: The weights before.
-            dcdw: The gradients.
-            lr: The rate.
-            decay_lambda: The decay.
-            ulp: The largest accepted distance; None means that of the domain for the dtype.
+        `ulp` is the largest accepted distance; None means that of the domain for the dtype.
         """
         domain = self.domain
         for (path, x), g in zip(structure.walk(w), structure.leaves(dcdw), strict=True):
@@ -128,14 +122,9 @@ class Trial:
             self._assert_leaf_close(path, x, new, expected.reshape(x.shape), scale, ulp)
 
     def assert_close(self, new: Any, w: Any, expected: Any, scale: Any, ulp: float | None) -> None:
-        """Assert that new weights are close to the expected ones, in ulps of the dtype of `w`.
+        """Assert that the new weights are close to `expected`, in ulps of the dtype of `w`.
 
-        Args:
-            new: The weights after the step.
-            w: The weights before.
-            expected: The expected weights.
-            scale: For each element, the size at which an ulp is measured.
-            ulp: As in `assert_rule`.
+        An ulp is measured at the size of the element of `scale`. `ulp` is as in `assert_rule`.
         """
         rows = zip(
             structure.walk(w), structure.leaves(expected), structure.leaves(scale), strict=True
@@ -167,8 +156,8 @@ def exact_step(
 ) -> tuple[Array, Array]:
     """The new weights of one layer, and the larger of |w| and |step| for each element.
 
-    `norms` of w and dcdw are given if these are only a part of the layer. With `joint_norm` the
-    second norm is that of dcdw + decay_lambda * w.
+    If w and dcdw are only a part of the layer, `norms` has to be given: the norms of the whole w
+    and dcdw, or with `joint_norm`, those of w and dcdw + decay_lambda * w.
     """
     with localcontext(_CONTEXT):
         rate, decay = Decimal(lr), Decimal(decay_lambda)

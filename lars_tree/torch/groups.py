@@ -1,8 +1,4 @@
-"""Which parameters of a model are layers: `param_groups`, and the check for flattened parameters.
-
-`param_groups` is public in `lars_tree.torch`. It decides by the type of the module, then by name,
-then by the number of axes.
-"""
+"""`param_groups`, the groups of the usual recipe, and the check for flattened parameters."""
 
 from __future__ import annotations
 
@@ -47,16 +43,17 @@ def param_groups(
     ['0.bias', '1.weight', '1.bias'] 0.0 False
     >>> opt = Lars(groups, lr=0.1)
 
-    Excluded from decay and adaptation are: the parameters of norm layers (those of torch, and
+    These parameters are excluded from decay and adaptation: those of norm layers (torch's, and
     classes whose names end in Norm, Norm2d and the like) and of PReLU; the magnitudes of
-    weight_norm; parameters called bias; those that the model's own `no_weight_decay()` lists, as
-    in timm; and those with at most one axis, not counting `layer_axis`.
+    weight_norm; parameters named bias; parameters that the model's `no_weight_decay()` lists, as
+    in timm; and parameters with at most one axis, not counting `layer_axis`.
 
     Args:
-        model: The model. The groups have each of its parameters that require a gradient once.
-        exclude: Replaces these rules: given a name and a parameter, whether to exclude it.
+        model: The model. Each of its parameters that require a gradient is in one group.
+        exclude: Replaces these rules: called with each name and parameter, returns whether to
+            exclude the parameter.
         named: True: the groups hold (name, parameter) pairs, so that errors and states show the
-            names. False: they hold parameters, which every framework accepts.
+            names. False: the groups hold parameters only, as some frameworks require.
         **options: Options of `Lars` for all groups.
 
     Returns:
@@ -65,7 +62,7 @@ def param_groups(
     Raises:
         TypeError: `model` is not a module; an option is not one of `Lars`.
         ValueError: A lazy parameter has no shape yet.
-        LeafError: A parameter is not a whole layer, as with FSDP1 and DeepSpeed's ZeRO.
+        LeafError: A parameter is flattened or partitioned, as by FSDP1 and DeepSpeed's ZeRO.
     """
     if not isinstance(model, Module):
         given = "a generator" if isinstance(model, Iterator) else errors.describe(model)
@@ -94,19 +91,19 @@ def param_groups(
     return [group for group in groups if group["params"]]
 
 
-# Modules whose weights are kernels, whatever the names of their classes.
+# Modules whose weights are kernels, even if the name of a subclass ends in Norm.
 _KERNELS = (
     *(_ConvNd, torch.nn.Linear, torch.nn.Bilinear, torch.nn.RNNBase, torch.nn.RNNCellBase),
     *(torch.nn.Embedding, torch.nn.EmbeddingBag),
 )
-# Modules whose parameters scale and shift, whatever their shapes.
+# Modules whose parameters are excluded, whatever their shapes.
 _NORMS = (_NormBase, torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.RMSNorm, torch.nn.PReLU)
 _NORM_NAME = re.compile(r"norm(alization)?(act)?(\d+d)?(act)?$", re.IGNORECASE)
 _BIAS_NAME = re.compile(r"(^|_)bias$|^bias_")  # torch has bias_k and bias_ih_l0
 
 
 def _usually_excluded(model: Module, most_axes: int) -> Iterator[Tensor]:
-    """The parameters to exclude: a shared one if any of its modules excludes it."""
+    """The parameters to exclude; a shared one is excluded if any of its modules excludes it."""
     for path, module in model.named_modules():
         owner, used_as = module, None
         if isinstance(module, ParametrizationList):  # its path ends in parametrizations.weight
@@ -133,13 +130,13 @@ def _own_parameters(module: Module) -> dict[str, Tensor]:
 def _is_norm(module: Module) -> bool:
     if isinstance(module, _NORMS):
         return True
-    # A scripted module loses its class, but keeps the name.
+    # A scripted module keeps only the name of its class.
     names = [getattr(module, "original_name", ""), *(x.__name__ for x in type(module).__mro__)]
     return not isinstance(module, _KERNELS) and any(map(_NORM_NAME.search, names))
 
 
 def _is_magnitude(module: Module, name: str) -> bool:
-    """Whether this is the g of weight_norm, in its new or its old form."""
+    """Whether a parameter is the magnitude g of weight_norm, in its new or old implementation."""
     if isinstance(module, ParametrizationList):
         return name == "original0" and any(isinstance(x, _WeightNorm) for x in module)
     stem = name.removesuffix("_g")
@@ -147,7 +144,7 @@ def _is_magnitude(module: Module, name: str) -> bool:
 
 
 def name_of(group: dict[str, Any], number: int, index: int) -> str:
-    """The name of a parameter in messages: the user's own, or its position in the groups."""
+    """The name of a parameter for messages: as given by the user, or its position in the groups."""
     names = group.get("param_names", ())
     return names[index] if index < len(names) else f"param_groups[{number}]['params'][{index}]"
 
@@ -170,14 +167,14 @@ def _flattened_by(p: Tensor) -> str:
 
 
 def refuse_flattened_since(group: dict[str, Any], number: int) -> None:
-    """Raise LeafError if a framework has flattened the parameters of a group since it was added.
+    """Raise LeafError if the parameters of a group were flattened after the group was added.
 
-    Looks at the first parameter only, as each step calls this.
+    Checks the first parameter only, because every step calls this function.
     """
     params = group["params"]
     if params and _flattened_by(params[0]):
         refuse_flat(group, number)
-    # DeepSpeed replaces the parameters of a group by one flat tensor, which is not a Parameter.
+    # DeepSpeed replaces the parameters of a group with one flat tensor that is not a Parameter.
     is_flat = len(params) == 1 and type(params[0]) is Tensor and params[0].ndim == 1
     if is_flat and "deepspeed" in sys.modules and adapts(group):
         text = "flattened by DeepSpeed's ZeRO: use ZeRO stage 0, or FSDP2, instead"

@@ -1,8 +1,8 @@
-"""Lars as a `torch.optim.Optimizer`, and the parameter groups of the usual recipes.
+"""Lars as a `torch.optim.Optimizer`.
 
-Each step is one call of `execute` for all parameters: the native engine updates those in CPU
-memory; multi-tensor operations, which do not wait for the device, update all others.
-`torch/options.py` has the options, `torch/rows.py` the inputs of a step.
+Each step is one call of `execute` for all parameters: the native engine updates parameters in CPU
+memory; multi-tensor operations update all others, without waiting for the device.
+`torch/options.py` checks the options, `torch/rows.py` collects the inputs of a step.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         buffer = momentum * buffer + (1 - dampening) * d
         p      = p - lr * buffer,    or with nesterov    p = p - lr * (d + momentum * buffer)
 
-    |.| is the 2-norm over the parameter, over all shards of a DTensor. Where |p| or |g| is 0, ratio
-    is 1. As in `torch.optim.SGD` the rate multiplies the buffer, so a new rate takes effect at
-    once, and the first step is not dampened. At a constant rate it is the paper's rule.
+    |.| is the 2-norm of the parameter; for a DTensor, of all its shards. Where |p| or |g| is 0,
+    ratio is 1. As in `torch.optim.SGD`, the rate multiplies the buffer, so a new rate takes effect
+    at once, and the first step is not dampened. With a constant rate this is the paper's rule.
 
     >>> import torch
     >>> from lars_tree.torch import Lars
@@ -63,17 +63,17 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
     >>> opt.state[p]["momentum_buffer"]
     tensor([0., 5.])
 
-    Gradients are never modified. A step updates all parameters or none, also when it raises or
-    Ctrl-C interrupts it. Buffers are float32 for parameters of half precision. With
-    `torch.amp.GradScaler` it works like torch's own optimizers: the scaler unscales the gradients
-    and skips steps; with `fused=True` the step itself does both.
+    Gradients are never modified. A step updates all parameters or none, even if it raises or
+    Ctrl-C interrupts it. Buffers of half-precision parameters are float32. `torch.amp.GradScaler`
+    works as with torch's own optimizers: the scaler unscales the gradients and skips steps; with
+    `fused=True` the step itself does both.
 
     Args:
         params: Parameters, named parameters or parameter groups. A group may override each of the
             options below. `param_groups` makes the groups of the usual recipes.
-        lr: The rate: a number or a tensor of one number.
+        lr: The rate: a number or a tensor with one element.
         momentum: The factor of the buffer; 0 for no buffer.
-        dampening: Scales each step that enters the buffer, but the first, by 1 - dampening.
+        dampening: Scales d by 1 - dampening in each step except the first.
         weight_decay: Weight decay, in the ratio and in the step.
         nesterov: Nesterov momentum; needs momentum > 0 and dampening 0.
         trust_coefficient: The paper's eta.
@@ -81,10 +81,10 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         trust_clip: True (LARC, as in apex and timm): the local rate is min(ratio, lr) instead of
             lr * ratio; where a norm is 0 it is lr.
         joint_norm: True: the denominator is |g + weight_decay * p| + eps.
-        adapt: False: ratio is 1, which is SGD, as for biases and norm layers. "decayed": the ratio
-            applies to groups with weight decay only, as in timm.
-        foreach: True: multi-tensor operations on the CPU too, as exact as on accelerators. False:
-            parameters on accelerators are updated one by one.
+        adapt: False: ratio is 1 (SGD), as is usual for biases and norm layers. "decayed": the ratio
+            applies only to groups with weight decay, as in timm.
+        foreach: True: multi-tensor operations also on the CPU, with the accuracy of accelerators.
+            False: parameters on accelerators are updated one by one.
         maximize: Maximize the objective.
         layer_axis: The axis along which parameters stack layers; each index has its own ratio.
         nonfinite: What to do if a parameter or buffer of the group would become NaN or infinite:
@@ -98,7 +98,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
 
     Raises:
         ValueError: An option has an invalid value; no parameters.
-        LeafError: A parameter is not a whole layer, as with FSDP1 and DeepSpeed's ZeRO.
+        LeafError: A parameter is flattened or partitioned, as by FSDP1 and DeepSpeed's ZeRO.
 
     Source: You, Gitman, Ginsburg (2017), arXiv:1708.03888, Algorithm 1.
     """
@@ -133,7 +133,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         self._set_amp_scaling()
 
     def _set_amp_scaling(self) -> None:
-        """As in torch's fused optimizers: GradScaler sets `grad_scale` and `found_inf`."""
+        """If fused, make GradScaler set `grad_scale` and `found_inf`, as for torch's optimizers."""
         if self.defaults["fused"]:
             self._step_supports_amp_scaling = True
 
@@ -143,7 +143,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         Raises:
             ValueError: An option has an invalid value.
             TypeError: A key is another package's name for an option of Lars.
-            LeafError: A parameter is not a whole layer, as with FSDP1.
+            LeafError: A parameter is flattened, as by FSDP1.
         """
         name = f"param_groups[{len(self.param_groups)}]"
         if isinstance(param_group, dict):
@@ -164,25 +164,27 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
     def __setstate__(self, state: dict[str, Any]) -> None:
         known = set(state.get("defaults", vars(self).get("defaults", ())))
         super().__setstate__(state)
-        for name in self.defaults.keys() - known:  # added by torch
+        for name in self.defaults.keys() - known:  # options that torch added
             del self.defaults[name]
-        for name, option in signature(Lars).parameters.items():  # new since an older version
+        for name, option in signature(
+            Lars
+        ).parameters.items():  # options that an older version lacks
             if name != "params":
                 self.defaults.setdefault(name, option.default)
-        for group in self.param_groups:  # also of another optimizer
+        for group in self.param_groups:  # the state may be that of another optimizer
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         self._set_amp_scaling()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, as in `torch.optim.Optimizer`; also a state of `torch.optim.SGD`.
+        """Load a state of this optimizer or of `torch.optim.SGD`, as in `torch.optim.Optimizer`.
 
         Options that a loaded group lacks keep their values.
         """
         final: dict[str, Any] = {}
         before = [{name: group[name] for name in self.defaults} for group in self.param_groups]
-        # The last pre-hook gets the state as changed by all others; the first post-hook runs before
-        # users' hooks, which can change what is loaded.
+        # The last pre-hook gets the state after the changes of all other pre-hooks. The first
+        # post-hook runs before the user's post-hooks, which can change the loaded values.
         hooks = (
             self.register_load_state_dict_pre_hook(lambda _, given: final.update(given)),
             self.register_load_state_dict_post_hook(
@@ -204,7 +206,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         ours = (p for group in self.param_groups for p in group["params"])
         for i, p in zip(saved, ours, strict=True):
             buffer = final["state"].get(i, {}).get("momentum_buffer")
-            # Any other value is loaded as it is, and the next step raises for it.
+            # Any other value is loaded unchanged, and the next step raises an error about it.
             fits = isinstance(buffer, Tensor) and not buffer.is_meta
             if fits and buffer.is_complex() == p.is_complex():
                 moved = buffer.detach().to(p.device, BACKEND.velocity_dtype(p))
@@ -229,15 +231,15 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
             RuntimeError: A gradient is sparse.
             ValueError: An option of a group has an invalid value.
             LarsTreeError: Parameters, gradients or buffers do not fit together, share memory, or
-                are read-only. Nothing was written. (On accelerators shared memory is found only if
-                two parameters start at the same address.)
+                are read-only. Nothing was written. (On accelerators, shared memory is detected
+                only if two parameters start at the same address.)
             NonFiniteError: nonfinite="raise", and a result would be NaN or infinite.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # A lock: only one of several threads may make the buffers.
+        # Under a lock, so that only one of several threads makes the buffers.
         compiling = torch.compiler.is_compiling()
         with nullcontext() if compiling else locks.writing(lambda: locks.of(self)):
             self._step(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))

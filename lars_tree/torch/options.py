@@ -1,6 +1,6 @@
-"""The options of `torch.Lars`: their checks, and the `Rule` that the options of a group make.
+"""Checks the options of `torch.Lars`, and converts the options of a group to a `Rule`.
 
-Errors are those of torch's own optimizers: ValueError, not OptionError.
+Errors are ValueError, as in torch's own optimizers, not OptionError.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lars_tree.errors import did_you_mean
 
 
 class GroupOptions(TypedDict, total=False):
-    """The options of `torch.Lars`, which a parameter group may have; see there."""
+    """The options of a parameter group; `torch.Lars` documents them."""
 
     lr: float | Tensor
     momentum: float
@@ -42,7 +42,7 @@ class GroupOptions(TypedDict, total=False):
 
 NAMES = tuple(GroupOptions.__annotations__)
 
-# The numbers of a rule, and what torch calls them.
+# The numeric fields of a rule, and their names in torch.
 _NUMBERS = {
     "decay_lambda": "weight_decay",
     **{name: name for name in ("lr", "momentum", "dampening", "trust_coefficient", "eps")},
@@ -55,22 +55,18 @@ _CHOICES: dict[str, tuple[bool | str | None, ...]] = {
     "nonfinite": ("propagate", "skip", "raise"),
 }
 
-# A schedule that ends at 0 can return a negative rate, by a few ulps of its first rate.
+# A schedule that ends at 0 can return a rate below 0, by a few ulps of its first rate.
 _ROUNDING = 1e-12
 
 
 def check(
     options: dict[str, Any], group: str = "", *, waits: bool = True, first_rate: Any = 0.0
 ) -> None:
-    """Raise ValueError, naming the option, if a value is invalid.
+    """Raise ValueError, naming the option and the group, if a value is invalid.
 
-    Also raise RuntimeError, as torch does, if both `foreach` and `fused` are True.
-
-    Args:
-        options: The options of the optimizer or of a parameter group.
-        group: The name of the group, for the message.
-        waits: Whether to read tensors on a device, which waits for the device.
-        first_rate: The first rate of a schedule: a rate may be negative by its rounding error.
+    Raise RuntimeError, as torch does, if both `foreach` and `fused` are True. Without `waits`,
+    tensors on a device are not checked. A rate may be negative if it is within the rounding error
+    of `first_rate`.
     """
     for name in _NUMBERS.values():
         if finite_number(options[name]) is None:  # invalid, or a tensor or array of one number
@@ -95,9 +91,9 @@ def check(
 
 
 def _check_array(name: str, x: Any, group: str, waits: bool, first_rate: Any) -> None:
-    """Raise if x is not a tensor of one element, or a numpy array without axes, of a valid number.
+    """Raise unless x is a tensor with one element, or a 0-d numpy array, and its value is valid.
 
-    A negative rate is valid if it is a rounding error of `first_rate`.
+    A negative rate is valid if it is within the rounding error of `first_rate`.
     """
     number = x
     if isinstance(x, Tensor):
@@ -151,7 +147,7 @@ def rule(group: dict[str, Any], grad_scale: Any, is_first: bool) -> Rule:
 
 
 def _float_or_tensor(x: Any) -> Any:
-    """A float; or a tensor without axes if its value cannot be read without waiting."""
+    """The number as a float; as a 0-d tensor if reading its value would wait for a device."""
     if not isinstance(x, Tensor):
         return float(x)
     is_known = x.is_cpu and not torch.compiler.is_compiling()

@@ -38,7 +38,7 @@ TORCH_WORDS = errors.Words(
 )
 
 # A parameter, its gradient, buffer and rule, the number of its group, and its index in the group.
-# A NamedTuple takes three times as long to make.
+# Creating a NamedTuple would take three times as long.
 ParameterRow = tuple[Tensor, Tensor, Tensor | None, Rule, int, int]
 
 
@@ -49,7 +49,7 @@ class ParameterRows:
         rows: A row for each parameter.
         for_foreach: The indices of the rows that the foreach engine updates.
         first_steps: The indices of the rows with a new buffer.
-        device_can_skip: Whether a device can skip the step by itself, without being waited for.
+        device_can_skip: Whether the device can skip the step without the CPU waiting for it.
     """
 
     def __init__(self, groups: list[dict[str, Any]], grad_scale: Any) -> None:
@@ -61,9 +61,10 @@ class ParameterRows:
         self.device_can_skip = True
 
     def rule(self, number: int, is_for_foreach: bool, is_first: bool) -> Rule:
-        """The rule of those parameters of a group that have the same engine and kind of step."""
+        """The rule of a group for the parameters of one engine, with new buffers or without."""
         group, scale = self.groups[number], self.grad_scale
-        # The CPU cannot skip by itself; and a skipped step must not count as the undampened one.
+        # Only the foreach engine skips on the device. A skipped step must not count as the first,
+        # which is not dampened.
         is_undampened = is_first and group["dampening"] != 0
         self.device_can_skip &= is_for_foreach and not is_undampened
         scale = scale if is_for_foreach or scale is None else float(scale)
@@ -75,7 +76,7 @@ class ParameterRows:
         return Columns(params, grads, params, rules, buffers, counters or {})
 
     def new_buffers(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Each parameter that has a new buffer, with that buffer."""
+        """Each parameter with a new buffer, and that buffer."""
         return ((self.rows[i][0], self.rows[i][2]) for i in self.first_steps)
 
     def leaves(self) -> list[Leaf]:
@@ -88,9 +89,9 @@ class ParameterRows:
     def caller(
         self, found_inf: Tensor | None = None, last: tuple[Callable[[], Any], ...] = ()
     ) -> Caller:
-        """The caller's part of the arguments of `execute`."""
+        """The `Caller` argument of `execute`."""
         engine = None
-        # The foreach engine does not read values, which "raise" and "skip" need.
+        # "raise" and "skip" need to read values, but the foreach engine does not read any.
         if self.for_foreach and all(group["nonfinite"] == "propagate" for group in self.groups):
             numbers = {self.rows[i][4] for i in self.for_foreach}
             one_by_one = all(self.groups[number]["foreach"] is False for number in numbers)
@@ -103,14 +104,14 @@ class ParameterRows:
 
 
 def gather(optimizer: Optimizer, grad_scale: Any, may_skip: bool = False) -> ParameterRows:
-    """The inputs of a step of all parameters with gradients; checks the options of their groups."""
+    """Collect the inputs of a step from all groups, and check the options of the groups."""
     found = ParameterRows(optimizer.param_groups, grad_scale)
     rows, for_foreach, first_steps = found.rows, found.for_foreach, found.first_steps
     get_state, strided = optimizer.state.get, torch.strided
     no_state: dict[str, Any] = {}
     compiling = torch.compiler.is_compiling()
-    # If one process may skip the step, shards are left to the foreach engine: there all processes
-    # take part in the norms, also those that skip.
+    # If one process may skip the step, the foreach engine updates the shards, because all of its
+    # processes, also those that skip, take part in the all-reduce of the norms.
     shards_too = not (compiling or may_skip) and may_read()
     for number, group in enumerate(optimizer.param_groups):
         if not compiling:  # schedulers can set any value
@@ -127,7 +128,7 @@ def gather(optimizer: Optimizer, grad_scale: Any, may_skip: bool = False) -> Par
                 continue
             if grad.layout is not strided:
                 name = name_of(group, number, index)
-                text = f"Lars does not support sparse gradients: make that of {name} dense"
+                text = f"Lars does not support sparse gradients: make the gradient of {name} dense"
                 raise RuntimeError(text)
             buffer = get_state(p, no_state).get("momentum_buffer") if moves else None
             is_first = moves and buffer is None
@@ -136,7 +137,7 @@ def gather(optimizer: Optimizer, grad_scale: Any, may_skip: bool = False) -> Par
             is_for_foreach = always_foreach or not (
                 is_in_cpu_memory(p) or (shards_too and is_shard(p))
             )
-            if kind != (is_for_foreach, is_first):  # mostly as for the previous parameter
+            if kind != (is_for_foreach, is_first):  # usually the kind of the previous parameter
                 kind = is_for_foreach, is_first
                 rule = found.rule(number, *kind)
             if is_for_foreach:
