@@ -17,7 +17,7 @@ from conftest import need, to_library, to_numpy, traced
 
 import lars_tree
 from lars_tree import Container, Lars, lars_update
-from lars_tree._backends.cpu.twin import twin
+from lars_tree._backends.cpu import twin
 from lars_tree._core import writes
 
 FOLDER = os.path.dirname(lars_tree.__file__)
@@ -229,7 +229,7 @@ def test_no_memory_for_one_leaf_leaves_the_others_unchanged(monkeypatch):
     """The failure is in the computation of results, before anything is written."""
     trees, call = of_momentum()
     before = contents(trees)
-    stepped = twin._stepped
+    stepped = twin._step_piece
     calls = []
 
     def fail(*args):
@@ -238,7 +238,7 @@ def test_no_memory_for_one_leaf_leaves_the_others_unchanged(monkeypatch):
             raise MemoryError
         return stepped(*args)
 
-    monkeypatch.setattr(twin, "_stepped", fail)
+    monkeypatch.setattr(twin, "_step_piece", fail)
     with pytest.raises(MemoryError):
         call()
     assert contents(trees) == before
