@@ -96,7 +96,7 @@ def _sharing(counter: Any, others: list[Operand]) -> list[int]:
 
 
 def counted(counter: Any, name: str, taken: Any) -> Any:
-    """The new value of a counter; `taken` may be a lazy or traced array."""
+    """The new value of a counter; `taken` is a bool or a bool array."""
     if isinstance(taken, bool):
         count = unwrap(counter) + int(taken is (name == "step"))
     else:

@@ -56,7 +56,7 @@ class Caller(NamedTuple):
 class Result(NamedTuple):
     """The results in leaf order; with an `out`, its arrays.
 
-    `taken` is whether the step applies: a bool, or a lazy or traced array.
+    `taken` is whether the step applies: a bool, or a bool array (traced, lazy or on a device).
     """
 
     ws: list[Any]

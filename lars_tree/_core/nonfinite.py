@@ -22,7 +22,7 @@ def guard(
 
     `leaves` and `results` exclude the leaves of the native engine. `native` has the option of each
     leaf for which the native engine would write NaN or infinity; None if the engine has no leaves.
-    Returns the results, and whether the step applies: a bool, or a lazy or traced array.
+    Returns the results, and whether the step applies, as in `execute.Result.taken`.
     """
     steps = [leaf for leaf in leaves if leaf.dcdw is not None]
 

@@ -96,7 +96,7 @@ def trust_ratio(
 
 
 def coefficients(ratio: Any, rule: Rule) -> tuple[Any, Any]:
-    """a, b such that u is a * dcdw + b * w."""
+    """The coefficients of dcdw and of w in u."""
     rate = rule.lr_before_momentum * ratio * (1 - rule.dampening)
     return rate / rule.grad_scale, rate * rule.decay_lambda
 
@@ -116,7 +116,7 @@ def apply_step(w: Any, dcdw: Any, gradient_coefficient: Any, decay_coefficient: 
 
 
 def increment(w: Any, dcdw: Any, gradient_coefficient: Any, decay_coefficient: Any) -> Any:
-    """U of the formula; a decay_coefficient of None as in `apply_step`."""
+    """The u of the formula; a decay_coefficient of None means no decay."""
     u = gradient_coefficient * dcdw
     return u if decay_coefficient is None else u + decay_coefficient * w
 
@@ -143,13 +143,13 @@ class Ops(Protocol):
         """The largest magnitude over the same axes, constant under differentiation."""
 
     def power_of_two(self, x: Any) -> Any:
-        """A power of two within a factor of two of x; 1 unless x > 0. No derivative."""
+        """A power of two near x (1 unless x > 0), constant under differentiation."""
 
     def where(self, condition: Any, a: Any, b: Any) -> Any:
         """Elementwise choice; a and b may be numbers."""
 
     def upper_half(self, x: Any) -> Any:
-        """X rounded to half of its bits; the difference from x has the other half."""
+        """Round x to half of its bits; the difference from x has the other half."""
 
     def finite_or(self, x: Any, other: Any) -> Any:
         """Elementwise, x where it is finite, otherwise `other`."""
@@ -175,10 +175,10 @@ class Norm(NamedTuple):
 def step(ops: Ops, w: Any, dcdw: Any, rule: Rule, velocity: Any = None) -> tuple[Any, Any]:
     """The weights and the velocity (None if there is none) after a step, in the precision of w.
 
-    Valid over the whole range of exponents. The rule is homogeneous: if w is scaled, or dcdw,
-    decay_lambda and eps together, then the part of u along dcdw scales like w, and the part along w
-    does not change. So norms can be scaled to be near 1, where no square overflows or vanishes.
-    Scaling by powers of two changes no bit.
+    Valid over the whole range of exponents: norms are scaled by powers of two, which changes no
+    bit, to be near 1, so that no square overflows or vanishes. The rule allows this, because for
+    w / a, dcdw / b, eps / b and decay_lambda * a / b, the gradient term of u is divided by a, as w
+    is, and the decay coefficient does not change.
     """
     dcdw, rule = joint(ops, w, dcdw, rule)
     decays = not is_zero(rule.decay_lambda)
@@ -224,7 +224,7 @@ def joint(ops: Ops, w: Any, dcdw: Any, rule: Rule) -> tuple[Any, Rule]:
 
 
 def multiply_add(ops: Ops, a: Any, b: Any, x: Any) -> Any:
-    """A + b * x, almost as exact as with a single rounding, even if the two terms cancel.
+    """Compute a + b * x, almost as exact as with a single rounding, even if the two terms cancel.
 
     The factors are split into halves, whose products are exact, and the rounding error of the sum
     is added to the sum (Dekker 1971, doi:10.1007/BF01397083).
