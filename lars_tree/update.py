@@ -58,8 +58,8 @@ def lars_update(
             modified, unless `out` is w.
         dcdw: Gradient of the cost, in units of cost per weight: arrays that broadcast to the arrays
             of w, of the same library and device. None leaves the weights below it unchanged.
-        lr: Learning rate, a pure number >= 0, because the units of cost and weights cancel where
-            ratio is not 1. May be an array that broadcasts to the weights.
+        lr: Learning rate >= 0. It has no unit where ratio is not 1, because the units of cost and
+            weights cancel there. May be an array that broadcasts to the weights.
         decay_lambda: Weight decay >= 0, in cost per weight squared.
         stop_gradients: True: the result has no autograd graph, and requires a gradient where w did.
             False: the step is differentiable in w, dcdw, lr and decay_lambda.
@@ -71,7 +71,7 @@ def lars_update(
             a norm is 0 it is lr.
         joint_norm: True: the denominator is |g + decay_lambda * w| + eps, as in SimCLR, BYOL and
             optax; ratio is 1 where |w| or the norm of this sum is 0.
-        grad_scale: The loss scale by which dcdw is multiplied, > 0.
+        grad_scale: The loss scale > 0 by which dcdw was multiplied; the step divides it out.
         nonfinite: What to do when a new weight would be NaN or infinite. "propagate" writes it,
             "raise" raises before anything is written, "skip" leaves all weights unchanged.
         layer_axis: The axis along which an array stacks layers; each index has its own ratio.

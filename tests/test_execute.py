@@ -189,7 +189,7 @@ def test_only_updates_of_the_same_memory_wait_for_each_other():
     thread = threading.Thread(target=opt.update, args=(w, w, state, w))
     thread.start()
     assert inside.wait(60)
-    opt.update(other, other, others, out=other)  # other weights: does not wait
+    opt.update(other, other, others, out=other)  # does not wait, because it writes other weights
     done = threading.Event()
     late = threading.Thread(target=lambda: (lars_update(w, 1.0, 0.0, out=w), done.set()))
     late.start()

@@ -82,7 +82,7 @@ def execute(columns: base.Columns, caller: Caller) -> Result:
 
 
 def _execute(columns: base.Columns, caller: Caller, native: Native) -> Result:
-    """The general path, for updates that need more than one call of the kernel."""
+    """The general path, for updates that a single call of the kernel cannot make."""
     rows, trusted = checked(columns, caller, native.rest, native)
     written, read = _spans(rows, columns.counters)
     # This compares memory ranges, which is fast; `check_apart` compares single elements.
@@ -115,8 +115,8 @@ def checked(
 ) -> tuple[list[Row], list[base.Leaf]]:
     """Check the leaves with these indices (None: all) that hold arrays.
 
-    Returns the rows of the leaves that passed the full check, and the leaves that need none, as
-    they passed a cheap pre-check of the caller's engine or of the native engine.
+    Returns the rows of the leaves that passed the full check, and the leaves that need none,
+    because they passed a cheap pre-check of the caller's engine or of the native engine.
     """
     leaves = _leaves(columns, caller, range(len(columns.ws)) if indices is None else indices)
     trusted = [] if caller.engine is None else caller.engine.trusted(leaves)

@@ -186,7 +186,7 @@ def _forget_other_threads() -> None:
     for weak in list(_blocks):
         block = weak()
         if block is not None and not block._is_owned():
-            del _blocks[weak]  # its thread is gone but still holds it
+            del _blocks[weak]  # held by a thread that does not exist in the child
 
 
 if hasattr(os, "register_at_fork"):

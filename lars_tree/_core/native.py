@@ -92,7 +92,7 @@ class Native:
         return self.plan is not None and self.plan.must_be_finite
 
     def count(self, counter: Any) -> bool:
-        """Let the kernel increment a counter with the step; return whether it can."""
+        """Let the kernel increment a counter in its step; return False if it cannot."""
         backend = _backends.find(counter)
         if self.plan is None or backend is None or not backend.count(self.plan, counter):
             return False
@@ -222,7 +222,7 @@ class Native:
                     backend.write(target, values)
 
     def finish(self) -> None:
-        """Convert new arrays to what the users of their libraries expect."""
+        """Convert new arrays to the array types of their libraries."""
         if self.results is not None:
             for part in self._parts:
                 part.backend.finish(part.columns, self.results, part.taken())

@@ -113,7 +113,7 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
     _refuse_gaps(tree, columns)
     indices = [Rule._fields.index(_FIELDS.get(name, name)) for name in columns]
     fields = list(Rule(**{"lr_before_momentum": 0.0, **shared}))
-    # Rules are shared by the ids of their values, which stay valid while the columns exist.
+    # Leaves that share all values share a Rule. The ids stay valid while the columns exist.
     ids = [map(id, column) for column in columns.values()]
     known: dict[Any, Rule] = {}
     rules = []
@@ -274,7 +274,7 @@ def _rate(value: Any, keep_graph: bool) -> Any:
 
 
 def _is(value: Any, *classes: type) -> bool:
-    """As isinstance, but by the real type, as `__class__` may claim another."""
+    """As isinstance, but for type(value), because `value.__class__` may be another type."""
     return issubclass(type(value), classes)
 
 

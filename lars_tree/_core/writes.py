@@ -135,9 +135,9 @@ class Writes:
             raise
 
     def _at_once(self, last: list[Call]) -> Call:
-        """A call that makes all writes to CPU memory, then these calls, without Python."""
+        """A call that makes all writes to CPU memory, then the calls in `last`, without Python."""
         calls: list[Call] = []
-        if self.plan is not None:  # first: it raises before it writes, or not at all
+        if self.plan is not None:  # first, because it raises before it writes or not at all
             calls = [self.plan.step if self.norms is None else partial(self.plan.apply, self.norms)]
         calls += (partial(setitem, target, ..., values) for target, values in self._copies)
         return partial(deque, map(_call, [*calls, *self._last, *last]), 0)
@@ -166,7 +166,7 @@ def _aside(calls: list[Call]) -> None:
         partial(setitem, started, 0, True),
     ]
     try:
-        deque(map(_call, start), 0)  # one C call, so that `started` is always right
+        deque(map(_call, start), 0)  # one C call: no exception separates the two
         _wait(ended)
     except BaseException:
         if started[0]:

@@ -102,7 +102,7 @@ def coefficients(ratio: Any, rule: Rule) -> tuple[Any, Any]:
 
 
 def is_joint(rule: Rule) -> bool:
-    """Whether the denominator needs the norm of g + decay_lambda * w, and decay is not 0."""
+    """Whether the denominator is the norm of a sum, g + decay_lambda * w, and not that of g."""
     return rule.joint_norm and rule.adapt and not is_zero(rule.decay_lambda)
 
 
@@ -137,7 +137,7 @@ class Ops(Protocol):
     """The operations of an array library that `step` needs."""
 
     def norms(self, w: Any, dcdw: Any, layer_axis: int | None) -> tuple[Norm, Norm]:
-        """The 2-norms of w and dcdw over all axes except layer_axis, which keep length 1."""
+        """The 2-norms of w and dcdw; all axes except layer_axis are reduced to length 1."""
 
     def largest(self, x: Any, layer_axis: int | None) -> Any:
         """The largest magnitude over the same axes, constant under differentiation."""
