@@ -1,6 +1,6 @@
 """Update a whole tree of weights in one call, by Layer-wise Adaptive Rate Scaling (LARS).
 
-Weights are a Container or any other tree, of any array library; gradients are matched by key:
+Weights are a Container or any other tree of arrays of any library; gradients are matched by key:
 
     import lars_tree as lt
 
@@ -15,26 +15,12 @@ Weights are a Container or any other tree, of any array library; gradients are m
 
 from typing import TYPE_CHECKING
 
-from lars_tree import schedules
+from lars_tree import errors, schedules
 from lars_tree._native import native_available
 from lars_tree._native.threads import get_num_threads, set_num_threads
 from lars_tree.array import Array
 from lars_tree.container import Container
-from lars_tree.errors import (
-    BackendError,
-    DtypeError,
-    FileError,
-    LarsTreeError,
-    LeafError,
-    NonFiniteError,
-    OptionError,
-    OutError,
-    PathAttributeError,
-    PathKeyError,
-    ShapeError,
-    StateError,
-    StructureError,
-)
+from lars_tree.errors import *  # noqa: F403
 from lars_tree.optimizer import Lars
 from lars_tree.update import lars_update
 
@@ -42,41 +28,29 @@ __version__: str
 
 __all__ = [
     "Array",
-    "BackendError",
     "Container",
-    "DtypeError",
-    "FileError",
     "Lars",
-    "LarsTreeError",
-    "LeafError",
-    "NonFiniteError",
-    "OptionError",
-    "OutError",
-    "PathAttributeError",
-    "PathKeyError",
-    "ShapeError",
-    "StateError",
-    "StructureError",
     "get_num_threads",
     "lars_update",
     "native_available",
     "schedules",
     "set_num_threads",
 ]
+__all__ += errors.__all__
 
 
 def __dir__() -> list[str]:
-    """Public names only: not the modules in which they are defined, such as `update`."""
+    """Public names only, without the modules that define them, such as `update`."""
     modules = {"errors", "io", "report", "testing", "torch"}
     return sorted([*__all__, "__version__", *(modules & globals().keys())])
 
 
-if not TYPE_CHECKING:  # for a type checker there would be no unknown name
+if not TYPE_CHECKING:  # with a __getattr__, a type checker would accept any name
 
     def __getattr__(name: str) -> str:
         if name != "__version__":
             raise AttributeError(f"module 'lars_tree' has no attribute {name!r}")
-        from importlib.metadata import PackageNotFoundError, version  # takes a while
+        from importlib.metadata import PackageNotFoundError, version  # slow to import
 
         try:
             return version("lars-tree")

@@ -1,7 +1,7 @@
 """The exceptions of the package, and how their messages are built.
 
 All messages have one form: a headline that names the argument, then one line per path with what was
-expected and what was found. Of arrays this module only knows `shape`, of libraries nothing.
+expected and what was found. This module knows no array library, and of arrays only `shape`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 Path = tuple[Hashable, ...]
 
 MOST_LINES = 10
-MOST_CANDIDATES = 1000  # for a hint: difflib takes minutes for a million names
+MOST_CANDIDATES = 1000  # keys compared for a hint; difflib takes minutes for a million keys
 
 
 class LarsTreeError(Exception):
@@ -49,7 +49,7 @@ class LarsTreeError(Exception):
 
 
 class StructureError(LarsTreeError, ValueError):
-    """The tree of an argument does not match that of the weights; lists every differing path."""
+    """The tree of an argument does not match the weights; the message lists all differing paths."""
 
 
 class LeafError(LarsTreeError, TypeError):
@@ -77,15 +77,15 @@ class OutError(LarsTreeError, ValueError):
 
 
 class StateError(LarsTreeError, ValueError):
-    """The state of an optimizer does not match the weights, or is not such a state."""
+    """The state does not match the weights, or is not the state of an optimizer."""
 
 
 class NonFiniteError(LarsTreeError, ArithmeticError):
-    """With nonfinite="raise": new weights would be NaN or infinite."""
+    """New weights would be NaN or infinite, and nonfinite="raise" was given."""
 
 
 class FileError(LarsTreeError, ValueError):
-    """A file is malformed or has unsupported content; names the file and the entry."""
+    """A file is malformed or has unsupported content; the message names the file and the entry."""
 
 
 class PathKeyError(LarsTreeError, KeyError):
@@ -120,7 +120,7 @@ def error(
     lines: Iterable[Line],
     shown: Callable[[Path], str] = path_string,
 ) -> LarsTreeError:
-    """An exception of this kind, whose message has a headline and one line per path."""
+    """An exception of this kind; the message is a headline and one line per path."""
     lines = list(lines)
     exception = kind(message(argument, headline, lines, shown))
     exception.argument = argument
@@ -129,7 +129,7 @@ def error(
 
 
 def file_error(file: object, text: str, name: str | None = None) -> LarsTreeError:
-    """A FileError about a file, or about its entry of this name."""
+    """A FileError about a file, or about the entry `name` of this file."""
     path = () if name is None else (name,)
     line = tuple(map(shortened, path)), shortened(text)
     exception = error(FileError, "path", f"path {str(file)!r} cannot be read", [line])
@@ -138,12 +138,12 @@ def file_error(file: object, text: str, name: str | None = None) -> LarsTreeErro
 
 
 def shortened(text: str, most: int = 1000) -> str:
-    """The text without its middle if it is long: names in files can have any length."""
+    """The text, without its middle if it is long, because names in files can have any length."""
     return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}"
 
 
 def whole_number(argument: str, x: Any, least: int) -> int:
-    """The number as an int; an OptionError if it is not an integer, or less than `least`."""
+    """The number as an int; raises OptionError if it is not an integer >= `least`."""
     try:
         number = None if type(x).__name__ == "bool" else operator.index(x)  # numpy's bool too
     except TypeError:
@@ -160,7 +160,7 @@ def message(
     lines: Sequence[Line],
     shown: Callable[[Path], str] = path_string,
 ) -> str:
-    """The headline and one line per path, at most MOST_LINES of them and then a count."""
+    """The headline and one line per path; after MOST_LINES paths a count of the rest."""
     first = [f"\n  {shown(path) or argument}: {text}" for path, text in lines[:MOST_LINES]]
     rest = len(lines) - len(first)
     return headline + "".join(first) + (f"\n  and {rest} more" if rest else "")
@@ -170,7 +170,7 @@ class Words(NamedTuple):
     """The names of arguments and options in messages, and in the `argument` of errors.
 
     The defaults are the names in `lars_update` and `Lars`, which the code uses throughout; `name`
-    translates them. `torch.Lars` has its own.
+    translates them to the user's names, which differ in `torch.Lars`.
     """
 
     w: str = "w"
@@ -180,7 +180,7 @@ class Words(NamedTuple):
     weights: str = "weights"  # the leaves of w
     outs: str = "leaves of out"
     velocity: str = "velocity"
-    options: Mapping[str, str] = MappingProxyType({})  # only those with other names
+    options: Mapping[str, str] = MappingProxyType({})  # only options with other names
     path: Callable[[Path], str] = path_string
     hint: str = ""  # what to do if the state belongs to other weights
 
@@ -192,7 +192,7 @@ class Words(NamedTuple):
     def error(
         self, kind: type[LarsTreeError], argument: str, headline: str, lines: Iterable[Line]
     ) -> LarsTreeError:
-        """`error` with these names, and with the hint if it is about the state."""
+        """As the function `error`, with these names; with the hint if the state is at fault."""
         exception = error(kind, self.name(argument), headline, lines, self.path)
         if self.hint and argument == "state" and issubclass(kind, (StateError, BackendError)):
             exception.args = (f"{exception}\n  {self.hint}",)
@@ -204,7 +204,7 @@ WORDS = Words()
 
 def did_you_mean(key: object, known: Iterable[object]) -> str:
     """' (did you mean ...?)' if one of the first MOST_CANDIDATES known keys is close, else ''."""
-    import difflib  # here, as only errors need it
+    import difflib  # imported late, because only errors need it
 
     if not isinstance(key, str):
         return ""
@@ -216,7 +216,7 @@ def did_you_mean(key: object, known: Iterable[object]) -> str:
 def key_differences(
     expected: Sequence[Hashable], found: Sequence[Hashable], hints: bool = True
 ) -> str:
-    """The missing and the unexpected keys of one node, with hints for misspelt ones."""
+    """The missing and the unexpected keys of one node, with hints for misspelt keys."""
     found_keys, expected_keys = set(found), set(expected)
     missing = [key for key in expected if key not in found_keys]
     extra = [key for key in found if key not in expected_keys]
@@ -245,7 +245,7 @@ def describe(node: Any) -> str:
         return f"{article} {name} of {counted(len(node), 'item')}"
     try:
         shape = getattr(node, "shape", None)
-    except Exception:  # of a lazy parameter, or a weak proxy of a deleted object
+    except Exception:  # a lazy parameter, or a weak proxy of a deleted object
         shape = None
     if isinstance(shape, tuple):
         return f"an array of shape {tuple(shape)}"
@@ -253,12 +253,12 @@ def describe(node: Any) -> str:
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:
-    """'1 leaf', '2,000 leaves'; without `plural`, an s is added."""
+    """A count with its noun: '1 leaf', '2,000 leaves'; the default plural adds an s."""
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def enumerated(words: Iterable[Any], most: int = 5, shown: Callable[[Any], str] = str) -> str:
-    """The words separated by commas, at most `most` of them and then a count."""
+    """The words separated by commas; after `most` words a count of the rest."""
     words = list(words)
     rest = len(words) - most
     return ", ".join(map(shown, words[:most])) + (f" and {rest} more" if rest > 0 else "")

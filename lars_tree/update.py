@@ -1,4 +1,4 @@
-"""lars_update: one LARS step on every array of a tree of weights. The way of a step is `_core`."""
+"""lars_update: one LARS step on every array of a tree of weights, computed by `_core`."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def lars_update(
         ratio = trust_coefficient * |w| / (|g| + decay_lambda * |w| + eps)
         w_new = w - lr * ratio * (g + decay_lambda * w)
 
-    |.| is the 2-norm over the layer. Where |w| or |g| is 0, ratio is 1. With decay this is not what
-    ivy computes, which divides the rate by decay_lambda * |w| alone: see the page on the rule.
+    |.| is the 2-norm over the layer. Where |w| or |g| is 0, ratio is 1. With decay the result
+    differs from ivy's, which divides by decay_lambda * |w| alone: see the page on the rule.
 
     >>> w = Container(kernel=np.array([3.0, 4.0]), bias=np.array([0.0]))
     >>> g = Container(kernel=np.array([0.0, 10.0]), bias=np.array([1.0]))
@@ -46,8 +46,8 @@ def lars_update(
     >>> lars_update(w, g, 0.1, adapt={"kernel": False, "bias": True}).kernel      # plain SGD
     array([3., 3.])
 
-    Every argument but w and out takes one value for all leaves, or a Container or dict that is a
-    prefix of w: a value at an inner node holds for all that lies below it. Keys match by name.
+    Every argument except w and out takes one value for all leaves, or a Container or dict that is a
+    prefix of w: a value at an inner node applies to all leaves below it. Keys match by name.
 
     On the CPU the result is computed in at least double precision and rounded once; it does not
     depend on the tree, on threads, or on whether numpy, torch or JAX owns the memory.
@@ -56,45 +56,44 @@ def lars_update(
         w: Weights: floating-point or complex arrays of any shape in any tree (Container, dict,
             list, tuple, namedtuple, attrs), or one array; None is a leaf without weights. Never
             modified, unless `out` is w.
-        dcdw: Gradient of the cost, in units of cost per weight: arrays that broadcast to those of
-            w, of the same library and device. None leaves the weights below it as they are.
-        lr: Rate, a pure number >= 0: where ratio is not 1, the units of cost and weights cancel.
-            May be an array that broadcasts to the weights.
+        dcdw: Gradient of the cost, in units of cost per weight: arrays that broadcast to the arrays
+            of w, of the same library and device. None leaves the weights below it unchanged.
+        lr: Learning rate >= 0. It has no unit where ratio is not 1, because the units of cost and
+            weights cancel there. May be an array that broadcasts to the weights.
         decay_lambda: Weight decay >= 0, in cost per weight squared.
-        stop_gradients: True: the result has no history, and requires a gradient where w did. False:
-            the step is differentiable in w, dcdw, lr and decay_lambda.
+        stop_gradients: True: the result has no autograd graph, and requires a gradient where w did.
+            False: the step is differentiable in w, dcdw, lr and decay_lambda.
         out: Where to write the result: a tree of arrays like w, or w itself, to update in place.
-        trust_coefficient: The paper's eta, a pure number >= 0; recipes use 0.001.
+        trust_coefficient: The paper's eta, a pure number >= 0; published recipes use 0.001.
         eps: Added to the denominator, in units of the gradient.
-        adapt: False: ratio is 1, plain SGD with decay, as for biases and norm layers.
-        trust_clip: True (LARC): the local rate is min(ratio, lr) instead of lr * ratio; where a
-            norm is 0 it is lr.
+        adapt: False: ratio is 1, so this is SGD with decay, as used for biases and norm layers.
+        trust_clip: True (LARC): the rate of a layer is min(ratio, lr) instead of lr * ratio; where
+            a norm is 0 it is lr.
         joint_norm: True: the denominator is |g + decay_lambda * w| + eps, as in SimCLR, BYOL and
-            optax; ratio is 1 where |w| or that norm is 0.
-        grad_scale: The loss scale that dcdw still carries, > 0.
+            optax; ratio is 1 where |w| or the norm of this sum is 0.
+        grad_scale: The loss scale > 0 by which dcdw was multiplied; the step divides it out.
         nonfinite: What to do when a new weight would be NaN or infinite. "propagate" writes it,
-            "raise" raises before anything is written, "skip" leaves all weights as they are.
-        layer_axis: The axis along which an array stacks layers: each index has its own ratio.
-        axis_name: JAX, inside `shard_map`: the mesh axes over which an array is sharded, a name or
-            a tuple of names. Norms are summed over them. (): each device has whole layers.
+            "raise" raises before anything is written, "skip" leaves all weights unchanged.
+        layer_axis: The axis along which an array stacks layers; each index has its own ratio.
+        axis_name: In a JAX `shard_map`, the mesh axes over which an array is sharded, a name or a
+            tuple of names. Norms are summed over these axes. (): each device has whole layers.
 
     Returns:
         The new weights, in the types, key order, dtypes, shapes and devices of w; `out` if given.
 
     Raises:
-        StructureError: dcdw, out or an option does not match w; names every differing path. Or w
-            holds itself, or has a node of a class that cannot be rebuilt (only `out` needs no new
-            nodes).
-        LeafError: A leaf is no array, or one that cannot be computed with (sparse, freed, meta).
-        DtypeError: Weights or gradients are not floating point, or complex meets real.
+        StructureError: dcdw, out or an option does not match w; the message names every differing
+            path. Or w holds itself. Or, without `out`, w has a node that cannot be rebuilt.
+        LeafError: A leaf is not an array, or cannot be computed with (sparse, freed, meta).
+        DtypeError: Weights or gradients are not floating point, or mix complex and real.
         ShapeError: An array does not broadcast to its weights.
-        BackendError: Arrays that meet at a leaf are of different libraries or devices.
-        OptionError: A value that the rule is not defined for: negative, NaN, infinite, no number.
+        BackendError: The arrays of one leaf are of different libraries or devices.
+        OptionError: An option has an invalid value: negative, NaN, infinite, or not a number.
         OutError: `out` cannot be written to: read-only, immutable, of another shape or dtype,
             overlapping itself, or with two leaves that share memory.
-        NonFiniteError: nonfinite="raise", and a new weight would be NaN or infinite.
+        NonFiniteError: A new weight would be NaN or infinite, and nonfinite="raise" was given.
 
-    All are LarsTreeError. Whatever is raised, nothing was written.
+    All are LarsTreeErrors. If an error is raised, nothing was written.
 
     Source: You, Gitman, Ginsburg (2017), arXiv:1708.03888, Algorithm 1.
     """

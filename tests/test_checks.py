@@ -1,4 +1,4 @@
-"""The checks of arrays: each array is read once, and messages use the words of the caller."""
+"""The checks of arrays: they read each array once, and messages use the words of the caller."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_finite_numbers(x, expected):
 
 
 def test_each_array_is_read_once(monkeypatch):
-    """Weights, gradients, results, velocities and options, even if many leaves share one."""
+    """This includes weights, gradients, results, velocities and options that leaves share."""
     backend, counts = _backends.find(ones()), Counter()
     for name in ("facts", "fault", "out_fault", "memory", "varying"):
         real = getattr(type(backend), name)
@@ -124,7 +124,7 @@ FAULTS = {
     "tied velocities": lambda: [leaf(i, out=ones(), velocity=tied) for i in range(2)],
 }
 TERMS = re.compile(r"\b(dcdw|w|(?<!leave )out|state|velocity|weights|leaf|leaves|decay_lambda)\b")
-# Words that cannot occur in a message otherwise.
+# Words that occur in no message with the default words.
 OTHERS = {name: f"<{name}>" for name in (*WORDS._fields[:7], "decay_lambda")}
 WORDS_OF_TEST = Words(*list(OTHERS.values())[:7], options={"decay_lambda": OTHERS["decay_lambda"]})
 
@@ -139,7 +139,7 @@ def in_default_words(text):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_errors_are_in_the_words_of_the_caller(fault):
-    """Messages in other words differ in these words only."""
+    """Messages with other words differ from the default messages in these words only."""
     seen = []
     for words in (WORDS, WORDS_OF_TEST):
         with pytest.raises(LarsTreeError) as caught:
@@ -165,7 +165,7 @@ def test_errors_are_in_the_words_of_the_caller(fault):
     ],
     ids=str,
 )
-def test_errors_of_arrays_on_other_devices_are_in_these_words(argument, facts):
+def test_errors_of_arrays_on_other_devices_are_in_the_words_of_the_caller(argument, facts):
     row = with_operands([leaf()])[0]
     varying = facts.get("varying", frozenset())
     row.dcdw.facts = row.dcdw.facts._replace(**{k: x for k, x in facts.items() if k != "varying"})

@@ -1,4 +1,4 @@
-"""Invalid input: each kind of mistake, at the first, a middle and the last leaf, in each mode.
+"""Invalid input: each kind of fault, in the first, a middle and the last leaf, in each mode.
 
 After each call the bytes of w, dcdw and out are unchanged.
 """
@@ -59,13 +59,13 @@ INPUTS = {
     "lr has a bad shape": (option("lr", np.ones(2)), ShapeError, "lr"),
     "eps has a shape": (option("eps", np.ones(3)), OptionError, "eps"),
     "layer_axis is out of range": (option("layer_axis", 2), OptionError, "layer_axis"),
-    "layer_axis is no integer": (option("layer_axis", 0.5), OptionError, "layer_axis"),
-    "axis_name is no name": (option("axis_name", 0), OptionError, "axis_name"),
+    "layer_axis is not an integer": (option("layer_axis", 0.5), OptionError, "layer_axis"),
+    "axis_name is not a name": (option("axis_name", 0), OptionError, "axis_name"),
     "axis_name outside of shard_map": (option("axis_name", "x"), OptionError, "axis_name"),
     "nonfinite is misspelt": (option("nonfinite", "rais"), OptionError, "nonfinite"),
-    "adapt is no bool": (option("adapt", 1), OptionError, "adapt"),
-    "trust_clip is no bool": (option("trust_clip", "yes"), OptionError, "trust_clip"),
-    "stop_gradients is no bool": (option("stop_gradients", None), OptionError, "stop_gradients"),
+    "adapt is not a bool": (option("adapt", 1), OptionError, "adapt"),
+    "trust_clip is not a bool": (option("trust_clip", "yes"), OptionError, "trust_clip"),
+    "stop_gradients is not a bool": (option("stop_gradients", None), OptionError, "stop_gradients"),
     "the new weights are not finite": (
         put("g", lambda: np.full((2, 3), np.nan), nonfinite="raise"),
         NonFiniteError,
@@ -122,7 +122,7 @@ def test_an_invalid_out_is_refused_before_anything_is_written(case, key):
 
 
 @pytest.mark.parametrize("name", ["jax", "dask"])
-def test_immutable_arrays_point_to_the_returned_value(name):
+def test_the_error_for_immutable_arrays_points_to_the_returned_value(name):
     from conftest import to_library
 
     need("dask.array" if name == "dask" else name)

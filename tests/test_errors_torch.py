@@ -1,4 +1,4 @@
-"""Bad tensors, at the first, a middle and the last leaf, in every way to call."""
+"""Invalid tensors, in the first, a middle and the last leaf, in each mode of `lars_update`."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def read_only_map(path):
     torch = need("torch")
     np.zeros(1000, np.float32).tofile(path)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns, once
+        warnings.simplefilter("ignore")  # torch warns once that the array is read-only
         return torch.from_numpy(np.memmap(path, np.float32, "r", shape=(2, 3)))
 
 

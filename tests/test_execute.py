@@ -80,7 +80,7 @@ shared = st.sampled_from([{}, {"decay_lambda": 0.3, "joint_norm": True}, {"nonfi
 
 @given(kinds=kinds, shared=shared)
 def test_each_leaf_is_updated_as_if_it_were_alone(kinds, shared):
-    """The same bits, in place and in new arrays."""
+    """The bits are the same, in place and in new arrays."""
     w, g, options = tree_of(kinds)
     expected = {
         name: update(w[name], g[name], {k: x[name] for k, x in options.items()}, **shared)
@@ -124,7 +124,7 @@ def test_one_update_may_hold_arrays_of_several_libraries():
 
 @pytest.mark.parametrize("odd", ["dense", "strided"])
 def test_a_fault_of_one_leaf_leaves_all_leaves_unchanged(odd):
-    """All faulty leaves are named, whichever engine takes the others."""
+    """The error names all faulty leaves, whichever engine takes the other leaves."""
     w, g, options = tree_of(["dense", odd, "dense", odd, "dense"])
     names = list(w)
     before = {name: bits(x) for name, x in w.items()}
@@ -137,7 +137,7 @@ def test_a_fault_of_one_leaf_leaves_all_leaves_unchanged(odd):
 
 
 def test_memory_is_compared_across_engines():
-    """Here the last leaf is strided, and the others are dense."""
+    """The last leaf is strided and takes the general path; the others are dense."""
     base = np.ones((4, 4))
     w, ones = {"a": np.ones(4), "b": base[1], "c": base[:, 1]}, np.ones(4)
     with pytest.raises(lars_tree.OutError, match="two leaves of out share memory") as caught:
@@ -146,7 +146,7 @@ def test_memory_is_compared_across_engines():
     w = {"a": base[1], "b": base[:, 1], "c": base[::2, 1]}
     with pytest.raises(lars_tree.OutError, match="two leaves of out share memory") as caught:
         lars_update(w, {"a": ones, "b": ones, "c": ones[:2]}, 0.1, out=w)
-    assert sorted(caught.value.paths) == [("b",), ("c",)]  # c shares memory with b alone
+    assert sorted(caught.value.paths) == [("b",), ("c",)]  # c shares memory only with b
     assert np.array_equal(base, np.ones((4, 4)))
     # The memory of an output is read as the gradient of another leaf before it is written.
     w = {"a": np.arange(4.0), "b": strided(dense(np.float64))[0]}
@@ -189,7 +189,7 @@ def test_only_updates_of_the_same_memory_wait_for_each_other():
     thread = threading.Thread(target=opt.update, args=(w, w, state, w))
     thread.start()
     assert inside.wait(60)
-    opt.update(other, other, others, out=other)  # other weights: does not wait
+    opt.update(other, other, others, out=other)  # does not wait, because it writes other weights
     done = threading.Event()
     late = threading.Thread(target=lambda: (lars_update(w, 1.0, 0.0, out=w), done.set()))
     late.start()

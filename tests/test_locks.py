@@ -1,4 +1,4 @@
-"""Updates of the same memory wait for each other, unless they are of one thread; others do not."""
+"""Updates of the same memory in different threads wait for each other; other updates do not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PATIENCE = 30  # seconds until a test that hangs fails
 
 
 class Spans:
-    """Spans that record when they are asked for, which means that another thread is in a block."""
+    """A `spans` argument that records calls; it is called when two threads are within blocks."""
 
     def __init__(self, spans):
         self.spans, self.calls, self.asked = spans, 0, threading.Event()
@@ -81,7 +81,7 @@ def _nothing_is_left():
     assert locks._blocks == {}
 
 
-# ---- Who waits for whom
+# ---- Which block waits for which
 
 
 def test_other_memory_is_free():
@@ -108,7 +108,7 @@ def test_the_thread_that_came_first_writes_first():
     assert log == ["first", "second"]
 
 
-def test_spans_are_asked_for_once_and_only_beside_another_thread():
+def test_spans_are_called_once_and_only_beside_another_thread():
     alone, beside = Spans(A), Spans(A)
     with locks.writing(alone), locks.writing(alone):
         pass
@@ -156,7 +156,7 @@ def test_a_nested_block_precedes_threads_that_wait_for_the_outer_one(inner):
 
 
 def test_a_nested_block_waits_for_one_that_runs():
-    """Even if that block came after the outer one."""
+    """It waits even if the running block was entered after the outer block."""
     log, inner, leave = [], Spans(B), threading.Event()
 
     def release():
@@ -173,7 +173,7 @@ def test_a_nested_block_waits_for_one_that_runs():
 
 
 def test_a_waiting_thread_checks_again_for_blocks_nested_meanwhile():
-    """It waits for one block, and then for a block that is newer than itself."""
+    """It waits for one block, and then for a nested block that was entered later than itself."""
     log, spans = [], Spans(A + B)
     first = threading.Event()
 
@@ -204,7 +204,7 @@ def test_spans_overlap_where_they_share_an_address(a, b):
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_no_update_of_many_threads_is_lost(nested):
-    """Each update is of two elements; nested updates first lock an object that threads share."""
+    """Each update writes two elements; nested updates first lock an object that threads share."""
     w, owners = np.zeros(4), [object() for _ in range(3)]
     pairs = [(0, 1), (1, 2), (2, 3), (3, 0)]
     counts = np.zeros(4)

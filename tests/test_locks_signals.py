@@ -24,12 +24,12 @@ from lars_tree._core import locks
 
 
 def at_moment(number, call, send):
-    """Make a call, and `send` at the given moment of it; whether the call had so many moments.
+    """Make a call, and `send` at its moment with this number; False if it had fewer moments.
 
     Python checks for signals when a function starts, after calls, and when a loop starts again.
     """
     moments = iter(range(number, -1, -1))
-    previous = {}  # by the ids of frames: a frame would keep its block
+    previous = {}  # by id(frame), because a reference to the frame would keep its block alive
 
     def trace(frame, event, _):
         code = frame.f_code
@@ -59,7 +59,7 @@ def beside_another():
 
 
 def after_another():
-    """The other thread leaves its block when this one is about to wait."""
+    """The other thread leaves its block when this thread is about to wait."""
     spans = Spans(A)
     return held(lambda: A, spans.asked), spans
 
@@ -68,7 +68,7 @@ each_case = pytest.mark.parametrize("case", [alone, beside_another, after_anothe
 
 
 def at_each_moment(case, send):
-    """Enter a block, and `send` at each moment; for each block that was entered: was it held?"""
+    """Enter a block, and `send` at each moment; returns for each entry whether it was locked."""
     number, reached, entered = 0, True, []
     while reached:
         other, spans = case()
@@ -112,7 +112,7 @@ def send_when_waiting(thread, number):
     def send():
         while sys._current_frames()[thread].f_code.co_name != "_wait":
             time.sleep(0.001)
-        time.sleep(0.1)  # signals are handled right before the wait for a lock, or during it
+        time.sleep(0.1)  # so that the signal arrives right before the wait for the lock, or in it
         signal.pthread_kill(thread, number)
 
     return start(send)
@@ -120,7 +120,7 @@ def send_when_waiting(thread, number):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals do not interrupt locks there")
 def test_waiting_can_be_interrupted():
-    """Threads that wait for this one continue, even while the exception is referenced."""
+    """Threads that wait for this thread continue, even while the exception is referenced."""
     spans, behind = Spans(A + B), Spans(B)
 
     def wait():
@@ -137,7 +137,7 @@ def test_waiting_can_be_interrupted():
         main, threads = threading.get_ident(), []
         first = start(wait_behind)
         with pytest.raises(KeyboardInterrupt) as caught, locks.writing(spans):
-            pytest.fail("two threads are within")
+            pytest.fail("two threads are within blocks of the same memory")
         join(first + threads)
         assert len(locks._registered()) == 1
     can_enter(A)

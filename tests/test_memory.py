@@ -21,7 +21,7 @@ from lars_tree._core import writes
 
 @st.composite
 def views(draw):
-    """A view of a buffer of 60 numbers, with any strides."""
+    """A view of a buffer of 60 elements, with any strides, and the buffer."""
     shape = draw(st.sampled_from([(), (1,), (4,), (0,), (2, 3), (3, 2)]))
     strides = [draw(st.integers(-4, 4)) for _ in shape]
     buffer = np.arange(60.0)
@@ -71,7 +71,7 @@ def test_inputs_that_overlap_out_give_the_same_result(a, b, c, negative):
     w = w[::step]
     expected = lars_update(w.copy(), g.copy(), 0.1, decay_lambda=0.1)
     lars_update({"w": w}, {"w": g}, 0.1, decay_lambda=0.1, out={"w": out})
-    # A negative stride changes the memory order, and so perhaps the last bit.
+    # A negative stride changes the order of the sums, and so perhaps the last bit.
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-15)
 
 
@@ -156,16 +156,15 @@ def test_a_memory_map_is_updated_in_the_file(tmp_path):
     assert isinstance(w.layer, np.memmap)
     w.layer.flush()
     assert np.array_equal(np.fromfile(tmp_path / "weights", np.float32).reshape(300, 200), expected)
-    assert type(w.lars_update(g, 0.1).layer) is np.ndarray  # as w.layer * 1 would be
+    assert type(w.lars_update(g, 0.1).layer) is np.ndarray  # the type of w.layer * 1
     frozen = Container(layer=np.memmap(tmp_path / "weights", np.float32, "r", shape=values.shape))
     with pytest.raises(OutError, match="read-only"):
         frozen.lars_update(g, 0.1, out=frozen)
 
 
-def test_in_place_takes_little_memory_whatever_the_array(monkeypatch):
-    monkeypatch.setattr(
-        writes, "MAX_HELD", 2**19
-    )  # without the kernel, results up to this size are held
+def test_an_update_in_place_takes_little_memory(monkeypatch):
+    # Without the kernel, results up to this size are held.
+    monkeypatch.setattr(writes, "MAX_HELD", 2**19)
     w, g = np.ones(4_000_000, np.float32), np.ones(4_000_000, np.float32)
     lars_update(w, g, 0.1, out=w)
     tracemalloc.start()

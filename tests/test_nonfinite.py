@@ -8,14 +8,14 @@ from conftest import need, to_library, to_numpy
 
 from lars_tree import Container, NonFiniteError, OptionError, lars_update
 
-# Dask computes later, outside of our np.errstate.
+# Dask computes later, outside the np.errstate of the package.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 BAD = [np.nan, -np.inf]
 
 
 def trees(name, bad, where="dcdw"):
-    """Weights and gradients with one bad number, in the last leaf."""
+    """Weights and gradients with one bad element, in the last leaf."""
     w = Container({key: np.array([3.0, 4.0]) for key in "abc"})
     g = Container({key: np.array([0.4, 0.3]) for key in "abc"})
     (g if where == "dcdw" else w).c[1] = bad

@@ -1,6 +1,6 @@
-"""Exactness: errors against `reference.py`, over the whole range of each format.
+"""Exactness: the error compared with `reference.py`, over the whole range of each format.
 
-Bounds in ulps of max(|w|, |u|) at each element: 1 for float16, bfloat16 and float32, 4 for float64.
+The bounds at each element, in ulps of max(|w|, |u|), are 4 for float64 and 1 for other formats.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from lars_tree import lars_update
 
-# The slack is for results halfway between two numbers, which may be rounded either way.
+# A result near the midpoint of two numbers may be rounded either way, hence 1e-6.
 BOUNDS = {"float16": 1 + 1e-6, "bfloat16": 1 + 1e-6, "float32": 1 + 1e-6, "float64": 4}
 DECAYS = [0.0, 1e-4, 0.1, 3.0]
 
@@ -28,7 +28,7 @@ def dtype_of(name):
 
 
 def random_array(rng, name, exponent, size):
-    """Elements with about this exponent; out of range they are subnormal, 0 or the largest."""
+    """Elements with about this exponent, or the nearest subnormal, 0 or largest number."""
     bits, smallest, largest = reference.FORMATS[name]
     exponents = exponent + rng.integers(-2, 3, size)
     mantissas = rng.uniform(1, 2, size) * rng.choice([-1, 1], size)
@@ -91,7 +91,7 @@ def test_the_error_is_bounded_for_every_option(name, options):
 @pytest.mark.parametrize("decay", [1e-4, 0.1, 3.0])
 @pytest.mark.parametrize("name", reference.FORMATS)
 def test_the_norm_of_a_sum_is_exact_where_the_sum_cancels(name, decay):
-    """g is -decay * w except for rounding or a small part, which a dot product would lose."""
+    """g is -decay * w plus rounding or a small term, which a dot product would lose."""
     rng = np.random.default_rng(9)
     for exponent, part in itertools.product(exponents(name, 7)[1:-1], [0, 1e-12, 1e-6, 1e-2]):
         w = random_array(rng, name, exponent, 5)
@@ -130,8 +130,8 @@ def test_elements_of_all_sizes_in_one_array(name):
 
 @pytest.mark.parametrize("name", reference.FORMATS)
 @pytest.mark.parametrize("size", [1, 63, 128, 129, 1000, 16_384, 16_385, 50_001])
-def test_long_sums_lose_nothing(name, size):
-    """A constant array is the worst case: the rounding errors of all squares have one sign."""
+def test_long_sums_are_exact(name, size):
+    """A constant array is the worst case, as the rounding errors of all squares have one sign."""
     rng = np.random.default_rng(size)
     for values in (np.full(size, 1.7), rng.uniform(1, 2, size)):
         w, g = values.astype(dtype_of(name)), (values[::-1] * 0.3).astype(dtype_of(name))
@@ -222,21 +222,21 @@ def test_complex_numbers_are_pairs_of_real_ones(name):
 
 def test_long_double_keeps_its_digits_and_its_range():
     two = np.longdouble(2)
-    w = np.array([3, 4], np.longdouble) * two**1100  # beyond double where long double is longer
+    w = np.array([3, 4], np.longdouble) * two**1100  # out of the range of double
     g = np.array([4, 3], np.longdouble) * two**-1100
     if not np.isfinite(w).all():
         pytest.skip("long double is double here")
     new = lars_update(w, g, 0.5)
     assert new.dtype == np.longdouble
     assert (new / two**1100).tolist() == [1.0, 2.5]
-    third = np.array([1, 2, 2], np.longdouble) / 3  # norm 1, up to the last digit of long double
+    third = np.array([1, 2, 2], np.longdouble) / 3  # norm 1 to the last digit
     fresh = lars_update(third, third, 0.25)
     assert np.max(np.abs(fresh - third * 3 / 4)) <= 4 * np.finfo(np.longdouble).eps
 
 
 @pytest.mark.parametrize(("name", "bits"), [("bfloat16", 8), ("float16", 11)])
 def test_the_result_is_rounded_once(name, bits):
-    """1 + 2**-bits - tiny is below the midpoint of two neighbours: rounding twice would go up."""
+    """1 + 2**-bits - 2**-45 is just below a midpoint, so rounding twice would round up."""
     w = np.array([1.0], dtype_of(name))
     g = np.array([1.0], dtype_of(name))
     lr = -(2.0**-bits - 2.0**-45)
@@ -290,7 +290,7 @@ def test_jit_keeps_the_bounds_for_normal_numbers(name, decay, joint):
 @pytest.mark.parametrize(("decay", "joint"), [(0.0, False), (0.1, False), (0.1, True)])
 @pytest.mark.parametrize("name", ["float32", "float64"])
 def test_array_operations_keep_the_bounds(library_name, name, decay, joint):
-    """Autograd, Dask and the array API standard compute by `formula.step`."""
+    """Updates with autograd, Dask and the array API standard use `formula.step`."""
     from conftest import to_library
 
     rng = np.random.default_rng(6)
@@ -314,7 +314,7 @@ def compiled(**options):
 
 
 def stepped_from_rest(way, w, g, options):
-    """The velocity after one step by `formula.step`: the change of the weights, to all digits."""
+    """The velocity after one step from velocity 0: the exact change of the weights."""
     from conftest import to_library
 
     if way == "foreach":  # multi-tensor operations, as on accelerators
@@ -346,7 +346,7 @@ WAYS = pytest.mark.parametrize("way", ["numpy", "foreach", "torch", "strict", "j
 @WAYS
 @pytest.mark.parametrize(("decay", "joint"), [(0.0, False), (0.1, False), (0.1, True)])
 def test_a_velocity_has_its_digits_where_the_weights_hide_them(way, decay, joint):
-    """The smallest steps of the largest weights, and the largest steps of zero weights."""
+    """The steps are far smaller or larger than the weights, which may be 0."""
     rng = np.random.default_rng(7)
     grid = [-960, 0, 1000]
     for w_exponent, g_exponent, clip in itertools.product([None, *grid], grid, [False, True]):

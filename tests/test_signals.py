@@ -13,7 +13,7 @@ import pytest
 from test_threads import run
 from test_writes import contents, in_chunks, of_momentum, of_strides
 
-from lars_tree._backends.cpu.twin import twin
+from lars_tree._backends.cpu import twin
 from lars_tree._core import writes
 
 
@@ -41,13 +41,13 @@ def test_of_two_signals_within_an_update_both_are_handled(monkeypatch):
         calls.append(number)
         raise ValueError(number)
 
-    stepped = twin._stepped
+    stepped = twin._step_piece
 
     def at_once(*args):
         deque(map(ctypes.PyDLL(None)["raise"], numbers), 0)  # Python looks for them afterwards
         return stepped(*args)
 
-    monkeypatch.setattr(twin, "_stepped", at_once)
+    monkeypatch.setattr(twin, "_step_piece", at_once)
     trees, call = of_strides()
     before = contents(trees)
     old = [signal.signal(number, fail) for number in numbers]
@@ -67,11 +67,11 @@ def test_a_child_forked_during_an_update_has_the_handlers_of_its_parent():
     code = """
     import os, signal, threading, numpy as np, lars_tree
     from lars_tree._backends.cpu import twin
-    inside, forked, stepped = threading.Event(), threading.Event(), twin._stepped
+    inside, forked, stepped = threading.Event(), threading.Event(), twin._step_piece
     def wait(*args):
         inside.set(); forked.wait(30)
         return stepped(*args)
-    twin._stepped = wait
+    twin._step_piece = wait
     def fork():
         inside.wait()
         child = os.fork()

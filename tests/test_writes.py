@@ -1,5 +1,7 @@
-"""Updates in place are complete or not made at all, whichever allocation fails, and whenever a
-signal handler or another thread raises an exception.
+"""Updates in place are complete or not made at all.
+
+This holds whichever allocation fails, and whenever a signal handler or another thread raises an
+exception.
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ from conftest import need, to_library, to_numpy, traced
 
 import lars_tree
 from lars_tree import Container, Lars, lars_update
-from lars_tree._backends.cpu.twin import twin
+from lars_tree._backends.cpu import twin
 from lars_tree._core import writes
 
 FOLDER = os.path.dirname(lars_tree.__file__)
 
 
-# ---- Calls on the general path, each with all arrays that it may write to
+# ---- Cases: calls on the general path, each with all arrays that the call may write to
 
 
 def strided(start):
@@ -101,7 +103,7 @@ def of_a_library_that_writes_itself():
 
 
 def in_chunks():
-    """The results of two leaves are too large to be held; those of `strided` are held."""
+    """The results of two leaves are too large to be held; the results of `strided` are held."""
     w = {"strided": strided(1), **{key: np.ones((40_000, 2))[:, 0] for key in "ab"}}
     return w, lambda: lars_update(w, 1.0, 0.1, out=w)
 
@@ -128,7 +130,7 @@ def _little_room(monkeypatch):
 
 
 def sent_by_a_thread():
-    """An exception as another thread can request it."""
+    """Raise an exception in the way that another thread can request it."""
     ident = ctypes.c_ulong(threading.get_ident())
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(KeyboardInterrupt))
 
@@ -138,7 +140,7 @@ def sent_by_the_system():
 
 
 def interrupted_at(number, call, send):
-    """Make a call, interrupted at this moment of `Writes.make`; whether there was such a moment.
+    """Make a call, interrupted at this moment of `Writes.make`; False if it had fewer moments.
 
     Python checks for signals when a function starts, after calls, and when a loop starts again.
     """
@@ -155,7 +157,7 @@ def interrupted_at(number, call, send):
         return trace(frame, event, _)
 
     def trace(frame, event, _):
-        # In `make`, and in the functions that it calls.
+        # Trace `make`, and the functions that it calls.
         inside = frame.f_back is not None and frame.f_back.f_trace is not None
         if frame.f_code is not writes.Writes.make.__code__ and not inside:
             return None
@@ -197,12 +199,12 @@ def test_an_exception_at_any_moment_leaves_all_written_or_nothing(case, send):
     "case", [of_strides, of_rates, of_momentum, of_kept_weights, of_two_libraries]
 )
 def test_a_failing_allocation_leaves_all_written_or_nothing(case, monkeypatch):
-    """Only within the call that writes: elsewhere, Python itself may not survive."""
+    """Only in the call that writes, because elsewhere a failing allocation may crash Python."""
     testcapi = pytest.importorskip("_testcapi", reason="this Python has no test modules")
     deque, number = writes.deque, 0
 
     def without_memory(*args):
-        # One failure only: if all allocations fail, Python may unwind forever.
+        # Only one allocation fails; if all failed, Python might unwind forever.
         testcapi.set_nomemory(number, number + 1)
         try:
             deque(*args)
@@ -226,10 +228,10 @@ def test_a_failing_allocation_leaves_all_written_or_nothing(case, monkeypatch):
 
 
 def test_no_memory_for_one_leaf_leaves_the_others_unchanged(monkeypatch):
-    """The failure is in the computation of results, before anything is written."""
+    """The computation of results fails, before anything is written."""
     trees, call = of_momentum()
     before = contents(trees)
-    stepped = twin._stepped
+    stepped = twin._step_piece
     calls = []
 
     def fail(*args):
@@ -238,7 +240,7 @@ def test_no_memory_for_one_leaf_leaves_the_others_unchanged(monkeypatch):
             raise MemoryError
         return stepped(*args)
 
-    monkeypatch.setattr(twin, "_stepped", fail)
+    monkeypatch.setattr(twin, "_step_piece", fail)
     with pytest.raises(MemoryError):
         call()
     assert contents(trees) == before

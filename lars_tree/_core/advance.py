@@ -1,4 +1,7 @@
-"""One step of a tree of weights: match, resolve, execute, rebuild. Trees end here."""
+"""One step of a tree of weights: match, resolve, execute, rebuild.
+
+The modules below this one see flat lists of leaves, not trees.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,8 @@ def advance(
 ) -> tuple[T, State]:
     """Return the new weights and the new state; with `out`, both are updated in place.
 
-    Args:
-        w: As in `lars_update`.
-        dcdw: As in `lars_update`; with a state, gradients must have the shapes of their weights.
-        out: As in `lars_update`.
-        options: The options of `lars_update` or of an optimizer, by name.
-        state: The state of an optimizer: the checked counters "step" and "skipped", and with
-            momentum "velocity", a tree like w.
+    The state of an optimizer holds the checked counters "step" and "skipped", and with momentum
+    "velocity", a tree like w. With a state, gradients must have the shapes of their weights.
     """
     try:
         columns, caller = _matched(w, dcdw, out, options, state)
@@ -38,7 +36,7 @@ def advance(
 
 
 def matched(w: Any, dcdw: Any, options: dict[str, Any]) -> tuple[Columns, Caller]:
-    """All leaves side by side, to be checked or measured without an update."""
+    """Match the arguments leaf by leaf, for a caller that only checks or measures them."""
     try:
         return _matched(w, dcdw, None, options, None)
     except RecursionError:
@@ -48,7 +46,6 @@ def matched(w: Any, dcdw: Any, options: dict[str, Any]) -> tuple[Columns, Caller
 def _matched(
     w: Any, dcdw: Any, out: Any, options: dict[str, Any], state: State | None
 ) -> tuple[Columns, Caller]:
-    """The values of all arguments for each leaf of w."""
     given = state or {}
     ws = structure.leaves(w)
     dcdws = structure.broadcast("dcdw", w, dcdw)
@@ -77,21 +74,14 @@ def _matched(
 
     def refuse_extra() -> None:
         trees = {"out": out, "state": given.get("velocity"), "dcdw": dcdw}
-        values = {"out": outs, "state": velocities, "dcdw": dcdws}
         for argument, tree in trees.items():
-            _refuse_extra(argument, w, tree, ws, values[argument])
+            _refuse_extra(argument, w, tree)
 
     return columns, Caller(paths, refuse_extra, same_shapes=state is not None)
 
 
-def _refuse_extra(
-    argument: str, w: Any, other: Any, ws: list[Any], values: list[Any] | None
-) -> None:
-    """Refuse arrays at leaves where w has None: they would be dropped silently."""
-    if values is None or not any(
-        x is None and value is not None for x, value in zip(ws, values, strict=True)
-    ):
-        return
+def _refuse_extra(argument: str, w: Any, other: Any) -> None:
+    """Refuse arrays at leaves where w has None, because they would be ignored silently."""
     theirs = dict(structure.walk(other))
     lines = [
         (path, f"expected None, got {errors.describe(theirs[path])}")
@@ -106,7 +96,7 @@ def _refuse_extra(
 def _refuse_new_children(
     w: Any, argument: str, tree: Any, found: list[Any], at: errors.Path = ()
 ) -> None:
-    """Refuse nodes that create their children at each reading: what is written would be lost."""
+    """Refuse nodes that create new arrays at each reading, because results would be lost there."""
     again = structure.broadcast(argument, w, tree, exact=True, at=at)
     text = "expected the same array at each reading, got a new one: give a tree that holds arrays"
     if len(again) != len(found):  # another thread has changed it
@@ -123,7 +113,7 @@ def _rebuilt(w: Any, out: Any, state: State, result: Result) -> tuple[Any, State
         return out, state
     new = {name: counted(x, name, result.taken) for name, x in state.items() if name in NAMES}
     if result.velocities is not None:
-        # The results are in the order of w, and the keys of the state may be in another order.
+        # The results are in the order of w; the keys of the state may have another order.
         old, indices = state["velocity"], range(len(result.velocities))
         order = structure.broadcast("w", old, w, values=indices, exact=True, to="state")
         moved = [result.velocities[i] for i in order]

@@ -1,7 +1,7 @@
 """All checks of the arrays of an update, made before the first byte is written.
 
-One function for each question, which looks at one leaf and returns the first fault. Structure is
-checked in `_tree/structure.py`, the values of options in `_core/options.py`.
+Each private function checks one property of one leaf and returns the first fault. The structure
+is checked in `_tree/structure.py`, the values of options in `_core/options.py`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ Paths = Callable[[], list[errors.Path]]
 
 
 class Fault(NamedTuple):
-    """One fault of one leaf."""
-
     kind: type[errors.LarsTreeError]
     argument: str
     headline: str
@@ -36,14 +34,7 @@ def check(
 ) -> list[Row]:
     """Check the arrays of these leaves, and return the leaves with their operands.
 
-    Args:
-        leaves: The leaves to be updated or copied.
-        paths: Returns the paths of all leaves of the tree, for an error.
-        same_shapes: Whether gradients must have the shapes of their weights.
-        words: What the caller calls the arguments.
-
-    Raises:
-        LarsTreeError: of the kind of the first fault; names all leaves with this fault.
+    The error is of the kind of the first fault, and names all leaves that have this fault.
     """
     rows = with_operands(leaves)
     faults = ((row, _fault(row, same_shapes, words)) for row in rows)
@@ -53,11 +44,7 @@ def check(
 
 
 def check_apart(rows: list[Row], paths: Paths, words: Words = WORDS) -> None:
-    """Check that no two arrays that are written share memory.
-
-    Raises:
-        OutError: names all leaves with the first fault.
-    """
+    """Check that no two arrays that are written share memory."""
     pairs = overlaps.shared(rows)
     found = [(other.leaf.leaf_index, _shared(one, other, paths, words)) for one, other in pairs]
     _raise(found, paths, words)
@@ -66,10 +53,7 @@ def check_apart(rows: list[Row], paths: Paths, words: Words = WORDS) -> None:
 def check_weights(leaves: list[Any], paths: Paths) -> None:
     """Check weights without gradients.
 
-    None, and arrays that are not floating point, are allowed: they are never updated.
-
-    Raises:
-        LarsTreeError: as `check`.
+    None and arrays that are not floating point are allowed, because they are never updated.
     """
     faults = ((index, _unfit(Operand(x))) for index, x in enumerate(leaves) if x is not None)
     _raise([(index, fault) for index, fault in faults if fault], paths, WORDS)
@@ -92,7 +76,6 @@ def _unfit(w: Operand) -> Fault | None:
 
 
 def _fault(row: Row, same_shapes: bool, words: Words) -> Fault | None:
-    """The first fault of a leaf."""
     if row.leaf.dcdw is None:  # the weights are at most copied, so their dtype does not matter
         fault = _faulty("w", row.w, words)
     else:
@@ -146,7 +129,7 @@ def _gradient(row: Row, same_shapes: bool, words: Words) -> Fault | None:
 
 
 def _belongs(argument: str, row: Row, x: Operand, words: Words) -> Fault | None:
-    """Whether x is of the same library, and on the same devices, as the weights."""
+    """Check that x is of the same library, and on the same devices, as the weights."""
     backend = row.leaf.backend
     if x is row.w or (x.backend is backend and x.fault):
         return None
@@ -172,7 +155,7 @@ def _misplaced(argument: str, text: str, words: Words) -> Fault:
 
 
 def _sharded(argument: str, ours: Facts, theirs: Facts, words: Words) -> Fault | None:
-    """X must be on the device mesh of w; an array that is written must also have its placements."""
+    """Check that x is on the device mesh of w and, if it is written, has the placements of w."""
     headline = f"{words.name(argument)} is not sharded like {words.w}"
     if argument not in ("out", "state"):
         is_number = theirs.sharding is None and math.prod(theirs.shape) == 1
@@ -185,7 +168,7 @@ def _sharded(argument: str, ours: Facts, theirs: Facts, words: Words) -> Fault |
 
 
 def _varies(argument: str, w: Operand, x: Operand, words: Words) -> Fault | None:
-    """X must not differ between devices of a `jax.shard_map` that hold the same weights."""
+    """Check that x does not differ between devices of a `jax.shard_map` with equal weights."""
     axes = x.varying - w.varying
     if not axes:
         return None
@@ -239,9 +222,9 @@ def _velocity(row: Row, words: Words) -> Fault | None:
 
 
 def _options(row: Row, words: Words) -> Fault | None:
-    """Options that are arrays: rates with a shape, tracers, numbers on an accelerator."""
+    """Check options that are arrays: rates with a shape, tracers, numbers on an accelerator."""
     for name, value in row.options:
-        # A numpy array fits every library.
+        # Every library can compute with a numpy array.
         fault = None if isinstance(value.x, np.ndarray) else _belongs(name, row, value, words)
         ours, theirs = row.w.facts, value.facts
         if not fault and ours.sharding is not None and math.prod(theirs.shape) != 1:
@@ -271,7 +254,7 @@ def _mesh_axes(row: Row, words: Words) -> Fault | None:
 
 
 def _readable(row: Row, words: Words) -> Fault | None:
-    """With nonfinite="raise", the values must be known."""
+    """Check that with nonfinite="raise" the values are known, not traced or lazy."""
     if row.leaf.rule.nonfinite != "raise":
         return None
     arrays = (row.w, row.dcdw, *(x for _, x in row.options))

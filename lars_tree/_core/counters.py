@@ -1,4 +1,4 @@
-"""The counters in the state of an optimizer: their checks, and how they are incremented."""
+"""Checks and increments of the counters in the state of an optimizer."""
 
 from __future__ import annotations
 
@@ -17,16 +17,11 @@ from lars_tree._core.writes import Writes
 
 NAMES = ("step", "skipped")
 
-_MIN_BYTES = 4  # shorter counters may overflow silently within one training run
+_MIN_BYTES = 4  # a shorter counter may overflow silently within one training run
 
 
 def check(state: dict[str, Any], written: bool) -> None:
-    """Check the counters of a state.
-
-    Raises:
-        StateError: a counter is not a 0-d integer array of at least 32 bits.
-        OutError: a counter that is written is read-only, or shares memory with the other one.
-    """
+    """Check that counters are 0-d integer arrays and, if `written`, writable and not shared."""
     counters = {name: unwrap(state[name]) for name in NAMES if name in state}
     for name, x in counters.items():
         text = _fault(x)
@@ -47,11 +42,7 @@ def check(state: dict[str, Any], written: bool) -> None:
 def check_apart(
     counters: Mapping[str, Any], rows: list[Row], paths: Callable[[], list[errors.Path]]
 ) -> None:
-    """Check that no counter shares memory with weights or velocities that are written.
-
-    Raises:
-        OutError: names both.
-    """
+    """Check that no counter shares memory with weights or velocities that are written."""
     targets = overlaps.targets([row for row in rows if row.leaf.out is not None])
     for name in counters if targets else ():
         found = _sharing(counters[name], [target.array for target in targets])
@@ -69,7 +60,7 @@ def spans(state: dict[str, Any]) -> list[tuple[int, int]]:
 
 
 def _fault(x: Any) -> str | None:
-    """A description of x if it is not a valid counter; otherwise None."""
+    """Describe x if it is not a valid counter; otherwise return None."""
     backend = _backends.find(x)
     if backend is None:
         return errors.describe(x)
@@ -77,7 +68,7 @@ def _fault(x: Any) -> str | None:
     if fault:
         return fault
     facts = backend.facts(x)
-    # The dtypes of the array API standard have no itemsize.
+    # A dtype of the array API standard need not have an itemsize.
     is_long = getattr(facts.dtype, "itemsize", _MIN_BYTES) >= _MIN_BYTES
     can_count = getattr(facts.dtype, "is_signed", True)  # torch cannot add to its unsigned types
     if facts.kind is Kind.INTEGER and facts.shape == () and is_long and can_count:
@@ -90,7 +81,7 @@ def _unwritable(name: str, text: str) -> errors.LarsTreeError:
 
 
 def _sharing(counter: Any, others: list[Operand]) -> list[int]:
-    """The indices of those others that are known to share memory with a counter."""
+    """The indices of the operands that are known to share memory with a counter."""
     x = Operand(counter)
     if x.memory is None:
         return []
@@ -105,7 +96,7 @@ def _sharing(counter: Any, others: list[Operand]) -> list[int]:
 
 
 def counted(counter: Any, name: str, taken: Any) -> Any:
-    """The new value of a counter; `taken` may be an array that is not known yet."""
+    """The new value of a counter; `taken` is a bool or a bool array."""
     if isinstance(taken, bool):
         count = unwrap(counter) + int(taken is (name == "step"))
     else:
@@ -114,7 +105,6 @@ def counted(counter: Any, name: str, taken: Any) -> Any:
 
 
 def count_in_place(counters: Mapping[str, Any], taken: Any, writes: Writes) -> None:
-    """Add the new values of these counters to the writes."""
     for name, counter in counters.items():
         backend = _backends.find(counter)
         if backend is not None:

@@ -1,12 +1,14 @@
-"""One step of all leaves side by side: without trees, and with one `Rule` per leaf.
+"""One step of a flat list of leaves, each with its own `Rule`.
 
-prepare     the native engine takes the leaves that it supports          `Native`
-check       all other leaves; nothing has been written yet               `_checks`
-overlap     of written memory with any other, across all engines
-run         compute and hold the results of the other leaves             `_backends`
-norms       of whole layers, where processes hold shards of them         `Native`
-decide      whether the step applies, by the option `nonfinite`          `_nonfinite`
-write       all arrays, or none                                          `_writes`
+The phases, with the class or module of each:
+
+prepare     give the native engine the leaves that it supports             `Native`
+check       check all other leaves; nothing has been written yet           `checks`
+overlap     find written memory that another leaf uses, in any engine      `overlaps`
+run         compute and hold the results of the other leaves               `_backends`
+norms       sum the norms of layers whose shards are in many processes     `Native`
+decide      apply or skip the step, by the option `nonfinite`              `nonfinite`
+write       write all arrays, or none                                      `writes`
 """
 
 from __future__ import annotations
@@ -17,17 +19,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 from lars_tree import _backends, errors
-from lars_tree._backends import memory
-from lars_tree._backends.base import (
-    FLOATING,
-    Backend,
-    Columns,
-    Engine,
-    Leaf,
-    StepResult,
-    Values,
-    grouped,
-)
+from lars_tree._backends import base, memory
 from lars_tree._backends.wrapper import rewrapped, unwrap
 from lars_tree._core import checks, locks, nonfinite, overlaps
 from lars_tree._core.counters import check_apart, count_in_place
@@ -42,11 +34,11 @@ class Caller(NamedTuple):
 
     Attributes:
         paths: Returns the path of each leaf.
-        refuse_extra: Raises if there are values where w has None.
+        refuse_extra: Raises if another argument has an array where w has None.
         same_shapes: Whether gradients must have the shapes of their weights.
-        last: C functions to call after everything was written, see `Writes.then`.
+        last: C functions to call after all arrays were written, see `Writes.then`.
         words: What the caller calls the arguments.
-        engine: Updates some of the leaves; those are not offered to other engines.
+        engine: Updates some of the leaves, which are then not offered to other engines.
     """
 
     paths: Callable[[], list[errors.Path]]
@@ -54,18 +46,17 @@ class Caller(NamedTuple):
     same_shapes: bool = False
     last: tuple[Callable[[], Any], ...] = ()
     words: errors.Words = errors.WORDS
-    engine: Engine | None = None
+    engine: base.Engine | None = None
 
     @property
     def indices(self) -> Collection[int]:
-        """The leaves that the engine takes."""
         return () if self.engine is None else self.engine.indices
 
 
 class Result(NamedTuple):
-    """The results in leaf order; with an `out`, these arrays themselves.
+    """The results in leaf order; with an `out`, its arrays.
 
-    `taken` says whether the step applies: a bool, or an array if that is not known yet.
+    `taken` is whether the step applies: a bool, or a bool array (traced, lazy or on a device).
     """
 
     ws: list[Any]
@@ -73,7 +64,7 @@ class Result(NamedTuple):
     taken: Any
 
 
-def execute(columns: Columns, caller: Caller) -> Result:
+def execute(columns: base.Columns, caller: Caller) -> Result:
     """Update all leaves, or raise and write nothing."""
     native = Native(columns, without=caller.indices)
     if native.rest or caller.last or native.must_be_finite:
@@ -90,17 +81,17 @@ def execute(columns: Columns, caller: Caller) -> Result:
     return _result(native, {}, True)
 
 
-def _execute(columns: Columns, caller: Caller, native: Native) -> Result:
-    """The general path: more than one call of the kernel is needed."""
+def _execute(columns: base.Columns, caller: Caller, native: Native) -> Result:
+    """The general path, for updates that a single call of the kernel cannot make."""
     rows, trusted = checked(columns, caller, native.rest, native)
     written, read = _spans(rows, columns.counters)
-    # Memory ranges are compared here; the checks compare single elements.
+    # This compares memory ranges, which is fast; `check_apart` compares single elements.
     if native.overlaps(written, read) or _must_wait(
         native, [*(row.leaf for row in rows), *trusted]
     ):
         native = Native(columns, takes_none=True)
         rows, trusted = checked(columns, caller, native.rest, native)
-    # Leaves of the native engine overlap with none of these rows.
+    # No leaf of the native engine overlaps with these rows.
     checks.check_apart(rows, caller.paths, caller.words)
     check_apart(columns.counters, rows, caller.paths)
     with _writing(native, rows, columns):
@@ -117,16 +108,15 @@ def _execute(columns: Columns, caller: Caller, native: Native) -> Result:
 
 
 def checked(
-    columns: Columns,
+    columns: base.Columns,
     caller: Caller,
     indices: list[int] | None = None,
     native: Native | None = None,
-) -> tuple[list[Row], list[Leaf]]:
-    """The leaves with these indices (None: all) that hold arrays, checked.
+) -> tuple[list[Row], list[base.Leaf]]:
+    """Check the leaves with these indices (None: all) that hold arrays.
 
-    Returns:
-        The leaves that passed the full check. And those that need none: a cheap pre-check of the
-        engine of the caller, or of the native engine, passed.
+    Returns the rows of the leaves that passed the full check, and the leaves that need none,
+    because they passed a cheap pre-check of the caller's engine or of the native engine.
     """
     leaves = _leaves(columns, caller, range(len(columns.ws)) if indices is None else indices)
     trusted = [] if caller.engine is None else caller.engine.trusted(leaves)
@@ -139,12 +129,12 @@ def checked(
     return rows, trusted
 
 
-def _leaves(columns: Columns, caller: Caller, indices: Iterable[int]) -> list[Leaf]:
-    """The leaves that hold arrays, unwrapped; any others stay unchanged, or are refused."""
+def _leaves(columns: base.Columns, caller: Caller, indices: Iterable[int]) -> list[base.Leaf]:
+    """The leaves that hold arrays, unwrapped; raises if an array is missing where it is needed."""
     rows = [(index, *map(unwrap, columns.row(index))) for index in indices]
     if any(x is None and any(y is not None for y in row) for _, x, *row in rows):
         caller.refuse_extra()
-    leaves: list[Leaf] = []
+    leaves: list[base.Leaf] = []
     non_arrays: dict[str, list[errors.Line]] = {"w": [], "out": [], "state": []}
     writes, moves = columns.outs is not None, columns.velocities is not None
     for index, x, dcdw, out, velocity in rows:
@@ -162,7 +152,7 @@ def _leaves(columns: Columns, caller: Caller, indices: Iterable[int]) -> list[Le
         else:
             is_number = issubclass(type(dcdw), (int, float, complex)) and type(dcdw) is not bool
             gradient = backend.full(_machine_number(dcdw), x) if is_number else dcdw
-            leaves.append(Leaf(index, x, gradient, out, rule, backend, velocity))
+            leaves.append(base.Leaf(index, x, gradient, out, rule, backend, velocity))
     for argument, lines in non_arrays.items():
         if lines:
             headline = f"{caller.words.name(argument)} holds something that is not an array"
@@ -170,15 +160,15 @@ def _leaves(columns: Columns, caller: Caller, indices: Iterable[int]) -> list[Le
     return leaves
 
 
-def _needs_velocity(backend: Backend, x: Any, rule: Rule, dcdw: Any) -> bool:
+def _needs_velocity(backend: base.Backend, x: Any, rule: Rule, dcdw: Any) -> bool:
     if dcdw is None or is_zero(rule.momentum):
         return False
-    # Faulty weights need one too, as the checks shall report the weights.
-    return bool(backend.fault(x)) or backend.facts(x).kind in FLOATING
+    # The facts of faulty weights cannot be read.
+    return bool(backend.fault(x)) or backend.facts(x).kind in base.FLOATING
 
 
 def _machine_number(x: complex) -> complex:
-    """The number as a float or complex; an int beyond the floats becomes infinite."""
+    """The number as a float or complex; an int out of the range of float becomes infinite."""
     if isinstance(x, complex):
         return x
     try:
@@ -196,10 +186,10 @@ def _spans(rows: list[Row], counters: Mapping[str, Any]) -> tuple[list[Span], li
 
 
 def _merged_spans(arrays: list[Operand]) -> list[Span]:
-    """The ranges of CPU memory of these arrays; ranges that overlap are merged."""
+    """The memory ranges of the arrays in CPU memory; ranges that overlap are merged."""
     found: list[Span] = []
     for x in arrays:
-        if x.backend is None or x.backend.values(x.x) is not Values.CPU or x.memory is None:
+        if x.backend is None or x.backend.values(x.x) is not base.Values.CPU or x.memory is None:
             continue
         start, size = memory.span(x.memory)
         if size:
@@ -213,32 +203,32 @@ def _merged_spans(arrays: list[Operand]) -> list[Span]:
     return merged
 
 
-def _is_guarded(native: Native, steps: list[Leaf]) -> bool:
-    """Whether `nonfinite` may prevent the step: of the native engine, and of these leaves."""
+def _is_guarded(native: Native, steps: list[base.Leaf]) -> bool:
+    """Whether `nonfinite` may prevent the step of the native engine or of these leaves."""
     return native.must_be_finite or any(leaf.rule.nonfinite != "propagate" for leaf in steps)
 
 
-def _must_wait(native: Native, others: list[Leaf]) -> bool:
-    """Whether values that are not in CPU memory decide if the native engine may write."""
+def _must_wait(native: Native, others: list[base.Leaf]) -> bool:
+    """Whether values outside CPU memory decide if the native engine may write."""
     steps = [leaf for leaf in others if leaf.dcdw is not None]
     if not _is_guarded(native, steps):
         return False
-    return any(leaf.backend.values(leaf.w) is not Values.CPU for leaf in steps)
+    return any(leaf.backend.values(leaf.w) is not base.Values.CPU for leaf in steps)
 
 
-def _writing(native: Native, rows: list[Row], columns: Columns) -> AbstractContextManager[Any]:
-    """Make updates of the same memory by other threads wait."""
+def _writing(native: Native, rows: list[Row], columns: base.Columns) -> AbstractContextManager[Any]:
+    """The lock that makes updates of the same memory by other threads wait."""
     if columns.outs is None:
         return nullcontext()
     return locks.writing(lambda: [*native.spans(), *_spans(rows, columns.counters)[0]])
 
 
 def _run(
-    native: Native, leaves: list[Leaf], caller: Caller, writes: Writes
-) -> tuple[dict[int, StepResult], Any]:
-    """The results by leaf index, and whether the step applies: a bool, or an array of one.
+    native: Native, leaves: list[base.Leaf], caller: Caller, writes: Writes
+) -> tuple[dict[int, base.StepResult], Any]:
+    """The results by leaf index, and whether the step applies, as in `Result.taken`.
 
-    The results of leaves with an `out` are valid once the writes are made.
+    The results of leaves with an `out` are valid only after `writes.make()`.
     """
     steps = [leaf for leaf in leaves if leaf.dcdw is not None]
     shards = native.take([leaf for leaf in steps if leaf.leaf_index not in caller.indices])
@@ -248,9 +238,9 @@ def _run(
         own = [leaf for leaf in steps if leaf.leaf_index in caller.engine.indices]
         for out, new in caller.engine.results(own):
             writes.add(own[0].backend, out, new)
-        results |= {leaf.leaf_index: StepResult(leaf.out, leaf.velocity) for leaf in own}
+        results |= {leaf.leaf_index: base.StepResult(leaf.out, leaf.velocity) for leaf in own}
     steps = [leaf for leaf in steps if leaf.leaf_index not in results]
-    for backend, group in grouped(steps, lambda leaf: leaf.backend).items():
+    for backend, group in base.grouped(steps, lambda leaf: leaf.backend).items():
         given = [leaf._replace(out=None) for leaf in group] if guarded else group
         new = backend.update(given, writes)
         results |= {leaf.leaf_index: x for leaf, x in zip(group, new, strict=True)}
@@ -277,24 +267,24 @@ def _run(
     return results, taken
 
 
-def _kept(leaf: Leaf, writes: Writes) -> StepResult:
-    """Weights and a velocity that stay unchanged: copies, if the results are new arrays."""
+def _kept(leaf: base.Leaf, writes: Writes) -> base.StepResult:
+    """The unchanged weights and velocity as results: copied, unless there is an `out`."""
     if leaf.out is None:
         return nonfinite.copies(leaf)
     if leaf.out is not leaf.w:
         writes.add(leaf.backend, leaf.out, leaf.w)
-    return StepResult(leaf.out, leaf.velocity)
+    return base.StepResult(leaf.out, leaf.velocity)
 
 
-def _result(native: Native, others: dict[int, StepResult], taken: Any) -> Result:
-    """All results in leaf order, in wrappers where the weights were in one."""
+def _result(native: Native, others: dict[int, base.StepResult], taken: Any) -> Result:
+    """All results in leaf order; those of wrapped weights are wrapped again."""
     columns = native.columns
     if native.results is None:
         return Result(columns.outs or [], columns.velocities, taken)
     native.finish()
     ws, velocities = native.results
     for index in native.rest:
-        new = others.get(index, StepResult(*columns.row(index)[::3]))  # not an array
+        new = others.get(index, base.StepResult(*columns.row(index)[::3]))  # not an array
         ws[index] = new.w
         if velocities is not None:
             velocities[index] = new.velocity

@@ -1,26 +1,26 @@
-"""Locks by address: updates that write to the same memory wait for each other, others do not.
+"""Locks by address: only updates that write to the same memory wait for each other.
 
 Each update is a block:
 
     with writing(spans):
         ...
 
-A block waits for those earlier blocks of other threads that overlap with it, so no thread starves.
-A nested block counts as being as early as the outermost block of its thread, which therefore cannot
-deadlock it; it also waits for later blocks that already run.
+A block waits for all earlier blocks of other threads that overlap with it, so no thread starves.
+A nested block counts as being as early as the outermost block of its thread, so that it never
+waits for a block that waits for its own thread; it also waits for later blocks that already run.
 
-No lock protects the registry: a signal handler could run while its own thread holds that lock, and
-wait for another thread. Instead each change is one call of a C function, during which no handler
-runs and no exception is raised:
+No lock protects the registry, because a signal handler could run while its own thread holds that
+lock, and then wait for another thread. Instead each change is one call of a C function, during
+which no handler runs and no exception is raised:
 
 * A block is a lock, held from before it is registered until it ends. It ends in `RLock.__exit__`,
   and waiting for it is one call that acquires and releases it.
-* `_blocks` is a dict, which preserves the order of registration. It refers to blocks weakly: a
-  block that is forgotten, in whatever way, disappears.
+* `_blocks` is a dict, which preserves the order of registration. It holds weak references, so a
+  block disappears from it when the last strong reference is gone, for whatever reason.
 * `_last` is the end of a linked list of admissions. Only one thread succeeds in appending the next
   admission; a thread that fails checks again whether it must wait.
 
-tests/test_locks_signals.py interrupts at each moment.
+tests/test_locks_signals.py interrupts a block at each moment.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _call: Callable[[Callable[[], Any]], Any] = operator.call
 
 
 def writing(spans: Callable[[], Spans]) -> _Block:
-    """A context manager for an update in place: others of the same memory wait until it ends.
+    """A context manager for an update in place; other updates of the same memory wait for its end.
 
-    Deadlocks are impossible if memory has levels, such as optimizers first and then arrays: all
-    memory of one block is of one level, and a nested block for other memory is of a higher level.
-    Without such an order, deadlocks are possible.
+    Deadlocks are impossible if memory has levels, such as optimizers first and then arrays, so
+    that all memory of one block has one level and a nested block only locks a higher level. Without
+    such an order, deadlocks are possible.
 
     >>> import threading
     >>> def work():
@@ -58,9 +58,8 @@ def writing(spans: Callable[[], Spans]) -> _Block:
     >>> thread.join()
     alone
 
-    Args:
-        spans: Returns the (start, end) addresses of all memory that is written. Called at most
-            once, possibly by another thread, and only while two threads are within blocks.
+    `spans` returns the (start, end) addresses of all memory that is written. It is called at most
+    once, possibly by another thread, and only while two threads are within blocks.
     """
     block = _Block()
     block.spans = spans
@@ -68,20 +67,20 @@ def writing(spans: Callable[[], Spans]) -> _Block:
 
 
 def of(x: object) -> Spans:
-    """Spans that stand for an object, to serialise its updates; they overlap with no array."""
+    """Spans that represent an object, to serialise its updates; they overlap with no array."""
     return [(id(x), id(x) + 1)]
 
 
 class _Block(_RLock):  # type: ignore[misc]
-    """Entered once. Its thread holds the lock while the block waits and while it runs."""
+    """Can be entered once. Its thread holds the lock while the block waits and while it runs."""
 
     __slots__ = ("admitted", "known", "outer", "over", "spans")
 
     spans: Callable[[], Spans]
-    known: Spans  # the result of `spans`, sorted, without empty ones
-    outer: _Block | None  # the outermost block of its thread, if that is another one
-    admitted: bool  # whether it runs; only set if it met other threads
-    over: bool  # whether it ended; only set if a block still refers to it
+    known: Spans  # the result of `spans`, sorted, without empty spans
+    outer: _Block | None  # the outermost block of its thread; None for that block itself
+    admitted: bool  # whether the block runs; only set if another thread was in a block
+    over: bool  # whether the block ended; only set if another block still refers to it
 
     def __enter__(self) -> None:
         self.acquire()  # never waits, as no other thread knows the block yet
@@ -108,7 +107,7 @@ class _Block(_RLock):  # type: ignore[misc]
                 return
 
     def _others(self) -> tuple[bool, _Block | None]:
-        """Whether other threads have blocks, and one of them to wait for."""
+        """Whether other threads have blocks, and a block that this one must wait for."""
         blocks = _registered()
         indices = {block: index for index, block in enumerate(blocks)}
         others = [block for block in blocks if not block._is_owned()]
@@ -144,12 +143,12 @@ def overlap(a: Spans, b: Spans) -> bool:
     return False
 
 
-# In the order of registration. A block is removed when the last reference to it is gone.
+# All blocks in the order of registration.
 _blocks: dict[ref[_Block], None] = {}
 _forget: Callable[[Any], Any] = _blocks.pop
 
-# The last admission that was seen: {"block": weak reference, "next": the next admission}. Blocks
-# that met no other thread are not among the admissions.
+# The last known admission: {"block": weak reference, "next": the next admission}. A block that
+# was entered while no other thread had a block is not in this list.
 _last: dict[str, Any] = {}
 
 
@@ -165,7 +164,7 @@ def _mine() -> list[_Block]:
 
 
 def _latest() -> dict[str, Any]:
-    """The last admission; marks all blocks that were admitted until then."""
+    """Return the last admission, after marking all blocks that were admitted up to it."""
     global _last
     admission = _last
     while "next" in admission:
@@ -178,7 +177,7 @@ def _latest() -> dict[str, Any]:
 
 
 def _follow(admission: dict[str, Any], block: _Block) -> bool:
-    """Admit a block, unless another one was admitted after that admission."""
+    """Admit a block, unless another block was admitted after this admission."""
     mine = {"block": ref(block)}
     return admission.setdefault("next", mine) is mine
 
@@ -187,9 +186,9 @@ def _forget_other_threads() -> None:
     for weak in list(_blocks):
         block = weak()
         if block is not None and not block._is_owned():
-            del _blocks[weak]  # its thread is gone but still holds it
+            del _blocks[weak]  # held by a thread that does not exist in the child
 
 
 if hasattr(os, "register_at_fork"):
-    # Another thread may be in a block during a fork; in the child nothing would end that block.
+    # Another thread may be in a block during a fork; in the child that block would never end.
     os.register_at_fork(after_in_child=_forget_other_threads)

@@ -1,7 +1,7 @@
-"""The part of the native engine in an update: the leaves of all libraries that the kernel supports.
+"""The native engine in one update: collects the leaves of all libraries that the kernel supports.
 
 The kernel reads the arrays of each library through a `Reader`. The leaves that it does not support
-are the `rest`. Nothing is written before the step of the plan.
+are in `Native.rest`. Nothing is written before `Native.step`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lars_tree import _backends, _native
-from lars_tree._backends.base import (
-    Backend,
-    Columns,
-    Leaf,
-    Shards,
-    StepResult,
-    StepResults,
-    grouped,
-)
+from lars_tree._backends import base
 from lars_tree._backends.cpu.twin import measured
 from lars_tree._backends.wrapper import is_wrapped, unwrap
 from lars_tree._numerics.formula import Measured, is_joint
@@ -36,16 +28,16 @@ class Native:
     """The leaves among these columns that the native engine takes.
 
     Attributes:
-        plan: Their layers; None without the kernel.
+        plan: The layers of these leaves; None without the kernel.
         results: The results, if they are new arrays.
-        odd: The indices of the leaves that were not taken directly: of another library than the
-            first leaf, or in wrappers.
-        rest: The indices of the leaves that were not taken at all.
+        odd: The indices of the leaves that the first library did not take, such as wrapped arrays
+            and arrays of other libraries.
+        rest: The indices of the leaves that no library took.
     """
 
     def __init__(
         self,
-        columns: Columns,
+        columns: base.Columns,
         *,
         measures: bool = False,
         takes_none: bool = False,
@@ -53,13 +45,13 @@ class Native:
     ) -> None:
         self.columns = columns
         self.plan: Plan | None = _native.plan()
-        self.results: StepResults | None = None
+        self.results: base.StepResults | None = None
         if columns.outs is None and not measures:
             nothing: list[Any] = [None] * len(columns.ws)
-            self.results = StepResults(nothing, columns.velocities and list(nothing))
+            self.results = base.StepResults(nothing, columns.velocities and list(nothing))
         self._parts: list[_Part] = []
-        self._counted: tuple[Backend, Any] | None = None
-        self._shards: dict[Backend, Shards] = {}
+        self._counted: tuple[base.Backend, Any] | None = None
+        self._shards: dict[base.Backend, base.Shards] = {}
         self._takes_none = takes_none
         found = (_backends.find(unwrap(x)) for x in columns.ws if x is not None)
         backend = None if takes_none else next(filter(None, found), None)
@@ -71,7 +63,7 @@ class Native:
             self.odd = self.rest = sorted({*self.rest, *without})
 
     def _offer(
-        self, backend: Backend | None, columns: Columns, indices: list[int] | None
+        self, backend: base.Backend | None, columns: base.Columns, indices: list[int] | None
     ) -> list[int]:
         if backend is None or self.plan is None:
             return list(range(len(columns.ws))) if indices is None else indices
@@ -81,16 +73,16 @@ class Native:
         self._parts.append(_Part(backend, columns, indices, rest, written))
         return rest
 
-    def _offer_again(self, tried: Backend | None) -> None:
-        """Offer unwrapped arrays, and those of other libraries."""
+    def _offer_again(self, tried: base.Backend | None) -> None:
+        """Offer unwrapped arrays, and the arrays of other libraries."""
         bare = _unwrapped(self.columns, self.odd)
 
-        def backend_to_try(index: int) -> Backend | None:
+        def backend_to_try(index: int) -> base.Backend | None:
             backend = _backends.find(bare.ws[index])
             is_new = backend is not tried or any(map(is_wrapped, self.columns.row(index)))
             return backend if is_new else None
 
-        groups = grouped(self.odd, backend_to_try)
+        groups = base.grouped(self.odd, backend_to_try)
         offers = (self._offer(backend, bare, indices) for backend, indices in groups.items())
         self.rest = sorted(index for rest in offers for index in rest)
 
@@ -100,7 +92,7 @@ class Native:
         return self.plan is not None and self.plan.must_be_finite
 
     def count(self, counter: Any) -> bool:
-        """Let the kernel increment a counter when the step is taken; return whether it can."""
+        """Let the kernel increment a counter in its step; return False if it cannot."""
         backend = _backends.find(counter)
         if self.plan is None or backend is None or not backend.count(self.plan, counter):
             return False
@@ -108,11 +100,10 @@ class Native:
         return True
 
     def overlaps(self, written: list[Span] | None = None, read: list[Span] | None = None) -> bool:
-        """Whether memory that is written here is used twice: here, or by other engines.
+        """Whether memory that the kernel writes is used by another leaf or by another engine.
 
-        Args:
-            written: The memory ranges that other engines write; none of them overlap.
-            read: The memory ranges that they read.
+        `written` and `read` are the memory ranges that other engines use; the written ranges must
+        not overlap one another.
         """
         plan = self.plan
         if plan is None or not (written or read):
@@ -120,11 +111,10 @@ class Native:
         return plan.overlaps(written or []) or plan.overlaps([], read or [])
 
     def spans(self) -> list[Span]:
-        """The memory ranges that are written."""
         return [] if self.plan is None else self.plan.spans()
 
     def announce(self) -> None:
-        """Tell the libraries which arrays are written to without them."""
+        """Tell the libraries which of their arrays the kernel writes to."""
         if self.plan is None:
             return
         for part in self._parts:
@@ -135,22 +125,22 @@ class Native:
             backend, counter = self._counted
             backend.announce([counter])
 
-    def trust(self, leaves: list[Leaf]) -> list[Leaf]:
-        """Take those unchecked sharded leaves that pass a cheap pre-check, and return them."""
+    def trust(self, leaves: list[base.Leaf]) -> list[base.Leaf]:
+        """Take the unchecked sharded leaves that pass a cheap pre-check, and return them."""
         if self._takes_none:
             return []
         return [leaf for shards, group in self._sharded(leaves) for leaf in shards.trust(group)]
 
-    def take(self, leaves: list[Leaf]) -> dict[int, StepResult]:
-        """Take the checked sharded leaves too; return the results of all shards by leaf index."""
+    def take(self, leaves: list[base.Leaf]) -> dict[int, base.StepResult]:
+        """Take the checked sharded leaves; return the results of all shards by leaf index."""
         for shards, group in self._sharded(leaves):
             shards.take([leaf for leaf in group if leaf.leaf_index not in shards.results])
         return {i: new for shards in self._shards.values() for i, new in shards.results.items()}
 
-    def _sharded(self, leaves: list[Leaf]) -> Iterator[tuple[Shards, list[Leaf]]]:
+    def _sharded(self, leaves: list[base.Leaf]) -> Iterator[tuple[base.Shards, list[base.Leaf]]]:
         if self.plan is None:
             return
-        for backend, group in grouped(leaves, lambda leaf: leaf.backend).items():
+        for backend, group in base.grouped(leaves, lambda leaf: leaf.backend).items():
             shards = self._shards.get(backend) or backend.shards(self.plan)
             if shards is not None:
                 yield shards, group
@@ -158,18 +148,18 @@ class Native:
                     self._shards[backend] = shards
 
     def measured(self) -> dict[int, Measured]:
-        """The norms and ratios by leaf index, as numbers of the libraries of the weights."""
+        """The norms and ratios by leaf index, as arrays of the library of the weights."""
         if self.plan is None or not self.plan.indices:
             return {}
         indices, rows = self.plan.indices, measured(self.plan)
         if any(is_joint(self.columns.rules[index]) for index in indices):
-            # These denominators are norms of sums: measure the norms of the gradients as well.
+            # With a joint norm the plan has no norm of the gradient, so measure that as well.
             rules = [rule._replace(joint_norm=False) for rule in self.columns.rules]
             plan = Native(self.columns._replace(rules=rules), measures=True).plan
             rows[:, 1] = measured(plan)[:, 1] if plan is not None else np.nan
         found: dict[int, Measured] = {}
         ws = [unwrap(self.columns.ws[index]) for index in indices]
-        groups = grouped(range(len(ws)), lambda i: _backends.find(ws[i]))
+        groups = base.grouped(range(len(ws)), lambda i: _backends.find(ws[i]))
         for backend, group in groups.items():
             assert backend is not None
             numbers = backend.numbers(rows[group], [ws[i] for i in group])
@@ -177,7 +167,7 @@ class Native:
         return found
 
     def norms(self, bounds: bool = False) -> bytearray | None:
-        """The norms of all layers, shards included; None if there are no layers."""
+        """The norms of all layers, including shards; None if there are no layers."""
         if self.plan is None or not (self.plan.indices or self._shards):
             return None
         norms = self.plan.norms(bounds=bounds)
@@ -186,7 +176,7 @@ class Native:
         return norms
 
     def nonfinite(self) -> tuple[bytearray | None, dict[int, str] | None]:
-        """The norms, and the option `nonfinite` of each leaf that would not be finite, by index.
+        """The norms, and the option `nonfinite` of each leaf that would be non-finite, by index.
 
         Both are None if there are no layers.
         """
@@ -202,7 +192,6 @@ class Native:
         return norms, {index: self.columns.rules[index].nonfinite for index in bad}
 
     def step(self, norms: bytearray | None = None) -> None:
-        """Step all layers, with these norms if they are known already."""
         if self.plan is None:
             return
         if norms is None:
@@ -211,7 +200,7 @@ class Native:
             self.plan.apply(norms)
 
     def keep(self, writes: Writes) -> None:
-        """Make the results equal to the old values: in new arrays, or in `outs` other than w."""
+        """Copy the old values to the results: to new arrays, or to each `out` that is not w."""
         for part in self._parts:
             for index in part.taken():
                 w, _, out, velocity = part.columns.row(index)
@@ -224,7 +213,7 @@ class Native:
                         results[index] = part.backend.copy(old, stop_gradients=True)
 
     def copy(self, writes: Writes) -> None:
-        """After the step, copy those results of shards that are not in their final memory yet."""
+        """After the step, copy the results of shards that are not in their final memory yet."""
         for backend, shards in self._shards.items():
             for target, values in shards.copies:
                 if self.results is None:
@@ -233,7 +222,7 @@ class Native:
                     backend.write(target, values)
 
     def finish(self) -> None:
-        """Convert new arrays to what the users of their libraries expect."""
+        """Convert new arrays to the array types of their libraries."""
         if self.results is not None:
             for part in self._parts:
                 part.backend.finish(part.columns, self.results, part.taken())
@@ -242,17 +231,17 @@ class Native:
 class _Part(NamedTuple):
     """The leaves offered to one library: `indices` (None: all), of which it took all but `rest`.
 
-    `written` is the slice of `Plan.written` with its arrays.
+    `written` is the slice of `Plan.written` that has the arrays of this library.
     """
 
-    backend: Backend
-    columns: Columns
+    backend: base.Backend
+    columns: base.Columns
     indices: list[int] | None
     rest: list[int]
     written: slice
 
     def taken(self) -> Iterable[int]:
-        """The indices of the leaves that it took, including those that are None."""
+        """The indices of the leaves that the library took, including leaves that are None."""
         offered = range(len(self.columns.ws)) if self.indices is None else self.indices
         if not self.rest:
             return offered
@@ -260,9 +249,7 @@ class _Part(NamedTuple):
         return [index for index in offered if index not in rest]
 
 
-def _unwrapped(columns: Columns, indices: list[int]) -> Columns:
-    """Columns in which the arrays of these leaves are unwrapped."""
-
+def _unwrapped(columns: base.Columns, indices: list[int]) -> base.Columns:
     def unwrapped(xs: list[Any]) -> list[Any]:
         new = list(xs)
         for index in indices:
@@ -271,4 +258,4 @@ def _unwrapped(columns: Columns, indices: list[int]) -> Columns:
 
     ws, dcdws, outs, rules, velocities, counters = columns
     new = unwrapped(ws), unwrapped(dcdws), outs and unwrapped(outs), rules
-    return Columns(*new, velocities and unwrapped(velocities), counters)
+    return base.Columns(*new, velocities and unwrapped(velocities), counters)

@@ -1,4 +1,4 @@
-"""The option `nonfinite`: whether the results may be written, or the old values are kept."""
+"""The option `nonfinite`: decides whether results are written or the old values are kept."""
 
 from __future__ import annotations
 
@@ -20,20 +20,13 @@ def guard(
 ) -> tuple[dict[int, StepResult], Any]:
     """Apply the option `nonfinite`: raise, or replace all results by the old values, or neither.
 
-    Args:
-        leaves: The leaves that the native engine does not take.
-        results: Their results, by leaf index.
-        paths: Returns the paths of all leaves.
-        words: What the caller calls the arguments.
-        native: The option of each leaf for which the native engine would write NaN or infinity,
-            by leaf index; None if it has no leaves.
-
-    Returns:
-        The results, and whether the step applies: a bool, or an array if that is not known yet.
+    `leaves` and `results` exclude the leaves of the native engine. `native` has the option of each
+    leaf for which the native engine would write NaN or infinity; None if the engine has no leaves.
+    Returns the results, and whether the step applies, as in `execute.Result.taken`.
     """
     steps = [leaf for leaf in leaves if leaf.dcdw is not None]
 
-    def are_finite(group: list[Leaf]) -> Any:  # all of one backend
+    def are_finite(group: list[Leaf]) -> Any:  # a group of leaves with the same backend
         arrays = [x for leaf in group for x in results[leaf.leaf_index] if x is not None]
         return group[0].backend.all_finite(arrays)
 
@@ -58,7 +51,7 @@ def guard(
         values.add(Values.CPU)
     backends = {leaf.backend for leaf in steps}
     if values != {Values.CPU} and len(flags) == 1 and backends == {x.backend for x in watched}:
-        # The flag stays on its device, or traced.
+        # The flag need not be read: it stays on its device, or traced.
         flag = steps[0].backend.on_all_shards(flags[0], steps)
     elif Values.TRACED in values:
         headline = "nonfinite cannot skip: the values are not known yet"
@@ -78,7 +71,7 @@ def guard(
 
 
 def copies(leaf: Leaf) -> StepResult:
-    """Copies of the old values of a leaf."""
+    """Copies of the weights and the velocity of a leaf."""
     old = (leaf.w, leaf.velocity)
     stops = leaf.rule.stop_gradients
     return StepResult(*(None if x is None else leaf.backend.copy(x, stops) for x in old))

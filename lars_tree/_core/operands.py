@@ -1,4 +1,4 @@
-"""Operands: the arrays of leaves with what their libraries report, read once for each array."""
+"""Operands: the arrays of leaves with their properties, which are read once for each array."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lars_tree._core.options import option_name
 
 
 class Operand:
-    """An array and what its library reports about it; or any other object, without a backend."""
+    """An array with the properties that its backend reports; other objects have no backend."""
 
     fault: str | None = None
-    # Only set for arrays without a fault:
+    # Read only from arrays without a fault:
     facts = Facts((), Kind.OTHER, None, None)
     varying: frozenset[Any] = frozenset()
 
@@ -34,7 +34,7 @@ class Operand:
 
 
 class Row(NamedTuple):
-    """A leaf with its operands; `options` are those options that are arrays, by name."""
+    """A leaf with its operands; `options` has the options that are arrays, by name."""
 
     leaf: Leaf
     w: Operand

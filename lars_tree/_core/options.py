@@ -1,8 +1,7 @@
-"""The options of the rule: checked, and resolved to one `Rule` for each leaf.
+"""Checks the options of the rule, and resolves them to one `Rule` for each leaf.
 
-Every option is one value or a tree of values that is a prefix of the weights. Here values are
-checked by themselves, with their paths in that tree. `_core/checks.py` compares them with the
-arrays.
+Every option is one value or a tree of values that is a prefix of the weights. This module checks
+the values without the weights; `_core/checks.py` compares them with the arrays.
 """
 
 from __future__ import annotations
@@ -45,13 +44,13 @@ class Options(SharedOptions, total=False):
 
 
 class StepOptions(Options, total=False):
-    """All keywords of `lars_update` but `out`; see there."""
+    """All keywords of `lars_update` except `out`."""
 
     decay_lambda: Numbers
     stop_gradients: Flags
 
 
-# The options of `lars_update` without lr, and those of optimizers.
+# The options of `lars_update` without lr, and the options of optimizers.
 DEFAULTS: dict[str, Any] = {
     name: default
     for name, default in Rule._field_defaults.items()
@@ -64,7 +63,7 @@ OPTIMIZER_DEFAULTS: dict[str, Any] = {
     "eps": 1e-8,
 }
 
-# The fields of the rule for options with other names.
+# The fields of the rule for the options whose names differ.
 _FIELDS = {"weight_decay": "decay_lambda", "lr": "lr_before_momentum"}
 
 
@@ -73,7 +72,7 @@ def option_name(field: str) -> str:
     return "lr" if field in ("lr_before_momentum", "lr_after_momentum") else field
 
 
-# Names in other packages, and the names here.
+# Names in other packages, with the names in this package.
 CALLED_ELSEWHERE = {
     "weight_decay": "decay_lambda",
     "decay_lambda": "weight_decay",
@@ -93,12 +92,7 @@ class _Invalid(Exception):
 
 
 def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
-    """The rule for each of the `count` leaves of `tree`, in leaf order.
-
-    Raises:
-        StructureError: an option is a tree that is not a prefix of `tree`.
-        OptionError: an option has an invalid value.
-    """
+    """Check all options, and return the rule of each of the `count` leaves, in leaf order."""
     keep_graph = any(value is not True for value in structure.leaves(options["stop_gradients"]))
     shared: dict[str, Any] = {}
     columns: dict[str, list[Any]] = {}
@@ -119,7 +113,7 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
     _refuse_gaps(tree, columns)
     indices = [Rule._fields.index(_FIELDS.get(name, name)) for name in columns]
     fields = list(Rule(**{"lr_before_momentum": 0.0, **shared}))
-    # By identity: most leaves share their values, and the columns keep these alive.
+    # Leaves that share all values share a Rule. The ids stay valid while the columns exist.
     ids = [map(id, column) for column in columns.values()]
     known: dict[Any, Rule] = {}
     rules = []
@@ -134,7 +128,7 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
 
 
 def _column(name: str, tree: Any, given: Any, keep_graph: bool) -> list[Any]:
-    """The checked value of a prefix for each leaf of the tree; each value is checked once."""
+    """The value of a prefix for each leaf of the tree; each distinct value is checked once."""
     values = structure.leaves(given)
     known: dict[int, Any] = {id(None): None}  # allowed at leaves without weights
     try:
@@ -142,17 +136,13 @@ def _column(name: str, tree: Any, given: Any, keep_graph: bool) -> list[Any]:
             if id(value) not in known:
                 known[id(value)] = _CHECKS[name](unwrap(value), keep_graph)
         return [known[id(value)] for value in structure.broadcast(name, tree, given)]
-    except (_Invalid, KeyError):  # find its path; or the node creates new values at each reading
+    except (_Invalid, KeyError):  # KeyError: a node creates new values at each reading
         checked = _checked(name, list(structure.walk(given)), keep_graph)
         return structure.broadcast(name, tree, given, values=checked)
 
 
 def check(options: dict[str, Any]) -> None:
-    """Check options without weights.
-
-    Raises:
-        OptionError: for the first option with an invalid value; names the paths.
-    """
+    """Check the values of options when there are no weights yet."""
     for name, given in options.items():
         _checked(name, list(structure.walk(_readable(name, given))), keep_graph=False)
 
@@ -160,11 +150,7 @@ def check(options: dict[str, Any]) -> None:
 def check_names(
     options: Mapping[str, Any], known: Collection[str] = DEFAULTS, *, function: str
 ) -> None:
-    """Check the keywords of a function as Python does, but with hints.
-
-    Raises:
-        TypeError: for an unknown keyword.
-    """
+    """Raise a TypeError for an unknown keyword, as Python does, but with a hint."""
     for name in options.keys() - set(known):
         elsewhere = CALLED_ELSEWHERE.get(name, "")
         is_known = elsewhere in known
@@ -173,7 +159,7 @@ def check_names(
 
 
 def with_hints(function: Function) -> Function:
-    """Decorator: the errors of the function for unknown keywords suggest known ones."""
+    """Decorator: the TypeError for an unknown keyword suggests a known keyword."""
     known = signature(function).parameters
 
     @wraps(function)
@@ -202,7 +188,7 @@ def _checked(name: str, values: list[tuple[errors.Path, Any]], keep_graph: bool)
 
 
 def _refuse_gaps(tree: Any, columns: dict[str, list[Any]]) -> None:
-    """Refuse None at leaves with weights, except for options of which None is a valid value."""
+    """Refuse None at leaves with weights, except in options for which None is a valid value."""
     for name, column in columns.items():
         if DEFAULTS.get(name, 0) is None or all(value is not None for value in column):
             continue
@@ -225,7 +211,7 @@ def _shown(value: Any) -> str:
     """The value itself if it is short, otherwise a description."""
     backend = _backends.find(value)
     if backend is not None and backend.fault(value):
-        return f"{backend.fault(value)}"  # its repr may crash
+        return f"{backend.fault(value)}"  # the repr of a faulty array may crash
     text = repr(value)
     return text if len(text) <= 60 and "\n" not in text else errors.describe(value)
 
@@ -247,10 +233,10 @@ def _positive(value: Any, keep_graph: bool) -> Any:
 def finite_number(x: Any) -> float | None:
     """The number as a float, or None if it is not a finite real number >= 0.
 
-    Numbers are those of Python and numpy, decimals and fractions; not bools, and not arrays.
+    Python and numpy numbers, decimals and fractions are numbers; bools and arrays are not.
     """
-    if type(x) is not float:  # most are
-        kind = type(x)  # `__class__` may say something else
+    if type(x) is not float:  # usually it is one
+        kind = type(x)  # x.__class__ may claim another type
         # decimal.Decimal is a Number, but neither Real nor Complex.
         is_real = issubclass(kind, Real) or (
             issubclass(kind, Number) and not issubclass(kind, Complex)
@@ -259,7 +245,7 @@ def finite_number(x: Any) -> float | None:
             return None
         try:
             x = float(x)
-        except (OverflowError, ValueError):  # beyond double; a signalling NaN
+        except (OverflowError, ValueError):  # out of the range of double; a signalling NaN
             return None
     return abs(x) if 0 <= x < math.inf else None  # never -0.0
 
@@ -278,7 +264,7 @@ def _rate(value: Any, keep_graph: bool) -> Any:
         raise _Invalid(wanted)
     if backend.values(value) is not Values.CPU:
         return value
-    with np.errstate(over="ignore"):  # a long double beyond double becomes inf
+    with np.errstate(over="ignore"):  # a long double out of the range of double becomes inf
         numbers = np.ascontiguousarray(backend.to_numpy(value), np.float64).reshape(facts.shape)
     if not (np.isfinite(numbers) & (numbers >= 0)).all():
         raise _Invalid(wanted + " in every element" if facts.shape else wanted)
@@ -288,7 +274,7 @@ def _rate(value: Any, keep_graph: bool) -> Any:
 
 
 def _is(value: Any, *classes: type) -> bool:
-    """As isinstance, but by the real type: `__class__` may differ."""
+    """As isinstance, but for type(value), because `value.__class__` may be another type."""
     return issubclass(type(value), classes)
 
 
@@ -320,7 +306,7 @@ def _axis(value: Any, keep_graph: bool) -> int | None:
 
 
 class _Tuple:
-    """A tuple that is a leaf, not a node: the names of several mesh axes."""
+    """A tuple of mesh axis names, which is a leaf and not a node."""
 
     def __init__(self, items: tuple[Any, ...]) -> None:
         self.items = items
@@ -354,35 +340,26 @@ def _mesh_axes(value: Any, keep_graph: bool) -> frozenset[Any] | None:
 
 
 def _is_axis_name(x: Any) -> bool:
-    """JAX takes any hashable name except None and integers, which are axes of the array."""
+    """JAX takes any hashable name except None and integers, which would be array axes."""
     if isinstance(x, tuple):
-        return not x  # (): no further axes
+        return not x  # () means that no other mesh axis is summed over
     is_other = x is None or isinstance(x, int) or _backends.find(x) is not None
     return isinstance(x, Hashable) and not is_other
 
 
+_NUMBERS = ("decay_lambda", "weight_decay", "trust_coefficient", "eps", "momentum", "dampening")
+_FLAGS = ("adapt", "trust_clip", "joint_norm", "stop_gradients", "nesterov", "maximize")
 _CHECKS: dict[str, Callable[[Any, bool], Any]] = {
     "lr": _rate,
-    "decay_lambda": _number,
-    "weight_decay": _number,
-    "trust_coefficient": _number,
-    "eps": _number,
     "grad_scale": _positive,
-    "adapt": _flag,
-    "trust_clip": _flag,
-    "joint_norm": _flag,
     "nonfinite": _nonfinite,
     "layer_axis": _axis,
     "axis_name": _mesh_axes,
-    "stop_gradients": _flag,
-    "momentum": _number,
-    "lr_after_momentum": _number,
-    "dampening": _number,
-    "nesterov": _flag,
-    "maximize": _flag,
+    **dict.fromkeys((*_NUMBERS, "lr_after_momentum"), _number),
+    **dict.fromkeys(_FLAGS, _flag),
 }
 
-# The defaults by name and type, each with its checked value; signatures have decays of 0, not 0.0.
+# The defaults by name and type, each with its checked value. In signatures a decay is 0, not 0.0.
 _KNOWN: dict[tuple[str, type], tuple[Any, Any]] = {
     (name, type(default)): (default, _CHECKS[name](default, False))
     for name, default in [*DEFAULTS.items(), ("decay_lambda", 0), ("weight_decay", 0)]

@@ -1,7 +1,7 @@
-"""The types of arguments: what a checker of a user's code needs to know of options.
+"""The types of arguments, for type checkers of users' code.
 
-An array of any library is what has a shape and a dtype, so that no library is imported. A `str`
-has none of these types, but it may name a mesh axis.
+An array of any library is an object with a shape and a dtype, so that no library is imported. A
+`str` has none of these types, except as the name of a mesh axis.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class AnyArray(Protocol):
 
 
 class ListLike(Protocol[Child_co]):
-    """A list, a tuple or the like; a `str` is a `Sequence` too, but looks only for a `str`."""
+    """A list, tuple or similar, but not a `str`, whose `__contains__` only takes a `str`."""
 
     def __len__(self) -> int: ...
     def __contains__(self, value: object, /) -> bool: ...
@@ -44,14 +44,14 @@ class ListLike(Protocol[Child_co]):
     def index(self, value: Any, /) -> int: ...  # which a dict does not have
 
 
-# One value for all leaves, or a prefix of the weights; None stands where these have nothing.
+# One value for all leaves, or a prefix of the weights, with None where the weights have None.
 if TYPE_CHECKING:
     PerLeaf: TypeAlias = (
         Value | Mapping[Any, "PerLeaf[Value] | None"] | ListLike["PerLeaf[Value] | None"]
     )
 else:  # `typing.get_type_hints` would look for the name in the modules that use it
     PerLeaf = Value | Mapping[Any, Any] | ListLike[Any]
-# What mypy infers of a dict that holds values beside dicts.
+# The type that mypy infers for a dict that holds both numbers and dicts.
 MixedDict: TypeAlias = dict[str, object]
 
 Number: TypeAlias = SupportsFloat | AnyArray

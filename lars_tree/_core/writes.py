@@ -2,18 +2,18 @@
 
 Between two instructions, Python may run a signal handler, or raise an exception that another thread
 requested. So CPU memory is written by a single call that executes no Python and allocates nothing:
-`deque` exhausts an iterator of calls of C functions. First the native kernel, which raises before
-it writes or not at all; then the copies of results that were computed before.
+`deque` exhausts an iterator that calls C functions. The first is the native kernel, which raises
+before it writes or not at all; the others copy results that were computed before.
 
 Two kinds of arrays need more:
 
-* Arrays that only their library can write: it may fail or run Python. They are written first; their
-  old values are kept, and restored if anything fails.
-* Arrays whose results would take much memory: they are updated in chunks, in a separate thread,
-  where no signal handler runs and which no other thread knows. If memory runs out after the first
-  chunk was written, the update is incomplete: this cannot be prevented.
+* Arrays that only their library can write, as it may fail or run Python. They are written first;
+  their old values are kept, and restored if anything fails.
+* Arrays whose results would take much memory. They are updated in chunks, in a separate thread,
+  where no signal handler runs and to which no other thread can send an exception. If memory runs
+  out after the first chunk was written, the update is incomplete; this cannot be prevented.
 
-tests/test_writes.py makes each allocation fail, and interrupts at each moment.
+tests/test_writes.py makes each allocation fail, and interrupts the writes at each moment.
 """
 
 from __future__ import annotations
@@ -38,21 +38,17 @@ Call = Callable[[], Any]
 
 _call: Callable[[Call], Any] = operator.call
 
-# The most bytes of results to hold until they are written. Arrays beyond that, such as memory maps
-# larger than memory, are updated in chunks.
+# The most bytes of results to hold until they are written. Arrays whose results do not fit, such as
+# memory maps larger than memory, are updated in chunks.
 MAX_HELD = 2**26
 
 
 class Writes:
-    """The writes of one update.
-
-    Args:
-        plan: The layers that the native kernel updates; more may be added.
-    """
+    """The writes of one update; `plan` has the layers that the native kernel updates."""
 
     def __init__(self, plan: Plan | None = None) -> None:
         self.plan = plan
-        self.norms: bytearray | None = None  # of the plan, if they are known already
+        self.norms: bytearray | None = None  # the norms of the plan, if they are known already
         self._copies: list[tuple[NumpyArray, NumpyArray]] = []
         self._chunked: list[Call] = []
         self._foreign: dict[Backend, list[tuple[Any, Any]]] = {}
@@ -70,7 +66,7 @@ class Writes:
             self.announce(backend, [out])
 
     def result(self, leaf: Leaf, new: StepResult) -> StepResult:
-        """Copy the results to the `out` of the leaf, if it has one; return where they are then."""
+        """Copy the results to the `out` of the leaf, if it has one; return the final arrays."""
         if leaf.out is None:
             return new
         self.add(leaf.backend, leaf.out, new.w)
@@ -79,11 +75,10 @@ class Writes:
         return StepResult(leaf.out, leaf.velocity)
 
     def announce(self, backend: Backend, outs: Iterable[Any]) -> None:
-        """Tell a library that these arrays are written to without it."""
+        """Tell a library that these of its arrays are written to by other code."""
         self._shared.setdefault(backend, []).extend(outs)
 
     def copy(self, target: NumpyArray, values: NumpyArray) -> None:
-        """Copy values to an array in CPU memory."""
         self._copies.append((target, np.asarray(values, target.dtype)))
 
     def holds(self, size: int) -> bool:
@@ -140,9 +135,9 @@ class Writes:
             raise
 
     def _at_once(self, last: list[Call]) -> Call:
-        """A call that makes all writes to CPU memory, then these calls, without Python."""
+        """A call that makes all writes to CPU memory, then the calls in `last`, without Python."""
         calls: list[Call] = []
-        if self.plan is not None:  # first: it raises before it writes, or not at all
+        if self.plan is not None:  # first, because it raises before it writes or not at all
             calls = [self.plan.step if self.norms is None else partial(self.plan.apply, self.norms)]
         calls += (partial(setitem, target, ..., values) for target, values in self._copies)
         return partial(deque, map(_call, [*calls, *self._last, *last]), 0)
@@ -155,10 +150,10 @@ def _aside(calls: list[Call]) -> None:
 
     def work() -> Iterator[None]:
         try:
-            yield  # an exception requested from outside may be raised in a thread that starts here
+            yield  # the new thread starts here, and may raise an exception requested from outside
             for each in calls:
                 each()
-        except BaseException as error:  # raised below
+        except BaseException as error:  # raised again by the calling thread
             failures.append(error)
         finally:
             ended.release()
@@ -171,7 +166,7 @@ def _aside(calls: list[Call]) -> None:
         partial(setitem, started, 0, True),
     ]
     try:
-        deque(map(_call, start), 0)  # one C call, so that `started` is always right
+        deque(map(_call, start), 0)  # one C call: no exception separates the two
         _wait(ended)
     except BaseException:
         if started[0]:

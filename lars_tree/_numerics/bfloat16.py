@@ -1,6 +1,7 @@
-"""Conversions of bfloat16, which numpy does not have, from and to its bits: half of a float32.
+"""Conversions between double and the bits of bfloat16, which numpy does not have.
 
-Libraries convert double to bfloat16 by way of float32, which rounds twice; `encode` rounds once.
+bfloat16 is the upper half of a float32. Libraries convert double to bfloat16 via float32, which
+rounds twice; `encode` rounds once.
 """
 
 from __future__ import annotations

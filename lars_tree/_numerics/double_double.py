@@ -1,7 +1,7 @@
-"""Double-double numbers: twice the precision of double, with an exponent of their own.
+"""Double-double numbers: twice the precision of double, with a separate exponent.
 
-The ratio of two norms of float64 arrays may be outside the range of double although the step is
-not, and its rounding error would add to the few ulps that a result may be off.
+The ratio of two norms of float64 arrays may be out of the range of double although the step is
+not, and in double its rounding error would add to the error of the result, which is a few ulps.
 `_native/double_double.hpp` does the same operations in the same order, so both give the same bits.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-SPLITTER = 2.0**27 + 1  # of double: it has 53 bits
+SPLITTER = 2.0**27 + 1  # splits the 53 bits of a double into halves
 
 
 def two_sum(a: Any, b: Any) -> tuple[Any, Any]:
@@ -21,7 +21,7 @@ def two_sum(a: Any, b: Any) -> tuple[Any, Any]:
 
 
 def fast_two_sum(a: Any, b: Any) -> tuple[Any, Any]:
-    """The same for |a| >= |b|."""
+    """As `two_sum`, for |a| >= |b|."""
     total = a + b
     return total, b - (total - a)
 
@@ -39,7 +39,7 @@ def two_product(a: Any, b: Any, splitter: float = SPLITTER) -> tuple[Any, Any]:
 class DoubleDouble:
     """(high + low) * 2**exponent, with 1 <= high < 2 and high == high + low rounded to double.
 
-    If high is 0, infinite or NaN, low and exponent are 0. Numbers are not negative.
+    If high is 0, infinite or NaN, low and exponent are 0. No number is negative.
     """
 
     __slots__ = ("exponent", "high", "low")
@@ -124,10 +124,10 @@ class DoubleDouble:
             return math.inf
 
     def split(self) -> tuple[DoubleDouble, int]:
-        """m, e with x = m * 2**e; e is 0 unless x is far from 1, and else m is in [1, 2).
+        """The number as m * 2**e; e is 0 unless the number is far from 1, and then 1 <= m < 2.
 
-        To multiply by x, scale by 2**e and then multiply by m: there is one rounding, and the
-        result overflows only if the product does.
+        To multiply by the number, scale by 2**e and then multiply by m, so that there is only one
+        rounding and the result overflows only if the product does.
         """
         if not self._is_finite_nonzero or -960 < self.exponent < 960:
             return self, 0

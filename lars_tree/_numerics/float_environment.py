@@ -1,8 +1,8 @@
-"""Run Python code in the default floating-point environment, whatever the caller has set.
+"""Runs Python code in the default floating-point environment, whatever the caller has set.
 
-Rounding modes and flushing subnormal numbers to zero change the results of numpy and Python. The
-native kernel sets its own environment (step.hpp). Elsewhere than on Linux and macOS the
-environment of the caller stays.
+Rounding modes and flushing of subnormal numbers to zero change the results of numpy and Python.
+The native kernel sets its own environment (step.hpp). On systems other than Linux and macOS, the
+environment of the caller remains in effect.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any, ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_SIZE = 256  # bytes, more than any fenv_t has
+_SIZE = 256  # bytes; every fenv_t is smaller
 
 
 def _environment() -> tuple[Any, Any, Any] | None:
     """`fegetenv`, `fesetenv` and `FE_DFL_ENV` of the C library; None if they are unknown."""
     if sys.platform not in ("linux", "darwin"):
         return None
-    # PyDLL: calls this short need not release the GIL.
+    # PyDLL does not release the GIL, which would take longer than these calls.
     for name in (None, "libm.so.6"):
         try:
             library = ctypes.PyDLL(name)

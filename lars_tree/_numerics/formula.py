@@ -1,26 +1,27 @@
-"""The LARS formula for one array: its only statement in Python.
+"""The LARS formula for one array, the only implementation of it in Python.
 
     ratio = trust_coefficient * |w| / (|g| + decay_lambda * |w| + eps),   g = dcdw / grad_scale
     u     = lr * ratio * (g + decay_lambda * w)
     w_new = w - u
 
-With `joint_norm` the denominator is |g + decay_lambda * w| + eps. The step is then the same as
-without decay along the gradient g + decay_lambda * w: see `joint`.
+With `joint_norm` the denominator is |g + decay_lambda * w| + eps. The step is then the step without
+decay for the gradient g + decay_lambda * w: see `joint`.
 
 u is linear in dcdw and w, with two coefficients that depend on the norms only. `trust_ratio` and
 `coefficients` compute them for any kind of number (float, double-double or array), and `apply_step`
-applies them. `step` does all of it, for libraries that compute with whole arrays.
+applies them. `step` calls all three, for libraries that compute with whole arrays.
 
-With momentum, u is added to a velocity v, which moves the weights (`increment`, `apply_momentum`):
+With momentum, u is added to a velocity v, which updates the weights (`increment`,
+`apply_momentum`):
 
     u     = (1 - dampening) * lr_before_momentum * ratio * (g + decay_lambda * w)
     v_new = momentum * v + u
     w_new = w - lr_after_momentum * v_new
             w - lr_after_momentum * (u + momentum * v_new)      with nesterov
 
-This module knows neither trees nor array libraries. `_native/kernel.hpp` states the rule again for
-CPU memory, and `tests/reference.py` independently in mpmath, to which `tests/test_numbers.py`
-compares both.
+This module knows neither trees nor array libraries. `_native/kernel.hpp` implements the rule again
+for CPU memory. `tests/test_numbers.py` compares both with `tests/reference.py`, which is an
+independent implementation in mpmath.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ class Rule(NamedTuple):
 
     The learning rate is the product of two factors, which differ with momentum.
     `lr_before_momentum` scales what is added to the velocity, as in the paper, where a new rate
-    acts on later gradients only. `lr_after_momentum` scales the velocity when it moves the weights,
-    as in torch, where a new rate acts on the whole velocity. Without a velocity the step uses the
-    first factor only; `trust_clip` always uses the product.
+    acts on later gradients only. `lr_after_momentum` scales the velocity when it is subtracted from
+    the weights, as in torch, where a new rate acts on the whole velocity. Without a velocity the
+    step uses the first factor only; `trust_clip` always uses the product.
 
-    `maximize` negates the gradient, but not the decay. The name () in `axis_name` states that
-    along all other mesh axes each device has whole layers. The kernel reads the fields by name.
+    `maximize` negates the gradient, but not the decay. The name () in `axis_name` means that each
+    device has whole layers along all other mesh axes. The kernel reads the fields by name.
     """
 
     lr_before_momentum: Any
@@ -71,23 +72,23 @@ Where = Callable[[Any, Any, Any], Any]  # elementwise choice
 def trust_ratio(
     w_norm: Any, dcdw_norm: Any, rule: Rule, where: Where, one: Any = 1, clip: bool = True
 ) -> Any:
-    """The ratio of the formula; the norms may be None where adapt is False.
+    """The ratio of the formula; the norms may be None if `adapt` is False.
 
-    dcdw_norm is that of the joint gradient with `joint_norm`, and `one` is a ratio of 1 in the
+    With `joint_norm`, dcdw_norm is the norm of the joint gradient. `one` is a ratio of 1 in the
     units of the norms, for callers that scale them. `trust_clip` divides the ratio by the learning
     rate and, if `clip`, limits it to 1.
     """
     if not rule.adapt:
         return one
-    # The ratio is 1 for weights of zero, which must train, and for a gradient of zero, which leaves
-    # the unscaled decay. Dividing by 1 there keeps NaN out of the derivative of the other branch.
+    # The ratio is 1 for zero weights, which must be able to train, and for a zero gradient, with
+    # which only decay remains. There the denominator is 1, so that its derivative is not NaN.
     undefined = (w_norm == 0) | (dcdw_norm == 0)
     denominator = dcdw_norm / rule.grad_scale
     if not rule.joint_norm:
         denominator = denominator + rule.decay_lambda * w_norm
     denominator = denominator + rule.eps
     ratio = rule.trust_coefficient * w_norm / where(undefined, 1, denominator)
-    if rule.trust_clip:  # LARC: the local rate is min(ratio, rate), which is rate times the result
+    if rule.trust_clip:  # LARC: min(ratio, rate) is the rate times the result
         rate = rule.lr_before_momentum * rule.lr_after_momentum * one
         relative = ratio / where(rate == 0, one, rate) * one
         ratio = where(ratio > rate, one, relative) if clip else relative
@@ -95,27 +96,27 @@ def trust_ratio(
 
 
 def coefficients(ratio: Any, rule: Rule) -> tuple[Any, Any]:
-    """The gradient and the decay coefficient: u is the first times dcdw plus the second times w."""
+    """The coefficients of dcdw and of w in u."""
     rate = rule.lr_before_momentum * ratio * (1 - rule.dampening)
     return rate / rule.grad_scale, rate * rule.decay_lambda
 
 
 def is_joint(rule: Rule) -> bool:
-    """Whether the denominator needs the norm of g + decay_lambda * w, and it is not that of g."""
+    """Whether the denominator is the norm of a sum, g + decay_lambda * w, and not that of g."""
     return rule.joint_norm and rule.adapt and not is_zero(rule.decay_lambda)
 
 
 def apply_step(w: Any, dcdw: Any, gradient_coefficient: Any, decay_coefficient: Any) -> Any:
     """The weights after a step without momentum.
 
-    A decay_coefficient of None means no decay: 0 * inf would make NaN of an infinite weight.
+    A decay_coefficient of None means no decay; with 0, an infinite weight would become NaN.
     """
     decayed = w if decay_coefficient is None else (1 - decay_coefficient) * w
     return decayed - gradient_coefficient * dcdw
 
 
 def increment(w: Any, dcdw: Any, gradient_coefficient: Any, decay_coefficient: Any) -> Any:
-    """U: what is subtracted from the weights, or added to the velocity; None as in `apply_step`."""
+    """The u of the formula; a decay_coefficient of None means no decay."""
     u = gradient_coefficient * dcdw
     return u if decay_coefficient is None else u + decay_coefficient * w
 
@@ -136,25 +137,25 @@ class Ops(Protocol):
     """The operations of an array library that `step` needs."""
 
     def norms(self, w: Any, dcdw: Any, layer_axis: int | None) -> tuple[Norm, Norm]:
-        """2-norms of both over all axes but layer_axis; the other axes have length 1."""
+        """The 2-norms of w and dcdw; all axes except layer_axis are reduced to length 1."""
 
     def largest(self, x: Any, layer_axis: int | None) -> Any:
-        """The largest magnitude over the same axes, a constant to differentiation."""
+        """The largest magnitude over the same axes, constant under differentiation."""
 
     def power_of_two(self, x: Any) -> Any:
-        """A power of two within a factor of two of x > 0, else 1; a constant to differentiation."""
+        """A power of two near x (1 unless x > 0), constant under differentiation."""
 
     def where(self, condition: Any, a: Any, b: Any) -> Any:
         """Elementwise choice; a and b may be numbers."""
 
     def upper_half(self, x: Any) -> Any:
-        """X rounded to half as many bits; the rest has the others."""
+        """Round x to half of its bits; the difference from x has the other half."""
 
     def finite_or(self, x: Any, other: Any) -> Any:
-        """Elementwise, x where it is finite."""
+        """Elementwise, x where it is finite, otherwise `other`."""
 
     def like(self, number: Any, x: Any) -> Any:
-        """A number as an array of the type of x, an array as it is."""
+        """A number as an array of the type of x; an array unchanged."""
 
     def maximum(self, a: Any, b: Any) -> Any:
         """The larger of two arrays or of an array and a number."""
@@ -163,8 +164,8 @@ class Ops(Protocol):
 class Norm(NamedTuple):
     """A norm as `scaled * scale`.
 
-    The scale is a power of two, and constant to differentiation; the scaled norm is far from the
-    limits of its type, and its derivative is 0 at 0.
+    The scale is a power of two, and constant under differentiation. The scaled norm is far from the
+    limits of its type, and its derivative is defined as 0 at 0.
     """
 
     scaled: Any
@@ -174,10 +175,10 @@ class Norm(NamedTuple):
 def step(ops: Ops, w: Any, dcdw: Any, rule: Rule, velocity: Any = None) -> tuple[Any, Any]:
     """The weights and the velocity (None if there is none) after a step, in the precision of w.
 
-    Valid over the whole range of exponents. The rule is homogeneous: if w is scaled, or dcdw,
-    decay_lambda and eps together, then the part of u along dcdw scales like w, and the part along w
-    does not change. So norms are scaled to be near 1, where no square overflows or vanishes.
-    Scaling by powers of two changes no bit.
+    Valid over the whole range of exponents: norms are scaled by powers of two, which changes no
+    bit, to be near 1, so that no square overflows or vanishes. The rule allows this, because for
+    w / a, dcdw / b, eps / b and decay_lambda * a / b, the gradient term of u is divided by a, as w
+    is, and the decay coefficient does not change.
     """
     dcdw, rule = joint(ops, w, dcdw, rule)
     decays = not is_zero(rule.decay_lambda)
@@ -186,11 +187,11 @@ def step(ops: Ops, w: Any, dcdw: Any, rule: Rule, velocity: Any = None) -> tuple
         scaled, _, one = _scaled(ops, w_norm, dcdw_norm, rule)
         dcdw = dcdw / dcdw_norm.scale
         ratio = trust_ratio(w_norm.scaled, dcdw_norm.scaled, scaled, ops.where, one)
-        # A ratio of 1 does not depend on the norms, nor on their scales.
+        # A ratio of 1 must not be scaled, as it does not depend on the norms.
         is_one = ratio == one
         pairs = zip(coefficients(1, rule), coefficients(ratio, scaled), strict=True)
         gradient_coefficient, decay_coefficient = (ops.where(is_one, *pair) for pair in pairs)
-        # The scale comes last: a subnormal number times anything has few digits left.
+        # Multiply by the scale last, because an intermediate subnormal result would lose digits.
         dcdw = gradient_coefficient * dcdw
         gradient_coefficient = ops.where(is_one, dcdw_norm.scale, w_norm.scale)
     else:
@@ -207,7 +208,7 @@ def joint(ops: Ops, w: Any, dcdw: Any, rule: Rule) -> tuple[Any, Rule]:
     """For `joint_norm`, the joint gradient dcdw + decay * w, and the rule without decay.
 
     The denominator is then the norm of this gradient. The sum is scaled to be near 1, so that
-    nothing overflows; the loss scale absorbs the factor.
+    nothing overflows, and the loss scale is divided by the same factor.
     """
     if not is_joint(rule):
         return dcdw, rule
@@ -223,10 +224,10 @@ def joint(ops: Ops, w: Any, dcdw: Any, rule: Rule) -> tuple[Any, Rule]:
 
 
 def multiply_add(ops: Ops, a: Any, b: Any, x: Any) -> Any:
-    """A + b * x with nearly a single rounding, also where the two terms cancel.
+    """Compute a + b * x, almost as exact as with a single rounding, even if the two terms cancel.
 
     The factors are split into halves, whose products are exact, and the rounding error of the sum
-    is added to it (Dekker 1971, doi:10.1007/BF01397083).
+    is added to the sum (Dekker 1971, doi:10.1007/BF01397083).
     """
     b_high, x_high = ops.upper_half(b), ops.upper_half(x)
     b_low, x_low = b - b_high, x - x_high
@@ -239,16 +240,16 @@ def multiply_add(ops: Ops, a: Any, b: Any, x: Any) -> Any:
 
 
 def without_decay(rule: Rule) -> Rule:
-    """The rule to use with the joint gradient, which contains decay and sign."""
+    """The rule for the joint gradient, which already includes decay and the sign."""
     return rule._replace(decay_lambda=0.0, maximize=False, joint_norm=False)
 
 
 def _scaled(ops: Ops, w_norm: Norm, dcdw_norm: Norm, rule: Rule) -> tuple[Rule, Any, Any]:
     """The rule for norms scaled to be near 1, the scale of its denominator, and a ratio of 1."""
-    # Dividing by the loss scale may leave the range; the undivided scale is then near enough.
+    # If the quotient by the loss scale is out of range, the undivided scale is good enough.
     unscaled = dcdw_norm.scale / rule.grad_scale
     in_range = (unscaled > 0) & (unscaled < float("inf"))
-    # A norm of 0 has the scale 1, which must not count in the maximum of the scales.
+    # A norm of 0 has the scale 1, which must not take part in the maximum of the scales.
     moves = dcdw_norm.scaled != 0
     scale = ops.where(moves, ops.where(in_range, unscaled, dcdw_norm.scale), 0)
     scale = ops.maximum(scale, rule.decay_lambda * w_norm.scale)
@@ -258,7 +259,7 @@ def _scaled(ops: Ops, w_norm: Norm, dcdw_norm: Norm, rule: Rule) -> tuple[Rule, 
         eps=ops.like(rule.eps, scale) / scale,
         grad_scale=rule.grad_scale * ops.where(moves, scale / dcdw_norm.scale, 1),
     )
-    # A scaled ratio never comes near these bounds, so even a bounded 1 differs from all others.
+    # A scaled ratio is never near these bounds, so it cannot equal `one` even if `one` is bounded.
     one = ops.maximum(scale / ops.maximum(w_norm.scale, scale * 2.0**-100), 2.0**-100)
     return scaled, scale, one
 
@@ -281,7 +282,7 @@ class Measured(NamedTuple):
 
 
 def measure(ops: Ops, w: Any, dcdw: Any, rule: Rule) -> Measured:
-    """The norms and ratios of `step`, with the axes that the norms have."""
+    """The norms and ratios of `step`, with the same axes as the norms."""
     w_norm, dcdw_norm = ops.norms(w, dcdw, rule.layer_axis)
     g_norm = dcdw_norm.scaled * (dcdw_norm.scale / rule.grad_scale)
     if is_joint(rule):
