@@ -17,7 +17,7 @@ from conftest import need
 from conftest import unit_lars as Lars
 
 from lars_tree import _native, lars_update, schedules
-from lars_tree._backends.cpu.twin import twin
+from lars_tree._backends.cpu import twin
 from lars_tree._core import writes
 from lars_tree._numerics import float_environment
 from lars_tree.report import trust_ratios

@@ -222,7 +222,7 @@ def test_nothing_is_modified(library):
 def test_multi_tensor_ratios_agree_with_separate_ratios(options, monkeypatch):
     torch = need("torch")
     from lars_tree._backends.base import Leaf
-    from lars_tree._backends.torch.backend import tensors
+    from lars_tree._backends.torch import tensors
     from lars_tree._core.options import DEFAULTS, resolve
 
     monkeypatch.setattr(tensors, "wide", lambda layer: torch.float32)

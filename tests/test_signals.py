@@ -13,7 +13,7 @@ import pytest
 from test_threads import run
 from test_writes import contents, in_chunks, of_momentum, of_strides
 
-from lars_tree._backends.cpu.twin import twin
+from lars_tree._backends.cpu import twin
 from lars_tree._core import writes
 
 

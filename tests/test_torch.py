@@ -12,7 +12,7 @@ from lars_tree import Container, Lars, OutError, lars_update
 torch = need("torch")
 
 from lars_tree._backends.base import Leaf, StepResult  # noqa: E402
-from lars_tree._backends.torch.backend import tensors  # noqa: E402
+from lars_tree._backends.torch import tensors  # noqa: E402
 from lars_tree._numerics.formula import Rule  # noqa: E402
 
 DOUBLE = {"dtype": torch.float64}

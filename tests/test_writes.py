@@ -17,7 +17,7 @@ from conftest import need, to_library, to_numpy, traced
 
 import lars_tree
 from lars_tree import Container, Lars, lars_update
-from lars_tree._backends.cpu.twin import twin
+from lars_tree._backends.cpu import twin
 from lars_tree._core import writes
 
 FOLDER = os.path.dirname(lars_tree.__file__)
