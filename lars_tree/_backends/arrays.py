@@ -106,20 +106,18 @@ def _other_axes(x: NativeArray, layer_axis: int | None) -> tuple[int, ...]:
 class ArraysBackend(Backend):
     """A library whose arrays are updated by `formula.step`, leaf by leaf."""
 
-    @abstractmethod
-    def ops(self, x: NativeArray) -> NamespaceOps:
-        """The operations on arrays like x."""
+    ops: NamespaceOps
 
     @abstractmethod
     def widen(self, x: Any, w: NativeArray) -> NativeArray:
         """X, an array or a number of the rule, in the dtype to compute in for w."""
 
-    @abstractmethod
     def narrow(self, x: NativeArray, w: NativeArray) -> NativeArray:
         """X in the dtype of w."""
+        return x.astype(w.dtype)
 
     def namespace(self, x: NativeArray) -> Any:
-        return self.ops(x).xp
+        return self.ops.xp
 
     def step(
         self, w: NativeArray, dcdw: NativeArray, rule: Rule, velocity: NativeArray | None = None
@@ -128,7 +126,7 @@ class ArraysBackend(Backend):
         if 0 in w.shape:
             return StepResult(self.copy(w, rule.stop_gradients), velocity)
         wide = None if velocity is None else self.widen(velocity, w)
-        ops = self.ops(w).over(formula.mesh_axes(rule))
+        ops = self.ops.over(formula.mesh_axes(rule))
         with np.errstate(all="ignore"):  # for libraries that are based on numpy
             new = formula.step(ops, *self._widened(w, dcdw, rule), wide)
         return StepResult(
@@ -145,7 +143,7 @@ class ArraysBackend(Backend):
             name: value if isinstance(value, float) else self.widen(value, w)
             for name, value in values.items()
         }
-        dcdw = self.ops(w).xp.broadcast_to(self.widen(dcdw, w), w.shape)
+        dcdw = self.ops.xp.broadcast_to(self.widen(dcdw, w), w.shape)
         return self.widen(w, w), dcdw, rule._replace(**numbers)
 
     def measure_leaf(self, w: NativeArray, dcdw: NativeArray, rule: Rule) -> Measured:
@@ -153,7 +151,7 @@ class ArraysBackend(Backend):
         axis = rule.layer_axis
         shape = () if axis is None else (w.shape[axis],)
         w, dcdw, rule = self._widened(w, dcdw, rule)
-        ops = self.ops(w).over(formula.mesh_axes(rule))
+        ops = self.ops.over(formula.mesh_axes(rule))
         lr = rule.lr_before_momentum
         if getattr(lr, "ndim", 0):  # trust_clip reports one ratio: that of the largest rate
             largest = ops.max(ops.xp.broadcast_to(lr, w.shape), _other_axes(w, axis))
@@ -173,13 +171,13 @@ class ArraysBackend(Backend):
         return [writes.result(leaf, new) for leaf, new in zip(leaves, results, strict=True)]
 
     def all_finite(self, xs: list[NativeArray]) -> Any:
-        flags = [self.ops(x).xp.all(self.ops(x).xp.isfinite(x)) for x in xs]
+        flags = [self.ops.xp.all(self.ops.xp.isfinite(x)) for x in xs]
         return reduce(lambda a, b: a & b, flags)
 
     def choose(self, flag: Any, a: NativeArray, b: NativeArray) -> NativeArray:
         if isinstance(flag, bool):
             return a if flag else b
-        return self.ops(a).xp.where(flag, a, b)
+        return self.ops.xp.where(flag, a, b)
 
     def write(self, out: NativeArray, x: NativeArray) -> None:
         out[...] = x

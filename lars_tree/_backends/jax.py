@@ -67,13 +67,11 @@ class JaxOps(NamespaceOps):
         return jax.lax.pmax(x, self.axes) if self.axes else x
 
 
-_OPS = JaxOps()
-
-
 class JaxBackend(ArraysBackend):
     """jax.Array, concrete or traced."""
 
     name = "jax"
+    ops = JaxOps()
 
     def facts(self, x: jax.Array) -> Facts:
         kind = kind_of_numpy(x.dtype) if isinstance(x.dtype, np.dtype) else Kind.OTHER
@@ -84,9 +82,6 @@ class JaxBackend(ArraysBackend):
             return Values.TRACED
         platforms = {device.platform for device in x.devices()}
         return Values.CPU if platforms == {"cpu"} and x.is_fully_addressable else Values.DEVICE
-
-    def to_numpy(self, x: jax.Array) -> NumpyArray:
-        return np.asarray(x)
 
     def full(self, number: complex, like: jax.Array) -> jax.Array:
         is_complex = isinstance(number, complex) or jnp.iscomplexobj(like)
@@ -128,9 +123,6 @@ class JaxBackend(ArraysBackend):
 
     def is_tracked(self, x: jax.Array) -> bool:
         return _is_traced(x)
-
-    def ops(self, x: jax.Array) -> JaxOps:
-        return _OPS
 
     def widen(self, x: Any, w: jax.Array) -> jax.Array:
         x = jnp.asarray(x)
@@ -192,9 +184,6 @@ class JaxBackend(ArraysBackend):
         if any(map(_is_traced, xs)):
             return super().all_finite(xs)
         return all(bool(jnp.isfinite(x).all()) for x in xs)
-
-    def narrow(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        return x.astype(w.dtype)
 
     def prepare(
         self, plan: Plan, columns: Columns, results: StepResults | None, indices: list[int] | None

@@ -50,23 +50,16 @@ def overlapping(
     With `read`, the first index is one of `written` and the second one of `read`; otherwise both
     are of `written`, the smaller one first.
     """
-    lists = [written] if read is None else [written, read]
-    bounds = sorted(
-        (*byte_bounds(x), side, i)
-        for side, xs in enumerate(lists)
-        for i, x in enumerate(xs)
-        if x.size
-    )
-    # For each list: (end, index) of the previous arrays that end after the current start.
-    reaching: list[list[tuple[int, int]]] = [[] for _ in lists]
-    for start, end, side, i in bounds:
-        for k, ends in enumerate(reaching):
-            reaching[k] = [(stop, j) for stop, j in ends if stop > start]
-        other = 0 if read is None else 1 - side
-        for _, j in reaching[other]:
-            if _share(lists[side][i], lists[other][j]):
-                yield (i, j) if (side < other or (side == other and i < j)) else (j, i)
-        reaching[side].append((end, i))
+    arrays, count = [*written, *(read or [])], len(written)
+    # (end, index) of the previous arrays that end after the current start.
+    reaching: list[tuple[int, int]] = []
+    for start, end, i in sorted((*byte_bounds(x), i) for i, x in enumerate(arrays) if x.size):
+        reaching = [(stop, j) for stop, j in reaching if stop > start]
+        for _, j in reaching:
+            a, b = min(i, j), max(i, j)
+            if (read is None or a < count <= b) and _share(arrays[a], arrays[b]):
+                yield a, b if read is None else b - count
+        reaching.append((end, i))
 
 
 def _share(a: NumpyArray, b: NumpyArray) -> bool:

@@ -45,9 +45,6 @@ class NumpyBackend(Backend):
     def values(self, x: NumpyArray) -> Values:
         return Values.CPU
 
-    def to_numpy(self, x: NumpyArray) -> NumpyArray:
-        return np.asarray(x)
-
     def full(self, number: complex, like: NumpyArray) -> NumpyArray:
         is_complex = isinstance(number, complex) or like.dtype.kind == "c"
         return np.asarray(number, dtype=np.complex128 if is_complex else np.float64)

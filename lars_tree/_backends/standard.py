@@ -34,7 +34,7 @@ class StandardBackend(ArraysBackend):
     """The arrays of one namespace."""
 
     def __init__(self, xp: Any) -> None:
-        self.xp = xp
+        self.xp, self.ops = xp, StandardOps(xp)
         self.name = xp.__name__.removeprefix("array_api_compat.")
 
     def facts(self, x: NativeArray) -> Facts:
@@ -76,9 +76,6 @@ class StandardBackend(ArraysBackend):
         if self.values(x) is Values.CPU and _is_mapped_read_only(x):
             return READ_ONLY_MAP
         return None
-
-    def ops(self, x: NativeArray) -> StandardOps:
-        return StandardOps(self.xp)
 
     def widen(self, x: Any, w: NativeArray) -> NativeArray:
         xp = self.xp

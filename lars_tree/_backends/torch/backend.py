@@ -68,13 +68,12 @@ from lars_tree._numerics.formula import Measured
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
 
-_OPS = TorchOps(torch)
-
 
 class TorchBackend(ArraysBackend):
     """torch tensors and parameters on any device."""
 
     name = "torch"
+    ops = TorchOps(torch)
 
     def facts(self, x: Tensor) -> Facts:
         dtype, kind = x.dtype, Kind.INTEGER
@@ -142,9 +141,6 @@ class TorchBackend(ArraysBackend):
 
     def is_tracked(self, x: Tensor) -> bool:
         return (torch.is_grad_enabled() and x.requires_grad) or _has_tangent(x)
-
-    def ops(self, x: Tensor) -> TorchOps:
-        return _OPS
 
     def widen(self, x: Any, w: Tensor) -> Tensor:
         double = w.device.type == "cpu" or w.dtype in (torch.float64, torch.complex128)
