@@ -15,21 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lars_tree import _native
+from lars_tree._backends import base
 from lars_tree._backends.arrays import ArraysBackend, NamespaceOps
-from lars_tree._backends.base import (
-    MAX_AXES,
-    Columns,
-    Facts,
-    Kind,
-    Leaf,
-    StepResult,
-    StepResults,
-    Values,
-    Writes,
-    grouped,
-    kind_of_numpy,
-    named,
-)
+from lars_tree._backends.base import Columns, Leaf, StepResult, StepResults, Writes
 from lars_tree._backends.cpu import twin
 from lars_tree._backends.jax_memory import copy, device_to_view, empty_like, put
 from lars_tree._backends.memory import NumpyArray
@@ -73,15 +61,15 @@ class JaxBackend(ArraysBackend):
     name = "jax"
     ops = JaxOps()
 
-    def facts(self, x: jax.Array) -> Facts:
-        kind = kind_of_numpy(x.dtype) if isinstance(x.dtype, np.dtype) else Kind.OTHER
-        return Facts(x.shape, kind, x.dtype, _device(x))
+    def facts(self, x: jax.Array) -> base.Facts:
+        kind = base.kind_of_numpy(x.dtype) if isinstance(x.dtype, np.dtype) else base.Kind.OTHER
+        return base.Facts(x.shape, kind, x.dtype, _device(x))
 
-    def values(self, x: jax.Array) -> Values:
+    def values(self, x: jax.Array) -> base.Values:
         if _is_traced(x):
-            return Values.TRACED
-        platforms = {device.platform for device in x.devices()}
-        return Values.CPU if platforms == {"cpu"} and x.is_fully_addressable else Values.DEVICE
+            return base.Values.TRACED
+        on_cpu = {device.platform for device in x.devices()} == {"cpu"}
+        return base.Values.CPU if on_cpu and x.is_fully_addressable else base.Values.DEVICE
 
     def full(self, number: complex, like: jax.Array) -> jax.Array:
         is_complex = isinstance(number, complex) or jnp.iscomplexobj(like)
@@ -94,19 +82,19 @@ class JaxBackend(ArraysBackend):
     def fault(self, x: jax.Array) -> str | None:
         if not isinstance(x, jax.Array):  # a tracer of something else
             return "a reference to an array: read it first, as x[...]"
-        if x.ndim > MAX_AXES:
-            return f"an array of {x.ndim} axes, where numpy has {MAX_AXES} at most"
+        if x.ndim > base.MAX_AXES:
+            return f"an array of {x.ndim} axes, where numpy has {base.MAX_AXES} at most"
         if not _is_traced(x) and x.is_deleted():
             return "an array that was deleted or donated"
         unreduced = _manual_axes(x, "unreduced")
         if unreduced:
-            return f"partial sums over the mesh axis {named(unreduced)}: reduce them first"
+            return f"partial sums over the mesh axis {base.named(unreduced)}: reduce them first"
         return None
 
     def axis_fault(self, w: jax.Array, rule: Rule) -> str | None:
         axes = mesh_axes(rule)
         if axes and not _is_traced(w):
-            return f"expected None outside of jax.shard_map, got {named(axes)}"
+            return f"expected None outside of jax.shard_map, got {base.named(axes)}"
         return _axis_fault(self.varying(w), axes, rule)
 
     def varying(self, x: jax.Array) -> frozenset[Any]:
@@ -168,7 +156,7 @@ class JaxBackend(ArraysBackend):
 
     def numbers(self, rows: NumpyArray, ws: list[jax.Array]) -> list[Measured]:
         dtypes = _report_dtypes(ws)
-        groups = grouped(range(len(ws)), lambda i: (ws[i].sharding, dtypes[i]))
+        groups = base.grouped(range(len(ws)), lambda i: (ws[i].sharding, dtypes[i]))
         found: dict[int, Measured] = {}
         for (sharding, dtype), group in groups.items():
             with np.errstate(all="ignore"):
@@ -256,9 +244,10 @@ def _axis_fault(varying: frozenset[Any], axes: frozenset[Any], rule: Rule) -> st
     unnamed = varying - axes
     if not unnamed or not rule.adapt or () in (rule.axis_name or ()):
         return None
+    names = [base.named(x) for x in (unnamed, axes, varying)]
     return (
-        f"expected {named(unnamed)} if layers are sharded over it, or () if each device has whole"
-        f" ones; got {named(axes) or None}, and weights that vary over {named(varying)}"
+        f"expected {names[0]} if layers are sharded over it, or () if each device has whole"
+        f" ones; got {names[1] or None}, and weights that vary over {names[2]}"
     )
 
 

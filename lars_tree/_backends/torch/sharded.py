@@ -17,17 +17,7 @@ import torch
 from torch import Tensor
 
 from lars_tree._backends.base import Leaf, Sharding, StepResult
-from lars_tree._backends.torch.tensors import (
-    Layer,
-    Tensors,
-    TensorsOps,
-    TorchOps,
-    layers,
-    measure_layers,
-    of_leaf,
-    step_layers,
-    wide,
-)
+from lars_tree._backends.torch import tensors
 from lars_tree._numerics import formula
 from lars_tree._numerics.formula import Measured, Norm
 
@@ -77,7 +67,7 @@ def step_shards(given: list[tuple[Leaf, StepResult]]) -> tuple[list[Tensor], lis
     """The tensors to write to, and their new values, for leaves with DTensor weights."""
     with torch.no_grad():
         shards = [_joined(_shard(*pair)) for pair in given]
-        return step_layers(_with_norms(shards), _WholeNorms)
+        return tensors.step_layers(_with_norms(shards), _WholeNorms)
 
 
 def measure_shards(leaves: list[Leaf]) -> list[Measured]:
@@ -85,11 +75,12 @@ def measure_shards(leaves: list[Leaf]) -> list[Measured]:
     # All norms are reported, also of leaves that are not adapted.
     shards = [_shard(leaf, StepResult(leaf.w))._replace(needs_norms=True) for leaf in leaves]
     with torch.no_grad():
-        measured = list(measure_layers(_with_norms(map(_joined, shards)), _WholeNorms))
+        measured = list(tensors.measure_layers(_with_norms(map(_joined, shards)), _WholeNorms))
         if any(formula.is_joint(leaf.rule) for leaf in leaves):
             # These denominators are norms of sums: measure the norms of the gradients as well.
-            pairs = zip(measured, measure_layers(_with_norms(shards), _WholeNorms), strict=True)
-            measured = [each._replace(g_norm=separate.g_norm) for each, separate in pairs]
+            separate = tensors.measure_layers(_with_norms(shards), _WholeNorms)
+            pairs = zip(measured, separate, strict=True)
+            measured = [joint._replace(g_norm=each.g_norm) for joint, each in pairs]
         found = iter(measured)
         local = [list(islice(found, len(shard.layers))) for shard in shards]
         return [_gathered(*pair) for pair in zip(leaves, local, strict=True)]
@@ -100,13 +91,14 @@ def _joined(shard: _Shard) -> _Shard:
     return shard._replace(layers=[_total(layer) for layer in shard.layers])
 
 
-def _total(layer: Layer) -> Layer:
+def _total(layer: tensors.Layer) -> tensors.Layer:
     rule = layer.rule
     if not formula.is_joint(rule):
         return layer
-    w, dcdw = (x.to(wide(layer)) for x in (layer.w, layer.dcdw))
+    w, dcdw = (x.to(tensors.wide(layer)) for x in (layer.w, layer.dcdw))
     decay = torch.as_tensor(rule.decay_lambda * rule.grad_scale, dtype=w.dtype, device=w.device)
-    total = formula.multiply_add(TorchOps(torch), -dcdw if rule.maximize else dcdw, decay, w)
+    gradient = -dcdw if rule.maximize else dcdw
+    total = formula.multiply_add(tensors.TorchOps(torch), gradient, decay, w)
     return layer._replace(dcdw=total, rule=formula.without_decay(rule))
 
 
@@ -120,7 +112,7 @@ def _gathered(leaf: Leaf, measured: list[Measured]) -> Measured:
         return measured[0]
     tensor = sys.modules["torch.distributed.tensor"]
     empty = [torch.zeros(0, dtype=torch.float64, device=w.device)] * 4
-    vectors = of_leaf(measured, leaf.rule) if measured else Measured(*empty)
+    vectors = tensors.of_leaf(measured, leaf.rule) if measured else Measured(*empty)
     placements = [
         _along_axis_0(placement)
         if getattr(placement, "dim", None) == axis % w.ndim
@@ -147,7 +139,7 @@ def _along_axis_0(placement: Any) -> Any:
 class _Shard(NamedTuple):
     """The layers of one leaf in this process, and the groups of processes that share them."""
 
-    layers: list[Layer]
+    layers: list[tensors.Layer]
     groups: list[Any]
     needs_norms: bool
 
@@ -162,7 +154,7 @@ def has_part(w: Any) -> bool:
     return w.device_mesh.get_coordinate() is not None
 
 
-def layers_here(leaf: Leaf, new: StepResult) -> list[Layer]:
+def layers_here(leaf: Leaf, new: StepResult) -> list[tensors.Layer]:
     """The layers of a leaf with DTensor weights in this process, to be written to shards of new."""
     if not has_part(leaf.w):
         return []
@@ -173,7 +165,7 @@ def layers_here(leaf: Leaf, new: StepResult) -> list[Layer]:
     }
     rule, gradient = leaf.rule._replace(**numbers), _gradient_of(leaf.dcdw, leaf.w)
     shard = leaf._replace(w=shard_of(leaf.w), dcdw=gradient, rule=rule)
-    return layers(shard, StepResult(*map(shard_of, new)))
+    return tensors.layers(shard, StepResult(*map(shard_of, new)))
 
 
 def groups_of(w: Any, layer_axis: int | None = None) -> list[Any]:
@@ -200,7 +192,7 @@ def _gradient_of(dcdw: Any, w: Any) -> Tensor:
     return shard_of(dcdw)
 
 
-def _with_norms(shards: Iterable[_Shard]) -> Iterator[tuple[Layer, Tensor | None]]:
+def _with_norms(shards: Iterable[_Shard]) -> Iterator[tuple[tensors.Layer, Tensor | None]]:
     """The layers with the norms of their whole w and dcdw, where these are needed."""
     shards = list(shards)
     # Include leaves without a layer here: all processes of a group must add up the same rows.
@@ -238,16 +230,17 @@ def add_up(rows: Tensor, parts: Iterable[tuple[int, list[Any]]]) -> None:
             rows[indices] = packed
 
 
-def _squares(given: list[Layer]) -> Tensor:
+def _squares(given: list[tensors.Layer]) -> Tensor:
     """The squared norms of the layers here: by layer, w and dcdw, and scale."""
     device = given[0].w.device if given else None
     table = torch.zeros(len(given), 2, len(SCALES), dtype=torch.float64, device=device)
-    ops = TensorsOps(torch)
-    for dtype in {wide(layer) for layer in given}:
-        here = [i for i, layer in enumerate(given) if wide(layer) == dtype and layer.w.numel()]
+    ops = tensors.TensorsOps(torch)
+    for dtype in {tensors.wide(layer) for layer in given}:
+        alike = [i for i, layer in enumerate(given) if tensors.wide(layer) == dtype]
+        here = [i for i in alike if given[i].w.numel()]
         for column, name in enumerate(("w", "dcdw") if here else ()):
-            tensors = Tensors([getattr(given[i], name).to(dtype) for i in here])
-            norm = ops.scaled_norm(tensors, None)
+            xs = tensors.Tensors([getattr(given[i], name).to(dtype) for i in here])
+            norm = ops.scaled_norm(xs, None)
             for k, scale in enumerate(SCALES):
                 scaled = norm.scaled.double() * (norm.scale.double() * scale)
                 table[here, column, k] = scaled * scaled
@@ -261,7 +254,7 @@ def _roots(squares: Tensor) -> Tensor:
     return torch.where(is_safe, unscaled.sqrt(), torch.where(of_large > SAFE_SUM[0], large, small))
 
 
-class _WholeNorms(TensorsOps):
+class _WholeNorms(tensors.TensorsOps):
     """Operations for layers with known norms of w and dcdw."""
 
     def __init__(self, norms: list[Any]) -> None:

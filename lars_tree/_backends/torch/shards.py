@@ -15,18 +15,8 @@ from torch import Tensor
 
 from lars_tree._backends.base import Leaf, StepResult
 from lars_tree._backends.memory import NumpyArray
+from lars_tree._backends.torch import sharded
 from lars_tree._backends.torch.reader import READER
-from lars_tree._backends.torch.sharded import (
-    SAFE_SUM,
-    SCALES,
-    add_up,
-    groups_of,
-    has_part,
-    is_sharded,
-    layers_here,
-    partial_fault,
-    shard_of,
-)
 from lars_tree._backends.torch.stand_ins import TENSOR_TYPES
 from lars_tree._backends.torch.tensors import bump_versions, leaf_like, targets
 from lars_tree._numerics.formula import Rule
@@ -34,7 +24,7 @@ from lars_tree._numerics.formula import Rule
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
 
-_EXPONENTS = np.log2(SCALES)
+_EXPONENTS = np.log2(sharded.SCALES)
 
 
 class Shards:
@@ -57,7 +47,7 @@ class Shards:
         results = [targets(leaf) for leaf in leaves]
         columns = _Columns([], [], [], [], [])
         for leaf, new in zip(leaves, results, strict=True):
-            columns.add(list(map(shard_of, (leaf.w, leaf.dcdw, *new))), leaf.rule)
+            columns.add(list(map(sharded.shard_of, (leaf.w, leaf.dcdw, *new))), leaf.rule)
         first = len(self._plan.indices)
         rest = set(self._plan.prepare(READER, *columns))
         taken = [i for i in range(len(leaves)) if i not in rest]
@@ -68,13 +58,13 @@ class Shards:
     def take(self, leaves: list[Leaf]) -> None:
         with torch.no_grad():
             for leaf in leaves:
-                if is_sharded(leaf.w) and leaf.w.is_cpu and self._steps_in_memory(leaf):
+                if sharded.is_sharded(leaf.w) and leaf.w.is_cpu and self._steps_in_memory(leaf):
                     self._take(leaf, targets(leaf))
 
     def _take(self, leaf: Leaf, new: StepResult) -> None:
         first = len(self._plan.indices)
         columns = _Columns([], [], [], [], [])
-        for *tensors, rule in layers_here(leaf, new):
+        for *tensors, rule in sharded.layers_here(leaf, new):
             readable = [None if x is None else _readable(x) for x in tensors]
             if leaf.out is leaf.w:
                 readable[0] = readable[2]
@@ -103,20 +93,20 @@ class Shards:
         indices = [row for rows, _ in shared for row in rows]
         table = np.frombuffer(norms).reshape(-1, _ROW)
         squares = torch.from_numpy(_squares(table[indices]))
-        add_up(squares, ((len(rows), some) for rows, some in shared))
+        sharded.add_up(squares, ((len(rows), some) for rows, some in shared))
         table[indices, :_COLUMNS] = _roots(squares.numpy())
 
     def agree(self, bad: set[int]) -> set[int]:
         leaves = [part.leaf for part in self._in_order()]
         leaves = [leaf for leaf in leaves if leaf.rule.nonfinite != "propagate"]
         flags = torch.tensor([float(leaf.leaf_index in bad) for leaf in leaves])
-        add_up(flags, ((1, some) for some in _groups((leaf.w, None) for leaf in leaves)))
+        sharded.add_up(flags, ((1, some) for some in _groups((leaf.w, None) for leaf in leaves)))
         return bad.union(
             leaf.leaf_index for leaf, flag in zip(leaves, flags, strict=True) if flag > 0
         )
 
     def announce(self) -> None:
-        bump_versions([*self._written, *map(shard_of, self._written)])
+        bump_versions([*self._written, *map(sharded.shard_of, self._written)])
 
     def _in_order(self) -> list[_Part]:
         """In leaf order, which is the same in all processes, whatever each of them trusts."""
@@ -147,15 +137,15 @@ class _Columns(NamedTuple):
 def _looks_right(leaf: Leaf) -> bool:
     """Whether the tensors of a leaf are sharded alike; the plan itself looks at the shards."""
     w = leaf.w
-    if leaf.dcdw is None or not is_sharded(w) or not w.is_cpu or partial_fault(w):
+    if leaf.dcdw is None or not sharded.is_sharded(w) or not w.is_cpu or sharded.partial_fault(w):
         return False
-    if not has_part(w):
+    if not sharded.has_part(w):
         return False
     ours, shape = w._spec, w.shape
     for x in (leaf.dcdw, leaf.velocity, leaf.out):
         if x is None or x is w:
             continue
-        if not is_sharded(x) or x.shape != shape:
+        if not sharded.is_sharded(x) or x.shape != shape:
             return False
         spec = x._spec
         if spec.placements != ours.placements or spec.mesh != ours.mesh:
@@ -170,7 +160,7 @@ def _groups(given: Iterable[tuple[Any, int | None]]) -> list[list[Any]]:
     for w, axis in given:
         key = id(w.device_mesh), w.placements, None if axis is None else axis % w.ndim
         if key not in known:
-            known[key] = groups_of(w, axis)
+            known[key] = sharded.groups_of(w, axis)
         found.append(known[key])
     return found
 
@@ -199,8 +189,8 @@ def _squares(rows: NumpyArray) -> NumpyArray:
 def _roots(sums: NumpyArray) -> NumpyArray:
     """The first columns of the rows of norms with these squares."""
     unscaled, of_large, _ = np.moveaxis(sums, -1, 0)
-    is_safe = (unscaled > SAFE_SUM[0]) & (unscaled < SAFE_SUM[1])
-    which = np.where(is_safe, 0, np.where(of_large > SAFE_SUM[0], 1, 2))
+    is_safe = (unscaled > sharded.SAFE_SUM[0]) & (unscaled < sharded.SAFE_SUM[1])
+    which = np.where(is_safe, 0, np.where(of_large > sharded.SAFE_SUM[0], 1, 2))
     high = np.sqrt(np.take_along_axis(sums, which[..., None], -1)[..., 0])
     found = np.stack([high, np.zeros_like(high), -_EXPONENTS[which]], -1)
     rows: NumpyArray = found.reshape(-1, _COLUMNS)
