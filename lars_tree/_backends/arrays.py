@@ -1,7 +1,7 @@
 """Backends that compute with whole arrays, through a namespace that follows the array API standard.
 
-For arrays without CPU memory that a kernel could read: traced and sharded JAX arrays, lazy Dask
-arrays, arrays on accelerators. The formula is `formula.step`.
+They serve arrays that the kernel cannot read: traced and sharded JAX arrays, lazy Dask arrays, and
+arrays on accelerators. The formula is `formula.step`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lars_tree._numerics.formula import Measured, Norm, Rule
 
 
 class NamespaceOps:
-    """`formula.Ops` in terms of an array namespace."""
+    """`formula.Ops` by the functions of an array namespace."""
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp
@@ -37,7 +37,7 @@ class NamespaceOps:
         return Norm(self.norm(x / scale, layer_axis), scale)
 
     def norm(self, x: NativeArray, layer_axis: int | None) -> NativeArray:
-        """2-norm over all axes but layer_axis, these kept with length 1; derivative 0 at 0."""
+        """The 2-norm over all axes but layer_axis, with keepdims; its derivative at 0 is 0."""
         squares = self.xp.real(x) ** 2 + self.xp.imag(x) ** 2 if self.is_complex(x) else x * x
         total = self.sum(squares, _other_axes(x, layer_axis))
         positive = total > 0
@@ -86,15 +86,15 @@ class NamespaceOps:
         return bool(self.xp.isdtype(x.dtype, "complex floating"))
 
     def constant(self, x: NativeArray) -> NativeArray:
-        """x, cut off from differentiation."""
+        """The values of x, without gradient."""
         return x
 
     def sum(self, x: NativeArray, axes: tuple[int, ...]) -> NativeArray:
-        """The sum over these axes, kept with length 1; no axes means no sum."""
+        """The sum over these axes, with keepdims; x itself if there are no axes."""
         return self.xp.sum(x, axis=axes, keepdims=True) if axes else x
 
     def max(self, x: NativeArray, axes: tuple[int, ...]) -> NativeArray:
-        """The maximum over these axes, kept with length 1."""
+        """The maximum over these axes, with keepdims; x itself if there are no axes."""
         return self.xp.max(x, axis=axes, keepdims=True) if axes else x
 
 
@@ -110,10 +110,10 @@ class ArraysBackend(Backend):
 
     @abstractmethod
     def widen(self, x: Any, w: NativeArray) -> NativeArray:
-        """X, an array or a number of the rule, in the dtype to compute in for w."""
+        """X, an array or a number of the rule, in the dtype in which to compute for w."""
 
     def narrow(self, x: NativeArray, w: NativeArray) -> NativeArray:
-        """X in the dtype of w."""
+        """X converted to the dtype of w."""
         return x.astype(w.dtype)
 
     def namespace(self, x: NativeArray) -> Any:
@@ -136,7 +136,7 @@ class ArraysBackend(Backend):
     def _widened(
         self, w: NativeArray, dcdw: NativeArray, rule: Rule
     ) -> tuple[NativeArray, NativeArray, Rule]:
-        """All in the dtype to compute in, and dcdw in the shape of w."""
+        """The arguments in the dtype in which to compute, with dcdw in the shape of w."""
         names = (*formula.NUMBERS, *formula.MOMENTUM_NUMBERS)
         values = {name: getattr(rule, name) for name in names}
         numbers: dict[str, Any] = {
@@ -147,13 +147,13 @@ class ArraysBackend(Backend):
         return self.widen(w, w), dcdw, rule._replace(**numbers)
 
     def measure_leaf(self, w: NativeArray, dcdw: NativeArray, rule: Rule) -> Measured:
-        """The norms and the ratio of the step of one leaf."""
+        """The norms and ratios of the step of one leaf."""
         axis = rule.layer_axis
         shape = () if axis is None else (w.shape[axis],)
         w, dcdw, rule = self._widened(w, dcdw, rule)
         ops = self.ops.over(formula.mesh_axes(rule))
         lr = rule.lr_before_momentum
-        if getattr(lr, "ndim", 0):  # trust_clip reports one ratio: that of the largest rate
+        if getattr(lr, "ndim", 0):  # with trust_clip, the ratio for the largest rate is reported
             largest = ops.max(ops.xp.broadcast_to(lr, w.shape), _other_axes(w, axis))
             rule = rule._replace(lr_before_momentum=largest)
         if 0 in w.shape:  # no maximum exists; the norms are 0, so the ratio is 1
@@ -184,5 +184,5 @@ class ArraysBackend(Backend):
 
 
 def _is_number(x: Any) -> bool:
-    """Whether x is a Python number, or one that torch.compile traces, which has no dtype."""
+    """Whether x is a Python number; torch.compile traces these as numbers without a dtype."""
     return isinstance(x, (int, float, complex))

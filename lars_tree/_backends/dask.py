@@ -21,11 +21,11 @@ class DaskOps(NamespaceOps):
         return bool(x.dtype.kind == "c")
 
 
-_MAX_AXES = 32  # more cannot be rechunked
+_MAX_AXES = 32  # Dask cannot rechunk arrays with more
 
 
 class DaskBackend(ArraysBackend):
-    """Lazy arrays, which are never computed here."""
+    """Lazy arrays; an update does not compute them."""
 
     name = "dask"
     ops = DaskOps(da)

@@ -1,8 +1,8 @@
-"""JAX: concrete arrays in CPU memory by the kernel or `cpu.py`, others by array operations.
+"""JAX: the kernel or its twin updates concrete arrays in CPU memory, `jax.numpy` all others.
 
-Traced arrays (jit, grad, vmap, scan), sharded arrays and arrays on accelerators are updated by
-`jax.numpy`, so that transformations compose and shardings propagate. On the CPU these also compute
-in double, whether or not jax_enable_x64 is set.
+These are traced arrays (jit, grad, vmap, scan), sharded arrays and arrays on accelerators; with
+`jax.numpy`, transformations compose and shardings propagate. On the CPU they are also updated in
+double, whether or not jax_enable_x64 is set.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class JaxOps(NamespaceOps):
         return jax.lax.stop_gradient(x)
 
     def upper_half(self, x: jax.Array) -> jax.Array:
-        # Not by arithmetic, which XLA may change by fusing products and sums.
+        # No arithmetic here: XLA may change its result by fusing products and sums.
         limits = jnp.finfo(x.dtype)
         return jax.lax.reduce_precision(x, limits.nexp, (limits.nmant + 1) // 2 - 1)
 
@@ -180,7 +180,7 @@ class JaxBackend(ArraysBackend):
         if columns.outs is not None:
             return everything
         given = [x for x in (columns.ws, columns.dcdws, columns.velocities) if x is not None]
-        # The views keep the memory alive, even if another thread donates it.
+        # The views keep the memory alive even if another thread donates an array.
         views: list[list[Any]] = [[None] * len(columns.ws) for _ in given]
         dense, rest = [], []
         for index in everything:
@@ -231,7 +231,8 @@ def _update(leaf: Leaf) -> StepResult:
 def _axis_fault(varying: frozenset[Any], axes: frozenset[Any], rule: Rule) -> str | None:
     """What is wrong with sums over `axes` for weights that vary over `varying`; None if nothing is.
 
-    Under `pmap`, `vmap` and `shard_map(check_vma=False)` JAX does not know what varies.
+    Under `pmap`, `vmap` and `shard_map(check_vma=False)` JAX does not know over which axes weights
+    vary.
     """
     for name in _in_order(axes):
         try:
@@ -273,7 +274,7 @@ def _in_order(axes: Iterable[Any]) -> tuple[Any, ...]:
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any, w: jax.Array, sharding: Any) -> jax.Array:
-    """Zeros on the devices of w, committed like w, so that the next step is not compiled again."""
+    """Zeros on the devices of w, committed like w; otherwise the next step would be recompiled."""
     if w.committed:
         return jnp.zeros(shape, dtype, device=sharding)
     with jax.default_device(next(iter(w.devices()))):
@@ -281,7 +282,7 @@ def _zeros(shape: tuple[int, ...], dtype: Any, w: jax.Array, sharding: Any) -> j
 
 
 def _report_dtypes(ws: list[jax.Array]) -> list[Any]:
-    """float64 if x64 is enabled or the weights are double, as JAX would warn of it otherwise."""
+    """float64 if x64 is enabled or the weights are double; otherwise JAX would warn of float64."""
     usual = jnp.zeros(()).dtype
     with jax.enable_x64(True):
         return [jnp.promote_types(usual, jnp.finfo(w.dtype).dtype) for w in ws]
@@ -306,8 +307,8 @@ def _steps_in_cpu_memory(leaf: Leaf) -> bool:
 def _as_pairs(w: jax.Array, dcdw: jax.Array, rule: Rule) -> tuple[jax.Array, jax.Array, Rule]:
     """Complex arrays as pairs of real numbers.
 
-    Complex double arrays cannot be differentiated unless jax_enable_x64 is set, because the
-    backward pass runs outside of our `enable_x64` context.
+    Without jax_enable_x64, complex double arrays cannot be differentiated, because the backward
+    pass runs outside of our `enable_x64` context.
     """
     axis = None if rule.layer_axis is None else rule.layer_axis % w.ndim
     lr = rule.lr_before_momentum
@@ -320,7 +321,7 @@ def _as_pair(x: jax.Array | None) -> jax.Array | None:
 
 
 def _sharded_like(x: jax.Array, w: jax.Array) -> jax.Array:
-    """X with the shape of w, and with its sharding if that is known, as the results must have."""
+    """X with the shape and, if known, the sharding of w, which the results must have."""
     x = jnp.broadcast_to(x, w.shape)
     if not _is_traced(x) and not _is_traced(w):
         return jax.device_put(x, w.sharding) if w.committed and x.sharding != w.sharding else x

@@ -43,7 +43,7 @@ class NumpyBackend(base.Backend):
         return x.copy() if not isinstance(x, np.memmap) else np.array(x)
 
     def fault(self, x: NumpyArray) -> str | None:
-        # In sys.modules only: `np.ma` would be imported here, perhaps while another thread forks.
+        # `np.ma` would import the module, perhaps while another thread forks.
         if isinstance(x, getattr(sys.modules.get("numpy.ma"), "MaskedArray", ())):
             return "a masked array: LARS has no missing elements; fill them first"
         return None
@@ -118,12 +118,12 @@ def as_bits(x: NumpyArray) -> NumpyArray | None:
 
 
 def raw(x: NumpyArray) -> NumpyArray:
-    """A view for `cpu.update`: not of a subclass, and with the bits of bfloat16."""
+    """A view for `twin.update`: an ndarray, not of a subclass, with bfloat16 as bits."""
     x = np.asarray(x)
     return x.view(np.uint16) if base.is_bfloat16(x.dtype) else x
 
 
-# _MAKER does not take memory maps: new arrays have the class of w, and a map has no new one.
+# _MAKER does not support memory maps, as `np.empty_like` cannot create one.
 _READER = _native.reader((np.ndarray, np.memmap), Rule._fields, as_bits=as_bits)
 _MAKER = _native.reader(
     (np.ndarray,), Rule._fields, make=np.empty_like, copy=np.copy, as_bits=as_bits

@@ -19,7 +19,7 @@ _KINDS = {
 
 
 class StandardOps(NamespaceOps):
-    """The functions of the standard, which does not have frexp."""
+    """The functions of the standard, which lacks frexp."""
 
     def round_to_power_of_two(self, x: NativeArray) -> NativeArray:
         if hasattr(self.xp, "frexp"):
@@ -89,7 +89,7 @@ class StandardBackend(ArraysBackend):
 
 
 def _is_mapped_read_only(x: NativeArray) -> bool:
-    """Whether x wraps read-only memory of another library; False if its memory is unknown."""
+    """Whether the memory of x is mapped read-only; False if its memory is unknown."""
     try:
         memory = np.from_dlpack(x)
     except (BufferError, TypeError, ValueError, RuntimeError, AttributeError):

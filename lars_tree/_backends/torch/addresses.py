@@ -19,7 +19,7 @@ NUMPY_TYPES = {
 
 
 def bytes_needed(x: Tensor) -> int:
-    """The size that its storage must have to hold a tensor."""
+    """The size in bytes that a storage needs to hold this tensor."""
     if x.numel() == 0:
         return 0
     last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
@@ -27,9 +27,9 @@ def bytes_needed(x: Tensor) -> int:
 
 
 def view(x: Tensor) -> NumpyArray:
-    """A numpy view for `cpu.update`, with the bits of bfloat16.
+    """A numpy view for `twin.update`, with bfloat16 as bits.
 
-    Not by `x.numpy()`, after which the storage can never be resized or freed.
+    This avoids `x.numpy()`, after which the storage could never be resized or freed.
     """
     x = x.detach().resolve_conj().resolve_neg()
     if not x.numel():
@@ -46,7 +46,7 @@ def bits(x: Tensor) -> NumpyArray:
 
 
 class Address:
-    """The memory of a tensor by numpy's protocol; without a typestr, it must not be read."""
+    """The memory of a tensor for numpy's array interface; not to be read without a typestr."""
 
     def __init__(self, x: Tensor, typestr: str | None = None) -> None:
         size = x.element_size()

@@ -1,10 +1,10 @@
 """torch: CPU memory by the native engine, accelerators by multi-tensor operations.
 
 Dense CPU tensors that need no autograd graph are updated by the kernel, or through numpy views of
-their memory where the kernel does not support them. Tensors on an accelerator are updated many at a
-time, as `Tensors`, by `torch._foreach_*` operations, without waiting for the device. All others
-(autograd, torch.func, subclasses of Tensor, rates that are tensors with a shape) are updated leaf
-by leaf.
+their memory if the kernel does not support them. Tensors on an accelerator are updated many at a
+time, as `Tensors`, by `torch._foreach_*` operations, without waiting for the device. In all other
+cases (autograd, torch.func, subclasses of Tensor, rates that are tensors with a shape), leaves are
+updated one by one.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class TorchBackend(ArraysBackend):
 
     def to_numpy(self, x: Tensor) -> NumpyArray:
         x = sharded.whole(x.detach()).resolve_conj().resolve_neg().cpu()
-        # A copy, as `view` explains: numpy() would change the storage of x itself.
+        # A copy, because `numpy()` would change the storage of x: see `view`.
         return np.asarray((x.double() if x.dtype == torch.bfloat16 else x.clone()).numpy())
 
     def full(self, number: complex, like: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ class TorchBackend(ArraysBackend):
         return tensors.fetched([sharded.whole(x.detach()) for x in xs])
 
     def _steps_in_memory(self, leaf: Leaf) -> bool:
-        """Whether a leaf can be updated in memory: without autograd, and unseen by torch."""
+        """Whether a leaf can be updated directly in memory, without autograd."""
         w, rule = leaf.w, leaf.rule
         given = (w, leaf.dcdw, leaf.out, leaf.velocity, *rule)
         xs = [x for x in given if isinstance(x, Tensor)]
@@ -268,8 +268,8 @@ def results_in_place(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The tensors to write to, and their new values, for an update in place on any device.
 
-    Never waits for the device, and checks nothing: optimizers check parameters when they are added.
-    Unless `unless`, a number on a device, is 0, the values are the old ones.
+    It never waits for the device and checks nothing: optimizers check parameters when they are
+    added. `unless` is a number on a device; if it is not 0, the values are the old ones.
     """
     outs, values = _stepped([(leaf, StepResult(leaf.out, leaf.velocity)) for leaf in leaves])
     if unless is not None:
@@ -290,7 +290,7 @@ def _returned(leaf: Leaf, new: StepResult) -> StepResult:
 
 
 def _has_memory(x: Tensor) -> bool:
-    """Whether x has memory of its own that may be read and written unseen by torch."""
+    """Whether x has memory of its own that may be read and written without torch's operations."""
     if type(x) not in stand_ins.TENSOR_TYPES or stand_ins.is_functorch(x):
         return False
     return not stand_ins.is_intercepted()
