@@ -55,7 +55,7 @@ class Values(Enum):
 
 
 class Facts(NamedTuple):
-    """What the checks need to know about an array."""
+    """The properties of an array that the checks use."""
 
     shape: tuple[int, ...]
     kind: Kind
@@ -292,7 +292,7 @@ class Backend(ABC):
         return
 
     def count(self, plan: Plan, counter: NativeArray) -> bool:
-        """Let a plan increment a counter when the step is taken; return whether it can."""
+        """Let a plan increment a counter when it is applied; return whether this is supported."""
         return False
 
     def velocity_dtype(self, w: NativeArray) -> Any:
@@ -304,11 +304,11 @@ class Backend(ABC):
         return np
 
     def fault(self, x: NativeArray) -> str | None:
-        """Why x cannot be computed with; None if it can."""
+        """Why LARS cannot compute with x; None if it can."""
         return None
 
     def out_fault(self, x: NativeArray) -> str | None:
-        """Why x cannot be written to; None if it can."""
+        """Why x cannot be written to; None if it can be."""
         return None
 
     def sizes(self, xs: list[NativeArray]) -> tuple[list[int], list[int]]:

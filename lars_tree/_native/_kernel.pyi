@@ -69,7 +69,7 @@ class Plan:
         """
 
     def count(self, counter: Any) -> bool:
-        """Increment this int64 numpy array when the step is taken; False if it is not supported."""
+        """Increment this int64 array when the plan is applied; False if it is not supported."""
 
     def overlaps(
         self, written: list[tuple[int, int]] = ..., read: list[tuple[int, int]] = ...

@@ -297,7 +297,7 @@ def _has_memory(x: Tensor) -> bool:
 
 
 def is_in_cpu_memory(x: Tensor) -> bool:
-    """Whether x is a CPU tensor with memory of its own."""
+    """Whether x is a CPU tensor with its own memory."""
     return type(x) in stand_ins.TENSOR_TYPES and x.is_cpu
 
 

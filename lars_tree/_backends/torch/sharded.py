@@ -39,7 +39,7 @@ def sharding_of(x: Any) -> Sharding | None:
 
 
 def partial_fault(x: Any) -> str | None:
-    """Why a DTensor cannot be computed with; None if it can."""
+    """Why LARS cannot compute with a DTensor; None if it can."""
     if any(placement.is_partial() for placement in x.placements):
         return "a DTensor of partial sums: redistribute it first"
     return None
@@ -146,17 +146,16 @@ class _Shard(NamedTuple):
 
 def _shard(leaf: Leaf, new: StepResult) -> _Shard:
     groups = groups_of(leaf.w, leaf.rule.layer_axis)
-    return _Shard(layers_here(leaf, new), groups, leaf.rule.adapt and has_part(leaf.w))
+    return _Shard(layers_here(leaf, new), groups, leaf.rule.adapt and is_in_mesh(leaf.w))
 
 
-def has_part(w: Any) -> bool:
-    """Whether this process is in the device mesh of a DTensor."""
+def is_in_mesh(w: Any) -> bool:
     return w.device_mesh.get_coordinate() is not None
 
 
 def layers_here(leaf: Leaf, new: StepResult) -> list[tensors.Layer]:
     """The layers of a leaf in this process; results are written to the shards of `new`."""
-    if not has_part(leaf.w):
+    if not is_in_mesh(leaf.w):
         return []
     options = leaf.rule._asdict().items()
     # An option may be a DTensor with one element.
@@ -171,7 +170,7 @@ def layers_here(leaf: Leaf, new: StepResult) -> list[tensors.Layer]:
 def groups_of(w: Any, layer_axis: int | None = None) -> list[Any]:
     """The groups of processes with which this one shares layers of w."""
     mesh, axis = w.device_mesh, None if layer_axis is None else layer_axis % w.ndim
-    if not has_part(w):
+    if not is_in_mesh(w):
         return []
     return [
         mesh.get_group(dim)

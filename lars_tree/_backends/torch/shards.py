@@ -131,7 +131,7 @@ def _looks_right(leaf: Leaf) -> bool:
     w = leaf.w
     if leaf.dcdw is None or not sharded.is_sharded(w) or not w.is_cpu or sharded.partial_fault(w):
         return False
-    if not sharded.has_part(w):
+    if not sharded.is_in_mesh(w):
         return False
     ours, shape = w._spec, w.shape
     for x in (leaf.dcdw, leaf.velocity, leaf.out):
