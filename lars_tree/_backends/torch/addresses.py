@@ -26,23 +26,20 @@ def bytes_needed(x: Tensor) -> int:
     return int((x.storage_offset() + last + 1) * x.element_size())
 
 
-def view(x: Tensor) -> NumpyArray:
+def view(x: Tensor, typestr: str | None = None) -> NumpyArray:
     """A numpy view for `twin.update`, with bfloat16 as bits.
 
     This avoids `x.numpy()`, after which the storage could never be resized or freed.
     """
     x = x.detach().resolve_conj().resolve_neg()
-    if not x.numel():
-        return np.empty(x.shape, NUMPY_TYPES[x.dtype])
-    return np.asarray(Address(x, NUMPY_TYPES[x.dtype]))
+    typestr = typestr or NUMPY_TYPES[x.dtype]
+    return np.asarray(Address(x, typestr)) if x.numel() else np.empty(x.shape, typestr)
 
 
 def bits(x: Tensor) -> NumpyArray:
     """A numpy view of the bits of a tensor of any dtype, to copy from or to."""
-    x = x.detach().resolve_conj().resolve_neg()
     size = x.element_size()
-    typestr = f"u{size}" if size <= 8 else f"c{size}"
-    return np.asarray(Address(x, typestr)) if x.numel() else np.empty(x.shape, typestr)
+    return view(x, f"u{size}" if size <= 8 else f"c{size}")
 
 
 class Address:
