@@ -35,7 +35,7 @@ DCDW = {**W, "kernel": ((8000,), (1000,))}  # broadcasts to the rows
 
 
 def chunk(shape, place, lowest):
-    """Elements within 1 of the lowest, computed from their positions."""
+    """Elements between `lowest` and `lowest` + 1, computed from their positions."""
     start = lowest + sum(math.sqrt(p + i) for i, p in enumerate(place, 2))
     return (np.arange(math.prod(shape)) * 0.6180339887 + start).reshape(shape) % 1 + lowest
 
@@ -49,7 +49,7 @@ def of_dcdw(shape, place):
 
 
 def lazy(make, shape, chunks, log):
-    """An array of which each chunk is logged by the process that computes it."""
+    """An array; the process that computes a chunk logs it."""
 
     def block(block_info=None):
         with (Path(log) / str(os.getpid())).open("a") as file:

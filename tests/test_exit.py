@@ -1,7 +1,7 @@
 """The interpreter exits cleanly while daemon threads are inside an update.
 
-Before Python 3.14 such a thread is ended by pthread_exit, which on glibc unwinds C++ frames. Their
-destructors must not touch Python objects without the GIL: see call_python in _native/python.hpp.
+Before Python 3.14 such a thread is ended by pthread_exit, which on glibc unwinds C++ frames. Then
+destructors must not use Python objects without the GIL: see call_python in _native/python.hpp.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def test_a_daemon_thread_inside_an_update_does_not_crash_the_exit():
     assert [result(process) for process in processes] == [(0, "", "")] * len(codes)
 
 
-# Ends threads inside each kind of call into Python, as Python does: it releases the GIL, and
+# Ends a thread inside each kind of call into Python in the way of Python: the GIL is released, and
 # pthread_exit unwinds the stack. Prints the calls whose threads ended; the other threads sleep.
 END = """
 import ctypes, os, threading, time
@@ -168,7 +168,7 @@ HARMLESS = {
     *("PyType_GetSlot", "PyUnicode_Check", "PyUnicode_CompareWithASCIIString", "Py_NewRef"),
     "Py_TYPE",
 }
-# Functions called before C++ objects own anything.
+# Functions that are called before C++ objects own anything.
 FIRST = {"PyArg_ParseTuple", "PyArg_ParseTupleAndKeywords", "PyCapsule_GetPointer"}
 FIRST |= {"PyInit__kernel", "PyModuleDef_Init"}
 

@@ -52,7 +52,7 @@ def tree(seed, names=LEAVES, dtype=np.float32):
 
 
 def cut(names, options):
-    """The options, or the specs, of these leaves only."""
+    """The options or specs of the named leaves only."""
     some = lambda x: {name: x[name] for name in names}  # noqa: E731
     if options is SPECS:
         return some(SPECS)
@@ -65,7 +65,7 @@ def mesh(*shape):
 
 
 def on_mesh(fn, in_specs, out_specs, shape=(2, 2), checked=True):
-    """fn on the shards of its arguments, compiled."""
+    """Compile fn to run on the shards of its arguments."""
     sharded = jax.shard_map(
         fn, mesh=mesh(*shape), in_specs=in_specs, out_specs=out_specs, check_vma=checked
     )
@@ -73,12 +73,12 @@ def on_mesh(fn, in_specs, out_specs, shape=(2, 2), checked=True):
 
 
 def compiled(fn):
-    """Compiled quickly rather than well."""
+    """Compile fn quickly, with few optimizations."""
     return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def on_line(fn, *args, checked=True, eager=False, specs=ROWS, out=ROWS):
-    """fn on the rows of its arguments, four devices in a line."""
+    """Make fn run on the rows of its arguments, on four devices in a line."""
     made = jax.shard_map(fn, mesh=mesh(4), in_specs=specs, out_specs=out, check_vma=checked)
     return (made if eager else compiled(made))(*args)
 
@@ -154,7 +154,7 @@ def test_an_axis_of_the_mesh_may_be_left_to_the_compiler():
 
 
 def test_shards_of_all_sizes_are_scaled_together():
-    """The square of a number in one shard must not overflow, nor those of another vanish."""
+    """Squares must neither overflow in one shard nor underflow in another."""
     w = np.array([3e30, 4e30, 1e-30, 0], np.float32)
     g = np.array([0, 1e-38, 4e-30, 3e-30], np.float32)
     new = on_line(lambda w, g: lars_update(w, g, 0.1, axis_name="x"), w, g)
@@ -242,7 +242,7 @@ def test_trust_ratios_on_shards():
 
 
 def test_layers_of_their_own_on_each_device():
-    """A population: one network on each device."""
+    """As for a population with one network on each device."""
     w, g = tree(0)["rows"], tree(1)["rows"]
     new = on_line(lambda w, g: lars_update(w, g, 0.1, axis_name=()), w, g)
     parts = zip(np.split(w, 4), np.split(g, 4), strict=True)

@@ -54,7 +54,7 @@ def without_kernel(*args, **options):
 
 @contextmanager
 def watched(**values):
-    """Yields a list: for each plan that was stepped, whether the kernel supported all leaves."""
+    """Yield a list with a bool for each updated plan: whether the kernel supported all leaves."""
     took = []
 
     class Watched:
@@ -94,7 +94,7 @@ def by_kernel(*args, instruction_set=SETS[-1], **options):
 
 
 def run(code, **variables):
-    """The words that code prints in a process of its own, which may crash."""
+    """The words that code prints in a new process, which may crash."""
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         capture_output=True,
@@ -110,7 +110,7 @@ def dtype_of(name):
 
 
 def random_array(rng, name, shape, level=0.5, spread=2, special=(), order="C"):
-    """Numbers with exponents near a level: 0 is subnormal, 1 is the largest of the format."""
+    """Numbers with exponents near a level: 0 is subnormal, 1 the largest number of the format."""
     if name in REAL:
         parts = random_array(rng, REAL[name], (*shape, 2), level, spread, special)
         return parts.view(name).reshape(shape).copy(order)
@@ -197,7 +197,7 @@ def test_the_kernel_gives_the_bits_of_its_twin(pair, lr, options, mode, instruct
 
 
 def squares(exponent):
-    """float64 leaves whose squares overflow or underflow, but not their norms."""
+    """float64 leaves whose squares overflow or underflow although their norms do not."""
     rng = np.random.default_rng(1)
     w = random_array(rng, "float64", (600_001,), exponent, 40)
     return [w], [w[::-1].copy()]
@@ -220,7 +220,7 @@ def trees():
 
 
 def sums():
-    """Trees whose gradient and decay add up, or nearly cancel, in the joint gradient."""
+    """Trees whose gradient and decay nearly cancel in the joint gradient, or do not cancel."""
     found = {name: (w, g) for name, w, g in trees()}
     for name in ("few", "large float32", "large float64", "overflow", "subnormal", "largest"):
         w, g = found[name]

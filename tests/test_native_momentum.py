@@ -67,7 +67,7 @@ def velocity_for(w, rng, *numbers):
 
 
 def assert_same_step(actual, expected):
-    """The same bits in the weights and velocities of two trees, and one step counted."""
+    """Assert equal bits in the weights and velocities of two trees, and one counted step."""
     for x, y in zip(actual[:2], expected[:2], strict=True):
         for leaf, twin in zip(structure.leaves(x), structure.leaves(y), strict=True):
             assert_identical(leaf, twin)
@@ -146,7 +146,7 @@ RULES = {
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
 def test_instruction_sets_and_threads_give_the_same_bits(names, rule):
-    """Layers that one thread updates, and larger ones that all threads share."""
+    """One thread updates a small layer; all threads share a larger one."""
     options = MOTION | RULES[rule]
     rng = np.random.default_rng(0)
     w, g = ([random_array(rng, name, (n,)) for n in (*SIZES, 0, 1, 400_001)] for name in names)
@@ -229,7 +229,7 @@ OVERFLOWS = {
 @pytest.mark.parametrize("instruction_set", SETS)
 @pytest.mark.parametrize("case", OVERFLOWS)
 def test_intermediate_overflow_does_not_make_results_infinite(case, instruction_set, name):
-    """The large numbers are among moderate ones, in full blocks of 128 and after them."""
+    """Large numbers stand among moderate ones, both within full blocks of 128 and in the rest."""
     *big, given_options, new_w, new_v = OVERFLOWS[case]
     options = {"lr": 1.0, "adapt": False, **given_options}
     rng = np.random.default_rng(0)
@@ -245,7 +245,7 @@ def test_intermediate_overflow_does_not_make_results_infinite(case, instruction_
 @pytest.mark.parametrize("instruction_set", SETS)
 @pytest.mark.parametrize("g_name", ["float64", "float32"])
 def test_coefficients_out_of_the_range_of_double(g_name, instruction_set):
-    """|w| / |dcdw| is 2**2000 or 2**1140: the gradient is scaled before it is multiplied."""
+    """|w| / |dcdw| is 2**2000 or 2**1140, so the gradient is scaled before it is multiplied."""
     g = np.full(256, 2.0**-1000 if g_name == "float64" else 2.0**-140, g_name)
     for nesterov, new_w in ((False, 2.0**998), (True, 2.0**997)):
         w, v = np.full(256, 2.0**1000), np.full(256, 2.0**999)

@@ -54,7 +54,8 @@ def leaves(w, g, v, out="w"):
 
 A, B, C = slice(0, 6), slice(6, 12), slice(12, 18)
 
-# w, dcdw, out ("w" means in place) and the velocity. Functions, so each test has arrays of its own.
+# w, dcdw, out ("w" means in place) and the velocity, made by functions, so that each test has its
+# own arrays.
 # fmt: off
 CASES = {
     "another dtype": lambda: leaves(ones(), ones(), ones("f4")),
@@ -126,7 +127,7 @@ def build(case):
 
 
 def outcome(call, case):
-    """The result or the error, and the content of all arrays that were passed."""
+    """The result or the error, and the contents of all arrays that were passed."""
     w, g, out, v, given = build(case)
     try:
         *new, count = call(w, g, out, v, momentum=0.5, decay_lambda=0.1)
@@ -155,7 +156,7 @@ def test_the_kernel_does_not_touch_unsupported_leaves(case):
 
 @pytest.mark.parametrize("out", ["new", "w"])
 def test_arrays_that_may_share_memory_are_supported(out):
-    """Out of place, velocities are copied; in place, one array may be dcdw of all leaves."""
+    """Out of place, velocities are copied. In place, all leaves may share one gradient."""
     w, g = [ones(), ones()], [(x := ones()), x]
     v = [ones(), ones()] if out == "w" else [w[0], w[0]]
     expected = by_twin(w, g, None, v, momentum=0.5)

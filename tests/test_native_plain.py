@@ -1,4 +1,4 @@
-"""Which numpy arrays the native kernel supports; its walks over trees."""
+"""The numpy arrays that the native kernel supports, and its walks over trees."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ SQUARE = np.arange(1.0, 10.0).reshape(3, 3)
 GRID = np.arange(1.0, 7.0).reshape(2, 3)
 
 
-# w, dcdw, out ("w" means in place) and options. Functions, so each test has arrays of its own.
+# w, dcdw, out ("w" means in place) and options, made by functions, so that each test has its own
+# arrays.
 # fmt: off
 CASES = {
     "read-only out": lambda: (ONES, ONES, READ_ONLY, {}),
@@ -119,7 +120,7 @@ def shown(xs):
 
 
 def outcome(update, case):
-    """The result or the error, and the content of all arrays that were passed."""
+    """The result or the error, and the contents of all arrays that were passed."""
     w, g, out, options, given = build(case)
     try:
         new = shown(structure.leaves(update(w, g, options.pop("lr", 0.1), out=out, **options)))
@@ -168,7 +169,7 @@ class Interrupt(BaseException):
 
 @pytest.mark.parametrize("name", ["make", "copy", "as_bits"])
 def test_exceptions_of_callbacks_propagate_and_nothing_is_written(name):
-    """As of a signal handler, which Python may run in a callback."""
+    """A signal handler may raise too, and Python may run it in a callback."""
 
     def interrupt(*_):
         raise Interrupt

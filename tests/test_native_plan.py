@@ -36,7 +36,7 @@ def bits(columns):
 
 
 def bits_of(x):
-    """The bits, with one NaN for all: the sign of a NaN depends on the order of operands."""
+    """The bits, with equal bits for every NaN, as its sign depends on the order of operands."""
     return np.where(x == x, x, np.nan).astype(x.dtype).tobytes()
 
 
@@ -44,7 +44,7 @@ def column_of(w, g, rule, v=None):
     return [w], [g], [w], [rule], [v]
 
 
-# ---- A part of the leaves
+# ---- Some of the leaves
 
 
 def test_prepare_returns_the_indices_of_unsupported_leaves():
@@ -213,7 +213,7 @@ def test_two_passes_over_layers_of_all_sizes_with_many_threads(names, name):
         plan.apply(norms)
         assert bits(twice) == bits(once)
         tables.add((bounds, bytes(norms)))
-    assert len(tables) == 2  # the bits of the norms do not depend on threads
+    assert len(tables) == 2  # the bits of the norms do not depend on the number of threads
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -250,7 +250,7 @@ def test_the_largest_magnitudes_of_velocities_are_found_on_request():
 
 
 def finite_after(columns):
-    """For each leaf, whether all results of a step over copies are finite."""
+    """For each leaf, whether a step on copies gives only finite results."""
     new = copied(columns)
     stepped(numpy_reader(), *new)
     vs = new[4] or [None] * len(new[0])

@@ -1,4 +1,4 @@
-"""The native kernel on torch tensors: which it supports, and properties of the results."""
+"""The native kernel on torch tensors: supported tensors, and properties of the results."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_unsupported_leaves_get_the_same_bits(case):
     w, g = OTHERS[case]()
     with watched() as took:
         new = lars_update(w, g, 0.1)
-    assert took[-1] is False  # the plan of all leaves is stepped last
+    assert took[-1] is False  # the last updated plan has all leaves
     assert equal(new, without_kernel(w, g, 0.1))
 
 

@@ -1,4 +1,4 @@
-"""Signals and forks beside an update in place: Python and the child find all as it was."""
+"""Signals and forks during an update in place: handlers and children see no difference."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_no_handler_is_swapped(monkeypatch):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals differ")
 def test_of_two_signals_within_an_update_both_are_handled(monkeypatch):
-    """As Python does it: the exception of the second one has that of the first as its context."""
+    """As always in Python, the second exception has the first as its context."""
     numbers = [signal.SIGINT, signal.SIGTERM]
     calls = []
 
@@ -44,7 +44,7 @@ def test_of_two_signals_within_an_update_both_are_handled(monkeypatch):
     stepped = twin._step_piece
 
     def at_once(*args):
-        deque(map(ctypes.PyDLL(None)["raise"], numbers), 0)  # Python looks for them afterwards
+        deque(map(ctypes.PyDLL(None)["raise"], numbers), 0)  # Python handles them afterwards
         return stepped(*args)
 
     monkeypatch.setattr(twin, "_step_piece", at_once)
@@ -90,7 +90,7 @@ def test_a_child_forked_during_an_update_has_the_handlers_of_its_parent():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_child_forked_during_the_first_update_can_update():
-    """While another thread imports the module for the arrays, which takes a while here."""
+    """The fork happens while another thread slowly imports the backend."""
     code = """
     import os, sys, threading, time, numpy as np, lars_tree
     importing = threading.Event()

@@ -44,7 +44,7 @@ def run(code, **variables):
     return result.stdout.strip()
 
 
-# ---- How many
+# ---- The number of threads
 
 
 def test_the_number_is_the_one_set_or_the_default():
@@ -151,7 +151,7 @@ def test_without_control_groups_the_affinity_counts(tmp_path, monkeypatch):
 
 @with_kernel
 def test_other_threads_run_during_a_call(monkeypatch):
-    """Only the call can let another thread run: Python's own switch interval is too long."""
+    """Only the call lets another thread run, because Python's switch interval is set too long."""
     count, stop, seen = 0, threading.Event(), []
 
     def beside():
@@ -227,7 +227,7 @@ def step():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_can_update():
-    """Even if another thread held the lock of updates in place during the fork."""
+    """It can even if another thread held the lock of updates in place during the fork."""
     code = f"""{STEP}
 lars_tree.set_num_threads(4)
 busy, stop = threading.Event(), threading.Event()
@@ -301,7 +301,7 @@ def test_flushing_subnormal_numbers_does_not_matter():
         flushed = [np.float32(x) * np.float32(1) for x in SMALL[:3]]
     finally:
         torch.set_flush_denormal(False)
-    assert flushed == [0, 0, 0]  # as the caller wanted it
+    assert flushed == [0, 0, 0]  # the mode of the caller is restored
     assert [x.tobytes() for x in actual] == [x.tobytes() for x in expected]
     assert all(x.any() for x in actual)
 

@@ -228,7 +228,7 @@ def test_multi_tensor_steps_agree_with_separate_steps(options, dtype):
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
 def test_multi_tensor_momentum_agrees_with_double_precision(dtype, nesterov):
-    """Compared with the same operations in double precision."""
+    """The reference is the same operations in double precision."""
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, dtype)
     shapes = [(3, 4), (), (5,), (0, 2), (2, 3, 2)]
@@ -257,7 +257,7 @@ def test_multi_tensor_momentum_agrees_with_double_precision(dtype, nesterov):
 @pytest.mark.parametrize("w_exponent", [-140, -60, 0, 60, 125])
 @pytest.mark.parametrize("g_exponent", [-140, -60, 0, 60, 125])
 def test_multi_tensor_steps_cover_the_range_of_float32(w_exponent, g_exponent):
-    """Computed in float32: squares would overflow above 2**64 and vanish below 2**-75."""
+    """In float32, squares would overflow above 2**64 and underflow to 0 below 2**-75."""
     w = torch.tensor(np.ldexp([3.0, 4.0], w_exponent), dtype=torch.float32)
     g = torch.tensor(np.ldexp([4.0, 3.0], g_exponent), dtype=torch.float32)
     (new,) = many(torch.float32, [(w, g)], [Rule(0.1)])

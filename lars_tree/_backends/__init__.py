@@ -1,9 +1,9 @@
-"""Array libraries: one module each, and a table that finds the module by the type of a leaf.
+"""Backends: one module for each array library, found by the type of a leaf.
 
-Libraries are looked up in `sys.modules` only, so that none is imported unless the user did so.
-Only the real type of an object counts: C code crashes if it believes a wrong `__class__`. To add a
-library: a module with a `BACKEND`, a row here, a row in `tests/conftest.py`. A library that
-follows the array API standard needs neither module nor row here.
+Libraries are only looked up in `sys.modules`, so this package never imports a library that the user
+did not import. The real type of an object is used, not `__class__`: C code may crash on an object
+with a false `__class__`. To add a library, add a module with a `BACKEND`, a row to `_TABLE` and a
+row in `tests/conftest.py`. A library that follows the array API standard needs only the last.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 from lars_tree._backends.base import Backend
 from lars_tree._tree.nodes import is_permanent
 
-# The module that defines the type, the name of the type, the module here.
+# The module that defines the type, the name of the type, the module of the backend.
 _TABLE = [
     ("numpy", "ndarray", "numpy"),
     ("numpy", "generic", "numpy"),
@@ -29,7 +29,7 @@ _TABLE = [
     ("cupy", "ndarray", "standard"),
 ]
 
-# By class, as `KINDS` of `_nodes`: a class that no module keeps alive must not be kept alive here.
+# By class. `_CACHE` keeps classes alive, so it has only those that their module keeps alive anyway.
 _CACHE: dict[type, Backend | None] = {type(None): None}
 _CACHE_OF_OTHERS: WeakKeyDictionary[type, Backend | None] = WeakKeyDictionary()
 
@@ -48,7 +48,7 @@ def find(x: Any) -> Backend | None:
 
 def _look_up(x: Any) -> Backend | None:
     for module, name, ours in _TABLE:
-        # Dotted look-ups find nothing while the library is still being imported.
+        # The attribute is missing while the library is still being imported.
         cls = getattr(sys.modules.get(module), name, None)
         if cls is not None and issubclass(type(x), cls):
             return _load(ours, x)
@@ -57,8 +57,8 @@ def _look_up(x: Any) -> Backend | None:
     return None
 
 
-# A fork waits until no thread imports a backend: the child does not have that thread, and would
-# wait for its import forever.
+# A fork waits until no thread imports a backend. Otherwise the child, which does not have that
+# thread, would wait for its import forever.
 _importing = threading.RLock()
 
 if hasattr(os, "register_at_fork"):

@@ -1,7 +1,7 @@
 """Backends that compute with whole arrays, through a namespace that follows the array API standard.
 
-For arrays without CPU memory that a kernel could read: traced and sharded JAX arrays, lazy Dask
-arrays, arrays on accelerators. The formula is `formula.step`.
+They serve arrays that the kernel cannot read: traced and sharded JAX arrays, lazy Dask arrays, and
+arrays on accelerators. The formula is `formula.step`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lars_tree._numerics.formula import Measured, Norm, Rule
 
 
 class NamespaceOps:
-    """`formula.Ops` in terms of an array namespace."""
+    """`formula.Ops` by the functions of an array namespace."""
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp
@@ -37,7 +37,7 @@ class NamespaceOps:
         return Norm(self.norm(x / scale, layer_axis), scale)
 
     def norm(self, x: NativeArray, layer_axis: int | None) -> NativeArray:
-        """2-norm over all axes but layer_axis, these kept with length 1; derivative 0 at 0."""
+        """The 2-norm over all axes but layer_axis, with keepdims; its derivative at 0 is 0."""
         squares = self.xp.real(x) ** 2 + self.xp.imag(x) ** 2 if self.is_complex(x) else x * x
         total = self.sum(squares, _other_axes(x, layer_axis))
         positive = total > 0
@@ -86,15 +86,15 @@ class NamespaceOps:
         return bool(self.xp.isdtype(x.dtype, "complex floating"))
 
     def constant(self, x: NativeArray) -> NativeArray:
-        """x, cut off from differentiation."""
+        """The values of x, without gradient."""
         return x
 
     def sum(self, x: NativeArray, axes: tuple[int, ...]) -> NativeArray:
-        """The sum over these axes, kept with length 1; no axes means no sum."""
+        """The sum over these axes, with keepdims; x itself if there are no axes."""
         return self.xp.sum(x, axis=axes, keepdims=True) if axes else x
 
     def max(self, x: NativeArray, axes: tuple[int, ...]) -> NativeArray:
-        """The maximum over these axes, kept with length 1."""
+        """The maximum over these axes, with keepdims; x itself if there are no axes."""
         return self.xp.max(x, axis=axes, keepdims=True) if axes else x
 
 
@@ -106,20 +106,18 @@ def _other_axes(x: NativeArray, layer_axis: int | None) -> tuple[int, ...]:
 class ArraysBackend(Backend):
     """A library whose arrays are updated by `formula.step`, leaf by leaf."""
 
-    @abstractmethod
-    def ops(self, x: NativeArray) -> NamespaceOps:
-        """The operations on arrays like x."""
+    ops: NamespaceOps
 
     @abstractmethod
     def widen(self, x: Any, w: NativeArray) -> NativeArray:
-        """X, an array or a number of the rule, in the dtype to compute in for w."""
+        """X, an array or a number of the rule, in the dtype in which to compute for w."""
 
-    @abstractmethod
     def narrow(self, x: NativeArray, w: NativeArray) -> NativeArray:
-        """X in the dtype of w."""
+        """X converted to the dtype of w."""
+        return x.astype(w.dtype)
 
     def namespace(self, x: NativeArray) -> Any:
-        return self.ops(x).xp
+        return self.ops.xp
 
     def step(
         self, w: NativeArray, dcdw: NativeArray, rule: Rule, velocity: NativeArray | None = None
@@ -128,7 +126,7 @@ class ArraysBackend(Backend):
         if 0 in w.shape:
             return StepResult(self.copy(w, rule.stop_gradients), velocity)
         wide = None if velocity is None else self.widen(velocity, w)
-        ops = self.ops(w).over(formula.mesh_axes(rule))
+        ops = self.ops.over(formula.mesh_axes(rule))
         with np.errstate(all="ignore"):  # for libraries that are based on numpy
             new = formula.step(ops, *self._widened(w, dcdw, rule), wide)
         return StepResult(
@@ -138,24 +136,24 @@ class ArraysBackend(Backend):
     def _widened(
         self, w: NativeArray, dcdw: NativeArray, rule: Rule
     ) -> tuple[NativeArray, NativeArray, Rule]:
-        """All in the dtype to compute in, and dcdw in the shape of w."""
+        """The arguments in the dtype in which to compute, with dcdw in the shape of w."""
         names = (*formula.NUMBERS, *formula.MOMENTUM_NUMBERS)
         values = {name: getattr(rule, name) for name in names}
         numbers: dict[str, Any] = {
             name: value if isinstance(value, float) else self.widen(value, w)
             for name, value in values.items()
         }
-        dcdw = self.ops(w).xp.broadcast_to(self.widen(dcdw, w), w.shape)
+        dcdw = self.ops.xp.broadcast_to(self.widen(dcdw, w), w.shape)
         return self.widen(w, w), dcdw, rule._replace(**numbers)
 
     def measure_leaf(self, w: NativeArray, dcdw: NativeArray, rule: Rule) -> Measured:
-        """The norms and the ratio of the step of one leaf."""
+        """The norms and ratios of the step of one leaf."""
         axis = rule.layer_axis
         shape = () if axis is None else (w.shape[axis],)
         w, dcdw, rule = self._widened(w, dcdw, rule)
-        ops = self.ops(w).over(formula.mesh_axes(rule))
+        ops = self.ops.over(formula.mesh_axes(rule))
         lr = rule.lr_before_momentum
-        if getattr(lr, "ndim", 0):  # trust_clip reports one ratio: that of the largest rate
+        if getattr(lr, "ndim", 0):  # with trust_clip, the ratio for the largest rate is reported
             largest = ops.max(ops.xp.broadcast_to(lr, w.shape), _other_axes(w, axis))
             rule = rule._replace(lr_before_momentum=largest)
         if 0 in w.shape:  # no maximum exists; the norms are 0, so the ratio is 1
@@ -173,18 +171,18 @@ class ArraysBackend(Backend):
         return [writes.result(leaf, new) for leaf, new in zip(leaves, results, strict=True)]
 
     def all_finite(self, xs: list[NativeArray]) -> Any:
-        flags = [self.ops(x).xp.all(self.ops(x).xp.isfinite(x)) for x in xs]
+        flags = [self.ops.xp.all(self.ops.xp.isfinite(x)) for x in xs]
         return reduce(lambda a, b: a & b, flags)
 
     def choose(self, flag: Any, a: NativeArray, b: NativeArray) -> NativeArray:
         if isinstance(flag, bool):
             return a if flag else b
-        return self.ops(a).xp.where(flag, a, b)
+        return self.ops.xp.where(flag, a, b)
 
     def write(self, out: NativeArray, x: NativeArray) -> None:
         out[...] = x
 
 
 def _is_number(x: Any) -> bool:
-    """Whether x is a Python number, or one that torch.compile traces, which has no dtype."""
+    """Whether x is a Python number; torch.compile traces these as numbers without a dtype."""
     return isinstance(x, (int, float, complex))

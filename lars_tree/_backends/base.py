@@ -1,11 +1,11 @@
 """The interface of an array library, with defaults that most libraries share.
 
-The words for one array of an update, in the order in which they arise:
+The types that hold the arrays of an update, in the order of their use:
 
-    Columns    all leaves of an update side by side, one list per argument, unchecked
-    Operand    one array and what its library reports about it, for checks (`_core/operands.py`)
-    Leaf       everything that the step of one array of the weights needs, checked
-    Engine     what computes the step of some leaves in place, if the caller chooses it
+    Columns    the arguments of all leaves, one list per argument, unchecked
+    Operand    one array with the facts that its library reports, for checks (`_core/operands.py`)
+    Leaf       the checked arguments of the step of one leaf
+    Engine     computes the step of some leaves in place, if the caller chooses it
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MAX_AXES = 64  # as in numpy
 
 
 class Kind(Enum):
-    """Kinds of element types, as far as the rule distinguishes them."""
+    """The kinds of element types that the rule distinguishes."""
 
     REAL = "real"
     COMPLEX = "complex"
@@ -47,7 +47,7 @@ FLOATING = (Kind.REAL, Kind.COMPLEX)
 
 
 class Values(Enum):
-    """Where the elements of an array are, and so whether they can be read."""
+    """Where the elements of an array are, which decides whether they can be read."""
 
     CPU = "in CPU memory"
     DEVICE = "on an accelerator: reading them waits for it"
@@ -55,7 +55,7 @@ class Values(Enum):
 
 
 class Facts(NamedTuple):
-    """What the checks need to know about an array."""
+    """The properties of an array that the checks use."""
 
     shape: tuple[int, ...]
     kind: Kind
@@ -72,11 +72,11 @@ class Sharding(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """Everything that the step of one array of the weights needs.
+    """The checked arguments of the step of one leaf.
 
-    `leaf_index` counts the leaves of the tree. `dcdw` is None if the weights stay unchanged, `out`
-    if the results are new arrays, `velocity` if there is no momentum. With an `out`, the velocity
-    is updated in place.
+    `leaf_index` is the index of the leaf in the tree. `dcdw` is None if the weights stay unchanged,
+    `out` is None if the results are new arrays, and `velocity` is None without momentum. With an
+    `out`, the velocity is updated in place.
     """
 
     leaf_index: int
@@ -89,10 +89,10 @@ class Leaf(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """All leaves of an update side by side: one list per argument, one item per leaf; unchecked.
+    """The unchecked arguments of an update: one list per argument, with one item per leaf.
 
     If `outs` is None, the results are new arrays; otherwise the velocities and the `counters` of
-    the state are updated in place. A leaf without momentum may have None among the velocities.
+    the state are updated in place. The velocity of a leaf without momentum may be None.
     """
 
     ws: list[Any]
@@ -103,7 +103,7 @@ class Columns(NamedTuple):
     counters: Mapping[str, Any] = MappingProxyType({})
 
     def row(self, index: int) -> tuple[Any, Any, Any, Any]:
-        """w, dcdw, out and velocity of a leaf; None for each that does not exist."""
+        """w, dcdw, out and velocity of a leaf; None for an argument that is missing."""
         columns = (self.ws, self.dcdws, self.outs, self.velocities)
         w, dcdw, out, velocity = (None if xs is None else xs[index] for xs in columns)
         return w, dcdw, out, velocity
@@ -117,20 +117,20 @@ class StepResult(NamedTuple):
 
 
 class StepResults(NamedTuple):
-    """Lists for the results of an update that makes new arrays: None until a leaf is computed."""
+    """The new arrays of an update that is not in place; None until a leaf is computed."""
 
     ws: list[Any]
     velocities: list[Any] | None
 
 
 class Engine(Protocol):
-    """Updates some leaves in place, at the request of the caller: those with these indices."""
+    """Updates the leaves with these indices in place, if the caller chooses it."""
 
     @property
     def indices(self) -> Collection[int]: ...
 
     def trusted(self, leaves: list[Leaf]) -> list[Leaf]:
-        """Those leaves among all that need no full check: a cheap pre-check passed."""
+        """The leaves, of all given, that passed a cheap pre-check and need no full check."""
 
     def results(self, leaves: list[Leaf]) -> Iterable[tuple[NativeArray, NativeArray]]:
         """Pairs of an array to write to and its new values; writes nothing itself."""
@@ -139,12 +139,12 @@ class Engine(Protocol):
 class Shards(Protocol):
     """The shards of this process, as layers of a plan.
 
-    They are taken first; then `reduce` completes the norms of the plan, and the plan is applied.
-    All processes must take the same leaves, and reduce and `agree` in the same order.
+    First, leaves are taken; then `reduce` completes the norms of the plan, and the plan is applied.
+    All processes must take the same leaves, and call `reduce` and `agree` in the same order.
 
     Attributes:
-        results: By leaf index.
-        copies: Pairs of an array to write to and its new values, once the plan was applied.
+        results: The results by leaf index.
+        copies: Pairs of an array to write to and its new values, valid once the plan was applied.
     """
 
     results: dict[int, StepResult]
@@ -152,26 +152,26 @@ class Shards(Protocol):
 
     @property
     def leaf_indices(self) -> dict[int, int]:
-        """By the row of the plan."""
+        """The leaf index of each row of the plan."""
 
     def trust(self, leaves: list[Leaf]) -> list[Leaf]:
-        """Take those unchecked leaves that pass a cheap pre-check, and return them."""
+        """Take the unchecked leaves that pass a cheap pre-check, and return them."""
 
     def take(self, leaves: list[Leaf]) -> None:
-        """Take all checked leaves that a plan can step."""
+        """Take all checked leaves that a plan can update."""
 
     def reduce(self, norms: bytearray) -> None:
-        """Replace the norms of shards by those of whole layers."""
+        """Replace the norms of shards by the norms of whole layers."""
 
     def agree(self, bad: set[int]) -> set[int]:
         """The leaf indices that are bad in any process, given those bad in this one."""
 
     def announce(self) -> None:
-        """As `Backend.announce`, for the arrays of these leaves."""
+        """Like `Backend.announce`, for the arrays of the leaves that were taken."""
 
 
 class Writes(Protocol):
-    """What the step of one leaf may ask of `writes.Writes`, which documents these methods."""
+    """The methods of `_core.writes.Writes` that backends use; they are documented there."""
 
     plan: Plan | None
 
@@ -184,7 +184,7 @@ class Writes(Protocol):
 
 
 class Backend(ABC):
-    """One array library. `update` and `measure` only receive what passed all checks."""
+    """One array library. `update` and `measure` only receive leaves that passed all checks."""
 
     name: str
 
@@ -196,9 +196,9 @@ class Backend(ABC):
     def values(self, x: NativeArray) -> Values:
         """Where the elements are."""
 
-    @abstractmethod
     def to_numpy(self, x: NativeArray) -> NumpyArray:
         """The elements of an array that is not traced; a view if possible."""
+        return np.asarray(x)
 
     @abstractmethod
     def full(self, number: complex, like: NativeArray) -> NativeArray:
@@ -220,23 +220,23 @@ class Backend(ABC):
     def update(self, leaves: list[Leaf], writes: Writes) -> list[StepResult]:
         """The weights and velocities after one step.
 
-        The results of leaves with an `out` are added to `writes`, and valid once these are made.
-        Every leaf has a gradient.
+        The results of leaves with an `out` are added to `writes`, and are valid after
+        `writes.make()`. Every leaf has a gradient.
         """
 
     @abstractmethod
     def measure(self, leaves: list[Leaf]) -> list[Measured]:
-        """The norms and ratios of their steps, computed by the same code, on the same device.
+        """The norms and ratios of the steps, computed by the code and on the device of `update`.
 
         Each is 0-d, or a vector if the leaf has a layer axis. Every leaf has a gradient.
         """
 
     def numbers(self, rows: NumpyArray, ws: list[NativeArray]) -> list[Measured]:
-        """The measurements of the native engine, one row for each of the weights."""
+        """The measurements of the native engine, which has one row for each array of weights."""
         return list(map(Measured._make, rows))
 
     def fetch(self, xs: list[NativeArray]) -> list[NumpyArray]:
-        """The elements of arrays that are not traced, waiting for the device once."""
+        """The elements of arrays that are not traced, with one wait for the device."""
         return [self.to_numpy(x) for x in xs]
 
     @abstractmethod
@@ -245,14 +245,14 @@ class Backend(ABC):
 
     @abstractmethod
     def choose(self, flag: Any, a: NativeArray, b: NativeArray) -> NativeArray:
-        """A if the flag (of `all_finite`) is true, else b."""
+        """A if the flag, a result of `all_finite`, is true; else b."""
 
     @abstractmethod
     def write(self, out: NativeArray, x: NativeArray) -> None:
         """Copy the elements of x, of the same shape and dtype, into `out`."""
 
     def writers(self, pairs: list[tuple[NativeArray, NativeArray]]) -> list[Callable[[], Any]]:
-        """As few calls as possible that copy x to `out`, for pairs (out, x)."""
+        """Functions, as few as possible, that copy x to `out` for all pairs (out, x)."""
         return [partial(self.write, out, x) for out, x in pairs]
 
     def copied_memory(
@@ -265,7 +265,7 @@ class Backend(ABC):
         return None
 
     def announce(self, outs: Iterable[NativeArray]) -> None:
-        """Tell the library that these arrays are written to without it."""
+        """Tell the library that these arrays were written to without its operations."""
         return
 
     def prepare(
@@ -278,21 +278,21 @@ class Backend(ABC):
         """Add the leaves that the native engine supports to its plan; return the other indices.
 
         The arrays are unchecked, and may belong to another library. Without `outs`, new arrays are
-        put into `results`; without both, the leaves are only measured. `indices` says which leaves
-        to look at; None means all.
+        stored in `results`; without `results` too, the leaves are only measured. Only the leaves
+        at `indices` are considered; None means all.
         """
         return list(range(len(columns.ws))) if indices is None else indices
 
     def shards(self, plan: Plan) -> Shards | None:
-        """What adds sharded leaves to a plan; None if the native engine cannot step them."""
+        """An object that adds sharded leaves to a plan; None if the kernel cannot update them."""
         return None
 
     def finish(self, columns: Columns, results: StepResults, indices: Iterable[int]) -> None:
-        """Convert the new arrays of leaves that `prepare` took to what users expect."""
+        """Convert the new arrays of leaves added by `prepare` to the types that users expect."""
         return
 
     def count(self, plan: Plan, counter: NativeArray) -> bool:
-        """Let a plan increment a counter when the step is taken; return whether it can."""
+        """Let a plan increment a counter when it is applied; return whether this is supported."""
         return False
 
     def velocity_dtype(self, w: NativeArray) -> Any:
@@ -304,17 +304,17 @@ class Backend(ABC):
         return np
 
     def fault(self, x: NativeArray) -> str | None:
-        """Why x cannot be computed with; None if it can."""
+        """Why LARS cannot compute with x; None if it can."""
         return None
 
     def out_fault(self, x: NativeArray) -> str | None:
-        """Why x cannot be written to; None if it can."""
+        """Why x cannot be written to; None if it can be."""
         return None
 
     def sizes(self, xs: list[NativeArray]) -> tuple[list[int], list[int]]:
-        """The declared numbers of elements and of bytes of arrays of one type; 0 if unknown.
+        """The numbers of elements and of bytes that arrays of one type declare; 0 if unknown.
 
-        Must be fast for 100,000 arrays.
+        It must be fast for 100,000 arrays.
         """
         usable = [None if self.fault(x) else x for x in xs]
         counts = [0 if x is None else prod(x.shape) for x in usable]
@@ -330,11 +330,11 @@ class Backend(ABC):
         return frozenset()
 
     def on_all_shards(self, flag: Any, leaves: list[Leaf]) -> Any:
-        """A flag of `all_finite`, true if it is true for all shards of these leaves."""
+        """A result of `all_finite`, reduced over all shards of these leaves."""
         return flag
 
     def memory(self, x: NativeArray) -> NumpyArray | None:
-        """An array with the addresses of x, never to be read; None if they are unknown."""
+        """An array at the addresses of x, which must not be read; None if they are unknown."""
         return None
 
     def is_tracked(self, x: NativeArray) -> bool:
@@ -343,7 +343,6 @@ class Backend(ABC):
 
 
 def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
-    """The items by key, in the given order."""
     groups: dict[Key, list[Item]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -351,11 +350,10 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list
 
 
 def named(axes: Iterable[Hashable]) -> str:
-    """The names of mesh axes, for a message."""
     return " and ".join(sorted(map(repr, axes)))
 
 
-@lru_cache(256)  # bounded, as programs may create structured dtypes without end
+@lru_cache(256)  # bounded, as a program may create any number of structured dtypes
 def kind_of_numpy(dtype: np.dtype[Any]) -> Kind:
     """The kind of a numpy dtype, including the extension type bfloat16."""
     if dtype.kind == "f" or (is_bfloat16(dtype) and dtype.isnative):
@@ -367,5 +365,5 @@ def kind_of_numpy(dtype: np.dtype[Any]) -> Kind:
 
 @lru_cache(256)
 def is_bfloat16(dtype: np.dtype[Any]) -> bool:
-    """Whether this is the type of ml_dtypes, which numpy can hold but not compute with."""
+    """Whether this is bfloat16 of ml_dtypes, which numpy can store but not compute with."""
     return dtype.name == "bfloat16"

@@ -21,24 +21,20 @@ class DaskOps(NamespaceOps):
         return bool(x.dtype.kind == "c")
 
 
-_OPS = DaskOps(da)
-
-_MAX_AXES = 32  # more cannot be rechunked
+_MAX_AXES = 32  # Dask cannot rechunk arrays with more
 
 
 class DaskBackend(ArraysBackend):
-    """Lazy arrays, which are never computed here."""
+    """Lazy arrays; an update does not compute them."""
 
     name = "dask"
+    ops = DaskOps(da)
 
     def facts(self, x: da.Array) -> Facts:
         return Facts(x.shape, kind_of_numpy(x.dtype), x.dtype, None)
 
     def values(self, x: da.Array) -> Values:
         return Values.TRACED
-
-    def to_numpy(self, x: da.Array) -> NumpyArray:
-        return np.asarray(x)
 
     def fetch(self, xs: list[da.Array]) -> list[NumpyArray]:
         return [np.asarray(x) for x in dask.compute(*xs)]
@@ -66,16 +62,10 @@ class DaskBackend(ArraysBackend):
     def out_fault(self, x: da.Array) -> str | None:
         return "a dask array, which is immutable: leave out `out` and use the returned value"
 
-    def ops(self, x: da.Array) -> DaskOps:
-        return _OPS
-
     def widen(self, x: Any, w: da.Array) -> da.Array:
         x = da.asarray(x)
         double = np.complex128 if x.dtype.kind == "c" else np.float64
         return x.astype(np.result_type(double, x.dtype))
-
-    def narrow(self, x: da.Array, w: da.Array) -> da.Array:
-        return x.astype(w.dtype)
 
 
 BACKEND = DaskBackend()

@@ -1,8 +1,8 @@
-"""JAX: concrete arrays in CPU memory by the kernel or `cpu.py`, others by array operations.
+"""JAX: the kernel or its twin updates concrete arrays in CPU memory, `jax.numpy` all others.
 
-Traced arrays (jit, grad, vmap, scan), sharded arrays and arrays on accelerators are updated by
-`jax.numpy`, so that transformations compose and shardings propagate. On the CPU these also compute
-in double, whether or not jax_enable_x64 is set.
+These are traced arrays (jit, grad, vmap, scan), sharded arrays and arrays on accelerators; with
+`jax.numpy`, transformations compose and shardings propagate. On the CPU they are also updated in
+double, whether or not jax_enable_x64 is set.
 """
 
 from __future__ import annotations
@@ -15,21 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lars_tree import _native
+from lars_tree._backends import base
 from lars_tree._backends.arrays import ArraysBackend, NamespaceOps
-from lars_tree._backends.base import (
-    MAX_AXES,
-    Columns,
-    Facts,
-    Kind,
-    Leaf,
-    StepResult,
-    StepResults,
-    Values,
-    Writes,
-    grouped,
-    kind_of_numpy,
-    named,
-)
+from lars_tree._backends.base import Columns, Leaf, StepResult, StepResults, Writes
 from lars_tree._backends.cpu import twin
 from lars_tree._backends.jax_memory import copy, device_to_view, empty_like, put
 from lars_tree._backends.memory import NumpyArray
@@ -54,7 +42,7 @@ class JaxOps(NamespaceOps):
         return jax.lax.stop_gradient(x)
 
     def upper_half(self, x: jax.Array) -> jax.Array:
-        # Not by arithmetic, which XLA may change by fusing products and sums.
+        # No arithmetic here: XLA may change its result by fusing products and sums.
         limits = jnp.finfo(x.dtype)
         return jax.lax.reduce_precision(x, limits.nexp, (limits.nmant + 1) // 2 - 1)
 
@@ -67,26 +55,21 @@ class JaxOps(NamespaceOps):
         return jax.lax.pmax(x, self.axes) if self.axes else x
 
 
-_OPS = JaxOps()
-
-
 class JaxBackend(ArraysBackend):
     """jax.Array, concrete or traced."""
 
     name = "jax"
+    ops = JaxOps()
 
-    def facts(self, x: jax.Array) -> Facts:
-        kind = kind_of_numpy(x.dtype) if isinstance(x.dtype, np.dtype) else Kind.OTHER
-        return Facts(x.shape, kind, x.dtype, _device(x))
+    def facts(self, x: jax.Array) -> base.Facts:
+        kind = base.kind_of_numpy(x.dtype) if isinstance(x.dtype, np.dtype) else base.Kind.OTHER
+        return base.Facts(x.shape, kind, x.dtype, _device(x))
 
-    def values(self, x: jax.Array) -> Values:
+    def values(self, x: jax.Array) -> base.Values:
         if _is_traced(x):
-            return Values.TRACED
-        platforms = {device.platform for device in x.devices()}
-        return Values.CPU if platforms == {"cpu"} and x.is_fully_addressable else Values.DEVICE
-
-    def to_numpy(self, x: jax.Array) -> NumpyArray:
-        return np.asarray(x)
+            return base.Values.TRACED
+        on_cpu = {device.platform for device in x.devices()} == {"cpu"}
+        return base.Values.CPU if on_cpu and x.is_fully_addressable else base.Values.DEVICE
 
     def full(self, number: complex, like: jax.Array) -> jax.Array:
         is_complex = isinstance(number, complex) or jnp.iscomplexobj(like)
@@ -99,19 +82,19 @@ class JaxBackend(ArraysBackend):
     def fault(self, x: jax.Array) -> str | None:
         if not isinstance(x, jax.Array):  # a tracer of something else
             return "a reference to an array: read it first, as x[...]"
-        if x.ndim > MAX_AXES:
-            return f"an array of {x.ndim} axes, where numpy has {MAX_AXES} at most"
+        if x.ndim > base.MAX_AXES:
+            return f"an array of {x.ndim} axes, where numpy has {base.MAX_AXES} at most"
         if not _is_traced(x) and x.is_deleted():
             return "an array that was deleted or donated"
         unreduced = _manual_axes(x, "unreduced")
         if unreduced:
-            return f"partial sums over the mesh axis {named(unreduced)}: reduce them first"
+            return f"partial sums over the mesh axis {base.named(unreduced)}: reduce them first"
         return None
 
     def axis_fault(self, w: jax.Array, rule: Rule) -> str | None:
         axes = mesh_axes(rule)
         if axes and not _is_traced(w):
-            return f"expected None outside of jax.shard_map, got {named(axes)}"
+            return f"expected None outside of jax.shard_map, got {base.named(axes)}"
         return _axis_fault(self.varying(w), axes, rule)
 
     def varying(self, x: jax.Array) -> frozenset[Any]:
@@ -128,9 +111,6 @@ class JaxBackend(ArraysBackend):
 
     def is_tracked(self, x: jax.Array) -> bool:
         return _is_traced(x)
-
-    def ops(self, x: jax.Array) -> JaxOps:
-        return _OPS
 
     def widen(self, x: Any, w: jax.Array) -> jax.Array:
         x = jnp.asarray(x)
@@ -176,7 +156,7 @@ class JaxBackend(ArraysBackend):
 
     def numbers(self, rows: NumpyArray, ws: list[jax.Array]) -> list[Measured]:
         dtypes = _report_dtypes(ws)
-        groups = grouped(range(len(ws)), lambda i: (ws[i].sharding, dtypes[i]))
+        groups = base.grouped(range(len(ws)), lambda i: (ws[i].sharding, dtypes[i]))
         found: dict[int, Measured] = {}
         for (sharding, dtype), group in groups.items():
             with np.errstate(all="ignore"):
@@ -193,9 +173,6 @@ class JaxBackend(ArraysBackend):
             return super().all_finite(xs)
         return all(bool(jnp.isfinite(x).all()) for x in xs)
 
-    def narrow(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        return x.astype(w.dtype)
-
     def prepare(
         self, plan: Plan, columns: Columns, results: StepResults | None, indices: list[int] | None
     ) -> list[int]:
@@ -203,7 +180,7 @@ class JaxBackend(ArraysBackend):
         if columns.outs is not None:
             return everything
         given = [x for x in (columns.ws, columns.dcdws, columns.velocities) if x is not None]
-        # The views keep the memory alive, even if another thread donates it.
+        # The views keep the memory alive even if another thread donates an array.
         views: list[list[Any]] = [[None] * len(columns.ws) for _ in given]
         dense, rest = [], []
         for index in everything:
@@ -254,7 +231,8 @@ def _update(leaf: Leaf) -> StepResult:
 def _axis_fault(varying: frozenset[Any], axes: frozenset[Any], rule: Rule) -> str | None:
     """What is wrong with sums over `axes` for weights that vary over `varying`; None if nothing is.
 
-    Under `pmap`, `vmap` and `shard_map(check_vma=False)` JAX does not know what varies.
+    Under `pmap`, `vmap` and `shard_map(check_vma=False)` JAX does not know over which axes weights
+    vary.
     """
     for name in _in_order(axes):
         try:
@@ -267,9 +245,10 @@ def _axis_fault(varying: frozenset[Any], axes: frozenset[Any], rule: Rule) -> st
     unnamed = varying - axes
     if not unnamed or not rule.adapt or () in (rule.axis_name or ()):
         return None
+    names = [base.named(x) for x in (unnamed, axes, varying)]
     return (
-        f"expected {named(unnamed)} if layers are sharded over it, or () if each device has whole"
-        f" ones; got {named(axes) or None}, and weights that vary over {named(varying)}"
+        f"expected {names[0]} if layers are sharded over it, or () if each device has whole"
+        f" ones; got {names[1] or None}, and weights that vary over {names[2]}"
     )
 
 
@@ -295,7 +274,7 @@ def _in_order(axes: Iterable[Any]) -> tuple[Any, ...]:
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any, w: jax.Array, sharding: Any) -> jax.Array:
-    """Zeros on the devices of w, committed like w, so that the next step is not compiled again."""
+    """Zeros on the devices of w, committed like w; otherwise the next step would be recompiled."""
     if w.committed:
         return jnp.zeros(shape, dtype, device=sharding)
     with jax.default_device(next(iter(w.devices()))):
@@ -303,7 +282,7 @@ def _zeros(shape: tuple[int, ...], dtype: Any, w: jax.Array, sharding: Any) -> j
 
 
 def _report_dtypes(ws: list[jax.Array]) -> list[Any]:
-    """float64 if x64 is enabled or the weights are double, as JAX would warn of it otherwise."""
+    """float64 if x64 is enabled or the weights are double; otherwise JAX would warn of float64."""
     usual = jnp.zeros(()).dtype
     with jax.enable_x64(True):
         return [jnp.promote_types(usual, jnp.finfo(w.dtype).dtype) for w in ws]
@@ -328,8 +307,8 @@ def _steps_in_cpu_memory(leaf: Leaf) -> bool:
 def _as_pairs(w: jax.Array, dcdw: jax.Array, rule: Rule) -> tuple[jax.Array, jax.Array, Rule]:
     """Complex arrays as pairs of real numbers.
 
-    Complex double arrays cannot be differentiated unless jax_enable_x64 is set, because the
-    backward pass runs outside of our `enable_x64` context.
+    Without jax_enable_x64, complex double arrays cannot be differentiated, because the backward
+    pass runs outside of our `enable_x64` context.
     """
     axis = None if rule.layer_axis is None else rule.layer_axis % w.ndim
     lr = rule.lr_before_momentum
@@ -342,7 +321,7 @@ def _as_pair(x: jax.Array | None) -> jax.Array | None:
 
 
 def _sharded_like(x: jax.Array, w: jax.Array) -> jax.Array:
-    """X with the shape of w, and with its sharding if that is known, as the results must have."""
+    """X with the shape and, if known, the sharding of w, which the results must have."""
     x = jnp.broadcast_to(x, w.shape)
     if not _is_traced(x) and not _is_traced(w):
         return jax.device_put(x, w.sharding) if w.committed and x.sharding != w.sharding else x

@@ -1,4 +1,4 @@
-"""JAX arrays in CPU memory: which can be read as numpy arrays, and how new ones are created."""
+"""JAX arrays in CPU memory: read them as numpy arrays, and create them from numpy arrays."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _DTYPES_OF_KERNEL = frozenset(
     np.dtype(x)
     for x in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64, jnp.complex64, jnp.complex128)
 )
-_ALIGNMENT = 64  # in bytes: JAX uses memory that is aligned so, and copies any other
+_ALIGNMENT = 64  # in bytes: JAX copies memory with a smaller alignment
 _LONG = 2**16  # in bytes: below this size, a copy is faster than allocating aligned memory
 
 
 def device_to_view(x: Any) -> Any:
     """The CPU device of an array that can be read as a numpy array; None for all other objects.
 
-    A tracer is not an instance of a class that derives from `jax.Array`.
+    The class of a tracer does not derive from `jax.Array`.
     """
     if not issubclass(type(x), jax.Array) or x.dtype not in _DTYPES_OF_KERNEL or x.ndim > MAX_AXES:
         return None
@@ -33,7 +33,7 @@ def device_to_view(x: Any) -> Any:
 
 @lru_cache(256)
 def _cpu_device(sharding: Any) -> Any:
-    """The CPU device of this process that holds the whole array, if there is one."""
+    """The CPU device of this process that holds a whole array with this sharding, or None."""
     devices = list(sharding.device_set)
     if len(devices) > 1 or not (sharding.is_fully_addressable and sharding.is_fully_replicated):
         return None
@@ -41,7 +41,7 @@ def _cpu_device(sharding: Any) -> Any:
 
 
 def empty_like(x: jax.Array) -> NumpyArray:
-    """New memory for an array, aligned if it is long, so that JAX does not copy it."""
+    """New memory for an array; it is aligned if it is long, so that JAX does not copy it."""
     size = x.dtype.itemsize * math.prod(x.shape)
     if size < _LONG:
         return np.empty(x.shape, x.dtype)
@@ -52,7 +52,6 @@ def empty_like(x: jax.Array) -> NumpyArray:
 
 
 def copy(x: jax.Array) -> NumpyArray:
-    """A copy of the elements in memory of `empty_like`."""
     new = empty_like(x)
     new[...] = np.asarray(x)
     return new
@@ -61,8 +60,8 @@ def copy(x: jax.Array) -> NumpyArray:
 def put(xs: list[Any], sharding: Any, committed: bool) -> list[jax.Array]:
     """Numpy arrays as JAX arrays with this sharding, committed to it if wanted.
 
-    They may share the memory, so it must not be written to afterwards. One call for many arrays
-    takes half the time of one call for each.
+    The results may share the memory, so it must not be written to afterwards. One call for many
+    arrays takes half the time of one call for each.
     """
     (device,) = sharding.device_set
     with jax.enable_x64(True), jax.default_device(device):

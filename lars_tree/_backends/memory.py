@@ -1,6 +1,6 @@
-"""Addresses of arrays: which overlap, and which can be written to.
+"""The memory of arrays: whether arrays overlap, and whether memory can be written to.
 
-The numpy arrays given here may describe the memory of any device, and are never read.
+The numpy arrays given here may describe the memory of any device, so they are never read.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from numpy.lib.array_utils import byte_bounds
 
 NumpyArray = np.ndarray[Any, Any]
 
-# The effort to prove that two interleaved views share no element, before assuming that they do.
+# If numpy needs more work to decide whether two interleaved views overlap, assume that they do.
 _MAX_WORK: Any = 10_000
 
 READ_ONLY_MAP = "read-only: its memory is mapped read-only"
 
 
 def overlaps_itself(x: NumpyArray) -> bool:
-    """Whether two elements may share memory, as after a broadcast."""
+    """Whether two elements of x may share memory, as after a broadcast."""
     if x.flags.forc or not x.size:
         return False
     extent = x.itemsize
@@ -36,7 +36,7 @@ def overlaps_itself(x: NumpyArray) -> bool:
 
 
 def same(a: NumpyArray, b: NumpyArray) -> bool:
-    """Whether a and b are the same elements in the same order."""
+    """Whether a and b have the same elements in memory, in the same order."""
     starts = [x.__array_interface__["data"][0] for x in (a, b)]
     layouts = [(x.shape, x.strides, x.itemsize) for x in (a, b)]
     return starts[0] == starts[1] and layouts[0] == layouts[1]
@@ -50,23 +50,16 @@ def overlapping(
     With `read`, the first index is one of `written` and the second one of `read`; otherwise both
     are of `written`, the smaller one first.
     """
-    lists = [written] if read is None else [written, read]
-    bounds = sorted(
-        (*byte_bounds(x), side, i)
-        for side, xs in enumerate(lists)
-        for i, x in enumerate(xs)
-        if x.size
-    )
-    # For each list: (end, index) of the previous arrays that end after the current start.
-    reaching: list[list[tuple[int, int]]] = [[] for _ in lists]
-    for start, end, side, i in bounds:
-        for k, ends in enumerate(reaching):
-            reaching[k] = [(stop, j) for stop, j in ends if stop > start]
-        other = 0 if read is None else 1 - side
-        for _, j in reaching[other]:
-            if _share(lists[side][i], lists[other][j]):
-                yield (i, j) if (side < other or (side == other and i < j)) else (j, i)
-        reaching[side].append((end, i))
+    arrays, count = [*written, *(read or [])], len(written)
+    # (end, index) of the previous arrays that end after the start of the current one.
+    reaching: list[tuple[int, int]] = []
+    for start, end, i in sorted((*byte_bounds(x), i) for i, x in enumerate(arrays) if x.size):
+        reaching = [(stop, j) for stop, j in reaching if stop > start]
+        for _, j in reaching:
+            a, b = min(i, j), max(i, j)
+            if (read is None or a < count <= b) and _share(arrays[a], arrays[b]):
+                yield a, b if read is None else b - count
+        reaching.append((end, i))
 
 
 def _share(a: NumpyArray, b: NumpyArray) -> bool:
@@ -83,7 +76,7 @@ def span(x: NumpyArray) -> tuple[int, int]:
 
 
 def is_mapped_read_only(address: int, size: int) -> bool:
-    """Whether part of this memory is mapped read-only; known on Linux only."""
+    """Whether part of this memory is mapped read-only; always False where it cannot be told."""
     maps = Path("/proc/self/maps")
     if not size or _can_be_written(address, size) or not maps.exists():
         return False
@@ -96,10 +89,10 @@ def is_mapped_read_only(address: int, size: int) -> bool:
 
 
 def _can_be_written(address: int, size: int) -> bool:
-    """Whether the first and the last page can be written to; known since Linux 5.14.
+    """Whether the first and the last page can be written to; False if unknown (before Linux 5.14).
 
-    As `is_writable` of `_native/memory.hpp`. Takes microseconds; reading all maps of a large
-    process takes milliseconds.
+    This does the same as `is_writable` in `_native/memory.hpp`. It takes microseconds, while
+    reading all maps of a large process takes milliseconds.
     """
     advise, page = _madvise(), mmap.PAGESIZE
     starts = {x - x % page for x in (address, address + size - 1)}
@@ -113,7 +106,7 @@ _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE
 def _madvise() -> Callable[[int, int, int], int] | None:
     if sys.platform != "linux":
         return None
-    import ctypes  # only for memory of other libraries
+    import ctypes  # here, as it is needed only for memory of other libraries
 
     function = ctypes.CDLL(None).madvise
     function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)

@@ -8,18 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lars_tree import _native
-from lars_tree._backends.base import (
-    Backend,
-    Columns,
-    Facts,
-    Leaf,
-    StepResult,
-    StepResults,
-    Values,
-    Writes,
-    is_bfloat16,
-    kind_of_numpy,
-)
+from lars_tree._backends import base
+from lars_tree._backends.base import Columns, Leaf, StepResult, StepResults, Writes
 from lars_tree._backends.cpu import twin
 from lars_tree._backends.memory import (
     READ_ONLY_MAP,
@@ -34,19 +24,16 @@ if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
 
 
-class NumpyBackend(Backend):
+class NumpyBackend(base.Backend):
     """Arrays in CPU memory."""
 
     name = "numpy"
 
-    def facts(self, x: NumpyArray) -> Facts:
-        return Facts(x.shape, kind_of_numpy(x.dtype), x.dtype, "cpu")
+    def facts(self, x: NumpyArray) -> base.Facts:
+        return base.Facts(x.shape, base.kind_of_numpy(x.dtype), x.dtype, "cpu")
 
-    def values(self, x: NumpyArray) -> Values:
-        return Values.CPU
-
-    def to_numpy(self, x: NumpyArray) -> NumpyArray:
-        return np.asarray(x)
+    def values(self, x: NumpyArray) -> base.Values:
+        return base.Values.CPU
 
     def full(self, number: complex, like: NumpyArray) -> NumpyArray:
         is_complex = isinstance(number, complex) or like.dtype.kind == "c"
@@ -56,7 +43,7 @@ class NumpyBackend(Backend):
         return x.copy() if not isinstance(x, np.memmap) else np.array(x)
 
     def fault(self, x: NumpyArray) -> str | None:
-        # In sys.modules only: `np.ma` would be imported here, perhaps while another thread forks.
+        # `np.ma` would import the module, perhaps while another thread forks.
         if isinstance(x, getattr(sys.modules.get("numpy.ma"), "MaskedArray", ())):
             return "a masked array: LARS has no missing elements; fill them first"
         return None
@@ -127,16 +114,16 @@ class NumpyBackend(Backend):
 
 def as_bits(x: NumpyArray) -> NumpyArray | None:
     """A view of the bits of bfloat16, which has no buffer; None for any other dtype without one."""
-    return x.view(np.uint16) if is_bfloat16(x.dtype) and x.dtype.isnative else None
+    return x.view(np.uint16) if base.is_bfloat16(x.dtype) and x.dtype.isnative else None
 
 
 def raw(x: NumpyArray) -> NumpyArray:
-    """A view for `cpu.update`: not of a subclass, and with the bits of bfloat16."""
-    base = np.asarray(x)
-    return base.view(np.uint16) if is_bfloat16(base.dtype) else base
+    """A view for `twin.update`: an ndarray, not of a subclass, with bfloat16 as bits."""
+    x = np.asarray(x)
+    return x.view(np.uint16) if base.is_bfloat16(x.dtype) else x
 
 
-# _MAKER does not take memory maps: new arrays have the class of w, and a map has no new one.
+# _MAKER does not support memory maps, as `np.empty_like` cannot create one.
 _READER = _native.reader((np.ndarray, np.memmap), Rule._fields, as_bits=as_bits)
 _MAKER = _native.reader(
     (np.ndarray,), Rule._fields, make=np.empty_like, copy=np.copy, as_bits=as_bits

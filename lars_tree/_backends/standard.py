@@ -19,7 +19,7 @@ _KINDS = {
 
 
 class StandardOps(NamespaceOps):
-    """The functions of the standard, which does not have frexp."""
+    """The functions of the standard, which lacks frexp."""
 
     def round_to_power_of_two(self, x: NativeArray) -> NativeArray:
         if hasattr(self.xp, "frexp"):
@@ -34,7 +34,7 @@ class StandardBackend(ArraysBackend):
     """The arrays of one namespace."""
 
     def __init__(self, xp: Any) -> None:
-        self.xp = xp
+        self.xp, self.ops = xp, StandardOps(xp)
         self.name = xp.__name__.removeprefix("array_api_compat.")
 
     def facts(self, x: NativeArray) -> Facts:
@@ -77,9 +77,6 @@ class StandardBackend(ArraysBackend):
             return READ_ONLY_MAP
         return None
 
-    def ops(self, x: NativeArray) -> StandardOps:
-        return StandardOps(self.xp)
-
     def widen(self, x: Any, w: NativeArray) -> NativeArray:
         xp = self.xp
         if not array_api_compat.is_array_api_obj(x) or isinstance(x, np.ndarray):
@@ -92,7 +89,7 @@ class StandardBackend(ArraysBackend):
 
 
 def _is_mapped_read_only(x: NativeArray) -> bool:
-    """Whether x wraps read-only memory of another library; False if its memory is unknown."""
+    """Whether the memory of x is mapped read-only; False if its memory is unknown."""
     try:
         memory = np.from_dlpack(x)
     except (BufferError, TypeError, ValueError, RuntimeError, AttributeError):

@@ -1,7 +1,8 @@
 """The native kernel for CPU memory: `kernel`, or None where it was not built.
 
-kernel.hpp has the arithmetic, without Python; plan.hpp binds it. Only speed depends on the kernel:
-`_backends/cpu/twin.py` gives the same bits. LARS_TREE_NATIVE=0 in the environment turns it off.
+kernel.hpp has the arithmetic, without Python; plan.hpp binds it to Python. Only speed depends on
+the kernel: `_backends/cpu/twin.py` gives the same bits. LARS_TREE_NATIVE=0 in the environment turns
+the kernel off.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ def _load() -> _Kernel | None:
         return None
     try:
         from lars_tree._native import _kernel
-    except ImportError:  # not built; `native_available` tells
+    except ImportError:  # the kernel was not built
         return None
     return _kernel
 
 
 kernel = _load()
 
-# The instruction set that the kernel uses; all give the same bits.
+# The instruction set that the kernel uses; all instruction sets give the same bits.
 instruction_set = kernel.best_instruction_set() if kernel else 0
 
 
 def in_use() -> _Kernel | None:
-    """The kernel, or None: also while torch.compile traces, which must see the Python code."""
+    """The kernel; None if it is missing, or while torch.compile traces the Python code."""
     torch = sys.modules.get("torch")
     compiler = getattr(torch, "compiler", None)  # missing while torch is being imported
     return None if compiler is not None and compiler.is_compiling() else kernel
@@ -49,12 +50,12 @@ def native_available() -> bool:
 
 
 def plan() -> Plan | None:
-    """An empty plan of the native engine; None where the kernel is not in use."""
+    """An empty plan of the native engine; None if the kernel is not in use."""
     found = in_use()
     if found is None:
         return None
     return found.Plan(min(threads.get_num_threads(), sys.maxsize), instruction_set)
 
 
-# Makes a `Reader` of the kernel, see _kernel.pyi; it is None where there is no kernel.
+# The class `Reader` (see _kernel.pyi); without a kernel, a function that returns None.
 reader = kernel.Reader if kernel else cast("type[Reader]", lambda *_, **__: None)

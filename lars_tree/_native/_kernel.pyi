@@ -5,7 +5,7 @@ from typing import Any, Protocol, final
 
 @final
 class Reader:
-    """Reads the arrays and rules of one library; made once for each library."""
+    """Reads the arrays and rules of one library; there is one reader for each library."""
 
     def __new__(
         cls,
@@ -16,13 +16,13 @@ class Reader:
         tensors: tuple[Any, ...] | None = None,
         as_bits: Callable[[Any], Any] | bool | None = None,
     ) -> Reader:
-        """Make a reader.
+        """Create a reader.
 
         Args:
             types: The array types that are supported; subclasses are not.
             fields: The names of the fields of a rule, which is a tuple.
-            make: Returns a new array for the result of these weights.
-            copy: Returns a copy of a velocity, which is updated in place of the original.
+            make: Returns a new array for the result of the given weights.
+            copy: Returns a copy of a velocity; the copy is updated instead of the original.
             tensors: How to read torch tensors, see reader.hpp; None for the buffer protocol.
             as_bits: Views bfloat16 arrays, which do not have the buffer protocol, as uint16; True
                 if arrays of uint16 are such views already.
@@ -62,14 +62,14 @@ class Plan:
             dcdws: The gradients, with the shapes of the weights. None leaves the weights unchanged.
             outs: The arrays to write to, or None.
             rules: The rules.
-            velocities: The velocities; None, for all leaves or one, means no momentum.
+            velocities: The velocities; None, as the list or an item, means no momentum.
             new_ws: A list of the same length for the new weights.
             new_velocities: A list of the same length for the new velocities.
             indices: The leaves to add; None for all.
         """
 
     def count(self, counter: Any) -> bool:
-        """Increment this int64 numpy array when the step is taken; False if it is not supported."""
+        """Increment this int64 array when the plan is applied; False if it is not supported."""
 
     def overlaps(
         self, written: list[tuple[int, int]] = ..., read: list[tuple[int, int]] = ...
@@ -87,8 +87,7 @@ class Plan:
     def norms(self, bounds: bool = False) -> bytearray:
         """The norms: for each layer a row of 8 doubles, the fields of `Norms` in rule.hpp.
 
-        Args:
-            bounds: Also find the largest magnitude of each velocity, which `nonfinite` needs.
+        With `bounds`, also find the largest magnitude of each velocity, which `nonfinite` needs.
         """
 
     def measure(self, norms: bytearray) -> bytearray:
@@ -97,15 +96,15 @@ class Plan:
     def nonfinite(self, norms: bytearray) -> list[int]:
         """The rows of the layers that would get an infinite or NaN weight or velocity.
 
-        Layers whose rule propagates such numbers are left out. Elements are computed only if the
+        Layers whose rule propagates these values are left out. Elements are computed only if the
         norms, made with bounds=True, do not prove that all results are finite.
         """
 
     def apply(self, norms: bytearray) -> None:
-        """The second pass: update all layers, given the norms of the first."""
+        """The second pass: update all layers, given the norms from the first pass."""
 
     def step(self) -> None:
-        """Update all layers: `norms` and `apply` in one."""
+        """Update all layers, as by `norms` and `apply`."""
 
     @property
     def must_be_finite(self) -> bool:
@@ -129,7 +128,7 @@ def collect(
 ) -> None:
     """Append the leaves of a tree to a list.
 
-    others(node, found) does so for the kinds of nodes that are not walked natively.
+    others(node, found) does the same for nodes that are not walked natively.
     """
 
 def match(
@@ -144,7 +143,7 @@ def match(
 ) -> bool:
     """Append the value of a prefix for each leaf of a tree; return whether it is a prefix.
 
-    others(node, prefix, found, exact) does so for the kinds of nodes that are not walked natively.
+    others(node, prefix, found, exact) does the same for nodes that are not walked natively.
     """
 
 def best_instruction_set() -> int:

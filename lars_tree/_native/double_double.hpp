@@ -3,13 +3,13 @@
 // A DoubleDouble is (high + low) * 2^exponent, where 1 <= |high| < 2 and |low| is at most half an
 // ulp of high. If high is 0, infinite or NaN, low and exponent are 0. Norms and coefficients are
 // double-double numbers because the ratio of two norms of float64 arrays may be outside the range
-// of double although the step is not, and because its rounding error would add to the four ulps
-// that a float64 result may be off.
+// of double even if the step is not, and because the rounding error of a double ratio would add to
+// the error of a float64 result, which must be at most 4 ulp.
 //
 // Products and sums of two doubles have rounding errors that are doubles themselves, and a few
 // double operations compute them exactly (`two_sum`, `two_product`); all other operations are built
 // on these. Every operation is a fixed sequence of double operations, without fused multiply-add,
-// the same as in lars_tree/_backends/wide.py, so both give the same bits.
+// the same as in _numerics/double_double.py, so both give the same bits.
 #pragma once
 
 #include <algorithm>
@@ -31,7 +31,7 @@ inline Pair two_sum(double a, double b) {
     return {sum, (a - (sum - part)) + (b - part)};
 }
 
-// The same for |a| >= |b|.
+// As two_sum, for |a| >= |b|.
 inline Pair fast_two_sum(double a, double b) {
     double sum = a + b;
     return {sum, b - (sum - a)};
@@ -95,9 +95,9 @@ inline double to_double(DoubleDouble x) {
     return std::ldexp(x.high, static_cast<int>(bounded));
 }
 
-// factor * 2^exponent; the exponent is 0 unless the number is far from 1. To multiply by the
-// number, scale by 2^exponent and then multiply by the factor: there is one rounding, and the
-// result overflows only if the product does.
+// factor * 2^exponent; the exponent is 0 unless the number is far from 1. To multiply by this
+// number, scale by 2^exponent and then multiply by the factor: the result is rounded once, and
+// overflows only if the exact product does.
 struct Split {
     double factor;
     int exponent;

@@ -51,7 +51,7 @@ inline float read(float x) { return x; }
 inline float read(Bfloat16 x) { return bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16); }
 
 inline float read(Float16 x) {
-    // Shifted into a float, the bits have an exponent that is 112 too small, also for subnormals.
+    // Shifted into a float, the bits have an exponent that is too small by 112.
     std::uint32_t magnitude = static_cast<std::uint32_t>(x.bits & 0x7fffu) << 13;
     float scaled = bit_cast<float>(magnitude) * 5.192296858534828e33f;        // 2^112
     std::uint32_t special = magnitude >= (0x7c00u << 13) ? 0x7f800000u : 0u;  // infinity, NaN

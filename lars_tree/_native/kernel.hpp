@@ -18,13 +18,13 @@
 // The order of the sums. Arrays are cut into chunks, and chunks into rows of 16 elements. Within a
 // chunk, the squares of each of the 16 lanes are added by pairwise summation (sums.hpp), as if rows
 // of zeros followed up to the next power of two. Then the lanes are added by pairwise summation,
-// and the chunks one after the other, both in about twice the precision of double. If squares of
+// and the chunks one after another, both in about twice the precision of double. If squares of
 // float64 elements overflow or underflow, the sum is computed again from elements that are scaled
 // by a power of two.
 //
 // This order does not depend on threads, the instruction set or alignment, and
-// lars_tree/_backends/norms.py adds in the same order, so all give the same bits.
-// tests/test_native.py compares this file with cpu.py, tests/test_numbers.py both with an exact
+// _backends/cpu/norms.py adds in the same order, so all give the same bits. tests/test_native.py
+// compares this file with _backends/cpu/twin.py; tests/test_numbers.py compares both with an exact
 // reference.
 #pragma once
 
@@ -57,7 +57,7 @@ struct JointGradient {
 };
 
 const int lanes = 16;
-const int max_streams = 4;      // arrays, or halves of chunks, that are read in turns
+const int max_streams = 4;      // arrays, or halves of chunks, that are read alternately
 const std::size_t block = 128;  // elements that are computed before they are checked and written
 
 // A sum in about twice the precision of double: `low` collects the rounding errors of `high`.
@@ -141,7 +141,7 @@ namespace avx512 {
 
 enum InstructionSet { baseline_set, avx2_set, avx512_set };
 
-// The best one that this processor supports.
+// The best instruction set that this processor supports.
 inline InstructionSet best_set() {
 #ifdef LARS_X86
     __builtin_cpu_init();
@@ -167,7 +167,8 @@ inline const Loops& loops_for(InstructionSet set) {
 
 const std::size_t min_chunk = 1 << 14, max_chunks = 1 << 14;
 
-// The number of elements of a chunk: more in the largest arrays, to bound the memory for the sums.
+// The number of elements of a chunk. The largest arrays have larger chunks, so that the memory for
+// the sums is bounded.
 inline std::size_t chunk_size(std::size_t size) {
     std::size_t chunk = min_chunk;
     while (size / chunk > max_chunks) chunk *= 2;
@@ -192,7 +193,8 @@ struct FlatArray {
     }
 };
 
-// The sums of squares of a chunk of w and of dcdw. A full chunk is read as two halves in turns.
+// The sums of squares of a chunk of w and of dcdw. The two halves of a full chunk are read
+// alternately.
 inline void sum_both(const Loops& loops, const FlatArray& w, const FlatArray& dcdw, bool is_full,
                      Pair& w_sum, Pair& dcdw_sum) {
     const int parts = is_full ? 2 : 1;
@@ -223,13 +225,13 @@ template <class Sums>
 inline Pair sum(const FlatArray& x, const Sums* sums, Pair Sums::* part) {
     Pair total = {0, 0};
     for (std::size_t i = 0; i < chunks(x.size); ++i) total = add(total, sums[i].*part);
-    // Where the sum is infinite or NaN, the rounding errors are NaN.
+    // If the sum is infinite or NaN, the rounding error is NaN.
     return std::isfinite(total.high) ? fast_two_sum(total.high, total.low) : Pair{total.high, 0};
 }
 
 // The norm, given the sum of squares.
 inline DoubleDouble norm(const Loops& loops, const FlatArray& x, Pair total) {
-    // Only squares of float64 elements overflow, or underflow where it matters.
+    // Only sums of squares of float64 elements can overflow, or underflow enough to matter.
     if (x.format != float64 ||
         (total.high > power_of_two(-900) && total.high < power_of_two(1000))) {
         return sqrt(DoubleDouble(total));
@@ -255,12 +257,12 @@ inline DoubleDouble norm(const Loops& loops, const FlatArray& x, Pair total) {
 
 // ---- The joint gradient
 
-// The exponent of the largest element of a scaled joint gradient: its square is in range, and small
-// elements keep their digits.
+// A joint gradient is scaled so that its largest element has this exponent: its square does not
+// overflow, and small elements keep their digits.
 const int max_joint_exponent = 480;
 
-// The exponent of the scale of a joint gradient, as a double. NaN if it is not scaled: elements
-// shorter than double, with moderate options, do not need it, and infinite or NaN elements cannot
+// The exponent of the scale of a joint gradient, as a double. It is NaN if there is no scaling:
+// elements shorter than double with moderate options need none, and infinite or NaN elements cannot
 // be scaled.
 inline double joint_exponent(const Loops& loops, const FlatArray& w, const FlatArray& dcdw,
                              const Rule& rule) {

@@ -1,7 +1,7 @@
 // The leaves of one update that the native engine supports, read and checked, but not yet updated.
 //
-// The layers point into the memory of Python's arrays, which this file does not own: the plan
-// (plan.hpp) keeps the arrays alive.
+// The layers point into the memory of Python arrays. Leaves does not own these arrays: the plan
+// (plan.hpp) keeps them alive.
 #pragma once
 
 #include <deque>
@@ -41,7 +41,7 @@ struct NewArrays {
 class Leaves {
 public:
     // Adds a leaf, without reading or writing its elements; false if the kernel does not support
-    // it, or with an exception set. `made` owns the new arrays, also if it fails.
+    // it, or with an exception set. `made` owns the new arrays in either case.
     bool add(const Reader& reader, const Arrays& given, PyObject* fields, Results results,
              Py_ssize_t index, NewArrays& made) {
         Memory weights, gradients, result, velocity = {};
@@ -53,8 +53,8 @@ public:
         if (!reader.read(given.w, overwrites_w, weights, w_buffer.view)) return false;
         if (!reader.read(given.dcdw, false, gradients, dcdw_buffer.view)) return false;
         if (!same_layout(weights, gradients) || !is_dense(weights)) return false;
-        // The velocity is checked before it is copied too: copy() may accept other types, and would
-        // read freed memory.
+        // The velocity is also checked before it is copied: copy() may accept other types, and
+        // would read freed memory.
         if (given.has_velocity() && !read_velocity(reader, given.velocity, in_place, weights,
                                                    velocity, velocity_buffer.view)) {
             return false;
@@ -82,7 +82,7 @@ public:
             add_span(result, written);
             if (given.has_velocity()) add_span(velocity, written);
             if (weights.data != result.data) add_span(weights, read);
-            // A gradient may be the same memory as its own result: each element is read first.
+            // `out` may be the gradient itself: each element is read before it is written.
             if (gradients.data != result.data || gradients.format != result.format) {
                 add_span(gradients, read);
             }
@@ -90,8 +90,8 @@ public:
         return true;
     }
 
-    // Adds weights that do not change, nor does their velocity, but that no other array may
-    // overlap; false as above.
+    // Adds a leaf whose weights and velocity do not change, so that no other array may overlap
+    // them; false as for `add`.
     bool add_unchanged(const Reader& reader, const Arrays& given) {
         Memory weights, velocity;
         Buffer w_buffer, velocity_buffer;
@@ -113,7 +113,7 @@ public:
         read.reserve(read.size() + count);
     }
 
-    // Adds a counter that is written, and that no array may overlap.
+    // Adds a counter, which is written to and must not overlap any array.
     void add_counter(std::int64_t* x) {
         const char* start = reinterpret_cast<char*>(x);
         written.push_back({start, start + sizeof *x});
@@ -121,11 +121,11 @@ public:
 
     std::vector<Layer> layers;
     std::vector<Py_ssize_t> indices;  // of the leaf of each layer
-    std::vector<Span> written, read;  // without new arrays
+    std::vector<Span> written, read;  // memory of the given arrays, not of new ones
 
 private:
     bool read_rule(const Reader& reader, PyObject* fields) {
-        if (fields == last_rule) return is_last_supported;  // most trees have one rule
+        if (fields == last_rule) return is_last_supported;  // most trees have a single rule
         rules.emplace_back();
         is_last_supported = call_python([&] { return reader.read_rule(fields, rules.back()); });
         last_rule = fields;

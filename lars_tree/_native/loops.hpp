@@ -28,7 +28,7 @@ inline void apply_wide_range(const T* w, const G* dcdw, T* out, std::size_t size
         const double weight = read(w[i]), gradient = read(dcdw[i]);
         double result = stepped(weight, gradient, coefficients.exponent);
         if (sizeof(T) == sizeof(double) && !std::isfinite(result)) {
-            // A step as long as the largest number may overflow although the new weight does not.
+            // The step may overflow even if the new weight is finite: compute a quarter of both.
             result = 4 * stepped(weight / 4, gradient, coefficients.exponent - 2);
         }
         write(out[i], result);
@@ -56,7 +56,7 @@ LARS_TARGET inline std::size_t apply_fours(const float* w, const float* dcdw, fl
 }
 #endif
 
-// The number of elements that were done four at a time: none for other types.
+// Returns the number of elements that were computed four at a time: 0 for types other than float.
 template <class T, class G>
 inline std::size_t apply_fours(const T*, const G*, T*, std::size_t, double, double) {
     return 0;
@@ -86,7 +86,7 @@ LARS_TARGET inline std::uint64_t sign_if_not_finite(double x) {
     return (bit_cast<std::uint64_t>(x) & infinite) + last_bit;
 }
 
-// float64 may overflow: each block of results is checked before it is written.
+// float64 results may overflow, so each block of results is checked before it is written.
 template <class G>
 LARS_TARGET void apply(const double* w, const G* dcdw, double* out, std::size_t size,
                        const Coefficients& coefficients) {
@@ -185,8 +185,8 @@ struct WeightAndVelocity {
     Number w, velocity;
 };
 
-// The same statements as in `increment` and `apply_momentum` in lars_tree/_rule.py, for one number
-// or four.
+// The statements of `increment` and `apply_momentum` in _numerics/formula.py, for one number or
+// four.
 template <class Number>
 LARS_TARGET inline WeightAndVelocity<Number> momentum_step(Number w, Number dcdw, Number velocity,
                                                            const Coefficients& coefficients,
@@ -221,7 +221,7 @@ inline void apply_momentum_wide_range(const T* w, const G* dcdw, V* velocity, T*
 }
 
 #ifdef LARS_FOURS
-// The options are passed by value: compilers must assume that each write changes a reference.
+// The options are passed by value: with a reference, compilers would reload them after each write.
 LARS_TARGET inline std::size_t apply_momentum_fours(const float* w, const float* dcdw,
                                                     float* velocity, float* out, std::size_t size,
                                                     Coefficients coefficients,
@@ -270,7 +270,7 @@ LARS_TARGET void apply_momentum(const double* w, const G* dcdw, double* velocity
                                                 velocity[start + i], coefficients, options);
             weights[i] = result.w;
             velocities[i] = result.velocity;
-            overflows |= sign_if_not_finite(result.w);  // not finite if the velocity is not
+            overflows |= sign_if_not_finite(result.w);  // also covers the velocity
         }
         if (overflows >> 63) {
             apply_momentum_wide_range(w + start, dcdw + start, velocity + start, out + start, block,

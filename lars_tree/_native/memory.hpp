@@ -1,7 +1,7 @@
 // The memory layout of arrays, and the overlap of memory ranges.
 //
-// The kernel reads an array as one run of elements. So the arrays of a layer must be dense and have
-// their axes in the same order, but it may be any order.
+// The kernel reads an array as one run of elements. So the arrays of a layer must be dense, and the
+// order of their axes in memory, which may be any, must be the same.
 #pragma once
 
 #include <algorithm>
@@ -36,7 +36,7 @@ inline bool same_shape(const Memory& a, const Memory& b) {
     return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
 }
 
-// Whether the items fill the memory without gaps, with any order of the axes.
+// Whether the items fill the memory without gaps; the axes may have any order.
 inline bool is_dense(const Memory& x) {
     Py_ssize_t expected = x.item_bytes;
     int axis = x.ndim;
@@ -87,8 +87,8 @@ struct DLPackExchangeAPI {
     void* current_work_stream;
 };
 
-// Whether memory is writable, on systems where this can be tested without a write that may end the
-// process (Linux 5.14 and later). On others it is assumed, as in lars_tree/_memory.py.
+// Whether memory is writable, tested without a write, which could end the process. The result is
+// false on Linux before 5.14, where this test does not exist, and true on other systems.
 inline bool is_writable(char* data, std::size_t bytes) {
 #ifdef __linux__
     const int populate_write = 23;  // MADV_POPULATE_WRITE, which older headers lack
@@ -122,7 +122,7 @@ struct Span {
 
 inline void sort(std::vector<Span>& spans) {
     const auto before = [](const Span& a, const Span& b) { return a.start < b.start; };
-    // The memory of most trees is in order already, as it was allocated.
+    // The arrays of most trees were allocated in order, so their memory is sorted already.
     if (!std::is_sorted(spans.begin(), spans.end(), before)) {
         std::sort(spans.begin(), spans.end(), before);
     }

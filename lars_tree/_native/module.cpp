@@ -1,7 +1,7 @@
 // The extension module: the functions of walk.hpp and the types of plan.hpp. _kernel.pyi documents
 // them.
 //
-// The kernel does not add leaves that it does not support to a plan. The caller leaves them to
+// The kernel adds only the leaves that it supports to a plan. The caller passes all others to the
 // engines in Python, which give the same bits and whose checks make the error messages.
 
 #include "plan.hpp"

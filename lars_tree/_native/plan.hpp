@@ -1,6 +1,6 @@
 // The binding of the native engine: the Python types Reader and Plan. _kernel.pyi documents them.
 //
-// A plan collects layers (`prepare`), with references to the arrays, and then steps them without
+// A plan collects layers (`prepare`), with references to the arrays, and then updates them without
 // the GIL. Everything that can fail happens before the first write.
 #pragma once
 
@@ -102,7 +102,8 @@ struct Columns {
     }
 };
 
-// Adds leaf i to the plan. 1: added, 0: not supported, -1: an exception is set.
+// Adds leaf i to the plan. Returns 1 if it is added, 0 if it is not supported, and -1 with an
+// exception set.
 int add_leaf(Plan& plan, const Reader& reader, const Columns& columns, Py_ssize_t i) {
     const Results results = columns.results;
     const bool in_place = results == Results::in_place;

@@ -18,16 +18,16 @@
 
 namespace lars {
 
-// Calls a function of the C API. All functions that may run Python code or release the GIL are
-// called through it.
+// Calls a function of the C API. All functions that may run Python code or release the GIL must be
+// called in this way.
 //
 // Before Python 3.14, a daemon thread that requests the GIL while the interpreter exits is ended by
-// pthread_exit, which may unwind C++ frames like an exception. Their destructors would then use
-// Python objects without the GIL. So unwinding is stopped here, in the innermost frame: the thread
-// sleeps until the process ends, which does not wait for it. Python 3.14 does the same itself.
+// pthread_exit, which may unwind C++ frames like an exception. Destructors would then use Python
+// objects without the GIL. So unwinding is stopped here, in the innermost frame: the thread sleeps
+// until the process ends, which does not wait for the thread. Python 3.14 does the same itself.
 template <class Function, class... Arguments>
 #if defined(__GNUC__)
-__attribute__((always_inline)) inline  // else the function is called by its address
+__attribute__((always_inline)) inline  // otherwise the function would be called by its address
 #endif
     auto
     call_python(Function function, Arguments... arguments) -> decltype(function(arguments...)) {
@@ -76,19 +76,19 @@ public:
     }
 };
 
-// Whether it is a list with one item for each leaf, or None; else sets an exception.
+// Whether the object is None or a list with one item for each leaf; otherwise sets an exception.
 inline bool is_column(PyObject* list, Py_ssize_t count) {
     if (list == Py_None || (PyList_Check(list) && PyList_Size(list) == count)) return true;
     call_python(PyErr_SetString, PyExc_ValueError, "expected lists of one length");
     return false;
 }
 
-// The item, a borrowed reference; null if the list is None.
+// Item i as a borrowed reference; null if the list is None.
 inline PyObject* item(PyObject* list, Py_ssize_t i) {
     return list == Py_None ? nullptr : PyList_GetItem(list, i);
 }
 
-// Sets an item of a list, which gets a reference of its own.
+// Sets item i of a list, which takes a new reference.
 inline bool put(PyObject* list, Py_ssize_t i, PyObject* x) {
     return call_python(PyList_SetItem, list, i, Py_NewRef(x)) == 0;
 }

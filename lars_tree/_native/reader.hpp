@@ -15,7 +15,7 @@ namespace lars {
 // How the arrays and rules of one library are read.
 class Reader {
 public:
-    // The arguments are those of Reader in _kernel.pyi; returns false with an exception set.
+    // Takes the arguments of Reader in _kernel.pyi; returns false with an exception set.
     // `tensors` is None for arrays with the buffer protocol. For torch it is a tuple of the capsule
     // of DLPack's exchange table and the methods untyped_storage, UntypedStorage.nbytes and
     // .resizable, storage_offset and is_neg. `as_bits` views a bfloat16 array, which does not have
@@ -82,8 +82,8 @@ public:
                PyTuple_GetItem(fields, stop_gradients) == Py_True;
     }
 
-    // Reads an array; false if the kernel does not support it, or with an exception set that has
-    // another reason. The caller releases `buffer` when it no longer uses the memory.
+    // Reads an array; false if the kernel does not support it, or with an exception set if reading
+    // raised one. The caller releases `buffer` when it no longer uses the memory.
     bool read(PyObject* x, bool writable, Memory& to, Py_buffer& buffer) const {
         const bool is_read =
             has_supported_type(x) &&
@@ -165,8 +165,8 @@ private:
                is_writable(to.data, buffer.len);
     }
 
-    // Whether numpy allocated the memory of an array, or of the array that it is a view of. Memory
-    // of other owners may be mapped read-only without numpy knowing.
+    // Whether numpy allocated the memory of an array, or of the array of which it is a view. Memory
+    // that numpy did not allocate may be mapped read-only without numpy knowing.
     bool owns_memory(PyObject* x, const Py_buffer& buffer) const {
         const int owns_data = 4;  // NPY_ARRAY_OWNDATA
         const auto* fields = reinterpret_cast<const ArrayFields*>(x);

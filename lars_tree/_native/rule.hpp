@@ -1,8 +1,8 @@
 // The rule of one layer: the coefficients of its step, given its norms, and a bound on the results.
 //
-// These are the same statements as in lars_tree/_rule.py, which explains them. kernel.hpp explains
-// the two passes over memory: this file is what happens between them. Number is DoubleDouble, or
-// double where no intermediate result can leave its range (see `computes_in_double`).
+// The statements are those of _numerics/formula.py, which explains them. They run between the two
+// passes over memory that kernel.hpp explains. Number is DoubleDouble, or double if no intermediate
+// result can leave its range (see `computes_in_double`).
 #pragma once
 
 #include <cmath>
@@ -31,7 +31,7 @@ struct Rule {
 
     MomentumOptions momentum_options() const { return {momentum, lr_after_momentum, nesterov}; }
 
-    // Whether the denominator needs the norm of g + decay_lambda * w, and it is not that of g.
+    // Whether the denominator uses the norm of the joint gradient.
     bool is_joint() const { return joint_norm && adapt && decay_lambda != 0; }
 };
 
@@ -58,8 +58,8 @@ struct Coefficients {
     double weight_factor() const { return decays ? 1 - decay : 1; }  // w - u = factor * w - ...
 };
 
-// The ratio of the formula. `clip`: whether trust_clip limits the ratio, which it divides by the
-// learning rate, to 1.
+// The ratio of the formula. `clip`: whether to obey trust_clip, which divides the ratio by the
+// learning rate and limits it to 1.
 template <class Number>
 inline Number trust_ratio(Number w_norm, Number dcdw_norm, const Rule& rule, bool clip = true) {
     const Number one = 1;
@@ -83,7 +83,8 @@ inline Coefficients coefficients_for(Number w_norm, Number dcdw_norm, const Rule
                   Number(1 - rule.dampening);
     const double decay = to_double(rate * Number(rule.decay_lambda));
     const Number gradient = rate / Number(rule.grad_scale);
-    // g and decay_lambda * w may cancel, and a long step would magnify the error of what is left.
+    // g and decay_lambda * w may cancel, and a long step would magnify the rounding error of their
+    // sum.
     if (rule.is_joint() && decay > 1) {
         const Split joint = split(scaled(gradient, joint_exponent));
         return {0, joint.factor, joint.exponent, false, true};
@@ -128,7 +129,7 @@ struct Norms {
     }
 };
 
-// Whether coefficients are computed in double, else as double-double numbers.
+// Whether coefficients are computed in double; otherwise they are double-double numbers.
 inline bool computes_in_double(const Layer& layer) {
     return layer.w_format != float64 && layer.dcdw_format != float64 &&
            has_moderate_options(*layer.rule);
@@ -173,7 +174,7 @@ inline double max_value(Format format) {
 }
 
 // Whether these norms prove that all results of a layer are finite. No element is larger than the
-// norm, so no result exceeds that of an element as large as the norm. The velocity is bounded by
+// norm, so no result is larger than for an element as large as the norm. The velocity is bounded by
 // its largest element.
 template <class Number>
 inline bool prove_finite(const Layer& layer, Number w, Number dcdw, double velocity_max) {
@@ -182,7 +183,7 @@ inline bool prove_finite(const Layer& layer, Number w, Number dcdw, double veloc
     if (!rule.is_joint()) gradient = gradient + Number(rule.decay_lambda) * w;
     const Number rate =
         Number(rule.lr_before_momentum) * trust_ratio(w, dcdw, rule) * Number(1 - rule.dampening);
-    const double u = to_double(rate * gradient), slack = 1.001;  // above all rounding errors
+    const double u = to_double(rate * gradient), slack = 1.001;  // more than all rounding errors
     // An infinite decay coefficient gives infinity or NaN although the exact result is finite.
     if (!(to_double(rate * Number(rule.decay_lambda)) < max_value(float64))) return false;
     double moved_by = u;

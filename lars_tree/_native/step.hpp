@@ -3,11 +3,11 @@
 // A layer that fits into the cache of a core is updated by one thread: it makes both passes while
 // the layer is in the cache. A larger layer is updated by all threads, chunk by chunk: they sum in
 // forward order, wait until the sums are complete, and apply in backward order, as the chunks that
-// were read last are still in a cache. Each thread begins with chunks of its own, and then takes
-// chunks that others have not begun. Sums are stored by chunk and added in their order, so the bits
-// do not depend on threads.
+// were read last are still in a cache. Each thread begins with its own range of chunks, and then
+// takes chunks that other threads have not begun. Sums are stored by chunk and added in the order
+// of the chunks, so the bits do not depend on threads.
 //
-// The threads end with the call, so a forked child finds nothing broken.
+// The threads end before the call returns, so a fork afterwards is safe.
 #pragma once
 
 #include <algorithm>
@@ -44,7 +44,7 @@ private:
 // Layers of at most this size are updated by one thread: their arrays fit into the cache of a core.
 const std::size_t max_whole_size = 1 << 17;
 
-// The next chunk of the range of chunks that a thread begins with.
+// The next chunk of the range with which one thread begins.
 struct ChunkCounter {
     std::atomic<std::size_t> next{0};
     char padding[56];  // so that no two counters share a cache line
@@ -87,7 +87,7 @@ public:
                     std::max(joint_size, std::min(layers[i].size, chunk_size(layers[i].size)));
             }
         }
-        // Starting more threads than this would take longer than they save.
+        // Starting more threads than this would take more time than they save.
         threads = std::min(max_threads, 1 + elements / (2 * max_whole_size));
         progress.reset(new Progress[large.size()]);
         for (std::size_t i = 0; i < large.size(); ++i) {
@@ -117,8 +117,8 @@ public:
     std::size_t threads;
 
 private:
-    // Prefetches the start of a layer that is read soon: the layers of a tree of many small ones
-    // are scattered over memory.
+    // Prefetches the start of a layer that is read soon, as many small layers are scattered over
+    // memory.
     static void prefetch(const Layer& layer) {
 #if defined(__GNUC__)
         const std::size_t bytes =
@@ -182,7 +182,7 @@ private:
         return terms;
     }
 
-    // The same result, without making `Norms` in the usual case.
+    // The same result, without computing `Norms` in the usual case.
     Terms terms_of(const Layer& layer, const Sums* of_chunks, double joint_exponent) const {
         if (!computes_in_double(layer) || layer.rule->is_joint()) {
             return terms_of(layer, norms_of(layer, of_chunks, joint_exponent));
@@ -267,8 +267,8 @@ private:
         for_chunks(now.to_apply.get(), count, thread, apply_chunk);
     }
 
-    // Calls action(start, length, i) for the chunks that this thread takes: i counts those of the
-    // range of `length` chunks that begins with `start`. First comes the range of its own.
+    // Calls action(start, length, i) for each chunk that this thread takes: chunk i of the range of
+    // `length` chunks that begins with chunk `start`. The thread begins with its own range.
     template <class Action>
     void for_chunks(ChunkCounter* counters, std::size_t count, std::size_t thread,
                     Action action) const {
@@ -374,7 +374,7 @@ inline void step(const Layer* layers, std::size_t count, std::size_t threads, In
             others.emplace_back([&all, i] { all.work(i); });
         }
     } catch (const std::exception&) {
-        // The system cannot start more threads; those that were started do the work.
+        // The system cannot start more threads; the threads that were started do the work.
     }
     all.work(0);
     for (std::thread& other : others) other.join();

@@ -1,10 +1,10 @@
 // The loops that only read w and dcdw: sums of squares, the largest element, the joint gradient.
 // loops.hpp includes this file, once for each instruction set.
 //
-// Squares are added by pairwise summation: the two halves of a sequence are summed in the same way,
-// and added, as in a binary tree. The rounding error grows only with the logarithm of the number of
-// summands. The elements of an array form rows of 16, and lane i sums the i-th elements of all
-// rows. All lanes do the same operations, so they become vector instructions.
+// Squares are added by pairwise summation: each half of a sequence is summed recursively, and the
+// two sums are added, as in a binary tree. The rounding error grows only with the logarithm of the
+// number of summands. The elements of an array form rows of 16, and lane i sums the i-th elements
+// of all rows. All lanes do the same operations, so they become vector instructions.
 //
 // The tree is not stored: the rows are read in order, and a stack holds the sums of the subtrees
 // that are complete. A subtree is added to its left neighbour of the same size as soon as it is
@@ -24,7 +24,7 @@ LARS_TARGET inline void square(const T* row, double scale, double rest, double* 
 }
 
 // For each array, the sums of the subtrees that do not have a neighbour yet, from large to small:
-// one for each bit that is set in the number of rows so far.
+// there is one for each bit that is set in the number of rows so far.
 typedef double Subtrees[64][max_streams][lanes];
 
 LARS_TARGET inline void merge(Subtrees& sums, int& depth, int count) {
@@ -32,14 +32,14 @@ LARS_TARGET inline void merge(Subtrees& sums, int& depth, int count) {
     for (int k = 0; k < count; ++k) add_to(sums[depth - 1][k], sums[depth][k]);
 }
 
-// Adds the last subtree to its neighbour, if there is one, then the result to its neighbour, and so
-// on: like the carries when a binary number is incremented.
+// Adds the last subtree to its neighbour, if there is one, then their sum to its neighbour, and so
+// on, like the carries when a binary number is incremented.
 LARS_TARGET inline void carry(Subtrees& sums, int& depth, int count, std::size_t subtrees_before) {
     for (; subtrees_before & 1; subtrees_before >>= 1) merge(sums, depth, count);
 }
 
-// The pairwise sum of the squares of 2^Level rows. It is unrolled, and stays in registers:
-// compilers make slow code of a loop that merges rows.
+// The pairwise sum of the squares of 2^Level rows. The recursion is unrolled and stays in
+// registers; a loop that merges rows would be compiled to slow code.
 template <class T, bool Scaled, int Level>
 struct Rows {
     LARS_TARGET static inline void sum(const T* rows, double scale, double rest, double* total) {
@@ -61,8 +61,8 @@ struct Rows<T, Scaled, 1> {
     }
 };
 
-// The sum of squares of each lane, for several arrays of the same size. The arrays are read in
-// turns, because memory serves several streams faster than one after the other.
+// The sum of squares of each lane, for several arrays of the same size. The arrays are read
+// alternately, because memory is faster with several streams than with one.
 template <class T, bool Scaled>
 LARS_TARGET void sum_squares(const void* const* arrays, int count, std::size_t size, double scale,
                              double rest, double (*totals)[lanes]) {
@@ -109,8 +109,7 @@ LARS_TARGET double largest(const void* data, std::size_t size) {
     return most;
 }
 
-// sign * dcdw + (high + low) * w with a single rounding of each element, also where the terms
-// cancel.
+// sign * dcdw + (high + low) * w, where each element is rounded once, even if the terms cancel.
 template <class T, class G>
 LARS_TARGET void add_decay(const T* w, const G* dcdw, double* joint, std::size_t size, double high,
                            double low, double sign) {

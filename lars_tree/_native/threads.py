@@ -1,4 +1,4 @@
-"""The number of threads of the kernel: as set, from the environment, or the number of cores."""
+"""The number of threads of the kernel: set by the user, the environment, or the available cores."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def _default() -> int:
 
 
 def cores(root: Path = Path("/")) -> int:
-    """The number of cores that this process may use, by affinity and control group quotas."""
+    """The number of cores that this process may use: CPU affinity, limited by cgroup quotas."""
     affinity = getattr(os, "sched_getaffinity", None)
     available = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, min([available, *map(math.ceil, _quotas(root))]))
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """The quotas of the process's control groups and of their parents, in cores (Linux)."""
+    """The quotas, in cores, of the control groups of this process and of their parents (Linux)."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:

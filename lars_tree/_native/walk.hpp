@@ -1,10 +1,10 @@
-// Walks over trees: the twins of _collect_in_python and _match_in_python in _tree/structure.py.
-// _tree/nodes.py defines which objects are nodes.
+// Walks over trees: they do the same as _collect_in_python and _match_in_python in
+// _tree/structure.py. _tree/nodes.py defines which objects are nodes.
 //
 // Dicts (also Containers), lists and tuples are walked here. All other nodes, and nodes that are
-// too deep for the stack of a thread, are passed to the Python function. Python code may run
-// between two steps of a walk, and may change the tree: each item is owned while it is used, and
-// the length of each node is checked again after each child.
+// too deep for the stack of a thread, are passed to the Python function. Python code may run during
+// a walk and change the tree, so each item is owned while it is used, and the length of each node
+// is checked again after each child.
 #pragma once
 
 #include "python.hpp"
@@ -15,8 +15,7 @@ namespace lars {
 enum Kind { leaf_kind = 0, plain_dict_kind = 1 };
 
 // The number of levels that are walked here. They need 10 KB of the stack of a thread, which may be
-// small (threading.stack_size). Deeper levels are walked in Python, which needs no C stack for
-// them.
+// small (threading.stack_size). Deeper levels are walked in Python, which does not use the C stack.
 const int max_depth = 32;
 
 class Walk {

@@ -29,6 +29,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+from lars_tree._numerics.double_double import two_sum
+
 
 class Rule(NamedTuple):
     """The options of the rule for one leaf, with the defaults of `lars_update`.
@@ -232,9 +234,7 @@ def multiply_add(ops: Ops, a: Any, b: Any, x: Any) -> Any:
     b_high, x_high = ops.upper_half(b), ops.upper_half(x)
     b_low, x_low = b - b_high, x - x_high
     product = b_high * x_high
-    total = a + product
-    part = total - a
-    rest = (a - (total - part)) + (product - part)
+    total, rest = two_sum(a, product)
     exact = total + (rest + ((b_high * x_low + b_low * x_high) + b_low * x_low))
     return ops.finite_or(exact, total)
 

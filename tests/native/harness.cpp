@@ -1,11 +1,11 @@
-// Checks of step.hpp, without Python: memory outside the arrays is not touched and inputs are not
-// written; neither the instruction set nor threads nor separate passes change a bit; results that
-// norms prove to be finite are finite. Stops at the first difference.
+// Checks of step.hpp, without Python: memory outside the arrays is not touched, and inputs are not
+// written; the bits do not depend on the instruction set, threads or separate passes; results that
+// norms prove to be finite are finite. The program stops at the first difference.
 //
 //     g++ -std=c++17 -O2 -ffp-contract=off -pthread -I lars_tree/_native tests/native/harness.cpp
 //     ./a.out [quick]
 //
-// sanitize.sh builds it with sanitizers; without one it is a test of its own.
+// sanitize.sh builds it with sanitizers, but it is also a test without them.
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -43,7 +43,7 @@ const char* const names[formats] = {"float16", "bfloat16", "float32", "float64"}
 enum Range { moderate, any, largest_ones };
 enum { ranges = 3 };
 
-// Elements of a format. In the range `any` all bits are random, without infinities and NaN.
+// Elements of a format. In the range `any` all bits are random, except for infinities and NaN.
 class Numbers {
 public:
     Numbers(Format format, Range range, std::size_t size, unsigned seed)
@@ -104,7 +104,7 @@ std::vector<InstructionSet> instruction_sets() {
     return sets;
 }
 
-// Both passes in one call, or one after the other.
+// Both passes, in one call or in two.
 enum Way { at_once, by_norms };
 
 void step_layers(const std::vector<Layer>& layers, std::size_t threads, InstructionSet set,
@@ -133,7 +133,7 @@ void step_layers(const std::vector<Layer>& layers, std::size_t threads, Instruct
 
 // ---- Arrays between guards
 
-// Memory for one array at any offset, between guards. AddressSanitizer also detects reads of them.
+// Memory for one array at any offset, between guards. AddressSanitizer detects reads of guards too.
 class Room {
 public:
     explicit Room(std::size_t most_bytes) : memory(most_bytes + 2 * guard + 2 * line) {
@@ -172,8 +172,8 @@ private:
     char *aligned, *start = nullptr, *end = nullptr;
 };
 
-// The same step at all offsets to a cache line, by each instruction set, compared with the step of
-// baseline_set; with a velocity or without.
+// Compares a step at all offsets to a cache line, by each instruction set, with the step of
+// baseline_set; with or without a velocity.
 class Offsets {
 public:
     Offsets(Format w_format, Format dcdw_format, Range range)

@@ -29,7 +29,7 @@ def check(call, given, calls=CALLS):
     """Call many times, and assert that the references to the `given` objects did not change."""
     call()  # fills caches
     gc.collect()
-    # Other modules share the constants, and may release a reference ("propagate", once).
+    # Other modules share constants, and may release a reference to one, as to "propagate".
     own = [x for x in given if not isinstance(x, Number | str)]
     shared = [x for x in given if isinstance(x, Number | str)]
     shared += [None, True, False, NotImplemented, np.ndarray, ValueError, RuntimeError]
@@ -45,7 +45,7 @@ def check(call, given, calls=CALLS):
     assert len(gc.get_objects()) - objects < calls // 10
     if SANITIZED:
         return
-    # A leak shows in every round, other allocations of the process do not.
+    # A leak shows in every round; other allocations of the process do not.
     for measure in (allocated, resident):
         growths = (growth(measure, call, calls) for _ in range(3))
         assert any(x < MAX_GROWTH * calls for x in growths), "the memory of the process grows"
@@ -101,7 +101,7 @@ def expecting(error, call):
 
 
 def returning(expected, call):
-    """A call that asserts that `call` returns this object, or one of this type."""
+    """A call that asserts that `call` returns this object, or an object of this type."""
 
     def checked():
         result = call()

@@ -57,7 +57,7 @@ def walk(*trees, kind_of=structure.kind_of, others=None, exact=False):
 
 
 def changing(tree):
-    """A callback for nodes of type `Other`: adds and removes keys of the tree that is read."""
+    """A callback for nodes of type `Other` that adds and removes keys of the tree that is read."""
 
     def others(node, *_):
         tree[0.5] = tree.pop(0.5, None)

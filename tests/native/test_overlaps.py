@@ -42,13 +42,13 @@ class View:
                 extent *= shape[axis]
         else:
             strides = [int(s) for s in random.integers(-3, 9, len(shape))]
-            if random.random() < 0.7:  # fewer that overlap themselves
+            if random.random() < 0.7:  # makes self-overlaps less frequent
                 strides = [s if s or not written else 1 for s in strides]
         self.strides = [max(s, least_stride) for s in strides]
         steps = [(n - 1) * s for n, s in zip(shape, self.strides, strict=True)]
         below, above = (sum(x for x in steps if x * sign > 0) for sign in (-1, 1))
         size = self.dtype.itemsize
-        # Mostly near each other, and one time in four at the same address.
+        # The views are near each other, and in one of four cases at the same address.
         most = ROOM * 4 // size - above + below - 1
         start = min(most, int(random.choice([0, 0, *random.integers(0, 12, 4), most])))
         self.start = (start - below) * size
@@ -107,7 +107,7 @@ class Case:
             self.options["nesterov"] = random.random() < 0.5
             for key, x in self.w.items():
                 self.velocity[key] = view(x.shape, x.dtype, written=True)
-                if self.dcdw[key] and self.dcdw[key].shape != x.shape:  # no optimizer takes it
+                if self.dcdw[key] and self.dcdw[key].shape != x.shape:  # optimizers refuse this
                     self.dcdw[key] = view(x.shape, self.dcdw[key].dtype)
 
     def must_be_refused(self):
@@ -177,7 +177,7 @@ def test_overlapping_numpy_views_are_refused_or_computed_as_if_they_were_copies(
         except Exception as error:
             error.add_note(f"in Case({seed})")
             raise
-    assert 0.2 < made / NUMPY_CASES < 0.9  # both are seen
+    assert 0.2 < made / NUMPY_CASES < 0.9  # both outcomes occur
 
 
 @pytest.mark.parametrize("block", range(BLOCKS))

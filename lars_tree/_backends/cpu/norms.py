@@ -1,4 +1,4 @@
-"""The norms of arrays in CPU memory, read in pieces, for `cpu.py`.
+"""The norms of arrays in CPU memory, which are read in pieces, for `twin.py`.
 
 Squares are added by the same operations in the same order as in `_native/kernel.hpp`, so both give
 the same bits; `tests/test_native.py` compares them.
@@ -29,15 +29,15 @@ _LANES = 16
 _MIN_CHUNK = 1 << 14
 _MAX_CHUNKS = 1 << 14
 
-# A sum of squares between these lost nothing to overflow, and nothing that counts to underflow.
+# In this range, a sum of squares did not overflow, and underflow did not change its digits.
 _SAFE_SUM = (2.0**-900, 2.0**1000)
 
-# From norms of elements shorter than double, and options between these, no coefficient leaves the
-# range of double, nor has a rounding error that is visible in the result.
+# If elements are shorter than double and options are in this range, coefficients can be computed in
+# double: they do not overflow or underflow, and their rounding errors do not change the result.
 _MODERATE = (2.0**-100, 2.0**100)
 
-# The exponent of the largest element of a scaled joint gradient: squares are in range, and small
-# elements keep their digits.
+# A joint gradient is scaled so that its largest element has this exponent: its square does not
+# overflow, and small elements keep their digits.
 _JOINT_EXPONENT = 480
 
 
@@ -47,13 +47,13 @@ def precision_for(*arrays: Array) -> Precision:
 
 
 class Norms(NamedTuple):
-    """The norms of a layer; None where the rule does not adapt.
+    """The norms of a layer; None if the rule does not adapt.
 
     Attributes:
-        number: The type of the norms, in which coefficients are computed: float or DoubleDouble.
+        number: The type of the norms and coefficients: float or DoubleDouble.
         w: The norm of w.
-        dcdw: The norm of dcdw; with `joint_norm` that of the joint gradient.
-        joint: The joint gradient.
+        dcdw: The norm of dcdw; with `joint_norm` the norm of the joint gradient.
+        joint: The joint gradient; None without `joint_norm`.
     """
 
     number: Any
@@ -62,7 +62,7 @@ class Norms(NamedTuple):
     joint: JointGradient | None = None
 
     def numbers(self, rule: Rule) -> Rule:
-        """The rule with its numbers in the type of the norms."""
+        """The rule with its numbers converted to the type of the norms."""
         names = (*formula.NUMBERS, "lr_after_momentum")
         return rule._replace(**{name: self.number(getattr(rule, name)) for name in names})
 
@@ -93,8 +93,8 @@ def norms_of(w: Any, dcdw: Any, precision: Precision, rule: Rule) -> Norms:
 class JointGradient:
     """dcdw + decay_lambda * grad_scale * w, whose norm `joint_norm` uses; computed piece by piece.
 
-    Each element has a single rounding, also where the two terms cancel. The gradient is the result
-    times 2**exponent; the exponent is 0 unless the sum was scaled to stay in range.
+    Each element is rounded once, even if the two terms cancel. The joint gradient is the computed
+    sum times 2**exponent; the exponent is 0 unless the sum was scaled to stay in range.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class JointGradient:
         return np.where(np.isfinite(exact), exact, total)
 
     def scaled(self) -> JointGradient | None:
-        """The same sum without overflow or underflow; None where elements are not finite."""
+        """The same sum, scaled against overflow and underflow; None if an element is not finite."""
         *arrays, precision, _ = self.arrays
         largest = [_largest(x, precision) for x in arrays]
         if not np.isfinite(largest).all():
@@ -167,9 +167,9 @@ def _largest(flat: Any, precision: Precision) -> Any:
 def _sum_of_squares(flat: Any, precision: Precision, exponent: int = 0) -> tuple[Any, Any]:
     """The sum of the squares of the elements times 2**exponent, and its rounding error.
 
-    Within a chunk, rows of 16 are added by pairwise summation, as if rows of zeros followed up to
-    the next power of two; then the 16 lanes, and the chunks in their order, with the rounding
-    errors.
+    Within a chunk, rows of 16 elements are added by pairwise summation; the number of rows is
+    padded with zeros to a power of two. Then the 16 sums are added, and the chunks in their order,
+    with their rounding errors.
     """
     total = (precision(0), precision(0))
     for piece in pieces(flat):
@@ -185,7 +185,7 @@ def _sum_of_squares(flat: Any, precision: Precision, exponent: int = 0) -> tuple
         while len(high) > 1:
             high, low = _add((high[0::2], low[0::2]), (high[1::2], low[1::2]))
         total = _add(total, (high[0], low[0]))
-    # Where the sum is infinite or NaN, the rounding errors are NaN.
+    # If the sum is infinite or NaN, the rounding error is NaN.
     return fast_two_sum(*total) if np.isfinite(total[0]) else (total[0], precision(0))
 
 
@@ -195,7 +195,7 @@ def _add(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
 
 
 def _from_pair(pair: tuple[Any, Any]) -> DoubleDouble:
-    """The sum of two numbers of any precision, the second far smaller."""
+    """The sum of two numbers of any precision, of which the second is far smaller."""
     mantissa, exponent = np.frexp(pair[0])
     high = float(mantissa)
     low = float((mantissa - high) + np.ldexp(pair[1], -exponent))
@@ -203,7 +203,7 @@ def _from_pair(pair: tuple[Any, Any]) -> DoubleDouble:
 
 
 def pieces(flat: Any) -> Iterator[slice]:
-    """Slices of one chunk each; the chunks of the largest arrays are larger, as in the kernel."""
+    """One slice for each chunk; the largest arrays have larger chunks, as in the kernel."""
     parts = 2 if dtype_of(flat).kind == "c" else 1
     size, chunk = len(flat) * parts, _MIN_CHUNK
     while size // chunk > _MAX_CHUNKS:
@@ -218,7 +218,7 @@ def dtype_of(flat: Any) -> np.dtype[Any]:
 
 
 def read_piece(flat: Any, piece: slice, precision: Precision) -> Array:
-    """A piece in this precision; complex elements as pairs of real ones."""
+    """A piece converted to this precision, with complex elements as pairs of real numbers."""
     x: Array = flat[piece]
     if x.dtype.kind == "u":
         return bfloat16.decode(x).astype(precision, copy=False)

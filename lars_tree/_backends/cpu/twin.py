@@ -1,10 +1,10 @@
-"""The twin of the native engine: the step over numpy views of CPU memory, of any library.
+"""The twin of the native engine: the LARS step over numpy views of the CPU memory of any library.
 
 The twin updates the arrays that the kernel does not support (strided, of another byte order, long
-double, learning rates with a shape), and all arrays where the kernel was not built. Layers that the
+double, learning rates with a shape), and all arrays if the kernel was not built. Layers that the
 kernel supports are passed on to it. Both give the same bits: `_native/kernel.hpp` describes the
-arithmetic, and the twin does the same operations in the same order, first the norms (`norms.py`),
-then the step.
+arithmetic, and the twin does the same operations in the same order, first for the norms
+(`norms.py`), then for the step.
 
 Every product and sum is computed in double (long double for long double arrays) and rounded once to
 the dtype of the weights. Leaves are read in chunks, so temporary memory does not grow with their
@@ -44,9 +44,9 @@ Array = np.ndarray[Any, Any]
 def update(w: Array, dcdw: Array, out: Array, rule: Rule, velocity: Array | None = None) -> None:
     """Write the weights after one step to `out`, which may be w or dcdw themselves.
 
-    dcdw, and the learning rate where it is an array, broadcast to the shape of w. `out` has the
-    shape and dtype of w; the velocity has its shape and is updated in place. All other numbers of
-    the rule are floats.
+    dcdw and an array of learning rates broadcast to the shape of w. `out` has the shape and dtype
+    of w. The velocity has the shape of w and is updated in place. All other numbers of the rule
+    are floats.
     """
     plan = _native.plan()
     for layer in _layers(w, dcdw, out, rule, velocity):
@@ -59,18 +59,18 @@ def update(w: Array, dcdw: Array, out: Array, rule: Rule, velocity: Array | None
 def prepare(
     w: Array, dcdw: Array, out: Array, rule: Rule, velocity: Array | None, writes: Writes
 ) -> None:
-    """As `update`, but nothing is written before `writes.make()`."""
-    for arrays, its_rule in _layers(w, dcdw, out, rule, velocity):
-        if _add_to_plan(writes.plan, arrays, its_rule):
+    """Like `update`, but nothing is written before `writes.make()`."""
+    for arrays, layer_rule in _layers(w, dcdw, out, rule, velocity):
+        if _add_to_plan(writes.plan, arrays, layer_rule):
             continue
         written = {name: x for name, x in arrays.items() if name in ("out", "velocity")}
         if writes.holds(sum(x.nbytes for x in written.values())):
             new = {name: np.array(x) for name, x in written.items()}
-            _update_layer({**arrays, **new}, its_rule)
+            _update_layer({**arrays, **new}, layer_rule)
             for name, values in new.items():
                 writes.copy(written[name], values)
         else:
-            writes.step_in_chunks(partial(_update_layer, arrays, its_rule))
+            writes.step_in_chunks(partial(_update_layer, arrays, layer_rule))
 
 
 def _layers(
@@ -83,7 +83,7 @@ def _layers(
     if isinstance(rule.lr_before_momentum, np.ndarray):
         arrays["lr"] = np.broadcast_to(rule.lr_before_momentum, w.shape)
         rule = rule._replace(lr_before_momentum=1.0)
-    # These options do not matter here; the kernel does not support all of their values.
+    # These options do not affect the step of a layer; the kernel supports only these values.
     rule = rule._replace(nonfinite="propagate", stop_gradients=True, axis_name=None)
     if rule.layer_axis is None:
         yield arrays, rule
@@ -97,16 +97,16 @@ def _layers(
 @in_default_floats
 @np.errstate(all="ignore")
 def _update_layer(arrays: dict[str, Array], rule: Rule) -> None:
-    """Take one step over the arrays of one layer."""
     precision = precision_for(arrays["w"], arrays["dcdw"])
     flat = _flattened(arrays)
     norms = norms_of(flat["w"], flat["dcdw"], precision, rule)
     clipped: Callable[[Array], Array] | None = None
     if "lr" in flat and rule.trust_clip:
         rule, clipped = _clipping(norms, rule)
-    gradient_coefficient, decay_coefficient = _coefficients(norms, rule)
+    found = formula.coefficients(norms.trust_ratio(rule), norms.numbers(rule))
+    gradient_coefficient, decay_coefficient = map(_to_double_double, found)
     if norms.joint is not None and ("lr" in flat or float(decay_coefficient) > 1):
-        # g and decay * w may cancel, and a long step would magnify the error of what is left.
+        # g and decay * w may cancel, and a long step would magnify the rounding error of their sum.
         flat["dcdw"] = norms.joint
         gradient_coefficient = gradient_coefficient.scaled(norms.joint.exponent)
         rule = formula.without_decay(rule)
@@ -122,12 +122,12 @@ def _update_layer(arrays: dict[str, Array], rule: Rule) -> None:
         local = coefficients
         if "lr" in read:
             rates = read["lr"] if clipped is None else clipped(read["lr"])
-            # Complex elements have a real and an imaginary part for each rate.
+            # One rate applies to the real and the imaginary part of a complex element.
             rates = np.repeat(rates, read["w"].size // max(1, rates.size))
             local = [x if x is None else rates * x for x in coefficients]
         new = _step_piece(read, local, exponent, rule)
         if may_overflow and not all(np.isfinite(x).all() for x in new.values()):
-            # A step as long as the largest number may overflow although the new weight does not.
+            # The step may overflow even if the new weight is finite: compute a quarter of both.
             smaller = {name: x if name == "dcdw" else x / 4 for name, x in read.items()}
             quarter = _step_piece(smaller, local, exponent - 2, rule)
             new = {name: np.where(np.isfinite(x), x, 4 * quarter[name]) for name, x in new.items()}
@@ -138,7 +138,7 @@ def _update_layer(arrays: dict[str, Array], rule: Rule) -> None:
 def _step_piece(
     read: dict[str, Array], coefficients: list[Any], exponent: int, rule: Rule
 ) -> dict[str, Array]:
-    """The new values, by the names of the arrays to write to."""
+    """The new values of the arrays to write to, by name."""
     w, dcdw = read["w"], read["dcdw"]
     dcdw = np.ldexp(dcdw, exponent) if exponent else dcdw
     if "velocity" not in read:
@@ -160,7 +160,7 @@ _READER = _native.reader((np.ndarray,), Rule._fields, as_bits=True)
 
 
 def measure(w: Array, dcdw: Array, rule: Rule) -> Measured:
-    """The norms and ratios of `update`: numbers, or a vector for a layer axis."""
+    """The norms and ratios of `update`: numbers, or vectors if there is a layer axis."""
     layers = [_measure_layer(*layer) for layer in _layers(w, dcdw, w, rule, None)]
     if rule.layer_axis is None:
         return Measured(*map(np.float64, layers[0]))
@@ -168,7 +168,7 @@ def measure(w: Array, dcdw: Array, rule: Rule) -> Measured:
 
 
 def measured(plan: Plan) -> Array:
-    """The norms and ratios of a plan: a row with the fields of `Measured` for each layer."""
+    """The norms and ratios in a plan: for each layer a row with the fields of `Measured`."""
     return np.frombuffer(plan.measure(plan.norms())).reshape(-1, len(Measured._fields))
 
 
@@ -181,17 +181,11 @@ def _measure_layer(arrays: dict[str, Array], rule: Rule) -> tuple[float, ...]:
     flat = _flattened(arrays)
     norms = norms_of(flat["w"], flat["dcdw"], precision, rule._replace(adapt=True))
     ratio, unclipped = norms.trust_ratio(rule), norms.trust_ratio(rule, clip=False)
-    if norms.joint is not None:  # norms.dcdw is that of the joint gradient
+    if norms.joint is not None:  # then norms.dcdw is the norm of the joint gradient
         separate = rule._replace(adapt=True, joint_norm=False)
         norms = norms_of(flat["w"], flat["dcdw"], precision, separate)
     g_norm = norms.dcdw / norms.number(rule.grad_scale)
     return tuple(map(float, (norms.w, g_norm, ratio, unclipped)))
-
-
-def _coefficients(norms: Norms, rule: Rule) -> tuple[DoubleDouble, DoubleDouble]:
-    found = formula.coefficients(norms.trust_ratio(rule), norms.numbers(rule))
-    gradient_coefficient, decay_coefficient = map(_to_double_double, found)
-    return gradient_coefficient, decay_coefficient
 
 
 def _to_double_double(x: DoubleDouble | float) -> DoubleDouble:
@@ -199,7 +193,7 @@ def _to_double_double(x: DoubleDouble | float) -> DoubleDouble:
 
 
 def _clipping(norms: Norms, rule: Rule) -> tuple[Rule, Callable[[Array], Array] | None]:
-    """LARC with a rate per element: the rule without it, and a function that clips the rates."""
+    """For `trust_clip` with a rate per element: a rule without it, and a function to clip rates."""
     rule = rule._replace(trust_clip=False)
     if not rule.adapt or norms.w == 0 or norms.dcdw == 0:
         return rule, None
@@ -216,7 +210,7 @@ def _rounded(x: DoubleDouble, precision: Precision) -> Any:
 
 
 def _flattened(arrays: dict[str, Array]) -> dict[str, Any]:
-    """The elements in the order of the memory of w: 1-d views or, with gaps, flat iterators.
+    """The elements in memory order of w: 1-d views, or flat iterators if the memory has gaps.
 
     Axes of length 1 are dropped: numpy's iterators have at most 32 axes, arrays up to 64.
     """
@@ -238,6 +232,6 @@ def _write(flat: Any, piece: slice, values: Array) -> None:
 
 
 def _has_range_of(precision: Precision, dtype: np.dtype[Any]) -> bool:
-    """Whether the largest number of the dtype is that of the precision."""
+    """Whether the dtype has the same largest number as the precision."""
     size = dtype.itemsize // (2 if dtype.kind == "c" else 1)
     return dtype.kind in "fc" and size >= np.dtype(precision).itemsize

@@ -19,34 +19,31 @@ NUMPY_TYPES = {
 
 
 def bytes_needed(x: Tensor) -> int:
-    """The size that its storage must have to hold a tensor."""
+    """The size in bytes that a storage needs to hold this tensor."""
     if x.numel() == 0:
         return 0
     last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
     return int((x.storage_offset() + last + 1) * x.element_size())
 
 
-def view(x: Tensor) -> NumpyArray:
-    """A numpy view for `cpu.update`, with the bits of bfloat16.
+def view(x: Tensor, typestr: str | None = None) -> NumpyArray:
+    """A numpy view for `twin.update`, with bfloat16 as bits.
 
-    Not by `x.numpy()`, after which the storage can never be resized or freed.
+    This avoids `x.numpy()`, after which the storage could never be resized or freed.
     """
     x = x.detach().resolve_conj().resolve_neg()
-    if not x.numel():
-        return np.empty(x.shape, NUMPY_TYPES[x.dtype])
-    return np.asarray(Address(x, NUMPY_TYPES[x.dtype]))
+    typestr = typestr or NUMPY_TYPES[x.dtype]
+    return np.asarray(Address(x, typestr)) if x.numel() else np.empty(x.shape, typestr)
 
 
 def bits(x: Tensor) -> NumpyArray:
     """A numpy view of the bits of a tensor of any dtype, to copy from or to."""
-    x = x.detach().resolve_conj().resolve_neg()
     size = x.element_size()
-    typestr = f"u{size}" if size <= 8 else f"c{size}"
-    return np.asarray(Address(x, typestr)) if x.numel() else np.empty(x.shape, typestr)
+    return view(x, f"u{size}" if size <= 8 else f"c{size}")
 
 
 class Address:
-    """The memory of a tensor by numpy's protocol; without a typestr, it must not be read."""
+    """The memory of a tensor for numpy's array interface; not to be read without a typestr."""
 
     def __init__(self, x: Tensor, typestr: str | None = None) -> None:
         size = x.element_size()

@@ -1,10 +1,10 @@
 """torch: CPU memory by the native engine, accelerators by multi-tensor operations.
 
 Dense CPU tensors that need no autograd graph are updated by the kernel, or through numpy views of
-their memory where the kernel does not support them. Tensors on an accelerator are updated many at a
-time, as `Tensors`, by `torch._foreach_*` operations, without waiting for the device. All others
-(autograd, torch.func, subclasses of Tensor, rates that are tensors with a shape) are updated leaf
-by leaf.
+their memory if the kernel does not support them. Tensors on an accelerator are updated many at a
+time, as `Tensors`, by `torch._foreach_*` operations, without waiting for the device. In all other
+cases (autograd, torch.func, subclasses of Tensor, rates that are tensors with a shape), leaves are
+updated one by one.
 """
 
 from __future__ import annotations
@@ -17,81 +17,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lars_tree._backends import base
 from lars_tree._backends.arrays import ArraysBackend
-from lars_tree._backends.base import (
-    MAX_AXES,
-    Columns,
-    Facts,
-    Kind,
-    Leaf,
-    StepResult,
-    StepResults,
-    Values,
-    Writes,
-)
+from lars_tree._backends.base import Columns, Leaf, StepResult, StepResults, Writes
 from lars_tree._backends.cpu import twin
 from lars_tree._backends.memory import NumpyArray
+from lars_tree._backends.torch import sharded, stand_ins, tensors
 from lars_tree._backends.torch.addresses import NUMPY_TYPES, Address, bits, bytes_needed, view
 from lars_tree._backends.torch.reader import READER, may_read
-from lars_tree._backends.torch.sharded import (
-    is_sharded,
-    measure_shards,
-    partial_fault,
-    shard_of,
-    sharding_of,
-    step_shards,
-    whole,
-)
 from lars_tree._backends.torch.shards import Shards
-from lars_tree._backends.torch.stand_ins import (
-    TENSOR_TYPES,
-    address,
-    is_functorch,
-    is_intercepted,
-    mapped_fault,
-    stand_in_fault,
-)
-from lars_tree._backends.torch.tensors import (
-    TorchOps,
-    bump_versions,
-    copy_all,
-    fetched,
-    layers,
-    leaf_like,
-    measure_leaves,
-    step_layers,
-    targets,
-    writing_to,
-)
 from lars_tree._numerics.formula import Measured
 
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
-
-_OPS = TorchOps(torch)
 
 
 class TorchBackend(ArraysBackend):
     """torch tensors and parameters on any device."""
 
     name = "torch"
+    ops = tensors.TorchOps(torch)
 
-    def facts(self, x: Tensor) -> Facts:
-        dtype, kind = x.dtype, Kind.INTEGER
+    def facts(self, x: Tensor) -> base.Facts:
+        dtype, kind = x.dtype, base.Kind.INTEGER
         if dtype in NUMPY_TYPES:
-            kind = Kind.COMPLEX if dtype.is_complex else Kind.REAL
+            kind = base.Kind.COMPLEX if dtype.is_complex else base.Kind.REAL
         elif dtype.is_floating_point or dtype.is_complex or dtype == torch.bool or x.is_quantized:
-            kind = Kind.OTHER
-        return Facts(tuple(x.shape), kind, dtype, x.device, sharding_of(x))
+            kind = base.Kind.OTHER
+        return base.Facts(tuple(x.shape), kind, dtype, x.device, sharded.sharding_of(x))
 
-    def values(self, x: Tensor) -> Values:
-        if is_functorch(x):
-            return Values.TRACED
-        return Values.CPU if x.device.type == "cpu" else Values.DEVICE
+    def values(self, x: Tensor) -> base.Values:
+        if stand_ins.is_functorch(x):
+            return base.Values.TRACED
+        return base.Values.CPU if x.device.type == "cpu" else base.Values.DEVICE
 
     def to_numpy(self, x: Tensor) -> NumpyArray:
-        x = whole(x.detach()).resolve_conj().resolve_neg().cpu()
-        # A copy, as `view` explains: numpy() would change the storage of x itself.
+        x = sharded.whole(x.detach()).resolve_conj().resolve_neg().cpu()
+        # A copy, because `numpy()` would change the storage of x: see `view`.
         return np.asarray((x.double() if x.dtype == torch.bfloat16 else x.clone()).numpy())
 
     def full(self, number: complex, like: Tensor) -> Tensor:
@@ -102,7 +64,7 @@ class TorchBackend(ArraysBackend):
     def copy(self, x: Tensor, stop_gradients: bool) -> Tensor:
         if not stop_gradients:
             return x.clone()
-        return leaf_like(x.detach().clone(), x)
+        return tensors.leaf_like(x.detach().clone(), x)
 
     def fault(self, x: Tensor) -> str | None:
         if torch.nn.parameter.is_lazy(x):
@@ -111,16 +73,16 @@ class TorchBackend(ArraysBackend):
             return f"a sparse or nested tensor ({x.layout}): make it dense first"
         if x.device.type == "meta":
             return "a tensor on the meta device, which holds no data"
-        if x.ndim > MAX_AXES:
-            return f"a tensor of {x.ndim} axes, where numpy has {MAX_AXES} at most"
-        stand_in = stand_in_fault(x)
+        if x.ndim > base.MAX_AXES:
+            return f"a tensor of {x.ndim} axes, where numpy has {base.MAX_AXES} at most"
+        stand_in = stand_ins.stand_in_fault(x)
         if stand_in:
             return stand_in
-        if is_sharded(x):
-            fault = partial_fault(x)
+        if sharded.is_sharded(x):
+            fault = sharded.partial_fault(x)
             if fault:
                 return fault
-            x = shard_of(x)
+            x = sharded.shard_of(x)
         if _has_memory(x) and x.untyped_storage().nbytes() < bytes_needed(x):
             return "a tensor whose storage was freed"
         return None
@@ -128,7 +90,7 @@ class TorchBackend(ArraysBackend):
     def out_fault(self, x: Tensor) -> str | None:
         if x.is_conj() or x.is_neg():
             return "a lazily conjugated or negated view: resolve it first"
-        return mapped_fault(shard_of(x))
+        return stand_ins.mapped_fault(sharded.shard_of(x))
 
     def sizes(self, xs: list[Tensor]) -> tuple[list[int], list[int]]:
         if torch.nn.parameter.is_lazy(xs[0]):
@@ -137,14 +99,11 @@ class TorchBackend(ArraysBackend):
         return counts, [count * x.itemsize for count, x in zip(counts, xs, strict=True)]
 
     def memory(self, x: Tensor) -> NumpyArray | None:
-        local = shard_of(x)
-        return None if address(local) is None else np.asarray(Address(local))
+        local = sharded.shard_of(x)
+        return None if stand_ins.address(local) is None else np.asarray(Address(local))
 
     def is_tracked(self, x: Tensor) -> bool:
         return (torch.is_grad_enabled() and x.requires_grad) or _has_tangent(x)
-
-    def ops(self, x: Tensor) -> TorchOps:
-        return _OPS
 
     def widen(self, x: Any, w: Tensor) -> Tensor:
         double = w.device.type == "cpu" or w.dtype in (torch.float64, torch.complex128)
@@ -180,7 +139,7 @@ class TorchBackend(ArraysBackend):
     def finish(self, columns: Columns, results: StepResults, indices: Iterable[int]) -> None:
         for index in indices:
             if results.ws[index] is not None:
-                results.ws[index] = leaf_like(results.ws[index], columns.ws[index])
+                results.ws[index] = tensors.leaf_like(results.ws[index], columns.ws[index])
 
     def count(self, plan: Plan, counter: Tensor) -> bool:
         return _is_readable_counter(counter) and plan.count(np.asarray(Address(counter, "i8")))
@@ -192,14 +151,14 @@ class TorchBackend(ArraysBackend):
             if not self._steps_in_memory(leaf):
                 results[i] = writes.result(leaf, self._arrays(leaf))
                 continue
-            results[i] = targets(leaf)
-            if leaf.w.device.type == "cpu" and not is_sharded(leaf.w):
+            results[i] = tensors.targets(leaf)
+            if leaf.w.device.type == "cpu" and not sharded.is_sharded(leaf.w):
                 self._step_in_cpu_memory(leaf, results[i], writes)
             else:
                 elsewhere.append((leaf, results[i]))
         outs, values = _stepped(elsewhere)
         if elsewhere and elsewhere[0][0].out is None:  # then no leaf has an `out`
-            copy_all(outs, values)
+            tensors.copy_all(outs, values)
         else:
             for out, value in zip(outs, values, strict=True):
                 writes.add(self, out, value)
@@ -222,37 +181,37 @@ class TorchBackend(ArraysBackend):
                 stops = leaf.rule.stop_gradients
                 with torch.set_grad_enabled(torch.is_grad_enabled() and not stops):
                     found[i] = self.measure_leaf(leaf.w, leaf.dcdw, leaf.rule)
-            elif is_sharded(leaf.w):
-                elsewhere.setdefault(measure_shards, []).append(i)
+            elif sharded.is_sharded(leaf.w):
+                elsewhere.setdefault(sharded.measure_shards, []).append(i)
             elif leaf.w.is_cpu or not leaf.w.numel():
                 measured = twin.measure(view(leaf.w), view(leaf.dcdw), leaf.rule)
                 found[i] = Measured(*(torch.as_tensor(x, device=leaf.w.device) for x in measured))
             else:
-                elsewhere.setdefault(measure_leaves, []).append(i)
+                elsewhere.setdefault(tensors.measure_leaves, []).append(i)
         for measure, indices in elsewhere.items():
             found |= zip(indices, measure([leaves[i] for i in indices]), strict=True)
-        return [Measured(*map(whole, found[i])) for i in range(len(leaves))]
+        return [Measured(*map(sharded.whole, found[i])) for i in range(len(leaves))]
 
     def numbers(self, rows: NumpyArray, ws: list[Tensor]) -> list[Measured]:
         return [Measured(*row.unbind()) for row in torch.from_numpy(rows)]
 
     def fetch(self, xs: list[Tensor]) -> list[NumpyArray]:
-        return fetched([whole(x.detach()) for x in xs])
+        return tensors.fetched([sharded.whole(x.detach()) for x in xs])
 
     def _steps_in_memory(self, leaf: Leaf) -> bool:
-        """Whether a leaf can be updated in memory: without autograd, and unseen by torch."""
+        """Whether a leaf can be updated directly in memory, without autograd."""
         w, rule = leaf.w, leaf.rule
-        tensors = [
-            x for x in (w, leaf.dcdw, leaf.out, leaf.velocity, *rule) if isinstance(x, Tensor)
-        ]
-        if not all(_has_memory(x) or (is_sharded(x) and not is_intercepted()) for x in tensors):
+        given = (w, leaf.dcdw, leaf.out, leaf.velocity, *rule)
+        xs = [x for x in given if isinstance(x, Tensor)]
+        has_memory = all(_has_memory(x) or sharded.is_sharded(x) for x in xs)
+        if stand_ins.is_intercepted() or not has_memory:
             return False
-        if not rule.stop_gradients and any(map(self.is_tracked, tensors)):
+        if not rule.stop_gradients and any(map(self.is_tracked, xs)):
             return False
         options = [x for x in rule if isinstance(x, (Tensor, np.ndarray))]
-        if w.device.type == "cpu" and not is_sharded(w):
+        if w.device.type == "cpu" and not sharded.is_sharded(w):
             return not any(isinstance(x, Tensor) for x in options)
-        return is_sharded(w) or all(x.ndim == 0 for x in options)
+        return sharded.is_sharded(w) or all(x.ndim == 0 for x in options)
 
     def _arrays(self, leaf: Leaf) -> StepResult:
         stops = leaf.rule.stop_gradients
@@ -261,25 +220,25 @@ class TorchBackend(ArraysBackend):
         return StepResult(*(x if x is None or not stops else x.detach() for x in new))
 
     def all_finite(self, xs: list[Tensor]) -> Any:
-        flags = [whole(torch.isfinite(x.detach()).all()) for x in xs]
+        flags = [sharded.whole(torch.isfinite(x.detach()).all()) for x in xs]
         return torch.stack(flags).all() if len({x.device for x in xs}) == 1 else all(flags)
 
     def choose(self, flag: Any, a: Tensor, b: Tensor) -> Tensor:
         if isinstance(flag, bool):
             return a if flag else b
         chosen = torch.where(flag, a.detach(), b.detach())
-        return leaf_like(chosen, a) if a.is_leaf else torch.where(flag, a, b)
+        return tensors.leaf_like(chosen, a) if a.is_leaf else torch.where(flag, a, b)
 
     def write(self, out: Tensor, x: Tensor) -> None:
         x = x.detach()
-        with writing_to([out]):
+        with tensors.writing_to([out]):
             out.copy_(x)
 
     def writers(self, pairs: list[tuple[Tensor, Tensor]]) -> list[Callable[[], Any]]:
         together = [pair for pair in pairs if all(map(_has_memory, pair))]
         others = [pair for pair in pairs if not all(map(_has_memory, pair))]
         outs, xs = ([pair[i].detach() for pair in together] for i in (0, 1))
-        calls = [partial(copy_all, outs, xs)] if together else []
+        calls = [partial(tensors.copy_all, outs, xs)] if together else []
         return calls + super().writers(others)
 
     def copied_memory(self, out: Tensor, x: Tensor) -> tuple[NumpyArray, NumpyArray] | None:
@@ -288,16 +247,18 @@ class TorchBackend(ArraysBackend):
         return bits(out), bits(x.detach().to(out.dtype))
 
     def announce(self, outs: Iterable[Tensor]) -> None:
-        bump_versions(outs)
+        tensors.bump_versions(outs)
 
 
 def _stepped(given: list[tuple[Leaf, StepResult]]) -> tuple[list[Tensor], list[Tensor]]:
     """The tensors to write to, and their new values, by multi-tensor operations."""
-    sharded = [pair for pair in given if is_sharded(pair[0].w)]
-    unsharded = (pair for pair in given if not is_sharded(pair[0].w))
-    outs, values = step_layers((layer, None) for pair in unsharded for layer in layers(*pair))
-    if sharded:
-        more = step_shards(sharded)
+    shards = [pair for pair in given if sharded.is_sharded(pair[0].w)]
+    others = (pair for pair in given if not sharded.is_sharded(pair[0].w))
+    outs, values = tensors.step_layers(
+        (layer, None) for pair in others for layer in tensors.layers(*pair)
+    )
+    if shards:
+        more = sharded.step_shards(shards)
         outs, values = outs + more[0], values + more[1]
     return outs, values
 
@@ -307,8 +268,8 @@ def results_in_place(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The tensors to write to, and their new values, for an update in place on any device.
 
-    Never waits for the device, and checks nothing: optimizers check parameters when they are added.
-    Unless `unless`, a number on a device, is 0, the values are the old ones.
+    It never waits for the device and checks nothing: optimizers check parameters when they are
+    added. `unless` is a number on a device; if it is not 0, the values are the old ones.
     """
     outs, values = _stepped([(leaf, StepResult(leaf.out, leaf.velocity)) for leaf in leaves])
     if unless is not None:
@@ -323,26 +284,26 @@ def results_in_place(
 def _returned(leaf: Leaf, new: StepResult) -> StepResult:
     if leaf.out is not None:
         return StepResult(leaf.out, leaf.velocity)
-    if not leaf.rule.stop_gradients or is_functorch(new.w):
+    if not leaf.rule.stop_gradients or stand_ins.is_functorch(new.w):
         return new
-    return new._replace(w=leaf_like(new.w, leaf.w))
+    return new._replace(w=tensors.leaf_like(new.w, leaf.w))
 
 
 def _has_memory(x: Tensor) -> bool:
-    """Whether x has memory of its own that may be read and written unseen by torch."""
-    if type(x) not in TENSOR_TYPES or is_functorch(x):
+    """Whether x has memory of its own that may be read and written without torch's operations."""
+    if type(x) not in stand_ins.TENSOR_TYPES or stand_ins.is_functorch(x):
         return False
-    return not is_intercepted()
+    return not stand_ins.is_intercepted()
 
 
 def is_in_cpu_memory(x: Tensor) -> bool:
-    """Whether x is a CPU tensor with memory of its own."""
-    return type(x) in TENSOR_TYPES and x.is_cpu
+    """Whether x is a CPU tensor with its own memory."""
+    return type(x) in stand_ins.TENSOR_TYPES and x.is_cpu
 
 
 def is_shard(x: Tensor) -> bool:
     """Whether x is a DTensor with shards in CPU memory."""
-    return is_sharded(x) and x.is_cpu
+    return sharded.is_sharded(x) and x.is_cpu
 
 
 def _is_readable_counter(x: Any) -> bool:

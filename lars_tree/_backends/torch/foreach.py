@@ -1,7 +1,7 @@
 """The foreach engine: updates many torch tensors at once, by multi-tensor operations.
 
-For torch optimizers with parameters on accelerators, or with foreach=True. It replaces the full
-checks, which would take longer than the step on a device, by a cheap pre-check.
+It serves torch optimizers with parameters on accelerators, or with foreach=True. Full checks would
+take longer than the step on a device, so it makes a cheap pre-check instead.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Foreach(NamedTuple):
     Attributes:
         indices: The indices of its leaves.
         one_by_one: Whether to update leaf by leaf, which needs less memory.
-        unless: A number on a device: unless it is 0, the old values are kept.
+        unless: A number on a device; if it is not 0, the old values are kept.
     """
 
     indices: Collection[int]
@@ -32,7 +32,7 @@ class Foreach(NamedTuple):
     unless: Tensor | None
 
     def trusted(self, leaves: list[Leaf]) -> list[Leaf]:
-        """The tensors on devices, if the cheap pre-check passes; CPU tensors are fully checked."""
+        """The leaves on accelerators if all leaves pass the pre-check; others are fully checked."""
         ours = [leaf for leaf in leaves if leaf.leaf_index in self.indices]
         if not _look_right(ours):
             return []
@@ -43,13 +43,13 @@ class Foreach(NamedTuple):
         if not self.one_by_one:
             yield from zip(*results_in_place(leaves, self.unless), strict=True)
             return
-        for leaf in leaves:  # the results are held in the dtypes of `out`, to save memory
+        for leaf in leaves:  # to save memory, the results are held in the dtype of `out`
             for out, new in zip(*results_in_place([leaf], self.unless), strict=True):
                 yield out, new.to(out.dtype)
 
 
 def _look_right(leaves: list[Leaf]) -> bool:
-    """A cheap pre-check of whether tensors fit together; the full checks report what is wrong.
+    """A cheap pre-check that tensors fit together; if it fails, the full checks report the error.
 
     It does not find tensors that overlap but start at different addresses.
     """

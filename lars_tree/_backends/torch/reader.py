@@ -1,4 +1,4 @@
-"""The `Reader` of the native engine for torch tensors, and when it may be used."""
+"""The `Reader` of the native engine for torch tensors, and whether it may be used."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ READER: Reader = _EXCHANGE and _native.reader(
 
 
 def may_read() -> bool:
-    """Whether the kernel can read and write memory of tensors, unseen by torch."""
+    """Whether the kernel may read and write the memory of tensors without torch's operations."""
     if READER is None or is_intercepted() or torch._C._functorch.peek_interpreter_stack():
         return False
     return _native.in_use() is not None

@@ -1,9 +1,9 @@
 """torch DTensor, as in FSDP2 and tensor parallelism: each process updates its own shards.
 
-The norms are those of whole parameters. Each process computes the squared norms of its shards, and
-one all-reduce per step and dimension of the device mesh adds them up; no other communication is
-needed. This module uses multi-tensor operations; the native engine updates most shards in CPU
-memory, see `shards.py`.
+Norms are computed over whole parameters: each process computes the squared norms of its shards, and
+one all-reduce per step and dimension of the device mesh adds them up. No other communication is
+needed. This module uses multi-tensor operations; most shards in CPU memory are updated by the
+native engine instead (`shards.py`).
 """
 
 from __future__ import annotations
@@ -17,22 +17,12 @@ import torch
 from torch import Tensor
 
 from lars_tree._backends.base import Leaf, Sharding, StepResult
-from lars_tree._backends.torch.tensors import (
-    Layer,
-    Tensors,
-    TensorsOps,
-    TorchOps,
-    layers,
-    measure_layers,
-    of_leaf,
-    step_layers,
-    wide,
-)
+from lars_tree._backends.torch import tensors
 from lars_tree._numerics import formula
 from lars_tree._numerics.formula import Measured, Norm
 
-# Squares of float64 numbers may overflow or vanish, so they are added up with each of these scales;
-# their sums tell which one to use (Blue 1978, doi:10.1145/355769.355771).
+# Squares of float64 numbers may overflow or underflow, so they are summed with each of these
+# scales; the sums show which scale to use (Blue 1978, doi:10.1145/355769.355771).
 SCALES = (1.0, 2.0**-600, 2.0**600)
 SAFE_SUM = (2.0**-900, 2.0**1000)
 
@@ -49,7 +39,7 @@ def sharding_of(x: Any) -> Sharding | None:
 
 
 def partial_fault(x: Any) -> str | None:
-    """Why a DTensor cannot be computed with; None if it can."""
+    """Why LARS cannot compute with a DTensor; None if it can."""
     if any(placement.is_partial() for placement in x.placements):
         return "a DTensor of partial sums: redistribute it first"
     return None
@@ -58,8 +48,8 @@ def partial_fault(x: Any) -> str | None:
 def shard_of(x: Any) -> Tensor:
     """The shard of a DTensor that this process holds; any other object unchanged.
 
-    Without autograd. As in torch's optimizers, not by `to_local`, which takes longer than the
-    update of a small shard.
+    The result is not tracked by autograd. Like torch's optimizers, this avoids `to_local`, which
+    takes longer than the update of a small shard.
     """
     if not is_sharded(x):
         return x
@@ -77,36 +67,38 @@ def step_shards(given: list[tuple[Leaf, StepResult]]) -> tuple[list[Tensor], lis
     """The tensors to write to, and their new values, for leaves with DTensor weights."""
     with torch.no_grad():
         shards = [_joined(_shard(*pair)) for pair in given]
-        return step_layers(_with_norms(shards), _WholeNorms)
+        return tensors.step_layers(_with_norms(shards), _WholeNorms)
 
 
 def measure_shards(leaves: list[Leaf]) -> list[Measured]:
     """The norms and ratios of leaves with DTensor weights, the same in all processes."""
-    # All norms are reported, also of leaves that are not adapted.
+    # Norms are reported even for leaves whose rule does not adapt.
     shards = [_shard(leaf, StepResult(leaf.w))._replace(needs_norms=True) for leaf in leaves]
     with torch.no_grad():
-        measured = list(measure_layers(_with_norms(map(_joined, shards)), _WholeNorms))
+        measured = list(tensors.measure_layers(_with_norms(map(_joined, shards)), _WholeNorms))
         if any(formula.is_joint(leaf.rule) for leaf in leaves):
-            # These denominators are norms of sums: measure the norms of the gradients as well.
-            pairs = zip(measured, measure_layers(_with_norms(shards), _WholeNorms), strict=True)
-            measured = [each._replace(g_norm=separate.g_norm) for each, separate in pairs]
+            # A joint norm is not the norm of the gradient, so measure that separately.
+            separate = tensors.measure_layers(_with_norms(shards), _WholeNorms)
+            pairs = zip(measured, separate, strict=True)
+            measured = [joint._replace(g_norm=each.g_norm) for joint, each in pairs]
         found = iter(measured)
         local = [list(islice(found, len(shard.layers))) for shard in shards]
         return [_gathered(*pair) for pair in zip(leaves, local, strict=True)]
 
 
 def _joined(shard: _Shard) -> _Shard:
-    """The shard with dcdw + decay * w instead of gradients, where `joint_norm` needs its norm."""
+    """The shard, with gradients replaced by joint gradients where `joint_norm` applies."""
     return shard._replace(layers=[_total(layer) for layer in shard.layers])
 
 
-def _total(layer: Layer) -> Layer:
+def _total(layer: tensors.Layer) -> tensors.Layer:
     rule = layer.rule
     if not formula.is_joint(rule):
         return layer
-    w, dcdw = (x.to(wide(layer)) for x in (layer.w, layer.dcdw))
+    w, dcdw = (x.to(tensors.wide(layer)) for x in (layer.w, layer.dcdw))
     decay = torch.as_tensor(rule.decay_lambda * rule.grad_scale, dtype=w.dtype, device=w.device)
-    total = formula.multiply_add(TorchOps(torch), -dcdw if rule.maximize else dcdw, decay, w)
+    gradient = -dcdw if rule.maximize else dcdw
+    total = formula.multiply_add(tensors.TorchOps(torch), gradient, decay, w)
     return layer._replace(dcdw=total, rule=formula.without_decay(rule))
 
 
@@ -120,7 +112,7 @@ def _gathered(leaf: Leaf, measured: list[Measured]) -> Measured:
         return measured[0]
     tensor = sys.modules["torch.distributed.tensor"]
     empty = [torch.zeros(0, dtype=torch.float64, device=w.device)] * 4
-    vectors = of_leaf(measured, leaf.rule) if measured else Measured(*empty)
+    vectors = tensors.of_leaf(measured, leaf.rule) if measured else Measured(*empty)
     placements = [
         _along_axis_0(placement)
         if getattr(placement, "dim", None) == axis % w.ndim
@@ -145,54 +137,53 @@ def _along_axis_0(placement: Any) -> Any:
 
 
 class _Shard(NamedTuple):
-    """The layers of one leaf in this process, and the groups of processes that share them."""
+    """The layers of one leaf in this process, and the process groups that share them."""
 
-    layers: list[Layer]
+    layers: list[tensors.Layer]
     groups: list[Any]
     needs_norms: bool
 
 
 def _shard(leaf: Leaf, new: StepResult) -> _Shard:
     groups = groups_of(leaf.w, leaf.rule.layer_axis)
-    return _Shard(layers_here(leaf, new), groups, leaf.rule.adapt and has_part(leaf.w))
+    return _Shard(layers_here(leaf, new), groups, leaf.rule.adapt and is_in_mesh(leaf.w))
 
 
-def has_part(w: Any) -> bool:
-    """Whether this process is in the device mesh of a DTensor."""
+def is_in_mesh(w: Any) -> bool:
     return w.device_mesh.get_coordinate() is not None
 
 
-def layers_here(leaf: Leaf, new: StepResult) -> list[Layer]:
-    """The layers of a leaf with DTensor weights in this process, to be written to shards of new."""
-    if not has_part(leaf.w):
+def layers_here(leaf: Leaf, new: StepResult) -> list[tensors.Layer]:
+    """The layers of a leaf in this process; results are written to the shards of `new`."""
+    if not is_in_mesh(leaf.w):
         return []
     options = leaf.rule._asdict().items()
-    # An option with one element may be a DTensor, too.
+    # An option may be a DTensor with one element.
     numbers = {
         name: whole(torch.as_tensor(x)).reshape(()) for name, x in options if hasattr(x, "shape")
     }
     rule, gradient = leaf.rule._replace(**numbers), _gradient_of(leaf.dcdw, leaf.w)
     shard = leaf._replace(w=shard_of(leaf.w), dcdw=gradient, rule=rule)
-    return layers(shard, StepResult(*map(shard_of, new)))
+    return tensors.layers(shard, StepResult(*map(shard_of, new)))
 
 
 def groups_of(w: Any, layer_axis: int | None = None) -> list[Any]:
     """The groups of processes with which this one shares layers of w."""
     mesh, axis = w.device_mesh, None if layer_axis is None else layer_axis % w.ndim
-    if not has_part(w):
+    if not is_in_mesh(w):
         return []
     return [
         mesh.get_group(dim)
         for dim, placement in enumerate(w.placements)
-        # Shards along the layer axis hold whole layers. Strided placements answer False to
-        # is_shard().
+        # Shards along the layer axis hold whole layers. Do not ask `is_shard()`, which is False for
+        # strided placements.
         if not placement.is_replicate() and placement.dim != axis
     ]
 
 
 def _gradient_of(dcdw: Any, w: Any) -> Tensor:
-    """The shard of a gradient with the placements of w."""
-    if not is_sharded(dcdw):  # a number, which is the same in all processes
+    """The shard of a gradient, redistributed to the placements of w."""
+    if not is_sharded(dcdw):  # a scalar, the same in all processes
         return dcdw
     dcdw = dcdw.expand(w.shape)
     if dcdw.placements != w.placements:
@@ -200,10 +191,10 @@ def _gradient_of(dcdw: Any, w: Any) -> Tensor:
     return shard_of(dcdw)
 
 
-def _with_norms(shards: Iterable[_Shard]) -> Iterator[tuple[Layer, Tensor | None]]:
-    """The layers with the norms of their whole w and dcdw, where these are needed."""
+def _with_norms(shards: Iterable[_Shard]) -> Iterator[tuple[tensors.Layer, Tensor | None]]:
+    """Each layer with the norms of w and dcdw over all processes; None if they are not needed."""
     shards = list(shards)
-    # Include leaves without a layer here: all processes of a group must add up the same rows.
+    # Include leaves without layers in this process: a group must add up the same rows everywhere.
     adapting = [shard for shard in shards if shard.needs_norms]
     given = [layer for shard in adapting for layer in shard.layers]
     squares = _squares(given)
@@ -215,11 +206,9 @@ def _with_norms(shards: Iterable[_Shard]) -> Iterator[tuple[Layer, Tensor | None
 
 
 def add_up(rows: Tensor, parts: Iterable[tuple[int, list[Any]]]) -> None:
-    """Replace rows by their sums over processes, with one all-reduce for each group.
+    """Replace rows by their sums over processes, with one all-reduce for each process group.
 
-    Args:
-        rows: The rows of all leaves, one after the other.
-        parts: For each leaf the number of its rows, the same in all processes, and its groups.
+    `parts` has, for each leaf, its number of rows (the same in all processes) and its groups.
     """
     members: dict[str, list[int]] = {}
     groups: dict[str, Any] = {}
@@ -238,16 +227,17 @@ def add_up(rows: Tensor, parts: Iterable[tuple[int, list[Any]]]) -> None:
             rows[indices] = packed
 
 
-def _squares(given: list[Layer]) -> Tensor:
-    """The squared norms of the layers here: by layer, w and dcdw, and scale."""
+def _squares(given: list[tensors.Layer]) -> Tensor:
+    """The squared norms in a tensor with axes for the layer, w or dcdw, and the scale."""
     device = given[0].w.device if given else None
     table = torch.zeros(len(given), 2, len(SCALES), dtype=torch.float64, device=device)
-    ops = TensorsOps(torch)
-    for dtype in {wide(layer) for layer in given}:
-        here = [i for i, layer in enumerate(given) if wide(layer) == dtype and layer.w.numel()]
+    ops = tensors.TensorsOps(torch)
+    for dtype in {tensors.wide(layer) for layer in given}:
+        alike = [i for i, layer in enumerate(given) if tensors.wide(layer) == dtype]
+        here = [i for i in alike if given[i].w.numel()]
         for column, name in enumerate(("w", "dcdw") if here else ()):
-            tensors = Tensors([getattr(given[i], name).to(dtype) for i in here])
-            norm = ops.scaled_norm(tensors, None)
+            xs = tensors.Tensors([getattr(given[i], name).to(dtype) for i in here])
+            norm = ops.scaled_norm(xs, None)
             for k, scale in enumerate(SCALES):
                 scaled = norm.scaled.double() * (norm.scale.double() * scale)
                 table[here, column, k] = scaled * scaled
@@ -261,8 +251,8 @@ def _roots(squares: Tensor) -> Tensor:
     return torch.where(is_safe, unscaled.sqrt(), torch.where(of_large > SAFE_SUM[0], large, small))
 
 
-class _WholeNorms(TensorsOps):
-    """Operations for layers with known norms of w and dcdw."""
+class _WholeNorms(tensors.TensorsOps):
+    """Operations for layers whose norms of w and dcdw are known."""
 
     def __init__(self, norms: list[Any]) -> None:
         super().__init__(torch)
@@ -274,7 +264,7 @@ class _WholeNorms(TensorsOps):
         return one, other
 
     def _scaled(self, norm: Tensor, dtype: torch.dtype) -> Norm:
-        # The scale must be finite in the dtype, also if the norm is not.
+        # The scale must be finite in the dtype even if the norm is not.
         limits = torch.finfo(dtype)
         scale = self.power_of_two(norm.clamp(max=limits.max / 4))
         scale = torch.where(norm > 0, scale.clamp(min=limits.tiny), scale)

@@ -1,7 +1,7 @@
 """DTensor shards in CPU memory, updated by the native engine.
 
-The layers in this process become layers of the plan of the update. The plan computes their norms;
-the squares are added up over the processes, as in `sharded.py`, before the plan is applied.
+The shards of this process become layers of the plan of the update. The plan computes their norms;
+before it is applied, the squared norms are summed over the processes, as in `sharded.py`.
 """
 
 from __future__ import annotations
@@ -15,26 +15,15 @@ from torch import Tensor
 
 from lars_tree._backends.base import Leaf, StepResult
 from lars_tree._backends.memory import NumpyArray
+from lars_tree._backends.torch import sharded
 from lars_tree._backends.torch.reader import READER
-from lars_tree._backends.torch.sharded import (
-    SAFE_SUM,
-    SCALES,
-    add_up,
-    groups_of,
-    has_part,
-    is_sharded,
-    layers_here,
-    partial_fault,
-    shard_of,
-)
 from lars_tree._backends.torch.stand_ins import TENSOR_TYPES
-from lars_tree._backends.torch.tensors import bump_versions, leaf_like, targets
-from lars_tree._numerics.formula import Rule
+from lars_tree._backends.torch.tensors import Layer, bump_versions, leaf_like, targets
 
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
 
-_EXPONENTS = np.log2(SCALES)
+_EXPONENTS = np.log2(sharded.SCALES)
 
 
 class Shards:
@@ -55,11 +44,12 @@ class Shards:
     def trust(self, leaves: list[Leaf]) -> list[Leaf]:
         leaves = [leaf for leaf in leaves if _looks_right(leaf)]
         results = [targets(leaf) for leaf in leaves]
-        columns = _Columns([], [], [], [], [])
+        layers = []
         for leaf, new in zip(leaves, results, strict=True):
-            columns.add(list(map(shard_of, (leaf.w, leaf.dcdw, *new))), leaf.rule)
+            shards = map(sharded.shard_of, (leaf.w, leaf.dcdw, *new))
+            layers.append(Layer._make([*shards, leaf.rule]))
         first = len(self._plan.indices)
-        rest = set(self._plan.prepare(READER, *columns))
+        rest = set(self._add(layers))
         taken = [i for i in range(len(leaves)) if i not in rest]
         for row, i in enumerate(taken, first):
             self._keep(leaves[i], results[i], range(row, row + 1))
@@ -68,13 +58,13 @@ class Shards:
     def take(self, leaves: list[Leaf]) -> None:
         with torch.no_grad():
             for leaf in leaves:
-                if is_sharded(leaf.w) and leaf.w.is_cpu and self._steps_in_memory(leaf):
+                if sharded.is_sharded(leaf.w) and leaf.w.is_cpu and self._steps_in_memory(leaf):
                     self._take(leaf, targets(leaf))
 
     def _take(self, leaf: Leaf, new: StepResult) -> None:
         first = len(self._plan.indices)
-        columns = _Columns([], [], [], [], [])
-        for *tensors, rule in layers_here(leaf, new):
+        layers = []
+        for *tensors, rule in sharded.layers_here(leaf, new):
             readable = [None if x is None else _readable(x) for x in tensors]
             if leaf.out is leaf.w:
                 readable[0] = readable[2]
@@ -82,10 +72,16 @@ class Shards:
             self.copies += (pair for pair in pairs if pair[0] is not pair[1])
             options = rule._asdict().items()
             numbers: Any = {name: float(x) for name, x in options if isinstance(x, Tensor)}
-            columns.add(readable, rule._replace(stop_gradients=True, **numbers))
-        rest = self._plan.prepare(READER, *columns)
+            known = rule._replace(stop_gradients=True, **numbers)
+            layers.append(Layer._make([*readable, known]))
+        rest = self._add(layers)
         assert not rest, "checked arrays are readable"
-        self._keep(leaf, new, range(first, first + len(columns.ws)))
+        self._keep(leaf, new, range(first, first + len(layers)))
+
+    def _add(self, layers: list[Layer]) -> list[int]:
+        names = ("w", "dcdw", "out", "rule", "velocity")
+        columns: Any = [[getattr(layer, name) for layer in layers] for name in names]
+        return self._plan.prepare(READER, *columns)
 
     def _keep(self, leaf: Leaf, new: StepResult, rows: range) -> None:
         self._parts.append(_Part(leaf, rows))
@@ -98,64 +94,50 @@ class Shards:
     def reduce(self, norms: bytearray) -> None:
         parts = [part for part in self._in_order() if part.leaf.rule.adapt]
         groups = _groups((part.leaf.w, part.leaf.rule.layer_axis) for part in parts)
-        # The norms of a leaf that is not shared with other processes are complete.
+        # A leaf that is not shared with other processes already has its final norms.
         shared = [(part.rows, some) for part, some in zip(parts, groups, strict=True) if some]
         indices = [row for rows, _ in shared for row in rows]
         table = np.frombuffer(norms).reshape(-1, _ROW)
         squares = torch.from_numpy(_squares(table[indices]))
-        add_up(squares, ((len(rows), some) for rows, some in shared))
+        sharded.add_up(squares, ((len(rows), some) for rows, some in shared))
         table[indices, :_COLUMNS] = _roots(squares.numpy())
 
     def agree(self, bad: set[int]) -> set[int]:
         leaves = [part.leaf for part in self._in_order()]
         leaves = [leaf for leaf in leaves if leaf.rule.nonfinite != "propagate"]
         flags = torch.tensor([float(leaf.leaf_index in bad) for leaf in leaves])
-        add_up(flags, ((1, some) for some in _groups((leaf.w, None) for leaf in leaves)))
+        sharded.add_up(flags, ((1, some) for some in _groups((leaf.w, None) for leaf in leaves)))
         return bad.union(
             leaf.leaf_index for leaf, flag in zip(leaves, flags, strict=True) if flag > 0
         )
 
     def announce(self) -> None:
-        bump_versions([*self._written, *map(shard_of, self._written)])
+        bump_versions([*self._written, *map(sharded.shard_of, self._written)])
 
     def _in_order(self) -> list[_Part]:
-        """In leaf order, which is the same in all processes, whatever each of them trusts."""
+        """The parts in leaf order, the only order that is the same in all processes."""
         return sorted(self._parts, key=lambda part: part.leaf.leaf_index)
 
 
 class _Part(NamedTuple):
-    """A leaf, and the rows of the plan with its layers in this process."""
+    """A leaf, and the plan rows of its layers in this process."""
 
     leaf: Leaf
     rows: range
 
 
-class _Columns(NamedTuple):
-    """The arguments of `Plan.prepare`."""
-
-    ws: list[Any]
-    dcdws: list[Any]
-    outs: list[Any]
-    rules: list[Rule]
-    velocities: list[Any]
-
-    def add(self, tensors: list[Any], rule: Rule) -> None:
-        for column, x in zip(self, [*tensors[:3], rule, *tensors[3:]], strict=True):
-            column.append(x)
-
-
 def _looks_right(leaf: Leaf) -> bool:
-    """Whether the tensors of a leaf are sharded alike; the plan itself looks at the shards."""
+    """Whether the tensors of a leaf are sharded alike; the plan checks the shards themselves."""
     w = leaf.w
-    if leaf.dcdw is None or not is_sharded(w) or not w.is_cpu or partial_fault(w):
+    if leaf.dcdw is None or not sharded.is_sharded(w) or not w.is_cpu or sharded.partial_fault(w):
         return False
-    if not has_part(w):
+    if not sharded.is_in_mesh(w):
         return False
     ours, shape = w._spec, w.shape
     for x in (leaf.dcdw, leaf.velocity, leaf.out):
         if x is None or x is w:
             continue
-        if not is_sharded(x) or x.shape != shape:
+        if not sharded.is_sharded(x) or x.shape != shape:
             return False
         spec = x._spec
         if spec.placements != ours.placements or spec.mesh != ours.mesh:
@@ -164,13 +146,13 @@ def _looks_right(leaf: Leaf) -> bool:
 
 
 def _groups(given: Iterable[tuple[Any, int | None]]) -> list[list[Any]]:
-    """The groups of each DTensor with its layer axis."""
+    """The process groups of each DTensor, given with its layer axis."""
     known: dict[Any, list[Any]] = {}
     found = []
     for w, axis in given:
         key = id(w.device_mesh), w.placements, None if axis is None else axis % w.ndim
         if key not in known:
-            known[key] = groups_of(w, axis)
+            known[key] = sharded.groups_of(w, axis)
         found.append(known[key])
     return found
 
@@ -183,12 +165,12 @@ def _readable(x: Tensor) -> Tensor:
     return x.resolve_neg().clone(memory_format=torch.contiguous_format)
 
 
-# A row of the norms of a plan: three numbers for each of w and dcdw, and two more.
+# The norms of a plan have 8 columns: three for w, three for dcdw, and two others.
 _ROW, _COLUMNS = 8, 6
 
 
 def _squares(rows: NumpyArray) -> NumpyArray:
-    """The squared norms: by layer, w and dcdw, and scale."""
+    """The squared norms in an array with axes for the layer, w or dcdw, and the scale."""
     high, exponent = (rows[:, i:_COLUMNS:3, None] for i in (0, 2))
     with np.errstate(all="ignore"):
         scaled = np.ldexp(high, (exponent + _EXPONENTS).astype(np.intc))
@@ -197,10 +179,10 @@ def _squares(rows: NumpyArray) -> NumpyArray:
 
 
 def _roots(sums: NumpyArray) -> NumpyArray:
-    """The first columns of the rows of norms with these squares."""
+    """The norms of the plan, without the last two columns, given their scaled squares."""
     unscaled, of_large, _ = np.moveaxis(sums, -1, 0)
-    is_safe = (unscaled > SAFE_SUM[0]) & (unscaled < SAFE_SUM[1])
-    which = np.where(is_safe, 0, np.where(of_large > SAFE_SUM[0], 1, 2))
+    is_safe = (unscaled > sharded.SAFE_SUM[0]) & (unscaled < sharded.SAFE_SUM[1])
+    which = np.where(is_safe, 0, np.where(of_large > sharded.SAFE_SUM[0], 1, 2))
     high = np.sqrt(np.take_along_axis(sums, which[..., None], -1)[..., 0])
     found = np.stack([high, np.zeros_like(high), -_EXPONENTS[which]], -1)
     rows: NumpyArray = found.reshape(-1, _COLUMNS)

@@ -1,6 +1,6 @@
 """Torch tensors without ordinary memory of their own: how to recognise and refuse them.
 
-They stand for other tensors (functorch wrappers, FakeTensor), or use memory mapped read-only.
+They are stand-ins for other tensors (functorch wrappers, FakeTensor), or in read-only memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TENSOR_TYPES = (Tensor, torch.nn.Parameter)  # other classes may stand for other
 
 
 def is_intercepted() -> bool:
-    """Whether torch's operations are traced or intercepted, so that none may bypass torch."""
+    """Whether torch's operations are traced or intercepted, so that all of them must be used."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return bool(traced or torch._C._len_torch_dispatch_stack())
 
@@ -30,9 +30,9 @@ def is_functorch(x: Tensor) -> bool:
 
 
 def stand_in_fault(x: Tensor) -> str | None:
-    """A description of x if it stands for another tensor outside of its mode, transform or trace.
+    """A description of x if it is a stand-in outside of its mode, transform or trace.
 
-    Inside, a stand-in is used like any tensor; then the result is None.
+    Inside, a stand-in is used like any tensor, so the result is None.
     """
     if torch.compiler.is_compiling():
         return None

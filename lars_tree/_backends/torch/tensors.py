@@ -23,14 +23,13 @@ from lars_tree._numerics.formula import Measured, Rule
 
 
 def writing_to(tensors: list[Tensor]) -> AbstractContextManager[None]:
-    """A context without autograd; inference tensors can only be written in inference mode."""
+    """A context without autograd; it is inference mode if there are inference tensors."""
     infers = not torch.compiler.is_compiling() and any(map(Tensor.is_inference, tensors))
     context: AbstractContextManager[None] = torch.inference_mode() if infers else torch.no_grad()
     return context
 
 
 def copy_all(outs: list[Tensor], xs: list[Tensor]) -> None:
-    """Copy each x to its `out`, in one call of torch."""
     if outs:
         with writing_to(outs):
             torch._foreach_copy_(outs, xs)
@@ -41,7 +40,7 @@ def bump_versions(tensors: Iterable[Tensor]) -> None:
     tensors = list(tensors)
     try:
         torch.autograd.graph.increment_version(tensors)
-    except RuntimeError:  # some are inference tensors, which have no version
+    except RuntimeError:  # inference tensors have no version
         tracked = list(filterfalse(Tensor.is_inference, tensors))
         torch.autograd.graph.increment_version(tracked)
 
@@ -62,7 +61,7 @@ def leaf_like(new: Tensor, w: Tensor) -> Tensor:
 
 
 class TorchOps(NamespaceOps):
-    """torch, where its functions differ from the array API standard."""
+    """The functions of torch that differ from the array API standard."""
 
     def is_complex(self, x: Tensor) -> bool:
         return bool(x.is_complex())
@@ -78,7 +77,7 @@ class TorchOps(NamespaceOps):
 
 
 class Tensors:
-    """Many tensors in one operand; the other may be a vector with one number for each of them."""
+    """Many tensors as one operand; the second operand may be a vector of one number per tensor."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = list(tensors)
@@ -101,7 +100,7 @@ def _each(numbers: Any) -> Any:
 
 
 class TensorsOps(TorchOps):
-    """`formula.Ops` over `Tensors`: norms are vectors."""
+    """`formula.Ops` for `Tensors`, where a norm is a vector of one number per tensor."""
 
     def norm(self, x: Any, layer_axis: int | None) -> Tensor:
         return torch.stack(torch._foreach_norm(x.tensors))
@@ -123,7 +122,7 @@ _OPS = TensorsOps(torch)
 
 
 class Layer(NamedTuple):
-    """The tensors of one ratio, detached: those of a leaf, or of one index of its layer axis.
+    """The detached tensors that share one ratio: a leaf, or one index of its layer axis.
 
     The new velocity overwrites the old one.
     """
@@ -136,13 +135,13 @@ class Layer(NamedTuple):
 
 
 def layers(leaf: Leaf, new: StepResult) -> list[Layer]:
-    """The layers of a leaf, to be written to `new`; complex numbers as pairs of real ones."""
+    """The layers of a leaf; results are written to `new`. Complex numbers become real pairs."""
     given = (leaf.w, leaf.dcdw.expand(leaf.w.shape), new.w, new.velocity)
     w, dcdw, out, velocity = (None if x is None else as_real(x.detach()) for x in given)
     rule, axis = leaf.rule._replace(layer_axis=None), leaf.rule.layer_axis
     if axis is None:
         return [Layer(w, dcdw, out, velocity, rule)]
-    axis %= leaf.w.ndim  # pairs of real numbers have one more axis at the end
+    axis %= leaf.w.ndim  # counted from the front, as pairs of real numbers add an axis at the end
     rows = [repeat(None) if x is None else x.unbind(axis) for x in (w, dcdw, out, velocity)]
     return [Layer(*row, rule) for row in zip(*rows, strict=False)]  # type: ignore[call-arg]
 
@@ -163,9 +162,8 @@ def step_layers(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The tensors to write to, and their new values, for a step of all layers; never waits.
 
-    Args:
-        given: Layers, each with an extra value for `ops`.
-        ops: Returns the operations for layers that are updated together, given their extra values.
+    Each layer is given with an extra value. `ops` returns the operations for layers that are
+    updated together, given the list of their extra values.
     """
     targets: list[Tensor] = []
     values: list[Tensor] = []
@@ -186,7 +184,7 @@ def step_layers(
 def measure_layers(
     given: Iterable[tuple[Layer, Any]], ops: Callable[[list[Any]], TensorsOps] = lambda _: _OPS
 ) -> list[Measured]:
-    """The norms and ratios of layers with elements, computed as in `step_layers`."""
+    """The norms and ratios of layers, computed as in `step_layers`; no layer may be empty."""
     pairs = list(given)
     measured: list[Any] = [None] * len(pairs)
     with torch.no_grad():
@@ -201,7 +199,6 @@ def measure_layers(
 
 
 def measure_leaves(leaves: list[Leaf]) -> list[Measured]:
-    """The norms and ratios of whole leaves."""
     by_leaf = [layers(leaf, StepResult(leaf.w)) for leaf in leaves]
     found = iter(measure_layers((layer, None) for some in by_leaf for layer in some))
     pairs = zip(leaves, by_leaf, strict=True)
@@ -216,10 +213,10 @@ def of_leaf(measured: list[Measured], rule: Rule) -> Measured:
 
 
 def _group(layer: Layer) -> Hashable:
-    """Equal for layers that can be updated together."""
+    """A key that is equal for layers that can be updated together."""
     rule = layer.rule
     flags = rule.adapt, rule.trust_clip, rule.joint_norm, rule.nesterov, rule.maximize
-    decays = not formula.is_zero(rule.decay_lambda)  # without decay, 0 * inf must not become NaN
+    decays = not formula.is_zero(rule.decay_lambda)  # a decay of 0 times infinity would be NaN
     return layer.w.device, wide(layer), layer.velocity is None, flags, decays
 
 
@@ -252,7 +249,7 @@ def _step_one(layer: Layer) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _one_rule(rules: list[Rule], like: Tensor) -> Rule:
-    """One rule for many layers, in which different numbers become vectors."""
+    """One rule for many layers; a number that differs between them becomes a vector."""
 
     def merged(name: str) -> Any:
         values = [getattr(rule, name) for rule in rules]
@@ -270,7 +267,7 @@ def _one_rule(rules: list[Rule], like: Tensor) -> Rule:
 
 
 def fetched(xs: list[Tensor]) -> list[NumpyArray]:
-    """The values of small real tensors: one copy, and one wait, for each device."""
+    """The values of small real tensors, with one copy and one wait for each device."""
     found: dict[int, NumpyArray] = {}
     for here in grouped(range(len(xs)), lambda i: xs[i].device).values():
         flat = torch.cat([xs[i].double().reshape(-1) for i in here]).cpu().numpy()
