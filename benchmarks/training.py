@@ -71,7 +71,7 @@ class Plan:
     batches: tuple[int, ...] = (32, 128, 512, TRAIN)
     seeds: tuple[int, ...] = (0, 1, 2)
     candidates: int = 5  # rates
-    extra: int = 4  # at most so many more rates, while the best is at the edge
+    extra: int = 4  # at most this many further rates, while the best is at the edge
     further: tuple[int, ...] = tuple(range(10, 30))  # seeds, at the largest batch size
 
 
@@ -221,7 +221,7 @@ class Log:
                 raise ValueError(f"{path}: made with {self._content['settings']}, not {settings}")
 
     def run(self, what: str, compute: Callable[[], Run]) -> Run:
-        """The logged run, or else a new one, which is logged."""
+        """Return the logged run; if there is none, make the run and log it."""
         runs = self._content["runs"]
         if what not in runs:
             runs[what] = compute()
@@ -280,7 +280,7 @@ def by_rate(results: Results) -> list[report.Row]:
 
 
 def findings(results: Results) -> list[str]:
-    """What the numbers show, in sentences."""
+    """The findings, as sentences."""
     first, *_, last = batches = results.plan.batches
     mean = {key: fmean(scores(runs)) for key, runs in results.cells.items()}
     kept, lines = {}, []
