@@ -225,7 +225,7 @@ _TIMM = {"module": "timm", "out_of_place": False, "peer": True}
 CONTESTANTS = _by_name(
     Contestant("lars_tree, numpy", partial(_lars_tree, np.copy), "lars_tree"),
     Contestant("lars_tree, torch", partial(_lars_tree, as_torch), "torch"),
-    Contestant("numpy by hand", _by_hand, "numpy", note="norms in float32"),
+    Contestant("numpy by hand", _by_hand, "numpy", note="computes norms in float32"),
     Contestant("pytorch_optimizer", _optimizer(_pytorch_lars, momentum=0.0), **_PYTORCH),
     Contestant(
         "pytorch_optimizer, no foreach",
@@ -244,7 +244,7 @@ CONTESTANTS = _by_name(
         "optax",
         allocates=True,
         peer=True,
-        note="the norm of g + decay w; without its momentum buffer; in place: donated buffers",
+        note="uses the norm of g + decay w; has no momentum buffer; in place, donates its buffers",
     ),
     Contestant(
         "ivy",
@@ -252,7 +252,7 @@ CONTESTANTS = _by_name(
         "ivy",
         peer=True,
         comparable=False,
-        note="no trust coefficient; with decay, another rule",
+        note="has no trust coefficient; with decay, follows another rule",
     ),
 )
 

@@ -43,7 +43,7 @@ Make = Callable[[list[dict[str, Any]], float], torch.optim.Optimizer]  # from gr
 
 @dataclass(frozen=True)
 class Contestant:
-    """An optimizer, the exponent of the middle one of its rates, and its line in the plot."""
+    """An optimizer, the exponent of its central rate, and its line style in the plot."""
 
     make: Make
     centre: int
@@ -65,7 +65,7 @@ CONTESTANTS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """The size of the experiment."""
+    """The settings of the experiment."""
 
     epochs: int = 20
     batches: tuple[int, ...] = (32, 128, 512, TRAIN)
@@ -97,7 +97,7 @@ Runs = dict[int, list[Run]]  # from the exponent of the rate to a run for each s
 
 
 class Results(NamedTuple):
-    """The runs by optimizer and batch size; those of further seeds by optimizer."""
+    """The runs of each optimizer and batch size, and those of each optimizer with further seeds."""
 
     plan: Plan
     cells: dict[tuple[str, int], Runs]
@@ -317,7 +317,7 @@ def compare(results: Results, name: str, other: str) -> tuple[bool, str]:
 
 
 def extensions(results: Results) -> list[str]:
-    """The cells that needed more rates, and whether the best one is still at the edge."""
+    """The cells that needed more rates, and whether the best rate is still at the edge."""
     return [
         f"{name} at batch {batch:,}, {len(runs)} rates" + " (the best at the edge)" * at_edge(runs)
         for (name, batch), runs in results.cells.items()
