@@ -172,7 +172,7 @@ def accuracy(model: nn.Sequential, part: Part) -> float:
 
 
 def train(data: Data, name: str, rate: float, **how: int) -> Run:
-    """One run; the arguments are those of `fit`."""
+    """One run, with the arguments of `fit`."""
     start = process_time()
     model, images, steps = fit(data.train, name, rate, **how)
     settle(model, data.train[0])
