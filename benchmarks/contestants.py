@@ -1,6 +1,6 @@
 """The steps that are compared, from the same weights and gradients.
 
-Where a package does something else, its `note` says so; the report prints the notes.
+If a package computes a different step, its `note` says so; the report prints the notes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LR, DECAY, TRUST, MOMENTUM = 0.1, 1e-4, 1e-3, 0.9
 
 @dataclass(frozen=True)
 class Case:
-    """A contestant on one tree: `step` returns the new weights, `read` makes them a flat dict."""
+    """A contestant on one tree: `step` returns the new weights, `read` converts them to Flat."""
 
     step: Callable[[], Any]
     read: Callable[[Any], Flat]
@@ -35,15 +35,15 @@ Build = Callable[[Flat, Flat, bool], Case]  # of weights, gradients, and whether
 
 @dataclass(frozen=True)
 class Contestant:
-    """A way to take the step."""
+    """One implementation of the step."""
 
     name: str
     build: Build
     module: str
     out_of_place: bool = True
-    allocates: bool = False  # in its first step: compiled code, or memory kept for all steps
+    allocates: bool = False  # the first step compiles code, or allocates state
     peer: bool = False  # another package
-    comparable: bool = True  # whether its step should be the one computed by hand
+    comparable: bool = True  # its step should equal the one computed by hand
     note: str = ""
 
     @property
@@ -115,7 +115,7 @@ def _by_hand(w: Flat, g: Flat, in_place: bool) -> Case:
 
 
 def _optimizer(find: Callable[[], Any], **options: Any) -> Build:
-    """Builds cases of a class of torch optimizers, which `find` imports."""
+    """Return a function that builds cases of a torch optimizer; `find` imports its class."""
 
     def build(w: Flat, g: Flat, in_place: bool) -> Case:
         parameters = {path: as_torch(x).requires_grad_() for path, x in w.items()}
@@ -225,7 +225,7 @@ _TIMM = {"module": "timm", "out_of_place": False, "peer": True}
 CONTESTANTS = _by_name(
     Contestant("lars_tree, numpy", partial(_lars_tree, np.copy), "lars_tree"),
     Contestant("lars_tree, torch", partial(_lars_tree, as_torch), "torch"),
-    Contestant("numpy by hand", _by_hand, "numpy", note="norms in float32"),
+    Contestant("numpy by hand", _by_hand, "numpy", note="computes norms in float32"),
     Contestant("pytorch_optimizer", _optimizer(_pytorch_lars, momentum=0.0), **_PYTORCH),
     Contestant(
         "pytorch_optimizer, no foreach",
@@ -244,7 +244,7 @@ CONTESTANTS = _by_name(
         "optax",
         allocates=True,
         peer=True,
-        note="the norm of g + decay w; without its momentum buffer; in place: donated buffers",
+        note="uses the norm of g + decay w; has no momentum buffer; in place, donates its buffers",
     ),
     Contestant(
         "ivy",
@@ -252,7 +252,7 @@ CONTESTANTS = _by_name(
         "ivy",
         peer=True,
         comparable=False,
-        note="no trust coefficient; with decay, another rule",
+        note="has no trust coefficient; with decay, follows another rule",
     ),
 )
 
@@ -307,10 +307,10 @@ def present(everyone: dict[str, Contestant], without: list[str]) -> dict[str, Co
 
 
 def check(contestants: dict[str, Contestant], momentum: float = 0.0) -> None:
-    """Refuse to time a contestant that does not take the step: try it on two small leaves.
+    """Check on two small leaves that each contestant computes the step.
 
-    The update of the kernel is within 1% of the one by hand, unless the contestant follows another
-    rule. The new weights of lars_tree agree within rounding, the bias included.
+    The update of the kernel must be within 1% of the update by hand, unless the contestant follows
+    another rule. The new weights of lars_tree must agree within rounding, also for the bias.
     """
     w, g = weights_and_gradients(small(2))
     for name, contestant in contestants.items():

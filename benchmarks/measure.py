@@ -14,10 +14,10 @@ import numpy as np
 
 # All in seconds.
 REST = 0.02  # the pause before each turn, in which the threads of other contestants go to sleep
-TURN = 0.01  # a quicker step is repeated to last about that long
+TURN = 0.01  # a quicker step is repeated until it takes about this long
 WARM = 0.3  # a quicker step has an untimed turn first, to raise the clock and to fill the cache
 PATIENCE = 3.0  # a slower step is called only once before it is timed
-BUDGET = 10.0  # a contestant that has used more does not take part in the remaining rounds
+BUDGET = 10.0  # a contestant that has used more time skips the remaining rounds
 
 
 def medians(
@@ -27,7 +27,7 @@ def medians(
 ) -> dict[str, float]:
     """The median seconds of a call of each step; `before` is called before each turn."""
     gc.collect()
-    gc.freeze()  # so that collections during a step do not scan the weights of the others
+    gc.freeze()  # collections during a step then do not scan the contestants' weights
     calls = {}
     for name, step in steps.items():
         before(name)

@@ -1,4 +1,4 @@
-"""The results as text for the terminal and as Markdown for the page: medians and ratios."""
+"""Formats the results, medians and ratios, as text for the terminal and Markdown for the page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def tables(results: Results) -> Iterator[tuple[str, Table]]:
-    """Each part that was measured, by its name in the template."""
+    """The tables of the results, each with its name in the template."""
     yield "in_place", ("In place, float32", _peers(results.in_place, OURS))
     yield "out_of_place", ("Out of place, float32", _peers(results.out_of_place, OURS))
     yield "momentum", ("With momentum, in place, float32", _peers(results.momentum, OPTIMIZER))
@@ -37,7 +37,7 @@ def tables(results: Results) -> Iterator[tuple[str, Table]]:
 
 
 def environment() -> dict[str, str]:
-    """What the times depend on."""
+    """The machine, versions and settings that the times depend on."""
     found = {
         "processor": _processor(),
         "cores": str(cores()),
@@ -103,7 +103,7 @@ def fill(template: str, parts: dict[str, object]) -> str:
 
 
 def _notes() -> str:
-    """What the contestants do differently; each note once, for all that share it."""
+    """How contestants differ: each note once, with the names of its contestants."""
     names: dict[str, list[str]] = {}
     for name, x in (CONTESTANTS | OPTIMIZERS).items():
         note = x.note if x.installed else "not installed"

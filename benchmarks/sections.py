@@ -1,4 +1,4 @@
-"""What is measured: each section fills one part of the results."""
+"""The sections of the benchmark; each measures one part of the results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Seconds = dict[str, float]
 
 @dataclass
 class Results:
-    """Medians in seconds, by tree and name; memory in bytes, by way and name."""
+    """Medians in seconds by tree and contestant; memory in bytes by way and contestant."""
 
     in_place: dict[str, Seconds] = field(default_factory=dict)
     out_of_place: dict[str, Seconds] = field(default_factory=dict)

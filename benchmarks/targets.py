@@ -18,7 +18,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Target:
-    """`measured` should be at most `bound`, or with `at_least` at least. None: not measured."""
+    """`measured`, if not None, should be at most `bound`, or at least `bound` if `at_least`."""
 
     what: str
     bound: float

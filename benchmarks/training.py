@@ -43,7 +43,7 @@ Make = Callable[[list[dict[str, Any]], float], torch.optim.Optimizer]  # from gr
 
 @dataclass(frozen=True)
 class Contestant:
-    """An optimizer, the exponent of the middle one of its rates, and its line in the plot."""
+    """An optimizer, the exponent of its central rate, and its line style in the plot."""
 
     make: Make
     centre: int
@@ -65,13 +65,13 @@ CONTESTANTS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """The size of the experiment."""
+    """The settings of the experiment."""
 
     epochs: int = 20
     batches: tuple[int, ...] = (32, 128, 512, TRAIN)
     seeds: tuple[int, ...] = (0, 1, 2)
     candidates: int = 5  # rates
-    extra: int = 4  # at most so many more rates, while the best is at the edge
+    extra: int = 4  # at most this many further rates, while the best is at the edge
     further: tuple[int, ...] = tuple(range(10, 30))  # seeds, at the largest batch size
 
 
@@ -97,7 +97,7 @@ Runs = dict[int, list[Run]]  # from the exponent of the rate to a run for each s
 
 
 class Results(NamedTuple):
-    """The runs by optimizer and batch size; those of further seeds by optimizer."""
+    """The runs of each optimizer and batch size, and those of each optimizer with further seeds."""
 
     plan: Plan
     cells: dict[tuple[str, int], Runs]
@@ -172,7 +172,7 @@ def accuracy(model: nn.Sequential, part: Part) -> float:
 
 
 def train(data: Data, name: str, rate: float, **how: int) -> Run:
-    """One run; the arguments are those of `fit`."""
+    """One run, with the arguments of `fit`."""
     start = process_time()
     model, images, steps = fit(data.train, name, rate, **how)
     settle(model, data.train[0])
@@ -221,7 +221,7 @@ class Log:
                 raise ValueError(f"{path}: made with {self._content['settings']}, not {settings}")
 
     def run(self, what: str, compute: Callable[[], Run]) -> Run:
-        """The logged run, or else a new one, which is logged."""
+        """Return the logged run; if there is none, make the run and log it."""
         runs = self._content["runs"]
         if what not in runs:
             runs[what] = compute()
@@ -280,7 +280,7 @@ def by_rate(results: Results) -> list[report.Row]:
 
 
 def findings(results: Results) -> list[str]:
-    """What the numbers show, in sentences."""
+    """The findings, as sentences."""
     first, *_, last = batches = results.plan.batches
     mean = {key: fmean(scores(runs)) for key, runs in results.cells.items()}
     kept, lines = {}, []
@@ -317,7 +317,7 @@ def compare(results: Results, name: str, other: str) -> tuple[bool, str]:
 
 
 def extensions(results: Results) -> list[str]:
-    """The cells that needed more rates, and whether the best one is still at the edge."""
+    """The cells that needed more rates, and whether the best rate is still at the edge."""
     return [
         f"{name} at batch {batch:,}, {len(runs)} rates" + " (the best at the edge)" * at_edge(runs)
         for (name, batch), runs in results.cells.items()

@@ -1,6 +1,6 @@
-"""The weights to update: real names and shapes, random values.
+"""The weights of the benchmarks: names and shapes of real models, with random values.
 
-Here a tree is a flat dict from path to array; each contestant converts it to what its users have.
+Here a tree is a flat dict from path to array; each contestant converts it to its own tree type.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def weights_and_gradients(shapes: Shapes) -> tuple[Flat, Flat]:
 def least_traffic(shapes: Shapes, *, velocity: bool = False) -> int:
     """The bytes that any step must move: read w and g, write w; read and write the velocity.
 
-    A leaf of more than 4 M elements is read twice: no cache holds it until its norms are known.
+    A leaf of more than 4 M elements is read twice: no cache holds it until its norm is known.
     """
     streams = 5 if velocity else 3
     sizes = [prod(shape) for shape in shapes.values()]
