@@ -1,6 +1,6 @@
 """Array: a thin wrapper of one native array, for users who prefer methods.
 
-Operators call those of the native array; `lars_update` calls the function.
+Its operators apply those of the native array.
 """
 
 from __future__ import annotations
@@ -8,17 +8,15 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from math import prod
-from typing import TYPE_CHECKING, Any, Self, Unpack, overload
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import numpy as np
 
 from lars_tree import _backends, errors
 from lars_tree._backends.wrapper import Wrapper, unwrap
-from lars_tree._core.options import Options, StepOptions
-from lars_tree._core.types import Flags, Numbers, T
 from lars_tree._tree import pytrees
 from lars_tree._tree.operators import Arithmetic
-from lars_tree.update import lars_update
+from lars_tree.update import Updatable
 
 if TYPE_CHECKING:
     from typing import Protocol, TypeVar
@@ -36,7 +34,7 @@ if TYPE_CHECKING:
         def __call__(self, other: Any, /) -> Array: ...
 
 
-class Array(Wrapper, Arithmetic):
+class Array(Updatable, Wrapper, Arithmetic):
     """A native array (numpy, torch, JAX, Dask, CuPy, ...) with the methods of this package.
 
     >>> w = Array(np.array([3.0, 4.0]))
@@ -96,44 +94,6 @@ class Array(Wrapper, Arithmetic):
     def device(self) -> Any:
         """The device, as the library names it; "cpu" if it has no devices."""
         return getattr(self._data, "device", "cpu")
-
-    @overload
-    def lars_update(
-        self, dcdw: Any, lr: Numbers, /, *, out: None = None, **options: Unpack[StepOptions]
-    ) -> Self: ...
-    @overload
-    def lars_update(
-        self, dcdw: Any, lr: Numbers, /, *, out: T, **options: Unpack[StepOptions]
-    ) -> T: ...
-
-    def lars_update(
-        self,
-        dcdw: Any,
-        lr: Numbers,
-        /,
-        *,
-        decay_lambda: Numbers = 0,
-        stop_gradients: Flags = True,
-        out: Any = None,
-        **options: Unpack[Options],
-    ) -> Any:
-        """Take one LARS step on this array: `lars_tree.lars_update` with self as `w`.
-
-        >>> Array(np.array([3.0, 4.0])).lars_update(np.array([0.4, 0.3]), 0.1, decay_lambda=0.1)
-        Array([2.65, 3.65])
-
-        The arguments are those of `lars_tree.lars_update`. `out` is an array, may be self, and is
-        returned.
-        """
-        return lars_update(
-            self,
-            dcdw,
-            lr,
-            decay_lambda=decay_lambda,
-            stop_gradients=stop_gradients,
-            out=out,
-            **options,
-        )
 
     def _operate(self, operation: Callable[..., Any], *operands: Any) -> Self:
         result: Self = NotImplemented  # a Container applies the operation to each of its leaves

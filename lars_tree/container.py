@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any, Self, Unpack, overload
+from typing import Any, Self
 
 from lars_tree import errors
-from lars_tree._core.options import Options, StepOptions
-from lars_tree._core.types import Flags, Numbers, T
 from lars_tree._display import compare, show
 from lars_tree._tree import conversion, nodes, paths, pytrees, structure
 from lars_tree._tree.operators import Arithmetic
 from lars_tree.errors import Path, PathAttributeError, PathKeyError, path_string
-from lars_tree.update import lars_update
+from lars_tree.update import Updatable
 
 
-class Container(Arithmetic, dict[Any, Any]):
+class Container(Updatable, Arithmetic, dict[Any, Any]):
     """A dict of nested Containers, read by key, by attribute or by path.
 
     >>> w = Container(encoder={"kernel": np.ones((3, 4)), "bias": np.zeros(4)}, head=np.ones(4))
@@ -350,48 +348,6 @@ class Container(Arithmetic, dict[Any, Any]):
 
     def __rich__(self) -> Any:
         return show.rich_tree(self)
-
-    @overload
-    def lars_update(
-        self, dcdw: Any, lr: Numbers, /, *, out: None = None, **options: Unpack[StepOptions]
-    ) -> Self: ...
-    @overload
-    def lars_update(
-        self, dcdw: Any, lr: Numbers, /, *, out: T, **options: Unpack[StepOptions]
-    ) -> T: ...
-
-    def lars_update(
-        self,
-        dcdw: Any,
-        lr: Numbers,
-        /,
-        *,
-        decay_lambda: Numbers = 0,
-        stop_gradients: Flags = True,
-        out: Any = None,
-        **options: Unpack[Options],
-    ) -> Any:
-        """Take one LARS step on every array: `lars_tree.lars_update` with self as `w`.
-
-        >>> w = Container(kernel=np.array([3.0, 4.0]), bias=np.array([0.0]))
-        >>> g = Container(kernel=np.array([0.0, 10.0]), bias=np.array([1.0]))
-        >>> w.lars_update(g, 0.1).kernel         # ratio = 5 / 10: a step of 0.05 * [0, 10]
-        array([3. , 3.5])
-        >>> w.lars_update(g, {"kernel": 0.1, "bias": 1}, out=w).bias                # in place
-        array([-1.])
-
-        The arguments are those of `lars_tree.lars_update`. `out` is a Container, may be self, and
-        is returned.
-        """
-        return lars_update(
-            self,
-            dcdw,
-            lr,
-            decay_lambda=decay_lambda,
-            stop_gradients=stop_gradients,
-            out=out,
-            **options,
-        )
 
 
 pytrees.register(Container)
