@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     Tree = TypeVar("Tree", bound=Container)
 
     class _Operator(Protocol):
-        """An operator of Array; one with a Container gives a Container."""
+        """An operator of Array; with a Container as the other operand, it returns a Container."""
 
         @overload
         def __call__(self, other: Tree, /) -> Tree: ...
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Array(Updatable, Wrapper, Arithmetic):
-    """A native array (numpy, torch, JAX, Dask, CuPy, ...) with the methods of this package.
+    """A wrapper of a native array (numpy, torch, JAX, Dask, CuPy, ...) with a `lars_update` method.
 
     >>> w = Array(np.array([3.0, 4.0]))
     >>> w.lars_update(np.array([0.0, 10.0]), 0.1)    # ratio 5 / 10: a step of 0.05 * [0, 10]
@@ -43,14 +43,14 @@ class Array(Updatable, Wrapper, Arithmetic):
     >>> 2 * w > 7
     Array([False,  True])
 
-    Functions of an array library take native arrays: pass them `.data`. Therefore an Array has no
-    `__array_namespace__`.
+    Pass `.data` to functions of an array library: they need the native array. An Array has no
+    `__array_namespace__`, so that libraries do not take it for one of theirs.
 
     Args:
         data: The native array, or another Array, whose native array is shared. Not copied.
 
     Raises:
-        LeafError: data is not an array of a supported library; it is a list or a number, say.
+        LeafError: data is not an array of a supported library, but a list or a number, say.
     """
 
     __slots__ = ()
@@ -72,7 +72,7 @@ class Array(Updatable, Wrapper, Arithmetic):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The lengths of the axes."""
+        """The shape, as a tuple."""
         return tuple(self._data.shape)
 
     @property
@@ -92,7 +92,7 @@ class Array(Updatable, Wrapper, Arithmetic):
 
     @property
     def device(self) -> Any:
-        """The device, as the library names it; "cpu" if it has no devices."""
+        """The device object of the library; "cpu" if the library has no devices."""
         return getattr(self._data, "device", "cpu")
 
     def _operate(self, operation: Callable[..., Any], *operands: Any) -> Self:
@@ -183,7 +183,7 @@ class Array(Updatable, Wrapper, Arithmetic):
 
 
 def _wrapped(x: Any) -> Any:
-    """An Array of x if x is an array, otherwise x: an operation may return a bool, for example."""
+    """An Array of x if x is an array; otherwise x, because an operation may return a bool, say."""
     return x if _backends.find(x) is None else Array(x)
 
 

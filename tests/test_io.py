@@ -237,7 +237,7 @@ def test_foreign_names_are_split(tmp_path):
     assert io.load(path).to_dict().keys() == {"b", ""}
     assert_same(io.load(path)["b"]["1"]["w"], np.zeros(2))
     package.save_file({"a": np.ones(2), "a.b": np.zeros(2)}, path)
-    with pytest.raises(FileError, match=r"'a\.b' goes through another leaf"):
+    with pytest.raises(FileError, match=r"'a\.b' collides with another name"):
         io.load(path)
     package.save_file({"a.b.c": np.ones(2), "a.b": np.zeros(2)}, path)
     with pytest.raises(FileError, match=r"'a\.b(\.c)?' "):

@@ -1,4 +1,4 @@
-"""The arithmetic operators of Array and Container, in terms of one method."""
+"""The arithmetic operators of Array and Container, all defined by one method."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Arithmetic:
 
     @abstractmethod
     def _operate(self, operation: Callable[..., Any], *operands: Any) -> Self:
-        """operation(*operands), of which one is self; or NotImplemented, as from an operator."""
+        """operation(*operands), or NotImplemented. One operand is self."""
 
     def __add__(self, other: Any) -> Self:
         return self._operate(operator.add, self, other)
