@@ -217,9 +217,7 @@ def test_an_exception_leaves_only_the_old_file(error, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == [path.name]
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # about files that are not closed
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # unclosed files
 def test_ctrl_c_at_any_line_leaves_no_temporary_file(tmp_path):
     path, line, seen = tmp_path / "w.safetensors", 0, set()
     folder = str(Path(replacing.__file__).parent)

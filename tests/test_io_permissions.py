@@ -161,9 +161,7 @@ def test_no_other_group_gains_a_right(before, after, path, monkeypatch):
 
 
 @root
-@pytest.mark.filterwarnings(
-    "ignore:.*fork:RuntimeWarning"
-)  # a warning of JAX, if an earlier test imported it
+@pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning")  # of JAX, if it was imported before
 def test_a_user_without_privilege_replaces_a_file_of_another(open_directory):
     path = open_directory / "w.npz"
     saved(path)
@@ -299,12 +297,10 @@ def interrupted_at(opcode, call):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors in /proc")
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # about files that are not closed
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # unclosed files
 @pytest.mark.parametrize("exists", [True, False])
 def test_ctrl_c_at_any_opcode_leaves_no_descriptor_and_no_file(exists, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda file: None)  # which takes most of the time
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # fsync takes most of the time
     path, stray, opcode = tmp_path / "w.safetensors", tmp_path / ".lars_tree-0.tmp", 0
     while True:
         io.save(path, {"a": np.ones(1)})
