@@ -205,7 +205,7 @@ def _checked(metadata: Mapping[str, str] | None) -> dict[str, str]:
     strings = dict(metadata or {})
     for pair in strings.items():
         if not all(isinstance(x, str) and names.is_text(x) for x in pair):
-            text = f"metadata is not made of strings: expected a str and a str, got {pair!r}"
+            text = f"metadata is not made of strings: expected a str name and value, got {pair!r}"
             raise errors.error(errors.OptionError, "metadata", text, [])
     if formats.STRUCTURE in strings:
         text = f"metadata has the name {formats.STRUCTURE!r}, which is reserved for `save`"

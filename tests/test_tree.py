@@ -81,7 +81,7 @@ def test_every_node_is_a_leaf_or_has_children(tree):
     assert structure.is_leaf(tree) == (not dm_tree.is_nested(tree))
     if not structure.is_leaf(tree):
         children = [child for _, child in nodes.children(tree)]
-        assert_same(structure._nodes.replace_children(tree, children), tree)
+        assert_same(nodes.replace_children(tree, children), tree)
 
 
 @given(st.data())
