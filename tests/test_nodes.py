@@ -104,7 +104,7 @@ def any_make(request):
 def test_reading_is_consistent_and_never_rebuilds_a_node(any_make, monkeypatch):
     """`leaves`, `walk` and `broadcast` agree, and do not rebuild the node."""
     node = any_make(W, G)
-    monkeypatch.setattr(structure._nodes, "_checked", None)
+    monkeypatch.setattr(nodes, "_checked", None)
     assert [x.tolist() for x in structure.leaves(node)] == [W.tolist(), G.tolist()]
     assert [path for path, _ in structure.walk(node)] == [(key,) for key in keys(node)]
     other = dict(zip(keys(node), (1, 2), strict=True))
@@ -120,7 +120,7 @@ def test_gradients_options_and_out_are_only_read(any_make, monkeypatch):
     names = keys(any_make(W, G))
     w = dict(zip(names, (W.copy(), W.copy()), strict=True))
     expected = lars_update(w, dict(zip(names, (G, G), strict=True)), 0.1, eps=1.0)
-    monkeypatch.setattr(structure._nodes, "_checked", None)
+    monkeypatch.setattr(nodes, "_checked", None)
     rates = any_make(np.float64(0.1), np.array(0.1))
     new = lars_update(w, any_make(G, G), rates, eps=any_make(np.ones(()), np.ones(())))
     assert [x.tolist() for x in new.values()] == [x.tolist() for x in expected.values()]
@@ -133,7 +133,7 @@ def test_an_update_in_place_only_reads_the_node(any_make, monkeypatch):
     node = any_make(W.copy(), W.copy())
     if isinstance(node, Group):
         pytest.skip("each reading gives other arrays")
-    monkeypatch.setattr(structure._nodes, "_checked", None)
+    monkeypatch.setattr(nodes, "_checked", None)
     assert lars_update(node, any_make(G, G), 0.1, out=node) is node
     assert [x.tolist() for x in structure.leaves(node)] == [NEW, NEW]
 
@@ -149,7 +149,7 @@ def test_schedules_in_a_node_of_any_class(any_make, monkeypatch):
         return 0.1
 
     lr = any_make(schedule, schedule)
-    monkeypatch.setattr(structure._nodes, "_checked", None)
+    monkeypatch.setattr(nodes, "_checked", None)
     opt = Lars(lr, momentum=0)
     w = dict(zip(keys(lr), (W, W), strict=True))
     state = opt.init(w)
