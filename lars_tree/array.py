@@ -15,7 +15,7 @@ import numpy as np
 from lars_tree import _backends, errors
 from lars_tree._backends.wrapper import Wrapper, unwrap
 from lars_tree._tree import pytrees
-from lars_tree._tree.operators import Arithmetic
+from lars_tree._tree.operators import Arithmetic, binary
 from lars_tree.update import Updatable
 
 if TYPE_CHECKING:
@@ -111,23 +111,9 @@ class Array(Updatable, Wrapper, Arithmetic):
         __pow__: _Operator
         __matmul__: _Operator
 
-    def __lt__(self, other: Any) -> Self:
-        return self._operate(operator.lt, self, other)
-
-    def __le__(self, other: Any) -> Self:
-        return self._operate(operator.le, self, other)
-
-    def __eq__(self, other: Any) -> Self:  # type: ignore[override]
-        return self._operate(operator.eq, self, other)
-
-    def __ne__(self, other: Any) -> Self:  # type: ignore[override]
-        return self._operate(operator.ne, self, other)
-
-    def __ge__(self, other: Any) -> Self:
-        return self._operate(operator.ge, self, other)
-
-    def __gt__(self, other: Any) -> Self:
-        return self._operate(operator.gt, self, other)
+    __lt__, __le__ = binary(operator.lt), binary(operator.le)
+    __ge__, __gt__ = binary(operator.ge), binary(operator.gt)
+    __eq__, __ne__ = binary(operator.eq), binary(operator.ne)  # type: ignore[assignment]
 
     __hash__ = None  # type: ignore[assignment]  # comparisons are elementwise
 

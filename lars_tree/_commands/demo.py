@@ -80,7 +80,7 @@ def gradients(w: Container, digits: Digits) -> Container:
     delta = exp / exp.sum(axis=1, keepdims=True)
     delta[np.arange(len(delta)), digits.labels] -= 1
     delta /= len(delta)
-    # The last layer first: lars_update matches gradients to weights by key, in any order.
+    # From the last layer to the first: lars_update matches gradients to weights by key.
     g = Container()
     for name, x in zip(reversed(w), reversed(inputs), strict=True):
         g[name] = {"kernel": x.T @ delta, "bias": delta.sum(axis=0)}
@@ -162,7 +162,7 @@ def run(*, seed: int, epochs: int, batch: int, rate: float) -> tuple[str, dict[s
         )
     ]
     table = "\n".join(rows)
-    layers = repr(lars.layers).replace("\n  ", "\n")  # without its margin: within 80 columns
+    layers = repr(lars.layers).replace("\n  ", "\n")  # without the margin, to fit in 80 columns
     parameters = sum(layer["parameters"] for layer in lars.layers)
     text = f"""\
 Handwritten digits: {count} images to train on, {len(held_out.labels)} held out.

@@ -25,7 +25,7 @@ from lars_tree._files.replacing import Path
 NAME = "npz"
 
 _SUFFIX = ".npy"
-_MOST_INFLATED = 1032  # the most bytes that deflate can encode in one
+_MOST_INFLATED = 1032  # deflate encodes at most this many bytes in one byte
 
 
 def has(dtype: np.dtype[Any]) -> bool:

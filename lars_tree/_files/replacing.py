@@ -64,7 +64,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.close()
         os.replace(name, target)
     except BaseException:
-        with suppress(OSError):  # a full disk fails again
+        with suppress(OSError):  # on a full disk, closing fails again
             if file is not None:
                 file.close()
         with suppress(FileNotFoundError):
@@ -173,7 +173,7 @@ def _sync(directory: str) -> None:
         try:
             os.fsync(file)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems lack it
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not on all file systems
                 raise
 
 

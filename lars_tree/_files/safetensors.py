@@ -198,7 +198,7 @@ def _parsed(path: Path, file: BufferedReader) -> tuple[dict[str, Record], dict[s
         raise errors.file_error(path, "the header has this name twice", error.name) from None
     except (AttributeError, ValueError) as error:
         raise errors.file_error(path, f"its header cannot be read: {error}") from error
-    if not isinstance(metadata, dict):  # the package takes null too
+    if not isinstance(metadata, dict):  # the package accepts null too
         text = f"expected an object of strings, got {metadata!r}"
         raise errors.file_error(path, text, names.RESERVED)
     return header, metadata

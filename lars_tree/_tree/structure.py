@@ -256,7 +256,7 @@ def _match_in_python(node: Tree, prefix: Tree, found: list[Leaf], exact: bool) -
         return kind == LEAF or not exact
     if kind == LEAF:
         return False
-    # dict's own methods: those of a Container read 'a/b' as a path.
+    # By dict's own methods, because those of a Container read 'a/b' as a path.
     parts = prefix if prefix_kind == PLAIN_DICT else dict(children(prefix))
     pairs = list(children(node))
     if len(pairs) != len(parts):
