@@ -1,6 +1,6 @@
 """Array: a thin wrapper of one native array, for users who prefer methods.
 
-Operators call those of the native array; `lars_update` calls the function.
+Its operators apply those of the native array.
 """
 
 from __future__ import annotations
@@ -8,17 +8,15 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from math import prod
-from typing import TYPE_CHECKING, Any, Self, Unpack, overload
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import numpy as np
 
 from lars_tree import _backends, errors
 from lars_tree._backends.wrapper import Wrapper, unwrap
-from lars_tree._core.options import Options, StepOptions
-from lars_tree._core.types import Flags, Numbers, T
 from lars_tree._tree import pytrees
-from lars_tree._tree.operators import Arithmetic
-from lars_tree.update import lars_update
+from lars_tree._tree.operators import Arithmetic, binary
+from lars_tree.update import Updatable
 
 if TYPE_CHECKING:
     from typing import Protocol, TypeVar
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
     Tree = TypeVar("Tree", bound=Container)
 
     class _Operator(Protocol):
-        """An operator of Array; one with a Container gives a Container."""
+        """An operator of Array; with a Container as the other operand, it returns a Container."""
 
         @overload
         def __call__(self, other: Tree, /) -> Tree: ...
@@ -36,8 +34,8 @@ if TYPE_CHECKING:
         def __call__(self, other: Any, /) -> Array: ...
 
 
-class Array(Wrapper, Arithmetic):
-    """A native array (numpy, torch, JAX, Dask, CuPy, ...) with the methods of this package.
+class Array(Updatable, Wrapper, Arithmetic):
+    """A wrapper of a native array (numpy, torch, JAX, Dask, CuPy, ...) with a `lars_update` method.
 
     >>> w = Array(np.array([3.0, 4.0]))
     >>> w.lars_update(np.array([0.0, 10.0]), 0.1)    # ratio 5 / 10: a step of 0.05 * [0, 10]
@@ -45,14 +43,14 @@ class Array(Wrapper, Arithmetic):
     >>> 2 * w > 7
     Array([False,  True])
 
-    Functions of an array library take native arrays: pass them `.data`. Therefore an Array has no
-    `__array_namespace__`.
+    Pass `.data` to functions of an array library: they need the native array. An Array has no
+    `__array_namespace__`, so that libraries do not take it for one of theirs.
 
     Args:
         data: The native array, or another Array, whose native array is shared. Not copied.
 
     Raises:
-        LeafError: data is not an array of a supported library; it is a list or a number, say.
+        LeafError: data is not an array of a supported library, but a list or a number, say.
     """
 
     __slots__ = ()
@@ -74,7 +72,7 @@ class Array(Wrapper, Arithmetic):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The lengths of the axes."""
+        """The shape, as a tuple."""
         return tuple(self._data.shape)
 
     @property
@@ -94,46 +92,8 @@ class Array(Wrapper, Arithmetic):
 
     @property
     def device(self) -> Any:
-        """The device, as the library names it; "cpu" if it has no devices."""
+        """The device object of the library; "cpu" if the library has no devices."""
         return getattr(self._data, "device", "cpu")
-
-    @overload
-    def lars_update(
-        self, dcdw: Any, lr: Numbers, /, *, out: None = None, **options: Unpack[StepOptions]
-    ) -> Self: ...
-    @overload
-    def lars_update(
-        self, dcdw: Any, lr: Numbers, /, *, out: T, **options: Unpack[StepOptions]
-    ) -> T: ...
-
-    def lars_update(
-        self,
-        dcdw: Any,
-        lr: Numbers,
-        /,
-        *,
-        decay_lambda: Numbers = 0,
-        stop_gradients: Flags = True,
-        out: Any = None,
-        **options: Unpack[Options],
-    ) -> Any:
-        """Take one LARS step on this array: `lars_tree.lars_update` with self as `w`.
-
-        >>> Array(np.array([3.0, 4.0])).lars_update(np.array([0.4, 0.3]), 0.1, decay_lambda=0.1)
-        Array([2.65, 3.65])
-
-        The arguments are those of `lars_tree.lars_update`. `out` is an array, may be self, and is
-        returned.
-        """
-        return lars_update(
-            self,
-            dcdw,
-            lr,
-            decay_lambda=decay_lambda,
-            stop_gradients=stop_gradients,
-            out=out,
-            **options,
-        )
 
     def _operate(self, operation: Callable[..., Any], *operands: Any) -> Self:
         result: Self = NotImplemented  # a Container applies the operation to each of its leaves
@@ -151,23 +111,9 @@ class Array(Wrapper, Arithmetic):
         __pow__: _Operator
         __matmul__: _Operator
 
-    def __lt__(self, other: Any) -> Self:
-        return self._operate(operator.lt, self, other)
-
-    def __le__(self, other: Any) -> Self:
-        return self._operate(operator.le, self, other)
-
-    def __eq__(self, other: Any) -> Self:  # type: ignore[override]
-        return self._operate(operator.eq, self, other)
-
-    def __ne__(self, other: Any) -> Self:  # type: ignore[override]
-        return self._operate(operator.ne, self, other)
-
-    def __ge__(self, other: Any) -> Self:
-        return self._operate(operator.ge, self, other)
-
-    def __gt__(self, other: Any) -> Self:
-        return self._operate(operator.gt, self, other)
+    __lt__, __le__ = binary(operator.lt), binary(operator.le)
+    __ge__, __gt__ = binary(operator.ge), binary(operator.gt)
+    __eq__, __ne__ = binary(operator.eq), binary(operator.ne)  # type: ignore[assignment]
 
     __hash__ = None  # type: ignore[assignment]  # comparisons are elementwise
 
@@ -223,7 +169,7 @@ class Array(Wrapper, Arithmetic):
 
 
 def _wrapped(x: Any) -> Any:
-    """An Array of x if x is an array, otherwise x: an operation may return a bool, for example."""
+    """An Array of x if x is an array; otherwise x, because an operation may return a bool, say."""
     return x if _backends.find(x) is None else Array(x)
 
 

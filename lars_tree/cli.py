@@ -1,4 +1,4 @@
-"""Start and end of the `lars-tree` command; `_commands/parser.py` has its arguments.
+"""The `lars-tree` command: start, errors and exit status. `_commands/parser.py` has its arguments.
 
 The exit status is 0 for success; 1 if `diff` finds differences; 2 for an error, with one line on
 stderr; 130 for Ctrl-C.

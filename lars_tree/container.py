@@ -1,25 +1,23 @@
-"""Container: a dict of dicts with paths and attribute access. Structure only.
+"""Container: a dict of dicts with paths and attribute access.
 
-Methods about arrays call functions of other modules: `update.py`, `_display/`.
+This module is about structure only. Methods about arrays come from `update.py` and `_display/`.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any, Self, Unpack, overload
+from typing import Any, Self
 
 from lars_tree import errors
-from lars_tree._core.options import Options, StepOptions
-from lars_tree._core.types import Flags, Numbers, T
 from lars_tree._display import compare, show
 from lars_tree._tree import conversion, nodes, paths, pytrees, structure
 from lars_tree._tree.operators import Arithmetic
 from lars_tree.errors import Path, PathAttributeError, PathKeyError, path_string
-from lars_tree.update import lars_update
+from lars_tree.update import Updatable
 
 
-class Container(Arithmetic, dict[Any, Any]):
+class Container(Updatable, Arithmetic, dict[Any, Any]):
     """A dict of nested Containers, read by key, by attribute or by path.
 
     >>> w = Container(encoder={"kernel": np.ones((3, 4)), "bias": np.zeros(4)}, head=np.ones(4))
@@ -38,12 +36,12 @@ class Container(Arithmetic, dict[Any, Any]):
 
     Mappings become Containers when they are put in; lists and tuples stay lists and tuples.
     Reading and deleting look for the exact key first, then for a path: a tuple of keys, or a string
-    split at '/'. Writing a string key is literal, as in a dict; a tuple of keys is a path. Methods
-    that take another Container take any other tree as well.
+    split at '/'. In writing, a string is one key, as in a dict, and a tuple of keys is a path.
+    Methods that take another Container also take any other tree.
 
     Args:
         mapping: A mapping or (key, value) pairs, as for dict.
-        **keys: Further keys.
+        **keys: Further items, as for dict.
     """
 
     __slots__ = ()
@@ -60,7 +58,7 @@ class Container(Arithmetic, dict[Any, Any]):
 
     @classmethod
     def _lars_tree_make(cls, items: Mapping[Any, Any] | Iterable[tuple[Hashable, Any]]) -> Self:
-        """A Container of children that are already converted."""
+        """A Container of children whose mappings are already Containers."""
         new = cls.__new__(cls)
         dict.update(new, items)
         return new
@@ -117,7 +115,7 @@ class Container(Arithmetic, dict[Any, Any]):
         names = (key for key in self if isinstance(key, str) and key.isidentifier())
         return [*super().__dir__(), *names]
 
-    # Methods of dict that would not convert mappings or not return Containers
+    # Methods of dict that must convert mappings or return Containers
 
     def update(self, mapping: Any = (), /, **keys: Any) -> None:
         """Write all items of a mapping or of (key, value) pairs. Keys are literal."""
@@ -130,14 +128,14 @@ class Container(Arithmetic, dict[Any, Any]):
         dict.update(self, converted)
 
     def setdefault(self, key: Any, default: Any = None) -> Any:
-        """The value at a literal key or a tuple path, which is set to the default if missing."""
+        """The value at a key or tuple path; if missing, it is first set to the default."""
         exists = key in self if isinstance(key, tuple) else dict.__contains__(self, key)
         if not exists:
             self[key] = default
         return self[key]
 
     def pop(self, key: Any, *default: Any) -> Any:
-        """Remove a key or path and return its value, or the default if it is missing."""
+        """Remove a key or path and return its value; if it is missing, return the default."""
         if default and key not in self:
             return default[0]
         value = self[key]
@@ -146,7 +144,7 @@ class Container(Arithmetic, dict[Any, Any]):
 
     @conversion.explain_cycles
     def copy(self) -> Self:
-        """A copy of the nodes, which shares the leaves."""
+        """A copy with new nodes and the same leaves."""
         return structure.rebuild(self, structure.leaves(self), "self")
 
     __copy__ = copy
@@ -188,7 +186,7 @@ class Container(Arithmetic, dict[Any, Any]):
 
     @conversion.explain_cycles
     def unflatten(self, leaves: Iterable[Any]) -> Self:
-        """A Container like this one with other leaves, given in the order of `leaves()`.
+        """A Container with these nodes and other leaves, given in the order of `leaves()`.
 
         >>> Container(a=1, b={"c": 2}).unflatten([3, 4]).to_dict()
         {'a': 3, 'b': {'c': 4}}
@@ -200,9 +198,9 @@ class Container(Arithmetic, dict[Any, Any]):
 
     @conversion.explain_cycles
     def to_flat(self, sep: str = "/") -> dict[str, Any]:
-        """The leaves by name: keys joined by `sep`. '.' gives the names of a state_dict.
+        """The leaves by name: the keys joined by `sep`. '.' gives the names of a state_dict.
 
-        Indices of lists become names. An empty node is kept as an empty Container.
+        Items of lists are named by index. An empty node becomes an empty Container.
 
         >>> Container(a={"b": 1, "c": 2}).to_flat(".")
         {'a.b': 1, 'a.c': 2}
@@ -214,7 +212,7 @@ class Container(Arithmetic, dict[Any, Any]):
 
     @classmethod
     def from_flat(cls, flat: Mapping[Any, Any], sep: str = "/") -> Self:
-        """The Container of leaves whose names, split at `sep`, are their paths.
+        """A Container of leaves given by name; a name split at `sep` is the path of the leaf.
 
         >>> Container.from_flat({"a.b": 1, "a.c": 2}, sep=".").to_dict()
         {'a': {'b': 1, 'c': 2}}
@@ -234,7 +232,7 @@ class Container(Arithmetic, dict[Any, Any]):
 
     @conversion.explain_cycles
     def to_dict(self) -> dict[Any, Any]:
-        """Nested dicts, which share the leaves."""
+        """The same tree as nested dicts. The leaves are shared."""
         dicts: dict[Any, Any] = structure.rebuilding("self", conversion.to_dicts, self)
         return dicts
 
@@ -246,9 +244,10 @@ class Container(Arithmetic, dict[Any, Any]):
         {'a': 10, 'b': {'c': 200}}
 
         Args:
-            fn: Called with a leaf and its values in `rest`. An exception gets a note with the path.
-            *rest: Trees like this one, or prefixes: a value at a node applies to its subtree.
-            with_path: Whether to call fn(path, leaf, ...), with the path as a tuple of keys.
+            fn: Called with a leaf and its values in `rest`. A note with the path is added to an
+                exception.
+            *rest: Trees like this one, or prefixes of it: a value at a node holds for its subtree.
+            with_path: Whether to call fn(path, leaf, ...), where the path is a tuple of keys.
 
         Raises:
             StructureError: one of `rest` is not a prefix of this Container.
@@ -267,7 +266,7 @@ class Container(Arithmetic, dict[Any, Any]):
     def filter(self, pred: Callable[[Path, Any], Any], /) -> Self:
         """The leaves for which pred(path, leaf) is true. Nodes left without leaves are removed.
 
-        A list or tuple keeps its length unless it is removed, with None for the missing leaves.
+        A list or tuple that is not removed keeps its length: None replaces the other items.
 
         >>> Container(a={"kernel": 1, "bias": 2}).filter(lambda p, x: p[-1] == "bias").to_dict()
         {'a': {'bias': 2}}
@@ -277,7 +276,7 @@ class Container(Arithmetic, dict[Any, Any]):
 
     @conversion.explain_cycles
     def partition(self, pred: Callable[[Path, Any], Any], /) -> tuple[Self, Self]:
-        """`filter` and its complement."""
+        """Two Containers: the result of `filter`, and the other leaves."""
         kept = [bool(pred(path, leaf)) for path, leaf in structure.walk(self)]
         return self._picked(kept), self._picked([not keep for keep in kept])
 
@@ -315,13 +314,13 @@ class Container(Arithmetic, dict[Any, Any]):
         for other in operands:
             if not isinstance(other, Mapping) or not any(structure.differences(self, other)):
                 continue
-            if not any(structure.differences(other, self)):  # self is a prefix of the other
+            if not any(structure.differences(other, self)):  # self is a prefix of `other`
                 lead = conversion.convert("one operand", other, Container)
         columns = [
             structure.broadcast("one operand", lead, operand, to="the other")
             for operand in operands
         ]
-        # The leaves of `lead` only say where None stays None.
+        # The leaves of `lead` are not operands: where they are None, the result is None.
         results = structure.map_leaves(lambda _, *values: operation(*values), lead, *columns)
         return structure.rebuild(lead, results, "one operand")
 
@@ -344,54 +343,12 @@ class Container(Arithmetic, dict[Any, Any]):
         return show.text(self)
 
     def _repr_html_(self) -> str:
-        from lars_tree._display import html  # only notebooks need it
+        from lars_tree._display import html  # needed only in notebooks
 
         return html.tree(self)
 
     def __rich__(self) -> Any:
         return show.rich_tree(self)
-
-    @overload
-    def lars_update(
-        self, dcdw: Any, lr: Numbers, /, *, out: None = None, **options: Unpack[StepOptions]
-    ) -> Self: ...
-    @overload
-    def lars_update(
-        self, dcdw: Any, lr: Numbers, /, *, out: T, **options: Unpack[StepOptions]
-    ) -> T: ...
-
-    def lars_update(
-        self,
-        dcdw: Any,
-        lr: Numbers,
-        /,
-        *,
-        decay_lambda: Numbers = 0,
-        stop_gradients: Flags = True,
-        out: Any = None,
-        **options: Unpack[Options],
-    ) -> Any:
-        """Take one LARS step on every array: `lars_tree.lars_update` with self as `w`.
-
-        >>> w = Container(kernel=np.array([3.0, 4.0]), bias=np.array([0.0]))
-        >>> g = Container(kernel=np.array([0.0, 10.0]), bias=np.array([1.0]))
-        >>> w.lars_update(g, 0.1).kernel         # ratio = 5 / 10: a step of 0.05 * [0, 10]
-        array([3. , 3.5])
-        >>> w.lars_update(g, {"kernel": 0.1, "bias": 1}, out=w).bias                # in place
-        array([-1.])
-
-        The arguments are those of `lars_tree.lars_update`. `out` is a Container, may be self, and
-        is returned.
-        """
-        return lars_update(
-            self,
-            dcdw,
-            lr,
-            decay_lambda=decay_lambda,
-            stop_gradients=stop_gradients,
-            out=out,
-            **options,
-        )
 
 
 pytrees.register(Container)

@@ -39,19 +39,19 @@ def save(path: Path, tree: Mapping[Any, Any], *, metadata: Mapping[str, str] | N
     {'step': '100'}
 
     An old file is replaced atomically: a reader, a crash or a kill at any moment finds the old file
-    or the new one, and the new one is synced before it is renamed. Nobody else can open the
-    temporary file; if a kill leaves it in the directory, the next save there removes it.
-    Permissions, owner, group, extended attributes and ACL are preserved where the system allows.
+    or the new one, which is synced before it is renamed. Nobody else can open the temporary file;
+    if a kill leaves it in the directory, the next save in that directory removes it. Permissions,
+    owner, group, extended attributes and ACL are preserved if the system allows it.
 
     Arrays may be of any library, on any device, in any memory order, or an `Array`. They are copied
-    to contiguous CPU memory one at a time. Each is written in full: tied weights come back as two
-    arrays. Keys that contain '.' or are integers, lists, tuples, None and empty nodes cannot be
-    restored from the names: they are recorded in the metadata.
+    to contiguous CPU memory one at a time. Each is written in full: tied weights are loaded as two
+    arrays. Lists, tuples, None, empty nodes, integer keys and keys that contain '.' cannot be
+    restored from the names, so they are recorded in the metadata.
 
     Args:
         path: A name that ends in .safetensors or .npz. If it is a link, its target is replaced.
-        tree: A Container or dict, of dicts, lists and tuples, of arrays. Other mappings come back
-            as Containers.
+        tree: A Container or dict of arrays, dicts, lists and tuples. Other mappings are loaded as
+            Containers.
         metadata: Strings by name, stored in the file.
 
     Raises:
@@ -59,7 +59,7 @@ def save(path: Path, tree: Mapping[Any, Any], *, metadata: Mapping[str, str] | N
             mapping, list or tuple, such as a namedtuple; more than 100 levels.
         LeafError, DtypeError: a leaf is not an array, or the format does not have its dtype:
             safetensors has no complex128, .npz no bfloat16.
-        OptionError: metadata is not made of strings.
+        OptionError: a name or value in metadata is not a string.
         FileError: the name ends in neither .safetensors nor .npz.
         OSError: the file cannot be written. The old file is unchanged, unless the message says that
             the new file is in place but its directory could not be synced.
@@ -82,8 +82,8 @@ def load(path: Path, *, library: Literal["numpy", "torch", "jax"] = "numpy") -> 
     >>> load("w.npz").to_dict()
     {'layers': [{'w': array([1., 1.])}, {'w': array([0., 0.])}]}
 
-    No code in the file is run, and sizes are checked before memory is allocated: it is bounded by
-    the length of the file, or by 1032 times the length of a compressed .npz.
+    No code in the file is run. Sizes are checked before memory is allocated, so memory is at most
+    the length of the file, or 1032 times the length of a compressed .npz.
 
     Args:
         path: A name that ends in .safetensors or .npz.
@@ -92,11 +92,11 @@ def load(path: Path, *, library: Literal["numpy", "torch", "jax"] = "numpy") -> 
 
     Returns:
         A Container, in the order of the file. Names are split at '.', unless `save` recorded
-        another structure: a saved state_dict comes back with its flat names.
+        another structure: a saved state_dict keeps its flat names.
 
     Raises:
         FileError: the file is malformed, names collide (leaves 'a' and 'a.b'), the tree has more
-            than 100 levels, or the library does not have the dtype of an array.
+            than 100 levels, or the library does not support the dtype of an array.
         OptionError: the library is unknown.
         OSError: the file cannot be opened.
     """
@@ -116,7 +116,7 @@ def load(path: Path, *, library: Literal["numpy", "torch", "jax"] = "numpy") -> 
 
 
 def open(path: Path, mode: Literal["r", "r+"] = "r") -> Container:  # noqa: A001
-    """Map a .safetensors file: a Container of `np.memmap` leaves, whose elements are not read yet.
+    """Map a .safetensors file: a Container of `np.memmap` leaves. No elements are read yet.
 
     >>> save("w.safetensors", {"w": np.array([3.0, 4.0]), "step": np.array(0)})
     >>> w = open("w.safetensors", "r+")
@@ -125,21 +125,22 @@ def open(path: Path, mode: Literal["r", "r+"] = "r") -> Container:  # noqa: A001
     array([3. , 3.5])
 
     `lars_update(w, g, lr, out=w)` updates the weights in the file, even if they are larger than
-    memory. The process allocates nothing that grows with the file. The pages that it touches belong
+    memory. The process allocates no memory in proportion to the file. The pages that it uses belong
     to the system's file cache: tools may count them as resident (RssFile), but the system reclaims
     them when memory is short.
 
-    Changes reach the disk when the system writes them back, or at `flush()` of any leaf, which
-    flushes the whole file. They are made in place: unlike with `save`, a crash of the machine may
-    leave some of them out. Do not truncate a mapped file: reading it would kill the process.
+    Changes reach the disk when the system writes them back, or when `flush()` of any leaf is
+    called, which flushes the whole file. The file is changed in place: unlike with `save`, after a
+    crash of the machine only some of the changes may be on disk. Do not truncate a mapped file:
+    reading it would then kill the process.
 
     Args:
         path: A name that ends in .safetensors.
         mode: "r": the leaves are read-only. "r+": writing to a leaf writes to the file.
 
     Raises:
-        FileError: the file is malformed or not a .safetensors file, or numpy and ml_dtypes do not
-            have the dtype of an array.
+        FileError: the file is malformed or not a .safetensors file, or neither numpy nor ml_dtypes
+            has the dtype of an array.
         OptionError: the mode is unknown.
         OSError: the file cannot be opened.
     """
@@ -166,7 +167,7 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 def from_state_dict(state_dict: Mapping[str, Any]) -> Container:
-    """A nested Container of the tensors of a torch state_dict, which it shares.
+    """A nested Container that shares the tensors of a torch state_dict.
 
     >>> w = from_state_dict({"0.weight": np.ones((2, 3)), "0.bias": np.zeros(2)})
     >>> list(w["0"])
@@ -175,7 +176,7 @@ def from_state_dict(state_dict: Mapping[str, Any]) -> Container:
     ['0.weight', '0.bias']
 
     `lars_update(w, g, lr, out=w)` updates the tensors of the module. If the module has buffers,
-    such as the counts of a BatchNorm, pass `dict(module.named_parameters())` to leave them out.
+    such as those of BatchNorm, pass `dict(module.named_parameters())`, which has no buffers.
 
     Raises:
         StructureError: state_dict is not a mapping.
@@ -189,10 +190,10 @@ def from_state_dict(state_dict: Mapping[str, Any]) -> Container:
 
 
 def to_state_dict(tree: Any) -> dict[str, Any]:
-    """The leaves under the names that `module.load_state_dict` takes: keys joined by '.'.
+    """The leaves by the names that `module.load_state_dict` takes: keys joined by '.'.
 
-    Items of lists are named by their index and `Array`s are unwrapped. None and empty nodes are
-    left out, as in torch.
+    Items of lists are named by index, and `Array`s are unwrapped. None and empty nodes are omitted,
+    as in torch.
 
     Raises:
         StructureError: two leaves have the same name, or `save` would refuse the tree.
@@ -204,7 +205,7 @@ def _checked(metadata: Mapping[str, str] | None) -> dict[str, str]:
     strings = dict(metadata or {})
     for pair in strings.items():
         if not all(isinstance(x, str) and names.is_text(x) for x in pair):
-            text = f"metadata is not made of strings: expected a str and a str, got {pair!r}"
+            text = f"metadata is not made of strings: expected a str name and value, got {pair!r}"
             raise errors.error(errors.OptionError, "metadata", text, [])
     if formats.STRUCTURE in strings:
         text = f"metadata has the name {formats.STRUCTURE!r}, which is reserved for `save`"

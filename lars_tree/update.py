@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self, Unpack, overload
 
 from lars_tree._core.advance import advance
-from lars_tree._core.options import with_hints
+from lars_tree._core.options import Options, StepOptions, with_hints
 from lars_tree._core.types import Axes, Flags, MeshAxes, NonFinites, Numbers, T
 
 
@@ -112,3 +112,52 @@ def lars_update(
         "stop_gradients": stop_gradients,
     }
     return advance(w, dcdw, out, options)[0]
+
+
+class Updatable:
+    """The method `lars_update` of Container and Array."""
+
+    __slots__ = ()
+
+    @overload
+    def lars_update(
+        self, dcdw: Any, lr: Numbers, /, *, out: None = None, **options: Unpack[StepOptions]
+    ) -> Self: ...
+    @overload
+    def lars_update(
+        self, dcdw: Any, lr: Numbers, /, *, out: T, **options: Unpack[StepOptions]
+    ) -> T: ...
+
+    def lars_update(
+        self,
+        dcdw: Any,
+        lr: Numbers,
+        /,
+        *,
+        decay_lambda: Numbers = 0,
+        stop_gradients: Flags = True,
+        out: Any = None,
+        **options: Unpack[Options],
+    ) -> Any:
+        """Take one LARS step on every array: `lars_tree.lars_update` with self as `w`.
+
+        >>> w = Container(kernel=np.array([3.0, 4.0]), bias=np.array([0.0]))
+        >>> g = Container(kernel=np.array([0.0, 10.0]), bias=np.array([1.0]))
+        >>> w.lars_update(g, 0.1).kernel         # ratio = 5 / 10: a step of 0.05 * [0, 10]
+        array([3. , 3.5])
+        >>> w.lars_update(g, {"kernel": 0.1, "bias": 1}, out=w).bias                # in place
+        array([-1.])
+        >>> Array(np.array([3.0, 4.0])).lars_update(np.array([0.4, 0.3]), 0.1, decay_lambda=0.1)
+        Array([2.65, 3.65])
+
+        The arguments are those of `lars_tree.lars_update`. `out` may be self, and is returned.
+        """
+        return lars_update(
+            self,
+            dcdw,
+            lr,
+            decay_lambda=decay_lambda,
+            stop_gradients=stop_gradients,
+            out=out,
+            **options,
+        )

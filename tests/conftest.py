@@ -1,4 +1,4 @@
-"""Shared by the tests: hypothesis profiles, array libraries, interruptions.
+"""Fixtures and helpers for all tests: hypothesis profiles, array libraries, interruptions.
 
 Tests of a library that is not installed are skipped; with CI=true they fail.
 """
@@ -19,12 +19,12 @@ from hypothesis import HealthCheck, settings
 
 import lars_tree
 
-# Four devices on the CPU, for sharded arrays: JAX reads this when it is first imported.
+# JAX reads this when it is first imported: four CPU devices, for sharded arrays.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 
 CI = os.environ.get("CI") == "true"
 
-# A shell lets its background processes ignore Ctrl-C; tests of Ctrl-C need the handler.
+# A shell makes its background processes ignore Ctrl-C, but tests of Ctrl-C need the handler.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -37,7 +37,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if CI else "defa
 
 
 def unit_lars(*args: Any, decay_lambda: Any = 0, **options: Any) -> lars_tree.Lars:
-    """A `Lars` that takes the options and has the defaults of `lars_update`."""
+    """A `Lars` with the option names and defaults of `lars_update`."""
     given = {"weight_decay": decay_lambda, "trust_coefficient": 1.0, "eps": 0.0, **options}
     return lars_tree.Lars(*args, **given)
 
@@ -51,7 +51,7 @@ class Library(NamedTuple):
     exact: bool  # it uses the CPU kernel, so it gives the same bits as numpy
 
 
-# To add a backend: one row.
+# To test another library, add a row.
 LIBRARIES = [
     Library("numpy", "numpy", mutable=True, exact=True),
     Library("torch", "torch", mutable=True, exact=True),
@@ -112,7 +112,7 @@ def library(request: pytest.FixtureRequest) -> Library:
 
 
 def traced(trace: Callable[..., Any], call: Callable[[], Any]) -> None:
-    """Call with a trace function, which may interrupt the call with Ctrl-C."""
+    """Make a call under a trace function, which may interrupt it with Ctrl-C."""
     sys.settrace(trace)
     try:
         call()
@@ -123,7 +123,7 @@ def traced(trace: Callable[..., Any], call: Callable[[], Any]) -> None:
 
 
 def interrupted_at(line: int, folder: str, call: Callable[[], Any]) -> bool:
-    """Call with Ctrl-C at the given line that it executes in a folder; whether it got that far."""
+    """Make a call with Ctrl-C at its nth line in a folder; False if it has fewer lines."""
     lines = iter(range(line, -1, -1))
 
     def trace(frame: Any, event: str, arg: Any) -> Any:
@@ -139,7 +139,7 @@ def interrupted_at(line: int, folder: str, call: Callable[[], Any]) -> bool:
 
 @pytest.fixture(autouse=True)
 def subnormal_numbers() -> Iterator[None]:
-    """No test or import may leave the CPU in flush-to-zero mode."""
+    """Check after each test that the CPU is not in flush-to-zero mode."""
     yield
     smallest = np.float64(5e-324)
     assert smallest * 1 > 0

@@ -1,4 +1,4 @@
-"""Node classes as users write them: dicts and lists that store, copy or read items unusually."""
+"""Node classes like those of users: dicts and lists that store, copy or read items unusually."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Frozen(dict):
-    """Like frozendict: a copy is the same object."""
+    """Like frozendict: its copy is the object itself."""
 
     def __setitem__(self, key, value):
         raise TypeError("immutable")
@@ -77,7 +77,7 @@ class ElsewhereByKey(Stored):
 
 
 class DotMapLike(MutableMapping, OrderedDict):
-    """Converts dicts that it is given to its own class."""
+    """Converts dicts that are put in to its own class."""
 
     def __init__(self, items=()):
         self.store = OrderedDict()
@@ -107,7 +107,7 @@ class DotMapLike(MutableMapping, OrderedDict):
 
 
 class Mirrored(dict):
-    """Keeps its items as attributes too, like EasyDict."""
+    """Stores its items as attributes too, like EasyDict."""
 
     def __init__(self, items=()):
         for key, value in dict(items).items():
@@ -144,7 +144,7 @@ class Rated(UserDict):
 
 
 class Group(Mapping):
-    """Makes new arrays whenever it is read, like a group of an h5py file."""
+    """Makes new arrays at each reading, like a group of an h5py file."""
 
     def __init__(self, file, items):
         self.file, self.stored = file, dict(items)
@@ -221,7 +221,7 @@ class ConvertedLayer:
 
 @attrs.frozen
 class SingleLayer:
-    """A copy is the same object."""
+    """Its copy is the object itself."""
 
     a: object
     b: object

@@ -1,4 +1,4 @@
-"""Array, which does what its native array does, and the Container methods that look at arrays."""
+"""Array, which behaves like its native array, and the Container methods that depend on arrays."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ARITHMETIC = [
     operator.mod,
 ]
 COMPARISONS = [operator.lt, operator.le, operator.eq, operator.ne, operator.ge, operator.gt]
-# Its operators raise for unknown operands instead of returning NotImplemented.
+# Libraries whose operators raise for unknown operands instead of returning NotImplemented.
 REFUSES = {"strict"}
 PICKLED = [library.name for library in LIBRARIES if library.name in {"numpy", "torch", "jax"}]
 
@@ -39,19 +39,19 @@ OPERATORS = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow"]
 
 
 def assert_native(actual, expected):
-    """Check for an Array of the same type, dtype and elements as a result of the library."""
+    """Check that actual is an Array of the type, dtype and elements of a native result."""
     assert type(actual) is Array
     assert type(actual.data) is type(expected)
     assert actual.dtype == expected.dtype
     np.testing.assert_array_equal(to_numpy(actual), to_numpy(expected))
 
 
-def test_it_does_not_copy_its_array(library):
+def test_the_native_array_is_not_copied(library):
     x = to_library(library.name, A)
     assert Array(x).data is Array(Array(x)).data is x
 
 
-def test_its_attributes_are_those_of_its_array(library):
+def test_attributes_are_those_of_the_native_array(library):
     x = to_library(library.name, A)
     array = Array(x)
     assert (array.shape, array.ndim, array.size) == ((2, 3), 2, 6)
@@ -59,7 +59,7 @@ def test_its_attributes_are_those_of_its_array(library):
 
 
 @pytest.mark.parametrize("operation", ARITHMETIC + COMPARISONS, ids=lambda op: op.__name__)
-def test_operators_give_the_results_of_its_array(library, operation):
+def test_operators_give_the_results_of_the_native_array(library, operation):
     a, b = to_library(library.name, A), to_library(library.name, B)
     assert_native(operation(Array(a), Array(b)), operation(a, b))
     assert_native(operation(Array(a), b), operation(a, b))
@@ -69,7 +69,7 @@ def test_operators_give_the_results_of_its_array(library, operation):
     assert_native(operation(2.0, Array(a)), operation(2.0, a))
 
 
-def test_powers_and_products_give_the_results_of_its_array(library):
+def test_powers_and_products_give_the_results_of_the_native_array(library):
     a, b = to_library(library.name, np.abs(A)), to_library(library.name, B[0])
     assert_native(Array(a) ** 3.0, a**3.0)
     assert_native(2.0 ** Array(a), 2.0**a)
@@ -79,7 +79,7 @@ def test_powers_and_products_give_the_results_of_its_array(library):
 
 
 @pytest.mark.parametrize("operation", [operator.neg, operator.pos, operator.abs])
-def test_signs_give_the_results_of_its_array(library, operation):
+def test_signs_give_the_results_of_the_native_array(library, operation):
     a = to_library(library.name, A)
     assert_native(operation(Array(a)), operation(a))
 
@@ -96,7 +96,7 @@ def test_inplace_operators_make_a_new_array():
     assert (x == A).all()
 
 
-def test_indexing_gives_the_results_of_its_array(library):
+def test_indexing_gives_the_results_of_the_native_array(library):
     a = to_library(library.name, A)
     assert_native(Array(a)[1, :], a[1, :])
     assert_native(Array(a)[:, 0:2], a[:, 0:2])
@@ -106,7 +106,7 @@ def test_an_array_can_be_an_index():
     assert_native(Array(A)[Array(A > 1.0)], A[A > 1.0])
 
 
-def test_assignment_writes_to_its_array():
+def test_assignment_writes_to_the_native_array():
     x = A.copy()
     Array(x)[0] = Array(B)[0]
     assert (x == [B[0], A[1]]).all()
@@ -134,18 +134,18 @@ def test_the_truth_value_of_many_elements_is_an_error():
         bool(Array(A))
 
 
-def test_it_is_unhashable():
+def test_an_array_is_unhashable():
     with pytest.raises(TypeError, match="unhashable"):
         hash(Array(A))
 
 
-def test_numpy_converts_it(library):
+def test_numpy_converts_an_array(library):
     actual = np.asarray(Array(to_library(library.name, A)))
     assert type(actual) is np.ndarray
     assert (actual == A).all()
 
 
-def test_numpy_shares_its_memory_unless_a_copy_is_requested():
+def test_numpy_shares_memory_unless_a_copy_is_requested():
     array = Array(A)
     assert np.shares_memory(np.asarray(array), A)
     assert not np.shares_memory(np.array(array, copy=True), A)
@@ -154,19 +154,19 @@ def test_numpy_shares_its_memory_unless_a_copy_is_requested():
         np.asarray(array, dtype=np.float64, copy=False)
 
 
-def test_ufuncs_refuse_it():
+def test_ufuncs_refuse_an_array():
     with pytest.raises(TypeError, match="__array_ufunc__"):
         np.sqrt(Array(A))
 
 
-def test_dlpack_shares_its_memory():
+def test_dlpack_shares_memory():
     x = A.copy()
     assert np.shares_memory(np.from_dlpack(Array(x)), x)
     torch = need("torch")
     assert torch.from_dlpack(Array(x)).data_ptr() == x.ctypes.data
 
 
-def test_it_has_no_array_namespace():
+def test_an_array_has_no_array_namespace():
     compat = need("array_api_compat")
     assert not hasattr(Array(A), "__array_namespace__")
     assert not compat.is_array_api_obj(Array(A))
@@ -309,7 +309,7 @@ def test_a_leaf_stays_an_array():
     ids=["object", "struct", "str", "date", "scipy", "float8", "sparse", "meta", "key", "dask"],
 )
 def test_odd_arrays_are_compared_and_shown_without_errors(make):
-    """An array whose elements cannot be compared is equal at least to itself."""
+    """Even an array whose elements cannot be compared equals itself."""
     x, twin = make(), make()
     assert Container(a=x) == Container(a=x)
     assert (Container(a=x) == Container(a=twin)) in {True, False}

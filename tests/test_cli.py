@@ -38,7 +38,7 @@ def test_the_demo_classifies_95_percent_of_the_held_out_digits(seed, libraries, 
     rows = dict(re.findall(r"^(LARS|SGD, \w+ rate) .* ([01]\.\d{4})$", out, re.MULTILINE))
     lars, same, best = map(float, rows.values())
     assert 0.95 <= lars <= 1
-    assert same < best  # of several rates, the same one among them
+    assert same < best  # the rates of SGD, which include that of LARS
 
 
 def test_the_output_of_the_demo_depends_on_the_seed_alone(libraries, capsys):

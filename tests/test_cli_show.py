@@ -41,7 +41,7 @@ def printed(capsys, *arguments, status=0):
 
 
 def as_json(capsys, *arguments, status=0):
-    """The printed document: strictly valid JSON, without NaN and Infinity."""
+    """The printed document, which must be strictly valid JSON, without NaN and Infinity."""
 
     def refuse(constant):
         raise AssertionError(constant)
@@ -71,7 +71,7 @@ def test_show_lists_the_leaves(capsys):
 
 
 def test_show_reads_no_elements(capsys):
-    """A sparse file of 1 TiB."""
+    """The file is sparse and has 1 TiB."""
     text = b'{"w":{"dtype":"F32","shape":[274877906944],"data_offsets":[0,1099511627776]}}'
     with open("w.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

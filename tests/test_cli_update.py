@@ -239,7 +239,7 @@ def test_files_that_cannot_be_read_or_written_change_nothing(files_, where, mess
 
 
 def test_a_corrupt_leaf_changes_nothing(files, capsys):
-    """An array in an archive is checked when it is read: by then other leaves were written."""
+    """An array in an archive is checked only when it is read, after other leaves were written."""
     w = {"a": np.ones(9, "f4"), "b": np.ones(9, "f4")}
     io.save("w.npz", w)
     io.save("g.npz", w)
@@ -279,7 +279,7 @@ START += "runpy.run_module('lars_tree', run_name='__main__', alter_sys=True)"
 
 
 def stopped(directory, number, fraction, delay=0.0):
-    """An update that gets a signal some seconds after this fraction of the file was written."""
+    """An update that gets a signal `delay` seconds after a fraction of the file was written."""
     total = (directory / "w.safetensors").stat().st_size
     process = subprocess.Popen(
         [sys.executable, "-c", START, *ARGUMENTS],
@@ -293,7 +293,7 @@ def stopped(directory, number, fraction, delay=0.0):
     while process.poll() is None and written < fraction * total:
         time.sleep(0.0005)
         for stray in strays(directory):
-            with suppress(FileNotFoundError):  # it has just been renamed
+            with suppress(FileNotFoundError):  # the file was just renamed
                 written = stray.stat().st_size
     time.sleep(delay)
     process.send_signal(number)
@@ -324,7 +324,7 @@ def test_a_kill_at_any_moment_leaves_the_old_file_or_the_new(tmp_path):
             assert len(found) == 32
             assert {float(x) for leaf in found.leaves() for x in (leaf.min(), leaf.max())} == {1.0}
         left = strays(tmp_path)
-        assert len(left) <= 1  # the earlier one was removed
+        assert len(left) <= 1  # the temporary file of the earlier kill was removed
         if "old" not in found:
             ends.add("new")
         elif left:
@@ -347,7 +347,7 @@ def test_ctrl_c_exits_with_130_and_leaves_no_temporary_file(fraction, tmp_path):
 
 @pytest.mark.parametrize("native", ["0", "1"])
 def test_memory_is_bounded_by_the_largest_leaf(native, tmp_path):
-    """Files of 192 MiB, in leaves of 4 MiB, are updated with at most 112 MiB of memory for data."""
+    """Files of 192 MiB with leaves of 4 MiB are updated with at most 112 MiB of memory for data."""
     code = """if 1:
         import json, re, resource
         from lars_tree.cli import main

@@ -20,7 +20,7 @@ LEAVES = st.integers(-9, 9) | st.none() | st.lists(st.floats(-9, 9), max_size=2)
 NESTED = st.recursive(LEAVES, lambda c: st.dictionaries(NAMES, c, max_size=3), max_leaves=8)
 DICTS = st.dictionaries(NAMES, NESTED, max_size=3)
 WEIGHTS = DICTS.map(Container)
-# Some keys are drawn often, so that a key is also a path or an index.
+# The first keys are drawn often, so that a key is often also a path or an index.
 KEYS = st.sampled_from(["a", "0", "a/0", "0/a", "a/a", "", "/", 0]) | st.text(max_size=2)
 VALUES = st.recursive(
     st.integers(0, 9),
@@ -45,13 +45,13 @@ def test_nested_mappings_become_containers_and_sequences_stay():
     assert (type(w.p), type(w.p.y), type(w.p.y[0])) == (point, list, tuple)
 
 
-def test_the_constructor_and_unions_take_what_those_of_dict_take():
+def test_the_constructor_and_unions_take_the_arguments_of_dict():
     expected = {"a": 1, "b": 2}
     assert dict(Container(expected)) == dict(Container([("a", 1)], b=2)) == expected
     assert dict(Container(a=1) | {"b": 2}) == dict({"a": 1} | Container(b=2)) == expected
 
 
-def test_writing_does_not_change_the_mapping_it_was_made_from():
+def test_writing_does_not_change_the_original_mapping():
     inner = {"b": {"c": 1}}
     w = Container(a=inner, l=[inner])
     w["a", "b", "c"] = w["l", 0, "b"] = 2
@@ -139,7 +139,7 @@ def same_as_dict(w, expected):
 
 @given(st.dictionaries(KEYS, VALUES))
 def test_writing_each_item_equals_the_constructor(items):
-    """A string key is literal, also with '/' in it: Haiku names modules in this way."""
+    """A string key is literal even if it contains '/', as the module names of Haiku do."""
     written, defaulted, updated, united = (Container() for _ in range(4))
     for key, value in items.items():
         written[key] = value
@@ -159,7 +159,7 @@ def test_writing_and_deleting_string_keys_has_the_effect_and_result_of_a_dict(it
         elif key in expected:
             arguments = (key,)
         else:
-            continue  # a dict would raise, a Container may find a path
+            continue  # a dict would raise, but a Container may find a path
         results = [getattr(x, write.__name__)(*arguments) for x in (w, expected)]
         assert repr(Container(a=results[0]).to_dict()) == repr({"a": results[1]})
     assert same_as_dict(w, expected)

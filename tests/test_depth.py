@@ -1,4 +1,4 @@
-"""Trees that hold themselves, and very deep trees: an error or a result, never a crash."""
+"""Trees that hold themselves and very deep trees give an error or a result, never a crash."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def held():
 
 
 def unconverted(tree):
-    """A Container of these items, without converting them."""
+    """A Container of the items, which are not converted."""
     return Container._lars_tree_make(tree)
 
 
@@ -82,7 +82,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("name", TAKE_A_TREE)
-def test_a_tree_that_holds_itself_is_refused_by_its_path(name):
+def test_a_tree_that_holds_itself_is_refused_with_its_path(name):
     argument, act = TAKE_A_TREE[name]
     with pytest.raises(
         StructureError, match=r"expected a tree, got the node at .* again"
@@ -115,7 +115,7 @@ def test_a_deep_copy_of_a_container_that_holds_itself():
     assert new.x.tolist() == X.tolist()
 
 
-def test_nodes_without_end_are_refused():
+def test_endless_nodes_are_refused():
     class Endless(dict):
         def items(self):
             return [("deeper", Endless())]

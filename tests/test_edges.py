@@ -1,4 +1,4 @@
-"""Inputs for which the package once failed, one test for each."""
+"""Inputs for which the package once failed."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_dict_subclasses_keep_each_weight_under_its_key(make):
         assert new.k is new["k"]
 
 
-def test_sequences_and_classes_with_constructors_of_their_own():
+def test_sequences_and_classes_with_own_constructors():
     one, two = np.array([1.0]), np.array([2.0])
     assert lars_update(Two(one, two), 1.0, 0.5, adapt=False) == Two(
         np.array([0.5]), np.array([1.5])
@@ -212,7 +212,7 @@ def test_weights_without_a_gradient_are_copied_on_dask():
 
 
 @pytest.mark.parametrize("bad", ["Decimal('sNaN')", "np.timedelta64(3, 's')"])
-def test_odd_numbers_are_refused_as_rates(bad):
+def test_numbers_of_unusual_types_are_refused_as_rates(bad):
     from decimal import Decimal  # noqa: F401
 
     with pytest.raises(OptionError):

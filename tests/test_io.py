@@ -1,4 +1,4 @@
-"""Saving and loading: a tree comes back unchanged, or is refused with the path."""
+"""Saving and loading: a tree is loaded unchanged, or refused with the path of the fault."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_every_layout_comes_back(layout, dtype, suffix, tmp_path):
 
 
 def test_loaded_arrays_have_dtypes_that_the_native_kernel_supports(file):
-    """It does not support dtypes with an explicit byte order, which compare equal."""
+    """Dtypes with an explicit byte order compare equal, but the kernel does not support them."""
     io.save(file, {name: np.ones(2, name) for name in ("float16", "float32", "float64")})
     for read in READ[file.suffix]:
         assert {x.dtype.byteorder for x in read(file).leaves()} == {"="}
@@ -237,7 +237,7 @@ def test_foreign_names_are_split(tmp_path):
     assert io.load(path).to_dict().keys() == {"b", ""}
     assert_same(io.load(path)["b"]["1"]["w"], np.zeros(2))
     package.save_file({"a": np.ones(2), "a.b": np.zeros(2)}, path)
-    with pytest.raises(FileError, match=r"'a\.b' goes through another leaf"):
+    with pytest.raises(FileError, match=r"'a\.b' collides with another name"):
         io.load(path)
     package.save_file({"a.b.c": np.ones(2), "a.b": np.zeros(2)}, path)
     with pytest.raises(FileError, match=r"'a\.b(\.c)?' "):

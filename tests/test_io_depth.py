@@ -1,4 +1,4 @@
-"""Deep trees, long names and many names, which take proportional time and memory."""
+"""Deep trees, long names and many names: time and memory must stay proportional to the file."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def deep(kind, levels, leaf):
 
 
 def refused(path, content):
-    """The message with which every function refuses the file: it is always the same."""
+    """The message of the refusal, which must be the same for all functions."""
     path.write_bytes(content)
     texts = set()
     for read in READ if path.suffix == ".safetensors" else [io.load, io.metadata]:
@@ -100,7 +100,7 @@ def test_depth_does_not_depend_on_the_stack_of_the_caller(path):
         at(frames, lambda: io.save(path, {"a": tree}))
 
 
-def test_a_good_file_is_not_called_malformed_where_the_stack_is_nearly_full(path):
+def test_a_valid_file_is_not_called_malformed_if_the_stack_is_nearly_full(path):
     io.save(path, deep("dict of dots", DEEPEST, np.ones(1)))
 
     def at(frames, call):
@@ -146,7 +146,7 @@ def test_a_deeper_structure_is_refused(start, end, levels, tmp_path):
 
 
 def test_a_duplicate_name_is_found_in_linear_time(tmp_path):
-    """The last of 50,000 names: comparing each pair of names would take half a minute."""
+    """The duplicate is the last of 50,000 names: comparing all pairs would take half a minute."""
     path = tmp_path / "w.safetensors"
     text = json.dumps({f"n{i}": EMPTY for i in range(50_000)})
     path.write_bytes(safetensors(f'{text[:-1]}, "n49999": {json.dumps(EMPTY)}}}'.encode(), b""))
@@ -182,7 +182,7 @@ def test_long_names_take_memory_in_proportion(case, tmp_path):
 
 
 def test_many_nodes_for_few_leaves_come_back(path):
-    """There are more nodes than may be made from names alone: the structure is recorded."""
+    """The structure is recorded, as there are more nodes than splitting the names may create."""
     tree = {f"{i}": deep("dict", 50, np.ones(1)) for i in range(30)}
     io.save(path, tree)
     assert_same(io.load(path), Container(tree))

@@ -1,4 +1,4 @@
-"""Malformed files: each raises FileError, and no memory is allocated for the sizes it declares."""
+"""Each malformed file raises FileError, without allocating memory for the sizes it declares."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ SAFETENSORS = {
 
 @pytest.fixture
 def bounded():
-    """Fail if memory is allocated for a size that a small file only declares."""
+    """Fail if memory is allocated for a size that is declared but not in the file."""
     tracemalloc.start()
     yield
     peak = tracemalloc.get_traced_memory()[1]
@@ -171,7 +171,7 @@ def test_unusual_but_valid_files(tmp_path):
 
 
 def test_a_file_that_is_replaced_while_it_is_opened(tmp_path, monkeypatch):
-    """The package opens the path again: the file that it checks must be the file that is read."""
+    """The package opens the path again, and must check the same file that is read."""
     path, other = tmp_path / "w.safetensors", tmp_path / "other.safetensors"
     io.save(path, {"a": np.zeros(9)})
     io.save(other, {"b": np.ones(2)})
@@ -313,13 +313,13 @@ NPZ |= {
 
 @pytest.mark.usefixtures("bounded")
 @pytest.mark.parametrize("case", NPZ)
-@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # numpy, of old headers
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # a numpy warning about old headers
 def test_malformed_npz(case, tmp_path):
     refused(tmp_path / "w.npz", NPZ[case])
 
 
 def test_entries_that_overlap(tmp_path):
-    """Many entries share the same bytes: the file is small, but its arrays are large."""
+    """Many entries share the same bytes, so that a small file has large arrays."""
     content = npy(np.zeros(1 << 16))
     stream = memory.BytesIO()
     with zipfile.ZipFile(stream, "w") as file:

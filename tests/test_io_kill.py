@@ -1,4 +1,4 @@
-"""Kills, concurrent saves and full disks: there is always the old file or the new one."""
+"""After kills, concurrent saves and full disks, the path has the old file or the new one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ need("safetensors")
 
 
 def run(code, *arguments):
-    """The output of a new process that runs this code."""
+    """Run code in a new process and return its output."""
     environment = os.environ | {"PYTHONPATH": str(Path(lars_tree.__file__).parents[1])}
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
@@ -35,7 +35,7 @@ def run(code, *arguments):
     return result.stdout
 
 
-# Each forked child saves the next value to the file, and is killed meanwhile.
+# Each forked child saves the next value to the file, and is killed while it does so.
 KILLING = """if 1:
     import os, random, signal, sys, time
     import numpy as np
@@ -144,7 +144,7 @@ def test_a_temporary_file_removed_before_it_is_locked_is_created_again(tmp_path,
         if wait:
             made.append(sorted(tmp_path.iterdir()))
             if len(made) == 1:
-                replacing._remove_if_abandoned(str(made[0][0]))  # as another writer would
+                replacing._remove_if_abandoned(str(made[0][0]))  # as another writer might do
                 assert not made[0][0].exists()
         return lock(file, wait=wait)
 
@@ -155,7 +155,7 @@ def test_a_temporary_file_removed_before_it_is_locked_is_created_again(tmp_path,
 
 
 def test_a_temporary_file_renamed_by_its_writer_is_not_removed(tmp_path, monkeypatch):
-    """Its writer renames it after another process opened it, and before that process locks it."""
+    """The writer renames it after another process opened it, but before that process locks it."""
     stray, target = tmp_path / ".lars_tree-0.tmp", tmp_path / "w.npz"
     stray.write_bytes(b"new")
     lock = replacing._lock
@@ -217,7 +217,7 @@ def test_an_exception_leaves_only_the_old_file(error, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == [path.name]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files not closed
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # unclosed files
 def test_ctrl_c_at_any_line_leaves_no_temporary_file(tmp_path):
     path, line, seen = tmp_path / "w.safetensors", 0, set()
     folder = str(Path(replacing.__file__).parent)
@@ -277,7 +277,7 @@ def test_a_read_only_file_is_not_replaced(tmp_path, monkeypatch):
     path = tmp_path / "w.npz"
     io.save(path, {"a": np.ones(1)})
     path.chmod(0o444)
-    # Root may write to any file: answer as the system answers other users.
+    # Root can write to any file, so os.access is patched to answer as for an ordinary user.
     monkeypatch.setattr(os, "access", lambda name, mode: bool(os.stat(name).st_mode & 0o222))
     with pytest.raises(PermissionError):
         io.save(path, {})

@@ -1,4 +1,4 @@
-"""Valid files with a few bytes changed: each loads, or raises FileError."""
+"""A valid file with a few changed bytes is loaded, or raises FileError."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def mutated(content, changes):
 
 
 def mutated_inside(content, changes, suffix):
-    """Mutations that neither the length of the header nor the checksum of an entry reveals."""
+    """Mutations that leave the length of the header and the checksums of the entries correct."""
     if suffix == ".safetensors":
         end = 8 + int.from_bytes(content[:8], "little")
         return safetensors(mutated(content[8:end], changes), content[end:])
@@ -68,7 +68,7 @@ def mutated_inside(content, changes, suffix):
 
 @pytest.mark.parametrize("where", ["anywhere", "inside"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
-@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # numpy and zipfile
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # of numpy and zipfile
 def test_a_mutated_file_loads_or_is_refused(suffix, where, tmp_path):
     path = tmp_path / f"w{suffix}"
     content = valid(path)

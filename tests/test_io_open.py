@@ -1,4 +1,4 @@
-"""Mapped files: updated in place, and never read as a whole."""
+"""Mapped files are updated in place, and never loaded as a whole."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_mapped_file_is_updated_without_memory_for_its_leaves(tmp_path):
 
 
 def test_unaligned_arrays_are_updated(tmp_path):
-    """In files of other programs arrays may have any offset."""
+    """In files written by other programs, arrays may have any offset."""
     path = tmp_path / "w.safetensors"
     text = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
     text += b'"w":{"dtype":"F32","shape":[2],"data_offsets":[1,9]}}'
@@ -116,7 +116,7 @@ def test_unaligned_arrays_are_updated(tmp_path):
 
 
 def test_a_mapped_file_may_be_replaced(tmp_path):
-    """The leaves are still those of the old file."""
+    """The mapped leaves remain those of the old file."""
     path = tmp_path / "w.safetensors"
     io.save(path, {"a": np.ones(3)})
     old = io.open(path, "r+")
@@ -131,4 +131,4 @@ def test_saved_arrays_are_aligned(tmp_path):
     w = Container(a=np.ones(3, "u1"), b=np.ones(5), c=np.ones(3, "f2"), d=np.ones(1, "f4"))
     io.save(path, w)
     assert all(x.flags.aligned for x in io.open(path).leaves())
-    assert_same(io.load(path), w)  # in its own order
+    assert_same(io.load(path), w)  # the order of the tree

@@ -98,7 +98,7 @@ def test_nobody_can_open_a_file_that_is_being_written(old, mask, path, umask, mo
     assert mode(path) == (0o666 & ~mask if old is None else old)
 
 
-def test_the_content_is_whole_before_anybody_can_open_it(path, monkeypatch):
+def test_the_content_is_complete_before_anybody_can_open_it(path, monkeypatch):
     sizes = []
     fchmod = os.fchmod
 
@@ -127,7 +127,7 @@ def test_permissions_changed_during_a_save_count(path, monkeypatch):
 
 
 @root
-def test_owner_and_group_stay(path):
+def test_owner_and_group_are_preserved(path):
     saved(path)
     os.chown(path, 1234, 4321)
     path.chmod(0o640)
@@ -136,7 +136,7 @@ def test_owner_and_group_stay(path):
 
 
 OF_OTHER_GROUPS = [
-    (0o640, 0o600),  # the new group must not have what the old one had
+    (0o640, 0o600),  # the new group must not get the rights of the old group
     (0o664, 0o644),
     (0o604, 0o600),  # the members of the old group now count as others
     (0o666, 0o666),
@@ -161,7 +161,7 @@ def test_no_other_group_gains_a_right(before, after, path, monkeypatch):
 
 
 @root
-@pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning")  # of JAX, if an earlier test loaded it
+@pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning")  # of JAX, if it was imported before
 def test_a_user_without_privilege_replaces_a_file_of_another(open_directory):
     path = open_directory / "w.npz"
     saved(path)
@@ -183,14 +183,14 @@ def test_a_user_without_privilege_replaces_a_file_of_another(open_directory):
     assert (status.st_uid, status.st_gid, mode(path)) == (1234, 1234, 0o666)
 
 
-def test_extended_attributes_stay(path):
+def test_extended_attributes_are_preserved(path):
     saved(path)
     set_attribute(path, "user.origin", b"run 7")
     saved(path)
     assert os.getxattr(path, "user.origin") == b"run 7"
 
 
-def test_an_acl_stays(path):
+def test_an_acl_is_preserved(path):
     saved(path)
     path.chmod(0o600)
     set_attribute(path, ACL, SHARED)
@@ -200,7 +200,7 @@ def test_an_acl_stays(path):
 
 
 @pytest.mark.parametrize("fails", ["setting it", "the group"])
-def test_a_file_that_loses_its_acl_is_for_its_owner_alone(fails, path, monkeypatch):
+def test_only_the_owner_has_rights_if_the_acl_cannot_be_copied(fails, path, monkeypatch):
     """With an ACL, the group bits of the mode are the mask of the ACL, not the group's rights."""
     saved(path)
     set_attribute(path, ACL, SHARED)
@@ -280,7 +280,7 @@ def test_if_the_file_cannot_be_synced_the_old_file_is_in_place(path, monkeypatch
 
 
 def interrupted_at(opcode, call):
-    """Make a call with Ctrl-C at that opcode of `replacing.py`; False if it had fewer opcodes."""
+    """Make a call with Ctrl-C at one opcode of `replacing.py`; False if it has fewer opcodes."""
     opcodes = iter(range(opcode, -1, -1))
     file = replacing.__file__
 
@@ -297,10 +297,10 @@ def interrupted_at(opcode, call):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors in /proc")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files not closed
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # unclosed files
 @pytest.mark.parametrize("exists", [True, False])
 def test_ctrl_c_at_any_opcode_leaves_no_descriptor_and_no_file(exists, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda file: None)  # which takes most of the time
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # fsync takes most of the time
     path, stray, opcode = tmp_path / "w.safetensors", tmp_path / ".lars_tree-0.tmp", 0
     while True:
         io.save(path, {"a": np.ones(1)})

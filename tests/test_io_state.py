@@ -1,4 +1,4 @@
-"""State_dicts of torch and optimizer states in files: a run continues from a saved state."""
+"""Files of torch state_dicts and optimizer states: a run continues from a saved state."""
 
 from __future__ import annotations
 

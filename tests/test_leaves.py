@@ -1,7 +1,7 @@
-"""Invalid leaves, which every function that reads or writes them must refuse.
+"""Invalid leaves, which every function that reads or writes leaves must refuse.
 
-Objects with a false `__class__`, arrays without data, tensors of torch that stand for others, and
-arrays of many axes. Memory that is mapped read-only is in `test_mapped.py`.
+They are objects with a false `__class__`, arrays without data, and torch tensors that stand for
+other tensors. Other tests are about arrays of many axes, and how a backend is found.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KEPT = []  # the objects behind weak proxies
 
 
 class Proxy:
-    """A common kind of wrapper: its `__class__` is that of the wrapped object."""
+    """A wrapper whose `__class__` is that of the wrapped object, as in many libraries."""
 
     def __init__(self, x):
         self.__dict__["_x"] = x
@@ -129,7 +129,7 @@ def unknown_shape():
     return x[x > 0]
 
 
-# Each with the library that it appears to belong to.
+# Invalid leaves, each with the library that it appears to belong to.
 IMPOSTORS = {
     "mock": (lambda: Mock(spec=np.ndarray), "numpy"),
     "magic mock": (lambda: MagicMock(spec=np.ndarray), "numpy"),
@@ -179,8 +179,8 @@ def stepped(opt, w, g, out, **state):
 
 
 OPT = Lars(0.1)
-# Each is called with a valid tree w and a tree x with an invalid leaf at b/0; with the name of the
-# argument in the error.
+# Each function gets a valid tree w and a tree x with an invalid leaf at b/0; the string is the name
+# of the argument in the error.
 CALLS = {
     "w": (lambda w, x: lars_update(x, w, 0.1), "w"),
     "w in place": (lambda w, x: lars_update(x, w, 0.1, out=x), "w"),
@@ -305,7 +305,7 @@ def test_functional_tensors_work_in_their_transform():
     ids=["plain", "guarded", "first axis", "last axis", "rates", "row", "number", "F", "strided"],
 )
 def test_arrays_of_64_axes_are_updated_like_those_of_two(options, name):
-    """Axes of length 1 at the front change nothing, except the indices of the other axes."""
+    """Axes of length 1 at the front only shift the indices of the other axes."""
     ones = (1,) * 62
 
     def step(more):
@@ -338,7 +338,7 @@ def test_a_gradient_that_does_not_broadcast_to_many_axes_is_refused():
             lars_update(w, np.ones(shape), 0.1)
 
 
-# ---- How the backend of a leaf is found
+# How the backend of a leaf is found
 
 
 @pytest.mark.parametrize("name", ["numpy", "torch", None])

@@ -1,7 +1,7 @@
-"""Memory that is mapped read-only but looks writable: a write would end the process.
+"""Memory that is mapped read-only but looks writable: a write would kill the process.
 
-numpy and torch do not know that memory is read-only if they got it from each other, or by its
-address. Each case runs in a child process, which a write would kill.
+numpy and torch do not know that memory is read-only if they got it from each other or by its
+address. Each case runs in a child process, so that a faulty write does not kill the tests.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ CALLS = [
 
 
 def write_to_all(path, name):
-    """In a child process: print for each array and each call that writes whether it is refused."""
+    """Run in a child process: print for each array and each writing call whether it is refused."""
     warnings.simplefilter("ignore")
     np.zeros(SIZE, np.float32).tofile(path)
     mapped, ways = np.memmap(path, np.float32, "r"), WITHOUT_TORCH
@@ -119,7 +119,7 @@ def write_to_all(path, name):
     for key, make in ways.items():
         for i, call in enumerate(CALLS):
             if call is with_velocity and "16" in str(make(mapped).dtype):
-                continue  # the velocity of such weights is float32
+                continue  # the velocity of float16 weights is float32
             print(f"{key}, call {i}:", end=" ", flush=True)
             print(refused(make(mapped), call), flush=True)
     print("done")

@@ -1,4 +1,4 @@
-"""Nodes of other classes: read through the methods that users call, and rebuilt with a check."""
+"""Nodes of user classes are read through the methods that users call, and rebuilt with a check."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_init_and_trust_ratios_make_new_nodes(make, w):
     assert_rebuilt(report.trust_ratios(w, tree(make, G, G), 0.1), w, [0.5] * 5)
 
 
-def test_two_steps_of_the_optimizer_are_those_with_plain_nodes(make, w):
+def test_two_optimizer_steps_give_the_results_of_plain_nodes(make, w):
     opt, g = Lars(0.1, momentum=0.5), tree(make, G, G)
     plain = {"x": [W, W], "l": [[W, [W, W]]]}
     plain_state, state, new = opt.init(plain), opt.init(w), w
@@ -91,7 +91,7 @@ def test_two_steps_of_the_optimizer_are_those_with_plain_nodes(make, w):
 
 
 def test_map_makes_new_nodes(make, w):
-    held = Container._lars_tree_make({"w": w})  # without converting the mappings in w
+    held = Container._lars_tree_make({"w": w})  # keeps the mappings in w unconverted
     assert_rebuilt(held.map(lambda x: x - 1)["w"], w, [(W - 1).tolist()] * 5)
     assert_rebuilt(held.copy()["w"], w, [W.tolist()] * 5)
 
@@ -101,10 +101,10 @@ def any_make(request):
     return ALL[request.param]
 
 
-def test_reading_is_consistent_and_never_rebuilds(any_make, monkeypatch):
+def test_reading_is_consistent_and_never_rebuilds_a_node(any_make, monkeypatch):
     """`leaves`, `walk` and `broadcast` agree, and do not rebuild the node."""
     node = any_make(W, G)
-    monkeypatch.setattr(structure._nodes, "_checked", None)
+    monkeypatch.setattr(nodes, "_checked", None)
     assert [x.tolist() for x in structure.leaves(node)] == [W.tolist(), G.tolist()]
     assert [path for path, _ in structure.walk(node)] == [(key,) for key in keys(node)]
     other = dict(zip(keys(node), (1, 2), strict=True))
@@ -120,7 +120,7 @@ def test_gradients_options_and_out_are_only_read(any_make, monkeypatch):
     names = keys(any_make(W, G))
     w = dict(zip(names, (W.copy(), W.copy()), strict=True))
     expected = lars_update(w, dict(zip(names, (G, G), strict=True)), 0.1, eps=1.0)
-    monkeypatch.setattr(structure._nodes, "_checked", None)
+    monkeypatch.setattr(nodes, "_checked", None)
     rates = any_make(np.float64(0.1), np.array(0.1))
     new = lars_update(w, any_make(G, G), rates, eps=any_make(np.ones(()), np.ones(())))
     assert [x.tolist() for x in new.values()] == [x.tolist() for x in expected.values()]
@@ -129,17 +129,17 @@ def test_gradients_options_and_out_are_only_read(any_make, monkeypatch):
     report.TrustHistory().record(any_make(W[:1], W[:1]))
 
 
-def test_in_place_the_node_is_only_read(any_make, monkeypatch):
+def test_an_update_in_place_only_reads_the_node(any_make, monkeypatch):
     node = any_make(W.copy(), W.copy())
     if isinstance(node, Group):
         pytest.skip("each reading gives other arrays")
-    monkeypatch.setattr(structure._nodes, "_checked", None)
+    monkeypatch.setattr(nodes, "_checked", None)
     assert lars_update(node, any_make(G, G), 0.1, out=node) is node
     assert [x.tolist() for x in structure.leaves(node)] == [NEW, NEW]
 
 
 def test_schedules_in_a_node_of_any_class(any_make, monkeypatch):
-    """The schedules are called at each step, and the node is not rebuilt."""
+    """The schedules are called at each step without rebuilding the node."""
     if any_make in (REBUILT["attrs with a converter"], REFUSED["read anew"]):
         pytest.skip("it takes no callables")
     seen = []
@@ -149,7 +149,7 @@ def test_schedules_in_a_node_of_any_class(any_make, monkeypatch):
         return 0.1
 
     lr = any_make(schedule, schedule)
-    monkeypatch.setattr(structure._nodes, "_checked", None)
+    monkeypatch.setattr(nodes, "_checked", None)
     opt = Lars(lr, momentum=0)
     w = dict(zip(keys(lr), (W, W), strict=True))
     state = opt.init(w)
@@ -193,7 +193,7 @@ def test_a_state_that_cannot_be_rebuilt_is_refused_with_its_path():
     ):
         opt.update(w, G, state)
     w = {"a": W.copy(), "b": W.copy()}
-    opt.update(w, G, state, out=w)  # in place it is only read
+    opt.update(w, G, state, out=w)  # an update in place only reads the node
     assert w["a"].tolist() == NEW
 
 
@@ -241,7 +241,7 @@ def test_keys_that_cannot_be_sorted():
     assert (type(new), list(new), new[1].tolist()) == (MappingProxyType, ["a", 1], NEW)
 
 
-def test_keys_named_like_methods_do_not_hide_these():
+def test_keys_named_like_methods_do_not_hide_the_methods():
     w = Attributes({"items": W, "keys": W, "__iter__": W})
     new = lars_update(w, {"items": G, "keys": G, "__iter__": G}, 0.1)
     assert type(new) is Attributes
@@ -324,7 +324,7 @@ def test_the_kinds_of_module_level_classes_are_known_to_the_kernel():
     assert {Container, Frozen} <= structure.KINDS.keys()
 
 
-def test_arrays_that_a_node_makes_whenever_it_is_read_are_refused_as_out():
+def test_arrays_that_a_node_makes_anew_at_each_reading_are_refused_as_out():
     w, g = {"a": {"b": np.array([3.0, 4.0])}}, {"a": Group(None, {"b": [0.4, 0.3]})}
     lazy = {"a": Group(None, w["a"])}
     opt = Lars(0.1)

@@ -27,7 +27,7 @@ CONTAINERS = st.recursive(
     max_leaves=8,
 ).map(lambda tree: Container(root=tree))
 
-# The module of each library, and its functions that give the leaves and the structure, and map.
+# For each library: its pytree module, and the names of its functions for leaves, structure, map.
 LIBRARIES = {
     "jax": ("jax.tree_util", "tree_leaves", "tree_structure", "tree_map"),
     "torch": ("torch.utils._pytree", "tree_leaves", "tree_structure", "tree_map"),
@@ -37,7 +37,7 @@ LIBRARIES = {
 
 @pytest.fixture(params=LIBRARIES, scope="module")
 def pytree(request):
-    """(leaves, structure, map) of each library that is installed."""
+    """The functions (leaves, structure, map) of each library that is installed."""
     module, *names = LIBRARIES[request.param]
     need(request.param)
     return [getattr(importlib.import_module(module), name) for name in names]
@@ -92,7 +92,7 @@ def test_they_are_nodes_in_either_import_order(ours_first):
 
 
 def test_a_library_that_fails_to_import_breaks_nothing(tmp_path):
-    """The error is the library's own, every time, and Containers go on working."""
+    """Each import raises the error of the library, and Containers still work."""
     (tmp_path / "torch.py").write_text("raise RuntimeError('no driver')")
     python(f"""
 import sys
@@ -115,7 +115,7 @@ assert lt.Container(a=1).map(lambda x: x + 1).to_dict() == {{"a": 2}}
 
 @pytest.fixture
 def make_module(tmp_path, monkeypatch):
-    """A function that writes a module with this source and returns its name."""
+    """A function that writes a module with a given source and returns the name of the module."""
     monkeypatch.syspath_prepend(tmp_path)
     names = []
 
@@ -137,7 +137,7 @@ def test_hooks_are_called_once_and_after_the_import(make_module):
     seen = []
     pytrees.when_imported(name, lambda module: seen.append(("first", module.late)))
     pytrees.when_imported(name, lambda module: seen.append(("second", module.late)))
-    for _ in range(2):  # a search without an import does not lose the hooks
+    for _ in range(2):  # finding a module without importing it must keep the hooks
         assert importlib.util.find_spec(name) is not None
     assert seen == []
     module = importlib.import_module(name)
@@ -174,7 +174,7 @@ def test_a_hooked_module_keeps_its_own_loader(make_module):
     assert type(module.__spec__.loader) is type(plain.__spec__.loader)
 
 
-def test_a_hook_does_not_make_a_missing_library_importable():
+def test_a_missing_library_with_a_hook_is_still_missing():
     name = "a_module_that_does_not_exist"
     pytrees.when_imported(name, lambda module: None)
     try:
@@ -212,7 +212,7 @@ def test_structures_are_equal_exactly_for_equal_keys(pytree, w, other):
     assert (structure(w) == structure(other)) == same
 
 
-def test_dm_tree_maps_over_it():
+def test_dm_tree_maps_over_a_container():
     w = Container(b=1, a={"z": 2, "y": [3, None]})
     mapped = dm_tree.map_structure(lambda x: x and x + 1, w)
     assert type(mapped) is type(mapped.a) is Container
@@ -288,7 +288,7 @@ def test_jit_does_not_retrace_for_another_key_order():
     assert traces == [["b", "a"], ["b"]]
 
 
-def test_jax_differentiates_and_maps_over_it():
+def test_jax_differentiates_and_maps_over_a_container():
     jax = need("jax")
     w = Container(a=jax.numpy.arange(3.0), b={"c": jax.numpy.ones(3)})
     slope = jax.grad(lambda w: (w.a**2).sum() + 3 * w.b.c.sum())(w)
@@ -297,7 +297,7 @@ def test_jax_differentiates_and_maps_over_it():
     assert jax.vmap(lambda w: w + 1)(w).a.tolist() == [1, 2, 3]
 
 
-def test_torch_differentiates_it():
+def test_torch_differentiates_a_container():
     torch = need("torch")
     w = Container(a=torch.arange(3.0), b={"c": torch.ones(3)})
     slope = torch.func.grad(lambda w: (w.a**2).sum() + 3 * w.b.c.sum())(w)
@@ -305,7 +305,7 @@ def test_torch_differentiates_it():
     assert (slope.a.tolist(), slope.b.c.tolist()) == ([0, 2, 4], [3, 3, 3])
 
 
-def test_a_state_dict_goes_in_and_out():
+def test_a_state_dict_is_converted_and_back():
     torch = need("torch")
     layer = torch.nn.Linear(2, 3)
     w = Container.from_flat({f"head.{k}": x for k, x in layer.state_dict().items()}, sep=".")

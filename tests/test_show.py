@@ -1,4 +1,4 @@
-"""How a Container is shown: as text, as HTML and by rich; what is capped and what is escaped."""
+"""The display of a Container as text, as HTML and by rich: contents, limits, escaping."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Reader(HTMLParser):
             self.texts.append(data)
 
     def handle_entityref(self, name):
-        raise AssertionError(name)  # the parser turns known entities into data
+        raise AssertionError(name)  # the parser passes only unknown entities
 
 
 def html_rows(container):
@@ -86,7 +86,7 @@ def test_repr_counts_one_in_the_singular():
     )
 
 
-def test_repr_is_capped():
+def test_repr_has_a_limited_number_of_lines():
     lines = repr(Container({f"k{i}": np.ones(1) for i in range(100_000)})).splitlines()
     assert lines[0] == "Container: 100,000 leaves, 100,000 parameters, 800 kB"
     assert lines[-1] == "  ... and 99,960 more"
@@ -114,7 +114,7 @@ def test_html_has_a_row_for_each_node_and_leaf(w):
     ]
 
 
-def test_html_unfolds_only_the_root(w):
+def test_html_expands_only_the_root(w):
     page = w._repr_html_()
     assert (page.count("<details open>"), page.count("<details>")) == (1, 3)
 
@@ -147,13 +147,13 @@ def test_rich_shows_the_same_tree(w):
 
 
 @pytest.mark.parametrize("shape", [(100_000,), (1000, 100), (10, 10_000), (2,) * 12], ids=str)
-def test_large_trees_are_capped_near_the_root(shape):
+def test_of_large_trees_only_rows_near_the_root_are_shown(shape):
     def grow(shape):
         return {f"k{i}": grow(shape[1:]) if shape[1:] else i for i in range(shape[0])}
 
     w = Container(grow(shape))
     found = html_rows(w)
-    # No subtree displaces its siblings, and hidden children are counted.
+    # A large subtree does not displace its siblings, and hidden children are counted.
     hidden = [row for row in found if "not shown" in row[-1] or " more" in row[-1]]
     assert 100 <= len(found) - len(hidden) <= 500
     assert sum(row[0] == 1 for row in found) == min(100, shape[0]) + (shape[0] > 100)

@@ -1,4 +1,4 @@
-"""Walking, rebuilding and matching trees, compared with dm-tree; and the messages of mismatches."""
+"""Walking, rebuilding and matching trees, compared with dm-tree, and the messages of mismatches."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_every_node_is_a_leaf_or_has_children(tree):
     assert structure.is_leaf(tree) == (not dm_tree.is_nested(tree))
     if not structure.is_leaf(tree):
         children = [child for _, child in nodes.children(tree)]
-        assert_same(structure._nodes.replace_children(tree, children), tree)
+        assert_same(nodes.replace_children(tree, children), tree)
 
 
 @given(st.data())
@@ -134,7 +134,7 @@ def test_leaves_of_each_kind(leaf):
     assert list(structure.walk(leaf)) == [((), leaf)]
 
 
-def test_keys_named_like_methods_do_not_hide_these():
+def test_keys_named_like_methods_do_not_hide_the_methods():
     tree = Container({"items": 1, "keys": {"values": 2}})
     assert structure.leaves(tree) == [1, 2]
     assert structure.broadcast("lr", tree, {"items": 3, "keys": 4}) == [3, 4]
@@ -145,7 +145,7 @@ def test_keys_named_like_methods_do_not_hide_these():
 
 @given(TREES, st.data())
 def test_a_prefix_broadcasts_as_dm_tree_does(tree, data):
-    """All leaves below a leaf of the prefix get its value."""
+    """A leaf of the prefix gives its value to all leaves below it."""
     prefix = data.draw(prefixes_of(tree, st.integers(1, 99)))
     expected = dm_tree.map_structure_up_to(
         prefix, lambda value, part: dm_tree.map_structure(lambda _: value, part), prefix, tree
@@ -274,7 +274,7 @@ def test_pick_keeps_the_chosen_leaves(tree, data):
     assert ([] if picked is structure.NOTHING else list(structure.walk(picked))) == expected
 
 
-def test_a_sequence_keeps_its_length_when_picked_from():
+def test_pick_keeps_the_length_of_a_sequence():
     assert structure.pick({"a": [1, 2], "b": (3,)}, iter([False, True, False])) == {"a": [None, 2]}
 
 

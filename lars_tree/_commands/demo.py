@@ -1,8 +1,7 @@
 """`lars-tree demo`: train a small network on images of digits, by LARS and by plain SGD.
 
-The network is written in numpy, forward and backward. All its weights are one Container, which one
-call of `lars_update` per step updates in place. Uses only the public API. `tests/test_cli.py`
-compares the gradients with numerical derivatives, and the ratios shown with the steps taken.
+The forward and backward passes are written in numpy. All weights are in one Container, which one
+call of `lars_update` per step updates in place. This module uses only the public API.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ Labels = npt.NDArray[np.int64]
 
 SIZES = {"fc1": (64, 128), "fc2": (128, 64), "head": (64, 10)}
 DECAY = 1e-4
-SGD_RATES = (0.3, 1.0, 3.0)  # around the best one, near 1 at the default batch: 3 diverges
+SGD_RATES = (0.3, 1.0, 3.0)  # the best rate is near 1 at the default batch; 3 diverges
 
 
 class Digits(NamedTuple):
@@ -42,7 +41,7 @@ class Trained(NamedTuple):
 
 
 def load(seed: int) -> tuple[Digits, Digits]:
-    """The digits of scikit-learn: four fifths to train on, one fifth held out."""
+    """The digits of scikit-learn, for training (four fifths) and held out (one fifth)."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -76,12 +75,12 @@ def forward(w: Container, images: Floats) -> list[Floats]:
 def gradients(w: Container, digits: Digits) -> Container:
     """The gradient of the mean cross-entropy, by backpropagation."""
     *inputs, logits = forward(w, digits.images)
-    # exp would overflow at large logits; a common shift cancels in the quotient.
+    # A common shift cancels in the quotient, and without it exp overflows for large logits.
     exp = np.exp(logits - logits.max(axis=1, keepdims=True))
     delta = exp / exp.sum(axis=1, keepdims=True)
     delta[np.arange(len(delta)), digits.labels] -= 1
     delta /= len(delta)
-    # The last layer first: lars_update matches gradients to weights by key, in any order.
+    # From the last layer to the first: lars_update matches gradients to weights by key.
     g = Container()
     for name, x in zip(reversed(w), reversed(inputs), strict=True):
         g[name] = {"kernel": x.T @ delta, "bias": delta.sum(axis=0)}
@@ -104,16 +103,9 @@ def train(
     epochs: int,
     batch: int,
 ) -> Trained:
-    """Train from the first weights, and in the order of the images, that the seed gives.
+    """Train at a rate that falls linearly to 0; by plain SGD (adapt=False) unless `lars`.
 
-    Args:
-        digits: The training images.
-        held_out: The test images.
-        lars: False for plain SGD: the same calls with adapt=False.
-        rate: The first rate; it falls linearly to 0.
-        seed: Seed of the first weights and of the order of the images.
-        epochs: Passes over all images.
-        batch: Images per step.
+    The seed determines the initial weights and the order of the images.
     """
     import click
 
@@ -142,7 +134,7 @@ def train(
 def run(*, seed: int, epochs: int, batch: int, rate: float) -> tuple[str, dict[str, Any]]:
     """Train by LARS and by SGD; return the results as text and as a record.
 
-    Both depend on the arguments alone. Progress goes to stderr.
+    The results depend only on the arguments. Progress goes to stderr.
     """
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
@@ -151,9 +143,9 @@ def run(*, seed: int, epochs: int, batch: int, rate: float) -> tuple[str, dict[s
     batch = min(batch, count)
     recipe = {"seed": seed, "epochs": epochs, "batch": batch}
     with (
-        # Matrices this small gain nothing from threads, whose number may change the last bits.
+        # One thread: more give no gain for such small matrices, and may change the last bits.
         threadpool_limits(1),
-        # Too high a rate ends in infinity and NaN: the accuracy shows it, without a warning.
+        # A rate that is too high gives infinity and NaN, as the accuracy shows without a warning.
         np.errstate(all="ignore"),
         warnings.catch_warnings(action="ignore", category=report.TrustRatioWarning),
     ):
@@ -170,7 +162,7 @@ def run(*, seed: int, epochs: int, batch: int, rate: float) -> tuple[str, dict[s
         )
     ]
     table = "\n".join(rows)
-    layers = repr(lars.layers).replace("\n  ", "\n")  # without its margin: within 80 columns
+    layers = repr(lars.layers).replace("\n  ", "\n")  # without the margin, to fit in 80 columns
     parameters = sum(layer["parameters"] for layer in lars.layers)
     text = f"""\
 Handwritten digits: {count} images to train on, {len(held_out.labels)} held out.

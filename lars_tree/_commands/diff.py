@@ -1,4 +1,4 @@
-"""`lars-tree diff`: which leaves of two files differ, and by how much; leaf by leaf."""
+"""`lars-tree diff`: which leaves of two files differ, and by how much."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lars_tree._tree.structure import mismatch, side_by_side
 
 Array = np.ndarray[Any, Any]
 
-_BLOCK = 1 << 20  # elements that are compared at a time
+_BLOCK = 1 << 20  # the number of elements compared at a time
 
 
 class Change(NamedTuple):
     """How the elements of two arrays of one shape differ.
 
     Attributes:
-        changed: How many differ; NaN equals NaN, and 0 equals -0.
-        largest: The largest |b - a| / |a| of these; infinite where a is 0, NaN where one is NaN.
+        changed: How many elements differ; NaN equals NaN, and 0 equals -0.
+        largest: The largest |b - a| / |a| of these; infinite if an a is 0, NaN if an a or b is.
     """
 
     changed: int
@@ -31,9 +31,9 @@ class Change(NamedTuple):
 
 
 def diff(a: str, b: str) -> Output:
-    """Compare the trees: keys, shapes, dtypes, elements; not metadata, nor the order of keys.
+    """Compare keys, shapes, dtypes and elements, but neither metadata nor the order of keys.
 
-    The exit status is 1 where they differ.
+    The exit status is 1 if the trees differ.
     """
     structure: list[dict[str, str]] = []
     leaves: list[dict[str, Any]] = []
@@ -52,7 +52,6 @@ def diff(a: str, b: str) -> Output:
 
 
 def _leaf_record(path: errors.Path, x: Any, y: Any, a: Stored, b: Stored) -> dict[str, Any]:
-    """The comparison of a leaf that is in both files."""
     shown = {"a": show.leaf(x), "b": show.leaf(y)}
     parts = [f"{shown['a']} in A, {shown['b']} in B"] if shown["a"] != shown["b"] else []
     change = None
@@ -72,7 +71,7 @@ def _leaf_record(path: errors.Path, x: Any, y: Any, a: Stored, b: Stored) -> dic
 
 
 def compared(a: Array, b: Array) -> Change:
-    """How the elements differ, computed in double precision, a block at a time."""
+    """The difference between two arrays, computed in double precision, a block at a time."""
     a, b = a.reshape(-1), b.reshape(-1)
     count, largest = 0, 0.0
     for start in range(0, a.size, _BLOCK):

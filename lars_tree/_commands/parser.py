@@ -1,6 +1,6 @@
-"""The arguments of `lars-tree` and its subcommands. Each subcommand's work is in its own module.
+"""The arguments of `lars-tree` and its subcommands. Each subcommand has a module for its work.
 
-To add a subcommand, write a function here that returns `Output`, decorated like the others.
+To add a subcommand, add a function here that is decorated with `_subcommand` and returns `Output`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def commands() -> None:
 
 
 def _subcommand(extra: str) -> Callable[[Callable[..., Output]], click.Command]:
-    """Make a function a subcommand with --json, which prints what the function returns."""
+    """Make a function a subcommand that prints its `Output`, and has the option --json."""
 
     def decorated(function: Callable[..., Output]) -> click.Command:
         @wraps(function)
@@ -87,7 +87,7 @@ _SHARED = {
 
 
 def _step_options(**lr: Any) -> Callable[[Any], Any]:
-    """Add the options of a step; `lr` is `required=True` or the default of --lr."""
+    """Add the options of a step; `lr`: `required` or `default` of --lr."""
     options = [
         click.option("--lr", type=float, help="Rate: the step is proportional to it.", **lr),
         *(

@@ -1,4 +1,4 @@
-"""The options of a step, from those of the command line; and the trees in files it is taken on."""
+"""Reads trees from files, and turns the options of the command line into those of a step."""
 
 from __future__ import annotations
 
@@ -14,24 +14,16 @@ from lars_tree.container import Container
 
 
 def read(file: str) -> Container:
-    """The tree in a file: a .safetensors file is mapped, an .npz file is loaded."""
+    """Map a .safetensors file, or load an .npz file."""
     return io.load(file) if formats.find(file) is npz else io.open(file)
 
 
 def for_leaves(
     w: Any, lr: float, lr_for: Sequence[tuple[str, float]], no_adapt: Sequence[str], **shared: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """The rate and the other options of `lars_update` for these weights.
+    """The rate and the other options of `lars_update` for weights w, from those of the command.
 
-    Args:
-        w: The weights.
-        lr: The rate of the leaves that no pattern matches.
-        lr_for: Patterns of leaves, each with a rate; the last match counts.
-        no_adapt: Patterns of leaves that are updated by plain SGD.
-        **shared: Options that are the same for all leaves.
-
-    Raises:
-        OptionError: a rate is invalid, even if no leaf takes it; a pattern matches no leaf.
+    Raises an OptionError for an invalid rate, even of no leaf, and for a pattern without a match.
     """
     for given in (lr, dict(lr_for)):
         options.check({"lr": given})

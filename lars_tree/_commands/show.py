@@ -1,4 +1,4 @@
-"""`lars-tree show`: the tree in a file, or with gradients the table of its layers."""
+"""`lars-tree show`: the tree in a file, or the table of its layers if gradients are given."""
 
 from __future__ import annotations
 

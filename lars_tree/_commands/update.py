@@ -28,7 +28,7 @@ def update(weights: str, grads: str, out: str, options: dict[str, Any]) -> Outpu
     with formats.opened(weights) as w:
         g = read(grads)
         lr, options = for_leaves(w.tree, **options)
-        # Everything that lars_update refuses is refused before the weights are copied.
+        # Raise all errors of lars_update before the weights are copied.
         checked(*matched(w.tree, g, {**DEFAULTS, **options, "lr": lr}))
         paths = {names.join(path): path for path, _ in structure.walk(w.tree)}
         formats.check(format_, w.entries, paths)

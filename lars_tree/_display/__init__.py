@@ -1,1 +1,1 @@
-"""How Containers, tables and differences look: text, rich, HTML."""
+"""The display of Containers, tables and differences: text, rich, HTML."""

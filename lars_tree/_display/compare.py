@@ -1,4 +1,4 @@
-"""Two trees side by side: equal, close, or where they differ."""
+"""Comparison of two trees: whether they are equal or close, and where they differ."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def _leaf_matches(a: Any, b: Any, test: Test) -> bool:
         return a is b
     try:
         return bool(a == b)
-    except Exception:  # objects that cannot be compared are not equal
+    except Exception:  # objects that cannot be compared count as different
         return False
 
 
 def _elements(x: Any) -> Array | None:
-    """The elements as a numpy array; None for other objects, and for traced or lazy arrays."""
+    """The elements of an array or number as a numpy array; None if x is another object or lazy."""
     if isinstance(x, (int, float, complex)):
         return np.asarray(x)
     backend = _backends.find(x)
@@ -80,12 +80,12 @@ def _elements(x: Any) -> Array | None:
 
 
 def _is_comparable(dtype: Any) -> bool:
-    """Whether a dtype that is not numeric has elements that compare: bools, strings or dates."""
+    """Whether elements of a dtype that is not numeric can be compared: bools, strings, dates."""
     return str(dtype) in _BOOLS or getattr(dtype, "kind", None) in set("USMm")
 
 
 def differences(a: Any, b: Any) -> Iterator[Line]:
-    """The paths at which two trees differ, with a description of both sides."""
+    """The paths at which two trees differ, each with a description of both sides."""
     for path, x, y, what in structure.side_by_side(a, b, _may_be_equal):
         if what == "missing":
             yield path, "only there" if x is structure.MISSING else "only here"

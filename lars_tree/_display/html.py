@@ -1,4 +1,4 @@
-"""HTML for notebooks: Containers as trees that fold, and tables. All text is escaped."""
+"""HTML for notebooks: Containers as collapsible trees, and tables. All text is escaped."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lars_tree._display.show import Row
 _MOST_ROWS = 500
 _MOST_CHILDREN = 100
 
-# The colours are those of JupyterLab or VS Code. On other pages we set text and background, so that
-# they have enough contrast.
+# The colours of JupyterLab or VS Code are used if they are defined. Otherwise both text and
+# background are set, so that the contrast is sufficient.
 _DARK = "--lt-ink:#e6edf3;--lt-muted:#a3acb6;--lt-line:#3d444d;--lt-page:#0d1117"
 _LIGHT = "--lt-ink:#1f2328;--lt-muted:#59636e;--lt-line:#d1d9e0;--lt-page:#ffffff"
 _STYLE = f"""<style>
@@ -44,7 +44,7 @@ white-space:pre}}
 
 
 def tree(container: Any) -> str:
-    """A Container as a tree in which only the root is unfolded."""
+    """A Container as a tree in which only the root is expanded."""
     try:
         root = show.rows(container, _MOST_ROWS, _MOST_CHILDREN)
         return _scoped(_details(root, "<details open>"))
@@ -53,7 +53,7 @@ def tree(container: Any) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: Sequence[bool]) -> str:
-    """A table; `texts` says which columns hold text, aligned left, and which hold numbers."""
+    """A table. `texts`: for each column, whether it has text, which is aligned to the left."""
     classes = [' class="text"' if is_text else "" for is_text in texts]
 
     def line(cells: Sequence[str], tag: str) -> str:

@@ -1,6 +1,6 @@
-"""How a Container is shown: as text, as a tree in a terminal, and the rows for `html.py`.
+"""The display of a Container as text, as a tree in a terminal, and as rows for `html.py`.
 
-Looks at dtypes, shapes and sizes, never at the elements of an array.
+It reads dtypes, shapes and sizes, never the elements of an array.
 """
 
 from __future__ import annotations
@@ -33,12 +33,11 @@ class Totals(NamedTuple):
 
 
 def totals(leaves: Iterable[Any]) -> Totals:
-    """The number of leaves, of their elements, and of their bytes."""
     return _Sizes(leaves).total(slice(None))
 
 
 class _Sizes:
-    """The sizes of each leaf. Neighbours of the same type are measured together."""
+    """The sizes of each leaf. Successive leaves of the same type are measured together."""
 
     def __init__(self, leaves: Iterable[Any]) -> None:
         arrays = list(leaves)
@@ -61,7 +60,7 @@ class _Sizes:
 
 
 def leaf(x: Any) -> str:
-    """A leaf or node in a few words: an array by its dtype and shape."""
+    """A short description of a leaf or node; of an array, its dtype and shape."""
     x = unwrap(x)
     backend = _backends.find(x)
     if backend is None:
@@ -74,7 +73,7 @@ def leaf(x: Any) -> str:
 
 
 def summary(leaves: Iterable[Any]) -> str:
-    """'3 leaves, 20 parameters, 160 bytes'."""
+    """The totals as text: '3 leaves, 20 parameters, 160 bytes'."""
     total = totals(leaves)
     return f"{_counted(total)}, {_size(total.bytes)}"
 
@@ -92,7 +91,7 @@ def _size(count: int) -> str:
 
 
 def text(container: Any) -> str:
-    """A header, then one line for each of the first leaves."""
+    """A header, and one line for each of the first leaves."""
     try:
         leaves = structure.leaves(container)
     except RecursionError:
@@ -112,9 +111,9 @@ def _clipped(name: str, most: int = 60) -> str:
 
 @dataclass
 class Row:
-    """One row of a tree: a leaf, whose `children` are None, or a node.
+    """One row of a tree. `children` is None for a leaf.
 
-    `hidden` counts the children that are left out. The text is not escaped.
+    `hidden` is the number of children that are not shown. The text is not escaped.
     """
 
     name: str
@@ -125,14 +124,14 @@ class Row:
 
     @property
     def more(self) -> str:
-        """The text that stands for the hidden children."""
+        """The text shown instead of the hidden children."""
         return f"... and {self.hidden:,} more" if self.children else f"{self.hidden:,} not shown"
 
 
 def rows(container: Any, most: int, most_children: int) -> Row:
-    """The first row of a tree; below it at most `most` rows in all, `most_children` per node.
+    """The row of the root, with rows below it: `most` rows in all, `most_children` per node.
 
-    Rows near the root take precedence.
+    Both are upper limits; rows near the root take precedence.
     """
     leaves = structure.leaves(container)
     sizes = _Sizes(leaves)
@@ -168,7 +167,7 @@ def rich_tree(container: Any) -> Tree | Text:
     from rich.text import Text
     from rich.tree import Tree
 
-    def label(row: Row) -> Text:  # a string would be read as markup
+    def label(row: Row) -> Text:  # rich would read markup in a str
         return Text.assemble((row.name, "bold"), "  ", row.what, "  ", (row.size, "dim"))
 
     def grow(branch: Tree, row: Row) -> Tree:

@@ -1,7 +1,7 @@
-"""Leaves: arrays of any library as numpy arrays that can be written, and back.
+"""Conversion of leaves: from arrays of any library to numpy arrays that can be written, and back.
 
-A leaf is checked first, and copied to CPU memory only when it is written: memory is bounded by the
-largest leaf.
+All leaves are checked first. Each is copied to CPU memory only when it is written, so the extra
+memory is that of the largest leaf.
 """
 
 from __future__ import annotations
@@ -22,24 +22,19 @@ Array = np.ndarray[Any, Any]
 
 
 class Entry(NamedTuple):
-    """An array that is to be written, or is in a file. The dtype is little-endian."""
+    """An array that will be written, or is in a file. The dtype is little-endian."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     read: Callable[[], Array]
 
     def fetch(self) -> Array:
-        """Read the elements, in C order."""
+        """The elements in C order."""
         return np.asarray(self.read(), dtype=self.dtype, order="C")
 
 
 def check(leaves: Mapping[str, tuple[Path, Any]]) -> dict[str, Entry]:
-    """The entries to write for these (path, leaf) pairs; nothing is copied yet.
-
-    Raises:
-        LeafError: a leaf is not an array, or has no elements that can be written.
-        DtypeError: numpy and ml_dtypes do not have the dtype, or it is not numeric or bool.
-    """
+    """The entries to write for these (path, leaf) pairs. Nothing is copied yet."""
     entries: dict[str, Entry] = {}
     faults: dict[type[errors.LarsTreeError], list[Line]] = {}
     for name, (path, leaf) in leaves.items():
@@ -64,7 +59,7 @@ def _fault(x: Any) -> str | None:
     fault = backend.fault(x)
     if fault:
         return f"expected dense data, got {fault}"
-    # A tracer has no elements, a shard only some; a Dask array is computed when it is written.
+    # A tracer has no elements, a shard only a part. A Dask array is computed when it is written.
     if backend.name != "dask" and backend.values(x) is Values.TRACED:
         return "expected elements, got an array that is traced or sharded: gather it first"
     if not all(isinstance(length, int) for length in x.shape):
@@ -82,7 +77,7 @@ def _dtype(x: Any) -> np.dtype[Any] | None:
 
 
 def little_endian(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The dtype with little-endian elements; not marked "<" if that is native.
+    """The dtype in little-endian order, marked "<" only on big-endian machines.
 
     The native kernel does not support dtypes with an explicit byte order.
     """
@@ -91,7 +86,7 @@ def little_endian(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def is_extension(dtype: np.dtype[Any]) -> bool:
-    """Whether dtype is one of ml_dtypes, such as bfloat16."""
+    """Whether the dtype comes from ml_dtypes, such as bfloat16."""
     return dtype.isbuiltin == 2
 
 
@@ -114,14 +109,14 @@ def _to_numpy(x: Any, dtype: np.dtype[Any]) -> Array:
     x = x.detach().resolve_conj().resolve_neg().cpu().contiguous()
     if not x.numel():
         return np.empty(x.shape, dtype)
-    # Not by Tensor.numpy(): it lacks bfloat16, and the storage could never be resized again.
+    # Not by Tensor.numpy(): it does not support bfloat16, and it forbids to resize the storage.
     memory = backend.memory(x)
     assert memory is not None
     return memory.reshape(-1).view(dtype).reshape(memory.shape)
 
 
 def fill_torch(size: int, fill: Callable[[Array], Array]) -> Any:
-    """A tensor in memory of torch, for which `fill` writes this many bytes.
+    """A tensor of this many bytes, allocated by torch; `fill` writes them and returns the array.
 
     Tensors over memory of numpy would be updated more slowly.
     """

@@ -1,4 +1,4 @@
-"""The file formats by suffix, and the trees in files, of which no elements are read."""
+"""The file formats by suffix, and the trees in files without their elements."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def find(path: Path) -> Any:
 
 
 def check(format_: Any, entries: Mapping[str, Entry], paths: Mapping[str, errors.Path]) -> None:
-    """Raise a DtypeError that names the leaves whose dtype the format does not have."""
+    """Raise a DtypeError that names each leaf whose dtype the format does not have."""
     faults = []
     for name, entry in entries.items():
         if not format_.has(entry.dtype):
@@ -45,8 +45,8 @@ class Stored(NamedTuple):
     """A tree in an open file.
 
     Attributes:
-        tree: Arrays with the right dtypes and shapes, without memory or meaning.
-        entries: By name, what reads the elements of each leaf.
+        tree: Arrays with the dtypes and shapes of the leaves, but without their elements.
+        entries: The entry of each leaf by name; it reads the elements.
         metadata: All metadata, including the structure.
     """
 
@@ -57,7 +57,7 @@ class Stored(NamedTuple):
 
 @contextmanager
 def opened(path: Path) -> Iterator[Stored]:
-    """Open a file, and check everything but the elements."""
+    """Open a file and check everything but the elements."""
     with find(path).opened(path) as view:
         entries, blanks = {}, {}
         for name in view.names:

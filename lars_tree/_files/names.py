@@ -1,8 +1,8 @@
 """Trees and flat names: the keys of a path joined by '.', and back.
 
-Most trees are restored by splitting the names. For the others (keys that contain '.' or are
-integers, lists, tuples, None, empty nodes) the structure is recorded as JSON. Knows neither arrays
-nor files.
+Most trees are restored by splitting the names. For trees with lists, tuples, None, empty nodes,
+integer keys or keys that contain '.', the structure is recorded as JSON. This module knows neither
+arrays nor files.
 """
 
 from __future__ import annotations
@@ -15,34 +15,35 @@ from typing import Any, TypeVar, cast
 
 from lars_tree import errors
 from lars_tree._tree import nodes
+from lars_tree._tree.paths import put_new
 from lars_tree._tree.structure import cycle, explained, is_leaf
 from lars_tree.errors import Line, Path
 
 RESERVED = "__metadata__"
 
-# The most keys in a path, for saving and for loading. Python's limit is 1,000 frames: even
-# `copy.deepcopy`, which takes five per level, has enough.
+# The most keys in a path that is saved or loaded. Even `copy.deepcopy`, which takes five frames per
+# level, then stays below Python's recursion limit of 1,000.
 DEEPEST = 100
 
 
 def _most_nodes(leaves: int) -> int:
     """The most nodes that are made by splitting the names of this many leaves.
 
-    A name of dots has a node per byte, each with hundreds of bytes of memory. Trees that really
-    have more nodes are saved with their structure, whose text is longer.
+    A hostile name of dots would give a node of hundreds of bytes for each of its bytes. `save`
+    records the structure of trees that do have more nodes.
     """
     return 1000 + 4 * leaves
 
 
 # The structure of a tree: ["dict", [key, child], ...], ["list", child, ...], ["tuple", child, ...],
-# null for None, true for a leaf, whose name follows from its path.
+# null for None, and true for a leaf, whose name is its path, joined.
 Structure = Any
 
 Dict = TypeVar("Dict", bound=dict[Any, Any])
 
 
 def flatten(tree: Any) -> tuple[dict[str, tuple[Path, Any]], str | None]:
-    """The (path, leaf) pairs by name, and the structure if the names alone do not tell it.
+    """The (path, leaf) pairs by name, and the structure unless splitting the names restores it.
 
     Raises a StructureError for trees that cannot be restored from a file.
     """
@@ -77,7 +78,6 @@ class _Encoder:
         self.nodes = 0
 
     def encode(self, node: Any, path: Path) -> Structure:
-        """The structure of a node. The recursion takes one frame per level."""
         if len(path) > DEEPEST:
             raise _refusal([(path, f"expected at most {DEEPEST} levels")])
         if node is None:
@@ -119,7 +119,6 @@ class _Encoder:
 
 
 def join(path: Path) -> str:
-    """The name of a leaf."""
     return ".".join(map(str, path))
 
 
@@ -129,9 +128,10 @@ def is_text(name: str) -> bool:
 
 
 def unflatten(leaves: Mapping[str, Any], text: str | None, make: Callable[[], Dict]) -> Dict:
-    """The tree of these leaves by name: lists, tuples, and dicts made by `make`.
+    """The tree of the leaves, given by name; `make` makes its dicts.
 
-    `text` is the structure; None splits the names. Raises a ValueError if they do not make a tree.
+    `text` is the structure; without it the names are split. Raises a ValueError if the names and
+    the structure do not describe a tree.
     """
     check(leaves, text)
     if text is None:
@@ -154,30 +154,21 @@ def check(names: Iterable[str], text: str | None) -> None:
 
 
 def _split(leaves: Mapping[str, Any], make: Callable[[], Dict]) -> Dict:
-    tree = make()  # accessed by methods of dict: a Container would read '/' in a key as a path
-    nodes, most = 1, _most_nodes(len(leaves))
+    tree = make()
+    count, most = 1, _most_nodes(len(leaves))
     for name, leaf in leaves.items():
-        *parents, last = name.split(".")
-        node: dict[Any, Any] = tree
-        for key in parents:
-            child = dict.get(node, key)
-            if child is None:
-                nodes += 1
-                child = make()
-                dict.__setitem__(node, key, child)
-            elif not isinstance(child, dict):
-                raise ValueError(f"{name!r} goes through another leaf")
-            node = child
-        if nodes > most:
+        try:
+            count += put_new(tree, tuple(name.split(".")), leaf)
+        except errors.PathKeyError:
+            text = f"{name!r} collides with another name: one is the beginning of the other"
+            raise ValueError(text) from None
+        if count > most:
             raise ValueError(f"its names have more than {most} nodes for {len(leaves)} leaves")
-        if dict.__contains__(node, last):
-            raise ValueError(f"{name!r} is both a leaf and a node")
-        dict.__setitem__(node, last, leaf)
     return tree
 
 
 def _decode(node: Structure, path: Path, left: dict[str, Any], make: Callable[[], Dict]) -> Any:
-    """The tree of a structure; its leaves are taken out of `left`."""
+    """The tree of a structure; its leaves are removed from `left`."""
     if len(path) > DEEPEST:
         raise ValueError(f"the structure has more than {DEEPEST} levels")
     match node:
@@ -215,9 +206,9 @@ class TwiceError(ValueError):
 
 
 def parsed(text: str, convert: Callable[[dict[str, Any]], Any] = lambda x: x) -> Any:
-    """Parse JSON, and convert each object in it.
+    """Parse JSON and apply `convert` to each object.
 
-    Raises a ValueError if it is malformed, nested too deeply, or has a name twice.
+    Raises a ValueError if it is malformed, nested too deeply, or an object has a name twice.
     """
 
     def converted(pairs: list[tuple[str, Any]]) -> Any:

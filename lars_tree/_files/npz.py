@@ -25,16 +25,14 @@ from lars_tree._files.replacing import Path
 NAME = "npz"
 
 _SUFFIX = ".npy"
-_MOST_INFLATED = 1032  # the most bytes that deflate can encode in one
+_MOST_INFLATED = 1032  # deflate encodes at most this many bytes in one byte
 
 
 def has(dtype: np.dtype[Any]) -> bool:
-    """Whether the format has this dtype."""
     return not is_extension(dtype)
 
 
 def write(file: BinaryIO, entries: dict[str, Entry], metadata: dict[str, str]) -> None:
-    """Write the entries to an empty file, one at a time."""
     if metadata:
         text = np.array(json.dumps(metadata))
         entries = {names.RESERVED: Entry(text.dtype, (), lambda: text), **entries}
@@ -48,7 +46,7 @@ def write(file: BinaryIO, entries: dict[str, Entry], metadata: dict[str, str]) -
 class View(NamedTuple):
     """An open archive with a valid directory; the arrays are in the order of the directory.
 
-    Its methods raise FileError where an array is malformed, or neither numeric nor bool.
+    Its methods raise a FileError if an array is malformed, or neither numeric nor bool.
     """
 
     path: Path
@@ -57,17 +55,15 @@ class View(NamedTuple):
 
     @property
     def names(self) -> Iterable[str]:
-        """The names of the arrays."""
         return [name for name in self.members if name != names.RESERVED]
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The strings that were saved with the arrays."""
         if names.RESERVED not in self.members:
             return {}
         text = self.read(names.RESERVED)
         with suppress(ValueError):
-            # Not by item(): numpy makes strings of code points that do not exist.
+            # Not by item(), which accepts invalid code points.
             codes = text.astype(text.dtype.newbyteorder("<")).tobytes()
             metadata = names.parsed(codes.decode("utf-32-le").rstrip("\0"))
             if isinstance(metadata, dict) and all(isinstance(x, str) for x in metadata.values()):
@@ -80,7 +76,6 @@ class View(NamedTuple):
             return little_endian(dtype), shape
 
     def read(self, name: str) -> Array:
-        """Read an array."""
         with self._member(name) as (shape, fortran_order, dtype, stream):
             data = np.empty(prod(shape) * dtype.itemsize, np.uint8)
             if stream.readinto(data.data) != data.size:
@@ -91,7 +86,7 @@ class View(NamedTuple):
 
     @contextmanager
     def _member(self, name: str) -> Iterator[tuple[tuple[int, ...], bool, np.dtype[Any], Any]]:
-        """Shape, whether in Fortran order, dtype, and a stream of the elements of an array."""
+        """The shape of an array, whether it is in Fortran order, the dtype, the element stream."""
         info = self.members[name]
         stream: Any
         try:
@@ -124,7 +119,7 @@ def opened(path: Path) -> Iterator[View]:
         try:
             archive = zipfile.ZipFile(file)
             members = _members(archive, os.fstat(file.fileno()).st_size)
-        except Exception as error:  # of many kinds: the parser trusts its input
+        except Exception as error:  # the parser raises errors of many kinds
             raise errors.file_error(path, f"not a readable zip archive: {error}") from error
         yield View(path, archive, members)
 

@@ -1,12 +1,12 @@
-"""Replace a file atomically: at any moment, its path has the whole old file or the whole new one.
+"""Replace a file atomically: at any moment, its path leads to the complete old or new file.
 
 The new content is written to a temporary file in the same directory, synced and renamed. The writer
-holds a lock on the temporary file, which ends with its process: a temporary file that can be locked
-was left by a killed process, and the next writer removes it.
+keeps the temporary file locked until its process ends. If a temporary file can be locked, its
+writer was killed, and the next writer removes it.
 
 Nobody else can open the temporary file (mode 0600) until it is complete. Then it gets the
-permissions, owner and attributes of the old file, as far as the system allows; where it does not,
-nobody gains a right that the old file did not give. On Windows permissions are not preserved.
+permissions, owner and attributes of the old file, as far as the system allows; nobody gains a right
+that the old file did not give. On Windows permissions are not preserved.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Path = str | os.PathLike[str]
 
 _PREFIX, _SUFFIX = ".lars_tree-", ".tmp"
 _ACL = "system.posix_acl_access"
-# Attributes that describe the old content or how it is run.
+# The ACL is copied separately; the others depend on the old content or give it privileges.
 _NOT_COPIED = {_ACL, "security.capability", "security.evm", "security.ima"}
 
 
@@ -52,19 +52,19 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     _remove_abandoned_files(directory)
     name = os.path.join(directory, f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}")
     file = None
-    try:  # entered before the file is created: Ctrl-C may come at any moment
+    try:  # begins before the file is created, because Ctrl-C may come at any moment
         new_mode = _mode_of_new_file(name) if is_new else 0o600
         file = _locked_file(name)
         yield file
         file.flush()
-        # The current status: the permissions may have changed meanwhile.
+        # The status is read again, because the permissions may have changed meanwhile.
         _give_rights(file.fileno(), new_mode, target, _status(target))
         os.fsync(file.fileno())
         if fcntl is None:
             file.close()
         os.replace(name, target)
     except BaseException:
-        with suppress(OSError):  # a full disk fails again
+        with suppress(OSError):  # on a full disk, closing fails again
             if file is not None:
                 file.close()
         with suppress(FileNotFoundError):
@@ -79,7 +79,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _status(target: str) -> os.stat_result | None:
-    """The status of the target, None if it does not exist; an OSError if it cannot be replaced."""
+    """The status of the target; None if it does not exist, an OSError if it cannot be replaced."""
     try:
         status = os.stat(target)
     except FileNotFoundError:
@@ -125,9 +125,9 @@ def _remove_if_abandoned(name: str) -> None:
 
 @contextmanager
 def _descriptor(name: str, flags: int) -> Iterator[int]:
-    """A file descriptor that is closed exactly once, wherever Ctrl-C comes.
+    """A file descriptor that is closed exactly once, even if Ctrl-C comes.
 
-    No Python code runs while the descriptor is put into the list, or taken out and closed.
+    C code alone puts the descriptor into the list and takes it out, so Ctrl-C cannot come between.
     """
     held: list[int] = []
     try:
@@ -173,14 +173,14 @@ def _sync(directory: str) -> None:
         try:
             os.fsync(file)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems lack it
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not on all file systems
                 raise
 
 
 def _mode_of_new_file(name: str) -> int:
     """The permissions of a new file in this directory, found by creating one with this name.
 
-    Reading the umask would need setting it, for all threads; and a default ACL overrides it.
+    The umask can be read only by setting it for all threads, and a default ACL overrides it.
     """
     with open(name, "xb", buffering=0) as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
@@ -190,7 +190,7 @@ def _mode_of_new_file(name: str) -> int:
 
 
 def _give_rights(file: int, new_mode: int, target: str, old: os.stat_result | None) -> None:
-    """Give the open file the rights of the target, or `new_mode` if there is no old file.
+    """Give the open file the rights of the target, or `new_mode` if the target does not exist.
 
     The group comes first, as the ACL and the permissions depend on it. The owner comes last: only
     the owner can change permissions.
@@ -210,7 +210,7 @@ def _give_rights(file: int, new_mode: int, target: str, old: os.stat_result | No
 
 
 def _permitted(mode: int, same_group: bool, same_acl: bool) -> int:
-    """The permissions of the new file; without setuid and setgid, which a write clears too."""
+    """The permissions of the new file, without setuid and setgid, as after any write to a file."""
     if not same_acl:  # with an ACL, the group's bits are its mask, not the rights of the group
         return mode & 0o700
     if same_group:
@@ -221,7 +221,7 @@ def _permitted(mode: int, same_group: bool, same_acl: bool) -> int:
 
 
 def _copy_attributes(file: int, target: str, same_group: bool) -> bool:
-    """Copy the attributes and the ACL; return whether the ACLs now grant the same rights."""
+    """Copy the attributes and the ACL; return whether the ACL now grants the same rights."""
     if not hasattr(os, "getxattr"):  # only on Linux
         return True
     with suppress(OSError):
@@ -238,7 +238,7 @@ def _copy_attributes(file: int, target: str, same_group: bool) -> bool:
 
 
 def _acl(file: int | str) -> bytes | None:
-    """The POSIX ACL, None if there is none."""
+    """The POSIX ACL of a file, or None."""
     try:
         return os.getxattr(file, _ACL)
     except OSError:

@@ -60,20 +60,18 @@ def _short(dtype: np.dtype[Any]) -> str | None:
 
 
 def has(dtype: np.dtype[Any]) -> bool:
-    """Whether the format has this dtype."""
     return _short(dtype) is not None
 
 
 @cache
 def _dtype(short: str) -> np.dtype[Any] | None:
-    """The dtype, little-endian, with this name in the format; None if numpy does not have it."""
+    """The little-endian dtype that the format calls `short`; None if numpy does not have it."""
     dtype = dtype_named(_TYPES[short]) if short in _TYPES else None
     return dtype and little_endian(dtype)
 
 
 def write(file: BinaryIO, entries: dict[str, Entry], metadata: dict[str, str]) -> None:
-    """Write the entries to an empty file, one at a time."""
-    # The largest dtypes first, as in the package: every array is aligned.
+    # The largest dtypes first, as in the package, so that every array is aligned.
     order = sorted(entries, key=lambda name: -entries[name].dtype.itemsize)
     header: dict[str, Any] = {names.RESERVED: metadata} if metadata else {}
     header |= dict.fromkeys(entries)
@@ -93,7 +91,7 @@ def write(file: BinaryIO, entries: dict[str, Entry], metadata: dict[str, str]) -
 
 
 class Record(NamedTuple):
-    """The header's record of an array; start (in the file) and size are in bytes."""
+    """The position of an array in the file, from the header; start and size are in bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -104,7 +102,7 @@ class Record(NamedTuple):
 class View(NamedTuple):
     """An open file with a valid header; the arrays are in the order of the header.
 
-    Its methods raise FileError where the elements are malformed, or numpy lacks the dtype or shape.
+    Its methods raise a FileError if elements are malformed, or numpy lacks the dtype or shape.
     """
 
     path: Path
@@ -114,7 +112,6 @@ class View(NamedTuple):
 
     @property
     def names(self) -> Iterable[str]:
-        """The names of the arrays."""
         return self.records
 
     def dtype_and_shape(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
@@ -139,11 +136,11 @@ class View(NamedTuple):
         return self.array(name, memory)
 
     def array(self, name: str, memory: Array) -> Array:
-        """The array of this name, over memory that has its bytes."""
+        """The array of this name, as a view of memory that has its bytes."""
         dtype, shape = self.dtype_and_shape(name)
         try:
             array: Array = memory.view(dtype).reshape(shape)
-        except ValueError as error:  # too many axes, or an empty array with a too long one
+        except ValueError as error:  # too many axes, or an empty array with a too long axis
             raise errors.file_error(self.path, str(error), name) from error
         return array
 
@@ -155,14 +152,14 @@ def opened(path: Path, mode: str = "rb") -> Iterator[View]:
         file: Any
         with open(path, mode) as file:
             _check(path)
-            # The package opened the path again: the file may have been replaced in between.
+            # The package opens the path again; the file may have been replaced in between.
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 yield View(path, file, *_parsed(path, file))
                 return
 
 
 def mapped(path: Path, mode: Literal["r", "r+"]) -> tuple[dict[str, Array], dict[str, str]]:
-    """All arrays by name, as parts of one memory map of the file, and the metadata."""
+    """All arrays by name, as views of one memory map of the file, and the metadata."""
     with opened(path, f"{mode}b") as view:
         memory = np.memmap(view.file, np.uint8, mode)
         found = {
@@ -201,7 +198,7 @@ def _parsed(path: Path, file: BufferedReader) -> tuple[dict[str, Record], dict[s
         raise errors.file_error(path, "the header has this name twice", error.name) from None
     except (AttributeError, ValueError) as error:
         raise errors.file_error(path, f"its header cannot be read: {error}") from error
-    if not isinstance(metadata, dict):  # the package takes null too
+    if not isinstance(metadata, dict):  # the package accepts null too
         text = f"expected an object of strings, got {metadata!r}"
         raise errors.file_error(path, text, names.RESERVED)
     return header, metadata

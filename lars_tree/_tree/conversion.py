@@ -1,7 +1,4 @@
-"""Converts mappings to Containers on the way into a Container, and Containers to dicts.
-
-Knows no arrays.
-"""
+"""Converts mappings that are put into a Container, and Containers to dicts. Knows no arrays."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ T = TypeVar("T")
 
 
 def explain_cycles(method: Callable[P, T]) -> Callable[P, T]:
-    """Let a method of Container name the cycle in a tree that it is given."""
+    """Make a method of Container report a cycle in its arguments instead of a RecursionError."""
 
     @wraps(method)
     def explaining(*arguments: P.args, **options: P.kwargs) -> T:
@@ -34,11 +31,7 @@ def explain_cycles(method: Callable[P, T]) -> Callable[P, T]:
 
 
 def convert(argument: str, value: Any, cls: type) -> Any:
-    """The value, with its mappings converted to Containers of this class.
-
-    Raises:
-        StructureError: the value holds itself, or a list in it cannot be rebuilt.
-    """
+    """`convert_node` with a StructureError if the value holds itself or cannot be rebuilt."""
     if structure.is_leaf(value):
         return value
     with structure.explaining({argument: value}):
@@ -46,7 +39,7 @@ def convert(argument: str, value: Any, cls: type) -> Any:
 
 
 def convert_node(value: Any, cls: type) -> Any:
-    """The value with its mappings, also those in lists and tuples, as Containers."""
+    """The value with its mappings, also in lists and tuples, converted to this Container class."""
     if structure.is_leaf(value) or nodes.is_container(value):
         return value
     if isinstance(value, Mapping):
@@ -61,7 +54,7 @@ def convert_node(value: Any, cls: type) -> Any:
 
 
 def to_dicts(node: Any, _: None = None) -> Any:
-    """The node with dicts in place of its Containers."""
+    """The node with its Containers converted to dicts."""
     if structure.is_leaf(node):
         return node
     children = nodes.map_children(node, to_dicts)

@@ -1,10 +1,9 @@
 """One node of a tree: how its children are read, and how it is rebuilt with other children.
 
 Only this module knows the kinds of nodes; `_tree/structure.py` walks over them. A node is read
-through the methods that its user calls, and reading never writes. To rebuild a node, up to two
-attempts are made; the first result is returned that is another object of the same type with the
-new children.
-dict, list, tuple and Container themselves need no such check. Tests: `tests/test_nodes.py`.
+through the methods that its user calls, and reading never changes it. To rebuild a node, up to two
+attempts are made; a result is accepted only if it is a new object of the same type that holds the
+new children. The check is omitted for dict, list, tuple and Container themselves.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ Node = Any
 Pairs = list[tuple[Hashable, Any]]
 Items = Mapping[Any, Any] | Iterable[tuple[Hashable, Any]]
 
-# The items of a PLAIN_DICT are those of dict itself, which the kernel reads too. ITEMS are read by
-# their method `items`, KEYED nodes key by key, as their class only overrides that.
+# PLAIN_DICT nodes are read by dict's own methods, and by the kernel. ITEMS nodes are read by their
+# method `items`. KEYED nodes are read key by key, because they have no `items` of their own.
 LEAF, PLAIN_DICT, ITEMS, KEYED, SEQUENCE, NAMEDTUPLE, ATTRS = range(7)
 
-# The kinds of classes that live as long as the process. The kernel reads this dict too.
+# The kinds of classes that are never freed. The kernel reads this dict too.
 KINDS: dict[type, int] = {
     type(None): LEAF,
     list: SEQUENCE,
     tuple: SEQUENCE,
     dict: PLAIN_DICT,
 }
-_KINDS_OF_OTHERS: WeakKeyDictionary[type, int] = WeakKeyDictionary()
+_KINDS_OF_TEMPORARY: WeakKeyDictionary[type, int] = WeakKeyDictionary()
 
-# Not empty once a node was seen whose class may compute its children when it is read.
+# Not empty after the first node whose class may compute its children each time it is read.
 _COMPUTED: list[bool] = []
 
 # The class method that makes a Container of (key, child) pairs without converting the children.
@@ -51,12 +50,12 @@ def kind_of(node: Node) -> int:
     cls = type(node)
     kind = KINDS.get(cls)
     if kind is None:
-        kind = _KINDS_OF_OTHERS.get(cls)
+        kind = _KINDS_OF_TEMPORARY.get(cls)
     if kind is None:
         kind = _classify(cls)
         if kind in (ITEMS, KEYED, SEQUENCE):
             _COMPUTED.append(True)
-        (KINDS if is_permanent(cls) else _KINDS_OF_OTHERS)[cls] = kind
+        (KINDS if is_permanent(cls) else _KINDS_OF_TEMPORARY)[cls] = kind
     return kind
 
 
@@ -68,7 +67,7 @@ def may_make_children() -> bool:
 def is_permanent(cls: type) -> bool:
     """Whether the class is found in its module, so that a cache may keep it alive.
 
-    Others must be freed: classes made in a function, or again each time a notebook cell runs.
+    A class made in a function, or anew by each run of a notebook cell, must be freed.
     """
     if cls.__module__ == "__main__":
         return False
@@ -99,7 +98,7 @@ def _classify(cls: type) -> int:
 
 
 def _inherits(cls: type, names: Iterable[str], *bases: type) -> bool:
-    """Whether all methods of these names that the class has are those of the bases or Container."""
+    """Whether the class takes each of these methods that it has from the bases or a Container."""
     for name in names:
         provider = next((base for base in cls.__mro__ if name in vars(base)), bases[0])
         if provider not in bases and MAKE not in vars(provider):
@@ -108,7 +107,7 @@ def _inherits(cls: type, names: Iterable[str], *bases: type) -> bool:
 
 
 def children(node: Node) -> Iterable[tuple[Hashable, Any]]:
-    """The (key, child) pairs of a node; a key is that of a mapping, an index, or a field name."""
+    """The (key, child) pairs of a node; a key is a mapping's key, an index or a field name."""
     kind = kind_of(node)
     if kind in (PLAIN_DICT, ITEMS):  # through the type: a key named "items" may hide the method
         return type(node).items(node)  # type: ignore[no-any-return]
@@ -129,7 +128,7 @@ class CannotRebuild(Exception):
         self.keys: list[Hashable] = []
 
     def explained(self, argument: str, at: errors.Path = ()) -> errors.LarsTreeError:
-        """The error for the user; `at` is the path of the tree within the argument."""
+        """The StructureError; `at` is the path of the tree within the argument."""
         path = (*at, *reversed(self.keys))
         text = f"expected a node that can be rebuilt: {self}"
         headline = f"{argument} cannot be rebuilt"
@@ -137,9 +136,9 @@ class CannotRebuild(Exception):
 
 
 def map_children(node: Node, convert: Callable[[Any, Any], Any], argument: Any = None) -> list[Any]:
-    """convert(child, argument) for each child; a CannotRebuild gets the key.
+    """convert(child, argument) for each child; a CannotRebuild gets the key of the child.
 
-    Not *arguments: passing these on takes C stack, of which deep trees would need too much.
+    There is one argument, because *arguments would use too much C stack in deep trees.
     """
     values = []
     for key, child in children(node):
@@ -158,11 +157,7 @@ def is_trusted(node: Node) -> bool:
 
 
 def replace_children(node: Node, values: Iterable[Any]) -> Node:
-    """A node of the same type and keys with other children, given in the order of `children`.
-
-    Raises:
-        CannotRebuild: no attempt makes such a node.
-    """
+    """A node of the same type and keys with other children, given in the order of `children`."""
     cls = type(node)
     if cls is list or cls is tuple:
         return cls(values)
@@ -174,7 +169,6 @@ def replace_children(node: Node, values: Iterable[Any]) -> Node:
 
 
 def is_container(node: Node) -> bool:
-    """Whether the node is a Container."""
     return hasattr(type(node), MAKE)
 
 
@@ -204,7 +198,7 @@ Attempt = Callable[[Node, Pairs], Node]
 class _Plan(NamedTuple):
     """How to rebuild nodes of a class: the attempts in their order.
 
-    `sure`: the first attempt cannot fail, as the class reads and writes like its built-in base.
+    `sure`: the first attempt needs no check, because the class reads and writes like its base.
     """
 
     attempts: list[Attempt]
@@ -216,7 +210,7 @@ _PLANS: WeakKeyDictionary[type, _Plan] = WeakKeyDictionary()
 
 def _plan(cls: type) -> _Plan:
     if issubclass(cls, (dict, list, tuple)):
-        # A class that overrides `__setitem__` may keep more than the items.
+        # A class that overrides `__setitem__` may store more than the items.
         writes = _inherits(cls, ("__setitem__", "append", "extend"), *_BUILT_IN)
         reads = _inherits(cls, _READING, *_BUILT_IN) and not hasattr(cls, "__copy__")
         attempts: list[Attempt] = [_refilled, _constructed]
@@ -228,7 +222,7 @@ def _plan(cls: type) -> _Plan:
 
 
 def _checked(node: Node, before: Pairs, pairs: Pairs) -> Node:
-    """The first result that holds the pairs, from an attempt that left the node unchanged."""
+    """The first correct result of an attempt that leaves the old node unchanged."""
     cls = type(node)
     plan = _PLANS.get(cls) or _PLANS.setdefault(cls, _plan(cls))
     reason = f"a new {cls.__name__} would not hold what is put in"
@@ -269,10 +263,10 @@ def _constructed(node: Node, pairs: Pairs) -> Node:
 
 
 def _refilled(node: Node, pairs: Pairs) -> Node:
-    """A shallow copy with other children, which keeps the other attributes of the object.
+    """A shallow copy with other children and the same attributes.
 
-    The children are written by methods of the built-in base, so that no method of the user's class
-    runs, and nothing that the old node shares with its copy is written.
+    The children are written by methods of the built-in base: a method of the user's class might
+    write to something that the copy shares with the node.
     """
     cls = type(node)
     if issubclass(cls, tuple):
@@ -299,7 +293,7 @@ def _refilled(node: Node, pairs: Pairs) -> Node:
 def _shallow_copy(node: Node) -> Node:
     """A copy of a dict or list made without methods of its class.
 
-    None if the node keeps its children elsewhere, where a copy would share them.
+    None if the class keeps the children outside the dict or list: the copy would share them.
     """
     base: Any = next(base for base in (OrderedDict, dict, list) if isinstance(node, base))
     items = list(enumerate(list.__iter__(node)) if base is list else base.items(node))
@@ -313,7 +307,7 @@ def _shallow_copy(node: Node) -> Node:
 
 
 def _with_attributes(new: Node, node: Node) -> Node:
-    if getattr(node, "__dict__", None) is node:  # a common way to make keys attributes
+    if getattr(node, "__dict__", None) is node:  # a common way to read keys as attributes
         object.__setattr__(new, "__dict__", new)
         return new
     state = object.__getstate__(node)
@@ -335,7 +329,7 @@ def _holds(node: Node, pairs: Pairs) -> bool:
             return False
         if child is value:
             continue
-        # Some classes convert or copy the nodes that are put into them.
+        # Some classes convert or copy nodes that are put into them.
         if kind_of(value) == LEAF or not _holds(child, list(children(value))):
             return False
     return True
@@ -345,7 +339,7 @@ _IMMUTABLE = (type(None), bool, int, float, complex, str, bytes)
 
 
 def _keeps_old_child(new: Node, before: Pairs, pairs: Pairs) -> bool:
-    """Whether an attribute is still a child of the old node, in a class that mirrors its items."""
+    """Whether an attribute still holds an old child, as in a class that stores its items twice."""
     attributes = getattr(new, "__dict__", None) or {}
     kept = {id(value) for _, value in pairs}
     gone = {id(x) for _, x in before if not isinstance(x, _IMMUTABLE)} - kept

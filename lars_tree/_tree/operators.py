@@ -1,11 +1,23 @@
-"""The arithmetic operators of Array and Container, in terms of one method."""
+"""The arithmetic operators of Array and Container, all defined by one method."""
 
 from __future__ import annotations
 
 import operator
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+
+S = TypeVar("S", bound="Arithmetic")
+
+
+def binary(operation: Callable[..., Any]) -> Callable[[S, Any], S]:
+    """The method of a binary operator with self on the left."""
+    return lambda self, other: self._operate(operation, self, other)
+
+
+def reflected(operation: Callable[..., Any]) -> Callable[[S, Any], S]:
+    """The method of a binary operator with self on the right."""
+    return lambda self, other: self._operate(operation, other, self)
 
 
 class Arithmetic:
@@ -18,55 +30,16 @@ class Arithmetic:
 
     @abstractmethod
     def _operate(self, operation: Callable[..., Any], *operands: Any) -> Self:
-        """operation(*operands), of which one is self; or NotImplemented, as from an operator."""
+        """operation(*operands), or NotImplemented. One operand is self."""
 
-    def __add__(self, other: Any) -> Self:
-        return self._operate(operator.add, self, other)
-
-    def __radd__(self, other: Any) -> Self:
-        return self._operate(operator.add, other, self)
-
-    def __sub__(self, other: Any) -> Self:
-        return self._operate(operator.sub, self, other)
-
-    def __rsub__(self, other: Any) -> Self:
-        return self._operate(operator.sub, other, self)
-
-    def __mul__(self, other: Any) -> Self:
-        return self._operate(operator.mul, self, other)
-
-    def __rmul__(self, other: Any) -> Self:
-        return self._operate(operator.mul, other, self)
-
-    def __truediv__(self, other: Any) -> Self:
-        return self._operate(operator.truediv, self, other)
-
-    def __rtruediv__(self, other: Any) -> Self:
-        return self._operate(operator.truediv, other, self)
-
-    def __floordiv__(self, other: Any) -> Self:
-        return self._operate(operator.floordiv, self, other)
-
-    def __rfloordiv__(self, other: Any) -> Self:
-        return self._operate(operator.floordiv, other, self)
-
-    def __mod__(self, other: Any) -> Self:
-        return self._operate(operator.mod, self, other)
-
-    def __rmod__(self, other: Any) -> Self:
-        return self._operate(operator.mod, other, self)
-
-    def __pow__(self, other: Any) -> Self:
-        return self._operate(operator.pow, self, other)
-
-    def __rpow__(self, other: Any) -> Self:
-        return self._operate(operator.pow, other, self)
-
-    def __matmul__(self, other: Any) -> Self:
-        return self._operate(operator.matmul, self, other)
-
-    def __rmatmul__(self, other: Any) -> Self:
-        return self._operate(operator.matmul, other, self)
+    __add__, __radd__ = binary(operator.add), reflected(operator.add)
+    __sub__, __rsub__ = binary(operator.sub), reflected(operator.sub)
+    __mul__, __rmul__ = binary(operator.mul), reflected(operator.mul)
+    __truediv__, __rtruediv__ = binary(operator.truediv), reflected(operator.truediv)
+    __floordiv__, __rfloordiv__ = binary(operator.floordiv), reflected(operator.floordiv)
+    __mod__, __rmod__ = binary(operator.mod), reflected(operator.mod)
+    __pow__, __rpow__ = binary(operator.pow), reflected(operator.pow)
+    __matmul__, __rmatmul__ = binary(operator.matmul), reflected(operator.matmul)
 
     def __neg__(self) -> Self:
         return self._operate(operator.neg, self)

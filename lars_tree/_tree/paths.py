@@ -1,7 +1,7 @@
-"""How a Container finds, writes and removes what a key or a path names.
+"""How a Container finds, writes and removes values by key or by path.
 
 An exact key takes precedence over a path. A path is a tuple of keys or, except in writing, a string
-split at '/'. A key made of digits may be an index. Works on any tree; knows no arrays.
+split at '/'. A string of digits may be an index. This module works on any tree; it knows no arrays.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def split(key: Any) -> Path:
 
 
 def is_special(name: str) -> bool:
-    """Whether Python reserves the name, as it does __setstate__: never an attribute for a key.
+    """Whether Python reserves the name, like __setstate__: it is never an attribute for a key.
 
-    Libraries call the methods that have such names, and the keys of a file may come from anybody.
+    Libraries call methods with reserved names, and the keys of a file may come from an attacker.
     """
     return name.startswith("__") and name.endswith("__")
 
@@ -44,7 +44,7 @@ def find(root: dict[Any, Any], key: Any) -> Any:
 
 
 def _parent(root: Any, path: Path) -> tuple[Any, int]:
-    """The deepest node above the end of the path, and how many keys lead to it."""
+    """The deepest existing node above the last key of the path, and how many keys lead to it."""
     node, depth = root, 0
     while depth < len(path) - 1 and (child := _child(node, path[depth])[1]) is not MISSING:
         node, depth = child, depth + 1
@@ -52,7 +52,7 @@ def _parent(root: Any, path: Path) -> tuple[Any, int]:
 
 
 def _child(node: Any, key: Any) -> tuple[Any, Any]:
-    """The key, or the index that a string of digits stands for, and its value or MISSING."""
+    """The key (digits as an integer if only that key exists), and its value or MISSING."""
     if structure.is_leaf(node):
         return key, MISSING
     items = node if structure.is_plain_dict(node) else dict(nodes.children(node))
@@ -62,11 +62,7 @@ def _child(node: Any, key: Any) -> tuple[Any, Any]:
 
 
 def put(root: dict[Any, Any], path: Path, value: Any) -> None:
-    """Write a value at a path and create the missing parents.
-
-    Raises:
-        PathKeyError: the path goes through a leaf, or to an index that a list or tuple cannot set.
-    """
+    """Write a value at a path and create the missing parents."""
     if dict.__contains__(root, path):
         dict.__setitem__(root, path, value)
         return
@@ -88,11 +84,7 @@ def put(root: dict[Any, Any], path: Path, value: Any) -> None:
 
 
 def remove(root: dict[Any, Any], key: Any) -> None:
-    """Remove the value at a key or path.
-
-    Raises:
-        PathKeyError: there is none, or it is in a list or tuple.
-    """
+    """Remove the value at a key or path; a PathKeyError if it is missing or in a list or tuple."""
     if dict.__contains__(root, key):
         dict.__delitem__(root, key)
         return
@@ -128,7 +120,7 @@ def missing_error(kind: type[LarsTreeError], root: Any, path: Path) -> LarsTreeE
 
 
 def flat(root: dict[Any, Any], sep: str) -> dict[str, Any]:
-    """The leaves by name; an empty node counts as a leaf, and is of the type of the root."""
+    """The leaves by name; an empty node counts as a leaf, an empty Container."""
     found: dict[str, Any] = {}
     for path, node in structure.walk(root, empty_nodes=True):
         if any(sep in str(key) for key in path):
@@ -141,20 +133,19 @@ def flat(root: dict[Any, Any], sep: str) -> dict[str, Any]:
     return found
 
 
-def put_new(root: dict[Any, Any], path: Path, value: Any) -> None:
-    """Write a value at a new path of literal keys and create the missing parents.
-
-    Raises:
-        PathKeyError: the path exists, or goes through a leaf.
-    """
+def put_new(root: dict[Any, Any], path: Path, value: Any) -> int:
+    """Write a value at a new path of literal keys; return how many parents were created."""
     node: Any = root
     *parents, last = path
+    created = 0
     for depth, key in enumerate(parents, 1):
         if not dict.__contains__(node, key):
             dict.__setitem__(node, key, type(root)())
+            created += 1
         node = dict.__getitem__(node, key)
         if not isinstance(node, type(root)):
             raise _unreachable(path, depth, node)
     if dict.__contains__(node, last):
         raise _unreachable(path, len(path), dict.__getitem__(node, last))
     dict.__setitem__(node, last, value)
+    return created

@@ -1,7 +1,7 @@
 """Registers Container and Array as pytree nodes of JAX, torch and optree.
 
-Imports none of these libraries: each library gets the types at once if it is imported already,
-otherwise right after its import. dm-tree needs no registration: it treats a Container as a dict.
+None of these libraries is imported: the types are registered at once with a library that is already
+imported, otherwise right after its import. dm-tree treats a Container as a dict without that.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import Any
 
 
 class Keys:
-    """The keys of a node in sorted order, by which nodes are compared, and in their own order.
+    """The keys of a node, sorted and in their own order. Only the sorted keys are compared.
 
-    So the order of keys is kept, and a function compiled for one order is not compiled for another.
+    Therefore unflattening restores the order of the keys, and a function that was compiled for one
+    order is not compiled again for another.
     """
 
     def __init__(self, keys: Iterable[Hashable]) -> None:
@@ -37,7 +38,7 @@ class Keys:
 
 
 def _sort_key(key: Hashable) -> tuple[str, Any]:
-    """Sorts keys by type first, and keys without an order by their repr."""
+    """Sort by type first, then by value; by repr if the type may have no order."""
     return type(key).__qualname__, key if isinstance(key, (str, int, float)) else repr(key)
 
 
@@ -49,7 +50,7 @@ def _flatten(node: dict[Any, Any]) -> tuple[list[Any], Keys]:
 def _flatten_with(
     entry: Callable[[Hashable], Any], node: dict[Any, Any]
 ) -> tuple[list[tuple[Any, Any]], Keys]:
-    """`_flatten`, with each child in a pair with its entry of a path."""
+    """Like `_flatten`, with (path entry, child) pairs in place of the children."""
     children, keys = _flatten(node)
     return list(zip(map(entry, keys.sorted), children, strict=True)), keys
 
@@ -95,7 +96,7 @@ def _register_with_optree(cls: type, optree: Any) -> None:
 def register(cls: type) -> None:
     """Register a Container type with each library, now or after the import of the library.
 
-    A library keeps its registered types alive. Until then the type may be freed.
+    A library keeps registered types alive; until it is imported, the type may be freed.
     """
     hook = partial(_register_if_alive, weakref.ref(cls))
     when_imported("jax", partial(hook, _register_with_jax))
@@ -137,9 +138,9 @@ def register_wrapper(cls: type, data: str) -> None:
 
 
 def trust_in_files(cls: type) -> None:
-    """Let `torch.load(weights_only=True)` call this class with any arguments that a file contains.
+    """Allow `torch.load(weights_only=True)` to call this class with arguments from the file.
 
-    Only for our own classes: the constructor of a user's subclass may do anything.
+    This is safe only for our own classes: the constructor of a user's subclass may do anything.
     """
     when_imported("torch", lambda torch: torch.serialization.add_safe_globals([cls]))
 
@@ -156,9 +157,9 @@ def when_imported(name: str, hook: Callable[[ModuleType], None]) -> None:
 
 
 class _Finder:
-    """A finder that leaves the search to the other finders, and wraps the loader of hooked modules.
+    """Finds modules by the other finders, and wraps the loaders of hooked modules.
 
-    Not a subclass of MetaPathFinder, because importing importlib.abc takes ten milliseconds.
+    It does not inherit from MetaPathFinder, because importing importlib.abc takes 10 ms.
     """
 
     def __init__(self) -> None:
@@ -180,7 +181,7 @@ class _Finder:
 
 
 class _HookedLoader:
-    """Loads a module with its own loader, restores that as its loader, and calls the hooks."""
+    """Loads a module with its real loader, which becomes its loader again, and calls the hooks."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader

@@ -1,8 +1,8 @@
 """Trees of values: walk, match by key, broadcast a prefix, rebuild. Knows no arrays.
 
-`_tree/nodes.py` defines what a node is, how its children are read, and how it is rebuilt. Whatever
-is not a node is a leaf; None is a leaf that holds nothing. Only Python's recursion limit bounds the
-depth of a tree: no walk here recurses on the C stack.
+`_tree/nodes.py` defines what a node is, how its children are read, and how it is rebuilt. Every
+other object is a leaf, also None. Only Python's recursion limit bounds the depth of a tree: no walk
+recurses on the C stack.
 
 Matching first runs a fast pass that stops at the first difference. Only if that fails does a slow
 pass list all differences. `_native/walk.hpp` implements the fast walks for plain dicts, lists and
@@ -31,17 +31,15 @@ NOTHING, MISSING = object(), object()
 
 
 def is_leaf(node: Tree) -> bool:
-    """Whether this is a leaf, not a node."""
     return kind_of(node) == LEAF
 
 
 def is_plain_dict(node: Tree) -> bool:
-    """Whether dict's own methods read the node in the same way as the methods of its class."""
+    """Whether dict's own methods read the node as the methods of its class do."""
     return kind_of(node) == PLAIN_DICT
 
 
 def leaves(tree: Tree) -> list[Leaf]:
-    """The leaves in the order of the tree."""
     found: list[Leaf] = []
     kernel = _native.in_use()
     try:
@@ -55,7 +53,7 @@ def leaves(tree: Tree) -> list[Leaf]:
 
 
 def _translated(error: RuntimeError, argument: str) -> Exception:
-    """Our error if Python or the kernel reports that a node changed while it was read."""
+    """A StructureError if Python or the kernel reports that a node changed while it was read."""
     text = str(error)
     is_change = " during iteration" in text or text == "a tree was changed while it was read"
     return changed(argument) if is_change else error
@@ -69,7 +67,7 @@ def _collect_in_python(node: Tree, found: list[Leaf]) -> None:
             _collect_in_python(child, found)
 
 
-_DEEPEST = 100_000  # levels, whatever the recursion limit: a cycle has no end
+_DEEPEST = 100_000  # levels, even if the recursion limit is higher: a cycle has no end
 
 
 def _check_depth(depth: int) -> None:
@@ -102,9 +100,6 @@ def rebuild(tree: T, new_leaves: Iterable[Leaf], argument: str = "tree", at: Pat
     """A tree like `tree` with other leaves, given in the order of `leaves`.
 
     Errors name the tree as `argument`; `at` is its path within that argument.
-
-    Raises:
-        StructureError: A node cannot be rebuilt, or the number of leaves has changed.
     """
     return _rebuild(_fill, tree, new_leaves, argument, at)
 
@@ -130,7 +125,7 @@ def _rebuild(
 def rebuilding(
     argument: str, fill: Callable[..., Any], tree: Tree, *arguments: Any, at: Path = ()
 ) -> Any:
-    """fill(tree, ...), with a StructureError for a node that cannot be rebuilt."""
+    """fill(tree, ...); a StructureError if a node cannot be rebuilt."""
     try:
         return fill(tree, *arguments)
     except nodes.CannotRebuild as error:
@@ -191,9 +186,9 @@ def map_leaves(
 
 
 def pick(tree: Tree, kept: Iterator[bool]) -> Tree:
-    """The tree of the leaves for which `kept` is true; NOTHING if there are none.
+    """The tree of the leaves for which `kept` is true; NOTHING if it is true for none.
 
-    Nodes without such leaves are left out. A list or tuple keeps its length, with None in the gaps.
+    Nodes left without leaves are removed. Lists and tuples keep their lengths: None fills the gaps.
     """
     return rebuilding("tree", _pick, tree, kept)
 
@@ -222,15 +217,12 @@ def broadcast(
     to: str = "w",
     at: Path = (),
 ) -> list[Leaf]:
-    """For each leaf of `tree` the value that `prefix` has for it.
+    """For each leaf of `tree`, its value in `prefix`, which has the same nodes as `tree`.
 
-    `prefix` has the nodes of `tree`. Unless `exact`, a leaf may take the place of a node: it then
-    holds for all leaves below. Keys are matched by name; a list matches a tuple of its length.
-    `values` replace the leaves of the prefix, in their order. `at` is the path of the prefix within
-    the argument.
-
-    Raises:
-        StructureError: naming `argument`, what it is matched `to`, and every path that differs.
+    Unless `exact`, a leaf of the prefix may stand for a node: it holds for all leaves below. Keys
+    are matched by name; a list matches a tuple of its length. `values` replace the leaves of the
+    prefix, in order. Errors name the prefix `argument` and the tree `to`; `at` is the path of the
+    prefix within the argument.
     """
     found: list[Leaf] = []
     try:
@@ -264,7 +256,7 @@ def _match_in_python(node: Tree, prefix: Tree, found: list[Leaf], exact: bool) -
         return kind == LEAF or not exact
     if kind == LEAF:
         return False
-    # dict's own methods: those of a Container read 'a/b' as a path.
+    # By dict's own methods, because those of a Container read 'a/b' as a path.
     parts = prefix if prefix_kind == PLAIN_DICT else dict(children(prefix))
     pairs = list(children(node))
     if len(pairs) != len(parts):
@@ -288,9 +280,9 @@ def side_by_side(
     The pairs are (path, left, right, what), where `what` is one of
 
     * "leaves": two leaves, equal or not;
-    * "nodes": a leaf and a node, or two nodes that do not `correspond`: they are not entered;
+    * "nodes": a leaf and a node, or two nodes that do not `correspond`, which are not entered;
     * "keys", "order": nodes with different keys, or with the same keys in another order;
-    * "missing": a key of one node only; the other tree has MISSING there.
+    * "missing": a child of one node only; the other side is MISSING.
     """
     keys: list[Hashable] = list(path)
     pending: list[Iterator[tuple[Path, Tree, Tree]]] = [iter([((), left, right)])]
@@ -313,7 +305,7 @@ def side_by_side(
 def _compare(
     left: Tree, right: Tree, correspond: Callable[[Tree, Tree], bool]
 ) -> tuple[What, list[tuple[Path, Tree, Tree]]]:
-    """How two nodes differ, and the (key,) and children of both, to be compared next."""
+    """How two nodes differ, and the pairs of children to compare next, each with its (key,)."""
     if left is MISSING or right is MISSING:
         return "missing", []
     if is_leaf(left) or is_leaf(right):
@@ -330,7 +322,7 @@ def _compare(
 
 
 def differences(tree: Tree, prefix: Tree, exact: bool = False, path: Path = ()) -> Iterator[Line]:
-    """The paths at which `prefix` is not a prefix of `tree`, with what was expected there."""
+    """The paths at which `prefix` is not a prefix of `tree`, each with an explanation."""
     count = 0
     for where, node, other, what in side_by_side(tree, prefix, _may_match, path):
         if what == "keys" or (what == "nodes" and (exact or not is_leaf(other))):
@@ -339,14 +331,14 @@ def differences(tree: Tree, prefix: Tree, exact: bool = False, path: Path = ()) 
 
 
 def _may_match(tree: Tree, prefix: Tree) -> bool:
-    """Nodes are compared key by key; lists and tuples only if they have the same length."""
+    """Whether to compare two nodes key by key: a list or tuple only with nodes of its keys."""
     if SEQUENCE not in (kind_of(tree), kind_of(prefix)):
         return True
     return dict(children(tree)).keys() == dict(children(prefix)).keys()
 
 
 def mismatch(expected: Tree, found: Tree, what: What, hints: bool = True) -> str:
-    """The text for a pair of `side_by_side` that differs in its nodes or keys."""
+    """The message for a pair of `side_by_side` that differs in its nodes or keys."""
     if what == "keys" and SEQUENCE not in (kind_of(expected), kind_of(found)):
         keys, found_keys = ([key for key, _ in children(node)] for node in (expected, found))
         return errors.key_differences(keys, found_keys, hints)
@@ -354,16 +346,16 @@ def mismatch(expected: Tree, found: Tree, what: What, hints: bool = True) -> str
 
 
 def cycle(tree: Tree) -> tuple[Path, Path] | None:
-    """The path of a node that holds itself, and the path of its repetition; None if there is none.
+    """The path of a node that holds itself, and of its next occurrence; None without a cycle.
 
-    Iterative, so that it can explain a RecursionError.
+    It is iterative, so that it can explain a RecursionError.
     """
     depths = {id(tree): 0}  # of the nodes from the root to the current one
     pending: list[tuple[Hashable, Tree, Iterator[tuple[Hashable, Tree]]]]
     pending = [(None, tree, iter(list(children(tree))))]
     while pending:
         if len(pending) > _DEEPEST:
-            return None  # some classes make new nodes, without end, whenever they are read
+            return None  # some classes make new nodes endlessly when they are read
         for key, child in pending[-1][-1]:
             if id(child) in depths:
                 keys = [parent for parent, *_ in pending[1:]]
@@ -379,7 +371,7 @@ def cycle(tree: Tree) -> tuple[Path, Path] | None:
 
 @contextmanager
 def explaining(arguments: dict[str, Tree]) -> Iterator[None]:
-    """Replace a RecursionError by one that names the argument that is too deep."""
+    """Replace a RecursionError by an error that names the argument that holds itself."""
     try:
         yield
     except RecursionError:
@@ -387,7 +379,7 @@ def explaining(arguments: dict[str, Tree]) -> Iterator[None]:
 
 
 def explained(arguments: dict[str, Tree]) -> Exception:
-    """The error for the one of these trees that is too deep to walk."""
+    """The error for a RecursionError in these trees: a StructureError if one holds itself."""
     for name, tree in arguments.items():
         if found := cycle(tree):
             earlier, path = found
