@@ -61,7 +61,7 @@ def lars_update(
         lr: Learning rate >= 0. It has no unit where ratio is not 1, because the units of cost and
             weights cancel there. May be an array that broadcasts to the weights.
         decay_lambda: Weight decay >= 0, in cost per weight squared.
-        stop_gradients: True: the result has no autograd graph, and requires a gradient where w did.
+        stop_gradients: True: the result has no autograd graph, and the `requires_grad` of w.
             False: the step is differentiable in w, dcdw, lr and decay_lambda.
         out: Where to write the result: a tree of arrays like w, or w itself, to update in place.
         trust_coefficient: The paper's eta, a pure number >= 0; published recipes use 0.001.
@@ -83,7 +83,7 @@ def lars_update(
 
     Raises:
         StructureError: dcdw, out or an option does not match w; the message names every differing
-            path. Or w holds itself. Or, without `out`, w has a node that cannot be rebuilt.
+            path. Or w is cyclic. Or, without `out`, w has a node that cannot be rebuilt.
         LeafError: A leaf is not an array, or cannot be computed with (sparse, freed, meta).
         DtypeError: Weights or gradients are not floating point, or mix complex and real.
         ShapeError: An array does not broadcast to its weights.

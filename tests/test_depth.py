@@ -1,4 +1,4 @@
-"""Trees that hold themselves and very deep trees give an error or a result, never a crash."""
+"""Trees that contain themselves and very deep trees give an error or a result, never a crash."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def cyclic():
 
 
 def held():
-    """A Container that holds itself."""
+    """A Container that contains itself."""
     w = Container(x=X)
     w["me"] = w
     return w
@@ -94,7 +94,7 @@ def test_a_tree_that_holds_itself_is_refused_with_its_path(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_container_that_holds_itself_says_so(name):
-    with pytest.raises(StructureError, match="self holds itself\n  me: expected a tree"):
+    with pytest.raises(StructureError, match="self contains itself\n  me: expected a tree"):
         METHODS[name](held())
 
 

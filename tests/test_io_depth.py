@@ -83,7 +83,7 @@ def test_far_too_deep_trees_are_refused_without_a_recursion_error(path):
 def test_a_tree_that_holds_itself_twice_is_refused(path):
     tree = {}
     tree["a"] = tree["b"] = tree
-    with pytest.raises(StructureError, match="tree holds itself"):
+    with pytest.raises(StructureError, match="tree contains itself"):
         io.save(path, tree)
 
 

@@ -1,7 +1,7 @@
 """The native kernel gives the same bits as its twin in numpy, with momentum.
 
-See test_native_momentum_plain.py for the arrays that the kernel supports, and
-test_native_momentum_torch.py for tensors.
+test_native_momentum_plain.py tests which arrays the kernel supports; test_native_momentum_torch.py
+tests tensors.
 """
 
 from __future__ import annotations

@@ -281,7 +281,7 @@ def test_a_callable_attrs_class_is_a_schedule():
 def test_a_tree_that_contains_itself_is_refused(name, call):
     tree = {"a": {"b": 0.5}}
     tree["a"]["c"] = tree["a"]
-    with pytest.raises(StructureError, match=f"{name} holds itself\n  a/c: expected a tree"):
+    with pytest.raises(StructureError, match=f"{name} contains itself\n  a/c: expected a tree"):
         call(tree)
 
 

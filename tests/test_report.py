@@ -202,7 +202,7 @@ def test_wrong_arguments_are_refused_as_by_the_update(function):
         function(w, 1.0, 0.1, weight_decay=1)
     loop = Container()
     dict.__setitem__(loop, "self", loop)
-    with pytest.raises(StructureError, match="w holds itself"):
+    with pytest.raises(StructureError, match="w contains itself"):
         function(loop, 1.0, 0.1)
 
 

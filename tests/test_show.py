@@ -189,7 +189,7 @@ def test_long_keys_are_clipped():
 def test_rich_shows_a_cyclic_container():
     w = Container(a=1)
     dict.__setitem__(w, "self", w)
-    assert rich_lines(w) == ["Container: holds itself, or is deeper than the recursion limit"]
+    assert rich_lines(w) == ["Container: contains itself, or is deeper than the recursion limit"]
 
 
 def test_sizes_are_declared_sizes():

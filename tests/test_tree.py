@@ -335,5 +335,5 @@ def test_diff_says_what_differs():
 def test_a_container_that_holds_itself_has_a_repr():
     w = Container(a=1)
     dict.__setitem__(w, "self", w)
-    assert "holds itself" in repr(w)
-    assert "holds itself" in w._repr_html_()
+    assert "contains itself" in repr(w)
+    assert "contains itself" in w._repr_html_()

@@ -95,7 +95,7 @@ def text(container: Any) -> str:
     try:
         leaves = structure.leaves(container)
     except RecursionError:
-        return f"{type(container).__name__}: holds itself, or is deeper than the recursion limit"
+        return f"{type(container).__name__}: contains itself, or is deeper than the recursion limit"
     shown = list(islice(structure.walk(container), _MOST_LINES))
     names = [_clipped(errors.path_string(path)) for path, _ in shown]
     width = max(map(len, names), default=0)

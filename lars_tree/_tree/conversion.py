@@ -31,7 +31,7 @@ def explain_cycles(method: Callable[P, T]) -> Callable[P, T]:
 
 
 def convert(argument: str, value: Any, cls: type) -> Any:
-    """`convert_node` with a StructureError if the value holds itself or cannot be rebuilt."""
+    """`convert_node` with a StructureError if the value contains itself or cannot be rebuilt."""
     if structure.is_leaf(value):
         return value
     with structure.explaining({argument: value}):

@@ -346,7 +346,7 @@ def mismatch(expected: Tree, found: Tree, what: What, hints: bool = True) -> str
 
 
 def cycle(tree: Tree) -> tuple[Path, Path] | None:
-    """The path of a node that holds itself, and of its next occurrence; None without a cycle.
+    """The path of a node that contains itself, and of its next occurrence; None without a cycle.
 
     It is iterative, so that it can explain a RecursionError.
     """
@@ -371,7 +371,7 @@ def cycle(tree: Tree) -> tuple[Path, Path] | None:
 
 @contextmanager
 def explaining(arguments: dict[str, Tree]) -> Iterator[None]:
-    """Replace a RecursionError by an error that names the argument that holds itself."""
+    """Replace a RecursionError by an error that names the argument that contains itself."""
     try:
         yield
     except RecursionError:
@@ -379,10 +379,11 @@ def explaining(arguments: dict[str, Tree]) -> Iterator[None]:
 
 
 def explained(arguments: dict[str, Tree]) -> Exception:
-    """The error for a RecursionError in these trees: a StructureError if one holds itself."""
+    """The error for a RecursionError in these trees: a StructureError if one contains itself."""
     for name, tree in arguments.items():
         if found := cycle(tree):
             earlier, path = found
             text = f"expected a tree, got the node at {errors.path_string(earlier) or name} again"
-            return errors.error(errors.StructureError, name, f"{name} holds itself", [(path, text)])
+            headline = f"{name} contains itself"
+            return errors.error(errors.StructureError, name, headline, [(path, text)])
     return RecursionError("a tree is deeper than the recursion limit: sys.setrecursionlimit")

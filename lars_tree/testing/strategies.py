@@ -141,7 +141,7 @@ def layers(
     """Pairs (w, dcdw) of arrays of one dtype and library: one layer and its gradient.
 
     With `broadcast`, the gradient may have fewer axes than w, and broadcasts to it. `shape` is the
-    shape of w. The other arguments and errors are those of `arrays`, for each of the two arrays.
+    shape of w. The other arguments, and the errors, are those of `arrays()`.
     """
 
     def pairs(shape: tuple[int, ...]) -> Strategy:

@@ -90,8 +90,9 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         nonfinite: What to do if a parameter or buffer of the group would become NaN or infinite:
             "propagate" writes it, "raise" raises NonFiniteError, "skip" skips the step of all
             parameters. "raise" and "skip" wait for the device.
-        fused: True: the step divides by the scale of a GradScaler itself, as in torch's fused
-            optimizers; Lightning then cannot clip gradients. Not per group; not with foreach.
+        fused: True: the step itself unscales the gradients of a GradScaler, as torch's fused
+            optimizers do; Lightning then refuses to clip gradients. The same for all groups; not
+            together with foreach.
 
     Attributes:
         skipped: The number of steps skipped by nonfinite="skip". Not in the `state_dict`.
@@ -230,9 +231,9 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         Raises:
             RuntimeError: A gradient is sparse.
             ValueError: An option of a group has an invalid value.
-            LarsTreeError: Parameters, gradients or buffers do not fit together, share memory, or
-                are read-only. Nothing was written. (On accelerators, shared memory is detected
-                only if two parameters start at the same address.)
+            LarsTreeError: Parameters, gradients or buffers differ in shape, dtype or device, share
+                memory, or are read-only. Nothing was written. (On accelerators, shared memory is
+                detected only if two parameters start at the same address.)
             NonFiniteError: nonfinite="raise", and a result would be NaN or infinite.
         """
         loss = None

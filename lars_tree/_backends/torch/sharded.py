@@ -194,7 +194,7 @@ def _gradient_of(dcdw: Any, w: Any) -> Tensor:
 def _with_norms(shards: Iterable[_Shard]) -> Iterator[tuple[tensors.Layer, Tensor | None]]:
     """Each layer with the norms of w and dcdw over all processes; None if they are not needed."""
     shards = list(shards)
-    # Include leaves without layers in this process: a group must add up the same rows everywhere.
+    # Also shards without layers in this process: all processes of a group issue the same sums.
     adapting = [shard for shard in shards if shard.needs_norms]
     given = [layer for shard in adapting for layer in shard.layers]
     squares = _squares(given)
