@@ -185,7 +185,7 @@ class Lars:
             text = errors.key_differences(names, list(state))
         else:
             return
-        headline = f"state is not one of {self!r}"
+        headline = f"state does not belong to {self!r}"
         raise errors.error(errors.StateError, "state", headline, [((), text)])
 
 

@@ -47,7 +47,7 @@ class _Schedule:
                 number = finite_number(x)
             if number is None:
                 raise OptionError(f"{field.name}: expected a finite number >= 0, got {x!r}")
-            # The class is frozen. Unlike numpy's, Python numbers do not change the dtype of a step.
+            # The class is frozen. Python numbers, unlike numpy scalars, keep the dtype of a step.
             object.__setattr__(self, field.name, x if type(x) is int else number)
         warmup_steps, total_steps = self.warmup_steps, getattr(self, "total_steps", None)
         if total_steps is not None and (total_steps < 1 or total_steps < warmup_steps):

@@ -94,7 +94,7 @@ def made(log):
 
 @pytest.fixture
 def workers(tmp_path):
-    """Two workers; calling the fixture returns their process numbers."""
+    """Two workers; calling the fixture returns their process IDs."""
     options = {"n_workers": 2, "threads_per_worker": 1, "memory_limit": LIMIT}
     # Even without a dashboard there is a server, whose default port may be in use.
     local = {"host": "127.0.0.1", "scheduler_kwargs": {"dashboard_address": "127.0.0.1:0"}}

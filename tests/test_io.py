@@ -287,7 +287,9 @@ def test_dtypes_and_names_that_a_format_lacks_are_refused(tmp_path):
         io.save(tmp_path / "w.safetensors", {"a": np.ones(1, ml_dtypes.int4)})
     with pytest.raises(StructureError, match="cannot be a name"):
         io.save(tmp_path / "w.npz", {"a\0b": np.ones(1)})
-    with pytest.raises(FileError, match=r"'.*w\.pt' names no format\n  path: expected a name that"):
+    with pytest.raises(
+        FileError, match=r"'.*w\.pt' has an unsupported suffix\n  path: expected a name that"
+    ):
         io.save(tmp_path / "w.pt", {})
     assert os.listdir(tmp_path) == []
 

@@ -20,7 +20,10 @@ PATIENCE = 30  # seconds until a test that hangs fails
 
 
 class Spans:
-    """A `spans` argument that records calls; it is called when two threads are within blocks."""
+    """A `spans` argument for `locks.writing` that counts its calls.
+
+    `writing` calls it only while two threads are in such blocks; `wait()` returns once they are.
+    """
 
     def __init__(self, spans):
         self.spans, self.calls, self.asked = spans, 0, threading.Event()

@@ -1,7 +1,7 @@
 """lars_tree.torch.Lars in frameworks: what they expect of an optimizer, and what they set.
 
-Lightning and Accelerate are not installed here. The tests imitate the sources of both frameworks,
-and both were run by hand.
+Lightning and Accelerate are not installed here. The tests make the same calls as the source code of
+these frameworks. The optimizer was also run by hand in both frameworks.
 """
 
 from __future__ import annotations

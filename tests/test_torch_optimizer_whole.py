@@ -147,7 +147,7 @@ def test_an_error_in_cpu_memory_leaves_no_partial_step(steps, error, monkeypatch
 
 
 class OnAccelerator(torch.nn.Parameter):
-    """A tensor subclass, which the foreach engine updates, as if it were on an accelerator."""
+    """A CPU parameter that takes the path of accelerators: foreach updates tensor subclasses."""
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip", "raise"])

@@ -80,7 +80,7 @@ def gradients(w: Container, digits: Digits) -> Container:
     delta = exp / exp.sum(axis=1, keepdims=True)
     delta[np.arange(len(delta)), digits.labels] -= 1
     delta /= len(delta)
-    # From the last layer to the first: lars_update matches gradients to weights by key.
+    # Backpropagation goes from the last layer to the first. lars_update matches keys, not order.
     g = Container()
     for name, x in zip(reversed(w), reversed(inputs), strict=True):
         g[name] = {"kernel": x.T @ delta, "bias": delta.sum(axis=0)}

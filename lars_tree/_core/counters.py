@@ -27,7 +27,7 @@ def check(state: dict[str, Any], written: bool) -> None:
         text = _fault(x)
         if text:
             text = f"expected an integer array of shape () and at least 32 bits, got {text}"
-            headline = "state is not one of Lars"
+            headline = "state does not belong to Lars"
             raise errors.error(errors.StateError, "state", headline, [((name,), text)])
         backend = _backends.find(x)
         fault = backend.out_fault(x) if written and backend else None

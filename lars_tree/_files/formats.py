@@ -24,7 +24,9 @@ def find(path: Path) -> Any:
     suffix = os.path.splitext(os.fspath(path))[1]
     if suffix not in _FORMATS:
         lines = [((), "expected a name that ends in .safetensors or .npz")]
-        raise errors.error(errors.FileError, "path", f"path {str(path)!r} names no format", lines)
+        raise errors.error(
+            errors.FileError, "path", f"path {str(path)!r} has an unsupported suffix", lines
+        )
     return _FORMATS[suffix]
 
 

@@ -102,7 +102,8 @@ class Record(NamedTuple):
 class View(NamedTuple):
     """An open file with a valid header; the arrays are in the order of the header.
 
-    Its methods raise a FileError if elements are malformed, or numpy lacks the dtype or shape.
+    Its methods raise a FileError if elements are invalid or missing, or if numpy does not support
+    the dtype or shape.
     """
 
     path: Path

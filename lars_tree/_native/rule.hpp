@@ -174,8 +174,8 @@ inline double max_value(Format format) {
 }
 
 // Whether these norms prove that all results of a layer are finite. No element is larger than the
-// norm, so no result is larger than for an element as large as the norm. The velocity is bounded by
-// its largest element.
+// norm, so no result is larger than for an element as large as the norm. For the velocity,
+// the bound is `velocity_max`, its largest magnitude.
 template <class Number>
 inline bool prove_finite(const Layer& layer, Number w, Number dcdw, double velocity_max) {
     const Rule& rule = *layer.rule;

@@ -282,7 +282,7 @@ class Measured(NamedTuple):
 
 
 def measure(ops: Ops, w: Any, dcdw: Any, rule: Rule) -> Measured:
-    """The norms and ratios of `step`, with the same axes as the norms."""
+    """The norms and trust ratios of `step`, in the shape that `Ops.norms` gives the norms."""
     w_norm, dcdw_norm = ops.norms(w, dcdw, rule.layer_axis)
     g_norm = dcdw_norm.scaled * (dcdw_norm.scale / rule.grad_scale)
     if is_joint(rule):

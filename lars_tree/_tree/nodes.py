@@ -98,7 +98,7 @@ def _classify(cls: type) -> int:
 
 
 def _inherits(cls: type, names: Iterable[str], *bases: type) -> bool:
-    """Whether the class takes each of these methods that it has from the bases or a Container."""
+    """Whether `bases` or Container classes define all those of these methods that the class has."""
     for name in names:
         provider = next((base for base in cls.__mro__ if name in vars(base)), bases[0])
         if provider not in bases and MAKE not in vars(provider):

@@ -52,7 +52,10 @@ def _parent(root: Any, path: Path) -> tuple[Any, int]:
 
 
 def _child(node: Any, key: Any) -> tuple[Any, Any]:
-    """The key (digits as an integer if only that key exists), and its value or MISSING."""
+    """The key as the node has it, and its child or MISSING.
+
+    A string of digits becomes an integer if the node has that integer as a key, but not the string.
+    """
     if structure.is_leaf(node):
         return key, MISSING
     items = node if structure.is_plain_dict(node) else dict(nodes.children(node))

@@ -63,8 +63,8 @@ class ParameterRows:
     def rule(self, number: int, is_for_foreach: bool, is_first: bool) -> Rule:
         """The rule of a group for the parameters of one engine, with new buffers or without."""
         group, scale = self.groups[number], self.grad_scale
-        # Only the foreach engine skips on the device. A skipped step must not count as the first,
-        # which is not dampened.
+        # Only the foreach engine can skip on the device. After a device has skipped, the new buffers
+        # stay, so the next step would be dampened although it is the first one that is applied.
         is_undampened = is_first and group["dampening"] != 0
         self.device_can_skip &= is_for_foreach and not is_undampened
         scale = scale if is_for_foreach or scale is None else float(scale)
