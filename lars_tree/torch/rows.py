@@ -63,7 +63,7 @@ class ParameterRows:
     def rule(self, number: int, is_for_foreach: bool, is_first: bool) -> Rule:
         """The rule of a group for the parameters of one engine, with new buffers or without."""
         group, scale = self.groups[number], self.grad_scale
-        # Only the foreach engine can skip on the device. After a device has skipped, the new buffers
+        # Only the foreach engine can skip on the device. After a device has skipped, new buffers
         # stay, so the next step would be dampened although it is the first one that is applied.
         is_undampened = is_first and group["dampening"] != 0
         self.device_can_skip &= is_for_foreach and not is_undampened
