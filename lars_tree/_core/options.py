@@ -50,17 +50,11 @@ class StepOptions(Options, total=False):
     stop_gradients: Flags
 
 
-# The options of `lars_update` without lr, and the options of optimizers.
+# The options of `lars_update` without lr.
 DEFAULTS: dict[str, Any] = {
     name: default
     for name, default in Rule._field_defaults.items()
     if name in StepOptions.__annotations__
-}
-OPTIMIZER_DEFAULTS: dict[str, Any] = {
-    "weight_decay": 0,
-    **{name: x for name, x in DEFAULTS.items() if name != "decay_lambda"},
-    "trust_coefficient": 0.001,
-    "eps": 1e-8,
 }
 
 # The fields of the rule for the options whose names differ.
