@@ -180,7 +180,7 @@ class Words(NamedTuple):
     weights: str = "weights"  # the leaves of w
     outs: str = "leaves of out"
     velocity: str = "velocity"
-    options: Mapping[str, str] = MappingProxyType({})  # only options with other names
+    options: Mapping[str, str] = MappingProxyType({})  # only options renamed for the user
     path: Callable[[Path], str] = path_string
     hint: str = ""  # what to do if the state belongs to other weights
 

@@ -68,7 +68,7 @@ HYBRID = {
     "everywhere": LeafCase((5,), [R, R]),
 }
 CROSSED = {
-    # First, on two processes only: all must still reduce the leaves below in the same order.
+    # Only two processes hold this first leaf; all must reduce the leaves below in the same order.
     "layers_of_two_processes": LeafCase((1, 4), [S0, S1], layer_axis=0),
     "rows_twice": LeafCase((7, 3), [S0, S0]),
     "rows_and_columns": LeafCase((5, 3), [S0, S1]),
@@ -281,7 +281,7 @@ def of_some_processes(world):
 
 
 def cases(world):
-    """Trees, each with a mesh, the all-reduces of a step, the kinds, and the ways to step."""
+    """Trees, each with a mesh, the number of all-reduces in a step, kinds and ways."""
     line = init_device_mesh("cpu", (world,))
     grid = init_device_mesh("cpu", (2, world // 2))
     yield "mixed", MIXED, line, 1, KINDS, WAYS

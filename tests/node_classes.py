@@ -46,7 +46,7 @@ class Stored(dict):
 
 
 class Elsewhere(Stored):
-    """Also reads `items` from the attribute, like python-benedict and DotMap."""
+    """The method `items` reads `store` too, as in python-benedict and DotMap."""
 
     def items(self):
         return self.store.items()

@@ -80,8 +80,9 @@ def test_a_daemon_thread_inside_an_update_does_not_crash_the_exit():
     assert [result(process) for process in processes] == [(0, "", "")] * len(codes)
 
 
-# Ends a thread inside each kind of call into Python in the way of Python: the GIL is released, and
-# pthread_exit unwinds the stack. Prints the calls whose threads ended; the other threads sleep.
+# Ends a thread inside each kind of call into Python, as Python does while it exits: the GIL is
+# released, and pthread_exit unwinds the stack. Prints the calls whose threads ended; the other
+# threads sleep.
 END = """
 import ctypes, os, threading, time
 import numpy as np

@@ -179,7 +179,7 @@ def test_jax_arrays_are_not_rounded(tmp_path):
     jax = need("jax")
     path = tmp_path / "w.safetensors"
     io.save(path, {"a": {"b": np.ones(2)}})
-    with pytest.raises(FileError, match=r"a\.b: JAX has no float64 now: set jax_enable_x64"):
+    with pytest.raises(FileError, match=r"a\.b: float64 is disabled in JAX: set jax_enable_x64"):
         io.load(path, library="jax")
     with jax.enable_x64(True):
         assert io.load(path, library="jax").a.b.dtype == np.float64

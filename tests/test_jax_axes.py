@@ -97,7 +97,7 @@ def test_an_optimizer_on_shards_moves_as_on_whole_weights(checked, names):
     whole = Lars(0.1, **cut(names, make))
     sharded = Lars(0.1, **cut(names, {"axis_name": AXES, **make}))
     w, g, weights = tree(0, names), tree(1, names), cut(names, SPECS)
-    step = jax.jit(sharded.update)  # one that is compiled inside
+    step = jax.jit(sharded.update)  # tests a jitted step inside shard_map
 
     def run(w, g):
         once = lambda x, _: (step(x[0], g, x[1]), None)  # noqa: E731

@@ -1,4 +1,4 @@
-"""Type checkers find no fault in a right script, and each one in a wrong script."""
+"""Type checkers accept a correct script, and find every error in an incorrect one."""
 
 from __future__ import annotations
 

@@ -149,5 +149,5 @@ def to_jax(x: Array) -> Any:
 
     dtype = x.dtype.newbyteorder("=")
     if canonicalize_dtype(dtype) != dtype:
-        raise ValueError(f"JAX has no {dtype} now: set jax_enable_x64, or load it as numpy")
+        raise ValueError(f"{dtype} is disabled in JAX: set jax_enable_x64, or load it as numpy")
     return jnp.asarray(x.astype(dtype, copy=False))

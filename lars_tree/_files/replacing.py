@@ -211,7 +211,7 @@ def _give_rights(file: int, new_mode: int, target: str, old: os.stat_result | No
 
 def _permitted(mode: int, same_group: bool, same_acl: bool) -> int:
     """The permissions of the new file, without setuid and setgid, as after any write to a file."""
-    if not same_acl:  # with an ACL, the group's bits are its mask, not the rights of the group
+    if not same_acl:  # with an ACL, the group bits hold the ACL's mask, not the group's rights
         return mode & 0o700
     if same_group:
         return mode & 0o777

@@ -47,8 +47,8 @@ struct Layer {
     const Rule* rule;
 };
 
-// The step is u = gradient * (2^exponent * dcdw) + decay * w, without the second term unless it
-// `decays`. The exponent is 0 unless the gradient coefficient would be far from 1.
+// The step is u = gradient * (2^exponent * dcdw) + decay * w; the second term is omitted if
+// `decays` is false. The exponent is 0 unless the gradient coefficient would be far from 1.
 struct Coefficients {
     double decay, gradient;
     int exponent;

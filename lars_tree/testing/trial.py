@@ -110,7 +110,7 @@ class Trial:
     def assert_rule(
         self, new: Any, w: Any, dcdw: Any, lr: float, decay_lambda: float, ulp: float | None
     ) -> None:
-        """Assert that the new weights follow the rule, in ulps of the larger of |w| and |step|.
+        """Assert that the new weights follow the rule; errors are in ulps of max(|w|, |step|).
 
         `ulp` is the largest accepted distance; None means that of the domain for the dtype.
         """

@@ -65,8 +65,8 @@ def check(
     """Raise ValueError, naming the option and the group, if a value is invalid.
 
     Raise RuntimeError, as torch does, if both `foreach` and `fused` are True. Without `waits`,
-    tensors on a device are not checked. A rate may be negative if it is within the rounding error
-    of `first_rate`.
+    tensors on a device are not checked. A rate may be negative if -rate is within the rounding
+    error of `first_rate`.
     """
     for name in _NUMBERS.values():
         if finite_number(options[name]) is None:  # invalid, or a tensor or array of one number
@@ -93,7 +93,7 @@ def check(
 def _check_array(name: str, x: Any, group: str, waits: bool, first_rate: Any) -> None:
     """Raise unless x is a tensor with one element, or a 0-d numpy array, and its value is valid.
 
-    A negative rate is valid if it is within the rounding error of `first_rate`.
+    A negative rate is valid if -rate is within the rounding error of `first_rate`.
     """
     number = x
     if isinstance(x, Tensor):

@@ -82,7 +82,7 @@ class Case:
 
     def __init__(self, seed, least_stride=-3):
         random = np.random.default_rng(seed)
-        self.buffer = random.normal(size=ROOM).astype(np.float32)  # fine as float64 numbers too
+        self.buffer = random.normal(size=ROOM).astype(np.float32)  # finite if viewed as float64 too
         self.w, self.dcdw, self.out = {}, {}, {}
         for key in ["a", "b"][: random.integers(1, 3)]:
             shape = [(4,), (16,), (33,), (2, 3), (3, 4), (5, 1), (2, 2, 3), ()][random.integers(8)]

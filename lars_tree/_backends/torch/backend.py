@@ -53,7 +53,7 @@ class TorchBackend(ArraysBackend):
 
     def to_numpy(self, x: Tensor) -> NumpyArray:
         x = sharded.whole(x.detach()).resolve_conj().resolve_neg().cpu()
-        # A copy, because `numpy()` would change the storage of x: see `view`.
+        # A copy, because after x.numpy() the storage could never be resized: see `addresses.view`.
         return np.asarray((x.double() if x.dtype == torch.bfloat16 else x.clone()).numpy())
 
     def full(self, number: complex, like: Tensor) -> Tensor:
