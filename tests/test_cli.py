@@ -111,7 +111,7 @@ def test_a_missing_library_is_an_error_that_says_how_to_install_it(libraries, mo
 
 def test_the_command_imports_no_library_before_it_needs_it():
     code = """if 1:
-        import sys, lars_tree.cli, lars_tree.demo
+        import sys, lars_tree.cli, lars_tree._commands.demo
         print({'click', 'rich', 'safetensors', 'sklearn'} & {*sys.modules})"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
