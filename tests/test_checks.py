@@ -115,7 +115,7 @@ FAULTS = {
     "tied velocities": lambda: [leaf(i, out=ones(), velocity=tied) for i in range(2)],
 }
 TERMS = re.compile(r"\b(dcdw|w|(?<!leave )out|state|velocity|weights|leaf|leaves|decay_lambda)\b")
-# Words that occur in no message with the default words.
+# Words that do not occur in the default messages.
 OTHERS = {name: f"<{name}>" for name in (*WORDS._fields[:7], "decay_lambda")}
 WORDS_OF_TEST = Words(*list(OTHERS.values())[:7], options={"decay_lambda": OTHERS["decay_lambda"]})
 

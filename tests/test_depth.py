@@ -28,7 +28,7 @@ def held():
 
 
 def unconverted(tree):
-    """A Container of the items, which are not converted."""
+    """A Container whose items are not converted to Containers."""
     return Container._lars_tree_make(tree)
 
 
