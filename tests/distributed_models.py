@@ -117,7 +117,7 @@ def resumed(dtype, mesh, way):
     else:
         how = StateDictOptions(full_state_dict=way == "full", cpu_offload=way == "full")
         saved = get_optimizer_state_dict(sharded, ours, options=how)
-        names = sorted(saved.get("state", {}))  # if full, only the first process has any
+        names = sorted(saved.get("state", {}))  # if full, empty in all processes but the first
         how = StateDictOptions(full_state_dict=way == "full", broadcast_from_rank0=way == "full")
         set_optimizer_state_dict(sharded, fresh, saved, options=how)
     train(sharded, plain, fresh, theirs, 2)

@@ -106,7 +106,7 @@ def compare(xs, wholes, like):
     known = {}
     pairs = [pair for *_, mine in found for pair in enumerate(mine)]
     return {
-        "error": float(torch.tensor([errors for errors, *_ in found]).max()),  # NaN if any is
+        "error": float(torch.tensor([errors for errors, *_ in found]).max()),  # NaN if one is NaN
         "kept": all(kept for _, kept, _ in found),
         # Whether all processes with the same shard have the same bits.
         "replicas agree": all(known.setdefault((i, key), bits) == bits for i, (key, bits) in pairs),

@@ -117,7 +117,7 @@ def tie(call, key):
 
 
 def check(call, key, spoil, kind, argument):
-    """Assert that a call with this fault changes nothing and raises an error with the path."""
+    """Assert that a call with this fault changes nothing, and that its error names the leaf."""
     spoil(call, key)
     before = contents(call)
     with pytest.raises(kind) as caught:

@@ -63,7 +63,7 @@ def test_finite_numbers(x, expected):
 
 
 def test_each_array_is_read_once(monkeypatch):
-    """This includes weights, gradients, results, velocities and options that leaves share."""
+    """The arrays are weights, gradients, results, velocities, and options that leaves share."""
     backend, counts = _backends.find(ones()), Counter()
     for name in ("facts", "fault", "out_fault", "memory", "varying"):
         real = getattr(type(backend), name)

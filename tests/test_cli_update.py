@@ -1,4 +1,4 @@
-"""`lars-tree update` writes the results of `lars_update` to a file and replaces it atomically."""
+"""`lars-tree update` writes the results of `lars_update` to a file, by an atomic replacement."""
 
 from __future__ import annotations
 
@@ -279,7 +279,10 @@ START += "runpy.run_module('lars_tree', run_name='__main__', alter_sys=True)"
 
 
 def stopped(directory, number, fraction, delay=0.0):
-    """Send a signal to an update `delay` seconds after it wrote a fraction of the file."""
+    """Send a signal to an update `delay` seconds after it wrote a fraction of the file.
+
+    Return the exit status, stdout and stderr of the update.
+    """
     total = (directory / "w.safetensors").stat().st_size
     process = subprocess.Popen(
         [sys.executable, "-c", START, *ARGUMENTS],

@@ -19,7 +19,7 @@ da = need("dask.array")
 distributed = need("distributed")
 cloudpickle = need("cloudpickle")
 
-# Pickled by reference, functions of this file would make the workers import it, and pytest.
+# Pickle functions of this file by value, so that the workers need not import the file, or pytest.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 MIB = 2**20

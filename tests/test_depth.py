@@ -1,4 +1,4 @@
-"""Trees that contain themselves and very deep trees give an error or a result, never a crash."""
+"""Cyclic and very deep trees give an error or a result, and never crash the interpreter."""
 
 from __future__ import annotations
 

@@ -27,9 +27,9 @@ LIMIT = 240  # seconds; a suite that takes longer is assumed to hang
 
 
 def measured(suite, world, folder):
-    """The measurements of a suite run by `world` processes; if one fails, show its errors.
+    """Run a suite in `world` processes and return its measurements; if one fails, show its errors.
 
-    Kills all processes as soon as one has failed, because the others would wait for it.
+    As soon as a process has failed, all are killed, because the others would wait for it.
     """
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback}

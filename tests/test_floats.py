@@ -1,6 +1,6 @@
 """The floating-point environment of the caller changes no bit of a result, and is restored.
 
-Tested with and without the kernel, except for libraries that compute with whole arrays.
+The tests run with and without the kernel. Libraries that compute with whole arrays are not tested.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LIBM = ctypes.CDLL(ctypes.util.find_library("m")) if sys.platform == "linux" els
 
 @contextmanager
 def environment(mode):
-    """Set a rounding mode, or flush subnormal numbers to zero. Assert that the block keeps this."""
+    """Run the block in a rounding mode, or in flush-to-zero mode. Assert that it keeps the mode."""
     if mode == "flushed":
         torch = need("torch")
         if not torch.set_flush_denormal(True):

@@ -294,7 +294,7 @@ NPZ |= {
 
 
 def declared(size, compressed=None):
-    """An archive whose header and directory both declare an entry of this size."""
+    """An archive whose header and directory both declare an entry of `size` bytes."""
     start = npy(header=head((size // 8,)), body=b"")
     content = bytearray(archive(("a.npy", start + b"1" * 8)))
     directory = content.index(b"PK\x01\x02")

@@ -1,4 +1,4 @@
-"""After kills, concurrent saves and full disks, the path has the old file or the new one."""
+"""After kills, concurrent saves and full disks, the path leads to the old or the new file."""
 
 from __future__ import annotations
 

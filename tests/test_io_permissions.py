@@ -161,7 +161,7 @@ def test_no_other_group_gains_a_right(before, after, path, monkeypatch):
 
 
 @root
-@pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning")  # of JAX, if it was imported before
+@pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning")  # from JAX, if already imported
 def test_a_user_without_privilege_replaces_a_file_of_another(open_directory):
     path = open_directory / "w.npz"
     saved(path)

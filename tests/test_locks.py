@@ -22,7 +22,7 @@ PATIENCE = 30  # seconds until a test that hangs fails
 class Spans:
     """A `spans` argument for `locks.writing` that counts its calls.
 
-    `writing` calls it only while two threads are in such blocks; `wait()` returns once they are.
+    `writing` makes a call only while two threads are in such blocks; `wait()` waits for a call.
     """
 
     def __init__(self, spans):

@@ -24,10 +24,10 @@ from lars_tree._core import locks
 
 
 def at_moment(number, call, send):
-    """Make a call and call `send` at one moment of it; return False if it has fewer moments.
+    """Make a call and run `send` at one of its moments; return False if it has fewer moments.
 
-    At these moments Python checks for signals: when a function starts, after calls, and when a loop
-    starts again.
+    The moments are the points where Python checks for signals: when a function starts, after calls,
+    and when a loop starts again.
     """
     moments = iter(range(number, -1, -1))
     previous = {}  # by id(frame), because a reference to the frame would keep its block alive
@@ -69,7 +69,7 @@ each_case = pytest.mark.parametrize("case", [alone, beside_another, after_anothe
 
 
 def at_each_moment(case, send):
-    """Enter a block, with `send` at each moment in turn. Return whether each block was locked."""
+    """Enter one block per moment and run `send` at it; return whether each block was locked."""
     number, reached, entered = 0, True, []
     while reached:
         other, spans = case()
