@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings
 
 import lars_tree
 
-# JAX reads this when it is first imported: four CPU devices, for sharded arrays.
+# Four CPU devices for tests of sharded arrays. JAX reads the variable when it is first imported.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 
 CI = os.environ.get("CI") == "true"
@@ -48,7 +48,7 @@ class Library(NamedTuple):
     name: str
     module: str
     mutable: bool  # its arrays can be written to
-    exact: bool  # it uses the CPU kernel, so it gives the same bits as numpy
+    exact: bool  # uses the CPU kernel, so results have the same bits as numpy's
 
 
 # To test another library, add a row.
@@ -62,14 +62,14 @@ LIBRARIES = [
 
 
 def need(module: str) -> Any:
-    """The module; the test is skipped, or fails on CI, if it is not installed."""
+    """Import a module. If it is not installed, skip the test, or fail on CI."""
     if CI:
         return importlib.import_module(module)
     return pytest.importorskip(module, reason=f"{module} is not installed")
 
 
 def need_program(name: str) -> str:
-    """The path of a program; the test is skipped, or fails on CI, if it is not installed."""
+    """Return the path of a program. If it is not installed, skip the test, or fail on CI."""
     path = shutil.which(name)
     if path is None:
         (pytest.fail if CI else pytest.skip)(f"{name} is not installed")
@@ -112,7 +112,7 @@ def library(request: pytest.FixtureRequest) -> Library:
 
 
 def traced(trace: Callable[..., Any], call: Callable[[], Any]) -> None:
-    """Make a call under a trace function, which may interrupt it with Ctrl-C."""
+    """Make a call under a trace function, which may interrupt the call with Ctrl-C."""
     sys.settrace(trace)
     try:
         call()
@@ -123,7 +123,10 @@ def traced(trace: Callable[..., Any], call: Callable[[], Any]) -> None:
 
 
 def interrupted_at(line: int, folder: str, call: Callable[[], Any]) -> bool:
-    """Make a call with Ctrl-C at its nth line in a folder; False if it has fewer lines."""
+    """Make a call that gets Ctrl-C at its line number `line`, counted from 0, in a folder.
+
+    Return False if the call executes fewer lines in the folder.
+    """
     lines = iter(range(line, -1, -1))
 
     def trace(frame: Any, event: str, arg: Any) -> Any:

@@ -32,13 +32,13 @@ OPTIONS = {
     "nesterov": {"weight_decay": 0.01, "nesterov": True, "trust_clip": True},
     "joint": {"weight_decay": 0.3, "joint_norm": True, "trust_clip": True},
     "dampened": {"dampening": 0.5, "maximize": True, "eps": 0.1},
-    "layers": {"layer_axis": 0, "weight_decay": 0.01},  # along the shards
+    "layers": {"layer_axis": 0, "weight_decay": 0.01},  # the sharded axis, so each layer is whole
     "across": {"layer_axis": -1, "weight_decay": 0.01},
 }
 
 
 def model(dtype, mesh=None, tensor_parallel=None):
-    """A model with odd sizes, and a layer with empty shards in some processes."""
+    """A model that has uneven shards, and empty shards in some processes."""
     torch.manual_seed(0)
     made = Sequential(Linear(5, 7), LayerNorm(7), Linear(7, 4), Linear(4, 1)).to(dtype)
     if tensor_parallel is not None:
@@ -61,9 +61,10 @@ def optimizer(of, options, **more):
 
 
 def train(sharded, plain, ours, theirs, seed, watched=False):
-    """One step of both models with the gradients of the sharded one.
+    """Step both models with the gradients of the sharded model.
 
-    With `watched`, the step runs under a dispatch mode, which must see the operations of torch.
+    With `watched`, the sharded model steps under a dispatch mode, so torch operations replace the
+    kernel. Return the numbers of all-reduces and of gloo operations in its step.
     """
     torch.manual_seed(seed)
     dtype = next(plain.parameters()).dtype
@@ -108,7 +109,7 @@ def resumed(dtype, mesh, way):
     ours, theirs = (optimizer(of, options) for of in (sharded, plain))
     for seed in range(2):
         train(sharded, plain, ours, theirs, seed)
-    fresh = optimizer(sharded, options, lr=9.0)  # the rate is loaded too
+    fresh = optimizer(sharded, options, lr=9.0)  # loading replaces the rate
     ours.zero_grad()
     if way == "of torch.optim":
         fresh.load_state_dict(ours.state_dict())
@@ -116,7 +117,7 @@ def resumed(dtype, mesh, way):
     else:
         how = StateDictOptions(full_state_dict=way == "full", cpu_offload=way == "full")
         saved = get_optimizer_state_dict(sharded, ours, options=how)
-        names = sorted(saved.get("state", {}))  # only in the first process if full
+        names = sorted(saved.get("state", {}))  # if full, empty in all processes but the first
         how = StateDictOptions(full_state_dict=way == "full", broadcast_from_rank0=way == "full")
         set_optimizer_state_dict(sharded, fresh, saved, options=how)
     train(sharded, plain, fresh, theirs, 2)
@@ -156,7 +157,7 @@ def refused(mesh):
 
 
 def redundant():
-    """Steps of an optimizer in a ZeroRedundancyOptimizer, which shards the state."""
+    """Compare `Lars` in a ZeroRedundancyOptimizer, which shards the state, with `Lars` alone."""
     whole, spread = model(torch.float64), model(torch.float64)
     given = {"lr": 0.05, "trust_coefficient": 0.5, "weight_decay": 0.01, "adapt": "decayed"}
     ours = ZeroRedundancyOptimizer(param_groups(spread), optimizer_class=Lars, **given)

@@ -1,4 +1,4 @@
-"""The kernel updates shards in CPU memory: same bits as in one process. See test_distributed."""
+"""The kernel updates shards to the same bits as in one process. See test_distributed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lars_tree import lars_update
 from lars_tree.torch import Lars
 
 # The norms of each shard and of the whole vector are integers, so sums of squares and roots are
-# exact in any order. The shards are uneven, and those of "empty" in the last process are empty.
+# exact in any order. The shards are uneven, and the shard of "empty" in the last process is empty.
 VECTORS = {"uneven": [5, 10, 10, 12, 16], "empty": [7]}  # for two processes
 OPTIONS = {
     "plain": {},
@@ -31,13 +31,13 @@ def random(shape, seed):
 
 
 def wholes(dtype):
-    """Dense weights and gradients with exact norms, also of each column."""
+    """Dense weights and gradients. All norms that are summed over shards are exact."""
     w, dcdw = {"frozen": random((4, 2), 7)}, {"frozen": None}
     for seed, name in enumerate(("uneven", "empty", "across", "odd")):
         vector = VECTORS.get(name, VECTORS["uneven"])
         column = torch.tensor(vector, dtype=torch.float64)[:, None]
         w[name] = column * random((len(vector), 4), seed).sign()
-        dcdw[name] = w[name] / 8  # so the norm of their sum is exact too
+        dcdw[name] = w[name] / 8  # so the norm of dcdw + decay * w is exact too
     for name, shape in {"layers": (7, 3), "everywhere": (5, 2), "dense": (6, 3)}.items():
         w[name], dcdw[name] = random(shape, 5), random(shape, 6)
     return [{k: None if x is None else x.to(dtype) for k, x in tree.items()} for tree in (w, dcdw)]
@@ -115,7 +115,7 @@ def bits(mesh):
 
 
 def versions(mesh):
-    """Whether a step increases the versions of weights, velocities and their local tensors."""
+    """Whether a step increases `_version` of weights, velocities and their local tensors."""
     w, dcdw = pair(mesh)
     optimizer = unit_lars(0.1, momentum=0.5)
     state = optimizer.init(w)
@@ -127,7 +127,7 @@ def versions(mesh):
 
 
 def skipped(mesh):
-    """NaN only in the gradient of the last process; with adapt=False, its result too."""
+    """Only the last process has a NaN gradient; with adapt=False, only it has a NaN result."""
     for name in ("uneven", "across", "odd"):
         w, dcdw = pair(mesh)
         if mesh.get_rank() == mesh.size() - 1:

@@ -31,7 +31,7 @@ class LeafCase(NamedTuple):
 
     shape: tuple[int, ...]
     placements: list[Any] | None
-    gradient: Any = "as w"  # or other placements, a number, None
+    gradient: Any = "as w"  # or a list of placements, a number or None
     adapt: bool = True
     layer_axis: int | None = None
 
@@ -68,7 +68,8 @@ HYBRID = {
     "everywhere": LeafCase((5,), [R, R]),
 }
 CROSSED = {
-    # Only two processes hold this first leaf; all must reduce the leaves below in the same order.
+    # Only two processes hold elements of this first leaf. All processes must nevertheless reduce
+    # the leaves below in the same order.
     "layers_of_two_processes": LeafCase((1, 4), [S0, S1], layer_axis=0),
     "rows_twice": LeafCase((7, 3), [S0, S0]),
     "rows_and_columns": LeafCase((5, 3), [S0, S1]),
@@ -80,7 +81,8 @@ CROSSED = {
     "turned": LeafCase((6, 4), [S0, S1], gradient=[S1, S0]),
 }
 
-# The dtype, and the scales of weights and gradients, whose squares are mostly out of range.
+# For each kind: the dtype and the scales of weights and gradients. Scales other than 1 have squares
+# out of range.
 KINDS = {
     "float32": (torch.float32, 1.0, 1.0),
     "bfloat16": (torch.bfloat16, 1.0, 1.0),
@@ -100,9 +102,9 @@ def random(name, leaf, dtype, factor, what):
 
 
 def trees(leaves, kind, mesh, numbers=True):
-    """Weights and gradients over the mesh, and the same as dense tensors.
+    """Weights and gradients, sharded over the mesh and then as dense tensors.
 
-    With numbers=False no gradient is a number, because an optimizer needs full shapes.
+    With numbers=False no gradient is a number, because `Lars` requires the shapes of the weights.
     """
     dtype, of_w, of_dcdw = KINDS[kind]
     found = {}, {}, {}, {}
@@ -143,7 +145,7 @@ def stepped(way, w, dcdw, options):
 
 
 def case(leaves, kind, mesh, way, options):
-    """The error of one case, its number of messages, and whether the placements are right."""
+    """The error of one case, its collectives per step, and whether the placements are right."""
     w, dcdw, plain_w, plain_dcdw = trees(leaves, kind, mesh, "momentum" not in way)
     options = {
         "decay_lambda": 0.0 if "by" in kind else 0.01,
@@ -165,7 +167,7 @@ def case(leaves, kind, mesh, way, options):
 
 
 def nonfinite(mesh):
-    """NaN only in the gradient shard of the last process; with adapt=False, its result too."""
+    """Only the last process has a NaN gradient; with adapt=False, only it has a NaN result."""
     leaves = {name: MIXED[name] for name in ("rows", "everywhere", "plain")}
     leaves |= {"columns": LeafCase((4, 8), [S1]), "sgd": LeafCase((8, 2), [S0], adapt=False)}
     options = {"adapt": {name: leaf.adapt for name, leaf in leaves.items()}}
@@ -268,7 +270,7 @@ def _same(x, whole):
 
 
 def of_some_processes(world):
-    """A mesh of half of the processes."""
+    """The errors, and the sizes of local tensors, for a mesh of half of the processes."""
     mesh = DeviceMesh("cpu", list(range(world // 2)))
     leaves = {name: MIXED[name] for name in ("rows", "columns", "layers_across")}
     w, dcdw, *plain = trees(leaves, "float64", mesh)

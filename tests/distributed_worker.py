@@ -1,9 +1,9 @@
-"""One of the processes that test_distributed.py starts: runs a suite and prints its measurements.
+"""A process that test_distributed.py starts. It runs a suite and prints the measurements.
 
     python distributed_worker.py SUITE RANK WORLD_SIZE STORE
 
-A suite is a module with a generator `measure(world)` of pairs of a name and a measurement. Rank 0
-prints each pair as a line of JSON; the test checks them.
+A suite is a module whose generator `measure(world)` yields pairs of a name and a measurement. Rank
+0 prints each pair as a line of JSON; the test checks the measurements.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def all_reduces():
 
 @contextmanager
 def communication():
-    """Count also each operation of the backend, such as "gloo:all_reduce". This is slow.
+    """Count the calls of all_reduce and the operations of the backend ("gloo:all_reduce"). Slow.
 
-    Does not use CommDebugMode, as lars_update does not use the kernel under a dispatch mode.
+    CommDebugMode is not used, because lars_update does not use the kernel under a dispatch mode.
     """
     with all_reduces() as counts:
         with torch.autograd.profiler.profile(use_kineto=False) as profile:
@@ -52,7 +52,7 @@ def communication():
 
 
 def distribute(x, mesh, placements):
-    """A DTensor of a copy of x, which all processes have in full; without placements, the copy."""
+    """Shard a copy of x, which all processes have in full; without placements, return the copy."""
     if placements is None:
         return x.clone()
     return distribute_tensor(x.clone(), mesh, placements, src_data_rank=None)
@@ -65,7 +65,7 @@ def local(x):
 
 
 def error(actual, expected):
-    """The largest relative error of a tensor; for bfloat16 in units of the last place."""
+    """The largest relative error of an element; for bfloat16, in units in the last place."""
     assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
     if not expected.numel():
         return 0.0
@@ -89,7 +89,7 @@ def same_layout(new, w):
 
 
 def compare(xs, wholes, like):
-    """The errors of tensors, and whether their layout is right and their replicas agree.
+    """The largest error of tensors, whether their layout is right, and whether replicas agree.
 
     Args:
         xs: The tensors.
@@ -106,7 +106,7 @@ def compare(xs, wholes, like):
     known = {}
     pairs = [pair for *_, mine in found for pair in enumerate(mine)]
     return {
-        "error": float(torch.tensor([errors for errors, *_ in found]).max()),  # NaN if any is
+        "error": float(torch.tensor([errors for errors, *_ in found]).max()),  # NaN if one is NaN
         "kept": all(kept for _, kept, _ in found),
         # Whether all processes with the same shard have the same bits.
         "replicas agree": all(known.setdefault((i, key), bits) == bits for i, (key, bits) in pairs),
@@ -114,7 +114,7 @@ def compare(xs, wholes, like):
 
 
 def _bits(x):
-    """The coordinates of the shard of x in this process, and its bits."""
+    """The mesh coordinates and the bits of the local shard of x."""
     key = ()
     if isinstance(x, DTensor):
         pairs = zip(x.device_mesh.get_coordinate(), x.placements, strict=True)
@@ -130,7 +130,7 @@ def gathered(mine):
 
 
 def raised(call):
-    """The error that each process raises: its name, its paths, and its first line."""
+    """For each process: the class, paths and first line of the error that the call raises."""
     try:
         call()
     except lars_tree.LarsTreeError as fault:
@@ -146,7 +146,7 @@ def main(suite, rank, world, path):
     for name, measured in importlib.import_module(suite).measure(world):
         if rank == 0:
             print(json.dumps([name, measured]), flush=True)
-    # Not a barrier of gloo, which can return while other processes still use it.
+    # A gloo barrier could return while other processes are still in it, so the store is used.
     store.set(f"{rank} is done", "")
     store.wait([f"{other} is done" for other in range(world)])
 
@@ -158,8 +158,8 @@ if __name__ == "__main__":
         code = 0
     except BaseException:
         traceback.print_exc()
-    # Exit at once: after a failure the other processes would wait for this one; after a success a
-    # thread of gloo may still release a tensor, which aborts an interpreter that is shutting down
+    # Exit at once. After a failure, the other processes would wait for this process. After success,
+    # a thread of gloo may still release a tensor, which aborts an interpreter that is shutting down
     # (pytorch issue 190489).
     sys.stdout.flush()
     sys.stderr.flush()

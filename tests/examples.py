@@ -1,12 +1,13 @@
 """Run the fenced code blocks of a Markdown page, in order.
 
-The language of the fence says how. All blocks of a page share one namespace and one directory.
+The language of the fence determines how a block is run. All blocks of a page share one namespace
+and one directory.
 
     pycon    a doctest
-    python   code; if its first line is the comment of a command, such as `# python step.py`, it is
-             written to the file at the end of the command, and the command is run
-    bash     commands, one per line, except for NOT_RUN
-    console  a line that begins with `$ ` is a command, the lines below it are its output
+    python   code; if its first line is a command in a comment, such as `# python step.py`, the
+             block is written to the file that the command names, and the command is run
+    bash     commands, one per line; exempt commands are skipped (see `is_exempt`)
+    console  each line that begins with `$ ` is a command, followed by its expected output
     text     not run: a drawing or a formula
 
 Other languages, and prompts outside a block, are errors.
@@ -30,7 +31,7 @@ from conftest import need
 ROOT = Path(__file__).parent.parent
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
-# Commands in pages that the tests do not run, with the reasons.
+# Patterns of the commands in pages that the tests do not run, with the reasons.
 NOT_RUN = {
     r"(\.venv/bin/)?pip install .*": "sets up an environment",
     r"python3\.11 -m venv .*": "sets up an environment; .ci/run runs those of the README",
@@ -39,13 +40,13 @@ NOT_RUN = {
     r"python -m benchmarks.*": "takes minutes",
 }
 
-# Packages that the pages compare with. No extra installs them: if one is missing, even on CI, the
-# rest of the page is skipped.
+# Packages with which the pages compare lars_tree. No extra installs them, so if one is
+# missing, even on CI, the rest of the page is skipped.
 PEERS = {"ivy", "optax", "pytorch_optimizer", "timm"}
 
 
 class Block(NamedTuple):
-    """A code block: the language and the line of its fence, and the text in it."""
+    """A code block: its language, its text, and the line number of its opening fence."""
 
     language: str
     text: str

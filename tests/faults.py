@@ -1,4 +1,4 @@
-"""Ways to make one leaf of a call of lars_update invalid, and what must hold then."""
+"""Ways to make one leaf of a call of lars_update invalid, and a check of the error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEYS = ["a", "b", "c", "d", "e"]
 
 @dataclass
 class Call:
-    """The arguments of one call, one leaf of which is to be made invalid."""
+    """The arguments of a call of lars_update. A test makes one of the leaves invalid."""
 
     w: dict[str, Any]
     g: dict[str, Any]
@@ -63,7 +63,7 @@ def contents(call):
 
 
 def put(side, value, **options):
-    """A fault: this value at one leaf of one argument."""
+    """A fault: one leaf of an argument has this value, or the result of this function."""
 
     def spoil(call, key):
         call.spoil(side, key, value() if callable(value) else value)
@@ -88,7 +88,7 @@ def rename(side):
 
 
 def option(name, value):
-    """A fault: this value of an option at one leaf, valid values elsewhere."""
+    """A fault: an option has this value at one leaf, and valid values at the other leaves."""
 
     def spoil(call, key):
         prefix = dict.fromkeys(KEYS, 1.0) | {key: value}
@@ -101,7 +101,7 @@ def option(name, value):
 
 
 def other_w_and_out(make):
-    """A fault: an invalid leaf in w, and in out if it is another tree."""
+    """A fault: an invalid leaf in w, and also in out if out is another tree."""
 
     def spoil(call, key):
         call.w[key] = make()
@@ -117,7 +117,7 @@ def tie(call, key):
 
 
 def check(call, key, spoil, kind, argument):
-    """The call with this fault raises an error that names the leaf, and changes nothing."""
+    """Assert that a call with this fault changes nothing, and that its error names the leaf."""
     spoil(call, key)
     before = contents(call)
     with pytest.raises(kind) as caught:

@@ -13,7 +13,7 @@ from lars_tree._numerics.formula import Rule
 
 
 def options_of(**options: Any) -> dict[str, Any]:
-    """The options of `advance`; those not given have their defaults."""
+    """The options of a call of `advance`, with defaults for lr and stop_gradients."""
     return {"lr": 0.1, "stop_gradients": True, **options}
 
 
@@ -24,7 +24,7 @@ def numpy_reader(**changes: Any) -> Any:
 
 
 def results_for(columns: Columns) -> StepResults | tuple[()]:
-    """Where the results go: nowhere else where there are `outs`."""
+    """Lists for the results, or () if the results are written to `outs`."""
     if columns.outs is not None:
         return ()
     return StepResults(*(None if x is None else [None] * len(x) for x in columns[:5:4]))
@@ -45,7 +45,7 @@ def taken(reader: Any, *columns: Any, counter: Any = None, threads: int = 1) -> 
 
 
 def stepped(reader: Any, *columns: Any, **options: Any) -> Any:
-    """The new weights and velocities; None where `taken` gives None."""
+    """The new weights and velocities, or None if `taken` returns None."""
     found = taken(reader, *columns, **options)
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""Node classes like those of users: dicts and lists that store, copy or read items unusually."""
+"""Node classes as users write them, which store, copy or read their items unusually."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Frozen(dict):
-    """Like frozendict: its copy is the object itself."""
+    """Immutable like frozendict: `__copy__` returns the object itself."""
 
     def __setitem__(self, key, value):
         raise TypeError("immutable")
@@ -67,7 +67,7 @@ class ElsewhereInAll(Elsewhere):
 
 
 class ElsewhereByKey(Stored):
-    """Overrides only `__iter__` and `__len__`; its `items` are those of the empty base dict."""
+    """Overrides only `__iter__` and `__len__`; `items()` reads the base dict, which is empty."""
 
     def __iter__(self):
         return iter(self.store)
@@ -77,7 +77,7 @@ class ElsewhereByKey(Stored):
 
 
 class DotMapLike(MutableMapping, OrderedDict):
-    """Converts dicts that are put in to its own class."""
+    """Converts the dicts among its items to its own class."""
 
     def __init__(self, items=()):
         self.store = OrderedDict()
@@ -136,7 +136,7 @@ class Named(dict):
 
 
 class Rated(UserDict):
-    """A UserDict whose constructor takes another argument."""
+    """A UserDict whose constructor requires a further argument."""
 
     def __init__(self, rate, items):
         super().__init__(items)
@@ -144,7 +144,7 @@ class Rated(UserDict):
 
 
 class Group(Mapping):
-    """Makes new arrays at each reading, like a group of an h5py file."""
+    """Returns a new array each time an item is read, like a group of an h5py file."""
 
     def __init__(self, file, items):
         self.file, self.stored = file, dict(items)
@@ -187,7 +187,7 @@ class ListElsewhere(list):
 
 
 class SharedList(ListElsewhere):
-    """Its constructor needs more than the items."""
+    """A list whose constructor requires a further argument."""
 
     def __init__(self, name, items):
         super().__init__(items)
@@ -221,7 +221,7 @@ class ConvertedLayer:
 
 @attrs.frozen
 class SingleLayer:
-    """Its copy is the object itself."""
+    """Its `__copy__` returns the object itself."""
 
     a: object
     b: object

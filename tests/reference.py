@@ -1,7 +1,7 @@
-"""A slow and exact LARS rule for comparison: in mpmath, one element at a time.
+"""A slow and exact implementation of the LARS rule in mpmath, for comparison.
 
-It shares no code with the package. It also measures the error of a result, in units in the last
-place (ulp) of the larger of |w| and |u| at each element.
+This module shares no code with the package. `worst_error` measures the error of a result in units
+in the last place (ulp) of max(|w|, |u|) at each element.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ FORMATS = {
 
 
 class Step(NamedTuple):
-    """The exact step u and new weights w - u, elementwise; and the ratio, a factor of the rate.
+    """The exact step u and the new weights w - u, elementwise, and the ratio.
 
-    With one rate per element, the ratio is that of the largest rate.
+    The ratio is the local rate divided by lr; with one lr per element, at the largest lr.
     """
 
     u: list
@@ -51,7 +51,7 @@ def lars(
     grad_scale: float = 1.0,
     maximize: bool = False,
 ) -> Step:
-    """One step of one layer, given as a flat sequence of floats or complex numbers."""
+    """One step of a layer. The arrays are flat sequences of floats or complex numbers."""
     w = [_exact(x) for x in w]
     g = [(-1 if maximize else 1) * _exact(x) / mpf(grad_scale) for x in dcdw]
     beta = mpf(decay_lambda)
@@ -78,7 +78,7 @@ def _exact(x: complex) -> mpf | mpc:
 
 
 def ulp(x: mpf, name: str) -> mpf:
-    """The distance between neighbouring numbers of the format at the size of x."""
+    """The distance between neighbouring numbers of the format at the magnitude of x."""
     bits, smallest, _ = FORMATS[name]
     exponent = smallest if x == 0 else max(int(mp.floor(mp.log(abs(x), 2))), smallest)
     return mpf(2) ** (exponent - bits + 1)
@@ -113,7 +113,7 @@ class Moved(NamedTuple):
 def move(
     w: Sequence, v: Sequence, step: Step, momentum: float, nesterov: bool = False, rate: float = 1.0
 ) -> Moved:
-    """V = m v + u and w = w - rate v; with nesterov w = w - rate (u + m v)."""
+    """The step with v' = m v + u and w' = w - rate v'; with nesterov, w' = w - rate (u + m v')."""
     m = mpf(momentum)
     v_new = [m * _exact(vi) + ui for vi, ui in zip(v, step.u, strict=True)]
     change = [ui + m * vi for ui, vi in zip(step.u, v_new, strict=True)] if nesterov else v_new

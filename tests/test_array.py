@@ -358,7 +358,7 @@ def test_either_operand_can_be_a_prefix():
     assert w - prefix == {"a": {"b": 4, "c": 6}, "d": 6}
     assert prefix - w == prefix.to_dict() - w == {"a": {"b": -4, "c": -6}, "d": -6}
     assert (w.map(lambda x: None) * 2).leaves() == [None, None, None]
-    with pytest.raises(TypeError, match="NoneType") as caught:  # not dropped silently
+    with pytest.raises(TypeError, match="NoneType") as caught:  # None is not dropped silently
         w * {"a": 1, "d": None}
     assert caught.value.__notes__ == ["at d"]
 

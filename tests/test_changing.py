@@ -1,4 +1,4 @@
-"""Trees that are changed while a call reads them, as another thread may do."""
+"""Trees that change while a call reads them, for example because another thread writes to them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lars_tree import Lars, ShapeError, StructureError, _native, lars_update, re
 
 
 class Rate:
-    """A rate that changes a tree when it is converted to float, between two walks of the tree."""
+    """A rate whose conversion to float changes a tree, between two traversals of the tree."""
 
     def __init__(self, change):
         self.change = change
@@ -54,7 +54,7 @@ CHANGES = {"grow": grow, "shrink": shrink, "clear": lambda tree: tree.clear()}
 
 @pytest.fixture(params=["kernel", "python"])
 def walk(request, monkeypatch):
-    """Run with the walks of the kernel, and with the walks in Python."""
+    """Run the test with the tree traversal of the kernel, and with the traversal in Python."""
     if request.param == "python":
         monkeypatch.setattr(_native, "kernel", None)
 
@@ -92,7 +92,7 @@ def flat(tree):
 
 
 def test_a_list_that_another_thread_changes_gives_only_structure_errors(monkeypatch):
-    monkeypatch.setattr(_native, "kernel", None)  # threads can switch only in the walks in Python
+    monkeypatch.setattr(_native, "kernel", None)  # only the traversal in Python lets threads switch
     w, g, done = [np.ones(1) for _ in range(50)], np.zeros(1), threading.Event()
 
     def change():

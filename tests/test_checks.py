@@ -63,7 +63,7 @@ def test_finite_numbers(x, expected):
 
 
 def test_each_array_is_read_once(monkeypatch):
-    """This includes weights, gradients, results, velocities and options that leaves share."""
+    """The arrays are weights, gradients, results, velocities, and options that leaves share."""
     backend, counts = _backends.find(ones()), Counter()
     for name in ("facts", "fault", "out_fault", "memory", "varying"):
         real = getattr(type(backend), name)
@@ -115,7 +115,7 @@ FAULTS = {
     "tied velocities": lambda: [leaf(i, out=ones(), velocity=tied) for i in range(2)],
 }
 TERMS = re.compile(r"\b(dcdw|w|(?<!leave )out|state|velocity|weights|leaf|leaves|decay_lambda)\b")
-# Words that occur in no message with the default words.
+# Words that do not occur in the default messages.
 OTHERS = {name: f"<{name}>" for name in (*WORDS._fields[:7], "decay_lambda")}
 WORDS_OF_TEST = Words(*list(OTHERS.values())[:7], options={"decay_lambda": OTHERS["decay_lambda"]})
 

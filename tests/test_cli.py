@@ -19,13 +19,13 @@ from lars_tree.cli import main
 
 @pytest.fixture
 def libraries():
-    """The libraries of the demo."""
+    """Require the libraries of the demo."""
     need("click")
     need("sklearn")
 
 
 def cost(w, digits):
-    """The mean cross-entropy, independent of `demo.gradients`."""
+    """The mean cross-entropy, computed independently of `demo.gradients`."""
     logits = demo.forward(w, digits.images)[-1]
     chosen = logits[np.arange(len(logits)), digits.labels]
     return np.mean(np.log(np.exp(logits).sum(axis=1)) - chosen)
@@ -38,7 +38,7 @@ def test_the_demo_classifies_95_percent_of_the_held_out_digits(seed, libraries, 
     rows = dict(re.findall(r"^(LARS|SGD, \w+ rate) .* ([01]\.\d{4})$", out, re.MULTILINE))
     lars, same, best = map(float, rows.values())
     assert 0.95 <= lars <= 1
-    assert same < best  # the rates of SGD, which include that of LARS
+    assert same < best  # SGD at the rate of LARS and at its own best rate
 
 
 def test_the_output_of_the_demo_depends_on_the_seed_alone(libraries, capsys):

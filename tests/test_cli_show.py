@@ -1,4 +1,4 @@
-"""`lars-tree show` and `lars-tree diff`: their text, JSON and exit status."""
+"""The text, JSON and exit status of `lars-tree show` and `lars-tree diff`."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_show_lists_the_leaves(capsys):
 
 
 def test_show_reads_no_elements(capsys):
-    """The file is sparse and has 1 TiB."""
+    """The file is sparse and 1 TiB long."""
     text = b'{"w":{"dtype":"F32","shape":[274877906944],"data_offsets":[0,1099511627776]}}'
     with open("w.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

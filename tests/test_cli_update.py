@@ -1,4 +1,4 @@
-"""`lars-tree update`: the results of `lars_update`, in a file that is replaced atomically."""
+"""`lars-tree update` writes the results of `lars_update` to a file, by an atomic replacement."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ def test_a_corrupt_leaf_changes_nothing(files, capsys):
 
 
 def refused(arguments, message, capsys):
-    """Check that the exit status is 2, with one line of error, and no file was changed."""
+    """Check that the command exits with 2, prints one line of error and changes no file."""
     before = {name: Path(name).read_bytes() for name in os.listdir()}
     assert main(arguments) == 2
     out, err = capsys.readouterr()
@@ -264,7 +264,7 @@ def refused(arguments, message, capsys):
 
 
 def big_files(directory, leaves, size):
-    """Weights and gradients, each leaf of equal elements, and a small old file."""
+    """Write weights and gradients whose leaves have equal elements, and a small old output file."""
     for name, value in (("w", 2.0), ("g", 1.0)):
         x = np.full(size, value, "f4")
         io.save(directory / f"{name}.safetensors", {f"l{i}": x for i in range(leaves)})
@@ -273,13 +273,16 @@ def big_files(directory, leaves, size):
 
 ARGUMENTS = ["update", *FILES, "--lr", "0.5", "-o", "o.safetensors"]
 COMMAND = [sys.executable, "-m", "lars_tree", *ARGUMENTS]
-# Ctrl-C must also work if the tests run in the background, where processes start with it ignored.
+# Processes in the background start with Ctrl-C ignored, but the tests must pass there too.
 START = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
 START += "runpy.run_module('lars_tree', run_name='__main__', alter_sys=True)"
 
 
 def stopped(directory, number, fraction, delay=0.0):
-    """An update that gets a signal `delay` seconds after a fraction of the file was written."""
+    """Send a signal to an update `delay` seconds after it wrote a fraction of the file.
+
+    Return the exit status, stdout and stderr of the update.
+    """
     total = (directory / "w.safetensors").stat().st_size
     process = subprocess.Popen(
         [sys.executable, "-c", START, *ARGUMENTS],
@@ -305,7 +308,8 @@ def strays(directory):
     return list(directory.glob(".lars_tree-*.tmp"))
 
 
-# While the weights are copied, and while the copy is updated, synced and renamed.
+# Pairs (fraction, delay): during the copy of the weights; while the copy is updated, synced and
+# renamed; after the end.
 MOMENTS = [*((i / 4, 0.0) for i in range(4)), *((1, 0.03 * i) for i in range(6)), (2, 0.0)]
 
 

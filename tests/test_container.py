@@ -133,7 +133,7 @@ def test_errors_name_the_missing_key_and_the_existing_keys(w, read, text):
 
 
 def same_as_dict(w, expected):
-    """Same keys in the same order, same nodes, same values."""
+    """Whether w has the keys, in the same order, the nodes and the values of a dict."""
     return repr(w.to_dict()) == repr(expected)
 
 

@@ -1,4 +1,4 @@
-"""Dask: the update stays lazy."""
+"""Updates of dask arrays are lazy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dask on two worker processes, with a tree larger than the memory limit of each."""
+"""Dask on two worker processes, with a tree larger than the memory limit of one process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ da = need("dask.array")
 distributed = need("distributed")
 cloudpickle = need("cloudpickle")
 
-# Otherwise the workers would have to import this file, and pytest.
+# Pickle functions of this file by value, so that the workers need not import the file, or pytest.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 MIB = 2**20
@@ -31,11 +31,11 @@ W = {
     "embedding": ((20_000_000,), (700_000,)),
     "bias": ((1000,), (1000,)),
 }
-DCDW = {**W, "kernel": ((8000,), (1000,))}  # broadcasts to the rows
+DCDW = {**W, "kernel": ((8000,), (1000,))}  # broadcasts over the rows
 
 
 def chunk(shape, place, lowest):
-    """Elements between `lowest` and `lowest` + 1, computed from their positions."""
+    """A chunk of elements from `lowest` to `lowest` + 1, computed from its position."""
     start = lowest + sum(math.sqrt(p + i) for i, p in enumerate(place, 2))
     return (np.arange(math.prod(shape)) * 0.6180339887 + start).reshape(shape) % 1 + lowest
 
@@ -49,7 +49,7 @@ def of_dcdw(shape, place):
 
 
 def lazy(make, shape, chunks, log):
-    """An array; the process that computes a chunk logs it."""
+    """A lazy array. The process that computes a chunk logs this in a file."""
 
     def block(block_info=None):
         with (Path(log) / str(os.getpid())).open("a") as file:
@@ -72,7 +72,10 @@ def norm(x, make):
 
 
 def worst(results, ndim, coefficients):
-    """The largest relative error of linear combinations of w and dcdw, computed by the workers."""
+    """The largest relative error of results that should be linear combinations of w and dcdw.
+
+    The error is lazy, so that the workers compute it.
+    """
 
     def block(*xs, block_info=None):
         shape, place = xs[0].shape, block_info[0]["chunk-location"]
@@ -127,7 +130,7 @@ def test_two_workers_update_more_than_either_may_hold(workers, tmp_path):
         g = dcdw[name]
         w_norm, g_norm = norm(x, of_w), norm(g, of_dcdw) * math.sqrt(x.size / g.size)
         rate = LR * w_norm / (g_norm + DECAY * w_norm)
-        first = (1 + MOMENTUM) * rate  # nesterov: u + momentum * v, and v is u at the first step
+        first = (1 + MOMENTUM) * rate  # nesterov: u + momentum * v, where v = u at step 1
         coefficients = (
             (1 - rate * DECAY, -rate),
             (1 - first * DECAY, -first),
@@ -143,6 +146,6 @@ def test_two_workers_update_more_than_either_may_hold(workers, tmp_path):
     assert errors.shape == (3,)
     assert errors.max() <= 1e-12
     counts = made(log)
-    assert set(counts) == pids == workers()  # both worked, and none was restarted
+    assert set(counts) == pids == workers()  # both computed chunks, and none was restarted
     chunks = sum(math.prod(x.numblocks) for x in (*w.values(), *dcdw.values()))
     assert sum(counts.values()) >= chunks

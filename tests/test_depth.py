@@ -1,4 +1,4 @@
-"""Trees that contain themselves and very deep trees give an error or a result, never a crash."""
+"""Cyclic and very deep trees give an error or a result, and never crash the interpreter."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def held():
 
 
 def unconverted(tree):
-    """A Container of the items, which are not converted."""
+    """A Container whose items are not converted to Containers."""
     return Container._lars_tree_make(tree)
 
 

@@ -1,4 +1,4 @@
-"""torch DTensor and FSDP2: several processes have the result of one process.
+"""With torch DTensor and FSDP2, several processes compute the result of one process.
 
 The processes communicate by gloo over the loopback interface only, and find each other by a file.
 """
@@ -23,13 +23,13 @@ need("torch.distributed.tensor")
 need("torch.distributed.fsdp")
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
-LIMIT = 240  # seconds; a suite that takes longer hangs
+LIMIT = 240  # seconds; a suite that takes longer is assumed to hang
 
 
 def measured(suite, world, folder):
-    """The measurements of a suite run by `world` processes; if one fails, shows their output.
+    """Run a suite in `world` processes and return its measurements; if one fails, show its errors.
 
-    Kills all processes as soon as one has failed, because the others would wait for it.
+    As soon as a process has failed, all are killed, because the others would wait for it.
     """
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback}
@@ -61,7 +61,8 @@ def measured(suite, world, folder):
     return dict(map(json.loads, outputs[0].with_suffix(".out").read_text().splitlines()))
 
 
-# Relative; for bfloat16 in units of the last place. All other dtypes are computed in double.
+# Relative tolerances; for bfloat16, in units in the last place. Other kinds are computed in double
+# precision, with a tolerance of 1e-12.
 TOLERANCES = {"float32": 1.3e-6, "bfloat16": 1.0}
 
 
@@ -110,7 +111,8 @@ def test_tensors(tmp_path):
     assert len(compared) == 90
     assert wrong(compared) == {}
 
-    # One all-reduce a step for each dimension of the mesh, and nothing else is sent.
+    # Each step has one all-reduce per mesh dimension, and sends nothing else unless gradients are
+    # redistributed.
     for name, case in compared.items():
         sent, count = case["sent"], case["all_reduces"]
         assert sent.pop("all_reduce", 0) == count, name
@@ -132,14 +134,14 @@ def test_tensors(tmp_path):
 
 @pytest.mark.skipif(not native_available(), reason="the kernel was not built")
 def test_shards(tmp_path):
-    """If the norms are equal, shards have the bits of one process."""
+    """Shards whose norms are exact are updated to the same bits as in one process."""
     world = 2
     found = measured("distributed_shards", world, tmp_path)
     compared = {name: case for name, case in found.items() if "error" in case}
     assert len(compared) == 45
     for name, case in compared.items():
         exact = {"error": 0, "kept": True, "replicas agree": True}
-        sent = 2 if name.endswith("other") else 1  # also whether all results are finite
+        sent = 2 if name.endswith("other") else 1  # `nonfinite` needs a second all-reduce
         assert case == {**exact, "sent": sent}, name
     assert found["versions"] == [True] * world
     for name in ("uneven", "across", "odd"):
@@ -186,6 +188,6 @@ def test_models(tmp_path):
             names = [f"{i}.{x}" for i in range(4) for x in ("bias", "weight")]
             assert case["names"] == ([] if "torch.optim" in name else names), name
             continue
-        # Tensor parallelism has a second dimension; layers along the shards are whole.
+        # Tensor parallelism adds a mesh dimension. Layers along the sharded axis are not divided.
         count = 2 if "parallel" in name else 0 if "layers" in name else 1
         assert (case["all_reduces"], case["collectives"]) == (count, count), name

@@ -1,4 +1,4 @@
-"""The examples in docstrings, README and docs run, and print what they show."""
+"""The examples in docstrings, README and docs run, and print the output that is shown."""
 
 from __future__ import annotations
 

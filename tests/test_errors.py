@@ -1,6 +1,6 @@
-"""Invalid input: each kind of fault, in the first, a middle and the last leaf, in each mode.
+"""Invalid input is refused at the first, a middle and the last leaf, in each mode of update.
 
-After each call the bytes of w, dcdw and out are unchanged.
+After each refused call, the bytes of w, dcdw and out are unchanged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Invalid tensors, in the first, a middle and the last leaf, in each mode of `lars_update`."""
+"""Invalid tensors are refused at the first, a middle and the last leaf, in each mode of update."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""execute: each leaf goes to an engine that supports it, and all leaves are updated or none."""
+"""`execute` gives each leaf to an engine that supports it, and updates all leaves or none."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ DEFAULTS = {"lr": 0.1, "layer_axis": None}
 
 
 def tree_of(kinds):
-    """Weights, gradients and options of a tree with one leaf of each of these kinds."""
+    """Weights, gradients and options of a tree with one leaf for each item of `kinds`."""
     leaves = {f"{i} {kind}": KINDS[kind]() for i, kind in enumerate(kinds)}
     w, g, options = ({name: leaf[i] for name, leaf in leaves.items()} for i in range(3))
     by_leaf = {
@@ -80,7 +80,7 @@ shared = st.sampled_from([{}, {"decay_lambda": 0.3, "joint_norm": True}, {"nonfi
 
 @given(kinds=kinds, shared=shared)
 def test_each_leaf_is_updated_as_if_it_were_alone(kinds, shared):
-    """The bits are the same, in place and in new arrays."""
+    """The bits are the same, whether the update is in place or returns new arrays."""
     w, g, options = tree_of(kinds)
     expected = {
         name: update(w[name], g[name], {k: x[name] for k, x in options.items()}, **shared)
@@ -124,7 +124,7 @@ def test_one_update_may_hold_arrays_of_several_libraries():
 
 @pytest.mark.parametrize("odd", ["dense", "strided"])
 def test_a_fault_of_one_leaf_leaves_all_leaves_unchanged(odd):
-    """The error names all faulty leaves, whichever engine takes the other leaves."""
+    """The error names all invalid leaves, whichever engine would update them."""
     w, g, options = tree_of(["dense", odd, "dense", odd, "dense"])
     names = list(w)
     before = {name: bits(x) for name, x in w.items()}
@@ -137,7 +137,7 @@ def test_a_fault_of_one_leaf_leaves_all_leaves_unchanged(odd):
 
 
 def test_memory_is_compared_across_engines():
-    """The last leaf is strided and takes the general path; the others are dense."""
+    """In the first tree, only the last leaf is strided and takes the general path."""
     base = np.ones((4, 4))
     w, ones = {"a": np.ones(4), "b": base[1], "c": base[:, 1]}, np.ones(4)
     with pytest.raises(lars_tree.OutError, match="two leaves of out share memory") as caught:
@@ -148,7 +148,7 @@ def test_memory_is_compared_across_engines():
         lars_update(w, {"a": ones, "b": ones, "c": ones[:2]}, 0.1, out=w)
     assert sorted(caught.value.paths) == [("b",), ("c",)]  # c shares memory only with b
     assert np.array_equal(base, np.ones((4, 4)))
-    # The memory of an output is read as the gradient of another leaf before it is written.
+    # The gradient of a is in the memory of b, and must be read before b is written.
     w = {"a": np.arange(4.0), "b": strided(dense(np.float64))[0]}
     g = {"a": w["b"][:4], "b": np.ones(6)}
     expected = lars_update(w, g, 0.1)

@@ -1,7 +1,8 @@
 """The interpreter exits cleanly while daemon threads are inside an update.
 
-Before Python 3.14 such a thread is ended by pthread_exit, which on glibc unwinds C++ frames. Then
-destructors must not use Python objects without the GIL: see call_python in _native/python.hpp.
+Before Python 3.14 such a thread is ended by pthread_exit, which on glibc unwinds C++ frames.
+Destructors that then run must not use Python objects without the GIL: see call_python in
+_native/python.hpp.
 """
 
 from __future__ import annotations
@@ -159,8 +160,8 @@ def test_a_thread_that_is_ended_inside_a_call_into_python_unwinds_nothing():
     assert result(start(END)) == (0, "[]\n", "")
 
 
-# Functions that never run code, wait for no lock, and allocate no object that the garbage collector
-# tracks.
+# Functions that never run Python code, never wait for a lock, and never allocate an object that the
+# garbage collector tracks.
 HARMLESS = {
     *("PyBool_FromLong", "PyDict_Next", "PyDict_Size", "PyErr_ExceptionMatches"),
     *("PyErr_Occurred", "PyEval_SaveThread", "PyFloat_AsDouble", "PyFloat_Check"),
@@ -169,7 +170,7 @@ HARMLESS = {
     *("PyType_GetSlot", "PyUnicode_Check", "PyUnicode_CompareWithASCIIString", "Py_NewRef"),
     "Py_TYPE",
 }
-# Functions that are called before C++ objects own anything.
+# Functions that are called only before any C++ object owns a resource.
 FIRST = {"PyArg_ParseTuple", "PyArg_ParseTupleAndKeywords", "PyCapsule_GetPointer"}
 FIRST |= {"PyInit__kernel", "PyModuleDef_Init"}
 

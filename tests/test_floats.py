@@ -1,6 +1,6 @@
-"""The floating-point environment of the caller changes no bit, and is restored afterwards.
+"""The floating-point environment of the caller changes no bit of a result, and is restored.
 
-With and without the kernel. Libraries that compute with whole arrays are not covered.
+The tests run with and without the kernel. Libraries that compute with whole arrays are not tested.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LIBM = ctypes.CDLL(ctypes.util.find_library("m")) if sys.platform == "linux" els
 
 @contextmanager
 def environment(mode):
-    """The caller sets a rounding mode, or flushes subnormal numbers to zero."""
+    """Run the block in a rounding mode, or in flush-to-zero mode. Assert that it keeps the mode."""
     if mode == "flushed":
         torch = need("torch")
         if not torch.set_flush_denormal(True):
@@ -71,7 +71,7 @@ def array(dtype, scale):
 
 
 def steps(dtype):
-    """Steps on all paths of the twin: strided weights, rates with a shape, momentum, ratios."""
+    """Steps on all paths of `twin`: strided weights, arrays of rates, momentum, trust ratios."""
     tiny = {"float16": 1e-7, "float64": 1e-310, "longdouble": 1e-310}.get(dtype, 1e-39)
     g = array(dtype, 1.0)
     for w in (array(dtype, 1.0), array(dtype, tiny)):

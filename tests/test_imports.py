@@ -1,4 +1,4 @@
-"""What is imported, and in which direction."""
+"""The modules that an import loads, and the allowed imports between modules of the package."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HEAVY = {
     "tree",
 }
 
-# From the top down: a folder or file of the package may import from those that come later.
+# The folders and files of the package. Each may import only from itself and from later entries.
 LAYERS = [
     "__main__",
     "cli",
@@ -81,14 +81,14 @@ def test_a_heavy_import_would_be_seen(module):
 
 
 def modules():
-    """The modules of the package by their names without "lars_tree."."""
+    """The name, without "lars_tree.", and the syntax tree of each module of the package."""
     for path in PACKAGE.rglob("*.py"):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
         yield name.removesuffix(".__init__"), ast.parse(path.read_text())
 
 
 def imports(tree, names):
-    """The modules of the package that a module imports anywhere, also for type checkers alone."""
+    """The modules of the package that a module imports, even in functions or for type checkers."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lars_tree"):
             base = node.module.removeprefix("lars_tree").removeprefix(".")

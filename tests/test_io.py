@@ -1,4 +1,4 @@
-"""Saving and loading: a tree is loaded unchanged, or refused with the path of the fault."""
+"""A tree comes back unchanged from a file, or is refused with the path of the invalid leaf."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def numbers(shape, dtype):
 
 
 def assert_same(actual, expected):
-    """Types of nodes, order of keys, dtypes, shapes and bits."""
+    """Assert that node types, order of keys, dtypes, shapes and bits are the same."""
     assert type(actual) is type(expected)
     if isinstance(expected, dict):
         assert list(actual) == list(expected)
@@ -73,7 +73,7 @@ def test_every_dtype_and_shape_comes_back(dtype, tmp_path):
         assert_same(io.load(path), w)
         if suffix == ".safetensors":
             assert_same(io.open(path).map(np.asarray), w)
-            if dtype.name not in EXTENSIONS[1:]:  # the package has no float8 for numpy
+            if dtype.name not in EXTENSIONS[1:]:  # safetensors.numpy has no float8
                 theirs = package.load_file(path)
                 assert_same(Container({key: theirs[key] for key in w}), w)
 
@@ -93,7 +93,8 @@ LAYOUTS = {
 
 
 CASES = [(x, dtype, suffix) for x in LAYOUTS for dtype in ("f4", "c8") for suffix in SUFFIXES]
-CASES += [(x, "bfloat16", ".safetensors") for x in LAYOUTS if "big" not in x]  # not bfloat16
+# Big-endian bfloat16 is not supported.
+CASES += [(x, "bfloat16", ".safetensors") for x in LAYOUTS if "big" not in x]
 
 
 @pytest.mark.parametrize(("layout", "dtype", "suffix"), CASES)
@@ -109,7 +110,7 @@ def test_every_layout_comes_back(layout, dtype, suffix, tmp_path):
 
 
 def test_loaded_arrays_have_dtypes_that_the_native_kernel_supports(file):
-    """Dtypes with an explicit byte order compare equal, but the kernel does not support them."""
+    """The kernel refuses dtypes with an explicit byte order, although they equal native dtypes."""
     io.save(file, {name: np.ones(2, name) for name in ("float16", "float32", "float64")})
     for read in READ[file.suffix]:
         assert {x.dtype.byteorder for x in read(file).leaves()} == {"="}
@@ -283,7 +284,7 @@ def test_dtypes_and_names_that_a_format_lacks_are_refused(tmp_path):
         io.save(tmp_path / "w.safetensors", {"a": {"b": np.ones(1, complex)}})
     with pytest.raises(DtypeError, match=r"a: npz has no bfloat16: save it as \.safetensors$"):
         io.save(tmp_path / "w.npz", {"a": np.ones(1, ml_dtypes.bfloat16)})
-    with pytest.raises(DtypeError, match=r"a: safetensors has no int4$"):  # neither has .npz
+    with pytest.raises(DtypeError, match=r"a: safetensors has no int4$"):  # .npz has no int4 either
         io.save(tmp_path / "w.safetensors", {"a": np.ones(1, ml_dtypes.int4)})
     with pytest.raises(StructureError, match="cannot be a name"):
         io.save(tmp_path / "w.npz", {"a\0b": np.ones(1)})
@@ -324,7 +325,7 @@ def test_arguments(file):
 
 def test_links_stay_links(file):
     real = file.with_name(f"real{file.suffix}")
-    file.symlink_to(real)  # does not exist yet
+    file.symlink_to(real)  # `real` does not exist yet
     for value in (1.0, 2.0):
         io.save(file, {"a": np.array(value)})
         assert file.is_symlink()

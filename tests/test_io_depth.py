@@ -1,4 +1,4 @@
-"""Deep trees, long names and many names: time and memory must stay proportional to the file."""
+"""Deep trees, long names and many names: time and memory stay proportional to the file size."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def deep(kind, levels, leaf):
 
 
 def refused(path, content):
-    """The message of the refusal, which must be the same for all functions."""
+    """The error message for a file. Assert that all functions raise the same message."""
     path.write_bytes(content)
     texts = set()
     for read in READ if path.suffix == ".safetensors" else [io.load, io.metadata]:
@@ -182,7 +182,7 @@ def test_long_names_take_memory_in_proportion(case, tmp_path):
 
 
 def test_many_nodes_for_few_leaves_come_back(path):
-    """The structure is recorded, as there are more nodes than splitting the names may create."""
+    """The file records the structure, because splitting the names may not create so many nodes."""
     tree = {f"{i}": deep("dict", 50, np.ones(1)) for i in range(30)}
     io.save(path, tree)
     assert_same(io.load(path), Container(tree))

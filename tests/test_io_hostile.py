@@ -136,7 +136,7 @@ def refused(path, content, library="numpy"):
 def test_malformed_safetensors(case, tmp_path):
     path = tmp_path / "w.safetensors"
     refused(path, SAFETENSORS[case])
-    if case != "not 0 or 1":  # elements are not read
+    if case != "not 0 or 1":  # io.open does not read elements
         with pytest.raises(FileError):
             io.open(path)
 
@@ -171,7 +171,7 @@ def test_unusual_but_valid_files(tmp_path):
 
 
 def test_a_file_that_is_replaced_while_it_is_opened(tmp_path, monkeypatch):
-    """The package opens the path again, and must check the same file that is read."""
+    """safetensors opens the path itself, and must check the same file that is read."""
     path, other = tmp_path / "w.safetensors", tmp_path / "other.safetensors"
     io.save(path, {"a": np.zeros(9)})
     io.save(other, {"b": np.ones(2)})
@@ -294,7 +294,7 @@ NPZ |= {
 
 
 def declared(size, compressed=None):
-    """An archive whose header and directory both declare an entry of this size."""
+    """An archive whose header and directory both declare an entry of `size` bytes."""
     start = npy(header=head((size // 8,)), body=b"")
     content = bytearray(archive(("a.npy", start + b"1" * 8)))
     directory = content.index(b"PK\x01\x02")

@@ -1,4 +1,4 @@
-"""After kills, concurrent saves and full disks, the path has the old file or the new one."""
+"""After kills, concurrent saves and full disks, the path leads to the old or the new file."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_a_temporary_file_removed_before_it_is_locked_is_created_again(tmp_path,
 
 
 def test_a_temporary_file_renamed_by_its_writer_is_not_removed(tmp_path, monkeypatch):
-    """The writer renames it after another process opened it, but before that process locks it."""
+    """The writer renames the file while another process has opened but not yet locked it."""
     stray, target = tmp_path / ".lars_tree-0.tmp", tmp_path / "w.npz"
     stray.write_bytes(b"new")
     lock = replacing._lock

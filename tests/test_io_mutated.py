@@ -54,7 +54,7 @@ def mutated(content, changes):
 
 
 def mutated_inside(content, changes, suffix):
-    """Mutations that leave the length of the header and the checksums of the entries correct."""
+    """Mutate a file, but keep the length of the header or the checksums of the entries correct."""
     if suffix == ".safetensors":
         end = 8 + int.from_bytes(content[:8], "little")
         return safetensors(mutated(content[8:end], changes), content[end:])

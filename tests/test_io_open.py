@@ -58,7 +58,7 @@ def test_a_file_opened_for_reading_is_read_only(tmp_path):
 
 
 def test_a_mapped_file_is_updated_without_memory_for_its_leaves(tmp_path):
-    """4 leaves of 32 MiB need at most 8 MiB of memory and 120 MiB of address space."""
+    """4 leaves of 32 MiB need at most 8 MiB of memory and 32 MiB of new address space."""
     code = """if 1:
         import json, re, resource, sys
         import numpy as np
@@ -116,7 +116,7 @@ def test_unaligned_arrays_are_updated(tmp_path):
 
 
 def test_a_mapped_file_may_be_replaced(tmp_path):
-    """The mapped leaves remain those of the old file."""
+    """The mapped leaves still show the old file."""
     path = tmp_path / "w.safetensors"
     io.save(path, {"a": np.ones(3)})
     old = io.open(path, "r+")
@@ -131,4 +131,4 @@ def test_saved_arrays_are_aligned(tmp_path):
     w = Container(a=np.ones(3, "u1"), b=np.ones(5), c=np.ones(3, "f2"), d=np.ones(1, "f4"))
     io.save(path, w)
     assert all(x.flags.aligned for x in io.open(path).leaves())
-    assert_same(io.load(path), w)  # the order of the tree
+    assert_same(io.load(path), w)  # in the order of the tree

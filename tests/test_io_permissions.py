@@ -1,4 +1,4 @@
-"""The permissions of saved files and of temporary files: a save gives nobody a new right."""
+"""The permissions of saved files and of temporary files: a save gives no user a new right."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def saved(path, tree=None):
 
 
 def acl(*entries):
-    """A POSIX ACL as the system stores it, from (tag, permissions, id)."""
+    """A POSIX ACL in the format of its extended attribute, from (tag, permissions, id)."""
     return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
 
 
@@ -161,7 +161,7 @@ def test_no_other_group_gains_a_right(before, after, path, monkeypatch):
 
 
 @root
-@pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning")  # of JAX, if it was imported before
+@pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning")  # from JAX, if already imported
 def test_a_user_without_privilege_replaces_a_file_of_another(open_directory):
     path = open_directory / "w.npz"
     saved(path)
@@ -280,7 +280,7 @@ def test_if_the_file_cannot_be_synced_the_old_file_is_in_place(path, monkeypatch
 
 
 def interrupted_at(opcode, call):
-    """Make a call with Ctrl-C at one opcode of `replacing.py`; False if it has fewer opcodes."""
+    """Make a call with Ctrl-C at one opcode of `replacing.py`; False if it runs fewer opcodes."""
     opcodes = iter(range(opcode, -1, -1))
     file = replacing.__file__
 

@@ -1,4 +1,4 @@
-"""JAX: transformations, sharded arrays, dtypes."""
+"""JAX: transformations, devices, dtypes and skipped steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inside jax.shard_map: norms over the mesh axes in `axis_name`, and refused arguments."""
+"""Updates inside jax.shard_map: norms over the mesh axes in `axis_name`, and refused arguments."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ LEAVES = {
 }
 SPECS = {name: spec for name, (_, spec, *_) in LEAVES.items()}
 AXES = {name: axes for name, (*_, axes, _) in LEAVES.items()}
-# Each index of this layer axis is sharded along x, but whole on the devices along y.
+# Each layer of this leaf is sharded over x, but not over y.
 AXES["across"] = ("x", ())
-OPTIONS = {  # the same for whole weights
+OPTIONS = {  # for sharded weights and for whole weights
     "decay_lambda": 0.01,
     "trust_clip": {name: name == "both" for name in LEAVES},
     "joint_norm": {name: name in ("both", "rows") for name in LEAVES},
@@ -78,7 +78,7 @@ def compiled(fn):
 
 
 def on_line(fn, *args, checked=True, eager=False, specs=ROWS, out=ROWS):
-    """Make fn run on the rows of its arguments, on four devices in a line."""
+    """Run fn on shards of its arguments (by default of their rows), on four devices."""
     made = jax.shard_map(fn, mesh=mesh(4), in_specs=specs, out_specs=out, check_vma=checked)
     return (made if eager else compiled(made))(*args)
 
@@ -220,7 +220,7 @@ def test_all_devices_skip_together(checked):
         w, g = tree(0, names), tree(1, names)
         expected = lars_update(w, g, 0.1) if bad is None else w
         if bad is not None:
-            g[bad].flat[-1] = np.nan  # in the part of one device
+            g[bad].flat[-1] = np.nan  # on one device only, if the leaf is sharded
         new, state = step(w, g)
         assert (int(state.step), int(state.skipped)) == ((0, 1) if bad else (1, 0))
         for name in ("rows", "replicated"):
@@ -242,7 +242,7 @@ def test_trust_ratios_on_shards():
 
 
 def test_layers_of_their_own_on_each_device():
-    """As for a population with one network on each device."""
+    """For example, each device may train its own network of a population."""
     w, g = tree(0)["rows"], tree(1)["rows"]
     new = on_line(lambda w, g: lars_update(w, g, 0.1, axis_name=()), w, g)
     parts = zip(np.split(w, 4), np.split(g, 4), strict=True)
@@ -277,7 +277,7 @@ W, G = {"a": {"b": np.ones((4, 2), np.float32)}}, {"a": {"b": np.ones((4, 2), np
 
 
 def refused(step, kind, says, *args, specs=ROWS, **how):
-    """Assert that a step on shards fails, with the path and these texts in the message."""
+    """Assert that a step on shards fails, with the path and the texts `says` in the message."""
     with pytest.raises(kind) as caught:
         on_line(step, *(args or (W, G)), specs=specs, **how)
     assert caught.value.paths == (("a", "b"),), caught.value
@@ -294,7 +294,7 @@ def test_sharded_weights_without_the_option_are_refused(eager):
     move = lambda w, g: optimizer.update(w, g, optimizer.init(w))[0]  # noqa: E731
     refused(move, OptionError, says, eager=eager)
     refused(lambda w, g: trust_ratios(w, g, 0.1), OptionError, says, eager=eager)
-    # One axis is named, but the weights also vary over another one.
+    # The option names one axis, but the weights also vary over another axis.
     both = lambda w, g: lars_update(w, g, 0.1, axis_name="x")  # noqa: E731
     with pytest.raises(OptionError, match="got 'x', and weights that vary over 'x' and 'y'"):
         on_mesh(both, P(("x", "y")), P(("x", "y")))(W, G)

@@ -1,4 +1,4 @@
-"""JAX arrays sharded over four devices: the same results as on one, with the same shardings."""
+"""JAX arrays sharded over four devices have the results of one device, and keep their shardings."""
 
 from __future__ import annotations
 
@@ -120,7 +120,8 @@ def test_gradients_with_another_sharding(mesh, jit, cut):
     even = ("rows", "both", "rows_over_all", "layers", "across")
     w = jax.device_put(tree(0), shardings)
     g = jax.device_put(tree(1), shardings | dict.fromkeys(even, cut_otherwise))
-    # The compiler chooses shardings, unless they are explicit or given as out_shardings.
+    # The compiler chooses the shardings of results, unless the mesh axes are Explicit or
+    # out_shardings are given.
     told = jit and AxisType.Auto in mesh.axis_types
     step = jax.jit(update, out_shardings=shardings if told else None) if jit else update
     check(step(w, g), update(tree(0), tree(1)), shardings)

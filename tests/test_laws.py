@@ -47,7 +47,7 @@ TREES = trees(LAYERS)
 
 
 def walk(tree, path=()):
-    """(path, leaf) pairs, independent of `lars_tree._tree`."""
+    """(path, leaf) pairs, computed without `lars_tree._tree`."""
     if isinstance(tree, dict):
         items = tree.items()
     elif isinstance(tree, Point):
@@ -101,7 +101,7 @@ def test_inputs_are_never_modified(pair):
     power=st.integers(-20, 20),
 )
 def test_scaling_the_loss_by_a_power_of_two_does_not_change_the_result(w, g, power):
-    """c cancels in ratio * (c g), bitwise if c is a power of two."""
+    """A factor c of g cancels in ratio * c * g, to the last bit if c is a power of two."""
     assume(w.any())  # zero weights have ratio 1, whatever the scale
     expected = lars_update(w, g, 0.1)
     assert_identical(lars_update(w, g * np.float32(2.0**power), 0.1), expected)
@@ -120,7 +120,7 @@ def test_the_norm_of_a_step_is_at_most_the_rate_times_that_of_the_weights(pair, 
         scale = np.abs(x).max()
         rounding = 1e-6 * np.sqrt(x.size) + np.finfo(np.float32).tiny / scale
         length = np.linalg.norm(((x - y) / scale).ravel())
-        most = tc if dx.any() else 0.01  # the ratio of a zero gradient is 1: only decay
+        most = tc if dx.any() else 0.01  # with a zero gradient, ratio is 1 and only decay acts
         assert length <= lr * most * np.linalg.norm((x / scale).ravel()) + rounding
 
 

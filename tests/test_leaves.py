@@ -1,7 +1,7 @@
 """Invalid leaves, which every function that reads or writes leaves must refuse.
 
-They are objects with a false `__class__`, arrays without data, and torch tensors that stand for
-other tensors. Other tests are about arrays of many axes, and how a backend is found.
+Invalid leaves are objects with a false `__class__`, arrays without data, and torch tensors that
+wrap other tensors. Further tests cover arrays of many axes, and how the backend of a leaf is found.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def functional_subclass():
 
 
 def prototype(make):
-    """The result of make(torch), without torch's warning that it is a prototype."""
+    """Return make(torch), and ignore torch's warning that the class is a prototype."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return make(need("torch"))

@@ -22,7 +22,7 @@ PATIENCE = 30  # seconds until a test that hangs fails
 class Spans:
     """A `spans` argument for `locks.writing` that counts its calls.
 
-    `writing` calls it only while two threads are in such blocks; `wait()` returns once they are.
+    `writing` makes a call only while two threads are in such blocks; `wait()` waits for a call.
     """
 
     def __init__(self, spans):
@@ -52,7 +52,7 @@ def join(threads):
 
 @contextmanager
 def held(spans, until=None):
-    """Another thread is in a block until the context ends, or until an event."""
+    """Run another thread that stays in a block until the context ends or `until` is set."""
     inside, leave = threading.Event(), until or threading.Event()
 
     def hold():
@@ -159,7 +159,7 @@ def test_a_nested_block_precedes_threads_that_wait_for_the_outer_one(inner):
 
 
 def test_a_nested_block_waits_for_one_that_runs():
-    """It waits even if the running block was entered after the outer block."""
+    """The nested block waits even if the running block was entered after the outer block."""
     log, inner, leave = [], Spans(B), threading.Event()
 
     def release():
@@ -176,7 +176,7 @@ def test_a_nested_block_waits_for_one_that_runs():
 
 
 def test_a_waiting_thread_checks_again_for_blocks_nested_meanwhile():
-    """It waits for one block, and then for a nested block that was entered later than itself."""
+    """The thread waits for one block, then for a nested block entered after its own block."""
     log, spans = [], Spans(A + B)
     first = threading.Event()
 

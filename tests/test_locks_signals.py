@@ -24,9 +24,10 @@ from lars_tree._core import locks
 
 
 def at_moment(number, call, send):
-    """Make a call, and `send` at its moment with this number; False if it had fewer moments.
+    """Make a call and run `send` at one of its moments; return False if it has fewer moments.
 
-    Python checks for signals when a function starts, after calls, and when a loop starts again.
+    The moments are the points where Python checks for signals: when a function starts, after calls,
+    and when a loop starts again.
     """
     moments = iter(range(number, -1, -1))
     previous = {}  # by id(frame), because a reference to the frame would keep its block alive
@@ -68,7 +69,7 @@ each_case = pytest.mark.parametrize("case", [alone, beside_another, after_anothe
 
 
 def at_each_moment(case, send):
-    """Enter a block, and `send` at each moment; returns for each entry whether it was locked."""
+    """Enter one block per moment and run `send` at it; return whether each block was locked."""
     number, reached, entered = 0, True, []
     while reached:
         other, spans = case()
@@ -112,7 +113,7 @@ def send_when_waiting(thread, number):
     def send():
         while sys._current_frames()[thread].f_code.co_name != "_wait":
             time.sleep(0.001)
-        time.sleep(0.1)  # so that the signal arrives right before the wait for the lock, or in it
+        time.sleep(0.1)  # so that the signal arrives just before or during the wait for the lock
         signal.pthread_kill(thread, number)
 
     return start(send)

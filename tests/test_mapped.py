@@ -1,4 +1,4 @@
-"""Memory that is mapped read-only but looks writable: a write would kill the process.
+"""Memory that is mapped read-only but appears writable, so that a write would kill the process.
 
 numpy and torch do not know that memory is read-only if they got it from each other or by its
 address. Each case runs in a child process, so that a faulty write does not kill the tests.
@@ -28,7 +28,7 @@ SIZE = 1000
 
 
 class Interface:
-    """An array that claims to be writable."""
+    """Exposes the memory of an array, and claims that it is writable."""
 
     def __init__(self, x):
         self.x = x
@@ -40,7 +40,7 @@ def by_address(x):
     return (ctypes.c_float * SIZE).from_address(x.__array_interface__["data"][0])
 
 
-# Ways to make an array of the memory of a read-only memmap.
+# Functions that make an array in the memory of a read-only memmap.
 WITHOUT_TORCH = {
     "ctypes": lambda x: np.ctypeslib.as_array(by_address(x)),
     "frombuffer": lambda x: np.frombuffer(by_address(x), np.float32),
@@ -108,7 +108,7 @@ CALLS = [
 
 
 def write_to_all(path, name):
-    """Run in a child process: print for each array and each writing call whether it is refused."""
+    """Run in a child process: print for each array and each call whether the call is refused."""
     warnings.simplefilter("ignore")
     np.zeros(SIZE, np.float32).tofile(path)
     mapped, ways = np.memmap(path, np.float32, "r"), WITHOUT_TORCH

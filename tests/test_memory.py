@@ -21,7 +21,7 @@ from lars_tree._core import writes
 
 @st.composite
 def views(draw):
-    """A view of a buffer of 60 elements, with any strides, and the buffer."""
+    """A view with any strides, and its buffer of 60 elements."""
     shape = draw(st.sampled_from([(), (1,), (4,), (0,), (2, 3), (3, 2)]))
     strides = [draw(st.integers(-4, 4)) for _ in shape]
     buffer = np.arange(60.0)
@@ -156,14 +156,14 @@ def test_a_memory_map_is_updated_in_the_file(tmp_path):
     assert isinstance(w.layer, np.memmap)
     w.layer.flush()
     assert np.array_equal(np.fromfile(tmp_path / "weights", np.float32).reshape(300, 200), expected)
-    assert type(w.lars_update(g, 0.1).layer) is np.ndarray  # the type of w.layer * 1
+    assert type(w.lars_update(g, 0.1).layer) is np.ndarray  # like w.layer * 1
     frozen = Container(layer=np.memmap(tmp_path / "weights", np.float32, "r", shape=values.shape))
     with pytest.raises(OutError, match="read-only"):
         frozen.lars_update(g, 0.1, out=frozen)
 
 
 def test_an_update_in_place_takes_little_memory(monkeypatch):
-    # Without the kernel, results up to this size are held.
+    # Without the kernel, results up to this size are buffered before they are written.
     monkeypatch.setattr(writes, "MAX_HELD", 2**19)
     w, g = np.ones(4_000_000, np.float32), np.ones(4_000_000, np.float32)
     lars_update(w, g, 0.1, out=w)

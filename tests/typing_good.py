@@ -1,4 +1,4 @@
-"""A user's script in which mypy and pyright find no fault; the types are those of the values."""
+"""A user's script that mypy and pyright accept; the asserted types are those of the values."""
 
 from typing import Any, assert_type
 

@@ -1,4 +1,4 @@
-"""Mistakes of users: mypy and pyright report each marked line, and no other. Never run."""
+"""Users' mistakes: mypy and pyright report each marked line and no other line. Never run."""
 
 import numpy as np
 import torch
