@@ -131,7 +131,7 @@ def test_inference_tensors():
         assert all(map(torch.equal, actual, expected))
 
 
-# ---- Leaves that the kernel does not support: w and the velocity
+# ---- Pairs of w and a velocity that the kernel does not support
 
 OTHERS = {
     "strided": lambda: (random(3), random(6)[::2]),
