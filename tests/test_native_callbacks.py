@@ -1,6 +1,6 @@
 """The kernel calls Python code, which may raise, or change the tree that the kernel is reading.
 
-A tree may also be too deep for the stack of a thread, so the kernel walks only its first levels.
+A tree may also be too deep for a thread's stack, so the kernel walks only the levels near the root.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ def test_unsupported_leaves_get_the_same_bits(case):
     w, g = OTHERS[case]()
     with watched() as took:
         new = lars_update(w, g, 0.1)
-    assert took[-1] is False  # the last updated plan has all leaves
+    assert took[-1] is False  # the last plan that steps was offered all leaves
     assert equal(new, without_kernel(w, g, 0.1))
 
 

@@ -47,7 +47,7 @@ DICTS = st.recursive(
 
 
 def assert_same(actual, expected):
-    """The same leaves at the same paths, in the same order, in nodes of the same types."""
+    """Assert the same leaves at the same paths, in the same order, in nodes of the same types."""
     dm_tree.assert_same_structure(actual, expected)
     assert dm_tree.flatten_with_path(actual) == dm_tree.flatten_with_path(expected)
     assert list(structure.walk(actual)) == list(structure.walk(expected))
