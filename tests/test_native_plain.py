@@ -168,7 +168,7 @@ class Interrupt(BaseException):
 
 @pytest.mark.parametrize("name", ["make", "copy", "as_bits"])
 def test_exceptions_of_callbacks_propagate_and_nothing_is_written(name):
-    """Python may also run a signal handler that raises while a callback runs."""
+    """While a callback runs, Python may also run a signal handler, which may raise."""
 
     def interrupt(*_):
         raise Interrupt

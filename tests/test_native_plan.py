@@ -36,7 +36,7 @@ def bits(columns):
 
 
 def bits_of(x):
-    """The bits of x. All NaN get the same bits: their signs depend on the order of operands."""
+    """The bits of x. All NaN get the same bits, as their signs depend on the order of operands."""
     return np.where(x == x, x, np.nan).astype(x.dtype).tobytes()
 
 

@@ -340,5 +340,5 @@ def test_arrays_that_a_node_makes_anew_at_each_reading_are_refused_as_out():
     ):
         opt.update(w, g, odd, out=w)
     assert (w["a"]["b"].tolist(), int(state.step)) == ([3.0, 4.0], 0)
-    opt.update(w, g, state, out=w)  # `Group` is accepted as gradients
+    opt.update(w, g, state, out=w)  # a `Group` may contain gradients
     assert w["a"]["b"].round(12).tolist() == [2.6, 3.7]

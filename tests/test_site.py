@@ -61,7 +61,7 @@ def test_every_public_name_is_documented(site):
 
 
 def test_the_pages_load_nothing_remote(site):
-    """Links may lead to other sites, but browsers load only files of the site by themselves."""
+    """Links may lead to other sites, but what a browser loads automatically is part of the site."""
     tags = r"<(?:script|img|link|iframe|source|object)\b"
     loads = tags + r"[^>]*?(?:src|href|data)=\"?((?:https?:)?//[^\" >]+)"
     for path in site.rglob("*.html"):

@@ -239,7 +239,7 @@ def test_gradients_are_not_modified():
 @FOREACH
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64"])
 def test_parameters_of_all_kinds(dtype, foreach):
-    """Compare 0-d, empty, non-contiguous and other parameters with results in double precision."""
+    """Compare 0-d, empty, non-contiguous and gradientless parameters with double precision."""
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, dtype)
     shapes = [(), (0, 3), (4, 6), (5,), (3, 2)]

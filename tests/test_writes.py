@@ -140,7 +140,7 @@ def sent_by_the_system():
 
 
 def interrupted_at(number, call, send):
-    """Run `call`, with `send` at one signal check of `Writes.make`; False if there are fewer checks.
+    """Run `call`, and `send` at signal check `number` of `Writes.make`; False if there are fewer.
 
     Python checks for signals when a function starts, after calls, and when a loop starts again.
     """
