@@ -161,7 +161,7 @@ def test_memory_is_kept_alive_until_it_was_read():
     w, g = [array() + 1], [array()]
     expected = lars_update(w, g, 0.1)
     step = native_engine(w, g)
-    w[0].delete()  # as another thread may
+    w[0].delete()  # another thread could do this
     step.step()
     assert_identical(np.asarray(step.results.ws[0]), np.asarray(expected[0]))
 

@@ -91,7 +91,7 @@ def test_two_optimizer_steps_give_the_results_of_plain_nodes(make, w):
 
 
 def test_map_makes_new_nodes(make, w):
-    held = Container._lars_tree_make({"w": w})  # keeps the mappings in w unconverted
+    held = Container._lars_tree_make({"w": w})  # does not convert the mappings in w
     assert_rebuilt(held.map(lambda x: x - 1)["w"], w, [(W - 1).tolist()] * 5)
     assert_rebuilt(held.copy()["w"], w, [W.tolist()] * 5)
 

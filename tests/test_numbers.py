@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from lars_tree import lars_update
 
-# A result near the midpoint of two numbers may be rounded either way, hence 1e-6.
+# Results near the midpoint of two numbers may be rounded either way, so the bounds exceed 1 ulp.
 BOUNDS = {"float16": 1 + 1e-6, "bfloat16": 1 + 1e-6, "float32": 1 + 1e-6, "float64": 4}
 DECAYS = [0.0, 1e-4, 0.1, 3.0]
 
@@ -230,7 +230,7 @@ def test_long_double_keeps_its_digits_and_its_range():
     new = lars_update(w, g, 0.5)
     assert new.dtype == np.longdouble
     assert (new / two**1100).tolist() == [1.0, 2.5]
-    third = np.array([1, 2, 2], np.longdouble) / 3  # norm 1 to the last digit
+    third = np.array([1, 2, 2], np.longdouble) / 3  # the norm is 1 to the last digit
     fresh = lars_update(third, third, 0.25)
     assert np.max(np.abs(fresh - third * 3 / 4)) <= 4 * np.finfo(np.longdouble).eps
 

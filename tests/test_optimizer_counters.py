@@ -30,7 +30,7 @@ def donated():
     return x
 
 
-# Invalid counters, and how the message describes them.
+# Functions that make invalid counters, and how the error message describes each counter.
 INVALID = {
     "a float": (lambda: np.array(1.0), r"got float64 of shape \(\)"),
     "with an axis": (lambda: np.array([1]), r"got int64 of shape \(1,\)"),

@@ -126,7 +126,7 @@ def test_ratios_work_under_jit(options):
 def test_ratios_are_differentiable_without_stop_gradients():
     jax, torch = need("jax"), need("torch")
     w, g = np.array([3.0, 4.0], np.float32), np.array([0.0, 10.0], np.float32)
-    for stops, expected in ((True, [0, 0]), (False, [0.06, 0.08])):  # w / |w| / |g|
+    for stops, expected in ((True, [0, 0]), (False, [0.06, 0.08])):  # slope w / |w| / |g|
         by_jax = jax.grad(lambda w, g, stops: trust_ratios(w, g, 0.1, stop_gradients=stops))
         assert by_jax(jax.numpy.asarray(w), jax.numpy.asarray(g), stops).tolist() == pytest.approx(
             expected

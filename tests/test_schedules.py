@@ -179,7 +179,7 @@ def test_a_fractional_step_has_one_rate_in_every_library(schedule):
         assert [schedule(make(step)) for step in STEPS] == pytest.approx(expected, rel=1e-3)
     near = pytest.approx(expected, rel=1e-5, abs=1e-6)
     for dtype in ("float32", "float16"):
-        steps = np.array(STEPS, dtype)  # exact in each dtype
+        steps = np.array(STEPS, dtype)  # each step is exact in both dtypes
         assert jax.jit(jax.vmap(schedule))(steps).tolist() == near
         rates = lambda step: torch.as_tensor(schedule(step), dtype=torch.float32)  # noqa: E731
         assert torch.func.vmap(rates)(torch.from_numpy(steps)).tolist() == near

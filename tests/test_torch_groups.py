@@ -57,7 +57,7 @@ class Halved(nn.Module):
 
 
 def tied():
-    """A kernel that is also the scale of a norm layer."""
+    """A model in which a kernel is also the scale of a norm layer."""
     net = nn.Sequential(nn.Linear(4, 3, bias=False), nn.LayerNorm([3, 4], bias=False))
     net[1].weight = net[0].weight
     return net

@@ -125,7 +125,7 @@ FUSED = pytest.mark.parametrize("prepare", [fused, lambda opt: opt], ids=["fused
 @FOREACH
 @FUSED
 def test_the_first_step_taken_is_not_dampened(foreach, prepare):
-    """The first step that is taken can follow a step that was skipped or that raised."""
+    """The first step that is taken may come after steps that were skipped or raised."""
     p = parameter()
     opt = prepare(Lars([p], 0.1, dampening=0.5, adapt=False, foreach=foreach))
     scaler = torch.amp.GradScaler("cpu")

@@ -228,7 +228,7 @@ def test_a_failing_allocation_leaves_all_written_or_nothing(case, monkeypatch):
 
 
 def test_no_memory_for_one_leaf_leaves_the_others_unchanged(monkeypatch):
-    """The computation of results fails, before anything is written."""
+    """The computation of a result fails before anything is written."""
     trees, call = of_momentum()
     before = contents(trees)
     stepped = twin._step_piece
