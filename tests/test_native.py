@@ -1,8 +1,8 @@
 """The native kernel gives the same bits as its twin in numpy.
 
-`without_kernel` runs the twin; `by_kernel` asserts that the kernel took the step. See
-test_native_plain.py for the arrays that the kernel supports, test_native_torch.py for tensors, and
-test_threads.py for threads.
+`without_kernel` runs the twin; `by_kernel` asserts that the kernel updated all leaves.
+test_native_plain.py tests which arrays the kernel supports, test_native_torch.py tests tensors, and
+test_threads.py tests threads.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if _native.kernel is None and (not CI or os.environ.get("LARS_TREE_NATIVE") == "
 # The arrays contain signalling NaN.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
-# The bits of each format, and the stored bits of its significand.
+# For each format, the total number of bits and the number of stored significand bits.
 FORMATS = {"float16": (16, 10), "bfloat16": (16, 7), "float32": (32, 23), "float64": (64, 52)}
 PAIRS = [(a, b) for a in FORMATS for b in FORMATS]
 PAIRS += [(a, b) for a in ("complex64", "complex128") for b in ("complex64", "complex128")]
 REAL = {"complex64": "float32", "complex128": "float64"}
 SETS = range(_native.kernel.best_instruction_set() + 1 if _native.kernel else 1)
-# Instruction sets and numbers of threads; harness.cpp tests more combinations.
+# Pairs of an instruction set and a number of threads; harness.cpp tests more combinations.
 WAYS = [*((instruction_set, 3) for instruction_set in SETS), (SETS[-1], 1), (SETS[-1], 8)]
 
 
@@ -94,7 +94,7 @@ def by_kernel(*args, instruction_set=SETS[-1], **options):
 
 
 def run(code, **variables):
-    """The words that code prints in a new process, which may crash."""
+    """Run the code in a new process, because it may crash, and return the words that it prints."""
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         capture_output=True,
@@ -110,7 +110,7 @@ def dtype_of(name):
 
 
 def random_array(rng, name, shape, level=0.5, spread=2, special=(), order="C"):
-    """Numbers with exponents near a level: 0 is subnormal, 1 the largest number of the format."""
+    """Random numbers with exponents near `level`: 0 for subnormal, 1 for the largest numbers."""
     if name in REAL:
         parts = random_array(rng, REAL[name], (*shape, 2), level, spread, special)
         return parts.view(name).reshape(shape).copy(order)
@@ -197,7 +197,7 @@ def test_the_kernel_gives_the_bits_of_its_twin(pair, lr, options, mode, instruct
 
 
 def squares(exponent):
-    """float64 leaves whose squares overflow or underflow although their norms do not."""
+    """float64 leaves whose squared elements overflow or underflow although the norms do not."""
     rng = np.random.default_rng(1)
     w = random_array(rng, "float64", (600_001,), exponent, 40)
     return [w], [w[::-1].copy()]
@@ -216,11 +216,11 @@ def trees():
     yield "underflow", *squares(0.1)
     yield "subnormal", *squares(0.0)
     largest = [np.full(300_007, 1.7e308), np.array([1.7e308] * 130)]
-    yield "largest", largest, largest  # the step is longer than the largest number
+    yield "largest", largest, largest  # the norm of the step overflows
 
 
 def sums():
-    """Trees whose gradient and decay nearly cancel in the joint gradient, or do not cancel."""
+    """Trees for `joint_norm`; in some of them the gradient and the decay nearly cancel."""
     found = {name: (w, g) for name, w, g in trees()}
     for name in ("few", "large float32", "large float64", "overflow", "subnormal", "largest"):
         w, g = found[name]
@@ -249,10 +249,11 @@ def test_instruction_sets_and_threads_give_the_same_bits(w, g, joint):
 @pytest.mark.parametrize("instruction_set", SETS)
 @pytest.mark.parametrize("factor", [1, 3, -1])
 def test_bfloat16_near_the_midpoints_between_neighbours(factor, instruction_set):
-    """w - lr * g differs from the midpoint by 2**-j of half an ulp, or is the midpoint."""
+    """w - lr * g is a midpoint (j is None), or differs from a midpoint by 2**-j of half an ulp."""
     bits = np.arange(2**16, dtype=np.uint16)
     w = bits.view(dtype_of("bfloat16"))
-    g = np.maximum(bits & 0x7F80, 0x80) | (bits & 0x8000)  # the power of two below w, or 2**-126
+    # The largest power of two up to |w|, but at least 2**-126, with the sign of w.
+    g = np.maximum(bits & 0x7F80, 0x80) | (bits & 0x8000)
     g = (g.astype(np.uint16) ^ (0x8000 if factor < 0 else 0)).view(w.dtype)
     tie = np.isfinite(w) & ((bits & 0x7F) > 1)  # below a power of two the ulp is half as large
     for j in (*range(1, 31), 40, 52, None):

@@ -1,6 +1,6 @@
-"""Python code that the kernel calls may change the tree that is being read, or raise.
+"""The kernel calls Python code, which may raise, or change the tree that the kernel is reading.
 
-A tree may also be too deep for the stack of a thread: the kernel walks only its first levels.
+A tree may also be too deep for a thread's stack, so the kernel walks only the levels near the root.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if _native.kernel is None and (not CI or os.environ.get("LARS_TREE_NATIVE") == "
 
 
 def walk(*trees, others):
-    """The leaves that the kernel finds; sets count as nodes, for which it calls `others`."""
+    """The leaves that the kernel finds. Sets count as nodes; the kernel calls `others` for them."""
     found = []
     arguments = (found, True) if len(trees) == 2 else (found,)
     call = _native.kernel.match if len(trees) == 2 else _native.kernel.collect
@@ -71,7 +71,7 @@ def test_a_dict_whose_keys_are_replaced_while_it_is_read_is_refused(prefix):
 
 @pytest.mark.parametrize("changed", [0, 1])
 def test_a_key_may_change_the_tree_when_it_is_compared(changed):
-    """The values that the walk uses must not be freed."""
+    """The walk must not use values that the comparison of keys freed."""
 
     class Key:
         def __hash__(self):

@@ -1,4 +1,4 @@
-"""JAX arrays: those that the native engine supports, and those that take the general path."""
+"""Which JAX arrays the native engine supports; all other JAX arrays take the general path."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ jnp = jax.numpy
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding  # noqa: E402
 
 DTYPES = ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"]
-SHAPES = [(), (3, 4), (0,), (300, 301)]  # JAX does not copy the result for the last shape
+SHAPES = [(), (3, 4), (0,), (300, 301)]  # JAX takes results of the last shape without a copy
 
 
 def array(shape=(3, 4), dtype="float32", seed=0):
@@ -161,7 +161,7 @@ def test_memory_is_kept_alive_until_it_was_read():
     w, g = [array() + 1], [array()]
     expected = lars_update(w, g, 0.1)
     step = native_engine(w, g)
-    w[0].delete()  # as another thread may
+    w[0].delete()  # another thread could do this
     step.step()
     assert_identical(np.asarray(step.results.ws[0]), np.asarray(expected[0]))
 

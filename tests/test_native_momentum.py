@@ -1,4 +1,4 @@
-"""The native kernel gives the same bits as its twin in numpy, with momentum.
+"""With momentum, the native kernel gives the same bits as its twin in numpy.
 
 test_native_momentum_plain.py tests which arrays the kernel supports; test_native_momentum_torch.py
 tests tensors.
@@ -109,7 +109,7 @@ MOTIONS = st.fixed_dictionaries(
     mode="in place",
     instruction_set=0,
 )
-@example(  # both terms of the step are out of range, but float32 is not computed again
+@example(  # both terms of the step overflow double, but float32 results are not recomputed
     case=(np.array([2e38], np.float32), np.array([-2e17]), np.array([1.0], np.float32)),
     lr=1e290,
     options={"adapt": False, "decay_lambda": 1e-20, "grad_scale": 0.1},
@@ -146,7 +146,7 @@ RULES = {
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
 def test_instruction_sets_and_threads_give_the_same_bits(names, rule):
-    """One thread updates a small layer; all threads share a larger one."""
+    """Small layers are updated by one thread, larger layers by all threads."""
     options = MOTION | RULES[rule]
     rng = np.random.default_rng(0)
     w, g = ([random_array(rng, name, (n,)) for n in (*SIZES, 0, 1, 400_001)] for name in names)
@@ -213,7 +213,7 @@ def test_maximize_negates_the_gradient(names):
 
 BIG = 2.0**1023
 
-# w, dcdw, velocity, options, the new w and the new velocity, in units of BIG
+# (w, dcdw, velocity, options, new w, new velocity); the arrays are in units of BIG
 OVERFLOWS = {
     "the old velocity": (1, -1.25, 1.5, {"lr": 2.0, "momentum": 2.0}, 0.5, 0.5),
     "how far it moves": (1.5, 0, 1.5, {"momentum": 1.0, "lr_after_momentum": 2.0}, -1.5, 1.5),
@@ -229,7 +229,7 @@ OVERFLOWS = {
 @pytest.mark.parametrize("instruction_set", SETS)
 @pytest.mark.parametrize("case", OVERFLOWS)
 def test_intermediate_overflow_does_not_make_results_infinite(case, instruction_set, name):
-    """Large numbers stand among moderate ones, both within full blocks of 128 and in the rest."""
+    """One element is large, in a full block of 128 elements or in the remainder."""
     *big, given_options, new_w, new_v = OVERFLOWS[case]
     options = {"lr": 1.0, "adapt": False, **given_options}
     rng = np.random.default_rng(0)

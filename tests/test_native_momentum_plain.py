@@ -1,4 +1,4 @@
-"""With momentum: which arrays and counters the native kernel supports."""
+"""Which arrays and counters the native kernel supports in steps with momentum."""
 
 from __future__ import annotations
 
@@ -54,8 +54,7 @@ def leaves(w, g, v, out="w"):
 
 A, B, C = slice(0, 6), slice(6, 12), slice(12, 18)
 
-# w, dcdw, out ("w" means in place) and the velocity, made by functions, so that each test has its
-# own arrays.
+# Functions that make w, dcdw, out ("w" means in place) and the velocity anew for each test.
 # fmt: off
 CASES = {
     "another dtype": lambda: leaves(ones(), ones(), ones("f4")),
@@ -127,7 +126,7 @@ def build(case):
 
 
 def outcome(call, case):
-    """The result or the error, and the contents of all arrays that were passed."""
+    """The result or the error, and what all arrays that were passed contain after the call."""
     w, g, out, v, given = build(case)
     try:
         *new, count = call(w, g, out, v, momentum=0.5, decay_lambda=0.1)
@@ -156,7 +155,7 @@ def test_the_kernel_does_not_touch_unsupported_leaves(case):
 
 @pytest.mark.parametrize("out", ["new", "w"])
 def test_arrays_that_may_share_memory_are_supported(out):
-    """Out of place, velocities are copied. In place, all leaves may share one gradient."""
+    """Leaves may share a gradient. Velocities may share memory if the update copies them."""
     w, g = [ones(), ones()], [(x := ones()), x]
     v = [ones(), ones()] if out == "w" else [w[0], w[0]]
     expected = by_twin(w, g, None, v, momentum=0.5)

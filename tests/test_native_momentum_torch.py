@@ -131,7 +131,7 @@ def test_inference_tensors():
         assert all(map(torch.equal, actual, expected))
 
 
-# ---- Leaves that the kernel does not support: w and the velocity
+# ---- Pairs of w and a velocity that the kernel does not support
 
 OTHERS = {
     "strided": lambda: (random(3), random(6)[::2]),
@@ -155,7 +155,7 @@ def test_unsupported_leaves_get_the_same_bits(case):
     w, v = OTHERS[case]()
     with watched() as took:
         actual = step(w, gradient(w), None, v)
-    assert took[-1] is False  # the last updated plan has all leaves
+    assert took[-1] is False  # the last plan that steps was offered all leaves
     expected = by_twin(w, gradient(w), None, v)
     for x, y in zip(actual, expected, strict=True):
         assert all(map(equal, structure.leaves(x), structure.leaves(y)))

@@ -1,4 +1,4 @@
-"""The numpy arrays that the native kernel supports, and its walks over trees."""
+"""Which numpy arrays the native kernel supports, and how it walks trees."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ SQUARE = np.arange(1.0, 10.0).reshape(3, 3)
 GRID = np.arange(1.0, 7.0).reshape(2, 3)
 
 
-# w, dcdw, out ("w" means in place) and options, made by functions, so that each test has its own
-# arrays.
+# Functions that make w, dcdw, out ("w" means in place) and options anew for each test.
 # fmt: off
 CASES = {
     "read-only out": lambda: (ONES, ONES, READ_ONLY, {}),
@@ -120,7 +119,7 @@ def shown(xs):
 
 
 def outcome(update, case):
-    """The result or the error, and the contents of all arrays that were passed."""
+    """The result or the error, and what all arrays that were passed contain after the call."""
     w, g, out, options, given = build(case)
     try:
         new = shown(structure.leaves(update(w, g, options.pop("lr", 0.1), out=out, **options)))
@@ -169,7 +168,7 @@ class Interrupt(BaseException):
 
 @pytest.mark.parametrize("name", ["make", "copy", "as_bits"])
 def test_exceptions_of_callbacks_propagate_and_nothing_is_written(name):
-    """A signal handler may raise too, and Python may run it in a callback."""
+    """While a callback runs, Python may also run a signal handler, which may raise."""
 
     def interrupt(*_):
         raise Interrupt
@@ -216,7 +215,7 @@ def with_first_key_last(items):
 
 KEYS = st.sampled_from(["a", "b", "c", "d", "items"])
 DICTS = [dict, dict, Container, Container, Named, OrderedDict, with_first_key_last, Reversed]
-LEAVES = st.builds(object) | st.builds(object) | st.none()  # no two are equal
+LEAVES = st.builds(object) | st.builds(object) | st.none()  # no two objects are equal
 
 
 def tree_nodes(children):
@@ -231,7 +230,7 @@ def tree_nodes(children):
 
 @st.composite
 def prefixes(draw, tree):
-    """Mostly prefixes of the tree, with nodes of other types and keys in another order."""
+    """Trees, mostly prefixes of `tree`; types of nodes and the order of keys may differ."""
     if structure.is_leaf(tree):
         return draw(LEAVES)
     change = draw(st.integers(0, 15))

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:Runtim
 
 
 def copied(columns):
-    """Copies of columns that are updated in place."""
+    """The columns with copied weights and velocities, for an update in place."""
     ws, gs, _, rules, vs = columns
     ws = [x.copy("K") for x in ws]
     return ws, gs, ws, rules, None if vs is None else [x if x is None else x.copy("K") for x in vs]
@@ -36,7 +36,7 @@ def bits(columns):
 
 
 def bits_of(x):
-    """The bits, with equal bits for every NaN, as its sign depends on the order of operands."""
+    """The bits of x. All NaN get the same bits, as their signs depend on the order of operands."""
     return np.where(x == x, x, np.nan).astype(x.dtype).tobytes()
 
 
@@ -44,7 +44,7 @@ def column_of(w, g, rule, v=None):
     return [w], [g], [w], [rule], [v]
 
 
-# ---- Some of the leaves
+# ---- Plans with some of the leaves
 
 
 def test_prepare_returns_the_indices_of_unsupported_leaves():
@@ -150,11 +150,11 @@ def test_a_plan_keeps_its_arrays_alive():
     del w, g, v, reader, counter
     gc.collect()
     lost = [x() is None for x in alive]
-    assert lost == [*[False] * 5 * 49, True, False]  # the array that gave the counter
+    assert lost == [*[False] * 5 * 49, True, False]  # the source of the counter is freed
     plan.apply(plan.norms())
     plan.step()
     assert alive[-1]() == 3
-    assert alive[0]() == pytest.approx(0.06)  # 1 - 0.6 - 0.34, the velocities
+    assert alive[0]() == pytest.approx(0.06)  # 1 - 0.6 - 0.34: w minus both velocities
     del plan
     assert all(x() is None for x in alive)
 
@@ -310,7 +310,7 @@ EDGES = {
 @pytest.mark.parametrize("size", [1, 128, 300, 140_000])
 @pytest.mark.parametrize("name", LARGEST)
 def test_results_near_the_largest_number(name, size, edge):
-    """With rates just below and just above the smallest one that makes a result infinite."""
+    """Test rates just below and just above the smallest rate that makes a result infinite."""
     rng = np.random.default_rng(0)
     w, g = (random_array(rng, name, (size,), 0.5, 2) for _ in range(2))
     w[size // 2] = -0.75 * LARGEST[name]
@@ -347,7 +347,7 @@ def test_only_leaves_whose_rule_does_not_propagate_are_reported():
 
 
 def test_a_velocity_that_is_not_finite_is_reported_even_if_the_weights_are_finite():
-    """The velocity cannot reach the weights with a rate of 0, nor later with a momentum of 0."""
+    """The velocity is reported even if an `lr_after_momentum` of 0 keeps it out of the weights."""
     for momentum, rate, value in ((0.5, 0.0, np.inf), (0.5, 1.0, np.nan), (0.0, 1.0, np.inf)):
         w, g, v = np.ones(300), np.ones(300), np.zeros(300)
         v[200] = value

@@ -1,4 +1,4 @@
-"""The native kernel on torch tensors: supported tensors, and properties of the results."""
+"""Which torch tensors the native kernel supports, and the properties of the results."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def cut(x, size):
     return x
 
 
-# Leaves that are refused on the general path: w, dcdw and out
+# (w, dcdw, out) that the general path refuses
 REFUSED = {
     "freed w": lambda: (cut(random(3), 0), random(3), None),
     "freed dcdw": lambda: (random(3), cut(random(3), 0), None),
@@ -156,7 +156,7 @@ def test_the_kernel_does_not_update_leaves_that_are_refused(case):
     assert messages[0] == messages[1]
 
 
-# Leaves that the kernel does not support, but that can be updated: w and dcdw
+# (w, dcdw) that only the general path supports
 OTHERS = {
     "negative view": lambda: (torch._neg_view(random(3)), random(3)),
     "negative gradient": lambda: (random(3), torch._neg_view(random(3))),
@@ -179,7 +179,7 @@ def test_unsupported_leaves_get_the_same_bits(case):
     w, g = OTHERS[case]()
     with watched() as took:
         new = lars_update(w, g, 0.1)
-    assert took[-1] is False  # the last updated plan has all leaves
+    assert took[-1] is False  # the last plan that steps was offered all leaves
     assert equal(new, without_kernel(w, g, 0.1))
 
 

@@ -1,4 +1,4 @@
-"""Nodes of user classes are read through the methods that users call, and rebuilt with a check."""
+"""Nodes of user classes are read through their public methods; rebuilt nodes are checked."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_two_optimizer_steps_give_the_results_of_plain_nodes(make, w):
 
 
 def test_map_makes_new_nodes(make, w):
-    held = Container._lars_tree_make({"w": w})  # keeps the mappings in w unconverted
+    held = Container._lars_tree_make({"w": w})  # does not convert the mappings in w
     assert_rebuilt(held.map(lambda x: x - 1)["w"], w, [(W - 1).tolist()] * 5)
     assert_rebuilt(held.copy()["w"], w, [W.tolist()] * 5)
 
@@ -139,7 +139,7 @@ def test_an_update_in_place_only_reads_the_node(any_make, monkeypatch):
 
 
 def test_schedules_in_a_node_of_any_class(any_make, monkeypatch):
-    """The schedules are called at each step without rebuilding the node."""
+    """Each step calls the schedules and does not rebuild the node."""
     if any_make in (REBUILT["attrs with a converter"], REFUSED["read anew"]):
         pytest.skip("it takes no callables")
     seen = []
@@ -340,5 +340,5 @@ def test_arrays_that_a_node_makes_anew_at_each_reading_are_refused_as_out():
     ):
         opt.update(w, g, odd, out=w)
     assert (w["a"]["b"].tolist(), int(state.step)) == ([3.0, 4.0], 0)
-    opt.update(w, g, state, out=w)  # accepted as gradients
+    opt.update(w, g, state, out=w)  # a `Group` may contain gradients
     assert w["a"]["b"].round(12).tolist() == [2.6, 3.7]

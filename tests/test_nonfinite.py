@@ -1,4 +1,4 @@
-"""NaN and infinity: propagated, raised or skipped."""
+"""The option `nonfinite`: NaN and infinity propagate, raise an error, or skip the step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BAD = [np.nan, -np.inf]
 
 
 def trees(name, bad, where="dcdw"):
-    """Weights and gradients with one bad element, in the last leaf."""
+    """Weights and gradients; the last leaf of one of these trees has a bad element."""
     w = Container({key: np.array([3.0, 4.0]) for key in "abc"})
     g = Container({key: np.array([0.4, 0.3]) for key in "abc"})
     (g if where == "dcdw" else w).c[1] = bad

@@ -1,4 +1,4 @@
-"""The HTML of a Container in a browser, headless Chromium: it folds, is legible and safe."""
+"""The HTML of a Container in headless Chromium folds, is legible, and runs no scripts in keys."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FLAGS = [
     "--disable-dev-shm-usage",
     "--window-size=800,600",
 ]
-# The variables of JupyterLab's dark theme, which does not depend on the theme of the system.
+# CSS variables of JupyterLab's dark theme, which does not depend on the theme of the system.
 JUPYTER_DARK = """<style>:root{--jp-content-font-color1:rgba(255,255,255,1);
 --jp-content-font-color2:rgba(255,255,255,0.7);--jp-layout-color0:#111111;
 --jp-border-color2:#424242}</style>"""
@@ -90,7 +90,7 @@ def colors(browser, selector):
 
 
 def contrast(ink, page):
-    """The contrast ratio of WCAG 2.1, from 1 to 21; transparent ink is mixed with the page."""
+    """The contrast ratio of WCAG 2.1, from 1 to 21; `ink` is first blended with `page`."""
     ink = [a * ink[3] + b * (1 - ink[3]) for a, b in zip(ink[:3], page[:3], strict=True)]
     lights = []
     for color in (ink, page):
@@ -122,7 +122,7 @@ def test_the_tree_folds_and_unfolds(browser, tmp_path):
 @pytest.mark.parametrize("head", ["", JUPYTER_DARK], ids=["page", "jupyter-dark"])
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_all_text_is_legible(browser, tmp_path, theme, head):
-    """WCAG requires a contrast of 4.5."""
+    """WCAG requires a contrast ratio of at least 4.5."""
     open_page(browser, tmp_path, theme, head)
     for selector in (
         ".lars-tree b",

@@ -1,6 +1,7 @@
-"""Exactness: the error compared with `reference.py`, over the whole range of each format.
+"""Errors against `reference.py` are bounded over the whole range of each format.
 
-The bounds at each element, in ulps of max(|w|, |u|), are 4 for float64 and 1 for other formats.
+The bound of each element is 4 ulps of max(|w|, |u|) for float64, and 1 ulp for other formats; u is
+the step.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from lars_tree import lars_update
 
-# A result near the midpoint of two numbers may be rounded either way, hence 1e-6.
+# Results near the midpoint of two numbers may be rounded either way, so the bounds exceed 1 ulp.
 BOUNDS = {"float16": 1 + 1e-6, "bfloat16": 1 + 1e-6, "float32": 1 + 1e-6, "float64": 4}
 DECAYS = [0.0, 1e-4, 0.1, 3.0]
 
@@ -28,7 +29,7 @@ def dtype_of(name):
 
 
 def random_array(rng, name, exponent, size):
-    """Elements with about this exponent, or the nearest subnormal, 0 or largest number."""
+    """Random elements with about this exponent, clipped to the range of the format."""
     bits, smallest, largest = reference.FORMATS[name]
     exponents = exponent + rng.integers(-2, 3, size)
     mantissas = rng.uniform(1, 2, size) * rng.choice([-1, 1], size)
@@ -91,7 +92,7 @@ def test_the_error_is_bounded_for_every_option(name, options):
 @pytest.mark.parametrize("decay", [1e-4, 0.1, 3.0])
 @pytest.mark.parametrize("name", reference.FORMATS)
 def test_the_norm_of_a_sum_is_exact_where_the_sum_cancels(name, decay):
-    """g is -decay * w plus rounding or a small term, which a dot product would lose."""
+    """The sum g + decay * w is small; a norm computed from dot products would lose its digits."""
     rng = np.random.default_rng(9)
     for exponent, part in itertools.product(exponents(name, 7)[1:-1], [0, 1e-12, 1e-6, 1e-2]):
         w = random_array(rng, name, exponent, 5)
@@ -131,7 +132,7 @@ def test_elements_of_all_sizes_in_one_array(name):
 @pytest.mark.parametrize("name", reference.FORMATS)
 @pytest.mark.parametrize("size", [1, 63, 128, 129, 1000, 16_384, 16_385, 50_001])
 def test_long_sums_are_exact(name, size):
-    """A constant array is the worst case, as the rounding errors of all squares have one sign."""
+    """The worst case is a constant array: the rounding errors of all squares have the same sign."""
     rng = np.random.default_rng(size)
     for values in (np.full(size, 1.7), rng.uniform(1, 2, size)):
         w, g = values.astype(dtype_of(name)), (values[::-1] * 0.3).astype(dtype_of(name))
@@ -229,7 +230,7 @@ def test_long_double_keeps_its_digits_and_its_range():
     new = lars_update(w, g, 0.5)
     assert new.dtype == np.longdouble
     assert (new / two**1100).tolist() == [1.0, 2.5]
-    third = np.array([1, 2, 2], np.longdouble) / 3  # norm 1 to the last digit
+    third = np.array([1, 2, 2], np.longdouble) / 3  # the norm is 1 to the last digit
     fresh = lars_update(third, third, 0.25)
     assert np.max(np.abs(fresh - third * 3 / 4)) <= 4 * np.finfo(np.longdouble).eps
 
@@ -314,7 +315,7 @@ def compiled(**options):
 
 
 def stepped_from_rest(way, w, g, options):
-    """The velocity after one step from velocity 0: the exact change of the weights."""
+    """The velocity after one step from velocity 0: the change of the weights before rounding."""
     from conftest import to_library
 
     if way == "foreach":  # multi-tensor operations, as on accelerators
@@ -364,7 +365,7 @@ def test_a_velocity_has_its_digits_where_the_weights_hide_them(way, decay, joint
 @WAYS
 @pytest.mark.parametrize(("g_exponent", "grad_scale"), [(-1010, 2.0**80), (1010, 2.0**-80)])
 def test_the_loss_scale_may_take_a_gradient_out_of_range(way, g_exponent, grad_scale):
-    """The gradient without the loss scale is out of range, but the step is not."""
+    """The unscaled gradient is out of range, but the step is not."""
     rng = np.random.default_rng(8)
     for w_exponent, decay, clip in itertools.product([0, 900], [0.0, 1e-4], [False, True]):
         w, g = (random_array(rng, "float64", e, 5) for e in (w_exponent, g_exponent))

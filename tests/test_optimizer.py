@@ -1,4 +1,4 @@
-"""Lars over trees: the rule with momentum, in every library."""
+"""`Lars` updates trees by the rule with momentum, in every library."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def random_tree(seed):
 
 
 def test_two_steps_by_hand():
-    """Ratios 10 and |w| / |g| = 4.0199... / 0.5: u = 0.1 ratio g."""
+    """The ratio is 10, then |w| / |g| = 4.522... / 0.5; u = 0.1 * ratio * g."""
     w, state = steps(Lars(0.1, momentum=0.5), W, [G, G])
     second = 0.1 * np.hypot(2.6, 3.7) / 0.5 * G
     velocity = 0.5 * np.array([0.4, 0.3]) + second
@@ -57,7 +57,7 @@ def test_nesterov_by_hand():
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])
 def test_each_step_against_the_exact_rule(name, nesterov):
-    """Within 1 ulp (4 for float64) of the largest of |w|, |u|, |v| at each element."""
+    """Each error is at most 1 ulp (4 for float64) of the element's largest of |w|, |u|, |v|."""
     dtype = need("ml_dtypes").bfloat16 if name == "bfloat16" else np.dtype(name)
     rng = np.random.default_rng(0)
     opt = Lars(0.1, 0.9, nesterov, decay_lambda=0.01, trust_coefficient=0.1)
@@ -116,7 +116,7 @@ def test_the_whole_range_of_float64(w_exponent, g_exponent):
 
 # ---- Laws
 
-# `Lars` requires gradients with the shapes of their weights.
+# `Lars` requires gradients of the same shapes as the weights.
 LAYERS = layers(DTYPES)
 TREES = trees(LAYERS)
 
@@ -146,7 +146,7 @@ def test_the_first_step_moves_by_the_step_of_lars_update(pair, options, nesterov
         atol = 1e-6 * (np.abs(x.astype(wide)).max(initial=0) + np.abs(u).max(initial=0))
         with np.errstate(over="ignore"):  # a velocity can overflow its dtype
             u, atol = u.astype(v.dtype), float(atol)
-        # u is rounded twice, each time by at most half of the smallest number.
+        # u is rounded twice, each time by at most half of the smallest subnormal number.
         atol += float(np.finfo(v.dtype).smallest_subnormal)
         np.testing.assert_allclose(v, u, rtol=1e-6, atol=atol, err_msg=str(path))
 
@@ -154,7 +154,7 @@ def test_the_first_step_moves_by_the_step_of_lars_update(pair, options, nesterov
 @given(pair=TREES, nesterov=st.booleans())
 def test_in_place_and_out_of_place_agree(pair, nesterov):
     w, g = pair
-    assume(w is not None)  # out=None is out of place
+    assume(w is not None)  # out=None would not be in place
     opt = Lars(0.1, 0.9, nesterov, decay_lambda=0.01)
     expected, after = steps(opt, w, [g, g, g])
     out = copy.deepcopy(w)
@@ -250,7 +250,7 @@ def test_every_library_agrees_with_numpy(library):
 
 
 def test_every_library_stacks_and_clips_layers(library):
-    """The expected result is that of a loop over the layers in numpy."""
+    """The expected results are from a loop over the layers in numpy."""
     rng = np.random.default_rng(0)
     w, g = rng.normal(size=(2, 3, 4))
     w[1] *= 1e-3  # one ratio is clipped, the other is not

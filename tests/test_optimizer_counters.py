@@ -1,4 +1,4 @@
-"""The counters in the state of Lars: invalid ones are refused before anything is written."""
+"""The counters in the state of Lars; invalid counters are refused before anything is written."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def donated():
     return x
 
 
-# Invalid counters, and how the message describes them.
+# Functions that make invalid counters, and how the error message describes each counter.
 INVALID = {
     "a float": (lambda: np.array(1.0), r"got float64 of shape \(\)"),
     "with an axis": (lambda: np.array([1]), r"got int64 of shape \(1,\)"),
@@ -71,8 +71,8 @@ def test_counters_of_32_bits_and_more_count(name, dtype):
         to_library(name, np.asarray(x)) for x in (W, G, *np.array([3, 1], dtype))
     )
     state = OPT.init(w) | {"step": step, "skipped": skipped}
-    if (name, dtype[0]) == ("torch", "u"):
-        with pytest.raises(StateError, match=f"got torch.{dtype}"):  # torch cannot add to them
+    if (name, dtype[0]) == ("torch", "u"):  # torch cannot add to unsigned integers
+        with pytest.raises(StateError, match=f"got torch.{dtype}"):
             OPT.update(w, g, state)
         return
     _, after = OPT.update(w, g, state)
@@ -130,7 +130,7 @@ SHARING = {
 }
 
 
-CASES = [(share, "skip") for share in SHARING]  # the general path
+CASES = [(share, "skip") for share in SHARING]  # "skip" takes the general path
 # The fast path does not write to `skipped`.
 CASES += [(share, "propagate") for share in SHARING if share is not skipped_of_the_weights]
 
@@ -158,7 +158,7 @@ def test_counters_that_are_views_of_one_tensor_are_refused_in_place():
     with pytest.raises(OutError, match="skipped: it shares memory with step"):
         OPT.update(w, torch.tensor(G), state, out=w)
     assert w.tolist() == W.tolist()
-    _, after = OPT.update(w, torch.tensor(G), state)  # allowed out of place
+    _, after = OPT.update(w, torch.tensor(G), state)  # allowed if new arrays are returned
     assert (int(after.step), int(after.skipped)) == (1, 0)
 
 

@@ -56,7 +56,7 @@ def test_a_name_that_begins_with_another_is_refused_in_any_order(names):
 
 @pytest.fixture
 def candidates(monkeypatch):
-    """The number of candidates in each search for a hint."""
+    """A list to which each search for a hint appends its number of candidates."""
     counts = []
     close = difflib.get_close_matches
 

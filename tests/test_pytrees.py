@@ -110,7 +110,7 @@ assert lt.Container(a=1).map(lambda x: x + 1).to_dict() == {{"a": 2}}
 """)
 
 
-# Hooks after an import
+# Import hooks
 
 
 @pytest.fixture

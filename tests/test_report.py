@@ -1,4 +1,4 @@
-"""Trust ratios and the table of layers: they agree with the update."""
+"""Trust ratios and the table of layers agree with the update."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_ratio_is_exact_over_the_whole_range_of_exponents(name, options):
 @each_option
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_ratio_reproduces_the_update(dtype, options):
-    """w - lr * ratio * (g + decay * w) in long double is within 1 ulp (4 for float64)."""
+    """The new w is within 1 ulp (4 for float64) of w - lr * ratio * (g + decay * w)."""
     for seed in range(20):
         w, g = pair(dtype=dtype, seed=seed)
         new = lars_update(w, g, 0.3, **options)
@@ -126,7 +126,7 @@ def test_ratios_work_under_jit(options):
 def test_ratios_are_differentiable_without_stop_gradients():
     jax, torch = need("jax"), need("torch")
     w, g = np.array([3.0, 4.0], np.float32), np.array([0.0, 10.0], np.float32)
-    for stops, expected in ((True, [0, 0]), (False, [0.06, 0.08])):  # w / |w| / |g|
+    for stops, expected in ((True, [0, 0]), (False, [0.06, 0.08])):  # slope w / |w| / |g|
         by_jax = jax.grad(lambda w, g, stops: trust_ratios(w, g, 0.1, stop_gradients=stops))
         assert by_jax(jax.numpy.asarray(w), jax.numpy.asarray(g), stops).tolist() == pytest.approx(
             expected
@@ -305,7 +305,7 @@ def test_rows_are_layers_not_arrays():
 def test_a_rate_with_a_shape_counts_in_the_step():
     w, g = np.array([3.0, 4.0]), np.array([0.0, 5.0])
     (row,) = table_of(w, g, np.array([7.0, 0.5]))
-    assert row["relative_step"] == pytest.approx(0.5)  # 0.5 * ratio 1 * 5 / 5
+    assert row["relative_step"] == pytest.approx(0.5)  # lr * ratio * |g| / |w|
 
 
 def test_the_table_as_text_and_markdown():
@@ -391,6 +391,6 @@ def test_a_table_of_traced_values_is_refused():
 def test_ratios_do_not_depend_on_the_tree_or_the_rate(seed, options):
     w, g = pair((7,), seed=seed)
     alone = trust_ratios(w, g, 0.1, **options)
-    rate = 0.1 if "trust_clip" in options else 5.0  # the rate bounds clipped ratios
+    rate = 0.1 if "trust_clip" in options else 5.0  # clipping depends on the rate
     nested = trust_ratios({"a": [w, {"b": 2 * w}]}, {"a": [g, {"b": g}]}, rate, **options)
     assert nested["a"][0] == alone

@@ -39,7 +39,7 @@ schedules = st.one_of(
 
 
 def test_the_schedule_of_the_paper():
-    """Linear from 0 over the warm-up, then peak * (1 - t)**2."""
+    """The rate rises linearly from 0 during the warm-up, and then is peak * (1 - t)**2."""
     schedule = Polynomial(8.0, total_steps=50, warmup_steps=10)
     expected = [8 * s / 10 if s <= 10 else 8 * (1 - (s - 10) / 40) ** 2 for s in range(51)]
     assert [schedule(s) for s in range(51)] == pytest.approx(expected, rel=1e-14)
@@ -171,7 +171,7 @@ STEPS = (-1.5, 0.5, 3.0, 6.75, 7.0, 20.5, 60.25, 99.5, 1000.0, math.inf)
 
 @pytest.mark.parametrize("schedule", EACH, ids=repr)
 def test_a_fractional_step_has_one_rate_in_every_library(schedule):
-    """The step is eager or traced."""
+    """The step may be concrete or traced."""
     jax, torch = need("jax"), need("torch")
     expected = [schedule(step) for step in STEPS]
     assert all(isinstance(rate, float) for rate in expected)
@@ -179,7 +179,7 @@ def test_a_fractional_step_has_one_rate_in_every_library(schedule):
         assert [schedule(make(step)) for step in STEPS] == pytest.approx(expected, rel=1e-3)
     near = pytest.approx(expected, rel=1e-5, abs=1e-6)
     for dtype in ("float32", "float16"):
-        steps = np.array(STEPS, dtype)  # exact in each dtype
+        steps = np.array(STEPS, dtype)  # each step is exact in both dtypes
         assert jax.jit(jax.vmap(schedule))(steps).tolist() == near
         rates = lambda step: torch.as_tensor(schedule(step), dtype=torch.float32)  # noqa: E731
         assert torch.func.vmap(rates)(torch.from_numpy(steps)).tolist() == near
@@ -200,7 +200,7 @@ def test_whole_numbers_keep_their_bits_as_floats(schedule, step):
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint32", "float16", "bfloat16"])
 def test_small_step_dtypes_do_not_overflow(dtype):
-    """These would overflow: 3 - 20 in an unsigned type, 200 in int8, 70,000 in float16."""
+    """In the step's dtype, 3 - 20 (unsigned), 200 (int8) and 70,000 (float16) would overflow."""
     jax = need("jax")
     for schedule in (Polynomial(10.0, 100, 20, end=1.0), Cosine(2.0, 70_000, 200)):
         step = jax.numpy.asarray(3, dtype)

@@ -44,7 +44,7 @@ class Reader(HTMLParser):
             self.texts.append(data)
 
     def handle_entityref(self, name):
-        raise AssertionError(name)  # the parser passes only unknown entities
+        raise AssertionError(name)  # called only for unknown entities
 
 
 def html_rows(container):

@@ -1,4 +1,4 @@
-"""Signals and forks during an update in place: handlers and children see no difference."""
+"""Updates in place do not replace signal handlers, and processes can fork during an update."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_of_two_signals_within_an_update_both_are_handled(monkeypatch):
     stepped = twin._step_piece
 
     def at_once(*args):
-        deque(map(ctypes.PyDLL(None)["raise"], numbers), 0)  # Python handles them afterwards
+        deque(map(ctypes.PyDLL(None)["raise"], numbers), 0)  # Python runs the handlers later
         return stepped(*args)
 
     monkeypatch.setattr(twin, "_step_piece", at_once)

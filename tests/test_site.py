@@ -55,13 +55,13 @@ def test_every_public_name_is_documented(site):
             if isinstance(value, types.ModuleType):
                 assert value.__name__ in pages
             else:
-                home = getattr(value, "__module__", module_name)  # plain values have no __module__
+                home = getattr(value, "__module__", module_name)  # constants have no __module__
                 assert {f"{module_name}.{name}", f"{home}.{name}"} & ids, name
             assert re.search(rf">{name}<", text), f"{name} is not on the page of {module_name}"
 
 
 def test_the_pages_load_nothing_remote(site):
-    """Links may lead to other sites; what a browser loads by itself is part of the site."""
+    """Links may lead to other sites, but what a browser loads automatically is part of the site."""
     tags = r"<(?:script|img|link|iframe|source|object)\b"
     loads = tags + r"[^>]*?(?:src|href|data)=\"?((?:https?:)?//[^\" >]+)"
     for path in site.rglob("*.html"):
@@ -73,7 +73,7 @@ def test_the_pages_load_nothing_remote(site):
 
 @pytest.fixture
 def copy(tmp_path):
-    """A copy of the sources of the site, which a test may damage."""
+    """A copy of the site's sources that a test may modify."""
     root = tmp_path / "root"
     shutil.copytree(ROOT / "docs", root / "docs")
     shutil.copytree(PACKAGE, root / "lars_tree", ignore=shutil.ignore_patterns("*.so", "*.pyc"))
@@ -87,7 +87,7 @@ def append(path, text):
 
 
 def test_what_mkdocs_warns_about_fails_the_build(copy, tmp_path):
-    """Broken links, a page missing in the navigation, a docstring that cannot be parsed."""
+    """The build fails on broken links, pages missing in the navigation and invalid docstrings."""
     targets = ["no.md", "errors.md#no", "api/lars_tree.md#lars_tree.no", "../LICENSE"]
     links = "".join(f"[a]({target})\n" for target in targets) + "![a](images/no.svg)\n"
     append(copy / "docs" / "rule.md", f"\n{links}")

@@ -1,4 +1,4 @@
-"""lars_tree.testing: the values that the strategies make, and what they shrink to."""
+"""The strategies of lars_tree.testing: which values they generate, and the simplest examples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHRINK = settings(GENERATE, phases=[Phase.generate, Phase.shrink])
 
 
 def found(strategy, condition, settings, seed):
-    """The value that hypothesis finds from one seed, in a list, which is empty if there is none."""
+    """A list with the value that hypothesis finds from this seed, or an empty list."""
     try:
         return [find(strategy, condition, settings=settings, random=Random(seed))]
     except NoSuchExample:
@@ -32,7 +32,7 @@ def found(strategy, condition, settings, seed):
 
 
 def example(strategy, condition=lambda x: True):
-    """Any value that fulfils the condition; an error if hypothesis finds none."""
+    """Any value that fulfils the condition; raises NoSuchExample if hypothesis finds none."""
     for seed in range(3):
         for value in found(strategy, condition, GENERATE, seed):
             return value
@@ -40,14 +40,14 @@ def example(strategy, condition=lambda x: True):
 
 
 def made(strategy, condition):
-    """Whether any of 100 values fulfils the condition."""
+    """Whether any of 100 generated values fulfils the condition."""
     return bool(found(strategy, condition, settings(GENERATE, max_examples=100), 0))
 
 
 def least(strategy, condition=lambda x: True):
     """The simplest value that fulfils the condition.
 
-    Tries three seeds, as hypothesis does not always shrink to the simplest value from one seed.
+    Tries three seeds, because from one seed hypothesis may not shrink to the simplest value.
     """
     values = [x for seed in range(3) for x in found(strategy, condition, SHRINK, seed)]
     return min(values, key=lambda x: len(repr(x)))
@@ -91,7 +91,7 @@ FORMATS = {
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_whole_range_of_each_format_is_covered(name):
-    """There are arrays within each third of the exponent range, and subnormal elements."""
+    """Some arrays are in each third of the exponent range, and some elements are subnormal."""
     if name == "bfloat16":
         need("ml_dtypes")
     smallest, largest = (np.log2(x) for x in FORMATS[name])

@@ -83,7 +83,7 @@ def test_the_worst_element_is_shown():
 @pytest.mark.parametrize("name", FORMATS)
 @given(data=st.data(), steps=st.integers(1, 5))
 def test_an_ulp_is_the_distance_of_neighbours(name, data, steps):
-    """A number and its n-th neighbour, below the next power of two, differ by n ulps."""
+    """A number differs by n ulps from its n-th neighbour, up to the next power of two."""
     ml_dtypes = need("ml_dtypes")
     dtype = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
     bits = np.dtype(f"u{dtype.itemsize}")

@@ -25,7 +25,7 @@ def test_lars_update_keeps_every_law(law, library):
     check_update_laws(lars_update, laws=[law], library=library)
 
 
-# ---- Deliberate mistakes: a correct update of a flat dict, in double, with one fault
+# ---- Deliberate mistakes: updates of a flat dict in double that are correct except for one fault
 
 
 def norm(x):
@@ -209,7 +209,7 @@ IN_PLACE = {"is_the_same_in_place": "it has no out"}
 
 
 def test_the_correct_update_breaks_no_law_and_some_mistakes_only_one():
-    """So it is the mistake that breaks the law, not the rest of the function."""
+    """So the mistake breaks the law, not the rest of the function."""
     quick = settings(QUICK, max_examples=15)
     common = {"nested": False, "dtypes": ["float32"], "settings": quick}
     with np.errstate(all="ignore"):
@@ -291,7 +291,7 @@ def test_excluded_laws_need_a_name_and_a_reason():
     ],
 )
 def test_invalid_arguments_are_refused(arguments, kind, text, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "torch", None)  # as if torch were not installed
     with pytest.raises(kind, match=text):
         check_update_laws(lars_update, **arguments)
 
@@ -327,7 +327,7 @@ CLOSE = [laws.decays_as_in_the_paper, laws.decays_plainly_without_a_gradient]
 
 def test_a_users_own_law():
     def goes_downhill(trial: Trial):
-        """The step is along minus the gradient."""
+        """No element moves in the direction of its gradient."""
         w, dcdw = trial.pair()
         new = trial(w, dcdw, 0.5)
         assert all(((x - new[key]) * dcdw[key] >= 0).all() for key, x in w.items())

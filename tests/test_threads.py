@@ -1,4 +1,4 @@
-"""The number of threads; other threads, forks and float modes during a native call."""
+"""The number of threads; native calls beside other threads, forks and floating-point modes."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_the_environment_gives_the_default():
         assert run(PRINT, LARS_TREE_NUM_THREADS=text) == expected
 
 
-# The lines of /proc/self/cgroup, the files below /sys/fs/cgroup, and the cores that they leave
+# Lines of /proc/self/cgroup, files below /sys/fs/cgroup, and the number of cores that they allow
 GROUPS = {
     "none": ("", {}, 16),
     "v2": ("0::/app", {"app/cpu.max": "300000 100000\n"}, 3),
@@ -151,7 +151,7 @@ def test_without_control_groups_the_affinity_counts(tmp_path, monkeypatch):
 
 @with_kernel
 def test_other_threads_run_during_a_call(monkeypatch):
-    """Only the call lets another thread run, because Python's switch interval is set too long."""
+    """The switch interval is so long that another thread runs only if the call releases the GIL."""
     count, stop, seen = 0, threading.Event(), []
 
     def beside():
@@ -227,7 +227,7 @@ def step():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_can_update():
-    """It can even if another thread held the lock of updates in place during the fork."""
+    """During the fork, another thread may hold the lock for updates in place."""
     code = f"""{STEP}
 lars_tree.set_num_threads(4)
 busy, stop = threading.Event(), threading.Event()

@@ -1,4 +1,4 @@
-"""torch: parameters, autograd, torch.func, multi-tensor operations, version counters."""
+"""Updates of torch tensors: parameters, autograd, torch.func, multi-tensor operations, versions."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_gradients_are_finite_at_zero(zero, decay):
     lars_update(w, g, lr, decay_lambda=beta, stop_gradients=False).sum().backward()
     assert all(torch.isfinite(x.grad).all() for x in (w, g, lr, beta))
     if zero == "w":
-        assert g.grad.tolist() == [-0.1, -0.1]  # ratio 1: plain SGD
+        assert g.grad.tolist() == [-0.1, -0.1]  # the ratio is 1, as in SGD
         assert w.grad.tolist() == pytest.approx([1 - 0.1 * decay] * 2)
 
 
@@ -104,7 +104,7 @@ def test_forward_mode_and_torch_func():
 
 def test_in_place_is_seen_by_autograd():
     w = torch.ones(3, requires_grad=True)
-    loss = (w**2).sum()  # saves w
+    loss = (w**2).sum()  # autograd saves w
     version = w._version
     assert lars_update(w, torch.ones(3), 0.1, out=w) is w
     assert w._version > version
@@ -182,7 +182,7 @@ def test_a_state_dict_is_updated_in_place():
 
 
 def many(wide, leaves, rules, velocities=None):
-    """The new weights by the multi-tensor operations for accelerators, computed in dtype wide."""
+    """The new weights, computed in dtype `wide` by the multi-tensor operations for accelerators."""
     velocities = velocities or [None] * len(leaves)
     news = [
         StepResult(torch.empty_like(w), v) for (w, _), v in zip(leaves, velocities, strict=True)
@@ -228,7 +228,7 @@ def test_multi_tensor_steps_agree_with_separate_steps(options, dtype):
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
 def test_multi_tensor_momentum_agrees_with_double_precision(dtype, nesterov):
-    """The reference is the same operations in double precision."""
+    """The reference values are from the same operations in double precision."""
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, dtype)
     shapes = [(3, 4), (), (5,), (0, 2), (2, 3, 2)]
@@ -257,7 +257,7 @@ def test_multi_tensor_momentum_agrees_with_double_precision(dtype, nesterov):
 @pytest.mark.parametrize("w_exponent", [-140, -60, 0, 60, 125])
 @pytest.mark.parametrize("g_exponent", [-140, -60, 0, 60, 125])
 def test_multi_tensor_steps_cover_the_range_of_float32(w_exponent, g_exponent):
-    """In float32, squares would overflow above 2**64 and underflow to 0 below 2**-75."""
+    """In float32, squares of numbers above 2**64 overflow, and below 2**-75 underflow to 0."""
     w = torch.tensor(np.ldexp([3.0, 4.0], w_exponent), dtype=torch.float32)
     g = torch.tensor(np.ldexp([4.0, 3.0], g_exponent), dtype=torch.float32)
     (new,) = many(torch.float32, [(w, g)], [Rule(0.1)])

@@ -57,7 +57,7 @@ class Halved(nn.Module):
 
 
 def tied():
-    """A kernel that is also the scale of a norm layer."""
+    """A model in which a kernel is also the scale of a norm layer."""
     net = nn.Sequential(nn.Linear(4, 3, bias=False), nn.LayerNorm([3, 4], bias=False))
     net[1].weight = net[0].weight
     return net
@@ -144,7 +144,7 @@ def test_stacked_layers_have_one_axis_more():
     opt = Lars(groups, 0.1)
     sum(p.sum() for p in net.parameters()).backward()
     opt.step()
-    assert net.scale.item() == pytest.approx(0.9)  # excluded: plain SGD
+    assert net.scale.item() == pytest.approx(0.9)  # `scale` is excluded, so SGD updates it
 
 
 def test_a_predicate_replaces_the_usual_rules():
@@ -168,7 +168,7 @@ def test_groups_hold_parameters_or_pairs_with_their_names():
     for optimizer in (Lars, torch.optim.SGD):
         opt = optimizer(groups, lr=0.1)
         net[0].weight.requires_grad_()
-        opt.add_param_group({"params": net[0].weight})  # as frameworks do that unfreeze layers
+        opt.add_param_group({"params": net[0].weight})  # as frameworks that unfreeze layers do
         net[0].weight.requires_grad_(False)
         assert "param_names" not in opt.param_groups[0]
     names = [[name for name, _ in g["params"]] for g in param_groups(net, named=True)]
@@ -205,7 +205,7 @@ def test_unknown_options_and_lazy_parameters_are_refused():
 
 @pytest.fixture(scope="module")
 def group():
-    """A process group with this process only, which does not communicate."""
+    """A fake process group of size 2 that does not communicate; this process is the only one."""
     need("torch.distributed.fsdp")
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -215,7 +215,7 @@ def group():
 
 
 def flatten(net, group, use_orig_params):
-    """Flatten the parameters as FSDP1 does, which would require an accelerator."""
+    """Flatten the parameters as FSDP1 does; FSDP1 itself would require an accelerator."""
     from torch.distributed.fsdp import _flat_param as flat
 
     strategy = flat.HandleShardingStrategy.FULL_SHARD
@@ -259,7 +259,7 @@ def test_parameters_that_fsdp1_flattens_later_are_refused(group, momentum):
 
 
 def test_partitions_of_deepspeed_are_refused(monkeypatch):
-    """As in DeepSpeed: ZeRO-3 marks parameters; stages 1 and 2 make one flat tensor per group."""
+    """DeepSpeed's ZeRO-3 marks parameters; ZeRO-1 and ZeRO-2 flatten each group into one tensor."""
     net = model()
     net[0].weight.ds_id = 0
     with pytest.raises(LarsTreeError, match=r"0.weight: partitioned by DeepSpeed's ZeRO-3"):
@@ -275,6 +275,6 @@ def test_partitions_of_deepspeed_are_refused(monkeypatch):
     with pytest.raises(LarsTreeError, match="flattened by DeepSpeed's ZeRO"):
         opt.step()
     assert torch.equal(opt.param_groups[0]["params"][0], before)
-    opt.param_groups[0]["adapt"] = False  # SGD has no layers
+    opt.param_groups[0]["adapt"] = False  # SGD does not need the layers
     opt.step()
     assert not torch.equal(opt.param_groups[0]["params"][0], before)

@@ -1,4 +1,4 @@
-"""torch.load(weights_only=True) makes Containers, and a crafted file can call nothing else."""
+"""torch.load(weights_only=True) creates Containers, and crafted files cannot call other code."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Called:
 
 
 class Crafted:
-    """An object whose pickle has these values as the result of __reduce__."""
+    """An object whose `__reduce__` returns the given values."""
 
     def __init__(self, *reduced):
         self.reduced = reduced

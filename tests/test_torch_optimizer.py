@@ -71,7 +71,7 @@ def same(xs, ys):
     ids=str,
 )
 def test_each_step_against_the_exact_rule(options, foreach):
-    """The rate is not part of the buffer; it multiplies the buffer in each step."""
+    """The buffer does not contain the rate; each step multiplies the buffer by the rate."""
     defaults = {"trust_coefficient": 0.1, "momentum": 0.9, "eps": 0.0}
     options = {**defaults, **options}
     p = parameter()
@@ -239,7 +239,7 @@ def test_gradients_are_not_modified():
 @FOREACH
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64"])
 def test_parameters_of_all_kinds(dtype, foreach):
-    """0-d, empty, non-contiguous, and without a gradient; compared with double precision."""
+    """Compare 0-d, empty, non-contiguous and gradientless parameters with double precision."""
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, dtype)
     shapes = [(), (0, 3), (4, 6), (5,), (3, 2)]

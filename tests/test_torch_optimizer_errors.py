@@ -118,7 +118,7 @@ def invalid_axis(opt, p):
 
 
 def reshaped_parameter(opt, p):
-    """torch checks the shape of a gradient only when it is assigned."""
+    """torch checks the shape of a gradient only when the gradient is assigned."""
     p.data = torch.ones(7)
 
 
@@ -130,7 +130,7 @@ def shared_memory(opt, p):
     p.data = opt.param_groups[0]["params"][0].data[0, :4]
 
 
-# The argument names of `lars_update`, which must not occur.
+# Error messages must not contain these terms of `lars_update`.
 OTHER_TERMS = re.compile(r"\b(dcdw|w|out|state|velocity|weights|leaf|leaves)\b(?!_)")
 
 

@@ -1,4 +1,4 @@
-"""lars_tree.torch.Lars in frameworks: what they expect of an optimizer, and what they set.
+"""lars_tree.torch.Lars does what Lightning, Accelerate and timm expect of an optimizer.
 
 Lightning and Accelerate are not installed here. The tests make the same calls as the source code of
 these frameworks. The optimizer was also run by hand in both frameworks.
@@ -48,7 +48,7 @@ def test_fused_and_foreach_exclude_each_other_as_in_sgd():
 
 @pytest.mark.parametrize("fused", [None, True])
 def test_a_scaler_calls_step_as_for_sgd(fused):
-    """Accelerate skips the schedule if the scaler did not call `step`."""
+    """Accelerate skips the scheduler's step if the scaler did not call `step`."""
     called = []
     for optimizer in (Lars, torch.optim.SGD):
         p = parameter(dtype=torch.float32)
@@ -176,7 +176,7 @@ def test_a_failed_step_leaves_no_empty_states():
 @FOREACH
 @pytest.mark.parametrize("make", [float, torch.tensor])
 def test_adapt_decayed_adapts_only_groups_with_decay(foreach, make):
-    """As in timm, a group only has to set weight_decay=0."""
+    """As in timm, weight_decay=0 also turns adaptation off in a group."""
     options = {"lr": 0.5, "trust_coefficient": 0.1, "foreach": foreach}
     results = []
     for default, others in (({"adapt": "decayed"}, {}), ({}, {"adapt": False})):
@@ -227,7 +227,7 @@ def test_options_may_be_tensors_of_one_element(foreach):
 @pytest.mark.parametrize("steps", [0, 1])
 @pytest.mark.parametrize(("foreach", "momentum"), [(None, 0.9), (True, 0.9), (True, 0.0)])
 def test_a_gradient_of_another_shape_is_refused(foreach, momentum, steps):
-    """torch checks the shape of a gradient only when it is assigned."""
+    """torch checks the shape of a gradient only when the gradient is assigned."""
     p = torch.nn.Parameter(torch.ones(4))
     p.grad = torch.ones(4)
     opt = Lars([p], momentum=momentum, foreach=foreach)

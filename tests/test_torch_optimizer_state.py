@@ -114,7 +114,7 @@ def test_options_that_a_loaded_state_lacks_keep_their_values():
 
 
 def fused(opt):
-    """Make the step unscale gradients like fused=True, which foreach=True excludes."""
+    """Make the step unscale gradients as with fused=True, which torch forbids with foreach=True."""
     opt._step_supports_amp_scaling = True
     return opt
 
@@ -125,7 +125,7 @@ FUSED = pytest.mark.parametrize("prepare", [fused, lambda opt: opt], ids=["fused
 @FOREACH
 @FUSED
 def test_the_first_step_taken_is_not_dampened(foreach, prepare):
-    """The first step that is taken can follow a step that was skipped or that raised."""
+    """The first step that is taken may come after steps that were skipped or raised."""
     p = parameter()
     opt = prepare(Lars([p], 0.1, dampening=0.5, adapt=False, foreach=foreach))
     scaler = torch.amp.GradScaler("cpu")
@@ -199,7 +199,7 @@ def test_an_axis_may_be_any_index(foreach, make):
 @FUSED
 @pytest.mark.parametrize("unscales", [False, True])
 def test_grad_scaler_scales_are_divided_out_exactly(foreach, prepare, unscales):
-    """Scales are powers of two, so the steps are those of unscaled gradients."""
+    """Scales are powers of two, so the steps have the same bits as without a scaler."""
     results = []
     for scaled in (False, True):
         net = model(dtype=torch.float64)
@@ -238,7 +238,7 @@ def test_grad_scaler_skips_steps_with_infinite_gradients(foreach, prepare, nonfi
 
 
 def test_compiled_steps_are_whole_graphs_that_read_no_values():
-    """With fullgraph=True, a step that has to wait for a value would raise."""
+    """With fullgraph=True, a step that reads the value of a tensor would raise."""
     results = []
     for compiled in (False, True):
         net = model()

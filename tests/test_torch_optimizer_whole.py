@@ -1,6 +1,6 @@
-"""A step of lars_tree.torch.Lars updates all parameters or none, even for mixed kinds.
+"""A step of lars_tree.torch.Lars updates all parameters or none, even if it uses two engines.
 
-Groups with foreach=True stand for parameters on an accelerator: the same engine updates them.
+Groups with foreach=True imitate groups on an accelerator, which the same engine updates.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def test_ctrl_c_interrupts_before_or_after_a_step_of_all_parameters(steps, nativ
 
 
 def failing_at(count, monkeypatch):
-    """Make the multi-tensor operation with this number raise; returns the list of operations."""
+    """Make the `count`-th multi-tensor operation raise. Returns the list of operations called."""
     calls = []
 
     def watched(name, original):
@@ -178,7 +178,7 @@ def test_one_group_may_hold_parameters_of_both_kinds(nonfinite):
 
 
 def test_parameters_are_taken_one_by_one_and_written_at_once(monkeypatch):
-    """foreach=False on an accelerator, to whose memory only torch can write."""
+    """Simulates foreach=False on an accelerator, where only torch can write to memory."""
     monkeypatch.setattr(type(BACKEND), "copied_memory", lambda *args: None)
     params = [OnAccelerator(torch.ones(3)) for _ in range(3)]
     opt = Lars(params, 0.1, foreach=False)
@@ -241,7 +241,7 @@ def test_a_step_that_is_not_finite_is_refused_as_a_whole(index):
 
 
 def test_only_groups_that_ask_for_it_are_checked():
-    """If such a group has a nonfinite result, the step of all groups is skipped."""
+    """If a group with nonfinite="skip" has a nonfinite result, all groups skip the step."""
     for index, moves in {0: False, 2: True}.items():
         params, opt = spoiled(index)
         opt.param_groups[0]["nonfinite"] = "skip"

@@ -1,4 +1,4 @@
-"""`benchmarks.training`, on a few images for one epoch."""
+"""`benchmarks.training` on a few images, mostly for one epoch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run_with(test=0.5, validation=0.5):
 
 
 def results_with(accuracies, further):
-    """Results with these accuracies in percent: by optimizer and batch size; of further seeds."""
+    """Results with accuracies in percent; those in `further` are from further seeds."""
     plan = Plan(batches=tuple(accuracies[next(iter(accuracies))]), further=(8, 9))
     cells = {
         (name, batch): {0: [run_with(x / 100) for x in values]}
@@ -126,7 +126,7 @@ def test_the_rate_is_chosen_by_mean_validation_accuracy():
     }
     assert training.choose(runs) == 1
     assert training.scores(runs) == [10, 20]
-    assert training.choose({2: [run_with()], 1: [run_with()]}) == 1  # the smallest among equals
+    assert training.choose({2: [run_with()], 1: [run_with()]}) == 1  # a tie: the smaller rate
 
 
 @pytest.mark.parametrize("peak", [-4, 0, 5])
@@ -143,7 +143,7 @@ def test_rates_are_added_while_the_best_is_at_the_edge(peak):
     assert not training.at_edge(runs)
     exponents = range(min(-2, peak - 1), max(2, peak + 1) + 1)
     assert sorted(runs) == list(exponents)
-    assert sorted(calls) == [(x, seed) for x in exponents for seed in (0, 1)]  # none twice
+    assert sorted(calls) == [(x, seed) for x in exponents for seed in (0, 1)]  # no run twice
     far_off = training.tune(trained, peak - 9, plan)
     assert training.at_edge(far_off)
     assert len(far_off) == plan.candidates + plan.extra

@@ -47,7 +47,7 @@ DICTS = st.recursive(
 
 
 def assert_same(actual, expected):
-    """The same leaves at the same paths, in the same order, in nodes of the same types."""
+    """Assert the same leaves at the same paths, in the same order, in nodes of the same types."""
     dm_tree.assert_same_structure(actual, expected)
     assert dm_tree.flatten_with_path(actual) == dm_tree.flatten_with_path(expected)
     assert list(structure.walk(actual)) == list(structure.walk(expected))
@@ -145,7 +145,7 @@ def test_keys_named_like_methods_do_not_hide_the_methods():
 
 @given(TREES, st.data())
 def test_a_prefix_broadcasts_as_dm_tree_does(tree, data):
-    """A leaf of the prefix gives its value to all leaves below it."""
+    """Each leaf of the prefix is repeated for all leaves of the tree at or below its path."""
     prefix = data.draw(prefixes_of(tree, st.integers(1, 99)))
     expected = dm_tree.map_structure_up_to(
         prefix, lambda value, part: dm_tree.map_structure(lambda _: value, part), prefix, tree

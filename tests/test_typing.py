@@ -23,7 +23,7 @@ GOOD, WRONG = TESTS / "typing_good.py", TESTS / "typing_wrong.py"
 
 
 def check(*command: str) -> str:
-    """What a checker, a module that can be run, writes of the scripts."""
+    """The output of a type checker, run as a module, for both scripts."""
     need(command[0])
     result = subprocess.run(
         [sys.executable, "-m", *command, str(GOOD), str(WRONG)],
@@ -39,7 +39,7 @@ def check(*command: str) -> str:
 
 def mypy() -> set[tuple[str, int]]:
     cache = f"--cache-dir={ROOT / '.mypy_cache' / 'typing'}"
-    # Neither the configuration of this project nor errors in other files concern a user.
+    # As for a user, ignore the configuration of this project and errors in other files.
     output = check("mypy", "--strict", "--config-file=", "--follow-imports=silent", cache)
     errors = re.findall(r"^(.+):(\d+): error: ", output, re.MULTILINE)
     return {(Path(name).name, int(line)) for name, line in errors}

@@ -103,7 +103,7 @@ def of_a_library_that_writes_itself():
 
 
 def in_chunks():
-    """The results of two leaves are too large to be held; the results of `strided` are held."""
+    """The results for `a` and `b` are too large to be buffered, unlike those for `strided`."""
     w = {"strided": strided(1), **{key: np.ones((40_000, 2))[:, 0] for key in "ab"}}
     return w, lambda: lars_update(w, 1.0, 0.1, out=w)
 
@@ -130,7 +130,7 @@ def _little_room(monkeypatch):
 
 
 def sent_by_a_thread():
-    """Raise an exception in the way that another thread can request it."""
+    """Raise an exception as if another thread had requested it."""
     ident = ctypes.c_ulong(threading.get_ident())
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(KeyboardInterrupt))
 
@@ -140,7 +140,7 @@ def sent_by_the_system():
 
 
 def interrupted_at(number, call, send):
-    """Make a call, interrupted at this moment of `Writes.make`; False if it had fewer moments.
+    """Run `call`, and `send` at signal check `number` of `Writes.make`; False if there are fewer.
 
     Python checks for signals when a function starts, after calls, and when a loop starts again.
     """
@@ -199,7 +199,7 @@ def test_an_exception_at_any_moment_leaves_all_written_or_nothing(case, send):
     "case", [of_strides, of_rates, of_momentum, of_kept_weights, of_two_libraries]
 )
 def test_a_failing_allocation_leaves_all_written_or_nothing(case, monkeypatch):
-    """Only in the call that writes, because elsewhere a failing allocation may crash Python."""
+    """Allocations fail only in the call that writes: elsewhere, a failure may crash Python."""
     testcapi = pytest.importorskip("_testcapi", reason="this Python has no test modules")
     deque, number = writes.deque, 0
 
@@ -228,7 +228,7 @@ def test_a_failing_allocation_leaves_all_written_or_nothing(case, monkeypatch):
 
 
 def test_no_memory_for_one_leaf_leaves_the_others_unchanged(monkeypatch):
-    """The computation of results fails, before anything is written."""
+    """The computation of a result fails before anything is written."""
     trees, call = of_momentum()
     before = contents(trees)
     stepped = twin._step_piece
