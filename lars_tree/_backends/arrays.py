@@ -1,7 +1,7 @@
 """Backends that compute with whole arrays, through a namespace that follows the array API standard.
 
 They serve arrays that the kernel cannot read: traced and sharded JAX arrays, lazy Dask arrays, and
-arrays on accelerators. The formula is `formula.step`.
+arrays on accelerators. The step is `formula.step`.
 """
 
 from __future__ import annotations
@@ -110,10 +110,10 @@ class ArraysBackend(Backend):
 
     @abstractmethod
     def widen(self, x: Any, w: NativeArray) -> NativeArray:
-        """X, an array or a number of the rule, in the dtype in which to compute for w."""
+        """Convert x, an array or a number of the rule, to the dtype in which w is updated."""
 
     def narrow(self, x: NativeArray, w: NativeArray) -> NativeArray:
-        """X converted to the dtype of w."""
+        """Convert x to the dtype of w."""
         return x.astype(w.dtype)
 
     def namespace(self, x: NativeArray) -> Any:
@@ -136,7 +136,7 @@ class ArraysBackend(Backend):
     def _widened(
         self, w: NativeArray, dcdw: NativeArray, rule: Rule
     ) -> tuple[NativeArray, NativeArray, Rule]:
-        """The arguments in the dtype in which to compute, with dcdw in the shape of w."""
+        """The arguments in the dtype in which w is updated, with dcdw in the shape of w."""
         names = (*formula.NUMBERS, *formula.MOMENTUM_NUMBERS)
         values = {name: getattr(rule, name) for name in names}
         numbers: dict[str, Any] = {

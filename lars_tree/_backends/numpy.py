@@ -113,12 +113,12 @@ class NumpyBackend(base.Backend):
 
 
 def as_bits(x: NumpyArray) -> NumpyArray | None:
-    """A view of the bits of bfloat16, which has no buffer; None for any other dtype without one."""
+    """A view of bfloat16, which has no buffer protocol, as uint16; None for any other dtype."""
     return x.view(np.uint16) if base.is_bfloat16(x.dtype) and x.dtype.isnative else None
 
 
 def raw(x: NumpyArray) -> NumpyArray:
-    """A view for `twin.update`: an ndarray, not of a subclass, with bfloat16 as bits."""
+    """A view for `twin.update`: exactly an ndarray, with bfloat16 as bits (uint16)."""
     x = np.asarray(x)
     return x.view(np.uint16) if base.is_bfloat16(x.dtype) else x
 
