@@ -1,8 +1,7 @@
 """The exceptions of the package, and how their messages are built.
 
 All messages have one form: a headline that names the argument, then one line per path with what was
-expected and what was found. This module imports no array library; of arrays, it reads only
-`shape`.
+expected and what was found. This module imports no array library; it reads only `shape` of arrays.
 """
 
 from __future__ import annotations
@@ -193,7 +192,7 @@ class Words(NamedTuple):
     def error(
         self, kind: type[LarsTreeError], argument: str, headline: str, lines: Iterable[Line]
     ) -> LarsTreeError:
-        """Like the function `error`, with the user's names, and for states with the hint."""
+        """Like the function `error`, with the user's names; errors of states also get the hint."""
         exception = error(kind, self.name(argument), headline, lines, self.path)
         if self.hint and argument == "state" and issubclass(kind, (StateError, BackendError)):
             exception.args = (f"{exception}\n  {self.hint}",)

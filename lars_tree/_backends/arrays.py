@@ -1,7 +1,7 @@
 """Backends that compute with whole arrays, through a namespace that follows the array API standard.
 
 They serve arrays that the kernel cannot read: traced and sharded JAX arrays, lazy Dask arrays, and
-arrays on accelerators. The step is `formula.step`.
+arrays on accelerators. `formula.step` computes the step.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class ArraysBackend(Backend):
 
     @abstractmethod
     def widen(self, x: Any, w: NativeArray) -> NativeArray:
-        """Convert x, an array or a number of the rule, to the dtype in which w is updated."""
+        """Convert x, an array or an option, to the dtype in which the step of w is computed."""
 
     def narrow(self, x: NativeArray, w: NativeArray) -> NativeArray:
         """Convert x to the dtype of w."""
@@ -136,7 +136,7 @@ class ArraysBackend(Backend):
     def _widened(
         self, w: NativeArray, dcdw: NativeArray, rule: Rule
     ) -> tuple[NativeArray, NativeArray, Rule]:
-        """The arguments in the dtype in which w is updated, with dcdw in the shape of w."""
+        """The arguments in the dtype in which the step is computed; dcdw gets the shape of w."""
         names = (*formula.NUMBERS, *formula.MOMENTUM_NUMBERS)
         values = {name: getattr(rule, name) for name in names}
         numbers: dict[str, Any] = {

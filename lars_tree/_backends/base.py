@@ -246,7 +246,7 @@ class Backend(ABC):
 
     @abstractmethod
     def choose(self, flag: Any, a: NativeArray, b: NativeArray) -> NativeArray:
-        """Return a if the flag, a result of `all_finite`, is true, else b."""
+        """Return `a` if the flag, a result of `all_finite`, is true, else `b`."""
 
     @abstractmethod
     def write(self, out: NativeArray, x: NativeArray) -> None:

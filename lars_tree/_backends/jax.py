@@ -1,4 +1,4 @@
-"""JAX: the kernel or its twin updates concrete arrays in CPU memory, `jax.numpy` other arrays.
+"""JAX: concrete CPU arrays are updated by the kernel or its twin, other arrays by `jax.numpy`.
 
 The other arrays are traced arrays (jit, grad, vmap, scan), sharded arrays and arrays on
 accelerators. With `jax.numpy`, transformations compose and shardings propagate. If the default
@@ -229,7 +229,7 @@ def _update(leaf: Leaf) -> StepResult:
 
 
 def _axis_fault(varying: frozenset[Any], axes: frozenset[Any], rule: Rule) -> str | None:
-    """Why norms of weights that vary over `varying` cannot be summed over `axes`, or None.
+    """Why norms of weights that vary over `varying` cannot be summed over `axes`; None if they can.
 
     Under `pmap`, `vmap` and `shard_map(check_vma=False)` JAX does not know over which axes weights
     vary.

@@ -30,7 +30,7 @@ from lars_tree._numerics.formula import Rule, is_zero
 
 
 class Caller(NamedTuple):
-    """What depends on the caller: error messages, and how some leaves are updated.
+    """The parts of an update that depend on the caller.
 
     Attributes:
         paths: Returns the path of each leaf.

@@ -242,7 +242,7 @@ class _Part(NamedTuple):
     written: slice
 
     def taken(self) -> Iterable[int]:
-        """The indices of the offered leaves except `rest`; they include leaves that are None."""
+        """The indices of the offered leaves except `rest`, including leaves that are None."""
         offered = range(len(self.columns.ws)) if self.indices is None else self.indices
         if not self.rest:
             return offered

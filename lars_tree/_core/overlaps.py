@@ -42,7 +42,7 @@ def shared(rows: list[Row]) -> Iterator[tuple[Target, Target]]:
 
 
 def _by_device(rows: list[Row]) -> Iterable[list[Row]]:
-    """The leaves with an `out`, grouped by address space; CPU memory is one for all libraries."""
+    """The leaves with an `out`, grouped by address space; all CPU memory is one address space."""
     written = [row for row in rows if row.leaf.out is not None]
     return grouped(written, lambda row: str(row.w.facts.device)).values()
 

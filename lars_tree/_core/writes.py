@@ -9,7 +9,7 @@ computed before.
 Two groups of arrays cannot be written in this call:
 
 * Arrays that only their library can write to: the library may fail or run Python. They are written
-  first; their old values are kept, and restored if anything fails.
+  first; their old values are saved, and restored if anything fails.
 * Arrays whose results would take much memory. They are updated in chunks, in a separate thread,
   where no signal handler runs and to which no other thread can send an exception. If memory runs
   out after the first chunk was written, the update is incomplete; this cannot be prevented.
@@ -67,7 +67,7 @@ class Writes:
             self.announce(backend, [out])
 
     def result(self, leaf: Leaf, new: StepResult) -> StepResult:
-        """If the leaf has an `out`, add copies of the results to it; return the final arrays."""
+        """If the leaf has an `out`, add copies of the results; return the final arrays."""
         if leaf.out is None:
             return new
         self.add(leaf.backend, leaf.out, new.w)
@@ -138,7 +138,7 @@ class Writes:
     def _at_once(self, last: list[Call]) -> Call:
         """A call that makes all writes to CPU memory, then the calls in `last`, without Python."""
         calls: list[Call] = []
-        if self.plan is not None:  # first, because it may raise before its first write
+        if self.plan is not None:  # first, because no other call may raise
             calls = [self.plan.step if self.norms is None else partial(self.plan.apply, self.norms)]
         calls += (partial(setitem, target, ..., values) for target, values in self._copies)
         return partial(deque, map(_call, [*calls, *self._last, *last]), 0)

@@ -21,7 +21,7 @@ With momentum, u is added to a velocity v, which updates the weights (`increment
             w - lr_after_momentum * (u + momentum * v_new)      with nesterov
 
 This module knows neither trees nor array libraries. `_native/kernel.hpp` implements the rule again
-for CPU memory. `tests/test_numbers.py` compares both with `tests/reference.py`, which is an
+for CPU memory. `tests/test_numbers.py` compares both implementations with `tests/reference.py`, an
 independent implementation in mpmath.
 """
 
@@ -158,7 +158,7 @@ class Ops(Protocol):
         """Elementwise, x where it is finite, otherwise `other`."""
 
     def like(self, number: Any, x: Any) -> Any:
-        """A number as an array of the type of x; an array unchanged."""
+        """Convert a number to an array of the type of x; return an array unchanged."""
 
     def maximum(self, a: Any, b: Any) -> Any:
         """The elementwise maximum of two arrays, or of an array and a number."""
@@ -178,11 +178,10 @@ class Norm(NamedTuple):
 def step(ops: Ops, w: Any, dcdw: Any, rule: Rule, velocity: Any = None) -> tuple[Any, Any]:
     """The weights and the velocity (None if there is none) after a step, in the precision of w.
 
-    The step is valid over the whole range of exponents: norms are computed from
-    arrays that are scaled by powers of two to be near 1, so that no square overflows or vanishes.
-    The rule allows this: if w is divided by a, dcdw and eps by b, and decay_lambda is multiplied by
-    a / b, then the gradient term of u is divided by a, like w, and the decay coefficient does not
-    change.
+    The step is valid over the whole range of exponents: arrays are scaled by powers of two, so that
+    their largest elements are near 1 and no norm overflows or vanishes. The rule allows this: if w
+    is divided by a, dcdw and eps by b, and decay_lambda is multiplied by a / b, then the gradient
+    term of u is divided by a, like w, and the decay coefficient does not change.
     """
     dcdw, rule = joint(ops, w, dcdw, rule)
     decays = not is_zero(rule.decay_lambda)

@@ -1,7 +1,7 @@
 """The norms of arrays in CPU memory, for `twin.py`; the arrays are read in pieces.
 
-Squares are added by the same operations in the same order as in `_native/kernel.hpp`, so both give
-the same bits; `tests/test_native.py` compares them.
+Squares are added by the same operations in the same order as in `_native/kernel.hpp`, so the
+norms have the same bits; `tests/test_native.py` compares them.
 """
 
 from __future__ import annotations

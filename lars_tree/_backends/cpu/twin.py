@@ -1,10 +1,10 @@
-"""The twin of the native engine: the LARS step over numpy views of the CPU memory of any library.
+"""The twin of the native engine: the LARS step in numpy, for arrays of any library in CPU memory.
 
 The twin updates the arrays that the kernel does not support (strided, of another byte order, long
 double, learning rates with a shape), and all arrays if the kernel was not built. Layers that the
-kernel supports are passed on to it. Twin and kernel give the same bits: `_native/kernel.hpp`
-describes the arithmetic, and the twin does the same operations in the same order, first for the
-norms (`norms.py`), then for the step.
+kernel supports are passed on to it. The twin and the kernel give the same bits:
+`_native/kernel.hpp` describes the arithmetic, and the twin does the same operations in the same
+order, first for the norms (`norms.py`), then for the step.
 
 Every product and sum is computed in double (long double for long double arrays) and rounded once to
 the dtype of the weights. Leaves are read in chunks, so temporary memory does not grow with their
@@ -198,7 +198,7 @@ def _clipping(norms: Norms, rule: Rule) -> tuple[Rule, Callable[[Array], Array] 
     if not rule.adapt or norms.w == 0 or norms.dcdw == 0:
         return rule, None
     ratio = _to_double_double(norms.trust_ratio(rule))
-    if ratio.high and ratio.exponent < -900:  # as a double, ratio may be 0 or inexact
+    if ratio.high and ratio.exponent < -900:  # as a double, the ratio may be 0 or inexact
         return rule, lambda rates: np.minimum(np.ldexp(rates, -ratio.exponent) / ratio.high, 1)
     return rule._replace(adapt=False), lambda rates: np.minimum(rates, float(ratio))
 

@@ -1,4 +1,4 @@
-"""torch: the native engine updates CPU tensors, multi-tensor operations those on accelerators.
+"""torch: CPU tensors use the native engine, accelerator tensors use multi-tensor operations.
 
 Dense CPU tensors that need no autograd graph are updated by the kernel, or through numpy views of
 their memory if the kernel does not support them. Tensors on an accelerator are updated many at a

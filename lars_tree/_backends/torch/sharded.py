@@ -229,7 +229,7 @@ def add_up(rows: Tensor, parts: Iterable[tuple[int, list[Any]]]) -> None:
 
 
 def _squares(given: list[tensors.Layer]) -> Tensor:
-    """The squared norms in a tensor with axes for the layer, w or dcdw, and the scale."""
+    """A tensor of squared norms; its axes are the layer, the array (w or dcdw), and the scale."""
     device = given[0].w.device if given else None
     table = torch.zeros(len(given), 2, len(SCALES), dtype=torch.float64, device=device)
     ops = tensors.TensorsOps(torch)

@@ -171,7 +171,7 @@ _ROW, _COLUMNS = 8, 6
 
 
 def _squares(rows: NumpyArray) -> NumpyArray:
-    """The squared norms in an array with axes for the layer, w or dcdw, and the scale."""
+    """The squared norms; their axes are the layer, the array (w or dcdw), and the scale."""
     high, exponent = (rows[:, i:_COLUMNS:3, None] for i in (0, 2))
     with np.errstate(all="ignore"):
         scaled = np.ldexp(high, (exponent + _EXPONENTS).astype(np.intc))

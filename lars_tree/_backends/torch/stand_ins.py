@@ -18,7 +18,7 @@ TENSOR_TYPES = (Tensor, torch.nn.Parameter)  # subclasses may wrap other tensors
 
 
 def is_intercepted() -> bool:
-    """Whether operations are traced or intercepted, so that memory must not be used directly."""
+    """Whether operations are traced or intercepted, so memory must not be accessed directly."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return bool(traced or torch._C._len_torch_dispatch_stack())
 
@@ -31,7 +31,7 @@ def is_functorch(x: Tensor) -> bool:
 
 
 def stand_in_fault(x: Tensor) -> str | None:
-    """Why x cannot be used, such as a stand-in outside of its mode, transform or trace.
+    """Why x cannot be used: for example, it is a stand-in outside of its mode or transform.
 
     None if x can be used. Inside its mode, transform or trace, a stand-in is used like any tensor.
     """

@@ -206,7 +206,7 @@ def measure_leaves(leaves: list[Leaf]) -> list[Measured]:
 
 
 def of_leaf(measured: list[Measured], rule: Rule) -> Measured:
-    """The measurements of a leaf, given those of its layers: vectors if it has a layer axis."""
+    """Join the measurements of the layers of a leaf: vectors if the leaf has a layer axis."""
     if rule.layer_axis is None:
         return measured[0]
     return Measured(*(torch.stack(numbers) for numbers in zip(*measured, strict=True)))
