@@ -122,7 +122,7 @@ class ArraysBackend(Backend):
     def step(
         self, w: NativeArray, dcdw: NativeArray, rule: Rule, velocity: NativeArray | None = None
     ) -> StepResult:
-        """The new weights in the dtype of w, and the new velocity in the dtype of the old one."""
+        """The new weights in the dtype of w, and the new velocity in the dtype of `velocity`."""
         if 0 in w.shape:
             return StepResult(self.copy(w, rule.stop_gradients), velocity)
         wide = None if velocity is None else self.widen(velocity, w)

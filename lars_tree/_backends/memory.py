@@ -107,7 +107,7 @@ _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE
 def _madvise() -> Callable[[int, int, int], int] | None:
     if sys.platform != "linux":
         return None
-    import ctypes  # here, as it is needed only for memory of other libraries
+    import ctypes  # imported late: needed only for memory of other libraries
 
     function = ctypes.CDLL(None).madvise
     function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)

@@ -113,7 +113,7 @@ class NumpyBackend(base.Backend):
 
 
 def as_bits(x: NumpyArray) -> NumpyArray | None:
-    """A view of bfloat16, which has no buffer protocol, as uint16; None for any other dtype."""
+    """A uint16 view of a bfloat16 array, which has no buffer; None for any other dtype."""
     return x.view(np.uint16) if base.is_bfloat16(x.dtype) and x.dtype.isnative else None
 
 
@@ -123,7 +123,7 @@ def raw(x: NumpyArray) -> NumpyArray:
     return x.view(np.uint16) if base.is_bfloat16(x.dtype) else x
 
 
-# _MAKER does not support memory maps, as `np.empty_like` cannot create one.
+# _MAKER does not support memory maps, because `np.empty_like` cannot create them.
 _READER = _native.reader((np.ndarray, np.memmap), Rule._fields, as_bits=as_bits)
 _MAKER = _native.reader(
     (np.ndarray,), Rule._fields, make=np.empty_like, copy=np.copy, as_bits=as_bits

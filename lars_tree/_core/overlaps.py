@@ -69,7 +69,7 @@ def detach_inputs(rows: list[Row]) -> list[Leaf]:
 def _overwritten(group: list[Row]) -> Iterator[tuple[Leaf, str]]:
     """The inputs that another leaf overwrites, or that their own leaf overwrites in another order.
 
-    Yields the leaf, and the name of the field of `Leaf` that holds the input.
+    Yields the leaf, and the name of the field of `Leaf` that contains the input.
     """
     written = [(x, x.array.memory) for x in targets(group) if x.array.memory is not None]
     readers: dict[Operand, list[tuple[Leaf, str]]] = {}

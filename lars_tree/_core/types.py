@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     )
 else:  # `typing.get_type_hints` would look for the name in the modules that use it
     PerLeaf = Value | Mapping[Any, Any] | ListLike[Any]
-# The type that mypy infers for a dict that has both numbers and dicts as values.
+# The type that mypy infers for a dict whose values are numbers and dicts.
 MixedDict: TypeAlias = dict[str, object]
 
 Number: TypeAlias = SupportsFloat | AnyArray

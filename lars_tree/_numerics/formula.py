@@ -1,4 +1,4 @@
-"""The LARS formula for one array, the only implementation of it in Python.
+"""The LARS formula for one array; this is its only implementation in Python.
 
     ratio = trust_coefficient * |w| / (|g| + decay_lambda * |w| + eps),   g = dcdw / grad_scale
     u     = lr * ratio * (g + decay_lambda * w)

@@ -127,7 +127,7 @@ def _update_layer(arrays: dict[str, Array], rule: Rule) -> None:
             local = [x if x is None else rates * x for x in coefficients]
         new = _step_piece(read, local, exponent, rule)
         if may_overflow and not all(np.isfinite(x).all() for x in new.values()):
-            # The step may overflow even if the new weight is finite, so compute a quarter of both.
+            # The step may overflow even if the new weight is finite: compute with all terms / 4.
             smaller = {name: x if name == "dcdw" else x / 4 for name, x in read.items()}
             quarter = _step_piece(smaller, local, exponent - 2, rule)
             new = {name: np.where(np.isfinite(x), x, 4 * quarter[name]) for name, x in new.items()}
