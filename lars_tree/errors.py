@@ -1,7 +1,7 @@
 """The exceptions of the package, and how their messages are built.
 
 All messages have one form: a headline that names the argument, then one line per path with what was
-expected and what was found. This module knows no array library, and of arrays only `shape`.
+expected and what was found. This module imports no array library; it reads only `shape` of arrays.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class StructureError(LarsTreeError, ValueError):
 
 
 class LeafError(LarsTreeError, TypeError):
-    """A leaf is not an array, or an array that cannot be computed with."""
+    """A leaf is not an array, or is an unsupported array, such as a sparse or freed one."""
 
 
 class ShapeError(LarsTreeError, ValueError):
-    """An array does not broadcast to the shape of its weights."""
+    """The shape of an array does not match, or does not broadcast to, the shape of its weights."""
 
 
 class DtypeError(LarsTreeError, TypeError):
@@ -89,7 +89,7 @@ class FileError(LarsTreeError, ValueError):
 
 
 class PathKeyError(LarsTreeError, KeyError):
-    """A Container has nothing at a path, or cannot be written there."""
+    """A Container has no item at a path, or cannot store an item there."""
 
     def __str__(self) -> str:  # a KeyError shows the repr of its message
         return str(self.args[0])
@@ -160,7 +160,7 @@ def message(
     lines: Sequence[Line],
     shown: Callable[[Path], str] = path_string,
 ) -> str:
-    """The headline and one line per path; after MOST_LINES paths a count of the rest."""
+    """The headline and one line per path, up to MOST_LINES; then the number of further paths."""
     first = [f"\n  {shown(path) or argument}: {text}" for path, text in lines[:MOST_LINES]]
     rest = len(lines) - len(first)
     return headline + "".join(first) + (f"\n  and {rest} more" if rest else "")
@@ -182,7 +182,7 @@ class Words(NamedTuple):
     velocity: str = "velocity"
     options: Mapping[str, str] = MappingProxyType({})  # only options renamed for the user
     path: Callable[[Path], str] = path_string
-    hint: str = ""  # what to do if the state belongs to other weights
+    hint: str = ""  # what to do if the state does not match the weights
 
     def name(self, argument: str) -> str:
         """The user's name of an argument or option."""
@@ -192,7 +192,7 @@ class Words(NamedTuple):
     def error(
         self, kind: type[LarsTreeError], argument: str, headline: str, lines: Iterable[Line]
     ) -> LarsTreeError:
-        """As the function `error`, with these names; with the hint if the state is at fault."""
+        """Like the function `error`, with the user's names; errors of states also get the hint."""
         exception = error(kind, self.name(argument), headline, lines, self.path)
         if self.hint and argument == "state" and issubclass(kind, (StateError, BackendError)):
             exception.args = (f"{exception}\n  {self.hint}",)
@@ -258,7 +258,7 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
 
 
 def enumerated(words: Iterable[Any], most: int = 5, shown: Callable[[Any], str] = str) -> str:
-    """The words separated by commas; after `most` words a count of the rest."""
+    """Up to `most` words separated by commas; then the number of further words."""
     words = list(words)
     rest = len(words) - most
     return ", ".join(map(shown, words[:most])) + (f" and {rest} more" if rest > 0 else "")

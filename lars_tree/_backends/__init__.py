@@ -3,7 +3,8 @@
 Libraries are only looked up in `sys.modules`, so this package never imports a library that the user
 did not import. The real type of an object is used, not `__class__`: C code may crash on an object
 with a false `__class__`. To add a library, add a module with a `BACKEND`, a row to `_TABLE` and a
-row in `tests/conftest.py`. A library that follows the array API standard needs only the last.
+row in `tests/conftest.py`. A library that follows the array API standard needs only the row in
+`tests/conftest.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _TABLE = [
     ("cupy", "ndarray", "standard"),
 ]
 
-# By class. `_CACHE` keeps classes alive, so it has only those that their module keeps alive anyway.
+# Backends by class. `_CACHE` keeps its classes alive, so it has only classes that their modules
+# keep alive anyway.
 _CACHE: dict[type, Backend | None] = {type(None): None}
 _CACHE_OF_OTHERS: WeakKeyDictionary[type, Backend | None] = WeakKeyDictionary()
 

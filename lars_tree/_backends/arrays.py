@@ -1,7 +1,7 @@
 """Backends that compute with whole arrays, through a namespace that follows the array API standard.
 
 They serve arrays that the kernel cannot read: traced and sharded JAX arrays, lazy Dask arrays, and
-arrays on accelerators. The formula is `formula.step`.
+arrays on accelerators. `formula.step` computes the step.
 """
 
 from __future__ import annotations
@@ -110,10 +110,10 @@ class ArraysBackend(Backend):
 
     @abstractmethod
     def widen(self, x: Any, w: NativeArray) -> NativeArray:
-        """X, an array or a number of the rule, in the dtype in which to compute for w."""
+        """Convert x, an array or an option, to the dtype in which the step of w is computed."""
 
     def narrow(self, x: NativeArray, w: NativeArray) -> NativeArray:
-        """X converted to the dtype of w."""
+        """Convert x to the dtype of w."""
         return x.astype(w.dtype)
 
     def namespace(self, x: NativeArray) -> Any:
@@ -122,7 +122,7 @@ class ArraysBackend(Backend):
     def step(
         self, w: NativeArray, dcdw: NativeArray, rule: Rule, velocity: NativeArray | None = None
     ) -> StepResult:
-        """The new weights in the dtype of w, and the new velocity in the dtype of the old one."""
+        """The new weights in the dtype of w, and the new velocity in the dtype of `velocity`."""
         if 0 in w.shape:
             return StepResult(self.copy(w, rule.stop_gradients), velocity)
         wide = None if velocity is None else self.widen(velocity, w)
@@ -136,7 +136,7 @@ class ArraysBackend(Backend):
     def _widened(
         self, w: NativeArray, dcdw: NativeArray, rule: Rule
     ) -> tuple[NativeArray, NativeArray, Rule]:
-        """The arguments in the dtype in which to compute, with dcdw in the shape of w."""
+        """The arguments in the dtype in which the step is computed; dcdw gets the shape of w."""
         names = (*formula.NUMBERS, *formula.MOMENTUM_NUMBERS)
         values = {name: getattr(rule, name) for name in names}
         numbers: dict[str, Any] = {

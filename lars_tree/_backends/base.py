@@ -1,11 +1,11 @@
 """The interface of an array library, with defaults that most libraries share.
 
-The types that hold the arrays of an update, in the order of their use:
+The types for the arrays of an update, in the order of their use:
 
     Columns    the arguments of all leaves, one list per argument, unchecked
     Operand    one array with the facts that its library reports, for checks (`_core/operands.py`)
     Leaf       the checked arguments of the step of one leaf
-    Engine     computes the step of some leaves in place, if the caller chooses it
+    Engine     updates some leaves in place, if the caller chooses an engine for them
 """
 
 from __future__ import annotations
@@ -117,20 +117,20 @@ class StepResult(NamedTuple):
 
 
 class StepResults(NamedTuple):
-    """The new arrays of an update that is not in place; None until a leaf is computed."""
+    """The new arrays of an update that is not in place; an item is None until it is computed."""
 
     ws: list[Any]
     velocities: list[Any] | None
 
 
 class Engine(Protocol):
-    """Updates the leaves with these indices in place, if the caller chooses it."""
+    """An engine that the caller chooses for the leaves at `indices`, to update them in place."""
 
     @property
     def indices(self) -> Collection[int]: ...
 
     def trusted(self, leaves: list[Leaf]) -> list[Leaf]:
-        """The leaves, of all given, that passed a cheap pre-check and need no full check."""
+        """The given leaves that pass a cheap pre-check, so that they need no full check."""
 
     def results(self, leaves: list[Leaf]) -> Iterable[tuple[NativeArray, NativeArray]]:
         """Pairs of an array to write to and its new values; writes nothing itself."""
@@ -139,8 +139,9 @@ class Engine(Protocol):
 class Shards(Protocol):
     """The shards of this process, as layers of a plan.
 
-    First, leaves are taken; then `reduce` completes the norms of the plan, and the plan is applied.
-    All processes must take the same leaves, and call `reduce` and `agree` in the same order.
+    `trust` and `take` add leaves to the plan. Then `reduce` completes the norms of the plan, and
+    the plan is applied. All processes must add the same leaves, and call `reduce` and `agree` in
+    the same order.
 
     Attributes:
         results: The results by leaf index.
@@ -155,19 +156,19 @@ class Shards(Protocol):
         """The leaf index of each row of the plan."""
 
     def trust(self, leaves: list[Leaf]) -> list[Leaf]:
-        """Take the unchecked leaves that pass a cheap pre-check, and return them."""
+        """Add the unchecked leaves that pass a cheap pre-check to the plan, and return them."""
 
     def take(self, leaves: list[Leaf]) -> None:
-        """Take all checked leaves that a plan can update."""
+        """Add all checked leaves that a plan can update."""
 
     def reduce(self, norms: bytearray) -> None:
         """Replace the norms of shards by the norms of whole layers."""
 
     def agree(self, bad: set[int]) -> set[int]:
-        """The leaf indices that are bad in any process, given those bad in this one."""
+        """The leaf indices that are in `bad` in any process."""
 
     def announce(self) -> None:
-        """Like `Backend.announce`, for the arrays of the leaves that were taken."""
+        """Like `Backend.announce`, for the arrays of the leaves that were added."""
 
 
 class Writes(Protocol):
@@ -226,13 +227,13 @@ class Backend(ABC):
 
     @abstractmethod
     def measure(self, leaves: list[Leaf]) -> list[Measured]:
-        """The norms and ratios of the steps, computed by the code and on the device of `update`.
+        """The norms and ratios of the steps, computed by the code of `update` on the same device.
 
-        Each is 0-d, or a vector if the leaf has a layer axis. Every leaf has a gradient.
+        Each number is 0-d, or a vector if the leaf has a layer axis. Every leaf has a gradient.
         """
 
     def numbers(self, rows: NumpyArray, ws: list[NativeArray]) -> list[Measured]:
-        """The measurements of the native engine, which has one row for each array of weights."""
+        """Convert the measurements of the native engine: one row for each array of weights."""
         return list(map(Measured._make, rows))
 
     def fetch(self, xs: list[NativeArray]) -> list[NumpyArray]:
@@ -241,11 +242,11 @@ class Backend(ABC):
 
     @abstractmethod
     def all_finite(self, xs: list[NativeArray]) -> Any:
-        """A bool, or a 0-d bool array unless the values are in CPU memory."""
+        """Whether all elements are finite: a bool, or a 0-d bool array."""
 
     @abstractmethod
     def choose(self, flag: Any, a: NativeArray, b: NativeArray) -> NativeArray:
-        """A if the flag, a result of `all_finite`, is true; else b."""
+        """Return `a` if the flag, a result of `all_finite`, is true, else `b`."""
 
     @abstractmethod
     def write(self, out: NativeArray, x: NativeArray) -> None:
@@ -260,7 +261,7 @@ class Backend(ABC):
     ) -> tuple[NumpyArray, NumpyArray] | None:
         """Numpy arrays of one dtype: the memory of `out` and the elements of x.
 
-        None if the library has to copy them itself.
+        None if only the library can copy the elements.
         """
         return None
 
@@ -275,10 +276,10 @@ class Backend(ABC):
         results: StepResults | None,
         indices: list[int] | None,
     ) -> list[int]:
-        """Add the leaves that the native engine supports to its plan; return the other indices.
+        """Add the leaves that the kernel supports to the plan; return the indices of the others.
 
         The arrays are unchecked, and may belong to another library. Without `outs`, new arrays are
-        stored in `results`; without `results` too, the leaves are only measured. Only the leaves
+        stored in `results`; without both, the leaves are only measured. Only the leaves
         at `indices` are considered; None means all.
         """
         return list(range(len(columns.ws))) if indices is None else indices
@@ -321,7 +322,7 @@ class Backend(ABC):
         return counts, [getattr(x, "nbytes", 0) for x in usable]
 
     def axis_fault(self, w: NativeArray, rule: Rule) -> str | None:
-        """What is wrong with the option axis_name for weights w; None if nothing is."""
+        """Why the option axis_name is invalid for weights w; None if it is valid."""
         axes = mesh_axes(rule)
         return f"expected None for an array of {self.name}, got {named(axes)}" if axes else None
 
@@ -334,7 +335,7 @@ class Backend(ABC):
         return flag
 
     def memory(self, x: NativeArray) -> NumpyArray | None:
-        """An array at the addresses of x, which must not be read; None if they are unknown."""
+        """A numpy array at the addresses of x, not to be read; None if they are unknown."""
         return None
 
     def is_tracked(self, x: NativeArray) -> bool:

@@ -21,7 +21,7 @@ class DaskOps(NamespaceOps):
         return bool(x.dtype.kind == "c")
 
 
-_MAX_AXES = 32  # Dask cannot rechunk arrays with more
+_MAX_AXES = 32  # Dask cannot rechunk arrays with more axes
 
 
 class DaskBackend(ArraysBackend):

@@ -1,8 +1,8 @@
-"""JAX: the kernel or its twin updates concrete arrays in CPU memory, `jax.numpy` all others.
+"""JAX: concrete CPU arrays are updated by the kernel or its twin, other arrays by `jax.numpy`.
 
-These are traced arrays (jit, grad, vmap, scan), sharded arrays and arrays on accelerators; with
-`jax.numpy`, transformations compose and shardings propagate. On the CPU they are also updated in
-double, whether or not jax_enable_x64 is set.
+The other arrays are traced arrays (jit, grad, vmap, scan), sharded arrays and arrays on
+accelerators. With `jax.numpy`, transformations compose and shardings propagate. If the default
+backend is the CPU, `jax.numpy` also computes in double, whether or not jax_enable_x64 is set.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class JaxOps(NamespaceOps):
-    """jax.numpy; inside `shard_map`, sums and maxima are also taken over mesh axes."""
+    """The functions of jax.numpy, with sums and maxima also over mesh axes inside `shard_map`."""
 
     def __init__(self, axes: tuple[Any, ...] = ()) -> None:
         super().__init__(jnp)
@@ -42,7 +42,7 @@ class JaxOps(NamespaceOps):
         return jax.lax.stop_gradient(x)
 
     def upper_half(self, x: jax.Array) -> jax.Array:
-        # No arithmetic here: XLA may change its result by fusing products and sums.
+        # This uses no arithmetic, because XLA may change results by fusing products and sums.
         limits = jnp.finfo(x.dtype)
         return jax.lax.reduce_precision(x, limits.nexp, (limits.nmant + 1) // 2 - 1)
 
@@ -80,7 +80,7 @@ class JaxBackend(ArraysBackend):
         return jax.lax.stop_gradient(x) if stop_gradients else x
 
     def fault(self, x: jax.Array) -> str | None:
-        if not isinstance(x, jax.Array):  # a tracer of something else
+        if not isinstance(x, jax.Array):  # a tracer of a reference
             return "a reference to an array: read it first, as x[...]"
         if x.ndim > base.MAX_AXES:
             return f"an array of {x.ndim} axes, where numpy has {base.MAX_AXES} at most"
@@ -229,7 +229,7 @@ def _update(leaf: Leaf) -> StepResult:
 
 
 def _axis_fault(varying: frozenset[Any], axes: frozenset[Any], rule: Rule) -> str | None:
-    """What is wrong with sums over `axes` for weights that vary over `varying`; None if nothing is.
+    """Why norms of weights that vary over `varying` cannot be summed over `axes`; None if they can.
 
     Under `pmap`, `vmap` and `shard_map(check_vma=False)` JAX does not know over which axes weights
     vary.
@@ -274,7 +274,7 @@ def _in_order(axes: Iterable[Any]) -> tuple[Any, ...]:
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any, w: jax.Array, sharding: Any) -> jax.Array:
-    """Zeros on the devices of w, committed like w; otherwise the next step would be recompiled."""
+    """Zeros on the devices of w, committed if w is; otherwise JAX would recompile the next step."""
     if w.committed:
         return jnp.zeros(shape, dtype, device=sharding)
     with jax.default_device(next(iter(w.devices()))):
@@ -282,7 +282,7 @@ def _zeros(shape: tuple[int, ...], dtype: Any, w: jax.Array, sharding: Any) -> j
 
 
 def _report_dtypes(ws: list[jax.Array]) -> list[Any]:
-    """float64 if x64 is enabled or the weights are double; otherwise JAX would warn of float64."""
+    """float64 if x64 is enabled or w is double, else float32, because JAX would warn of float64."""
     usual = jnp.zeros(()).dtype
     with jax.enable_x64(True):
         return [jnp.promote_types(usual, jnp.finfo(w.dtype).dtype) for w in ws]
@@ -321,7 +321,7 @@ def _as_pair(x: jax.Array | None) -> jax.Array | None:
 
 
 def _sharded_like(x: jax.Array, w: jax.Array) -> jax.Array:
-    """X with the shape and, if known, the sharding of w, which the results must have."""
+    """Give x the shape and, if known, the sharding of w, because the results must have both."""
     x = jnp.broadcast_to(x, w.shape)
     if not _is_traced(x) and not _is_traced(w):
         return jax.device_put(x, w.sharding) if w.committed and x.sharding != w.sharding else x
@@ -330,7 +330,7 @@ def _sharded_like(x: jax.Array, w: jax.Array) -> jax.Array:
         x = _varying_over(x, _in_order(missing))
     ours = jax.typeof(w).sharding
     if jax.typeof(x).sharding == ours or jax.sharding.AxisType.Explicit not in ours.mesh.axis_types:
-        return x  # the compiler chooses
+        return x  # the compiler chooses the sharding
     return jax.sharding.reshard(x, ours)
 
 

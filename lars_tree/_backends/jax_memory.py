@@ -41,7 +41,7 @@ def _cpu_device(sharding: Any) -> Any:
 
 
 def empty_like(x: jax.Array) -> NumpyArray:
-    """New memory for an array; it is aligned if it is long, so that JAX does not copy it."""
+    """New memory of the size of x; it is aligned if it is long, so that JAX does not copy it."""
     size = x.dtype.itemsize * math.prod(x.shape)
     if size < _LONG:
         return np.empty(x.shape, x.dtype)
@@ -58,10 +58,10 @@ def copy(x: jax.Array) -> NumpyArray:
 
 
 def put(xs: list[Any], sharding: Any, committed: bool) -> list[jax.Array]:
-    """Numpy arrays as JAX arrays with this sharding, committed to it if wanted.
+    """Convert numpy arrays to JAX arrays with this sharding, committed to it if `committed`.
 
-    The results may share the memory, so it must not be written to afterwards. One call for many
-    arrays takes half the time of one call for each.
+    The results may share the memory of xs, which must not be written to afterwards. One call for
+    many arrays takes half the time of one call for each.
     """
     (device,) = sharding.device_set
     with jax.enable_x64(True), jax.default_device(device):

@@ -17,7 +17,8 @@ from numpy.lib.array_utils import byte_bounds
 
 NumpyArray = np.ndarray[Any, Any]
 
-# If numpy needs more work to decide whether two interleaved views overlap, assume that they do.
+# If numpy needs more steps than this to decide whether two interleaved views overlap, assume that
+# they do.
 _MAX_WORK: Any = 10_000
 
 READ_ONLY_MAP = "read-only: its memory is mapped read-only"
@@ -47,11 +48,11 @@ def overlapping(
 ) -> Iterator[tuple[int, int]]:
     """Pairs of indices of arrays that share an element.
 
-    With `read`, the first index is one of `written` and the second one of `read`; otherwise both
-    are of `written`, the smaller one first.
+    With `read`, the first index is an index of `written`, and the second is an index of `read`.
+    Without `read`, both are indices of `written`, in ascending order.
     """
     arrays, count = [*written, *(read or [])], len(written)
-    # (end, index) of the previous arrays that end after the start of the current one.
+    # (end, index) of the previous arrays that end after the start of the current array.
     reaching: list[tuple[int, int]] = []
     for start, end, i in sorted((*byte_bounds(x), i) for i, x in enumerate(arrays) if x.size):
         reaching = [(stop, j) for stop, j in reaching if stop > start]
@@ -76,7 +77,7 @@ def span(x: NumpyArray) -> tuple[int, int]:
 
 
 def is_mapped_read_only(address: int, size: int) -> bool:
-    """Whether part of this memory is mapped read-only; always False where it cannot be told."""
+    """Whether part of this memory is mapped read-only; False if this is unknown."""
     maps = Path("/proc/self/maps")
     if not size or _can_be_written(address, size) or not maps.exists():
         return False
@@ -106,7 +107,7 @@ _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE
 def _madvise() -> Callable[[int, int, int], int] | None:
     if sys.platform != "linux":
         return None
-    import ctypes  # here, as it is needed only for memory of other libraries
+    import ctypes  # imported late: needed only for memory of other libraries
 
     function = ctypes.CDLL(None).madvise
     function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -114,7 +115,7 @@ def _madvise() -> Callable[[int, int, int], int] | None:
 
 
 def is_foreign(x: NumpyArray) -> bool:
-    """Whether the memory of x is not numpy's own, so that its writeable flag may be wrong."""
+    """Whether numpy did not allocate the memory of x, so that the flag `writeable` may be wrong."""
     owner: Any = x
     while issubclass(type(owner), np.ndarray):
         owner, array = owner.base, owner

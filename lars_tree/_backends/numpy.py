@@ -113,17 +113,17 @@ class NumpyBackend(base.Backend):
 
 
 def as_bits(x: NumpyArray) -> NumpyArray | None:
-    """A view of the bits of bfloat16, which has no buffer; None for any other dtype without one."""
+    """A uint16 view of a bfloat16 array, which has no buffer; None for any other dtype."""
     return x.view(np.uint16) if base.is_bfloat16(x.dtype) and x.dtype.isnative else None
 
 
 def raw(x: NumpyArray) -> NumpyArray:
-    """A view for `twin.update`: an ndarray, not of a subclass, with bfloat16 as bits."""
+    """A view for `twin.update`: exactly an ndarray, with bfloat16 as bits (uint16)."""
     x = np.asarray(x)
     return x.view(np.uint16) if base.is_bfloat16(x.dtype) else x
 
 
-# _MAKER does not support memory maps, as `np.empty_like` cannot create one.
+# _MAKER does not support memory maps, because `np.empty_like` cannot create them.
 _READER = _native.reader((np.ndarray, np.memmap), Rule._fields, as_bits=as_bits)
 _MAKER = _native.reader(
     (np.ndarray,), Rule._fields, make=np.empty_like, copy=np.copy, as_bits=as_bits

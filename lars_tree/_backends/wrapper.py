@@ -18,7 +18,7 @@ class Wrapper:
 
 
 def is_wrapped(x: Any) -> bool:
-    """Whether x is a wrapper, by its real type: `__class__` may differ."""
+    """Whether the real type of x is a wrapper class; `__class__` may differ."""
     return issubclass(type(x), Wrapper)
 
 
@@ -28,5 +28,5 @@ def unwrap(x: Any) -> Any:
 
 
 def rewrapped(new: Any, old: Any) -> Any:
-    """The new array, in a wrapper if the old one was in one."""
+    """The new array, wrapped if `old` is a wrapper."""
     return old._wrapping(new) if issubclass(type(old), Wrapper) else new

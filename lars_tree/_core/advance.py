@@ -24,8 +24,9 @@ def advance(
 ) -> tuple[T, State]:
     """Return the new weights and the new state; with `out`, both are updated in place.
 
-    The state of an optimizer holds the checked counters "step" and "skipped", and with momentum
-    "velocity", a tree like w. With a state, gradients must have the shapes of their weights.
+    The state of an optimizer has the checked counters "step" and "skipped", and with momentum
+    "velocity", a tree with the structure of w. With a state, gradients must have the shapes of
+    their weights.
     """
     try:
         columns, caller = _matched(w, dcdw, out, options, state)
@@ -96,10 +97,10 @@ def _refuse_extra(argument: str, w: Any, other: Any) -> None:
 def _refuse_new_children(
     w: Any, argument: str, tree: Any, found: list[Any], at: errors.Path = ()
 ) -> None:
-    """Refuse nodes that create new arrays at each reading, because results would be lost there."""
+    """Refuse nodes that create new arrays at each reading: results written there would be lost."""
     again = structure.broadcast(argument, w, tree, exact=True, at=at)
     text = "expected the same array at each reading, got a new one: give a tree that holds arrays"
-    if len(again) != len(found):  # another thread has changed it
+    if len(again) != len(found):  # another thread has changed the tree
         return
     rows = zip(structure.walk(w), found, again, strict=False)
     lines = [((*at, *path), text) for (path, _), x, y in rows if x is not y]

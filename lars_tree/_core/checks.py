@@ -34,7 +34,7 @@ def check(
 ) -> list[Row]:
     """Check the arrays of these leaves, and return the leaves with their operands.
 
-    The error is of the kind of the first fault, and names all leaves that have this fault.
+    The error has the class of the first fault, and names all leaves that have the same fault.
     """
     rows = with_operands(leaves)
     faults = ((row, _fault(row, same_shapes, words)) for row in rows)
@@ -168,7 +168,7 @@ def _sharded(argument: str, ours: Facts, theirs: Facts, words: Words) -> Fault |
 
 
 def _varies(argument: str, w: Operand, x: Operand, words: Words) -> Fault | None:
-    """Check that x does not differ between devices of a `jax.shard_map` with equal weights."""
+    """Check that x is equal on all devices of a `jax.shard_map` that have equal weights."""
     axes = x.varying - w.varying
     if not axes:
         return None
@@ -196,7 +196,7 @@ def _device(facts: Facts) -> str:
 def _broadcasts(argument: str, ours: Facts, theirs: Facts, words: Words) -> Fault | None:
     if ours.shape == theirs.shape:
         return None
-    # numpy.broadcast_shapes takes 32 axes at most.
+    # numpy.broadcast_shapes supports at most 32 axes.
     extra = len(ours.shape) - len(theirs.shape)
     pairs = zip(ours.shape[max(extra, 0) :], theirs.shape, strict=False)
     if extra >= 0 and all(n in (1, most) for most, n in pairs):
@@ -254,7 +254,7 @@ def _mesh_axes(row: Row, words: Words) -> Fault | None:
 
 
 def _readable(row: Row, words: Words) -> Fault | None:
-    """Check that with nonfinite="raise" the values are known, not traced or lazy."""
+    """With nonfinite="raise", check that the values are known, not traced or lazy."""
     if row.leaf.rule.nonfinite != "raise":
         return None
     arrays = (row.w, row.dcdw, *(x for _, x in row.options))

@@ -21,7 +21,7 @@ _MIN_BYTES = 4  # a shorter counter may overflow silently within one training ru
 
 
 def check(state: dict[str, Any], written: bool) -> None:
-    """Check that counters are 0-d integer arrays and, if `written`, writable and not shared."""
+    """Check that counters are 0-d integer arrays; if `written`, also writable and not shared."""
     counters = {name: unwrap(state[name]) for name in NAMES if name in state}
     for name, x in counters.items():
         text = _fault(x)
@@ -53,7 +53,7 @@ def check_apart(
 
 
 def spans(state: dict[str, Any]) -> list[tuple[int, int]]:
-    """The memory ranges of the counters, where they are known."""
+    """The memory ranges of the counters whose memory is known."""
     memories = (Operand(unwrap(state[name])).memory for name in NAMES if name in state)
     found = (span(memory) for memory in memories if memory is not None)
     return [(start, start + size) for start, size in found]

@@ -2,11 +2,11 @@
 
 The phases, with the class or module of each:
 
-prepare     give the native engine the leaves that it supports             `Native`
+prepare     add the leaves that the kernel supports to its plan            `Native`
 check       check all other leaves; nothing has been written yet           `checks`
 overlap     find written memory that another leaf uses, in any engine      `overlaps`
-run         compute and hold the results of the other leaves               `_backends`
-norms       sum the norms of layers whose shards are in many processes     `Native`
+run         compute the results of the other leaves, but do not write them `_backends`
+norms       sum squared norms of sharded layers over the processes         `Native`
 decide      apply or skip the step, by the option `nonfinite`              `nonfinite`
 write       write all arrays, or none                                      `writes`
 """
@@ -30,15 +30,15 @@ from lars_tree._numerics.formula import Rule, is_zero
 
 
 class Caller(NamedTuple):
-    """What depends on the caller: error messages, and how some leaves are updated.
+    """The parts of an update that depend on the caller.
 
     Attributes:
         paths: Returns the path of each leaf.
         refuse_extra: Raises if another argument has an array where w has None.
         same_shapes: Whether gradients must have the shapes of their weights.
         last: C functions to call after all arrays were written, see `Writes.then`.
-        words: What the caller calls the arguments.
-        engine: Updates some of the leaves, which are then not offered to other engines.
+        words: The caller's names for the arguments.
+        engine: An engine for some of the leaves, which are not offered to other engines.
     """
 
     paths: Callable[[], list[errors.Path]]
@@ -54,7 +54,7 @@ class Caller(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The results in leaf order; with an `out`, its arrays.
+    """The results in leaf order. With an `out`, `ws` has the arrays of `out`.
 
     `taken` is whether the step applies: a bool, or a bool array (traced, lazy or on a device).
     """
@@ -113,10 +113,10 @@ def checked(
     indices: list[int] | None = None,
     native: Native | None = None,
 ) -> tuple[list[Row], list[base.Leaf]]:
-    """Check the leaves with these indices (None: all) that hold arrays.
+    """Check the arrays of the leaves with these indices (None means all leaves).
 
-    Returns the rows of the leaves that passed the full check, and the leaves that need none,
-    because they passed a cheap pre-check of the caller's engine or of the native engine.
+    Returns the rows of the leaves that passed the full check, and the leaves that need no full
+    check, because they passed a cheap pre-check of the caller's engine or of the native engine.
     """
     leaves = _leaves(columns, caller, range(len(columns.ws)) if indices is None else indices)
     trusted = [] if caller.engine is None else caller.engine.trusted(leaves)
@@ -130,7 +130,7 @@ def checked(
 
 
 def _leaves(columns: base.Columns, caller: Caller, indices: Iterable[int]) -> list[base.Leaf]:
-    """The leaves that hold arrays, unwrapped; raises if an array is missing where it is needed."""
+    """The leaves whose weights are arrays, unwrapped; raises if another array is missing."""
     rows = [(index, *map(unwrap, columns.row(index))) for index in indices]
     if any(x is None and any(y is not None for y in row) for _, x, *row in rows):
         caller.refuse_extra()
@@ -163,7 +163,7 @@ def _leaves(columns: base.Columns, caller: Caller, indices: Iterable[int]) -> li
 def _needs_velocity(backend: base.Backend, x: Any, rule: Rule, dcdw: Any) -> bool:
     if dcdw is None or is_zero(rule.momentum):
         return False
-    # The facts of faulty weights cannot be read.
+    # `facts` must not be called for weights that have a fault.
     return bool(backend.fault(x)) or backend.facts(x).kind in base.FLOATING
 
 
@@ -178,7 +178,7 @@ def _machine_number(x: complex) -> complex:
 
 
 def _spans(rows: list[Row], counters: Mapping[str, Any]) -> tuple[list[Span], list[Span]]:
-    """The ranges of CPU memory that are written and read by leaves with an `out`."""
+    """The CPU memory ranges that leaves with an `out` (and counters) write, and that they read."""
     rows = [row for row in rows if row.leaf.out is not None]
     written = [x for row in rows for x in (row.out, row.velocity)]
     read = [x for row in rows for x in (row.w, row.dcdw, *(x for _, x in row.options))]
@@ -209,7 +209,7 @@ def _is_guarded(native: Native, steps: list[base.Leaf]) -> bool:
 
 
 def _must_wait(native: Native, others: list[base.Leaf]) -> bool:
-    """Whether values outside CPU memory decide if the native engine may write."""
+    """Whether values outside CPU memory decide whether the native engine may write."""
     steps = [leaf for leaf in others if leaf.dcdw is not None]
     if not _is_guarded(native, steps):
         return False
@@ -277,7 +277,7 @@ def _kept(leaf: base.Leaf, writes: Writes) -> base.StepResult:
 
 
 def _result(native: Native, others: dict[int, base.StepResult], taken: Any) -> Result:
-    """All results in leaf order; those of wrapped weights are wrapped again."""
+    """All results in leaf order; results of wrapped weights are wrapped again."""
     columns = native.columns
     if native.results is None:
         return Result(columns.outs or [], columns.velocities, taken)

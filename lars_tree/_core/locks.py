@@ -6,15 +6,17 @@ Each update is a block:
         ...
 
 A block waits for all earlier blocks of other threads that overlap with it, so no thread starves.
-A nested block counts as being as early as the outermost block of its thread, so that it never
-waits for a block that waits for its own thread; it also waits for later blocks that already run.
+In this order, a nested block has the position of the outermost block of its thread, so that it
+never waits for a block that waits for its own thread. A block also waits for later blocks that
+overlap with it and already run.
 
-No lock protects the registry, because a signal handler could run while its own thread holds that
-lock, and then wait for another thread. Instead each change is one call of a C function, during
+No lock protects the registry: a signal handler could run while its thread holds that lock, and then
+wait for a thread that needs the lock. Instead, each change is one call of a C function, during
 which no handler runs and no exception is raised:
 
-* A block is a lock, held from before it is registered until it ends. It ends in `RLock.__exit__`,
-  and waiting for it is one call that acquires and releases it.
+* A block is a lock that its thread holds from before the registration until the end of the block.
+  A block ends in `RLock.__exit__`. Waiting for a block is one call that acquires and releases the
+  lock.
 * `_blocks` is a dict, which preserves the order of registration. It holds weak references, so a
   block disappears from it when the last strong reference is gone, for whatever reason.
 * `_last` is the end of a linked list of admissions. Only one thread succeeds in appending the next
@@ -42,9 +44,9 @@ _call: Callable[[Callable[[], Any]], Any] = operator.call
 def writing(spans: Callable[[], Spans]) -> _Block:
     """A context manager for an update in place; other updates of the same memory wait for its end.
 
-    Deadlocks are impossible if memory has levels, such as optimizers first and then arrays, so
-    that all memory of one block has one level and a nested block only locks a higher level. Without
-    such an order, deadlocks are possible.
+    To prevent deadlocks, assign levels to memory, such as 1 for optimizers and 2 for arrays. All
+    memory of one block must have the same level, and a nested block must have a higher level than
+    the block around it. Without such levels, deadlocks are possible.
 
     >>> import threading
     >>> def work():
@@ -59,7 +61,7 @@ def writing(spans: Callable[[], Spans]) -> _Block:
     alone
 
     `spans` returns the (start, end) addresses of all memory that is written. It is called at most
-    once, possibly by another thread, and only while two threads are within blocks.
+    once, possibly by another thread, and only while two threads are in blocks.
     """
     block = _Block()
     block.spans = spans
@@ -72,13 +74,13 @@ def of(x: object) -> Spans:
 
 
 class _Block(_RLock):  # type: ignore[misc]
-    """Can be entered once. Its thread holds the lock while the block waits and while it runs."""
+    """A block can be entered once; its thread holds the lock while the block waits and runs."""
 
     __slots__ = ("admitted", "known", "outer", "over", "spans")
 
     spans: Callable[[], Spans]
     known: Spans  # the result of `spans`, sorted, without empty spans
-    outer: _Block | None  # the outermost block of its thread; None for that block itself
+    outer: _Block | None  # the outermost block of its thread; None if it is this block
     admitted: bool  # whether the block runs; only set if another thread was in a block
     over: bool  # whether the block ended; only set if another block still refers to it
 
@@ -107,7 +109,7 @@ class _Block(_RLock):  # type: ignore[misc]
                 return
 
     def _others(self) -> tuple[bool, _Block | None]:
-        """Whether other threads have blocks, and a block that this one must wait for."""
+        """Whether other threads have blocks, and a block that this block must wait for."""
         blocks = _registered()
         indices = {block: index for index, block in enumerate(blocks)}
         others = [block for block in blocks if not block._is_owned()]

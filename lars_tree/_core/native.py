@@ -1,7 +1,7 @@
-"""The native engine in one update: collects the leaves of all libraries that the kernel supports.
+"""The native engine: collects the leaves of an update that the kernel supports, for all libraries.
 
-The kernel reads the arrays of each library through a `Reader`. The leaves that it does not support
-are in `Native.rest`. Nothing is written before `Native.step`.
+The kernel reads the arrays of each library through a `Reader`. The leaves that the kernel does not
+support are in `Native.rest`. Nothing is written before `Native.step`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Span = tuple[int, int]  # a memory range: its start and end address
 
 
 class Native:
-    """The leaves among these columns that the native engine takes.
+    """The leaves of an update that the native engine updates.
 
     Attributes:
-        plan: The layers of these leaves; None without the kernel.
-        results: The results, if they are new arrays.
-        odd: The indices of the leaves that the first library did not take, such as wrapped arrays
-            and arrays of other libraries.
-        rest: The indices of the leaves that no library took.
+        plan: The layers of these leaves; None if the kernel is not in use.
+        results: The new arrays; None if the update is in place or is only measured.
+        odd: The indices of the leaves that could not be added to the plan by the library of the
+            first array: wrapped arrays, arrays of other libraries, and `rest`.
+        rest: The indices of the leaves that are not in the plan.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Native:
         return rest
 
     def _offer_again(self, tried: base.Backend | None) -> None:
-        """Offer unwrapped arrays, and the arrays of other libraries."""
+        """Offer the leaves in `odd`, unwrapped, to the libraries of their weights."""
         bare = _unwrapped(self.columns, self.odd)
 
         def backend_to_try(index: int) -> base.Backend | None:
@@ -88,7 +88,7 @@ class Native:
 
     @property
     def must_be_finite(self) -> bool:
-        """Whether the rule of a leaf forbids infinity and NaN."""
+        """Whether a leaf in the plan has the option nonfinite="raise" or "skip"."""
         return self.plan is not None and self.plan.must_be_finite
 
     def count(self, counter: Any) -> bool:
@@ -126,13 +126,13 @@ class Native:
             backend.announce([counter])
 
     def trust(self, leaves: list[base.Leaf]) -> list[base.Leaf]:
-        """Take the unchecked sharded leaves that pass a cheap pre-check, and return them."""
+        """Add the unchecked sharded leaves that pass a cheap pre-check to the plan; return them."""
         if self._takes_none:
             return []
         return [leaf for shards, group in self._sharded(leaves) for leaf in shards.trust(group)]
 
     def take(self, leaves: list[base.Leaf]) -> dict[int, base.StepResult]:
-        """Take the checked sharded leaves; return the results of all shards by leaf index."""
+        """Add the checked sharded leaves to the plan; return all sharded results by leaf index."""
         for shards, group in self._sharded(leaves):
             shards.take([leaf for leaf in group if leaf.leaf_index not in shards.results])
         return {i: new for shards in self._shards.values() for i, new in shards.results.items()}
@@ -153,7 +153,7 @@ class Native:
             return {}
         indices, rows = self.plan.indices, measured(self.plan)
         if any(is_joint(self.columns.rules[index]) for index in indices):
-            # With a joint norm the plan has no norm of the gradient, so measure that as well.
+            # With `joint_norm`, the plan has no norm of the gradient, so a second plan measures it.
             rules = [rule._replace(joint_norm=False) for rule in self.columns.rules]
             plan = Native(self.columns._replace(rules=rules), measures=True).plan
             rows[:, 1] = measured(plan)[:, 1] if plan is not None else np.nan
@@ -176,7 +176,7 @@ class Native:
         return norms
 
     def nonfinite(self) -> tuple[bytearray | None, dict[int, str] | None]:
-        """The norms, and the option `nonfinite` of each leaf that would be non-finite, by index.
+        """The norms, and the option `nonfinite` of each leaf that would not be finite, by index.
 
         Both are None if there are no layers.
         """
@@ -229,9 +229,10 @@ class Native:
 
 
 class _Part(NamedTuple):
-    """The leaves offered to one library: `indices` (None: all), of which it took all but `rest`.
+    """The leaves that were offered to one library.
 
-    `written` is the slice of `Plan.written` that has the arrays of this library.
+    All leaves at `indices` (None means all leaves) were added to the plan, except `rest`. `written`
+    is the slice of `Plan.written` that has the arrays of this library.
     """
 
     backend: base.Backend
@@ -241,7 +242,7 @@ class _Part(NamedTuple):
     written: slice
 
     def taken(self) -> Iterable[int]:
-        """The indices of the leaves that the library took, including leaves that are None."""
+        """The indices of the offered leaves except `rest`, including leaves that are None."""
         offered = range(len(self.columns.ws)) if self.indices is None else self.indices
         if not self.rest:
             return offered

@@ -18,11 +18,12 @@ def guard(
     words: errors.Words = errors.WORDS,
     native: dict[int, str] | None = None,
 ) -> tuple[dict[int, StepResult], Any]:
-    """Apply the option `nonfinite`: raise, or replace all results by the old values, or neither.
+    """Apply the option `nonfinite`: raise, replace all results by old values, or keep the results.
 
-    `leaves` and `results` exclude the leaves of the native engine. `native` has the option of each
-    leaf for which the native engine would write NaN or infinity; None if the engine has no leaves.
-    Returns the results, and whether the step applies, as in `execute.Result.taken`.
+    `leaves` does not include the leaves of the native engine. `native` maps the index of each leaf
+    for which the native engine would write NaN or infinity to the option `nonfinite` of the leaf;
+    `native` is None if the native engine has no leaves. Returns the results, and whether the step
+    applies, as in `execute.Result.taken`.
     """
     steps = [leaf for leaf in leaves if leaf.dcdw is not None]
 
@@ -51,7 +52,7 @@ def guard(
         values.add(Values.CPU)
     backends = {leaf.backend for leaf in steps}
     if values != {Values.CPU} and len(flags) == 1 and backends == {x.backend for x in watched}:
-        # The flag need not be read: it stays on its device, or traced.
+        # The flag is not read here, so it may be on a device or traced.
         flag = steps[0].backend.on_all_shards(flags[0], steps)
     elif Values.TRACED in values:
         headline = "nonfinite cannot skip: the values are not known yet"

@@ -12,10 +12,10 @@ from lars_tree._core.options import option_name
 
 
 class Operand:
-    """An array with the properties that its backend reports; other objects have no backend."""
+    """An array with the properties that its backend reports; `backend` is None for non-arrays."""
 
     fault: str | None = None
-    # Read only from arrays without a fault:
+    # The backend is asked for these properties only if the array has no fault:
     facts = Facts((), Kind.OTHER, None, None)
     varying: frozenset[Any] = frozenset()
 

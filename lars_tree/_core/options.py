@@ -37,7 +37,7 @@ class SharedOptions(TypedDict, total=False):
 
 
 class Options(SharedOptions, total=False):
-    """The keywords of `lars_update` that come after the published ones."""
+    """The keywords of `lars_update` that `ivy.lars_update` does not have."""
 
     trust_coefficient: Numbers
     eps: Numbers
@@ -50,14 +50,14 @@ class StepOptions(Options, total=False):
     stop_gradients: Flags
 
 
-# The options of `lars_update` without lr.
+# The options of `lars_update` except lr.
 DEFAULTS: dict[str, Any] = {
     name: default
     for name, default in Rule._field_defaults.items()
     if name in StepOptions.__annotations__
 }
 
-# The fields of the rule for the options whose names differ.
+# The options whose names differ from the names of their fields in `Rule`.
 _FIELDS = {"weight_decay": "decay_lambda", "lr": "lr_before_momentum"}
 
 
@@ -66,7 +66,7 @@ def option_name(field: str) -> str:
     return "lr" if field in ("lr_before_momentum", "lr_after_momentum") else field
 
 
-# Names in other packages, with the names in this package.
+# Names in other packages or functions, with the names to suggest.
 CALLED_ELSEWHERE = {
     "weight_decay": "decay_lambda",
     "decay_lambda": "weight_decay",
@@ -229,7 +229,7 @@ def finite_number(x: Any) -> float | None:
 
     Python and numpy numbers, decimals and fractions are numbers; bools and arrays are not.
     """
-    if type(x) is not float:  # usually it is one
+    if type(x) is not float:  # usually x is a float
         kind = type(x)  # x.__class__ may claim another type
         # decimal.Decimal is a Number, but neither Real nor Complex.
         is_real = issubclass(kind, Real) or (
@@ -245,7 +245,7 @@ def finite_number(x: Any) -> float | None:
 
 
 def _rate(value: Any, keep_graph: bool) -> Any:
-    """A float, a numpy array, or an array whose values cannot be read without waiting."""
+    """A float, a numpy array, or the given array if it is not in CPU memory or keeps its graph."""
     number = finite_number(value)
     if number is not None:
         return number
@@ -268,7 +268,7 @@ def _rate(value: Any, keep_graph: bool) -> Any:
 
 
 def _is(value: Any, *classes: type) -> bool:
-    """As isinstance, but for type(value), because `value.__class__` may be another type."""
+    """Like isinstance, but for type(value), because `value.__class__` may be another type."""
     return issubclass(type(value), classes)
 
 
@@ -334,7 +334,7 @@ def _mesh_axes(value: Any, keep_graph: bool) -> frozenset[Any] | None:
 
 
 def _is_axis_name(x: Any) -> bool:
-    """JAX takes any hashable name except None and integers, which would be array axes."""
+    """JAX accepts any hashable name except None and integers, which would be array axes."""
     if isinstance(x, tuple):
         return not x  # () means that no other mesh axis is summed over
     is_other = x is None or isinstance(x, int) or _backends.find(x) is not None
@@ -353,7 +353,7 @@ _CHECKS: dict[str, Callable[[Any, bool], Any]] = {
     **dict.fromkeys(_FLAGS, _flag),
 }
 
-# The defaults by name and type, each with its checked value. In signatures a decay is 0, not 0.0.
+# The defaults by name and type, each with its checked value. In signatures, the default decay is 0.
 _KNOWN: dict[tuple[str, type], tuple[Any, Any]] = {
     (name, type(default)): (default, _CHECKS[name](default, False))
     for name, default in [*DEFAULTS.items(), ("decay_lambda", 0), ("weight_decay", 0)]

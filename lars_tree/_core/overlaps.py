@@ -34,7 +34,7 @@ def shared(rows: list[Row]) -> Iterator[tuple[Target, Target]]:
         known = [(target, memory) for target, memory in memories if memory is not None]
         for i, j in overlapping([memory for _, memory in known]):
             yield known[i][0], known[j][0]
-        # Without addresses, only two uses of the same array object can be found.
+        # If addresses are unknown, only two uses of the same array object can be found.
         first: dict[Operand, Target] = {}
         for target, memory in memories:
             if memory is None and first.setdefault(target.array, target) is not target:
@@ -42,7 +42,7 @@ def shared(rows: list[Row]) -> Iterator[tuple[Target, Target]]:
 
 
 def _by_device(rows: list[Row]) -> Iterable[list[Row]]:
-    """The leaves with an `out`, grouped by address space: one for CPU memory of all libraries."""
+    """The leaves with an `out`, grouped by address space; all CPU memory is one address space."""
     written = [row for row in rows if row.leaf.out is not None]
     return grouped(written, lambda row: str(row.w.facts.device)).values()
 
@@ -50,7 +50,8 @@ def _by_device(rows: list[Row]) -> Iterable[list[Row]]:
 def detach_inputs(rows: list[Row]) -> list[Leaf]:
     """The leaves, with copies of the inputs that would be overwritten before they are read.
 
-    An input that is the memory of the `out` of the same leaf is not copied, as it is read first.
+    An input that has the same elements in memory as the `out` of its leaf is not copied, because
+    each element is read before it is written.
     """
     new = {row.leaf.leaf_index: row.leaf for row in rows}
     for group in _by_device(rows):
@@ -66,9 +67,9 @@ def detach_inputs(rows: list[Row]) -> list[Leaf]:
 
 
 def _overwritten(group: list[Row]) -> Iterator[tuple[Leaf, str]]:
-    """The inputs that another leaf overwrites, or the same leaf in another element order.
+    """The inputs that another leaf overwrites, or that their own leaf overwrites in another order.
 
-    Yields the leaf, and the name of the field of `Leaf` that holds the input.
+    Yields the leaf, and the name of the field of `Leaf` that contains the input.
     """
     written = [(x, x.array.memory) for x in targets(group) if x.array.memory is not None]
     readers: dict[Operand, list[tuple[Leaf, str]]] = {}

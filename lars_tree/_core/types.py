@@ -1,7 +1,7 @@
 """The types of arguments, for type checkers of users' code.
 
-An array of any library is an object with a shape and a dtype, so that no library is imported. A
-`str` has none of these types, except as the name of a mesh axis.
+An array of any library is described as an object with a shape and a dtype, so that no library has
+to be imported. Of the types of options, only those of mesh axes and of `nonfinite` accept a `str`.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class AnyArray(Protocol):
 
 
 class ListLike(Protocol[Child_co]):
-    """A list, tuple or similar, but not a `str`, whose `__contains__` only takes a `str`."""
+    """A list, tuple or similar, but not a `str`: `str.__contains__` accepts only a `str`."""
 
     def __len__(self) -> int: ...
     def __contains__(self, value: object, /) -> bool: ...
     def __getitem__(self, index: SupportsIndex, /) -> Child_co: ...
     def __iter__(self) -> Iterator[Child_co]: ...
-    def index(self, value: Any, /) -> int: ...  # which a dict does not have
+    def index(self, value: Any, /) -> int: ...  # a dict does not have this method
 
 
 # One value for all leaves, or a prefix of the weights, with None where the weights have None.
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     )
 else:  # `typing.get_type_hints` would look for the name in the modules that use it
     PerLeaf = Value | Mapping[Any, Any] | ListLike[Any]
-# The type that mypy infers for a dict that holds both numbers and dicts.
+# The type that mypy infers for a dict whose values are numbers and dicts.
 MixedDict: TypeAlias = dict[str, object]
 
 Number: TypeAlias = SupportsFloat | AnyArray

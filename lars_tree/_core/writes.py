@@ -1,14 +1,15 @@
 """The writes of one update in place: collected first, then made all together or not at all.
 
 Between two instructions, Python may run a signal handler, or raise an exception that another thread
-requested. So CPU memory is written by a single call that executes no Python and allocates nothing:
-`deque` exhausts an iterator that calls C functions. The first is the native kernel, which raises
-before it writes or not at all; the others copy results that were computed before.
+requested. Therefore CPU memory is written by a single call that executes no Python and allocates
+nothing: `deque` exhausts an iterator that calls C functions. The first function is the native
+kernel, which raises only before its first write; the other functions copy results that were
+computed before.
 
-Two kinds of arrays need more:
+Two groups of arrays cannot be written in this call:
 
-* Arrays that only their library can write, as it may fail or run Python. They are written first;
-  their old values are kept, and restored if anything fails.
+* Arrays that only their library can write to: the library may fail or run Python. They are written
+  first; their old values are saved, and restored if anything fails.
 * Arrays whose results would take much memory. They are updated in chunks, in a separate thread,
   where no signal handler runs and to which no other thread can send an exception. If memory runs
   out after the first chunk was written, the update is incomplete; this cannot be prevented.
@@ -38,8 +39,8 @@ Call = Callable[[], Any]
 
 _call: Callable[[Call], Any] = operator.call
 
-# The most bytes of results to hold until they are written. Arrays whose results do not fit, such as
-# memory maps larger than memory, are updated in chunks.
+# The maximum total size, in bytes, of results that wait in memory until they are written. Arrays
+# whose results do not fit, such as memory maps larger than memory, are updated in chunks.
 MAX_HELD = 2**26
 
 
@@ -57,7 +58,7 @@ class Writes:
         self._room = MAX_HELD
 
     def add(self, backend: Backend, out: Any, x: Any) -> None:
-        """Copy x, of the same shape, to `out`."""
+        """Add a copy of x to `out`, which has the same shape."""
         memory = backend.copied_memory(out, x)
         if memory is None:
             self._foreign.setdefault(backend, []).append((out, x))
@@ -66,7 +67,7 @@ class Writes:
             self.announce(backend, [out])
 
     def result(self, leaf: Leaf, new: StepResult) -> StepResult:
-        """Copy the results to the `out` of the leaf, if it has one; return the final arrays."""
+        """If the leaf has an `out`, add copies of the results; return the final arrays."""
         if leaf.out is None:
             return new
         self.add(leaf.backend, leaf.out, new.w)
@@ -75,21 +76,21 @@ class Writes:
         return StepResult(leaf.out, leaf.velocity)
 
     def announce(self, backend: Backend, outs: Iterable[Any]) -> None:
-        """Tell a library that these of its arrays are written to by other code."""
+        """Let `make` tell the library that other code writes to these arrays."""
         self._shared.setdefault(backend, []).extend(outs)
 
     def copy(self, target: NumpyArray, values: NumpyArray) -> None:
         self._copies.append((target, np.asarray(values, target.dtype)))
 
     def holds(self, size: int) -> bool:
-        """Reserve memory for results that are held until they are written, if there is room."""
+        """Reserve memory for results until they are written; return False if there is no room."""
         if size > self._room:
             return False
         self._room -= size
         return True
 
     def step_in_chunks(self, step: Call) -> None:
-        """Add a call that writes while it computes, and only to CPU memory."""
+        """Add a call that computes and writes in chunks, and writes only to CPU memory."""
         self._chunked.append(step)
 
     def then(self, last: Call) -> None:
@@ -137,14 +138,14 @@ class Writes:
     def _at_once(self, last: list[Call]) -> Call:
         """A call that makes all writes to CPU memory, then the calls in `last`, without Python."""
         calls: list[Call] = []
-        if self.plan is not None:  # first, because it raises before it writes or not at all
+        if self.plan is not None:  # first, because no other call may raise
             calls = [self.plan.step if self.norms is None else partial(self.plan.apply, self.norms)]
         calls += (partial(setitem, target, ..., values) for target, values in self._copies)
         return partial(deque, map(_call, [*calls, *self._last, *last]), 0)
 
 
 def _aside(calls: list[Call]) -> None:
-    """Make calls in a new thread, where nothing interrupts them, and wait for it."""
+    """Make calls in a new thread, where nothing interrupts them, and wait for the thread."""
     started, ended = [False], _thread.allocate_lock()
     failures: list[BaseException] = []
 

@@ -1,4 +1,4 @@
-"""The native kernel for CPU memory: `kernel`, or None where it was not built.
+"""The native kernel for CPU memory; `kernel` is None if it was not built or is turned off.
 
 kernel.hpp has the arithmetic, without Python; plan.hpp binds it to Python. Only speed depends on
 the kernel: `_backends/cpu/twin.py` gives the same bits. LARS_TREE_NATIVE=0 in the environment turns

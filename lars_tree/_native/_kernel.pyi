@@ -19,13 +19,13 @@ class Reader:
         """Create a reader.
 
         Args:
-            types: The array types that are supported; subclasses are not.
+            types: The array types that are supported; subclasses are not supported.
             fields: The names of the fields of a rule, which is a tuple.
             make: Returns a new array for the result of the given weights.
             copy: Returns a copy of a velocity; the copy is updated instead of the original.
             tensors: How to read torch tensors, see reader.hpp; None for the buffer protocol.
-            as_bits: Views bfloat16 arrays, which do not have the buffer protocol, as uint16; True
-                if arrays of uint16 are such views already.
+            as_bits: Returns a uint16 view of a bfloat16 array, which does not have the buffer
+                protocol; True if uint16 arrays are such views already.
         """
 
 @final
@@ -50,18 +50,18 @@ class Plan:
         new_velocities: list[Any] | None = None,
         indices: list[int] | None = None,
     ) -> list[int]:
-        """Add the leaves that the kernel supports; return the indices of the others.
+        """Add the leaves that the kernel supports; return the indices of the other leaves.
 
-        Leaves without any array are skipped. With `outs`, weights are written to `outs`, and
-        velocities in place. Without `outs`, new arrays are stored in `new_ws` and `new_velocities`;
-        without these lists too, the plan can only be measured.
+        Leaves without any array are skipped. With `outs`, the new weights are written to `outs`,
+        and velocities are updated in place. Without `outs`, new arrays are stored in `new_ws` and
+        `new_velocities`; if these are None too, the plan can only be measured.
 
         Args:
             reader: Reads the arrays and rules.
             ws: The weights, one item for each leaf.
             dcdws: The gradients, with the shapes of the weights. None leaves the weights unchanged.
             outs: The arrays to write to, or None.
-            rules: The rules.
+            rules: The rules, one item for each leaf.
             velocities: The velocities; None, as the list or an item, means no momentum.
             new_ws: A list of the same length for the new weights.
             new_velocities: A list of the same length for the new velocities.
@@ -69,7 +69,7 @@ class Plan:
         """
 
     def count(self, counter: Any) -> bool:
-        """Increment this int64 array when the plan is applied; False if it is not supported."""
+        """Let the plan increment this int64 array; return False if the array is not supported."""
 
     def overlaps(
         self, written: list[tuple[int, int]] = ..., read: list[tuple[int, int]] = ...
@@ -97,18 +97,18 @@ class Plan:
         """The rows of the layers that would get an infinite or NaN weight or velocity.
 
         Layers whose rule propagates these values are left out. Elements are computed only if the
-        norms, made with bounds=True, do not prove that all results are finite.
+        norms, which must be computed with bounds=True, do not prove that all results are finite.
         """
 
     def apply(self, norms: bytearray) -> None:
         """The second pass: update all layers, given the norms from the first pass."""
 
     def step(self) -> None:
-        """Update all layers, as by `norms` and `apply`."""
+        """Update all layers, like `norms` and then `apply`."""
 
     @property
     def must_be_finite(self) -> bool:
-        """Whether a rule does not propagate infinity and NaN."""
+        """Whether the rule of a layer does not propagate infinity and NaN."""
 
     @property
     def indices(self) -> list[int]:
@@ -141,7 +141,7 @@ def match(
     others: Callable[..., Any],
     /,
 ) -> bool:
-    """Append the value of a prefix for each leaf of a tree; return whether it is a prefix.
+    """Append the value of a prefix for each leaf of a tree; return whether `prefix` is one.
 
     others(node, prefix, found, exact) does the same for nodes that are not walked natively.
     """

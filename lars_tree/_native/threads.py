@@ -18,7 +18,7 @@ def set_num_threads(n: int | None) -> None:
     """Set the number of threads that one update may use; None restores the default.
 
     The default is the environment variable LARS_TREE_NUM_THREADS, or the number of cores that the
-    process may use. Results do not depend on it. Small trees use one thread.
+    process may use. Results do not depend on the number of threads. Small trees use one thread.
 
     >>> set_num_threads(1)
     >>> get_num_threads()

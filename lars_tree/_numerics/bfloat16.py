@@ -14,12 +14,12 @@ NumpyArray = np.ndarray[Any, Any]
 
 
 def decode(bits: NumpyArray) -> NumpyArray:
-    """bfloat16 bits (uint16) as doubles, exactly."""
+    """Convert bfloat16 bits (uint16) to doubles, exactly."""
     return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
 def encode(values: NumpyArray) -> NumpyArray:
-    """Doubles rounded to the nearest bfloat16, ties to even, as bits (uint16)."""
+    """Round doubles to the nearest bfloat16, ties to even; return the bits (uint16)."""
     nearest = values.astype(np.float32)
     bits = nearest.view(np.uint32)
     # Round to odd first: the last bit records inexactness, so the second rounding is correct.

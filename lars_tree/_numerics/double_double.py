@@ -1,7 +1,7 @@
 """Double-double numbers: twice the precision of double, with a separate exponent.
 
-The ratio of two norms of float64 arrays may be out of the range of double although the step is
-not, and in double its rounding error would add to the error of the result, which is a few ulps.
+The ratio of two norms of float64 arrays may be out of the range of double although the step is in
+range, and a ratio rounded to double would increase the error of the result.
 `_native/double_double.hpp` does the same operations in the same order, so both give the same bits.
 """
 
@@ -21,7 +21,7 @@ def two_sum(a: Any, b: Any) -> tuple[Any, Any]:
 
 
 def fast_two_sum(a: Any, b: Any) -> tuple[Any, Any]:
-    """As `two_sum`, for |a| >= |b|."""
+    """Like `two_sum`, for |a| >= |b|."""
     total = a + b
     return total, b - (total - a)
 
@@ -124,7 +124,7 @@ class DoubleDouble:
             return math.inf
 
     def split(self) -> tuple[DoubleDouble, int]:
-        """The number as m * 2**e; e is 0 unless the number is far from 1, and then 1 <= m < 2.
+        """The number as m * 2**e. Near 1, e is 0; far from 1, 1 <= m < 2.
 
         To multiply by the number, scale by 2**e and then multiply by m, so that there is only one
         rounding and the result overflows only if the product does.

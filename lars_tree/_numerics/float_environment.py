@@ -49,7 +49,7 @@ def in_default_floats(function: Callable[P, T]) -> Callable[P, T]:
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         before = ctypes.create_string_buffer(_SIZE)
         get(before)
-        # No signal handler runs between a direct call of a C function and the `try` around it.
+        # `set_` is inside the `try`: the environment is restored even if a signal handler raises.
         try:
             set_(default)
             return function(*args, **kwargs)

@@ -1,15 +1,16 @@
-"""The LARS formula for one array, the only implementation of it in Python.
+"""The LARS formula for one array; this is its only implementation in Python.
 
     ratio = trust_coefficient * |w| / (|g| + decay_lambda * |w| + eps),   g = dcdw / grad_scale
     u     = lr * ratio * (g + decay_lambda * w)
     w_new = w - u
 
-With `joint_norm` the denominator is |g + decay_lambda * w| + eps. The step is then the step without
-decay for the gradient g + decay_lambda * w: see `joint`.
+With `joint_norm` the denominator is |g + decay_lambda * w| + eps. The step then equals a step
+without decay for the gradient g + decay_lambda * w: see `joint`.
 
-u is linear in dcdw and w, with two coefficients that depend on the norms only. `trust_ratio` and
-`coefficients` compute them for any kind of number (float, double-double or array), and `apply_step`
-applies them. `step` calls all three, for libraries that compute with whole arrays.
+u is a linear combination of dcdw and w. Its two coefficients depend on dcdw and w only through
+their norms. `trust_ratio` and `coefficients` compute the coefficients for any type of number
+(float, double-double or array), and `apply_step` applies them. `step` calls all three functions,
+for libraries that compute with whole arrays.
 
 With momentum, u is added to a velocity v, which updates the weights (`increment`,
 `apply_momentum`):
@@ -20,7 +21,7 @@ With momentum, u is added to a velocity v, which updates the weights (`increment
             w - lr_after_momentum * (u + momentum * v_new)      with nesterov
 
 This module knows neither trees nor array libraries. `_native/kernel.hpp` implements the rule again
-for CPU memory. `tests/test_numbers.py` compares both with `tests/reference.py`, which is an
+for CPU memory. `tests/test_numbers.py` compares both implementations with `tests/reference.py`, an
 independent implementation in mpmath.
 """
 
@@ -77,13 +78,13 @@ def trust_ratio(
     """The ratio of the formula; the norms may be None if `adapt` is False.
 
     With `joint_norm`, dcdw_norm is the norm of the joint gradient. `one` is a ratio of 1 in the
-    units of the norms, for callers that scale them. `trust_clip` divides the ratio by the learning
-    rate and, if `clip`, limits it to 1.
+    units of the norms, for callers that scale the norms. `trust_clip` divides the ratio by the
+    learning rate and, if `clip`, limits the quotient to 1.
     """
     if not rule.adapt:
         return one
-    # The ratio is 1 for zero weights, which must be able to train, and for a zero gradient, with
-    # which only decay remains. There the denominator is 1, so that its derivative is not NaN.
+    # The ratio is 1 if the weights are zero, so that they can train, and if the gradient is zero,
+    # so that decay still applies. The denominator is then set to 1: its derivative must not be NaN.
     undefined = (w_norm == 0) | (dcdw_norm == 0)
     denominator = dcdw_norm / rule.grad_scale
     if not rule.joint_norm:
@@ -104,7 +105,7 @@ def coefficients(ratio: Any, rule: Rule) -> tuple[Any, Any]:
 
 
 def is_joint(rule: Rule) -> bool:
-    """Whether the denominator is the norm of a sum, g + decay_lambda * w, and not that of g."""
+    """Whether the denominator uses the norm of g + decay_lambda * w instead of the norm of g."""
     return rule.joint_norm and rule.adapt and not is_zero(rule.decay_lambda)
 
 
@@ -142,7 +143,7 @@ class Ops(Protocol):
         """The 2-norms of w and dcdw; all axes except layer_axis are reduced to length 1."""
 
     def largest(self, x: Any, layer_axis: int | None) -> Any:
-        """The largest magnitude over the same axes, constant under differentiation."""
+        """The largest magnitude over the axes of `norms`, constant under differentiation."""
 
     def power_of_two(self, x: Any) -> Any:
         """A power of two near x (1 unless x > 0), constant under differentiation."""
@@ -157,10 +158,10 @@ class Ops(Protocol):
         """Elementwise, x where it is finite, otherwise `other`."""
 
     def like(self, number: Any, x: Any) -> Any:
-        """A number as an array of the type of x; an array unchanged."""
+        """Convert a number to an array of the type of x; return an array unchanged."""
 
     def maximum(self, a: Any, b: Any) -> Any:
-        """The larger of two arrays or of an array and a number."""
+        """The elementwise maximum of two arrays, or of an array and a number."""
 
 
 class Norm(NamedTuple):
@@ -177,10 +178,10 @@ class Norm(NamedTuple):
 def step(ops: Ops, w: Any, dcdw: Any, rule: Rule, velocity: Any = None) -> tuple[Any, Any]:
     """The weights and the velocity (None if there is none) after a step, in the precision of w.
 
-    Valid over the whole range of exponents: norms are scaled by powers of two, which changes no
-    bit, to be near 1, so that no square overflows or vanishes. The rule allows this, because for
-    w / a, dcdw / b, eps / b and decay_lambda * a / b, the gradient term of u is divided by a, as w
-    is, and the decay coefficient does not change.
+    The step is valid over the whole range of exponents: arrays are scaled by powers of two, so that
+    their largest elements are near 1 and no norm overflows or vanishes. The rule allows this: if w
+    is divided by a, dcdw and eps by b, and decay_lambda is multiplied by a / b, then the gradient
+    term of u is divided by a, like w, and the decay coefficient does not change.
     """
     dcdw, rule = joint(ops, w, dcdw, rule)
     decays = not is_zero(rule.decay_lambda)
@@ -226,7 +227,7 @@ def joint(ops: Ops, w: Any, dcdw: Any, rule: Rule) -> tuple[Any, Rule]:
 
 
 def multiply_add(ops: Ops, a: Any, b: Any, x: Any) -> Any:
-    """Compute a + b * x, almost as exact as with a single rounding, even if the two terms cancel.
+    """Compute a + b * x, almost as exactly as with a single rounding, even if the two terms cancel.
 
     The factors are split into halves, whose products are exact, and the rounding error of the sum
     is added to the sum (Dekker 1971, doi:10.1007/BF01397083).
@@ -245,11 +246,11 @@ def without_decay(rule: Rule) -> Rule:
 
 
 def _scaled(ops: Ops, w_norm: Norm, dcdw_norm: Norm, rule: Rule) -> tuple[Rule, Any, Any]:
-    """The rule for norms scaled to be near 1, the scale of its denominator, and a ratio of 1."""
-    # If the quotient by the loss scale is out of range, the undivided scale is good enough.
+    """The rule for scaled norms, the scale of its denominator, and a ratio of 1 at this scale."""
+    # If the scale divided by the loss scale is out of range, the undivided scale is good enough.
     unscaled = dcdw_norm.scale / rule.grad_scale
     in_range = (unscaled > 0) & (unscaled < float("inf"))
-    # A norm of 0 has the scale 1, which must not take part in the maximum of the scales.
+    # A norm of 0 has the scale 1, which must not enter the maximum of the scales.
     moves = dcdw_norm.scaled != 0
     scale = ops.where(moves, ops.where(in_range, unscaled, dcdw_norm.scale), 0)
     scale = ops.maximum(scale, rule.decay_lambda * w_norm.scale)

@@ -1,1 +1,1 @@
-"""The twin: the engine for CPU memory in numpy."""
+"""The twin of the native engine: updates arrays in CPU memory with numpy."""

@@ -1,7 +1,7 @@
-"""The norms of arrays in CPU memory, which are read in pieces, for `twin.py`.
+"""The norms of arrays in CPU memory, for `twin.py`; the arrays are read in pieces.
 
-Squares are added by the same operations in the same order as in `_native/kernel.hpp`, so both give
-the same bits; `tests/test_native.py` compares them.
+Squares are added by the same operations in the same order as in `_native/kernel.hpp`, so the
+norms have the same bits; `tests/test_native.py` compares them.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _LANES = 16
 _MIN_CHUNK = 1 << 14
 _MAX_CHUNKS = 1 << 14
 
-# In this range, a sum of squares did not overflow, and underflow did not change its digits.
+# If a sum of squares is in this range, no square overflowed, and underflow did not change the sum.
 _SAFE_SUM = (2.0**-900, 2.0**1000)
 
 # If elements are shorter than double and options are in this range, coefficients can be computed in
 # double: they do not overflow or underflow, and their rounding errors do not change the result.
 _MODERATE = (2.0**-100, 2.0**100)
 
-# A joint gradient is scaled so that its largest element has this exponent: its square does not
-# overflow, and small elements keep their digits.
+# A joint gradient is scaled so that its largest element has about this exponent. The square of the
+# largest element then does not overflow, and small elements keep their digits.
 _JOINT_EXPONENT = 480
 
 
@@ -83,7 +83,7 @@ def norms_of(w: Any, dcdw: Any, precision: Precision, rule: Rule) -> Norms:
     if number is float:
         return Norms(number, w_norm, _norm(joint, precision, number), joint)
     scaled = joint.scaled()
-    if scaled is None:  # infinite, or NaN
+    if scaled is None:  # an element is infinite or NaN
         square, _ = _sum_of_squares(joint, precision)
         return Norms(number, w_norm, DoubleDouble(math.sqrt(square)), joint)
     norm = _from_pair(_sum_of_squares(scaled, precision)).sqrt().scaled(scaled.exponent)
@@ -165,11 +165,11 @@ def _largest(flat: Any, precision: Precision) -> Any:
 
 
 def _sum_of_squares(flat: Any, precision: Precision, exponent: int = 0) -> tuple[Any, Any]:
-    """The sum of the squares of the elements times 2**exponent, and its rounding error.
+    """Multiply the elements by 2**exponent; return the sum of squares and its rounding error.
 
     Within a chunk, rows of 16 elements are added by pairwise summation; the number of rows is
-    padded with zeros to a power of two. Then the 16 sums are added, and the chunks in their order,
-    with their rounding errors.
+    padded with zeros to a power of two. Then the 16 sums are added in pairs, and the sums of the
+    chunks in order. These last two steps also add up the rounding errors.
     """
     total = (precision(0), precision(0))
     for piece in pieces(flat):
@@ -195,7 +195,7 @@ def _add(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
 
 
 def _from_pair(pair: tuple[Any, Any]) -> DoubleDouble:
-    """The sum of two numbers of any precision, of which the second is far smaller."""
+    """The sum of two numbers of any precision; the second number must be far smaller."""
     mantissa, exponent = np.frexp(pair[0])
     high = float(mantissa)
     low = float((mantissa - high) + np.ldexp(pair[1], -exponent))

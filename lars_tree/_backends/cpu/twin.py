@@ -1,10 +1,10 @@
-"""The twin of the native engine: the LARS step over numpy views of the CPU memory of any library.
+"""The twin of the native engine: the LARS step in numpy, for arrays of any library in CPU memory.
 
 The twin updates the arrays that the kernel does not support (strided, of another byte order, long
 double, learning rates with a shape), and all arrays if the kernel was not built. Layers that the
-kernel supports are passed on to it. Both give the same bits: `_native/kernel.hpp` describes the
-arithmetic, and the twin does the same operations in the same order, first for the norms
-(`norms.py`), then for the step.
+kernel supports are passed on to it. The twin and the kernel give the same bits:
+`_native/kernel.hpp` describes the arithmetic, and the twin does the same operations in the same
+order, first for the norms (`norms.py`), then for the step.
 
 Every product and sum is computed in double (long double for long double arrays) and rounded once to
 the dtype of the weights. Leaves are read in chunks, so temporary memory does not grow with their
@@ -42,7 +42,7 @@ Array = np.ndarray[Any, Any]
 
 
 def update(w: Array, dcdw: Array, out: Array, rule: Rule, velocity: Array | None = None) -> None:
-    """Write the weights after one step to `out`, which may be w or dcdw themselves.
+    """Write the weights after one step to `out`, which may be the array w or dcdw itself.
 
     dcdw and an array of learning rates broadcast to the shape of w. `out` has the shape and dtype
     of w. The velocity has the shape of w and is updated in place. All other numbers of the rule
@@ -83,7 +83,7 @@ def _layers(
     if isinstance(rule.lr_before_momentum, np.ndarray):
         arrays["lr"] = np.broadcast_to(rule.lr_before_momentum, w.shape)
         rule = rule._replace(lr_before_momentum=1.0)
-    # These options do not affect the step of a layer; the kernel supports only these values.
+    # These options do not affect the step of a layer; the kernel supports only the values set here.
     rule = rule._replace(nonfinite="propagate", stop_gradients=True, axis_name=None)
     if rule.layer_axis is None:
         yield arrays, rule
@@ -127,7 +127,7 @@ def _update_layer(arrays: dict[str, Array], rule: Rule) -> None:
             local = [x if x is None else rates * x for x in coefficients]
         new = _step_piece(read, local, exponent, rule)
         if may_overflow and not all(np.isfinite(x).all() for x in new.values()):
-            # The step may overflow even if the new weight is finite: compute a quarter of both.
+            # The step may overflow even if the new weight is finite: compute with all terms / 4.
             smaller = {name: x if name == "dcdw" else x / 4 for name, x in read.items()}
             quarter = _step_piece(smaller, local, exponent - 2, rule)
             new = {name: np.where(np.isfinite(x), x, 4 * quarter[name]) for name, x in new.items()}
@@ -193,12 +193,12 @@ def _to_double_double(x: DoubleDouble | float) -> DoubleDouble:
 
 
 def _clipping(norms: Norms, rule: Rule) -> tuple[Rule, Callable[[Array], Array] | None]:
-    """For `trust_clip` with a rate per element: a rule without it, and a function to clip rates."""
+    """For `trust_clip` with a rate per element: a simpler rule, and a function to clip rates."""
     rule = rule._replace(trust_clip=False)
     if not rule.adapt or norms.w == 0 or norms.dcdw == 0:
         return rule, None
     ratio = _to_double_double(norms.trust_ratio(rule))
-    if ratio.high and ratio.exponent < -900:  # as a double it is 0 or has few digits
+    if ratio.high and ratio.exponent < -900:  # as a double, the ratio may be 0 or inexact
         return rule, lambda rates: np.minimum(np.ldexp(rates, -ratio.exponent) / ratio.high, 1)
     return rule._replace(adapt=False), lambda rates: np.minimum(rates, float(ratio))
 
@@ -210,9 +210,10 @@ def _rounded(x: DoubleDouble, precision: Precision) -> Any:
 
 
 def _flattened(arrays: dict[str, Array]) -> dict[str, Any]:
-    """The elements in memory order of w: 1-d views, or flat iterators if the memory has gaps.
+    """The elements in the memory order of w: 1-d views, or flat iterators if memory has gaps.
 
-    Axes of length 1 are dropped: numpy's iterators have at most 32 axes, arrays up to 64.
+    Axes of length 1 are dropped, because numpy's iterators support at most 32 axes, and its arrays
+    have up to 64.
     """
     w = arrays["w"]
     ones = tuple(axis for axis, length in enumerate(w.shape) if length == 1)

@@ -43,11 +43,11 @@ def bits(x: Tensor) -> NumpyArray:
 
 
 class Address:
-    """The memory of a tensor for numpy's array interface; not to be read without a typestr."""
+    """The memory of a tensor for numpy's array interface. Without a typestr it must not be read."""
 
     def __init__(self, x: Tensor, typestr: str | None = None) -> None:
         size = x.element_size()
-        self._keep = x  # numpy's view keeps this object alive, and so the memory
+        self._keep = x  # numpy's view keeps this object alive, and with it the memory
         self.__array_interface__ = {
             "version": 3,
             "shape": tuple(x.shape),

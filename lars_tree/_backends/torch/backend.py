@@ -1,4 +1,4 @@
-"""torch: CPU memory by the native engine, accelerators by multi-tensor operations.
+"""torch: CPU tensors use the native engine, accelerator tensors use multi-tensor operations.
 
 Dense CPU tensors that need no autograd graph are updated by the kernel, or through numpy views of
 their memory if the kernel does not support them. Tensors on an accelerator are updated many at a
@@ -251,7 +251,7 @@ class TorchBackend(ArraysBackend):
 
 
 def _stepped(given: list[tuple[Leaf, StepResult]]) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors to write to, and their new values, by multi-tensor operations."""
+    """The tensors to write to, and their new values, computed by multi-tensor operations."""
     shards = [pair for pair in given if sharded.is_sharded(pair[0].w)]
     others = (pair for pair in given if not sharded.is_sharded(pair[0].w))
     outs, values = tensors.step_layers(
@@ -268,8 +268,9 @@ def results_in_place(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The tensors to write to, and their new values, for an update in place on any device.
 
-    It never waits for the device and checks nothing: optimizers check parameters when they are
-    added. `unless` is a number on a device; if it is not 0, the values are the old ones.
+    The function does not wait for the device, and checks nothing, because optimizers check
+    parameters when they are added. `unless` is a number on a device; if it is not 0, the old values
+    are returned as the new values.
     """
     outs, values = _stepped([(leaf, StepResult(leaf.out, leaf.velocity)) for leaf in leaves])
     if unless is not None:

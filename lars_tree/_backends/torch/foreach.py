@@ -1,7 +1,7 @@
 """The foreach engine: updates many torch tensors at once, by multi-tensor operations.
 
 It serves torch optimizers with parameters on accelerators, or with foreach=True. Full checks would
-take longer than the step on a device, so it makes a cheap pre-check instead.
+take longer than the step on a device, so the engine makes a cheap pre-check instead.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Foreach(NamedTuple):
     """`base.Engine` for torch tensors.
 
     Attributes:
-        indices: The indices of its leaves.
+        indices: The indices of the leaves that this engine updates.
         one_by_one: Whether to update leaf by leaf, which needs less memory.
         unless: A number on a device; if it is not 0, the old values are kept.
     """
@@ -32,7 +32,7 @@ class Foreach(NamedTuple):
     unless: Tensor | None
 
     def trusted(self, leaves: list[Leaf]) -> list[Leaf]:
-        """The leaves on accelerators if all leaves pass the pre-check; others are fully checked."""
+        """The leaves outside of CPU memory; none if a leaf of the engine fails the pre-check."""
         ours = [leaf for leaf in leaves if leaf.leaf_index in self.indices]
         if not _look_right(ours):
             return []
@@ -43,13 +43,13 @@ class Foreach(NamedTuple):
         if not self.one_by_one:
             yield from zip(*results_in_place(leaves, self.unless), strict=True)
             return
-        for leaf in leaves:  # to save memory, the results are held in the dtype of `out`
+        for leaf in leaves:  # to save memory, results are stored in the dtype of `out`
             for out, new in zip(*results_in_place([leaf], self.unless), strict=True):
                 yield out, new.to(out.dtype)
 
 
 def _look_right(leaves: list[Leaf]) -> bool:
-    """A cheap pre-check that tensors fit together; if it fails, the full checks report the error.
+    """A cheap pre-check of shapes, dtypes and devices; if it fails, full checks report the error.
 
     It does not find tensors that overlap but start at different addresses.
     """
@@ -69,7 +69,7 @@ def _look_right(leaves: list[Leaf]) -> bool:
             return False
         local = shard_of(w)
         if type(local) not in TENSOR_TYPES:
-            return False  # a subclass may stand for another tensor
+            return False  # a subclass may wrap another tensor
         if local.numel():
             starts.append(local.data_ptr())
     return len(starts) == len(set(starts))

@@ -21,8 +21,8 @@ from lars_tree._backends.torch import tensors
 from lars_tree._numerics import formula
 from lars_tree._numerics.formula import Measured, Norm
 
-# Squares of float64 numbers may overflow or underflow, so they are summed with each of these
-# scales; the sums show which scale to use (Blue 1978, doi:10.1145/355769.355771).
+# Squares of float64 numbers may overflow or underflow, so they are summed once with each of
+# these scales; the sums show which scale to use (Blue 1978, doi:10.1145/355769.355771).
 SCALES = (1.0, 2.0**-600, 2.0**600)
 SAFE_SUM = (2.0**-900, 2.0**1000)
 
@@ -77,7 +77,7 @@ def measure_shards(leaves: list[Leaf]) -> list[Measured]:
     with torch.no_grad():
         measured = list(tensors.measure_layers(_with_norms(map(_joined, shards)), _WholeNorms))
         if any(formula.is_joint(leaf.rule) for leaf in leaves):
-            # A joint norm is not the norm of the gradient, so measure that separately.
+            # The joint norm is not the norm of the gradient, so measure the gradient separately.
             separate = tensors.measure_layers(_with_norms(shards), _WholeNorms)
             pairs = zip(measured, separate, strict=True)
             measured = [joint._replace(g_norm=each.g_norm) for joint, each in pairs]
@@ -131,7 +131,7 @@ def _gathered(leaf: Leaf, measured: list[Measured]) -> Measured:
 
 
 def _along_axis_0(placement: Any) -> Any:
-    # Strided placements, of FSDP over tensor parallelism, also have a factor.
+    # Strided placements (FSDP combined with tensor parallelism) also have a split factor.
     factor = getattr(placement, "split_factor", None)
     return type(placement)(0) if factor is None else type(placement)(0, split_factor=factor)
 
@@ -168,15 +168,15 @@ def layers_here(leaf: Leaf, new: StepResult) -> list[tensors.Layer]:
 
 
 def groups_of(w: Any, layer_axis: int | None = None) -> list[Any]:
-    """The groups of processes with which this one shares layers of w."""
+    """The process groups that share layers of w with this process."""
     mesh, axis = w.device_mesh, None if layer_axis is None else layer_axis % w.ndim
     if not is_in_mesh(w):
         return []
     return [
         mesh.get_group(dim)
         for dim, placement in enumerate(w.placements)
-        # Shards along the layer axis hold whole layers. Do not ask `is_shard()`, which is False for
-        # strided placements.
+        # Shards along the layer axis consist of whole layers. `is_shard()` is not used here,
+        # because it is False for strided placements.
         if not placement.is_replicate() and placement.dim != axis
     ]
 
@@ -194,7 +194,8 @@ def _gradient_of(dcdw: Any, w: Any) -> Tensor:
 def _with_norms(shards: Iterable[_Shard]) -> Iterator[tuple[tensors.Layer, Tensor | None]]:
     """Each layer with the norms of w and dcdw over all processes; None if they are not needed."""
     shards = list(shards)
-    # Also shards without layers in this process: all processes of a group issue the same sums.
+    # This includes shards without layers in this process: all processes of a group must call the
+    # same all-reduces.
     adapting = [shard for shard in shards if shard.needs_norms]
     given = [layer for shard in adapting for layer in shard.layers]
     squares = _squares(given)
@@ -228,7 +229,7 @@ def add_up(rows: Tensor, parts: Iterable[tuple[int, list[Any]]]) -> None:
 
 
 def _squares(given: list[tensors.Layer]) -> Tensor:
-    """The squared norms in a tensor with axes for the layer, w or dcdw, and the scale."""
+    """A tensor of squared norms; its axes are the layer, the array (w or dcdw), and the scale."""
     device = given[0].w.device if given else None
     table = torch.zeros(len(given), 2, len(SCALES), dtype=torch.float64, device=device)
     ops = tensors.TensorsOps(torch)

@@ -165,12 +165,13 @@ def _readable(x: Tensor) -> Tensor:
     return x.resolve_neg().clone(memory_format=torch.contiguous_format)
 
 
-# The norms of a plan have 8 columns: three for w, three for dcdw, and two others.
+# The norms of a plan have 8 columns (`Norms` in rule.hpp): three for w, three for dcdw, and two
+# that are not used here.
 _ROW, _COLUMNS = 8, 6
 
 
 def _squares(rows: NumpyArray) -> NumpyArray:
-    """The squared norms in an array with axes for the layer, w or dcdw, and the scale."""
+    """The squared norms; their axes are the layer, the array (w or dcdw), and the scale."""
     high, exponent = (rows[:, i:_COLUMNS:3, None] for i in (0, 2))
     with np.errstate(all="ignore"):
         scaled = np.ldexp(high, (exponent + _EXPONENTS).astype(np.intc))
@@ -179,7 +180,7 @@ def _squares(rows: NumpyArray) -> NumpyArray:
 
 
 def _roots(sums: NumpyArray) -> NumpyArray:
-    """The norms of the plan, without the last two columns, given their scaled squares."""
+    """The first six columns of the norms of the plan, computed from the scaled squares."""
     unscaled, of_large, _ = np.moveaxis(sums, -1, 0)
     is_safe = (unscaled > sharded.SAFE_SUM[0]) & (unscaled < sharded.SAFE_SUM[1])
     which = np.where(is_safe, 0, np.where(of_large > sharded.SAFE_SUM[0], 1, 2))

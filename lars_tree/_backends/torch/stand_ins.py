@@ -1,6 +1,7 @@
-"""Torch tensors without ordinary memory of their own: how to recognise and refuse them.
+"""Recognises and refuses torch tensors without ordinary memory of their own.
 
-They are stand-ins for other tensors (functorch wrappers, FakeTensor), or in read-only memory.
+Such tensors are stand-ins for other tensors (functorch wrappers, FakeTensor), or have read-only
+memory.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from lars_tree._backends.memory import READ_ONLY_MAP, is_mapped_read_only
 from lars_tree._backends.torch.addresses import bytes_needed
 
-TENSOR_TYPES = (Tensor, torch.nn.Parameter)  # other classes may stand for other tensors
+TENSOR_TYPES = (Tensor, torch.nn.Parameter)  # subclasses may wrap other tensors
 
 
 def is_intercepted() -> bool:
-    """Whether torch's operations are traced or intercepted, so that all of them must be used."""
+    """Whether operations are traced or intercepted, so memory must not be accessed directly."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return bool(traced or torch._C._len_torch_dispatch_stack())
 
@@ -30,9 +31,9 @@ def is_functorch(x: Tensor) -> bool:
 
 
 def stand_in_fault(x: Tensor) -> str | None:
-    """A description of x if it is a stand-in outside of its mode, transform or trace.
+    """Why x cannot be used: for example, it is a stand-in outside of its mode or transform.
 
-    Inside, a stand-in is used like any tensor, so the result is None.
+    None if x can be used. Inside its mode, transform or trace, a stand-in is used like any tensor.
     """
     if torch.compiler.is_compiling():
         return None
@@ -68,8 +69,8 @@ def address(x: Tensor) -> int | None:
 def mapped_fault(x: Tensor) -> str | None:
     """A description of x if its memory is mapped read-only; otherwise None.
 
-    torch drops the read-only flag of numpy arrays. Writing to most of them is harmless, but a write
-    to a read-only page kills the process.
+    torch drops the read-only flag of numpy arrays. Writing to most of these arrays is harmless, but
+    a write to a read-only page kills the process.
     """
     if torch.compiler.is_compiling():
         return None

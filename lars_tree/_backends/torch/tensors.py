@@ -23,7 +23,7 @@ from lars_tree._numerics.formula import Measured, Rule
 
 
 def writing_to(tensors: list[Tensor]) -> AbstractContextManager[None]:
-    """A context without autograd; it is inference mode if there are inference tensors."""
+    """A context manager that disables autograd: inference mode if there are inference tensors."""
     infers = not torch.compiler.is_compiling() and any(map(Tensor.is_inference, tensors))
     context: AbstractContextManager[None] = torch.inference_mode() if infers else torch.no_grad()
     return context
@@ -40,7 +40,7 @@ def bump_versions(tensors: Iterable[Tensor]) -> None:
     tensors = list(tensors)
     try:
         torch.autograd.graph.increment_version(tensors)
-    except RuntimeError:  # inference tensors have no version
+    except RuntimeError:  # inference tensors have no version counter
         tracked = list(filterfalse(Tensor.is_inference, tensors))
         torch.autograd.graph.increment_version(tracked)
 
@@ -77,7 +77,7 @@ class TorchOps(NamespaceOps):
 
 
 class Tensors:
-    """Many tensors as one operand; the second operand may be a vector of one number per tensor."""
+    """Many tensors as one operand; the factor or divisor may be a vector, one number per tensor."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = list(tensors)
@@ -160,10 +160,10 @@ def wide(layer: Layer) -> torch.dtype:
 def step_layers(
     given: Iterable[tuple[Layer, Any]], ops: Callable[[list[Any]], TensorsOps] = lambda _: _OPS
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors to write to, and their new values, for a step of all layers; never waits.
+    """The tensors to write to, and their new values, for a step of all layers.
 
-    Each layer is given with an extra value. `ops` returns the operations for layers that are
-    updated together, given the list of their extra values.
+    This does not wait for the device. Each layer is given with an extra value. `ops` returns the
+    operations for layers that are updated together, given the list of their extra values.
     """
     targets: list[Tensor] = []
     values: list[Tensor] = []
@@ -206,7 +206,7 @@ def measure_leaves(leaves: list[Leaf]) -> list[Measured]:
 
 
 def of_leaf(measured: list[Measured], rule: Rule) -> Measured:
-    """The measurements of a leaf, given those of its layers: vectors if it has a layer axis."""
+    """Join the measurements of the layers of a leaf: vectors if the leaf has a layer axis."""
     if rule.layer_axis is None:
         return measured[0]
     return Measured(*(torch.stack(numbers) for numbers in zip(*measured, strict=True)))
