@@ -1,4 +1,4 @@
-"""The laws of an update function. Each is a function of a `Trial`, which draws the arguments.
+"""The laws of an update function. A law is a function of a `Trial`, which draws the arguments.
 
 A law is broken if it raises an AssertionError, or if the update raises any error.
 `TREE_LAWS` are about trees and memory, and hold for every optimizer without a state. `RULE_LAWS`
@@ -25,7 +25,7 @@ Law = Callable[[Trial], None]
 
 RATES = st.sampled_from([0.5, 0.125])
 DECAYS = st.sampled_from([0.0, 0.5])
-# The correct formula has a smaller error than this in the arithmetic of every format.
+# The error of the correct formula is smaller than this in the arithmetic of every format.
 FORMULA_ULP = 16
 
 
@@ -208,15 +208,15 @@ def is_exact(trial: Trial) -> None:
 
 
 def is_exact_over_the_whole_range(trial: Trial) -> None:
-    """Results are exact for numbers of all sizes, from subnormal ones to the largest."""
+    """Results for numbers of all sizes, also subnormal, are within `ulp` of the exact step."""
     _assert_rule(trial, DECAYS, "extreme", ulp=None)
 
 
 def is_exact_in_long_layers(trial: Trial) -> None:
-    """Results are exact for long layers, where sums in float32 or less lose precision.
+    """Results for long layers, where float32 sums are imprecise, are within `ulp` as well.
 
-    All elements of w or of dcdw are equal, the worst case, because their rounding errors add up.
-    The other array has one nonzero element, so that its norm is known.
+    All elements of w or of dcdw are equal. This is the worst case, because the rounding errors add
+    up. The other array has one nonzero element, so that its norm is known.
     """
     dtype = trial.draw(st.sampled_from(list(trial.domain.dtypes)), "dtype")
     count = trial.draw(st.integers(40_000, 100_000), "elements")
