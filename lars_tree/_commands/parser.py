@@ -1,4 +1,4 @@
-"""The arguments of `lars-tree` and its subcommands. Each subcommand has a module for its work.
+"""The arguments of `lars-tree` and its subcommands. A module per subcommand implements it.
 
 To add a subcommand, add a function here that is decorated with `_subcommand` and returns `Output`.
 """
@@ -18,7 +18,7 @@ from lars_tree import errors
 from lars_tree._commands.output import Output
 from lars_tree._core.options import DEFAULTS, check
 
-_LIBRARIES = {"cli": ("ml_dtypes", "safetensors"), "demo": ("sklearn",)}  # by extra
+_LIBRARIES = {"cli": ("ml_dtypes", "safetensors"), "demo": ("sklearn",)}  # required by each extra
 
 
 @click.group(
@@ -87,7 +87,7 @@ _SHARED = {
 
 
 def _step_options(**lr: Any) -> Callable[[Any], Any]:
-    """Add the options of a step; `lr`: `required` or `default` of --lr."""
+    """Add the options of a step; `lr` is passed to --lr: `required` or `default`."""
     options = [
         click.option("--lr", type=float, help="Rate: the step is proportional to it.", **lr),
         *(

@@ -1,4 +1,4 @@
-"""The file formats by suffix, and the trees in files without their elements."""
+"""Find the format of a file by suffix, and open files without reading the elements."""
 
 from __future__ import annotations
 

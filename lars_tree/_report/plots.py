@@ -1,4 +1,4 @@
-"""Plots of trust ratios, by matplotlib without the global state of pyplot."""
+"""Plots of trust ratios with matplotlib, without the global state of pyplot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Floats = np.ndarray[Any, Any]
 _MOST_LINES = 12
 _MOST_LABELS = 40
 
-# Okabe and Ito (2008): distinct for colour-blind readers; without yellow, too pale for a line.
+# Okabe and Ito (2008): distinct for colour-blind readers. Yellow is too pale for a line.
 _COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 _DASHES = ["-", "--"]
 
@@ -104,6 +104,6 @@ def _edges(steps: Floats) -> Floats:
 
 
 def _label(name: str, most: int = 40) -> str:
-    """The name, cut at its start if it is long; '$' is escaped, as it would start a formula."""
+    """The name, cut at its start if it is long; '$' is escaped: it would start a formula."""
     name = name if len(name) <= most else f"...{name[3 - most :]}"
     return name.replace("$", r"\$")

@@ -1,7 +1,8 @@
 """Arrays for tests: float formats, memory layouts, and conversion to the libraries.
 
 numpy does not have bfloat16. Such elements are made as bits (uint16) and converted for the library
-at the end, so torch does not need ml_dtypes. A library is imported only when one of its arrays is made.
+at the end, so torch does not need ml_dtypes. A library is imported only when one of its arrays is
+made.
 """
 
 from __future__ import annotations

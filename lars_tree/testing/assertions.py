@@ -185,8 +185,8 @@ def assert_close_ulp(
         expected: A tree with the same keys: arrays, or arrays of `decimal.Decimal` objects.
         ulp: The largest distance that is accepted, in ulps.
         scale: The size at which an ulp is measured, by default that of the expected element: a
-            prefix of `expected` with numbers or arrays that broadcast. For w - u use the larger of |w| and
-            |u|, because digits that cancel are lost.
+            prefix of `expected` with numbers or arrays that broadcast. For w - u use the larger of
+            |w| and |u|, because digits that cancel are lost.
         dtype: The format whose ulps are counted, by default that of `actual`.
 
     Raises:
@@ -226,7 +226,7 @@ def _excess(actual: Any, expected: Any, ulp: float, scale: Any, dtype: Any) -> s
     return _element_text(a, x, y, _index_of_largest(distance), count, distance, verbs)
 
 
-_WIDE = np.longdouble  # if it is only double, distances of float64 are rounded
+_WIDE = np.longdouble  # if this type is only double, distances of float64 are rounded
 
 
 def _distance(actual: Array, expected: Array, scale: Array, form: _arrays.Format) -> Array:

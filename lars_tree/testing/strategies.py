@@ -330,7 +330,7 @@ def shuffled(tree: Any) -> Strategy:
 
 @st.composite
 def _rebuilt(draw: Draw, node: Any, cut: Strategy | None) -> Any:
-    """The node with its keys in any order. Values of `cut`, if given, replace leaves and subtrees."""
+    """The node with its keys in any order. Values of `cut` replace its leaves and some subtrees."""
     if cut is not None and (structure.is_leaf(node) or not draw(st.booleans())):
         return draw(cut)
     if structure.is_leaf(node):
