@@ -75,7 +75,7 @@ def forward(w: Container, images: Floats) -> list[Floats]:
 def gradients(w: Container, digits: Digits) -> Container:
     """The gradient of the mean cross-entropy, by backpropagation."""
     *inputs, logits = forward(w, digits.images)
-    # Without subtracting the maximum, which cancels in the quotient, exp overflows.
+    # Subtracting the maximum cancels in the quotient. Without it, exp overflows for large logits.
     exp = np.exp(logits - logits.max(axis=1, keepdims=True))
     delta = exp / exp.sum(axis=1, keepdims=True)
     delta[np.arange(len(delta)), digits.labels] -= 1

@@ -1,4 +1,4 @@
-"""The arguments of `lars-tree` and its subcommands. A module per subcommand implements it.
+"""The arguments of `lars-tree` and its subcommands. Other modules implement the subcommands.
 
 To add a subcommand, add a function here that is decorated with `_subcommand` and returns `Output`.
 """
@@ -87,7 +87,7 @@ _SHARED = {
 
 
 def _step_options(**lr: Any) -> Callable[[Any], Any]:
-    """Add the options of a step; `lr` is passed to --lr: `required` or `default`."""
+    """Add the options of a step. `lr` is `required` or `default` for the option --lr."""
     options = [
         click.option("--lr", type=float, help="Rate: the step is proportional to it.", **lr),
         *(

@@ -27,7 +27,7 @@ DEEPEST = 100
 
 
 def _most_nodes(leaves: int) -> int:
-    """The maximum number of nodes that are made by splitting the names of this many leaves.
+    """The maximum number of nodes that may be made by splitting the names of this many leaves.
 
     A hostile name of dots would make one node of hundreds of bytes for each dot. `save` records the
     structure of trees that have more nodes.
@@ -208,7 +208,7 @@ class TwiceError(ValueError):
 def parsed(text: str, convert: Callable[[dict[str, Any]], Any] = lambda x: x) -> Any:
     """Parse JSON and apply `convert` to each object.
 
-    Raises a ValueError if the text is malformed or nested too deeply, or repeats a name.
+    Raises a ValueError if the text is malformed or too deep, or if an object repeats a name.
     """
 
     def converted(pairs: list[tuple[str, Any]]) -> Any:

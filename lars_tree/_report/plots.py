@@ -14,7 +14,8 @@ Floats = np.ndarray[Any, Any]
 _MOST_LINES = 12
 _MOST_LABELS = 40
 
-# Okabe and Ito (2008): distinct for colour-blind readers. Yellow is too pale for a line.
+# Okabe and Ito (2008): distinct for colour-blind readers. Yellow is left out, because it is too
+# pale for a line.
 _COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 _DASHES = ["-", "--"]
 

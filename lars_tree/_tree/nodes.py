@@ -67,7 +67,7 @@ def may_make_children() -> bool:
 def is_permanent(cls: type) -> bool:
     """Whether the class is found in its module, so that a cache may keep it alive.
 
-    Other classes, such as those that a function or a notebook cell makes, must be freed.
+    Other classes, such as those that a function or a notebook cell makes, must not be kept alive.
     """
     if cls.__module__ == "__main__":
         return False

@@ -26,7 +26,7 @@ def split(key: Any) -> Path:
 
 
 def is_special(name: str) -> bool:
-    """Whether Python reserves the name, like __setstate__. It is then never read as a key.
+    """Whether Python reserves the name, like __setstate__. Such an attribute is never a key.
 
     Libraries call methods with reserved names, and the keys of a file may come from an attacker.
     """

@@ -1,8 +1,8 @@
 """Registers Container and Array as pytree nodes of JAX, torch and optree.
 
 None of these libraries is imported: the types are registered at once with a library that is already
-imported, otherwise right after its import. dm-tree needs no registration: it treats a
-Container as a dict.
+imported, otherwise right after its import. dm-tree needs no registration: it treats a Container
+as a dict.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class _Finder:
 
 
 class _HookedLoader:
-    """Loads a module with its real loader, which it restores first, and then calls the hooks."""
+    """Loads a module with its real loader, which is restored first, and then calls the hooks."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader

@@ -105,7 +105,10 @@ def rebuild(tree: T, new_leaves: Iterable[Leaf], argument: str = "tree", at: Pat
 
 
 def for_reading(tree: Tree, new_leaves: Iterable[Leaf]) -> Tree:
-    """Like `rebuild`, but the result is only read: nodes of other classes become dicts or lists."""
+    """Like `rebuild`, but for a result that is only read.
+
+    Nodes other than dict, list, tuple and Container become dicts or lists.
+    """
     return _rebuild(_fill_for_reading, tree, new_leaves, "w")
 
 
@@ -219,10 +222,10 @@ def broadcast(
 ) -> list[Leaf]:
     """For each leaf of `tree`, its value in `prefix`, which must have the same structure.
 
-    Unless `exact`, a leaf of the prefix may match a node: it applies to all leaves below. Keys
-    are matched by name; a list matches a tuple of the same length. `values` replace the leaves of
-    the prefix, in order. Errors name the prefix `argument` and the tree `to`; `at` is the path of
-    the prefix within the argument.
+    Unless `exact`, a leaf of the prefix may match a node: its value applies to all leaves below.
+    Keys are matched by name; a list matches a tuple of the same length. `values` replace the leaves
+    of the prefix, in order. Errors name the prefix `argument` and the tree `to`; `at` is the path
+    of the prefix within the argument.
     """
     found: list[Leaf] = []
     try:

@@ -78,7 +78,7 @@ def bits_of_bfloat16(x: Array) -> Array:
 
 
 def layouts_for(library: str, ndim: int, layouts: tuple[str, ...]) -> list[str]:
-    """The layouts that the library supports and `ndim` axes allow; ["C"] if there are none."""
+    """The `layouts` that the library supports and `ndim` axes can have; ["C"] if there are none."""
     possible = {"numpy": LAYOUTS, "torch": ("C", "F", "gaps"), "jax": ("C",)}[library]
     least = {"C": 0, "F": 2, "reversed": 1, "gaps": 1}
     return [x for x in layouts if x in possible and ndim >= least[x]] or ["C"]

@@ -95,7 +95,7 @@ def check_update_laws(
     excluded = dict(exclude or {})
     _check_names(excluded, laws)
     _arrays.check_known("library", library, _arrays.LIBRARIES)
-    import_module(library)  # if the library is missing, no law is broken
+    import_module(library)  # raises an error, and breaks no law, if it is missing
     names = [_arrays.name_of(x) for x in dtypes or _arrays.names_for(library)]
     for name in names:
         _arrays.check_known("dtypes", name, _arrays.names_for(library))

@@ -208,12 +208,12 @@ def is_exact(trial: Trial) -> None:
 
 
 def is_exact_over_the_whole_range(trial: Trial) -> None:
-    """Results for numbers of all sizes, also subnormal, are within `ulp` of the exact step."""
+    """Results for numbers of all sizes, even subnormal, are within `ulp` of the exact step."""
     _assert_rule(trial, DECAYS, "extreme", ulp=None)
 
 
 def is_exact_in_long_layers(trial: Trial) -> None:
-    """Results for long layers, where float32 sums are imprecise, are within `ulp` as well.
+    """Results for long layers, whose float32 sums are inexact, are within `ulp` of the exact step.
 
     All elements of w or of dcdw are equal. This is the worst case, because the rounding errors add
     up. The other array has one nonzero element, so that its norm is known.

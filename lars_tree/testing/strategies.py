@@ -197,7 +197,7 @@ ODD_KEYS = (
 
 
 def keys() -> Strategy:
-    """Keys of dicts, some of them unusual: '', '/', '.', names of methods, any text, small ints."""
+    """Keys of dicts, also unusual keys: '', '/', '.', names of methods, any text, small ints."""
     return (
         st.sampled_from("abc")
         | st.sampled_from(ODD_KEYS)
@@ -220,7 +220,7 @@ def nests(
         leaves: A strategy for the leaves; None means `arrays()`.
         keys: A strategy for the keys of dicts; None means `keys()`.
         node_types: Types of the nodes: dict, list, tuple, subclasses, namedtuples, attrs classes.
-        max_leaves: The approximate maximum of the number of leaves.
+        max_leaves: The approximate maximum number of leaves.
         tied: Whether one object may be the leaf at several paths.
     """
     known = _keys() if keys is None else keys
@@ -351,7 +351,7 @@ def _reordered(draw: Draw, node: Any) -> Any:
 
 
 def prefixes_of(tree: Any, values: Strategy | None = None) -> Strategy:
-    """Prefixes of a tree: its nodes, with keys in any order; single values replace some subtrees.
+    """Prefixes of a tree: its nodes, with keys in any order; a value may replace any subtree.
 
     >>> from hypothesis import find, strategies as st
     >>> from lars_tree.testing import prefixes_of

@@ -124,7 +124,7 @@ class Trial:
     def assert_close(self, new: Any, w: Any, expected: Any, scale: Any, ulp: float | None) -> None:
         """Assert that the new weights are close to `expected`, in ulps of the dtype of `w`.
 
-        An ulp is measured at the corresponding element of `scale`. `ulp` is as in `assert_rule`.
+        The ulp of an element is that at its value in `scale`. `ulp` is as in `assert_rule`.
         """
         rows = zip(
             structure.walk(w), structure.leaves(expected), structure.leaves(scale), strict=True
@@ -197,6 +197,6 @@ def _nested(path: Any, leaf: Any) -> Any:
 
 
 def mapped(fn: Callable[..., Any], *trees: Any) -> Any:
-    """The first tree with fn(leaf, ...) at each leaf, called with the leaves of all trees."""
+    """A tree like the first; its leaves are fn(x, y, ...) of the matching leaves of all trees."""
     leaves = zip(*map(structure.leaves, trees), strict=True)
     return structure.rebuild(trees[0], [fn(*row) for row in leaves])

@@ -91,8 +91,8 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
             "propagate" writes it, "raise" raises NonFiniteError, "skip" skips the step of all
             parameters. "raise" and "skip" wait for the device.
         fused: True: the step itself unscales the gradients of a GradScaler, as torch's fused
-            optimizers do; Lightning then refuses to clip gradients. Applies to all groups; excludes
-            foreach.
+            optimizers do; Lightning then refuses to clip gradients. Applies to all groups; cannot
+            be combined with foreach.
 
     Attributes:
         skipped: The number of steps skipped by nonfinite="skip". Not in the `state_dict`.

@@ -61,7 +61,7 @@ class ParameterRows:
         self.device_can_skip = True
 
     def rule(self, number: int, is_for_foreach: bool, is_first: bool) -> Rule:
-        """The rule of a group for one engine and for parameters with new or with old buffers."""
+        """The rule of a group, for the parameters of one engine. `is_first`: buffers are new."""
         group, scale = self.groups[number], self.grad_scale
         # Only the foreach engine can skip a step on the device. The skipped step leaves new buffers
         # behind, so the next step would be dampened although it is the first that is applied.
