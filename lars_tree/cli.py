@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from lars_tree._commands.parser import commands
 
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # it may be unable to encode some keys
+        if isinstance(stream, io.TextIOWrapper):  # some keys may not be encodable
             stream.reconfigure(errors="backslashreplace")
     try:
         status: int = commands.main(argv, "lars-tree", standalone_mode=False)

@@ -48,7 +48,7 @@ class _Schedule:
             if number is None:
                 raise OptionError(f"{field.name}: expected a finite number >= 0, got {x!r}")
             # Python numbers, unlike numpy scalars, do not change the dtype of a step. (The class is
-            # frozen, so it cannot assign to its fields.)
+            # frozen, so a normal assignment would raise.)
             object.__setattr__(self, field.name, x if type(x) is int else number)
         warmup_steps, total_steps = self.warmup_steps, getattr(self, "total_steps", None)
         if total_steps is not None and (total_steps < 1 or total_steps < warmup_steps):

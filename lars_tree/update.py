@@ -58,15 +58,15 @@ def lars_update(
             modified, unless `out` is w.
         dcdw: Gradient of the cost, in units of cost per weight: arrays that broadcast to the arrays
             of w, of the same library and device. None leaves the weights below it unchanged.
-        lr: Learning rate >= 0. It has no unit where ratio is not 1, because the units of cost and
-            weights cancel there. May be an array that broadcasts to the weights.
+        lr: Learning rate >= 0. It has no unit if ratio is not 1, because the units of cost and
+            weights then cancel. May be an array that broadcasts to the weights.
         decay_lambda: Weight decay >= 0, in cost per weight squared.
         stop_gradients: True: the result has no autograd graph, and has the `requires_grad` of w.
             False: the step is differentiable in w, dcdw, lr and decay_lambda.
         out: The arrays to write the result to: a tree like w, or w itself for an update in place.
         trust_coefficient: The paper's eta, a pure number >= 0; published recipes use 0.001.
         eps: Added to the denominator, in units of the gradient.
-        adapt: False: ratio is 1, so this is SGD with decay, as used for biases and norm layers.
+        adapt: False: ratio is 1 (SGD with decay), as is usual for biases and norm layers.
         trust_clip: True (LARC): the rate of a layer is min(ratio, lr) instead of lr * ratio. If a
             norm is 0, the rate is lr.
         joint_norm: True: the denominator is |g + decay_lambda * w| + eps, as in SimCLR, BYOL and

@@ -21,8 +21,8 @@ from lars_tree.errors import Line, Path
 
 RESERVED = "__metadata__"
 
-# The most keys in a path that is saved or loaded. Even `copy.deepcopy`, which takes five frames per
-# level, then stays below Python's recursion limit of 1,000.
+# The maximum depth of a tree in a file. At this depth, even `copy.deepcopy`, which takes five
+# frames per level, stays below Python's recursion limit of 1,000.
 DEEPEST = 100
 
 

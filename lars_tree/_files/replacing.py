@@ -179,7 +179,7 @@ def _sync(directory: str) -> None:
 
 
 def _mode_of_new_file(name: str) -> int:
-    """The permissions of a new file in this directory, found by creating one with this name.
+    """The permissions of a new file in this directory, found by creating a file with this name.
 
     The umask can be read only by setting it for all threads, and a default ACL overrides it.
     """

@@ -57,8 +57,8 @@ class TrustHistory:
     `record` is cheap: it keeps the arrays on their devices and does not wait. Reading `ratios`
     fetches all new values at once.
 
-    Memory is bounded: when more than `capacity` steps are kept, every other step is dropped, and
-    from then on only every second step is kept, then every fourth, and so on. The kept steps
+    Memory is bounded: when more than `capacity` steps are kept, every other step is dropped. From
+    then on only every second step is kept, later only every fourth, and so on. The kept steps
     therefore always span the whole run evenly.
 
     Args:
@@ -74,7 +74,7 @@ class TrustHistory:
         self._steps: list[int] = []
         self._rows: list[list[Any]] = []
         self._shapes: list[tuple[int, ...] | None] = []  # per leaf; None until its first ratio
-        self._fetched = 0  # the number of rows at the start that hold numpy arrays
+        self._fetched = 0  # how many of the first rows contain numpy arrays
         self._stride = 1
         self._seen = 0
         self._next = 0

@@ -61,7 +61,7 @@ def _step_norm(leaf: Leaf) -> Any:
 
 
 def layer_paths(path: errors.Path, shape: tuple[int, ...]) -> list[errors.Path]:
-    """The path of each layer of a leaf whose ratios have this shape: () or one axis."""
+    """The path of each layer of a leaf; `shape` is the shape of its ratios: () or one axis."""
     if not shape:
         return [path]
     last = path[-1] if path else ""

@@ -95,7 +95,7 @@ def _heat_map(ax: Axes, steps: Floats, ratios: dict[str, Floats]) -> None:
 
 
 def _edges(steps: Floats) -> Floats:
-    """The borders between the cells of a row: half way between the steps."""
+    """The edges of the cells along the step axis: half way between the steps."""
     centers = np.asarray(steps, float)
     if len(centers) < 2:
         return np.concatenate([centers - 0.5, centers + 0.5])

@@ -291,7 +291,7 @@ def _refilled(node: Node, pairs: Pairs) -> Node:
 
 
 def _shallow_copy(node: Node) -> Node:
-    """A copy of a dict or list made without methods of its class.
+    """Copy a dict or list without calling methods of its class.
 
     None if the class keeps the children outside the dict or list: the copy would share that store.
     """

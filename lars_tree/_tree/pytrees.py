@@ -158,7 +158,7 @@ def when_imported(name: str, hook: Callable[[ModuleType], None]) -> None:
 
 
 class _Finder:
-    """Finds modules by the other finders, and wraps the loaders of hooked modules.
+    """Finds modules with the other finders, and wraps the loaders of hooked modules.
 
     It does not inherit from MetaPathFinder, because importing importlib.abc takes 10 ms.
     """

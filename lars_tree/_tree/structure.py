@@ -5,8 +5,7 @@ other object, including None, is a leaf. Only Python's recursion limit bounds th
 no walk recurses on the C stack.
 
 Matching first runs a fast pass that stops at the first difference. Only if that fails does a slow
-pass list all differences. `_native/walk.hpp` implements the fast walks for plain dicts, lists and
-tuples.
+pass list all differences. `_native/walk.hpp` implements the fast walks for dicts, lists and tuples.
 """
 
 from __future__ import annotations
@@ -382,7 +381,7 @@ def explaining(arguments: dict[str, Tree]) -> Iterator[None]:
 
 
 def explained(arguments: dict[str, Tree]) -> Exception:
-    """The error for a RecursionError in these trees: a StructureError if one contains itself."""
+    """The error for a RecursionError in these trees: a StructureError if a tree contains itself."""
     for name, tree in arguments.items():
         if found := cycle(tree):
             earlier, path = found

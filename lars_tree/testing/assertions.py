@@ -232,9 +232,9 @@ _WIDE = np.longdouble  # if this type is only double, distances of float64 are r
 def _distance(actual: Array, expected: Array, scale: Array, form: _arrays.Format) -> Array:
     """The distance of each real element, in ulps of the format at the size of `scale`.
 
-    Infinity, and expected values above it, count as the power of two above the largest number of
-    the format. NaN has distance 0 from NaN, and infinite distance from everything else. If
-    `expected` or `scale` holds Decimals, distances are computed in Decimals.
+    Magnitudes above 2**(form.largest + 1), including infinity, count as that number. NaN has
+    distance 0 from NaN, and infinite distance from everything else. If `expected` or `scale`
+    contains Decimals, distances are computed in Decimals.
     """
     exponents = _ulp_exponents(scale.astype(_WIDE), form)
     if object in (expected.dtype, scale.dtype):

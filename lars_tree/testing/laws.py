@@ -133,7 +133,7 @@ def does_not_see_the_scale_of_the_gradient(trial: Trial) -> None:
 
 
 def scales_with_the_weights(trial: Trial) -> None:
-    """Scaling the weights by a power of two scales the step by the same, to the last bit."""
+    """Scaling the weights by a power of two scales the step equally, to the last bit."""
     w, dcdw = trial.pair()
     factor = trial.power("power of two")
     new = trial(_times(factor, w), dcdw, 0.5)

@@ -88,7 +88,7 @@ def _strategy(value: Any) -> Strategy:
 
 @st.composite
 def drawn(draw: Draw, make: Callable[[Draw], Any]) -> Any:
-    """The results of a function that takes `draw`."""
+    """The results of `make`, a function that takes `draw`."""
     return make(draw)
 
 
@@ -351,7 +351,7 @@ def _reordered(draw: Draw, node: Any) -> Any:
 
 
 def prefixes_of(tree: Any, values: Strategy | None = None) -> Strategy:
-    """Prefixes of a tree: its nodes, with keys in any order; a value may replace any subtree.
+    """Prefixes of a tree: values replace its leaves and some subtrees; keys are in any order.
 
     >>> from hypothesis import find, strategies as st
     >>> from lars_tree.testing import prefixes_of

@@ -124,7 +124,7 @@ class Trial:
     def assert_close(self, new: Any, w: Any, expected: Any, scale: Any, ulp: float | None) -> None:
         """Assert that the new weights are close to `expected`, in ulps of the dtype of `w`.
 
-        The ulp of an element is that at its value in `scale`. `ulp` is as in `assert_rule`.
+        Ulps are measured at the elements of `scale`. `ulp` is as in `assert_rule`.
         """
         rows = zip(
             structure.walk(w), structure.leaves(expected), structure.leaves(scale), strict=True

@@ -130,7 +130,7 @@ def _own_parameters(module: Module) -> dict[str, Tensor]:
 def _is_norm(module: Module) -> bool:
     if isinstance(module, _NORMS):
         return True
-    # A scripted module keeps only the name of its class.
+    # A scripted module has a different class; it keeps only the name of the original class.
     names = [getattr(module, "original_name", ""), *(x.__name__ for x in type(module).__mro__)]
     return not isinstance(module, _KERNELS) and any(map(_NORM_NAME.search, names))
 

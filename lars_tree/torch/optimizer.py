@@ -179,7 +179,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this optimizer or of `torch.optim.SGD`, as in `torch.optim.Optimizer`.
 
-        Options that a loaded group lacks keep their values.
+        Options that are missing in a loaded group keep their current values.
         """
         final: dict[str, Any] = {}
         before = [{name: group[name] for name in self.defaults} for group in self.param_groups]
@@ -263,7 +263,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
             with self._buffers_kept(inputs, lambda: done[0]):
                 execute(inputs.columns(), inputs.caller(found_inf, last))
 
-    @torch._disable_dynamo  # type: ignore[untyped-decorator]  # it reads values
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]  # the step reads values
     def _step_if_finite(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         inputs = gather(self, None if grad_scale is None else float(grad_scale))
         if inputs.rows and not (found_inf is not None and found_inf):

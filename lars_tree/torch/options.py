@@ -69,7 +69,7 @@ def check(
     rounding error of `first_rate`.
     """
     for name in _NUMBERS.values():
-        if finite_number(options[name]) is None:  # invalid, or a tensor or array of one number
+        if finite_number(options[name]) is None:  # invalid, or a tensor or 0-d array
             _check_array(name, options[name], group, waits, first_rate)
     for name, choices in _CHOICES.items():
         x = options[name]
@@ -91,7 +91,7 @@ def check(
 
 
 def _check_array(name: str, x: Any, group: str, waits: bool, first_rate: Any) -> None:
-    """Raise unless x is a tensor with one element, or a 0-d numpy array, and its value is valid.
+    """Raise unless x is a one-element tensor or a 0-d numpy array with a valid value.
 
     A negative rate is valid if -rate is within the rounding error of `first_rate`.
     """
