@@ -86,7 +86,7 @@ def lars_update(
     Raises:
         StructureError: dcdw, out or an option does not match w; the message names every differing
             path. Or w is cyclic. Or, without `out`, w has a node that cannot be rebuilt.
-        LeafError: A leaf is not an array, or is sparse, freed or on the meta device.
+        LeafError: A leaf is not an array, or is unsupported: sparse, freed or meta, for example.
         DtypeError: Weights or gradients are not floating point, or mix complex and real.
         ShapeError: An array does not broadcast to its weights.
         BackendError: The arrays of one leaf are of different libraries or devices.

@@ -68,7 +68,7 @@ def _fault(x: Any) -> str | None:
 
 
 def _dtype(x: Any) -> np.dtype[Any] | None:
-    """The numpy dtype of an array of any library, little-endian; None if not numeric or bool."""
+    """The numpy dtype of an array of any library, little-endian; None unless numeric or bool."""
     known = isinstance(x.dtype, np.dtype)
     dtype = x.dtype if known else dtype_named(str(x.dtype).rpartition(".")[2])
     if dtype is None or not (dtype.kind in "biufc" or is_extension(dtype)):

@@ -1,7 +1,8 @@
 """numpy's .npz format: a zip archive of .npy files. Nothing is pickled or unpickled.
 
 Archives are written without compression, as by `numpy.savez`; compressed archives can be read too.
-numpy parses the headers; their sizes are checked against the archive before memory is allocated.
+numpy parses the headers. The sizes that they declare are checked against the archive before memory
+is allocated.
 """
 
 from __future__ import annotations
