@@ -1,4 +1,4 @@
-"""`python -m lars_tree` is `lars-tree`."""
+"""`python -m lars_tree` runs the `lars-tree` command."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Array: a thin wrapper of one native array, for users who prefer methods.
 
-Its operators apply those of the native array.
+Its operators call those of the native array.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class Array(Updatable, Wrapper, Arithmetic):
     Array([False,  True])
 
     Pass `.data` to functions of an array library: they need the native array. An Array has no
-    `__array_namespace__`, so that libraries do not take it for one of theirs.
+    `__array_namespace__`, so that no library treats it as one of its own arrays.
 
     Args:
         data: The native array, or another Array, whose native array is shared. Not copied.
 
     Raises:
-        LeafError: data is not an array of a supported library, but a list or a number, say.
+        LeafError: data is not an array of a supported library (a list or a number, for example).
     """
 
     __slots__ = ()
@@ -96,7 +96,7 @@ class Array(Updatable, Wrapper, Arithmetic):
         return getattr(self._data, "device", "cpu")
 
     def _operate(self, operation: Callable[..., Any], *operands: Any) -> Self:
-        result: Self = NotImplemented  # a Container applies the operation to each of its leaves
+        result: Self = NotImplemented  # Python then calls the operator of the Container
         if not any(issubclass(type(operand), dict) for operand in operands):
             result = _wrapped(operation(*map(unwrap, operands)))
         return result
@@ -148,7 +148,7 @@ class Array(Updatable, Wrapper, Arithmetic):
         text = repr(self._data)
         start = text.find("(")
         first, *rest = (text[start + 1 : -1] if text.endswith(")") else text).split("\n")
-        # The library aligns continuation lines with its own class name, of another length.
+        # The library aligns continuation lines with its class name, whose length differs from ours.
         shift = len("Array") - start
         rest = [" " * shift + line if shift > 0 else line[-shift:] for line in rest]
         return "Array(" + "\n".join([first, *rest]) + ")"
@@ -169,7 +169,7 @@ class Array(Updatable, Wrapper, Arithmetic):
 
 
 def _wrapped(x: Any) -> Any:
-    """An Array of x if x is an array; otherwise x, because an operation may return a bool, say."""
+    """Wrap x if it is an array. An operation may also return another object, such as a bool."""
     return x if _backends.find(x) is None else Array(x)
 
 

@@ -1,4 +1,4 @@
-"""The `lars-tree` command: start, errors and exit status. `_commands/parser.py` has its arguments.
+"""The `lars-tree` command: entry point, errors, exit status. `_commands/parser.py` has its options.
 
 The exit status is 0 for success; 1 if `diff` finds differences; 2 for an error, with one line on
 stderr; 130 for Ctrl-C.
@@ -15,10 +15,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status.
 
     Args:
-        argv: The arguments; by default those of the process.
+        argv: The command-line arguments; by default `sys.argv[1:]`.
 
     Raises:
-        SystemExit: with status 1 and no message, if stdout was closed by its reader.
+        SystemExit: with status 1 and no message, if the reader of stdout closed the pipe.
     """
     try:
         import click
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from lars_tree._commands.parser import commands
 
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # keys may have characters that it cannot encode
+        if isinstance(stream, io.TextIOWrapper):  # some keys may not be encodable
             stream.reconfigure(errors="backslashreplace")
     try:
         status: int = commands.main(argv, "lars-tree", standalone_mode=False)

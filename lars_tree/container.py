@@ -1,6 +1,6 @@
 """Container: a dict of dicts with paths and attribute access.
 
-This module is about structure only. Methods about arrays come from `update.py` and `_display/`.
+This module handles structure only. `update.py` and `_display/` handle the arrays.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Container(Updatable, Arithmetic, dict[Any, Any]):
     array([2., 2., 2., 2.])
 
     Mappings become Containers when they are put in; lists and tuples stay lists and tuples.
-    Reading and deleting look for the exact key first, then for a path: a tuple of keys, or a string
-    split at '/'. In writing, a string is one key, as in a dict, and a tuple of keys is a path.
-    Methods that take another Container also take any other tree.
+    To read or delete a value, the exact key is looked up first, then a path: a tuple of keys, or a
+    string split at '/'. To write a value, a string is one key, as in a dict, and a tuple of keys is
+    a path. Methods that take another Container also take any other tree.
 
     Args:
         mapping: A mapping or (key, value) pairs, as for dict.
@@ -58,7 +58,7 @@ class Container(Updatable, Arithmetic, dict[Any, Any]):
 
     @classmethod
     def _lars_tree_make(cls, items: Mapping[Any, Any] | Iterable[tuple[Hashable, Any]]) -> Self:
-        """A Container of children whose mappings are already Containers."""
+        """Make a Container of children in which all mappings are Containers already."""
         new = cls.__new__(cls)
         dict.update(new, items)
         return new
@@ -118,7 +118,7 @@ class Container(Updatable, Arithmetic, dict[Any, Any]):
     # Methods of dict that must convert mappings or return Containers
 
     def update(self, mapping: Any = (), /, **keys: Any) -> None:
-        """Write all items of a mapping or of (key, value) pairs. Keys are literal."""
+        """Write all items of a mapping or of (key, value) pairs. Keys are never paths."""
         items = dict(nodes.children(mapping) if isinstance(mapping, Mapping) else mapping)
         whole = mapping if isinstance(mapping, Mapping) else items
         with structure.explaining({"mapping": whole, "keys": keys}):
@@ -128,7 +128,7 @@ class Container(Updatable, Arithmetic, dict[Any, Any]):
         dict.update(self, converted)
 
     def setdefault(self, key: Any, default: Any = None) -> Any:
-        """The value at a key or tuple path; if missing, it is first set to the default."""
+        """The value at a key or a path (a tuple). A missing value is set to the default first."""
         exists = key in self if isinstance(key, tuple) else dict.__contains__(self, key)
         if not exists:
             self[key] = default
@@ -186,7 +186,7 @@ class Container(Updatable, Arithmetic, dict[Any, Any]):
 
     @conversion.explain_cycles
     def unflatten(self, leaves: Iterable[Any]) -> Self:
-        """A Container with these nodes and other leaves, given in the order of `leaves()`.
+        """A Container with the same nodes and new leaves, in the order of `leaves()`.
 
         >>> Container(a=1, b={"c": 2}).unflatten([3, 4]).to_dict()
         {'a': 3, 'b': {'c': 4}}
@@ -198,7 +198,7 @@ class Container(Updatable, Arithmetic, dict[Any, Any]):
 
     @conversion.explain_cycles
     def to_flat(self, sep: str = "/") -> dict[str, Any]:
-        """The leaves by name: the keys joined by `sep`. '.' gives the names of a state_dict.
+        """The leaves by name. Names are keys joined by `sep`; '.' gives those of a state_dict.
 
         Items of lists are named by index. An empty node becomes an empty Container.
 
@@ -244,9 +244,10 @@ class Container(Updatable, Arithmetic, dict[Any, Any]):
         {'a': 10, 'b': {'c': 200}}
 
         Args:
-            fn: Called with a leaf and its values in `rest`. A note with the path is added to an
-                exception.
-            *rest: Trees like this one, or prefixes of it: a value at a node holds for its subtree.
+            fn: Called with a leaf and the values that `rest` has for it. If it raises, a note with
+                the path is added to the exception.
+            *rest: Trees of the same structure, or prefixes: a value at a node applies to all leaves
+                below it.
             with_path: Whether to call fn(path, leaf, ...), where the path is a tuple of keys.
 
         Raises:
@@ -264,9 +265,9 @@ class Container(Updatable, Arithmetic, dict[Any, Any]):
 
     @conversion.explain_cycles
     def filter(self, pred: Callable[[Path, Any], Any], /) -> Self:
-        """The leaves for which pred(path, leaf) is true. Nodes left without leaves are removed.
+        """The leaves for which pred(path, leaf) is true. Nodes without such leaves are removed.
 
-        A list or tuple that is not removed keeps its length: None replaces the other items.
+        A list or tuple that is not removed keeps its length: None replaces the removed items.
 
         >>> Container(a={"kernel": 1, "bias": 2}).filter(lambda p, x: p[-1] == "bias").to_dict()
         {'a': {'bias': 2}}
@@ -276,7 +277,7 @@ class Container(Updatable, Arithmetic, dict[Any, Any]):
 
     @conversion.explain_cycles
     def partition(self, pred: Callable[[Path, Any], Any], /) -> tuple[Self, Self]:
-        """Two Containers: the result of `filter`, and the other leaves."""
+        """Two Containers: one of the leaves that `filter` keeps, one of the other leaves."""
         kept = [bool(pred(path, leaf)) for path, leaf in structure.walk(self)]
         return self._picked(kept), self._picked([not keep for keep in kept])
 
@@ -320,7 +321,7 @@ class Container(Updatable, Arithmetic, dict[Any, Any]):
             structure.broadcast("one operand", lead, operand, to="the other")
             for operand in operands
         ]
-        # The leaves of `lead` are not operands: where they are None, the result is None.
+        # The leaves of `lead` are not passed to the operation. If one is None, so is the result.
         results = structure.map_leaves(lambda _, *values: operation(*values), lead, *columns)
         return structure.rebuild(lead, results, "one operand")
 

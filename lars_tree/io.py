@@ -38,15 +38,15 @@ def save(path: Path, tree: Mapping[Any, Any], *, metadata: Mapping[str, str] | N
     >>> metadata("w.safetensors")
     {'step': '100'}
 
-    An old file is replaced atomically: a reader, a crash or a kill at any moment finds the old file
-    or the new one, which is synced before it is renamed. Nobody else can open the temporary file;
-    if a kill leaves it in the directory, the next save in that directory removes it. Permissions,
-    owner, group, extended attributes and ACL are preserved if the system allows it.
+    An old file is replaced atomically: its path always leads to the complete old or new file, even
+    after a crash or a kill. The new file is synced before it is renamed. No other user can open the
+    temporary file; if the process is killed, the next save in the same directory removes the file.
+    Permissions, owner, group, extended attributes and ACL are preserved if the system allows it.
 
-    Arrays may be of any library, on any device, in any memory order, or an `Array`. They are copied
-    to contiguous CPU memory one at a time. Each is written in full: tied weights are loaded as two
-    arrays. Lists, tuples, None, empty nodes, integer keys and keys that contain '.' cannot be
-    restored from the names, so they are recorded in the metadata.
+    Leaves may be arrays of any library, on any device, in any memory order, or an `Array`. They are
+    copied to contiguous CPU memory one at a time. Each leaf is written in full, so tied weights are
+    loaded as two arrays. Lists, tuples, None, empty nodes, integer keys and keys that contain '.'
+    cannot be restored from the names, so they are recorded in the metadata.
 
     Args:
         path: A name that ends in .safetensors or .npz. If it is a link, its target is replaced.
@@ -56,7 +56,7 @@ def save(path: Path, tree: Mapping[Any, Any], *, metadata: Mapping[str, str] | N
 
     Raises:
         StructureError: two leaves have the same name; a key is neither str nor int; a node is not a
-            mapping, list or tuple, such as a namedtuple; more than 100 levels.
+            mapping, list or tuple (a namedtuple, for example); the tree has more than 100 levels.
         LeafError, DtypeError: a leaf is not an array, or the format does not have its dtype:
             safetensors has no complex128, .npz no bfloat16.
         OptionError: a name or value in metadata is not a string.
@@ -82,8 +82,8 @@ def load(path: Path, *, library: Literal["numpy", "torch", "jax"] = "numpy") -> 
     >>> load("w.npz").to_dict()
     {'layers': [{'w': array([1., 1.])}, {'w': array([0., 0.])}]}
 
-    No code in the file is run. Sizes are checked before memory is allocated, so memory is at most
-    the length of the file, or 1032 times the length of a compressed .npz.
+    No code in the file is run. Sizes are checked before memory is allocated, so the memory used
+    is at most the length of the file, or 1032 times that length for a compressed .npz.
 
     Args:
         path: A name that ends in .safetensors or .npz.
@@ -125,9 +125,9 @@ def open(path: Path, mode: Literal["r", "r+"] = "r") -> Container:  # noqa: A001
     array([3. , 3.5])
 
     `lars_update(w, g, lr, out=w)` updates the weights in the file, even if they are larger than
-    memory. The process allocates no memory in proportion to the file. The pages that it uses belong
-    to the system's file cache: tools may count them as resident (RssFile), but the system reclaims
-    them when memory is short.
+    memory. The process allocates no memory for the elements. The mapped pages belong to the
+    system's file cache: tools may count them as resident (RssFile), but the system reclaims them
+    when memory is short.
 
     Changes reach the disk when the system writes them back, or when `flush()` of any leaf is
     called, which flushes the whole file. The file is changed in place: unlike with `save`, after a
@@ -190,7 +190,7 @@ def from_state_dict(state_dict: Mapping[str, Any]) -> Container:
 
 
 def to_state_dict(tree: Any) -> dict[str, Any]:
-    """The leaves by the names that `module.load_state_dict` takes: keys joined by '.'.
+    """The leaves by name, as `module.load_state_dict` expects them: keys joined by '.'.
 
     Items of lists are named by index, and `Array`s are unwrapped. None and empty nodes are omitted,
     as in torch.

@@ -1,4 +1,4 @@
-"""Lars: the rule with momentum, as an optimizer over any tree. Its state is a Container.
+"""Lars: LARS with momentum, an optimizer for any tree of weights. Its state is a Container.
 
 `_core.advance` computes the step. For the parameters of a torch model, with their gradients in
 `p.grad`, use `lars_tree.torch.Lars`.
@@ -57,20 +57,20 @@ class Lars:
     are not floating point are never updated and have no velocity (None). The state is a Container
     and can be saved like weights: `step` counts the steps, `skipped` the steps that
     nonfinite="skip" skipped, and `velocity` is a tree like w. If momentum is the number 0, there is
-    no velocity, and each step gives the bits of `lars_update`.
+    no velocity, and each step gives the same results as `lars_update`, bit for bit.
 
     Args:
-        lr: The rate, as in `lars_update`; or a schedule, a callable that gets the number of the
-            step (the first is 0), as in `lars_tree.schedules`. A tree can contain both.
+        lr: The rate, as in `lars_update`; or a schedule, a function from the number of the step
+            (the first is 0) to the rate, as in `lars_tree.schedules`. A tree can contain both.
         momentum: The factor of the velocity, a number >= 0.
         nesterov: Nesterov momentum: the second formula for w.
         weight_decay: Weight decay: the decay_lambda of `lars_update`.
         trust_coefficient: As in `lars_update`, with the default of the paper and other packages.
         eps: As in `lars_update`. The default keeps the step small if a gradient is 0 except for
             rounding errors.
-        stop_gradients: As in `lars_update`; False keeps the graph of the velocity too.
-        **options: The further options of `lars_update`. All options but `lr` are the same for all
-            steps; each may be a Container or dict that is a prefix of w.
+        stop_gradients: As in `lars_update`; False keeps the autograd graph of the velocity too.
+        **options: The further options of `lars_update`. All options except `lr` are the same for
+            all steps; each may be a Container or dict that is a prefix of w.
 
     Raises:
         OptionError: An option has an invalid value.
@@ -147,15 +147,15 @@ class Lars:
     def update(self, w: T, dcdw: Any, state: State, out: T) -> tuple[T, State]: ...
 
     def update(self, w: Any, dcdw: Any, state: dict[str, Any], out: Any = None) -> tuple[Any, Any]:
-        """Take one step: returns the new weights and the new state.
+        """Take one step and return the new weights and the new state.
 
         With `out`, a lock is held until all results are written, so that steps of several threads
-        run one after another. Schedules are called under this lock: they may make updates, but
+        run one after another. Schedules are called under this lock: they may call `update`, but
         must not wait for an update of another thread.
 
         Args:
             w: The weights.
-            dcdw: The gradients, as in `lars_update`, but of the same shapes as the weights.
+            dcdw: The gradients, as in `lars_update`, but with the same shapes as the weights.
             state: The result of `init` or of the last `update`.
             out: The tree to write the new weights to, often w itself. The state is then written in
                 place too, and returned.
@@ -200,7 +200,7 @@ _DEFAULTS = {
 
 
 def _zeros(x: Any) -> Any:
-    """The first velocity of a leaf; None if the leaf is not floating point."""
+    """The initial velocity of a leaf, zeros; None if the leaf is not floating point."""
     array = unwrap(x)
     backend = _backends.find(array)
     if backend is None or backend.facts(array).kind not in FLOATING:

@@ -1,8 +1,8 @@
-"""Reports on layers: trust ratios, a table, and their history over a training run.
+"""Reports on layers: trust ratios, a table, and the history of ratios over a training run.
 
-The numbers are computed by the code of the update (`_report/measure.py`), on the device of the
-weights; only showing the numbers waits for the device. matplotlib and rich are imported when
-needed; `pip install 'lars-tree[report]'` installs both.
+`_report/measure.py` computes the numbers with the code of the update, on the device of the weights;
+only showing the numbers waits for the device. matplotlib and rich are imported when needed;
+`pip install 'lars-tree[report]'` installs both.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def trust_ratios(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOption
         ratio = trust_coefficient * |w| / (|g| + decay_lambda * |w| + eps)
 
     The ratio is 1 with adapt=False, and where |w| or |g| is 0. With `trust_clip` the result is
-    min(ratio, lr) / lr, the factor of lr, which is at most 1.
+    min(ratio, lr) / lr, the factor by which lr is multiplied, at most 1.
 
     >>> w = Container(kernel=np.array([3.0, 4.0]), bias=np.array([0.0]))
     >>> g = Container(kernel=np.array([0.0, 10.0]), bias=np.array([1.0]))
@@ -61,15 +61,15 @@ def trust_ratios(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOption
     >>> trust_ratios(np.array([[3.0, 4.0], [0.0, 1.0]]), 1.0, 0.1, layer_axis=0) * 2**0.5
     array([5., 1.])
 
-    The arguments and their defaults are those of `lars_update`. `lr` matters only with
-    `trust_clip`, where the largest element of an array counts; `nonfinite` has no effect;
+    The arguments and their defaults are those of `lars_update`. `lr` has an effect only with
+    `trust_clip`; if it is an array, its largest element is used. `nonfinite` has no effect.
     `stop_gradients=False` keeps the autograd graph of the ratios. Nothing is modified.
 
     Returns:
-        A tree like w. Each leaf is a 0-d array, or with `layer_axis` a vector with one element for
-        each index, in the library and on the device of the weights. It is None where the weights
-        are not updated. The dtype is float64; on accelerators, the dtype in which the update
-        computes; in JAX, float32 for weights that are not float64, unless jax_enable_x64 is set.
+        A tree like w, with arrays of the same library and device: 0-d arrays, or with `layer_axis`
+        vectors with one element for each index. None replaces weights that are not updated. The
+        dtype is float64; on accelerators, the dtype in which the update computes; in JAX, float32
+        for weights that are not float64, unless jax_enable_x64 is set.
 
     Raises:
         LarsTreeError: As in `lars_update`.
@@ -83,7 +83,7 @@ def trust_ratios(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOption
 
 
 def layer_table(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptions]) -> LayerTable:
-    """A table of the layers of w and of the step of `lars_update` for the same arguments.
+    """A table of the layers of w and of the step that `lars_update` would take.
 
     >>> w = Container(kernel=np.array([3.0, 4.0]), bias=np.array([0.0]))
     >>> g = Container(kernel=np.array([0.0, 10.0]), bias=np.array([1.0]))
@@ -94,15 +94,15 @@ def layer_table(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptions
       bias    (1,)   float64           1    0    1      1        inf
 
     |w|, |g| and |u| are the norms of weights, gradients (without the loss scale) and step. An array
-    with a `layer_axis` has one row for each index. Terminals, notebooks and rich show the table; it
-    has `to_markdown()`, and `records` for data frames. The steps are computed one array at a time;
-    then the function waits for all values.
+    with a `layer_axis` has one row for each index. Terminals, notebooks and rich show the table.
+    `to_markdown()` returns it as Markdown, and `records` can be made a data frame. The steps are
+    computed one array at a time; then the function waits for all values.
 
     The arguments and their defaults are those of `lars_update`; `nonfinite` and `stop_gradients`
     have no effect. Nothing is modified.
 
     Raises:
-        LarsTreeError: As in `lars_update`, and for traced values.
+        LarsTreeError: As in `lars_update`; or a value is traced.
 
     Warns:
         TrustRatioWarning: Names the layers whose ratio is 0, not finite, or clipped.
@@ -193,8 +193,8 @@ class ScalarCallback:
     Args:
         writer: A `SummaryWriter` of torch or tensorboardX, or any object with
             `add_scalar(tag, value, step)`.
-        tag: The prefix of the path of each layer.
-        every: Writes only steps that are multiples of this number.
+        tag: The first part of each tag; the path of the layer is the rest.
+        every: Only steps that are multiples of this number are written.
 
     Raises:
         OptionError: `every` is not a whole number >= 1.

@@ -1,8 +1,8 @@
 """Schedules: the learning rate as a function of the step.
 
-Any function of the step number is a schedule; this module has the usual schedules. They return a
-float for a number, and an array for an array that has axes or no known value (lazy, or under
-`jax.jit`). Fractional steps are allowed.
+Any function of the step number is a schedule; this module has the usual schedules. They return an
+array if the step is an array that has axes or no known value (lazy, or under `jax.jit`), and a
+float otherwise. Fractional steps are allowed.
 
 The first step has number 0. A warm-up starts from rate 0, so the first step changes no weight, as
 in timm (`warmup_lr_init` is 0 by default) and in optax with `init_value=0`; torch's `LinearLR`
@@ -33,7 +33,7 @@ A = TypeVar("A", bound=AnyArray)
 
 
 class _Schedule:
-    """The base class of the schedules: checks of the fields, and overloads of the call."""
+    """The base class of the schedules: checks the fields, and declares the types of a call."""
 
     warmup_steps: int
 
@@ -47,7 +47,8 @@ class _Schedule:
                 number = finite_number(x)
             if number is None:
                 raise OptionError(f"{field.name}: expected a finite number >= 0, got {x!r}")
-            # The class is frozen. Python numbers, unlike numpy scalars, keep the dtype of a step.
+            # Python numbers, unlike numpy scalars, do not change the dtype of a step. (The class is
+            # frozen, so a normal assignment would raise.)
             object.__setattr__(self, field.name, x if type(x) is int else number)
         warmup_steps, total_steps = self.warmup_steps, getattr(self, "total_steps", None)
         if total_steps is not None and (total_steps < 1 or total_steps < warmup_steps):
@@ -79,7 +80,7 @@ class Constant(_Schedule):
 
     Args:
         rate: The rate, a number >= 0.
-        warmup_steps: For this many steps the rate rises linearly from 0.
+        warmup_steps: The number of steps in which the rate rises linearly from 0.
 
     Raises:
         OptionError: `rate` is not a finite number >= 0, or `warmup_steps` is not a whole number
@@ -109,8 +110,8 @@ class Polynomial(_Schedule):
     Args:
         peak: The highest rate.
         total_steps: The step at which the rate reaches `end`.
-        warmup_steps: In this many of the total steps, the rate rises linearly from 0.
-        power: 1 is linear decay.
+        warmup_steps: The number of these steps in which the rate rises linearly from 0.
+        power: The exponent of the decay; 1 is linear.
         end: The last rate.
 
     Raises:
@@ -144,7 +145,7 @@ class Cosine(_Schedule):
     Args:
         peak: The highest rate.
         total_steps: The step at which the rate reaches `end`.
-        warmup_steps: In this many of the total steps, the rate rises linearly from 0.
+        warmup_steps: The number of these steps in which the rate rises linearly from 0.
         end: The last rate.
 
     Raises:
@@ -164,7 +165,7 @@ class Cosine(_Schedule):
 
 
 def value(step: Any) -> Any:
-    """The step as an int if its type is an integer type, or else as a float.
+    """The step as an int if its type is an integer type, otherwise as a float.
 
     Arrays with axes, or without a known value, are returned unchanged.
     """
@@ -178,7 +179,7 @@ def value(step: Any) -> Any:
 
 
 def _progress(step: Any, warmup_steps: int, total_steps: int) -> tuple[Any, Any, Any]:
-    """The completed fractions of warm-up and decay at a step, and their array namespace."""
+    """The completed fractions of warm-up and decay, and `math` or their array namespace."""
     step = value(step)
     xp: Any = math
     clip: Callable[[Any], Any] = lambda x: min(max(x, 0.0), 1.0)  # noqa: E731
@@ -197,7 +198,7 @@ def _between(end: float, peak: float, share: Any) -> Any:
 
 
 def _as_float(step: Any, xp: Any) -> Any:
-    """The step as float32 or wider: small integers overflow, float16 is exact up to 2048 only."""
+    """The step as float32 or wider: small integers overflow, float16 is exact only up to 2048."""
     step = step / 1
     if getattr(step.dtype, "itemsize", 4) < 4:
         step = step.astype(xp.float32) if hasattr(step, "astype") else step.to(xp.float32)

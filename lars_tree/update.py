@@ -58,39 +58,41 @@ def lars_update(
             modified, unless `out` is w.
         dcdw: Gradient of the cost, in units of cost per weight: arrays that broadcast to the arrays
             of w, of the same library and device. None leaves the weights below it unchanged.
-        lr: Learning rate >= 0. It has no unit where ratio is not 1, because the units of cost and
-            weights cancel there. May be an array that broadcasts to the weights.
+        lr: Learning rate >= 0. It has no unit if ratio is not 1, because the units of cost and
+            weights then cancel. May be an array that broadcasts to the weights.
         decay_lambda: Weight decay >= 0, in cost per weight squared.
-        stop_gradients: True: the result has no autograd graph, and the `requires_grad` of w.
+        stop_gradients: True: the result has no autograd graph, and has the `requires_grad` of w.
             False: the step is differentiable in w, dcdw, lr and decay_lambda.
-        out: Where to write the result: a tree of arrays like w, or w itself, to update in place.
+        out: The arrays to write the result to: a tree like w, or w itself for an update in place.
         trust_coefficient: The paper's eta, a pure number >= 0; published recipes use 0.001.
         eps: Added to the denominator, in units of the gradient.
-        adapt: False: ratio is 1, so this is SGD with decay, as used for biases and norm layers.
-        trust_clip: True (LARC): the rate of a layer is min(ratio, lr) instead of lr * ratio; where
-            a norm is 0 it is lr.
+        adapt: False: ratio is 1 (SGD with decay), as is usual for biases and norm layers.
+        trust_clip: True (LARC): the rate of a layer is min(ratio, lr) instead of lr * ratio. If a
+            norm is 0, the rate is lr.
         joint_norm: True: the denominator is |g + decay_lambda * w| + eps, as in SimCLR, BYOL and
             optax; ratio is 1 where |w| or the norm of this sum is 0.
-        grad_scale: The loss scale > 0 by which dcdw was multiplied; the step divides it out.
+        grad_scale: The loss scale > 0 by which dcdw was multiplied; the step divides dcdw by it.
         nonfinite: What to do when a new weight would be NaN or infinite. "propagate" writes it,
             "raise" raises before anything is written, "skip" leaves all weights unchanged.
         layer_axis: The axis along which an array stacks layers; each index has its own ratio.
-        axis_name: In a JAX `shard_map`, the mesh axes over which an array is sharded, a name or a
-            tuple of names. Norms are summed over these axes. (): each device has whole layers.
+        axis_name: In a JAX `shard_map`, the mesh axes over which an array is sharded: a name or a
+            tuple of names. Norms include all shards along these axes. (): each device
+            has whole layers.
 
     Returns:
-        The new weights, in the types, key order, dtypes, shapes and devices of w; `out` if given.
+        The new weights, with the node types, key order, dtypes, shapes and devices of w; `out` if
+        given.
 
     Raises:
         StructureError: dcdw, out or an option does not match w; the message names every differing
             path. Or w is cyclic. Or, without `out`, w has a node that cannot be rebuilt.
-        LeafError: A leaf is not an array, or cannot be computed with (sparse, freed, meta).
+        LeafError: A leaf is not an array, or is unsupported: sparse, freed or meta, for example.
         DtypeError: Weights or gradients are not floating point, or mix complex and real.
         ShapeError: An array does not broadcast to its weights.
         BackendError: The arrays of one leaf are of different libraries or devices.
         OptionError: An option has an invalid value: negative, NaN, infinite, or not a number.
-        OutError: `out` cannot be written to: read-only, immutable, of another shape or dtype,
-            overlapping itself, or with two leaves that share memory.
+        OutError: `out` cannot be written to: an array is read-only, immutable, of another shape or
+            dtype, or overlaps itself; or two arrays share memory.
         NonFiniteError: A new weight would be NaN or infinite, and nonfinite="raise" was given.
 
     All are LarsTreeErrors. If an error is raised, nothing was written.

@@ -1,1 +1,1 @@
-"""The subcommands of `lars-tree`, as functions; `parser.py` has their arguments."""
+"""The subcommands of `lars-tree`, as functions; `parser.py` defines their arguments."""

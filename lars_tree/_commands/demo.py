@@ -1,4 +1,4 @@
-"""`lars-tree demo`: train a small network on images of digits, by LARS and by plain SGD.
+"""`lars-tree demo`: train a small network on images of digits, with LARS and with plain SGD.
 
 The forward and backward passes are written in numpy. All weights are in one Container, which one
 call of `lars_update` per step updates in place. This module uses only the public API.
@@ -32,7 +32,7 @@ class Digits(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """The results of one run, and the layers at its last step."""
+    """The results of one run, and the table of the layers at the last step."""
 
     rate: float
     train_accuracy: float
@@ -75,7 +75,7 @@ def forward(w: Container, images: Floats) -> list[Floats]:
 def gradients(w: Container, digits: Digits) -> Container:
     """The gradient of the mean cross-entropy, by backpropagation."""
     *inputs, logits = forward(w, digits.images)
-    # A common shift cancels in the quotient, and without it exp overflows for large logits.
+    # Subtracting the maximum cancels in the quotient. Without it, exp overflows for large logits.
     exp = np.exp(logits - logits.max(axis=1, keepdims=True))
     delta = exp / exp.sum(axis=1, keepdims=True)
     delta[np.arange(len(delta)), digits.labels] -= 1
@@ -103,7 +103,7 @@ def train(
     epochs: int,
     batch: int,
 ) -> Trained:
-    """Train at a rate that falls linearly to 0; by plain SGD (adapt=False) unless `lars`.
+    """Train at a rate that falls linearly to 0; with plain SGD (adapt=False) unless `lars`.
 
     The seed determines the initial weights and the order of the images.
     """
@@ -132,7 +132,7 @@ def train(
 
 
 def run(*, seed: int, epochs: int, batch: int, rate: float) -> tuple[str, dict[str, Any]]:
-    """Train by LARS and by SGD; return the results as text and as a record.
+    """Train with LARS and with SGD; return the results as text and as a record.
 
     The results depend only on the arguments. Progress goes to stderr.
     """
@@ -143,9 +143,9 @@ def run(*, seed: int, epochs: int, batch: int, rate: float) -> tuple[str, dict[s
     batch = min(batch, count)
     recipe = {"seed": seed, "epochs": epochs, "batch": batch}
     with (
-        # One thread: more give no gain for such small matrices, and may change the last bits.
+        # More threads are not faster for such small matrices, and may change the last bits.
         threadpool_limits(1),
-        # A rate that is too high gives infinity and NaN, as the accuracy shows without a warning.
+        # If a rate is too high, weights become infinite or NaN. The accuracy shows this.
         np.errstate(all="ignore"),
         warnings.catch_warnings(action="ignore", category=report.TrustRatioWarning),
     ):

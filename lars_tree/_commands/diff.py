@@ -23,7 +23,8 @@ class Change(NamedTuple):
 
     Attributes:
         changed: How many elements differ; NaN equals NaN, and 0 equals -0.
-        largest: The largest |b - a| / |a| of these; infinite if an a is 0, NaN if an a or b is.
+        largest: The largest |b - a| / |a| of these elements: infinite if some a is 0, NaN if some
+            a or b is NaN.
     """
 
     changed: int

@@ -16,7 +16,7 @@ class Output(NamedTuple):
     status: int = 0
 
     def as_json(self) -> str:
-        """The record in one line. NaN and infinities become strings, because JSON lacks them."""
+        """The record in one line. NaN and infinities become strings: JSON does not have them."""
         return json.dumps(_plain(self.record), allow_nan=False)
 
 

@@ -1,4 +1,4 @@
-"""The arguments of `lars-tree` and its subcommands. Each subcommand has a module for its work.
+"""The arguments of `lars-tree` and its subcommands. Other modules implement the subcommands.
 
 To add a subcommand, add a function here that is decorated with `_subcommand` and returns `Output`.
 """
@@ -18,7 +18,7 @@ from lars_tree import errors
 from lars_tree._commands.output import Output
 from lars_tree._core.options import DEFAULTS, check
 
-_LIBRARIES = {"cli": ("ml_dtypes", "safetensors"), "demo": ("sklearn",)}  # by extra
+_LIBRARIES = {"cli": ("ml_dtypes", "safetensors"), "demo": ("sklearn",)}  # required by each extra
 
 
 @click.group(
@@ -87,7 +87,7 @@ _SHARED = {
 
 
 def _step_options(**lr: Any) -> Callable[[Any], Any]:
-    """Add the options of a step; `lr`: `required` or `default` of --lr."""
+    """Add the options of a step. `lr` is `required` or `default` for the option --lr."""
     options = [
         click.option("--lr", type=float, help="Rate: the step is proportional to it.", **lr),
         *(
@@ -148,12 +148,12 @@ def show(file: str, grads: str | None, **options: Any) -> Output:
 def update(weights: str, grads: str, out: str | None, in_place: bool, **options: Any) -> Output:
     """Take one LARS step on the weights in a file.
 
-    GRADS has the gradients. Messages call WEIGHTS w, and GRADS dcdw.
+    GRADS has the gradients. Messages refer to WEIGHTS as w and to GRADS as dcdw.
 
-    The weights are copied to a temporary file beside OUT, updated there, and renamed: a kill at any
-    moment leaves the old file or the new one. --in-place does the same for WEIGHTS, and needs disk
-    space for a copy. .safetensors files are mapped and may be larger than memory; .npz files are
-    loaded. Metadata is kept.
+    The weights are copied to a temporary file beside OUT and updated there; then the file is
+    renamed. A kill at any moment leaves the complete old or new file. --in-place does the same for
+    WEIGHTS, and needs disk space for a copy. .safetensors files are mapped and may be larger than
+    memory; .npz files are loaded. Metadata is kept.
     """
     from lars_tree._commands import update
 
@@ -192,7 +192,7 @@ def diff(a: str, b: str) -> Output:
     help="First rate; it falls to 0.",
 )
 def demo(seed: int, epochs: int, batch: int, rate: float) -> Output:
-    """Train on handwritten digits, by LARS and by plain SGD."""
+    """Train on handwritten digits, with LARS and with plain SGD."""
     from lars_tree._commands import demo
 
     check({"lr": rate})  # FloatRange accepts NaN and infinity

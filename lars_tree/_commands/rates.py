@@ -1,4 +1,4 @@
-"""Reads trees from files, and turns the options of the command line into those of a step."""
+"""Reads trees from files, and converts the command-line options to options of `lars_update`."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ def read(file: str) -> Container:
 def for_leaves(
     w: Any, lr: float, lr_for: Sequence[tuple[str, float]], no_adapt: Sequence[str], **shared: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """The rate and the other options of `lars_update` for weights w, from those of the command.
+    """The rate and the other options of `lars_update` for weights w, from the command line.
 
-    Raises an OptionError for an invalid rate, even of no leaf, and for a pattern without a match.
+    Raises an OptionError for an invalid rate, even if no leaf uses it, and for a pattern that
+    matches no leaf.
     """
     for given in (lr, dict(lr_for)):
         options.check({"lr": given})

@@ -1,7 +1,7 @@
 """`lars-tree update`: one LARS step on the weights in a file.
 
-The weights are copied to a temporary file beside OUT, updated there through a memory map, and
-renamed. An .npz file cannot be mapped: it is loaded, updated in memory, and saved.
+The weights are copied to a temporary file beside OUT and updated there through a memory map; then
+the file is renamed. An .npz file cannot be mapped: it is loaded, updated in memory, and saved.
 """
 
 from __future__ import annotations

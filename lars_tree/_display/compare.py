@@ -49,7 +49,7 @@ def _matches(a: Any, b: Any, test: Test) -> bool:
 
 
 def _may_be_equal(a: Any, b: Any) -> bool:
-    """Whether two nodes may be equal: dicts of any class, or nodes of one class."""
+    """Whether two nodes may be equal: dicts of any class, or nodes of the same class."""
     return type(a) is type(b) or (isinstance(a, dict) and isinstance(b, dict))
 
 

@@ -53,7 +53,7 @@ def tree(container: Any) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: Sequence[bool]) -> str:
-    """A table. `texts`: for each column, whether it has text, which is aligned to the left."""
+    """A table. `texts` says which columns are text. Text is aligned to the left."""
     classes = [' class="text"' if is_text else "" for is_text in texts]
 
     def line(cells: Sequence[str], tag: str) -> str:

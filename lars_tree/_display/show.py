@@ -60,7 +60,7 @@ class _Sizes:
 
 
 def leaf(x: Any) -> str:
-    """A short description of a leaf or node; of an array, its dtype and shape."""
+    """A short description of a leaf or node; for an array, its dtype and shape."""
     x = unwrap(x)
     backend = _backends.find(x)
     if backend is None:
@@ -129,9 +129,9 @@ class Row:
 
 
 def rows(container: Any, most: int, most_children: int) -> Row:
-    """The row of the root, with rows below it: `most` rows in all, `most_children` per node.
+    """The row of the root, with at most `most` rows in all and `most_children` below each node.
 
-    Both are upper limits; rows near the root take precedence.
+    Rows near the root take precedence.
     """
     leaves = structure.leaves(container)
     sizes = _Sizes(leaves)
@@ -167,7 +167,7 @@ def rich_tree(container: Any) -> Tree | Text:
     from rich.text import Text
     from rich.tree import Tree
 
-    def label(row: Row) -> Text:  # rich would read markup in a str
+    def label(row: Row) -> Text:  # rich would parse a str as markup
         return Text.assemble((row.name, "bold"), "  ", row.what, "  ", (row.size, "dim"))
 
     def grow(branch: Tree, row: Row) -> Tree:

@@ -1,7 +1,7 @@
 """Conversion of leaves: from arrays of any library to numpy arrays that can be written, and back.
 
-All leaves are checked first. Each is copied to CPU memory only when it is written, so the extra
-memory is that of the largest leaf.
+All leaves are checked first. Each leaf is copied to CPU memory only when it is written, so
+the extra memory is at most the size of the largest leaf.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Array = np.ndarray[Any, Any]
 
 
 class Entry(NamedTuple):
-    """An array that will be written, or is in a file. The dtype is little-endian."""
+    """An array to write, or an array in a file. The dtype is little-endian."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -59,7 +59,7 @@ def _fault(x: Any) -> str | None:
     fault = backend.fault(x)
     if fault:
         return f"expected dense data, got {fault}"
-    # A tracer has no elements, a shard only a part. A Dask array is computed when it is written.
+    # A tracer has no elements, a shard only a part of them. Dask arrays are computed on writing.
     if backend.name != "dask" and backend.values(x) is Values.TRACED:
         return "expected elements, got an array that is traced or sharded: gather it first"
     if not all(isinstance(length, int) for length in x.shape):
@@ -68,7 +68,7 @@ def _fault(x: Any) -> str | None:
 
 
 def _dtype(x: Any) -> np.dtype[Any] | None:
-    """The numpy dtype of an array of any library, little-endian; None if not numeric or bool."""
+    """The numpy dtype of an array of any library, little-endian; None unless numeric or bool."""
     known = isinstance(x.dtype, np.dtype)
     dtype = x.dtype if known else dtype_named(str(x.dtype).rpartition(".")[2])
     if dtype is None or not (dtype.kind in "biufc" or is_extension(dtype)):
@@ -109,7 +109,7 @@ def _to_numpy(x: Any, dtype: np.dtype[Any]) -> Array:
     x = x.detach().resolve_conj().resolve_neg().cpu().contiguous()
     if not x.numel():
         return np.empty(x.shape, dtype)
-    # Not by Tensor.numpy(): it does not support bfloat16, and it forbids to resize the storage.
+    # Tensor.numpy() would not support bfloat16, and would make the storage impossible to resize.
     memory = backend.memory(x)
     assert memory is not None
     return memory.reshape(-1).view(dtype).reshape(memory.shape)
@@ -118,7 +118,7 @@ def _to_numpy(x: Any, dtype: np.dtype[Any]) -> Array:
 def fill_torch(size: int, fill: Callable[[Array], Array]) -> Any:
     """A tensor of this many bytes, allocated by torch; `fill` writes them and returns the array.
 
-    Tensors over memory of numpy would be updated more slowly.
+    Tensors in memory allocated by numpy would be updated more slowly.
     """
     import torch
 

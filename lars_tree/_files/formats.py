@@ -1,4 +1,4 @@
-"""The file formats by suffix, and the trees in files without their elements."""
+"""Find the format of a file by suffix, and open files without reading the elements."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lars_tree._files.arrays import Entry
 from lars_tree._files.replacing import Path
 
 _FORMATS: dict[str, Any] = {".safetensors": safetensors, ".npz": npz}
-STRUCTURE = "lars_tree.structure"  # the key of the metadata that holds the structure of the tree
+STRUCTURE = "lars_tree.structure"  # the metadata key for the structure of the tree
 
 
 def find(path: Path) -> Any:
@@ -83,7 +83,7 @@ def tree(
 
 @contextmanager
 def file_errors(path: Path, name: str | None = None) -> Iterator[None]:
-    """Turn a ValueError into a FileError about this file, or about its entry of this name."""
+    """Turn a ValueError into a FileError about the file, or about its entry `name`."""
     try:
         yield
     except errors.FileError:

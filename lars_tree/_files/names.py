@@ -1,8 +1,8 @@
-"""Trees and flat names: the keys of a path joined by '.', and back.
+"""Convert trees to flat names, which are the keys of a path joined by '.', and back.
 
 Most trees are restored by splitting the names. For trees with lists, tuples, None, empty nodes,
-integer keys or keys that contain '.', the structure is recorded as JSON. This module knows neither
-arrays nor files.
+integer keys or keys that contain '.', the structure is recorded as JSON. This module does not
+depend on arrays or files.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from lars_tree.errors import Line, Path
 
 RESERVED = "__metadata__"
 
-# The most keys in a path that is saved or loaded. Even `copy.deepcopy`, which takes five frames per
-# level, then stays below Python's recursion limit of 1,000.
+# The maximum depth of a tree in a file. At this depth, even `copy.deepcopy`, which takes five
+# frames per level, stays below Python's recursion limit of 1,000.
 DEEPEST = 100
 
 
 def _most_nodes(leaves: int) -> int:
-    """The most nodes that are made by splitting the names of this many leaves.
+    """The maximum number of nodes that may be made by splitting the names of this many leaves.
 
-    A hostile name of dots would give a node of hundreds of bytes for each of its bytes. `save`
-    records the structure of trees that do have more nodes.
+    A hostile name of dots would make one node of hundreds of bytes for each dot. `save` records the
+    structure of trees that have more nodes.
     """
     return 1000 + 4 * leaves
 
 
 # The structure of a tree: ["dict", [key, child], ...], ["list", child, ...], ["tuple", child, ...],
-# null for None, and true for a leaf, whose name is its path, joined.
+# null for None, and true for a leaf. The name of a leaf is its path, joined.
 Structure = Any
 
 Dict = TypeVar("Dict", bound=dict[Any, Any])
 
 
 def flatten(tree: Any) -> tuple[dict[str, tuple[Path, Any]], str | None]:
-    """The (path, leaf) pairs by name, and the structure unless splitting the names restores it.
+    """The (path, leaf) pairs by name, and the structure, or None if the names are sufficient.
 
     Raises a StructureError for trees that cannot be restored from a file.
     """
@@ -130,8 +130,8 @@ def is_text(name: str) -> bool:
 def unflatten(leaves: Mapping[str, Any], text: str | None, make: Callable[[], Dict]) -> Dict:
     """The tree of the leaves, given by name; `make` makes its dicts.
 
-    `text` is the structure; without it the names are split. Raises a ValueError if the names and
-    the structure do not describe a tree.
+    `text` is the structure; if it is None, the names are split. Raises a ValueError if the names
+    and the structure do not describe a tree.
     """
     check(leaves, text)
     if text is None:
@@ -208,7 +208,7 @@ class TwiceError(ValueError):
 def parsed(text: str, convert: Callable[[dict[str, Any]], Any] = lambda x: x) -> Any:
     """Parse JSON and apply `convert` to each object.
 
-    Raises a ValueError if it is malformed, nested too deeply, or an object has a name twice.
+    Raises a ValueError if the text is malformed or too deep, or if an object repeats a name.
     """
 
     def converted(pairs: list[tuple[str, Any]]) -> Any:

@@ -1,7 +1,8 @@
 """numpy's .npz format: a zip archive of .npy files. Nothing is pickled or unpickled.
 
-Archives are written without compression, as by `numpy.savez`, and read with or without it. numpy
-parses the headers; the sizes in them are checked against the archive before memory is allocated.
+Archives are written without compression, as by `numpy.savez`; compressed archives can be read too.
+numpy parses the headers. The sizes that they declare are checked against the archive before memory
+is allocated.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def write(file: BinaryIO, entries: dict[str, Entry], metadata: dict[str, str]) -
         entries = {names.RESERVED: Entry(text.dtype, (), lambda: text), **entries}
     with zipfile.ZipFile(file, "w") as archive:
         for name, entry in entries.items():
-            # A new ZipInfo has a fixed date: equal trees make equal files.
+            # A new ZipInfo has a fixed date, so equal trees make equal files.
             with archive.open(zipfile.ZipInfo(name + _SUFFIX), "w", force_zip64=True) as stream:
                 npy.write_array(stream, entry.fetch(), allow_pickle=False)
 
@@ -63,7 +64,7 @@ class View(NamedTuple):
             return {}
         text = self.read(names.RESERVED)
         with suppress(ValueError):
-            # Not by item(), which accepts invalid code points.
+            # text.item() would accept invalid code points.
             codes = text.astype(text.dtype.newbyteorder("<")).tobytes()
             metadata = names.parsed(codes.decode("utf-32-le").rstrip("\0"))
             if isinstance(metadata, dict) and all(isinstance(x, str) for x in metadata.values()):
@@ -71,7 +72,7 @@ class View(NamedTuple):
         raise errors.file_error(self.path, "expected a JSON object of strings", names.RESERVED)
 
     def dtype_and_shape(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
-        """The dtype, little-endian, and the shape of an array."""
+        """The little-endian dtype and the shape of an array."""
         with self._member(name) as (shape, _, dtype, _):
             return little_endian(dtype), shape
 
@@ -86,7 +87,7 @@ class View(NamedTuple):
 
     @contextmanager
     def _member(self, name: str) -> Iterator[tuple[tuple[int, ...], bool, np.dtype[Any], Any]]:
-        """The shape of an array, whether it is in Fortran order, the dtype, the element stream."""
+        """The shape of an array, whether it is in Fortran order, its dtype, its element stream."""
         info = self.members[name]
         stream: Any
         try:

@@ -1,10 +1,10 @@
 """Replace a file atomically: at any moment, its path leads to the complete old or new file.
 
 The new content is written to a temporary file in the same directory, synced and renamed. The writer
-keeps the temporary file locked until its process ends. If a temporary file can be locked, its
-writer was killed, and the next writer removes it.
+keeps the temporary file locked until it is renamed or removed. If a temporary file can be locked,
+its writer was killed, and the next writer removes the file.
 
-Nobody else can open the temporary file (mode 0600) until it is complete. Then it gets the
+No other user can open the temporary file (mode 0600) until it is complete. Then it gets the
 permissions, owner and attributes of the old file, as far as the system allows; nobody gains a right
 that the old file did not give. On Windows permissions are not preserved.
 """
@@ -30,7 +30,8 @@ Path = str | os.PathLike[str]
 
 _PREFIX, _SUFFIX = ".lars_tree-", ".tmp"
 _ACL = "system.posix_acl_access"
-# The ACL is copied separately; the others depend on the old content or give it privileges.
+# The ACL is copied separately. The other attributes depend on the old content or grant it
+# privileges.
 _NOT_COPIED = {_ACL, "security.capability", "security.evm", "security.ima"}
 
 
@@ -38,9 +39,9 @@ _NOT_COPIED = {_ACL, "security.capability", "security.evm", "security.ima"}
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yield a temporary file, which replaces `path` when the block ends without an exception.
 
-    Its `name` is its path. If `path` is a link, its target is replaced. The new file has the
-    permissions, owner, group and extended attributes of the old one, as far as the system allows.
-    After an exception, `path` is unchanged and the temporary file is removed.
+    The `name` of the file is its path. If `path` is a link, its target is replaced. The new file
+    has the permissions, owner, group and extended attributes of the old file, as far as the system
+    allows. After an exception, `path` is unchanged and the temporary file is removed.
 
     Raises:
         OSError: as `open(path, "wb")` does; also if `path` is not a regular file. If only the
@@ -94,11 +95,11 @@ def _status(target: str) -> os.stat_result | None:
 
 
 def _locked_file(name: str) -> BinaryIO:
-    """A new file that nobody else can open, locked so that no other writer removes it."""
+    """A new file that no other user can open, locked so that no other writer removes it."""
     while True:
-        # No Python code runs between os.open and the file object: Ctrl-C would leak the descriptor.
+        # The opener is C code, so Ctrl-C cannot come after os.open and leak the descriptor.
         file: BinaryIO = open(name, "x+b", opener=partial(os.open, mode=0o600))  # noqa: SIM115
-        # Another writer may have locked and removed it first.
+        # Another writer may have locked and removed the file first.
         if _lock(file.fileno(), wait=True) is None or _is_at(name, file.fileno()):
             return file
         file.close()
@@ -118,7 +119,7 @@ def _remove_if_abandoned(name: str) -> None:
         os.unlink(name)
         return
     with _descriptor(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK) as file:
-        # Its writer may have renamed it meanwhile: check the name again.
+        # The writer may have renamed the file in the meantime: check the name again.
         if _lock(file, wait=False) and _is_at(name, file):
             os.unlink(name)
 
@@ -127,7 +128,7 @@ def _remove_if_abandoned(name: str) -> None:
 def _descriptor(name: str, flags: int) -> Iterator[int]:
     """A file descriptor that is closed exactly once, even if Ctrl-C comes.
 
-    C code alone puts the descriptor into the list and takes it out, so Ctrl-C cannot come between.
+    Only C code adds the descriptor to the list and removes it, so Ctrl-C cannot interrupt that.
     """
     held: list[int] = []
     try:
@@ -146,7 +147,7 @@ def _close(held: list[int]) -> None:
 
 
 def _lock(file: int, *, wait: bool) -> bool | None:
-    """Lock an open file; False if another process has it, None if locks are not supported."""
+    """Lock an open file; False if another process has the lock, None if locks are unsupported."""
     if fcntl is None:
         return None
     try:
@@ -173,12 +174,12 @@ def _sync(directory: str) -> None:
         try:
             os.fsync(file)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not on all file systems
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not all file systems support it
                 raise
 
 
 def _mode_of_new_file(name: str) -> int:
-    """The permissions of a new file in this directory, found by creating one with this name.
+    """The permissions of a new file in this directory, found by creating a file with this name.
 
     The umask can be read only by setting it for all threads, and a default ACL overrides it.
     """
@@ -192,8 +193,8 @@ def _mode_of_new_file(name: str) -> int:
 def _give_rights(file: int, new_mode: int, target: str, old: os.stat_result | None) -> None:
     """Give the open file the rights of the target, or `new_mode` if the target does not exist.
 
-    The group comes first, as the ACL and the permissions depend on it. The owner comes last: only
-    the owner can change permissions.
+    The group comes first, because the ACL and the permissions depend on it. The owner comes last,
+    because only the owner can change permissions.
     """
     if not hasattr(os, "fchown"):
         return
@@ -215,7 +216,8 @@ def _permitted(mode: int, same_group: bool, same_acl: bool) -> int:
         return mode & 0o700
     if same_group:
         return mode & 0o777
-    # Members of the old group now count as others, and some others are in the new group.
+    # The group has changed: old members are now others, and some others are now members. Both get
+    # only the rights that the old file gave to both.
     both = mode >> 3 & mode & 0o7
     return mode & 0o700 | both << 3 | both
 

@@ -2,8 +2,8 @@
 
 The safetensors package validates files: it refuses holes, overlaps and inconsistent sizes before
 any allocation. This module also refuses duplicate names, and reads dtypes that the package does not
-read for numpy. It writes files itself: the package needs all arrays at once in CPU memory, and
-sorts the names; this module writes one leaf at a time, in the order of the tree.
+read for numpy. It writes files itself, because the package needs all arrays at once in CPU memory
+and sorts the names. This module writes one leaf at a time, and keeps the order of the tree.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class View(NamedTuple):
         return self.records
 
     def dtype_and_shape(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
-        """The dtype, little-endian, and the shape of an array."""
+        """The little-endian dtype and the shape of an array."""
         record = self.records[name]
         dtype = _dtype(record.dtype)
         if dtype is None:
@@ -137,11 +137,11 @@ class View(NamedTuple):
         return self.array(name, memory)
 
     def array(self, name: str, memory: Array) -> Array:
-        """The array of this name, as a view of memory that has its bytes."""
+        """The array of this name, as a view of memory that contains its bytes."""
         dtype, shape = self.dtype_and_shape(name)
         try:
             array: Array = memory.view(dtype).reshape(shape)
-        except ValueError as error:  # too many axes, or an empty array with a too long axis
+        except ValueError as error:  # too many axes, or an overlong axis in an empty array
             raise errors.file_error(self.path, str(error), name) from error
         return array
 

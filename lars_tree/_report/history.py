@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class TrustRatioWarning(UserWarning):
-    """Some layers have a trust ratio that is 0, not finite, or clipped; names their paths."""
+    """Some layers have a trust ratio that is 0, not finite, or clipped. The message names them."""
 
 
 def warn(headline: str, lines: list[errors.Line]) -> None:
-    """Warn about these layers, if any; the warning shows the caller's line outside this package."""
+    """Warn about these layers, if any. The warning names the calling line outside this package."""
     if lines:
         level, frame = 1, sys._getframe(0)
         while frame is not None and _package(frame) == "lars_tree":
@@ -57,8 +57,8 @@ class TrustHistory:
     `record` is cheap: it keeps the arrays on their devices and does not wait. Reading `ratios`
     fetches all new values at once.
 
-    Memory is bounded: when more than `capacity` steps are kept, every other step is dropped, and
-    from then on only every second step is kept, then every fourth, and so on. The kept steps
+    Memory is bounded: when more than `capacity` steps are kept, every other step is dropped. From
+    then on only every second step is kept, later only every fourth, and so on. The kept steps
     therefore always span the whole run evenly.
 
     Args:
@@ -74,7 +74,7 @@ class TrustHistory:
         self._steps: list[int] = []
         self._rows: list[list[Any]] = []
         self._shapes: list[tuple[int, ...] | None] = []  # per leaf; None until its first ratio
-        self._fetched = 0  # the number of rows at the start that hold numpy arrays
+        self._fetched = 0  # how many of the first rows contain numpy arrays
         self._stride = 1
         self._seen = 0
         self._next = 0
@@ -83,8 +83,8 @@ class TrustHistory:
         """Record the ratios of one step.
 
         Args:
-            ratios: The result of `trust_ratios`; a jitted function has to return it, as tracers
-                cannot be recorded. A layer without a ratio (None) has a gap at this step.
+            ratios: The result of `trust_ratios`. A jitted function has to return it, because
+                tracers cannot be recorded. A layer without a ratio (None) has a gap at this step.
             step: The number of the step; by default the last number plus 1.
 
         Raises:
@@ -119,15 +119,15 @@ class TrustHistory:
 
     @property
     def ratios(self) -> dict[str, np.ndarray[Any, Any]]:
-        """By path, the ratios of each layer at the `steps`; NaN where it has no ratio."""
+        """The ratios of each layer at the `steps`, by path; NaN where it has no ratio."""
         return {errors.path_string(path): column for path, column, _ in self._columns()}
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the ratios over the steps: a line for each layer, or a heat map for many layers.
 
         Args:
-            ax: The axes to draw on; by default those of a new figure outside pyplot, which
-                `history.plot().figure.savefig(path)` saves.
+            ax: The axes to draw on; by default those of a new figure outside pyplot. To save it,
+                call `history.plot().figure.savefig(path)`.
 
         Returns:
             The axes. Needs matplotlib.
@@ -183,9 +183,9 @@ class TrustHistory:
 
 
 def _kept(x: Any) -> Any:
-    """The ratio to keep. A lazy ratio is computed, as its graph would keep the weights alive."""
+    """The ratio to keep. Lazy ratios are computed, because their graph keeps the weights alive."""
     x = unwrap(x)
-    if x is None or unreadable(x):  # `_shapes_with` raises
+    if x is None or unreadable(x):  # `_shapes_with` will raise an error
         return x
     backend = _backends.find(x)
     if backend is None:

@@ -1,6 +1,6 @@
-"""Measure the norms and ratios of reports, by the code of the update.
+"""Measures the norms and ratios of reports with the code of the update.
 
-Also make the paths of layers, and fetch the values of many numbers at once.
+Also makes the paths of layers, and fetches the values of many numbers at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class LeafReport(NamedTuple):
     w: Any
     rule: Rule
     measured: Measured | None = None
-    step_norm: Any = None  # only if it was asked for
+    step_norm: Any = None  # only if requested
 
 
 def measure(
@@ -34,8 +34,8 @@ def measure(
 ) -> list[LeafReport]:
     """A report for each leaf, measured by the code of `lars_update`. Writes nothing.
 
-    Does not wait for a device, and works under `jax.jit`. `with_steps` also computes the steps, one
-    leaf at a time, for their norms.
+    Does not wait for a device, and works under `jax.jit`. With `with_steps`, also computes the
+    norms of the steps, one leaf at a time.
     """
     columns, caller = matched(w, dcdw, options)
     native = Native(columns, measures=True)
@@ -61,7 +61,7 @@ def _step_norm(leaf: Leaf) -> Any:
 
 
 def layer_paths(path: errors.Path, shape: tuple[int, ...]) -> list[errors.Path]:
-    """The path of each layer of a leaf whose ratios have this shape: () or one axis."""
+    """The path of each layer of a leaf; `shape` is the shape of its ratios: () or one axis."""
     if not shape:
         return [path]
     last = path[-1] if path else ""
@@ -72,7 +72,7 @@ def fetch(argument: str, numbers: list[Any]) -> list[np.ndarray[Any, Any]]:
     """The values of numbers and arrays of any library as float64; waits once for each library.
 
     Raises:
-        LeafError: Some are traced and have no values.
+        LeafError: Some arrays are traced and have no values.
     """
     numbers = [unwrap(x) for x in numbers]
     by_backend = grouped(range(len(numbers)), lambda i: _backends.find(numbers[i]))
@@ -87,7 +87,7 @@ def fetch(argument: str, numbers: list[Any]) -> list[np.ndarray[Any, Any]]:
 
 
 def unreadable(x: Any) -> str | None:
-    """Why x is not a ratio or a vector of ratios that can be read; None if it is."""
+    """Why x cannot be read as a ratio or a vector of ratios; None if it can."""
     backend = _backends.find(x)
     if backend is None:
         is_number = issubclass(type(x), Real)

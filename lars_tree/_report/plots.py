@@ -1,4 +1,4 @@
-"""Plots of trust ratios, by matplotlib without the global state of pyplot."""
+"""Plots of trust ratios with matplotlib, without the global state of pyplot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ Floats = np.ndarray[Any, Any]
 _MOST_LINES = 12
 _MOST_LABELS = 40
 
-# Okabe and Ito (2008): distinct for colour-blind readers; without yellow, too pale for a line.
+# Okabe and Ito (2008): distinct for colour-blind readers. Yellow is left out, because it is too
+# pale for a line.
 _COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 _DASHES = ["-", "--"]
 
@@ -94,7 +95,7 @@ def _heat_map(ax: Axes, steps: Floats, ratios: dict[str, Floats]) -> None:
 
 
 def _edges(steps: Floats) -> Floats:
-    """The borders between the cells of a row: half way between the steps."""
+    """The edges of the cells along the step axis: half way between the steps."""
     centers = np.asarray(steps, float)
     if len(centers) < 2:
         return np.concatenate([centers - 0.5, centers + 0.5])
@@ -104,6 +105,6 @@ def _edges(steps: Floats) -> Floats:
 
 
 def _label(name: str, most: int = 40) -> str:
-    """The name, cut at its start if it is long; '$' is escaped, as it would start a formula."""
+    """The name, cut at its start if it is long; '$' is escaped: it would start a formula."""
     name = name if len(name) <= most else f"...{name[3 - most :]}"
     return name.replace("$", r"\$")

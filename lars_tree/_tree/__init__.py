@@ -1,1 +1,1 @@
-"""Trees: walk, match by key, broadcast, rebuild. Knows no arrays."""
+"""Trees: walk, match by key, broadcast, rebuild. Does not depend on arrays."""

@@ -1,4 +1,4 @@
-"""Converts mappings that are put into a Container, and Containers to dicts. Knows no arrays."""
+"""Conversion of mappings to Containers, and of Containers to dicts. Does not depend on arrays."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def explain_cycles(method: Callable[P, T]) -> Callable[P, T]:
-    """Make a method of Container report a cycle in its arguments instead of a RecursionError."""
+    """Make a method of Container raise a StructureError, not a RecursionError, for a cycle."""
 
     @wraps(method)
     def explaining(*arguments: P.args, **options: P.kwargs) -> T:
@@ -31,7 +31,7 @@ def explain_cycles(method: Callable[P, T]) -> Callable[P, T]:
 
 
 def convert(argument: str, value: Any, cls: type) -> Any:
-    """`convert_node` with a StructureError if the value contains itself or cannot be rebuilt."""
+    """Call `convert_node`; raise a StructureError if the value is cyclic or cannot be rebuilt."""
     if structure.is_leaf(value):
         return value
     with structure.explaining({argument: value}):

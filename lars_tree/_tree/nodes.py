@@ -1,8 +1,8 @@
 """One node of a tree: how its children are read, and how it is rebuilt with other children.
 
 Only this module knows the kinds of nodes; `_tree/structure.py` walks over them. A node is read
-through the methods that its user calls, and reading never changes it. To rebuild a node, up to two
-attempts are made; a result is accepted only if it is a new object of the same type that holds the
+through the same methods that its user would call, and is never changed. To rebuild a node, at most
+two attempts are made; a result is accepted only if it is a new object of the same type that has the
 new children. The check is omitted for dict, list, tuple and Container themselves.
 """
 
@@ -67,7 +67,7 @@ def may_make_children() -> bool:
 def is_permanent(cls: type) -> bool:
     """Whether the class is found in its module, so that a cache may keep it alive.
 
-    A class made in a function, or anew by each run of a notebook cell, must be freed.
+    Other classes, such as those that a function or a notebook cell makes, must not be kept alive.
     """
     if cls.__module__ == "__main__":
         return False
@@ -81,7 +81,7 @@ def _classify(cls: type) -> int:
     if issubclass(cls, dict):
         if _inherits(cls, _READING, dict):
             return PLAIN_DICT
-        # dict.items ignores a `__getitem__` or `__iter__` of the class.
+        # dict.items ignores a `__getitem__` or `__iter__` that the class defines.
         by_key = _inherits(cls, ("items",), *_DICTS) and not _inherits(cls, _READING, *_DICTS)
         return KEYED if by_key else ITEMS
     if issubclass(cls, (str, bytes, bytearray, memoryview, range, UserString)):
@@ -98,7 +98,7 @@ def _classify(cls: type) -> int:
 
 
 def _inherits(cls: type, names: Iterable[str], *bases: type) -> bool:
-    """Whether `bases` or Container classes define all those of these methods that the class has."""
+    """Whether `bases` or Container classes define every method in `names` that the class has."""
     for name in names:
         provider = next((base for base in cls.__mro__ if name in vars(base)), bases[0])
         if provider not in bases and MAKE not in vars(provider):
@@ -109,7 +109,7 @@ def _inherits(cls: type, names: Iterable[str], *bases: type) -> bool:
 def children(node: Node) -> Iterable[tuple[Hashable, Any]]:
     """The (key, child) pairs of a node; a key is a mapping's key, an index or a field name."""
     kind = kind_of(node)
-    if kind in (PLAIN_DICT, ITEMS):  # through the type: a key named "items" may hide the method
+    if kind in (PLAIN_DICT, ITEMS):  # via the type: a key named "items" may hide the method
         return type(node).items(node)  # type: ignore[no-any-return]
     if kind == SEQUENCE:
         return enumerate(node)
@@ -136,9 +136,9 @@ class CannotRebuild(Exception):
 
 
 def map_children(node: Node, convert: Callable[[Any, Any], Any], argument: Any = None) -> list[Any]:
-    """convert(child, argument) for each child; a CannotRebuild gets the key of the child.
+    """convert(child, argument) for each child; the key of the child is added to a CannotRebuild.
 
-    There is one argument, because *arguments would use too much C stack in deep trees.
+    Only one argument is passed, because *arguments would use too much C stack in deep trees.
     """
     values = []
     for key, child in children(node):
@@ -157,7 +157,7 @@ def is_trusted(node: Node) -> bool:
 
 
 def replace_children(node: Node, values: Iterable[Any]) -> Node:
-    """A node of the same type and keys with other children, given in the order of `children`."""
+    """A node of the same type and keys with new children, in the order of `children`."""
     cls = type(node)
     if cls is list or cls is tuple:
         return cls(values)
@@ -173,18 +173,18 @@ def is_container(node: Node) -> bool:
 
 
 def container(cls: type, items: Items) -> Node:
-    """A Container of children that need no conversion."""
+    """A Container of children that do not need conversion."""
     return getattr(cls, MAKE)(items)
 
 
 def with_items(node: Node, items: Items) -> Node:
-    """A dict or Container, like the node, with other items."""
+    """A dict or Container of the same type as the node, with new items."""
     cls = type(node)
     return dict(items) if cls is dict else container(cls, items)
 
 
 def replace_for_reading(node: Node, values: Iterable[Any]) -> Node:
-    """Like `replace_children` for a node that is only read, which may become a list or dict."""
+    """Like `replace_children`, but the result is only read: it may be a list or dict instead."""
     if is_trusted(node):
         return replace_children(node, values)
     if kind_of(node) == SEQUENCE:
@@ -263,7 +263,7 @@ def _constructed(node: Node, pairs: Pairs) -> Node:
 
 
 def _refilled(node: Node, pairs: Pairs) -> Node:
-    """A shallow copy with other children and the same attributes.
+    """A shallow copy with new children and the same attributes.
 
     The children are written by methods of the built-in base: a method of the user's class might
     write to something that the copy shares with the node.
@@ -291,9 +291,9 @@ def _refilled(node: Node, pairs: Pairs) -> Node:
 
 
 def _shallow_copy(node: Node) -> Node:
-    """A copy of a dict or list made without methods of its class.
+    """Copy a dict or list without calling methods of its class.
 
-    None if the class keeps the children outside the dict or list: the copy would share them.
+    None if the class keeps the children outside the dict or list: the copy would share that store.
     """
     base: Any = next(base for base in (OrderedDict, dict, list) if isinstance(node, base))
     items = list(enumerate(list.__iter__(node)) if base is list else base.items(node))
@@ -301,7 +301,7 @@ def _shallow_copy(node: Node) -> Node:
     if own.keys() != read.keys() or any(read[key] is not child for key, child in items):
         return None
     new = base.__new__(type(node))
-    for key, child in () if base is list else items:  # in the order of the dict's own memory
+    for key, child in () if base is list else items:  # in the order of the dict itself
         base.__setitem__(new, key, child)
     return _with_attributes(new, node)
 
@@ -339,7 +339,7 @@ _IMMUTABLE = (type(None), bool, int, float, complex, str, bytes)
 
 
 def _keeps_old_child(new: Node, before: Pairs, pairs: Pairs) -> bool:
-    """Whether an attribute still holds an old child, as in a class that stores its items twice."""
+    """Whether an attribute still refers to an old child: some classes store their items twice."""
     attributes = getattr(new, "__dict__", None) or {}
     kept = {id(value) for _, value in pairs}
     gone = {id(x) for _, x in before if not isinstance(x, _IMMUTABLE)} - kept

@@ -1,4 +1,4 @@
-"""The arithmetic operators of Array and Container, all defined by one method."""
+"""The arithmetic operators of Array and Container, all defined in terms of one method."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Arithmetic:
 
     __slots__ = ()
 
-    # With an array on the left, numpy returns NotImplemented, so Python calls our operator.
+    # If a numpy array is on the left, numpy returns NotImplemented, and Python calls our operator.
     __array_ufunc__ = None
 
     @abstractmethod

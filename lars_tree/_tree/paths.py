@@ -1,7 +1,8 @@
 """How a Container finds, writes and removes values by key or by path.
 
-An exact key takes precedence over a path. A path is a tuple of keys or, except in writing, a string
-split at '/'. A string of digits may be an index. This module works on any tree; it knows no arrays.
+An exact key takes precedence over a path. A path is a tuple of keys, or a string split at '/'; when
+a value is written, a string is a single key. A string of digits may be an index. This module works
+on any tree and does not depend on arrays.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ _INDEX = re.compile("0|[1-9][0-9]{0,17}")
 
 
 def split(key: Any) -> Path:
-    """The path that a key stands for."""
+    """The path that a key denotes."""
     if isinstance(key, tuple):
         return key
     return tuple(key.split("/")) if isinstance(key, str) else (key,)
 
 
 def is_special(name: str) -> bool:
-    """Whether Python reserves the name, like __setstate__: it is never an attribute for a key.
+    """Whether Python reserves the name, like __setstate__. Such an attribute is never a key.
 
     Libraries call methods with reserved names, and the keys of a file may come from an attacker.
     """
@@ -81,7 +82,7 @@ def put(root: dict[Any, Any], path: Path, value: Any) -> None:
         dict.__setitem__(node, missing, value)
         value = node
     if structure.is_plain_dict(parent):
-        dict.__setitem__(parent, key, value)  # a Container would read a tuple as a path
+        dict.__setitem__(parent, key, value)  # parent[key] may read a tuple as a path
     else:
         parent[key] = value
 
@@ -108,7 +109,7 @@ def _unreachable(path: Path, depth: int, node: Any) -> LarsTreeError:
 
 
 def missing_error(kind: type[LarsTreeError], root: Any, path: Path) -> LarsTreeError:
-    """The error for a path that does not exist: its first missing key, and the keys that exist."""
+    """The error for a missing path; it names the first missing key and the keys that exist."""
     if not path:
         return kind("an empty path names no key")
     parent, depth = _parent(root, path)
@@ -123,7 +124,7 @@ def missing_error(kind: type[LarsTreeError], root: Any, path: Path) -> LarsTreeE
 
 
 def flat(root: dict[Any, Any], sep: str) -> dict[str, Any]:
-    """The leaves by name; an empty node counts as a leaf, an empty Container."""
+    """The leaves by name; an empty node counts as a leaf and becomes an empty Container."""
     found: dict[str, Any] = {}
     for path, node in structure.walk(root, empty_nodes=True):
         if any(sep in str(key) for key in path):

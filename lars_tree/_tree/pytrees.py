@@ -1,7 +1,8 @@
 """Registers Container and Array as pytree nodes of JAX, torch and optree.
 
 None of these libraries is imported: the types are registered at once with a library that is already
-imported, otherwise right after its import. dm-tree treats a Container as a dict without that.
+imported, otherwise right after its import. dm-tree needs no registration: it treats a Container
+as a dict.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def _register_if_alive(
 
 
 def register_wrapper(cls: type, data: str) -> None:
-    """Register a type whose only child is its attribute `data`."""
+    """Register a type whose only child is the attribute with the name `data`."""
 
     def flatten(node: Any) -> tuple[list[Any], None]:
         return [getattr(node, data)], None
@@ -157,7 +158,7 @@ def when_imported(name: str, hook: Callable[[ModuleType], None]) -> None:
 
 
 class _Finder:
-    """Finds modules by the other finders, and wraps the loaders of hooked modules.
+    """Finds modules with the other finders, and wraps the loaders of hooked modules.
 
     It does not inherit from MetaPathFinder, because importing importlib.abc takes 10 ms.
     """
@@ -181,7 +182,7 @@ class _Finder:
 
 
 class _HookedLoader:
-    """Loads a module with its real loader, which becomes its loader again, and calls the hooks."""
+    """Loads a module with its real loader, which is restored first, and then calls the hooks."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader

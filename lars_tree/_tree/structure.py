@@ -1,12 +1,11 @@
-"""Trees of values: walk, match by key, broadcast a prefix, rebuild. Knows no arrays.
+"""Trees of values: walk, match by key, broadcast a prefix, rebuild. Does not depend on arrays.
 
 `_tree/nodes.py` defines what a node is, how its children are read, and how it is rebuilt. Every
-other object is a leaf, also None. Only Python's recursion limit bounds the depth of a tree: no walk
-recurses on the C stack.
+other object, including None, is a leaf. Only Python's recursion limit bounds the depth of a tree:
+no walk recurses on the C stack.
 
 Matching first runs a fast pass that stops at the first difference. Only if that fails does a slow
-pass list all differences. `_native/walk.hpp` implements the fast walks for plain dicts, lists and
-tuples.
+pass list all differences. `_native/walk.hpp` implements the fast walks for dicts, lists and tuples.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def _collect_in_python(node: Tree, found: list[Leaf]) -> None:
             _collect_in_python(child, found)
 
 
-_DEEPEST = 100_000  # levels, even if the recursion limit is higher: a cycle has no end
+_DEEPEST = 100_000  # levels, even if the recursion limit is higher, to end walks over cycles
 
 
 def _check_depth(depth: int) -> None:
@@ -97,7 +96,7 @@ def walk(tree: Tree, path: Path = (), *, empty_nodes: bool = False) -> Iterator[
 
 
 def rebuild(tree: T, new_leaves: Iterable[Leaf], argument: str = "tree", at: Path = ()) -> T:
-    """A tree like `tree` with other leaves, given in the order of `leaves`.
+    """A tree with the nodes of `tree` and new leaves, in the order of `leaves`.
 
     Errors name the tree as `argument`; `at` is its path within that argument.
     """
@@ -105,7 +104,10 @@ def rebuild(tree: T, new_leaves: Iterable[Leaf], argument: str = "tree", at: Pat
 
 
 def for_reading(tree: Tree, new_leaves: Iterable[Leaf]) -> Tree:
-    """Like `rebuild` for a tree that is only read: nodes of other classes become dicts or lists."""
+    """Like `rebuild`, but for a result that is only read.
+
+    Nodes other than dict, list, tuple and Container become dicts or lists.
+    """
     return _rebuild(_fill_for_reading, tree, new_leaves, "w")
 
 
@@ -140,7 +142,7 @@ def changed(argument: str = "w") -> errors.LarsTreeError:
 
 
 def paths(tree: Tree, count: int) -> list[Path]:
-    """The paths of the leaves; a StructureError unless there are `count`."""
+    """The paths of the leaves; a StructureError if their number is not `count`."""
     found = [path for path, _ in walk(tree)]
     if len(found) != count:
         raise changed()
@@ -217,12 +219,12 @@ def broadcast(
     to: str = "w",
     at: Path = (),
 ) -> list[Leaf]:
-    """For each leaf of `tree`, its value in `prefix`, which has the same nodes as `tree`.
+    """For each leaf of `tree`, its value in `prefix`, which must have the same structure.
 
-    Unless `exact`, a leaf of the prefix may stand for a node: it holds for all leaves below. Keys
-    are matched by name; a list matches a tuple of its length. `values` replace the leaves of the
-    prefix, in order. Errors name the prefix `argument` and the tree `to`; `at` is the path of the
-    prefix within the argument.
+    Unless `exact`, a leaf of the prefix may match a node: its value applies to all leaves below.
+    Keys are matched by name; a list matches a tuple of the same length. `values` replace the leaves
+    of the prefix, in order. Errors name the prefix `argument` and the tree `to`; `at` is the path
+    of the prefix within the argument.
     """
     found: list[Leaf] = []
     try:
@@ -239,7 +241,7 @@ def broadcast(
 
 
 def _match(tree: Tree, prefix: Tree, found: list[Leaf], exact: bool) -> bool:
-    """Whether `prefix` is a prefix of the tree; appends its value for each leaf to `found`."""
+    """Whether `prefix` is a prefix of the tree. Appends the value for each leaf to `found`."""
     kernel = _native.in_use()
     if kernel is None:
         return _match_in_python(tree, prefix, found, exact)
@@ -256,7 +258,7 @@ def _match_in_python(node: Tree, prefix: Tree, found: list[Leaf], exact: bool) -
         return kind == LEAF or not exact
     if kind == LEAF:
         return False
-    # By dict's own methods, because those of a Container read 'a/b' as a path.
+    # Use dict's own methods, because the methods of a Container read 'a/b' as a path.
     parts = prefix if prefix_kind == PLAIN_DICT else dict(children(prefix))
     pairs = list(children(node))
     if len(pairs) != len(parts):
@@ -280,7 +282,7 @@ def side_by_side(
     The pairs are (path, left, right, what), where `what` is one of
 
     * "leaves": two leaves, equal or not;
-    * "nodes": a leaf and a node, or two nodes that do not `correspond`, which are not entered;
+    * "nodes": a leaf and a node, or two nodes that do not `correspond`; neither is entered;
     * "keys", "order": nodes with different keys, or with the same keys in another order;
     * "missing": a child of one node only; the other side is MISSING.
     """
@@ -331,7 +333,7 @@ def differences(tree: Tree, prefix: Tree, exact: bool = False, path: Path = ()) 
 
 
 def _may_match(tree: Tree, prefix: Tree) -> bool:
-    """Whether to compare two nodes key by key: a list or tuple only with nodes of its keys."""
+    """Whether to compare two nodes key by key: a list or tuple only if the keys are the same."""
     if SEQUENCE not in (kind_of(tree), kind_of(prefix)):
         return True
     return dict(children(tree)).keys() == dict(children(prefix)).keys()
@@ -348,14 +350,14 @@ def mismatch(expected: Tree, found: Tree, what: What, hints: bool = True) -> str
 def cycle(tree: Tree) -> tuple[Path, Path] | None:
     """The path of a node that contains itself, and of its next occurrence; None without a cycle.
 
-    It is iterative, so that it can explain a RecursionError.
+    The search is iterative, so that it can explain a RecursionError.
     """
     depths = {id(tree): 0}  # of the nodes from the root to the current one
     pending: list[tuple[Hashable, Tree, Iterator[tuple[Hashable, Tree]]]]
     pending = [(None, tree, iter(list(children(tree))))]
     while pending:
         if len(pending) > _DEEPEST:
-            return None  # some classes make new nodes endlessly when they are read
+            return None  # some classes make new nodes each time they are read
         for key, child in pending[-1][-1]:
             if id(child) in depths:
                 keys = [parent for parent, *_ in pending[1:]]
@@ -379,7 +381,7 @@ def explaining(arguments: dict[str, Tree]) -> Iterator[None]:
 
 
 def explained(arguments: dict[str, Tree]) -> Exception:
-    """The error for a RecursionError in these trees: a StructureError if one contains itself."""
+    """The error for a RecursionError in these trees: a StructureError if a tree contains itself."""
     for name, tree in arguments.items():
         if found := cycle(tree):
             earlier, path = found

@@ -2,7 +2,7 @@
 
 Strategies make weights, gradients and options (`strategies.py`), assertions compare two trees leaf
 by leaf (`assertions.py`), and `check_update_laws` checks any update function against the laws
-(`laws.py`, `check.py`). The tests of this package use them.
+(`laws.py`, `check.py`). The tests of this package use these tools.
 """
 
 try:

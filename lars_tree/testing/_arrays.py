@@ -1,7 +1,8 @@
-"""Arrays for tests: the float formats, memory layouts, and the libraries that hold them.
+"""Arrays for tests: float formats, memory layouts, and conversion to the libraries.
 
-numpy does not have bfloat16: its bits (uint16) are kept until a library gets them, so torch does
-not need ml_dtypes. A library is imported only when one of its arrays is made.
+numpy does not have bfloat16. Such elements are made as bits (uint16) and converted for the library
+at the end, so torch does not need ml_dtypes. A library is imported only when one of its arrays is
+made.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Format(NamedTuple):
 
 
 def check_known(argument: str, x: Any, known: Sequence[str]) -> None:
-    """Raise a ValueError unless x is one of these names."""
+    """Raise a ValueError unless x is one of the `known` names."""
     if x not in known:
         expected = errors.enumerated(map(repr, known), most=len(known))
         hint = errors.did_you_mean(x, known)
@@ -46,7 +47,7 @@ def name_of(dtype: Any) -> str:
 
 
 def numpy_name(dtype: Any) -> Any:
-    """Convert a dtype for numpy, with its byte order; 'bfloat16' remains a string."""
+    """The dtype as numpy accepts it, with its byte order; 'bfloat16' for bfloat16."""
     text = str(dtype)
     if text.endswith("bfloat16"):
         return "bfloat16"
@@ -77,14 +78,14 @@ def bits_of_bfloat16(x: Array) -> Array:
 
 
 def layouts_for(library: str, ndim: int, layouts: tuple[str, ...]) -> list[str]:
-    """The layouts that the library has and that differ for `ndim` axes; at least "C"."""
+    """The `layouts` that the library supports and `ndim` axes can have; ["C"] if there are none."""
     possible = {"numpy": LAYOUTS, "torch": ("C", "F", "gaps"), "jax": ("C",)}[library]
     least = {"C": 0, "F": 2, "reversed": 1, "gaps": 1}
     return [x for x in layouts if x in possible and ndim >= least[x]] or ["C"]
 
 
 def laid_out(x: Array, layout: str) -> Array:
-    """An array in C order, copied to another layout."""
+    """Copy an array in C order to another layout; for "C", return the array itself."""
     if layout == "F":
         return np.array(x, order="F")
     if layout == "reversed":
@@ -98,7 +99,7 @@ def laid_out(x: Array, layout: str) -> Array:
 
 
 def to_library(x: Array, dtype: Any, library: str) -> Any:
-    """Convert a numpy array (bits for bfloat16) to an array of a library; torch shares memory."""
+    """Convert a numpy array (bits for bfloat16) for a library; a tensor shares the memory."""
     if library == "torch":
         import torch
 

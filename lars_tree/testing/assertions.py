@@ -26,8 +26,8 @@ from lars_tree.testing._arrays import Array
 def assert_identical(actual: Any, expected: Any, *, check_type: bool = True) -> None:
     """Assert that two trees are the same: node types, key order, dtypes, shapes, devices and bits.
 
-    NaN equals NaN, whatever its sign and payload, which no library guarantees; -0.0 differs from
-    0.0. The memory layout of arrays does not matter.
+    Any NaN equals any other NaN, because no library guarantees the sign and payload. -0.0 differs
+    from 0.0. The memory layout of arrays does not matter.
 
     >>> from lars_tree.testing import assert_identical
     >>> assert_identical({"a": np.array([1.0, 2.0])}, {"a": np.array([1.0, 2.5])})
@@ -44,7 +44,7 @@ def assert_identical(actual: Any, expected: Any, *, check_type: bool = True) -> 
             name.
 
     Raises:
-        AssertionError: It names every path that differs.
+        AssertionError: Names every path that differs.
     """
     with structure.explaining({"actual": actual, "expected": expected}):
         _raise("actual is not identical to expected", differences(actual, expected, check_type))
@@ -168,9 +168,9 @@ def assert_close_ulp(
     """Assert that every element is within some ulps (units in the last place) of the expected one.
 
     An ulp is the distance between neighbouring numbers, in the format of `actual`, at the size of
-    the expected element. Keys (in any order) and shapes must be the same, but not node types and
-    dtypes, so that expected values can be more precise. Infinity counts as the number 1 ulp above
-    the largest one, because some exact results overflow.
+    the expected element. Keys (in any order) and shapes must be the same. Node types and dtypes may
+    differ, so that expected values can be more precise. Infinity counts as the number 1 ulp above
+    the largest finite number, because some exact results overflow.
 
     >>> from lars_tree.testing import assert_close_ulp
     >>> w, third = np.float32([0.3333333, 0.33333]), np.float64([1 / 3, 1 / 3])
@@ -184,13 +184,13 @@ def assert_close_ulp(
         actual: A tree of floating-point or complex arrays of any library, or one array.
         expected: A tree with the same keys: arrays, or arrays of `decimal.Decimal` objects.
         ulp: The largest distance that is accepted, in ulps.
-        scale: The size at which an ulp is measured, if not that of the expected element: a prefix
-            of `expected` with numbers or arrays that broadcast. For w - u use the larger of |w| and
-            |u|, because digits that cancel are lost.
-        dtype: The format whose ulps are counted, if not that of `actual`.
+        scale: The size at which an ulp is measured, by default that of the expected element: a
+            prefix of `expected` with numbers or arrays that broadcast. For w - u use the larger of
+            |w| and |u|, because digits that cancel are lost.
+        dtype: The format whose ulps are counted, by default that of `actual`.
 
     Raises:
-        AssertionError: It names every path that differs, and the worst element of each array.
+        AssertionError: Names every path that differs, and the worst element of each array.
     """
     with structure.explaining({"actual": actual, "expected": expected}):
         mismatch = list(structure.differences(expected, actual, exact=True))
@@ -226,15 +226,15 @@ def _excess(actual: Any, expected: Any, ulp: float, scale: Any, dtype: Any) -> s
     return _element_text(a, x, y, _index_of_largest(distance), count, distance, verbs)
 
 
-_WIDE = np.longdouble  # if it is the same as double, distances of float64 are rounded
+_WIDE = np.longdouble  # if this type is only double, distances of float64 are rounded
 
 
 def _distance(actual: Array, expected: Array, scale: Array, form: _arrays.Format) -> Array:
     """The distance of each real element, in ulps of the format at the size of `scale`.
 
-    Infinity, and expected values above it, count as the power of two above the largest number of
-    the format. NaN has distance 0 from NaN, and infinite distance from everything else. If
-    `expected` or `scale` holds Decimals, distances are computed in Decimals.
+    Magnitudes above 2**(form.largest + 1), including infinity, count as that number. NaN has
+    distance 0 from NaN, and infinite distance from everything else. If `expected` or `scale`
+    contains Decimals, distances are computed in Decimals.
     """
     exponents = _ulp_exponents(scale.astype(_WIDE), form)
     if object in (expected.dtype, scale.dtype):

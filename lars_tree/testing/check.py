@@ -1,4 +1,4 @@
-"""check_update_laws: check an update function against the laws, and report all that it breaks."""
+"""check_update_laws: check an update function against the laws, and report every broken law."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def check_update_laws(
     arrays, lr is a float. Wrap an optimizer that has another signature in a small function, and
     turn its momentum off.
 
-    Each law is tried on random weights and gradients. If it is broken, hypothesis reduces the input
-    to the smallest example that it can find.
+    Each law is tried on random weights and gradients. If a law is broken, hypothesis reduces the
+    input to the smallest example that it can find.
 
     >>> from hypothesis import settings
     >>> from lars_tree.testing import check_update_laws
@@ -80,7 +80,7 @@ def check_update_laws(
         node_types: The node types of w and dcdw, as in `nests`.
         nested: If False, w and dcdw are flat dicts of arrays.
         trust_coefficient: The trust coefficient that the function uses.
-        joint_norm: Whether the denominator of its ratio is |g + decay_lambda * w|, as in optax,
+        joint_norm: Whether the denominator of the ratio is |g + decay_lambda * w|, as in optax,
             instead of |g| + decay_lambda * |w|.
         ulp: The largest distance from the exact step in the laws about exactness, in units in the
             last place of the larger of |w| and |step|. None means 1, and 4 for float64.
@@ -89,13 +89,13 @@ def check_update_laws(
 
     Raises:
         LawError: An AssertionError that names the broken laws, each with an example.
-        ValueError: There is no such law, library or dtype, or a name in `exclude` has no reason.
+        ValueError: A law, library or dtype is unknown, or a name in `exclude` has no reason.
         ModuleNotFoundError: The library is not installed.
     """
     excluded = dict(exclude or {})
     _check_names(excluded, laws)
     _arrays.check_known("library", library, _arrays.LIBRARIES)
-    import_module(library)  # raises if the library is missing, which breaks no law
+    import_module(library)  # raises an error, and breaks no law, if it is missing
     names = [_arrays.name_of(x) for x in dtypes or _arrays.names_for(library)]
     for name in names:
         _arrays.check_known("dtypes", name, _arrays.names_for(library))
@@ -124,7 +124,7 @@ def _check_names(excluded: dict[str, str], laws: Sequence[Law]) -> None:
 def _broken(
     law: Law, update: Update, domain: Domain, settings: hypothesis.settings | None
 ) -> Exception | None:
-    """The error of the law, if hypothesis finds an example that breaks it."""
+    """The error of an example that breaks the law; None if hypothesis finds no example."""
 
     def trial(data: st.DataObject) -> None:
         law(Trial(update, data, domain))
@@ -136,7 +136,7 @@ def _broken(
     try:
         profile(given(data=st.data())(trial))()
     except (FailedHealthCheck, InvalidArgument, Unsatisfiable):
-        raise  # the law was not tried
+        raise  # hypothesis could not try the law
     except Exception as error:  # an exception of any type breaks the law
         return error
     return None

@@ -1,4 +1,4 @@
-"""The laws of an update function. Each is a function of a `Trial`, which draws the arguments.
+"""The laws of an update function. A law is a function of a `Trial`, which draws the arguments.
 
 A law is broken if it raises an AssertionError, or if the update raises any error.
 `TREE_LAWS` are about trees and memory, and hold for every optimizer without a state. `RULE_LAWS`
@@ -25,7 +25,7 @@ Law = Callable[[Trial], None]
 
 RATES = st.sampled_from([0.5, 0.125])
 DECAYS = st.sampled_from([0.0, 0.5])
-# The correct formula has a smaller error than this in the arithmetic of every format.
+# The error of the correct formula is smaller than this in the arithmetic of every format.
 FORMULA_ULP = 16
 
 
@@ -133,7 +133,7 @@ def does_not_see_the_scale_of_the_gradient(trial: Trial) -> None:
 
 
 def scales_with_the_weights(trial: Trial) -> None:
-    """Scaling the weights by a power of two scales the step by the same, to the last bit."""
+    """Scaling the weights by a power of two scales the step equally, to the last bit."""
     w, dcdw = trial.pair()
     factor = trial.power("power of two")
     new = trial(_times(factor, w), dcdw, 0.5)
@@ -208,15 +208,15 @@ def is_exact(trial: Trial) -> None:
 
 
 def is_exact_over_the_whole_range(trial: Trial) -> None:
-    """Results are exact for numbers of all sizes, from subnormal ones to the largest."""
+    """Results for numbers of all sizes, even subnormal, are within `ulp` of the exact step."""
     _assert_rule(trial, DECAYS, "extreme", ulp=None)
 
 
 def is_exact_in_long_layers(trial: Trial) -> None:
-    """Results are exact for long layers, where sums in float32 or less lose precision.
+    """Results for long layers, whose float32 sums are inexact, are within `ulp` of the exact step.
 
-    All elements of w or of dcdw are equal, the worst case, because their rounding errors add up.
-    The other array has one nonzero element, so that its norm is known.
+    All elements of w or of dcdw are equal. This is the worst case, because the rounding errors add
+    up. The other array has one nonzero element, so that its norm is known.
     """
     dtype = trial.draw(st.sampled_from(list(trial.domain.dtypes)), "dtype")
     count = trial.draw(st.integers(40_000, 100_000), "elements")

@@ -1,7 +1,7 @@
 """Hypothesis strategies for arrays, layers with their gradients, options, and trees.
 
-Values shrink to the simplest: zeros in float64 and C order, a bare leaf or an empty dict, key 'a',
-keys in their original order. If a strategy is given for an argument such as `dtype`, its value is
+Values shrink to the simplest: float64 zeros in C order, a bare leaf or an empty dict, key 'a',
+keys in their original order. If a strategy is given for an argument such as `dtype`, the value is
 drawn anew for each example, as in `hypothesis.extra.numpy`.
 """
 
@@ -35,7 +35,7 @@ def arrays(
     """Arrays of real or complex floating-point numbers.
 
     Without `elements`, the elements are finite and cover the whole range of their format: half of
-    the arrays mix elements of all sizes, also subnormal; in the other half all elements are near
+    the arrays mix elements of all sizes, also subnormal; in the other half, all elements are near
     one power of two, so that whole arrays are tiny or huge. Equal elements and magnitudes are
     common.
 
@@ -47,16 +47,16 @@ def arrays(
     dtype('float64')
 
     Args:
-        dtype: A floating-point or complex dtype or its name, also "bfloat16", or a strategy. None
+        dtype: A floating-point or complex dtype, its name (also "bfloat16"), or a strategy. None
             means any of float64, float32, float16 and bfloat16 (for numpy only with ml_dtypes).
         shape: A tuple, or a strategy. None means up to three axes of length 0 to 4.
         elements: A strategy for the elements, which are rounded to the format.
         library: "numpy", "torch" or "jax", or a strategy; a library is imported only when needed.
         layouts: Memory layouts: any of "C", "F", "reversed" (negative strides) and "gaps". A
-            layout that the library lacks is ignored: torch has no "reversed", JAX only "C".
+            layout that the library lacks is ignored: torch lacks "reversed", JAX has only "C".
 
     Raises:
-        ValueError: There is no such library or layout.
+        ValueError: The library or a layout is unknown.
     """
     shapes = _strategy(SHAPES if shape is None else shape).map(lambda shape: [shape])
     return _groups(dtype, shapes, elements, library, layouts).map(lambda found: found[0])
@@ -88,7 +88,7 @@ def _strategy(value: Any) -> Strategy:
 
 @st.composite
 def drawn(draw: Draw, make: Callable[[Draw], Any]) -> Any:
-    """The results of a function that takes `draw`."""
+    """The results of `make`, a function that takes `draw`."""
     return make(draw)
 
 
@@ -141,7 +141,7 @@ def layers(
     """Pairs (w, dcdw) of arrays of one dtype and library: one layer and its gradient.
 
     With `broadcast`, the gradient may have fewer axes than w, and broadcasts to it. `shape` is the
-    shape of w. The other arguments, and the errors, are those of `arrays()`.
+    shape of w. The other arguments have the same meaning as in `arrays()`, with the same errors.
     """
 
     def pairs(shape: tuple[int, ...]) -> Strategy:
@@ -197,7 +197,7 @@ ODD_KEYS = (
 
 
 def keys() -> Strategy:
-    """Keys of dicts, also unusual ones: '', '/', '.', names of methods, any text, small ints."""
+    """Keys of dicts, also unusual keys: '', '/', '.', names of methods, any text, small ints."""
     return (
         st.sampled_from("abc")
         | st.sampled_from(ODD_KEYS)
@@ -214,13 +214,13 @@ def nests(
     max_leaves: int = 6,
     tied: bool = False,
 ) -> Strategy:
-    """Trees of all kinds, including empty trees and bare leaves.
+    """Trees of any structure, including empty trees and bare leaves.
 
     Args:
         leaves: A strategy for the leaves; None means `arrays()`.
         keys: A strategy for the keys of dicts; None means `keys()`.
         node_types: Types of the nodes: dict, list, tuple, subclasses, namedtuples, attrs classes.
-        max_leaves: About the largest number of leaves.
+        max_leaves: The approximate maximum number of leaves.
         tied: Whether one object may be the leaf at several paths.
     """
     known = _keys() if keys is None else keys
@@ -232,7 +232,7 @@ def nests(
     return made.flatmap(_tied) if tied else made
 
 
-_keys, _layers = keys, layers  # for functions with arguments of these names
+_keys, _layers = keys, layers  # for functions whose arguments have these names
 
 
 def _node(cls: type, keys: Strategy, children: Strategy) -> Strategy:
@@ -266,13 +266,13 @@ def containers(
     >>> len(find(containers(), lambda w: len(w.leaves()) > 1).leaves())
     2
 
-    The arguments are those of `nests`.
+    The arguments are as in `nests`.
     """
     types = (Container, list, tuple)
     flat = arrays() if leaves is None else leaves
     inner = nests(leaves, keys=keys, node_types=types, max_leaves=max_leaves)
     known = _keys() if keys is None else keys
-    # Flat and nested roots, as hypothesis does not shrink nested trees to flat ones reliably.
+    # Flat and nested roots, because hypothesis does not reliably shrink nested trees to flat trees.
     roots = [st.dictionaries(known, values, max_size=3) for values in (flat, inner)]
     made = st.one_of(roots).map(Container)
     return made.flatmap(_tied) if tied else made
@@ -304,8 +304,8 @@ def weights_and_gradients(
 
     `layers` is a strategy for the pairs of arrays; without it, pairs are drawn from
     `layers(library=library)`, and in some pairs the gradient or both arrays are None. `library`
-    is as in `arrays`. With `shuffle_keys`, dicts of dcdw can have another key order than those of
-    w. The other arguments are those of `nests`; tied weights cannot be updated in place.
+    is as in `arrays`. With `shuffle_keys`, the dicts of dcdw may have their keys in another order
+    than in w. The other arguments are as in `nests`; tied weights cannot be updated in place.
     """
     if layers is None:
         some = _layers(library=library)
@@ -330,7 +330,7 @@ def shuffled(tree: Any) -> Strategy:
 
 @st.composite
 def _rebuilt(draw: Draw, node: Any, cut: Strategy | None) -> Any:
-    """The node with its keys in any order; values of `cut`, if given, replace any nodes."""
+    """The node with its keys in any order. Values of `cut` replace its leaves and some subtrees."""
     if cut is not None and (structure.is_leaf(node) or not draw(st.booleans())):
         return draw(cut)
     if structure.is_leaf(node):
@@ -351,7 +351,7 @@ def _reordered(draw: Draw, node: Any) -> Any:
 
 
 def prefixes_of(tree: Any, values: Strategy | None = None) -> Strategy:
-    """Prefixes of a tree: the same nodes, keys in any order, any subtree replaced by one value.
+    """Prefixes of a tree: values replace its leaves and some subtrees; keys are in any order.
 
     >>> from hypothesis import find, strategies as st
     >>> from lars_tree.testing import prefixes_of

@@ -112,7 +112,7 @@ class Trial:
     ) -> None:
         """Assert that the new weights follow the rule; errors are in ulps of max(|w|, |step|).
 
-        `ulp` is the largest accepted distance; None means that of the domain for the dtype.
+        `ulp` is the largest accepted distance; None means the limit of the domain for the dtype.
         """
         domain = self.domain
         for (path, x), g in zip(structure.walk(w), structure.leaves(dcdw), strict=True):
@@ -124,7 +124,7 @@ class Trial:
     def assert_close(self, new: Any, w: Any, expected: Any, scale: Any, ulp: float | None) -> None:
         """Assert that the new weights are close to `expected`, in ulps of the dtype of `w`.
 
-        An ulp is measured at the size of the element of `scale`. `ulp` is as in `assert_rule`.
+        Ulps are measured at the elements of `scale`. `ulp` is as in `assert_rule`.
         """
         rows = zip(
             structure.walk(w), structure.leaves(expected), structure.leaves(scale), strict=True
@@ -197,6 +197,6 @@ def _nested(path: Any, leaf: Any) -> Any:
 
 
 def mapped(fn: Callable[..., Any], *trees: Any) -> Any:
-    """A tree like the first one, of fn(leaf, ...) over the leaves of all trees."""
+    """A tree like the first; its leaves are fn(x, y, ...) of the matching leaves of all trees."""
     leaves = zip(*map(structure.leaves, trees), strict=True)
     return structure.rebuild(trees[0], [fn(*row) for row in leaves])

@@ -49,11 +49,11 @@ def param_groups(
     in timm; and parameters with at most one axis, not counting `layer_axis`.
 
     Args:
-        model: The model. Each of its parameters that require a gradient is in one group.
-        exclude: Replaces these rules: called with each name and parameter, returns whether to
+        model: The model. Each parameter that requires a gradient is in one group.
+        exclude: A function that replaces these rules: exclude(name, parameter) returns whether to
             exclude the parameter.
-        named: True: the groups hold (name, parameter) pairs, so that errors and states show the
-            names. False: the groups hold parameters only, as some frameworks require.
+        named: True: the groups contain (name, parameter) pairs, so that errors and states show the
+            names. False: the groups contain only parameters, as some frameworks require.
         **options: Options of `Lars` for all groups.
 
     Returns:
@@ -103,7 +103,7 @@ _BIAS_NAME = re.compile(r"(^|_)bias$|^bias_")  # torch has bias_k and bias_ih_l0
 
 
 def _usually_excluded(model: Module, most_axes: int) -> Iterator[Tensor]:
-    """The parameters to exclude; a shared one is excluded if any of its modules excludes it."""
+    """The parameters to exclude. A shared parameter is excluded if any of its uses is."""
     for path, module in model.named_modules():
         owner, used_as = module, None
         if isinstance(module, ParametrizationList):  # its path ends in parametrizations.weight
@@ -130,7 +130,7 @@ def _own_parameters(module: Module) -> dict[str, Tensor]:
 def _is_norm(module: Module) -> bool:
     if isinstance(module, _NORMS):
         return True
-    # A scripted module keeps only the name of its class.
+    # A scripted module has a different class; it keeps only the name of the original class.
     names = [getattr(module, "original_name", ""), *(x.__name__ for x in type(module).__mro__)]
     return not isinstance(module, _KERNELS) and any(map(_NORM_NAME.search, names))
 

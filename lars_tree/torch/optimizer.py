@@ -1,7 +1,7 @@
 """Lars as a `torch.optim.Optimizer`.
 
 Each step is one call of `execute` for all parameters: the native engine updates parameters in CPU
-memory; multi-tensor operations update all others, without waiting for the device.
+memory; multi-tensor operations update all other parameters, without waiting for the device.
 `torch/options.py` checks the options, `torch/rows.py` collects the inputs of a step.
 """
 
@@ -48,7 +48,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         buffer = momentum * buffer + (1 - dampening) * d
         p      = p - lr * buffer,    or with nesterov    p = p - lr * (d + momentum * buffer)
 
-    |.| is the 2-norm of the parameter; for a DTensor, of all its shards. Where |p| or |g| is 0,
+    |.| is the 2-norm of the parameter; for a DTensor, over all shards. Where |p| or |g| is 0,
     ratio is 1. As in `torch.optim.SGD`, the rate multiplies the buffer, so a new rate takes effect
     at once, and the first step is not dampened. With a constant rate this is the paper's rule.
 
@@ -79,26 +79,26 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         trust_coefficient: The paper's eta.
         eps: Added to the denominator.
         trust_clip: True (LARC, as in apex and timm): the local rate is min(ratio, lr) instead of
-            lr * ratio; where a norm is 0 it is lr.
+            lr * ratio. If a norm is 0, the local rate is lr.
         joint_norm: True: the denominator is |g + weight_decay * p| + eps.
         adapt: False: ratio is 1 (SGD), as is usual for biases and norm layers. "decayed": the ratio
             applies only to groups with weight decay, as in timm.
-        foreach: True: multi-tensor operations also on the CPU, with the accuracy of accelerators.
-            False: parameters on accelerators are updated one by one.
+        foreach: True: multi-tensor operations also update parameters on the CPU, with the same
+            accuracy as on accelerators. False: parameters on accelerators are updated one by one.
         maximize: Maximize the objective.
         layer_axis: The axis along which parameters stack layers; each index has its own ratio.
         nonfinite: What to do if a parameter or buffer of the group would become NaN or infinite:
             "propagate" writes it, "raise" raises NonFiniteError, "skip" skips the step of all
             parameters. "raise" and "skip" wait for the device.
         fused: True: the step itself unscales the gradients of a GradScaler, as torch's fused
-            optimizers do; Lightning then refuses to clip gradients. The same for all groups; not
-            together with foreach.
+            optimizers do; Lightning then refuses to clip gradients. Applies to all groups; cannot
+            be combined with foreach.
 
     Attributes:
         skipped: The number of steps skipped by nonfinite="skip". Not in the `state_dict`.
 
     Raises:
-        ValueError: An option has an invalid value; no parameters.
+        ValueError: An option has an invalid value, or there are no parameters.
         LeafError: A parameter is flattened or partitioned, as by FSDP1 and DeepSpeed's ZeRO.
 
     Source: You, Gitman, Ginsburg (2017), arXiv:1708.03888, Algorithm 1.
@@ -165,14 +165,13 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
     def __setstate__(self, state: dict[str, Any]) -> None:
         known = set(state.get("defaults", vars(self).get("defaults", ())))
         super().__setstate__(state)
-        for name in self.defaults.keys() - known:  # options that torch added
+        for name in self.defaults.keys() - known:  # options that torch's __setstate__ added
             del self.defaults[name]
-        for name, option in signature(
-            Lars
-        ).parameters.items():  # options that an older version lacks
+        # Options that a state of an older version lacks.
+        for name, option in signature(Lars).parameters.items():
             if name != "params":
                 self.defaults.setdefault(name, option.default)
-        for group in self.param_groups:  # the state may be that of another optimizer
+        for group in self.param_groups:  # groups saved by another optimizer lack our options
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         self._set_amp_scaling()
@@ -180,12 +179,12 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this optimizer or of `torch.optim.SGD`, as in `torch.optim.Optimizer`.
 
-        Options that a loaded group lacks keep their values.
+        Options that are missing in a loaded group keep their current values.
         """
         final: dict[str, Any] = {}
         before = [{name: group[name] for name in self.defaults} for group in self.param_groups]
-        # The last pre-hook gets the state after the changes of all other pre-hooks. The first
-        # post-hook runs before the user's post-hooks, which can change the loaded values.
+        # Our pre-hook runs last, so it sees the changes of all other pre-hooks. Our post-hook runs
+        # first, so the user's post-hooks can still change the loaded values.
         hooks = (
             self.register_load_state_dict_pre_hook(lambda _, given: final.update(given)),
             self.register_load_state_dict_post_hook(
@@ -207,7 +206,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         ours = (p for group in self.param_groups for p in group["params"])
         for i, p in zip(saved, ours, strict=True):
             buffer = final["state"].get(i, {}).get("momentum_buffer")
-            # Any other value is loaded unchanged, and the next step raises an error about it.
+            # A value that does not fit is loaded unchanged; the next step raises an error about it.
             fits = isinstance(buffer, Tensor) and not buffer.is_meta
             if fits and buffer.is_complex() == p.is_complex():
                 moved = buffer.detach().to(p.device, BACKEND.velocity_dtype(p))
@@ -240,7 +239,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Under a lock, so that only one of several threads makes the buffers.
+        # The lock ensures that only one of several threads makes the buffers.
         compiling = torch.compiler.is_compiling()
         with nullcontext() if compiling else locks.writing(lambda: locks.of(self)):
             self._step(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
@@ -264,7 +263,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
             with self._buffers_kept(inputs, lambda: done[0]):
                 execute(inputs.columns(), inputs.caller(found_inf, last))
 
-    @torch._disable_dynamo  # type: ignore[untyped-decorator]  # it reads values
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]  # the step reads values
     def _step_if_finite(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         inputs = gather(self, None if grad_scale is None else float(grad_scale))
         if inputs.rows and not (found_inf is not None and found_inf):
@@ -275,7 +274,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
 
     @contextmanager
     def _buffers_kept(self, inputs: ParameterRows, is_done: Callable[[], bool]) -> Iterator[None]:
-        """Put new buffers into the state, and remove them unless the step is done."""
+        """Put new buffers into the state; remove them again if the step is not done."""
         new = [p for p, _ in inputs.new_buffers()]
         unknown = [p for p in new if p not in self.state]
         try:

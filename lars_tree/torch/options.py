@@ -55,7 +55,7 @@ _CHOICES: dict[str, tuple[bool | str | None, ...]] = {
     "nonfinite": ("propagate", "skip", "raise"),
 }
 
-# A schedule that ends at 0 can return a rate below 0, by a few ulps of its first rate.
+# A schedule that ends at 0 can return a rate that is negative by a few ulps of the first rate.
 _ROUNDING = 1e-12
 
 
@@ -64,12 +64,12 @@ def check(
 ) -> None:
     """Raise ValueError, naming the option and the group, if a value is invalid.
 
-    Raise RuntimeError, as torch does, if both `foreach` and `fused` are True. Without `waits`,
-    tensors on a device are not checked. A rate may be negative if -rate is within the rounding
-    error of `first_rate`.
+    Raise RuntimeError, as torch does, if both `foreach` and `fused` are True. Unless `waits`,
+    values of tensors on a device are not checked. A rate may be negative if -rate is within the
+    rounding error of `first_rate`.
     """
     for name in _NUMBERS.values():
-        if finite_number(options[name]) is None:  # invalid, or a tensor or array of one number
+        if finite_number(options[name]) is None:  # invalid, or a tensor or 0-d array
             _check_array(name, options[name], group, waits, first_rate)
     for name, choices in _CHOICES.items():
         x = options[name]
@@ -91,7 +91,7 @@ def check(
 
 
 def _check_array(name: str, x: Any, group: str, waits: bool, first_rate: Any) -> None:
-    """Raise unless x is a tensor with one element, or a 0-d numpy array, and its value is valid.
+    """Raise unless x is a one-element tensor or a 0-d numpy array with a valid value.
 
     A negative rate is valid if -rate is within the rounding error of `first_rate`.
     """
@@ -108,7 +108,7 @@ def _check_array(name: str, x: Any, group: str, waits: bool, first_rate: Any) ->
     if finite_number(number) is not None:
         return
     if name == "lr" and isinstance(number, Number) and not isinstance(number, bool):
-        size = finite_number(-number)  # type: ignore[operator]  # Number does not declare it
+        size = finite_number(-number)  # type: ignore[operator]  # Number declares no operators
         if size is not None and size <= _ROUNDING * float(first_rate):
             return
     raise _error(group, f"Invalid {name}: expected a finite number >= 0, got {x!r}")
@@ -147,7 +147,7 @@ def rule(group: dict[str, Any], grad_scale: Any, is_first: bool) -> Rule:
 
 
 def _float_or_tensor(x: Any) -> Any:
-    """The number as a float; as a 0-d tensor if reading its value would wait for a device."""
+    """The number as a float; as a 0-d tensor if its value cannot be read without waiting."""
     if not isinstance(x, Tensor):
         return float(x)
     is_known = x.is_cpu and not torch.compiler.is_compiling()

@@ -61,10 +61,10 @@ class ParameterRows:
         self.device_can_skip = True
 
     def rule(self, number: int, is_for_foreach: bool, is_first: bool) -> Rule:
-        """The rule of a group for the parameters of one engine, with new buffers or without."""
+        """The rule of a group, for the parameters of one engine. `is_first`: buffers are new."""
         group, scale = self.groups[number], self.grad_scale
-        # Only the foreach engine can skip on the device. After a device has skipped, new buffers
-        # stay, so the next step would be dampened although it is the first one that is applied.
+        # Only the foreach engine can skip a step on the device. The skipped step leaves new buffers
+        # behind, so the next step would be dampened although it is the first that is applied.
         is_undampened = is_first and group["dampening"] != 0
         self.device_can_skip &= is_for_foreach and not is_undampened
         scale = scale if is_for_foreach or scale is None else float(scale)
@@ -76,7 +76,7 @@ class ParameterRows:
         return Columns(params, grads, params, rules, buffers, counters or {})
 
     def new_buffers(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Each parameter with a new buffer, and that buffer."""
+        """Pairs of a parameter and its new buffer."""
         return ((self.rows[i][0], self.rows[i][2]) for i in self.first_steps)
 
     def leaves(self) -> list[Leaf]:
@@ -110,8 +110,8 @@ def gather(optimizer: Optimizer, grad_scale: Any, may_skip: bool = False) -> Par
     get_state, strided = optimizer.state.get, torch.strided
     no_state: dict[str, Any] = {}
     compiling = torch.compiler.is_compiling()
-    # If one process may skip the step, the foreach engine updates the shards, because all of its
-    # processes, also those that skip, take part in the all-reduce of the norms.
+    # If one process may skip the step, the foreach engine updates the shards, because all
+    # processes, even those that skip, must take part in the all-reduce of the norms.
     shards_too = not (compiling or may_skip) and may_read()
     for number, group in enumerate(optimizer.param_groups):
         if not compiling:  # schedulers can set any value
