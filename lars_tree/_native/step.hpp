@@ -2,10 +2,10 @@
 //
 // A layer that fits into the cache of a core is updated by one thread: it makes both passes while
 // the layer is in the cache. A larger layer is updated by all threads, chunk by chunk: they sum in
-// forward order, wait until the sums are complete, and apply in backward order, as the chunks that
-// were read last are still in a cache. Each thread begins with its own range of chunks, and then
-// takes chunks that other threads have not begun. Sums are stored by chunk and added in the order
-// of the chunks, so the bits do not depend on threads.
+// forward order, wait until the sums are complete, and apply in backward order, because the chunks
+// that were read last are still in a cache. Each thread begins with its own range of chunks, and
+// then takes chunks that other threads have not begun. Sums are stored by chunk and added in the
+// order of the chunks, so the bits do not depend on the threads.
 //
 // The threads end before the call returns, so a fork afterwards is safe.
 #pragma once
@@ -117,7 +117,7 @@ public:
     std::size_t threads;
 
 private:
-    // Prefetches the start of a layer that is read soon, as many small layers are scattered over
+    // Prefetches the start of a layer that is read soon, because small layers may be scattered over
     // memory.
     static void prefetch(const Layer& layer) {
 #if defined(__GNUC__)
@@ -182,7 +182,7 @@ private:
         return terms;
     }
 
-    // The same result, without computing `Norms` in the usual case.
+    // The terms, given the sums of the chunks; in most cases `Norms` need not be computed.
     Terms terms_of(const Layer& layer, const Sums* of_chunks, double joint_exponent) const {
         if (!computes_in_double(layer) || layer.rule->is_joint()) {
             return terms_of(layer, norms_of(layer, of_chunks, joint_exponent));
