@@ -35,7 +35,7 @@ def write(results: Results, folder: Path) -> None:
 
 @contextmanager
 def figure(path: Path, panels: int, width: float, height: float) -> Iterator[Any]:
-    """The axes of a figure, which is saved at the end."""
+    """Yield the axes of a figure; save the figure at the end."""
     import matplotlib as mpl
 
     mpl.use("agg")
