@@ -256,7 +256,7 @@ CONTESTANTS = _by_name(
     ),
 )
 
-_KEEPS = {"out_of_place": False, "allocates": True}  # the velocity
+_KEEPS = {"out_of_place": False, "allocates": True}  # keeps a velocity
 OPTIMIZERS = _by_name(
     Contestant(
         "lars_tree.torch.Lars",

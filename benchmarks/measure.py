@@ -14,8 +14,8 @@ import numpy as np
 
 # All in seconds.
 REST = 0.02  # the pause before each turn; threads of other contestants then go to sleep
-TURN = 0.01  # a quicker step is repeated until it takes about this long
-WARM = 0.3  # a quicker step has an untimed turn first, to raise the clock and to fill the cache
+TURN = 0.01  # a faster step is repeated until it takes about this long
+WARM = 0.3  # a faster step has an untimed turn first, to raise the clock and to fill the cache
 PATIENCE = 3.0  # a slower step is called only once before it is timed
 BUDGET = 10.0  # a contestant that has used more time skips the remaining rounds
 

@@ -129,7 +129,7 @@ def _torch() -> Steps:
 class Group:
     """Steps, one of which is the base, and bounds for the ratios of other steps to the base.
 
-    If `build` is None, the steps are those of `benchmarks.shards`, which run in two processes.
+    If `build` is None, `benchmarks.shards` runs the steps in two processes.
     """
 
     title: str

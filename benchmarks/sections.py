@@ -97,7 +97,7 @@ def momentum(plan: Plan, results: Results) -> None:
 
 
 def dtypes(plan: Plan, results: Results) -> None:
-    """Every dtype in both libraries, in place."""
+    """Every dtype in numpy and torch, in place."""
     for tree in ("resnet", "gpt2"):
         flats = weights_and_gradients(TREES[tree]())
         steps = {

@@ -34,7 +34,7 @@ from lars_tree.torch import Lars, param_groups
 
 TRAIN, TEST = 1024, 400  # images; the other 373 are for validation
 MOMENTUM, DECAY, WARMUP = 0.9, 5e-4, 0.1
-KEPT = 1.0  # the largest loss, in points, at which an accuracy counts as kept
+KEPT = 1.0  # the largest drop, in points, at which an accuracy counts as kept
 PACKAGES = ["numpy", "torch", "scikit-learn"]
 
 Part = tuple[Tensor, Tensor]  # images of 8 x 8 pixels in [0, 1], and their labels

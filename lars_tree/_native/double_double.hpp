@@ -9,7 +9,7 @@
 // Products and sums of two doubles have rounding errors that are doubles themselves, and a few
 // double operations compute them exactly (`two_sum`, `two_product`); all other operations are built
 // on these. Every operation is a fixed sequence of double operations, without fused multiply-add,
-// the same as in _numerics/double_double.py, so both give the same bits.
+// the same as in _numerics/double_double.py, so both files give the same bits.
 #pragma once
 
 #include <algorithm>

@@ -6,10 +6,10 @@
 //     ratio = trust_coefficient * |w| / (|g| + decay_lambda * |w| + eps)
 //     w_new = w - lr * ratio * (g + decay_lambda * w)
 //
-// (with joint_norm the denominator is |g + decay_lambda * w| + eps). This is linear in w and dcdw,
-// with two coefficients that depend on the norms only. So a layer is read twice: the first pass
-// sums the squares of w and dcdw, the second applies the coefficients. With momentum, the second
-// pass also updates the velocity.
+// (with joint_norm the denominator is |g + decay_lambda * w| + eps). The step is linear in w and
+// dcdw, with two coefficients that depend on the norms only. So a layer is read twice: the first
+// pass sums the squares of w and dcdw, the second applies the coefficients. With momentum, the
+// second pass also updates the velocity.
 //
 // Precision. Elements are converted to double exactly, and results are rounded once, when they are
 // written. Norms and coefficients are double-double numbers (double_double.hpp) where double could
@@ -199,7 +199,7 @@ inline void sum_both(const Loops& loops, const FlatArray& w, const FlatArray& dc
                      Pair& w_sum, Pair& dcdw_sum) {
     const int parts = is_full ? 2 : 1;
     const std::size_t size = w.size / parts;
-    // The parts of w come before those of dcdw, which may have another format.
+    // The parts of w come before the parts of dcdw, which may have another format.
     const void* arrays[max_streams];
     double sums[max_streams][lanes];
     for (int part = 0; part < parts; ++part) {

@@ -14,7 +14,7 @@
 
 // ---- Without momentum: weight_factor * w - gradient_coefficient * dcdw. `out` may be w or dcdw.
 
-// For coefficients, or intermediate results, that are out of the range of double.
+// Handles coefficients and intermediate results that are out of the range of double.
 template <class T, class G>
 inline void apply_wide_range(const T* w, const G* dcdw, T* out, std::size_t size,
                              const Coefficients& coefficients) {
@@ -187,8 +187,7 @@ struct WeightAndVelocity {
     Number w, velocity;
 };
 
-// The statements of `increment` and `apply_momentum` in _numerics/formula.py, for one number or
-// four.
+// Mirrors `increment` and `apply_momentum` of _numerics/formula.py, for one number or four.
 template <class Number>
 LARS_TARGET inline WeightAndVelocity<Number> momentum_step(Number w, Number dcdw, Number velocity,
                                                            const Coefficients& coefficients,

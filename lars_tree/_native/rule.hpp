@@ -1,8 +1,8 @@
 // The rule of one layer: the coefficients of its step, given its norms, and a bound on the results.
 //
-// The statements are those of _numerics/formula.py, which explains them. They run between the two
-// passes over memory that kernel.hpp explains. Number is DoubleDouble, or double if no intermediate
-// result can leave the range of double (see `computes_in_double`).
+// The statements mirror _numerics/formula.py, which explains them. They run between the two passes
+// over memory (see kernel.hpp). Number is DoubleDouble, or double if no intermediate result can
+// leave the range of double (see `computes_in_double`).
 #pragma once
 
 #include <cmath>
@@ -99,7 +99,7 @@ inline bool is_moderate(double x) {
     return x == 0 || (x > power_of_two(-100) && x < power_of_two(100));
 }
 
-// Whether all coefficients are in the range of double if elements are shorter than double.
+// Whether all coefficients fit into a double, for elements of formats shorter than double.
 inline bool has_moderate_options(const Rule& rule) {
     return is_moderate(rule.lr_before_momentum) && is_moderate(rule.decay_lambda) &&
            is_moderate(rule.eps) && is_moderate(rule.trust_coefficient) &&

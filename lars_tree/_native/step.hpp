@@ -44,7 +44,7 @@ private:
 // Layers of at most this size are updated by one thread: their arrays fit into the cache of a core.
 const std::size_t max_whole_size = 1 << 17;
 
-// The next chunk of the range with which one thread begins.
+// The next chunk in the initial range of one thread.
 struct ChunkCounter {
     std::atomic<std::size_t> next{0};
     char padding[56];  // so that no two counters share a cache line
@@ -362,8 +362,8 @@ inline bool is_finite(const Layer& layer, const Norms& norms, InstructionSet set
     return true;
 }
 
-// Makes one or both passes over all layers. Either throws std::bad_alloc before anything is
-// written, or does not throw.
+// Makes one or both passes over all layers. May throw std::bad_alloc, but only before anything is
+// written.
 inline void step(const Layer* layers, std::size_t count, std::size_t threads, InstructionSet set,
                  Passes passes = Passes::both, Norms* norms = nullptr, bool bounds = false) {
     Step all(layers, count, threads, set, passes, norms, bounds);

@@ -26,7 +26,7 @@ MAX_GROWTH = 16  # bytes per call: less than the size of any object or block
 
 
 def check(call, given, calls=CALLS):
-    """Call many times, and assert that the references to the `given` objects did not change."""
+    """Call many times, and assert that neither references to `given` nor memory leak."""
     call()  # fills caches
     gc.collect()
     # Other modules also use some numbers and strings (like "propagate"), and may release
