@@ -317,7 +317,7 @@ def compare(results: Results, name: str, other: str) -> tuple[bool, str]:
 
 
 def extensions(results: Results) -> list[str]:
-    """The cells that needed more rates, and whether the best rate is still at the edge."""
+    """List the cells that needed more rates, and say whether the best rate is still at the edge."""
     return [
         f"{name} at batch {batch:,}, {len(runs)} rates" + " (the best at the edge)" * at_edge(runs)
         for (name, batch), runs in results.cells.items()

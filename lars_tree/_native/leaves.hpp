@@ -1,4 +1,5 @@
-// The leaves of one update that the native engine supports, read and checked, but not yet updated.
+// The leaves of one update that the native engine supports. They are read and checked here, and
+// updated by step.hpp.
 //
 // The layers point into the memory of Python arrays. Leaves does not own these arrays: the plan
 // (plan.hpp) keeps them alive.

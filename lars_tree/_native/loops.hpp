@@ -116,7 +116,7 @@ LARS_TARGET void apply(const double* w, const G* dcdw, double* out, std::size_t 
 // bfloat16, so does the result in double. Otherwise, or if the interval is not finite, the block is
 // computed in double.
 struct Trial {
-    std::uint32_t bits;   // the upper half is the result, if that of `doubt` is 0
+    std::uint32_t bits;   // the upper half is the result, unless there is doubt
     std::uint32_t doubt;  // the upper half is 0 if both ends round to the same bfloat16
     std::uint32_t error;
 };

@@ -118,7 +118,7 @@ class Case:
         return shared or any(tree[key].overlaps_itself for tree in trees for key in stepped)
 
     def tolerance(self, key, given):
-        """The allowed error. None: the same bits; another memory order may change the last bit."""
+        """The allowed error: None (the same bits) if the memory order of the copies is the same."""
         views = [x for x in (self.w[key], self.dcdw[key]) if x]
         if all(x.has_plain_order for x in views) and len({x.shape for x in views}) == 1:
             return None
