@@ -55,7 +55,7 @@ def _time(step: Callable[[], Any], calls: int) -> float:
 
 
 def stream() -> tuple[Callable[[], Any], int]:
-    """The call `a.add_(b)` of torch on all threads, and the bytes that it moves."""
+    """A function that calls torch's `a.add_(b)` on all threads, and the bytes that it moves."""
     import torch
 
     size = 30_000_000

@@ -150,7 +150,7 @@ def _sharded(rounds: int) -> dict[str, float]:
     return json.loads(measure.child(*run, "-m", "benchmarks.shards", str(rounds)))
 
 
-# The bounds allow a base step of 0.40 ms 0.15 ms more, and a torch step of 2.1 ms 0.3 ms more.
+# The bounds allow 0.15 ms of overhead for a step of 0.40 ms, and 0.3 ms for a torch step of 2.1 ms.
 GROUPS = [
     Group(
         "1,000 leaves, in place",

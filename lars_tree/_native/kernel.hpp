@@ -193,8 +193,8 @@ struct FlatArray {
     }
 };
 
-// The sums of squares of a chunk of w and of dcdw. The two halves of a full chunk are read
-// alternately.
+// The sums of squares of one chunk of w and of the same chunk of dcdw. The two halves of a full
+// chunk are read alternately.
 inline void sum_both(const Loops& loops, const FlatArray& w, const FlatArray& dcdw, bool is_full,
                      Pair& w_sum, Pair& dcdw_sum) {
     const int parts = is_full ? 2 : 1;

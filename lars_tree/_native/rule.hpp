@@ -1,4 +1,5 @@
-// The rule of one layer: the coefficients of its step, given its norms, and a bound on the results.
+// The rule for one layer: the coefficients of the step, given the norms, and a bound on the
+// results.
 //
 // The statements mirror _numerics/formula.py, which explains them. They run between the two passes
 // over memory (see kernel.hpp). Number is DoubleDouble, or double if no intermediate result can
