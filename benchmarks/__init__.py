@@ -1,6 +1,6 @@
 """Benchmarks of lars_tree and other packages, in one process: `python -m benchmarks`.
 
-`trees.py` makes the weights, and `contestants.py` the steps that are compared. `measure.py` and
+`trees.py` makes the weights; `contestants.py` makes the steps that are compared. `measure.py` and
 `memory.py` measure; `sections.py`, `odd.py` and `shards.py` define the measurements. `targets.py`
 has the targets; `report.py` and `plots.py` show the results. Two separate programs are
 `training.py`, an experiment on accuracy, and `pictures.py`, which draws the pictures of

@@ -1,4 +1,4 @@
-"""The steps that are compared, from the same weights and gradients.
+"""The steps that are compared. All start from the same weights and gradients.
 
 If a package computes a different step, its `note` says so; the report prints the notes.
 """
@@ -30,7 +30,7 @@ class Case:
     read: Callable[[Any], Flat]
 
 
-Build = Callable[[Flat, Flat, bool], Case]  # of weights, gradients, and whether to step in place
+Build = Callable[[Flat, Flat, bool], Case]  # weights, gradients, whether to step in place
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,18 @@ class Contestant:
     module: str
     out_of_place: bool = True
     allocates: bool = False  # the first step compiles code, or allocates state
-    peer: bool = False  # another package
-    comparable: bool = True  # its step should equal the one computed by hand
+    peer: bool = False  # whether it belongs to another package
+    comparable: bool = True  # whether its step should equal the step by hand
     note: str = ""
 
     @property
     def ways(self) -> tuple[bool, ...]:
-        """In place, and out of place if supported."""
+        """The values of `in_place` that are supported."""
         return (True, False) if self.out_of_place else (True,)
 
     @property
     def installed(self) -> bool:
-        """Whether its module is installed; does not import it."""
+        """Whether the module is installed; does not import it."""
         return importlib.util.find_spec(self.module) is not None
 
 
@@ -169,7 +169,7 @@ def _optax(w: Flat, g: Flat, in_place: bool) -> Case:
         jax.tree.map(lambda x: jax.numpy.array(x, copy=True, device=cpu), tree.to_dict())
         for tree in _containers(np.asarray, w, g)
     )
-    optimizer = optax.chain(  # optax.lars without its last part, the momentum
+    optimizer = optax.chain(  # optax.lars without momentum, its last part
         optax.add_decayed_weights(DECAY),
         optax.scale_by_trust_ratio(trust_coefficient=TRUST),
         optax.scale_by_learning_rate(LR),
@@ -256,7 +256,7 @@ CONTESTANTS = _by_name(
     ),
 )
 
-_KEEPS = {"out_of_place": False, "allocates": True}  # the velocity
+_KEEPS = {"out_of_place": False, "allocates": True}  # keeps a velocity
 OPTIMIZERS = _by_name(
     Contestant(
         "lars_tree.torch.Lars",
@@ -298,7 +298,7 @@ OPTIMIZERS = _by_name(
 
 
 def present(everyone: dict[str, Contestant], without: list[str]) -> dict[str, Contestant]:
-    """The installed contestants, without the peers whose name contains a word of `without`."""
+    """The installed contestants, except peers whose names contain a word of `without`."""
     return {
         name: x
         for name, x in everyone.items()
@@ -309,8 +309,8 @@ def present(everyone: dict[str, Contestant], without: list[str]) -> dict[str, Co
 def check(contestants: dict[str, Contestant], momentum: float = 0.0) -> None:
     """Check on two small leaves that each contestant computes the step.
 
-    The update of the kernel must be within 1% of the update by hand, unless the contestant follows
-    another rule. The new weights of lars_tree must agree within rounding, also for the bias.
+    The step of the kernel must be within 1% of the step by hand, unless the contestant follows
+    another rule. The new weights of lars_tree must agree within rounding errors, for the bias too.
     """
     w, g = weights_and_gradients(small(2))
     for name, contestant in contestants.items():

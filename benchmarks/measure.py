@@ -1,4 +1,4 @@
-"""Times: each round runs every contestant once, in random order; medians over the rounds."""
+"""Measure times: each round runs every contestant once, in random order; take the medians."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 # All in seconds.
-REST = 0.02  # the pause before each turn, in which the threads of other contestants go to sleep
-TURN = 0.01  # a quicker step is repeated until it takes about this long
-WARM = 0.3  # a quicker step has an untimed turn first, to raise the clock and to fill the cache
+REST = 0.02  # the pause before each turn; threads of other contestants then go to sleep
+TURN = 0.01  # a faster step is repeated until it takes about this long
+WARM = 0.3  # a faster step has an untimed turn first, to raise the clock and to fill the cache
 PATIENCE = 3.0  # a slower step is called only once before it is timed
 BUDGET = 10.0  # a contestant that has used more time skips the remaining rounds
 
@@ -25,7 +25,7 @@ def medians(
     rounds: int,
     before: Callable[[str], None] = lambda _: None,
 ) -> dict[str, float]:
-    """The median seconds of a call of each step; `before` is called before each turn."""
+    """The median seconds of one call of each step; `before` is called before each turn."""
     gc.collect()
     gc.freeze()  # collections during a step then do not scan the contestants' weights
     calls = {}
@@ -55,7 +55,7 @@ def _time(step: Callable[[], Any], calls: int) -> float:
 
 
 def stream() -> tuple[Callable[[], Any], int]:
-    """The call `a.add_(b)` of torch on all threads, and the bytes that it moves."""
+    """A function that calls torch's `a.add_(b)` on all threads, and the bytes that it moves."""
     import torch
 
     size = 30_000_000

@@ -1,6 +1,6 @@
-"""Peak memory of one step, each in a fresh process: `python -m benchmarks.memory NAME in|out`.
+"""Peak memory of one step in a fresh process: `python -m benchmarks.memory NAME in|out`.
 
-This is the high-water mark that Linux keeps for a process, reset just before the step.
+The peak is the high-water mark that Linux records for a process, reset just before the step.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The cost of a leaf that the kernel does not support, or of an option that needs all norms.
 
-The steps of a group alternate in one process, and each is compared with the first of its group.
+The steps of a group alternate in one process, and each step is compared with the base of its group.
 These ratios depend much less on the machine than the times do.
 """
 
@@ -100,7 +100,7 @@ def _optimizer() -> Steps:
 
 
 def _jax() -> Steps:
-    """JAX arrays are immutable, so a step creates new arrays; the base is the time for this."""
+    """Steps of JAX arrays, which are immutable; the base only creates the new arrays."""
     import jax
     import jax.numpy as jnp
 
@@ -127,9 +127,9 @@ def _torch() -> Steps:
 
 @dataclass(frozen=True)
 class Group:
-    """Steps of which one is the base, and upper bounds for the ratios of other steps to it.
+    """Steps, one of which is the base, and bounds for the ratios of other steps to the base.
 
-    If `build` is None, the steps are those of `benchmarks.shards`, which run in two processes.
+    If `build` is None, `benchmarks.shards` runs the steps in two processes.
     """
 
     title: str
@@ -150,7 +150,7 @@ def _sharded(rounds: int) -> dict[str, float]:
     return json.loads(measure.child(*run, "-m", "benchmarks.shards", str(rounds)))
 
 
-# The bounds allow 0.15 ms more for a step of 0.40 ms, and 0.3 ms for a torch step of 2.1 ms.
+# The bounds allow 0.15 ms of overhead for a step of 0.40 ms, and 0.3 ms for a torch step of 2.1 ms.
 GROUPS = [
     Group(
         "1,000 leaves, in place",

@@ -1,7 +1,7 @@
 """`python -m benchmarks.pictures`: draw the pictures of docs/reports.md.
 
-They show networks trained by LARS on the digits of scikit-learn. The picture of a notebook needs
-Chromium and its driver.
+The pictures show networks trained by LARS on the digits of scikit-learn. The picture of a notebook
+needs Chromium and its driver.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from benchmarks.trees import TITLES
 INK, OURS, PEER = "#808890", "#2f81f7", "#a0a8b0"
 SERIES = [OURS, "#d2802a"]
 STYLE = {
-    "svg.fonttype": "none",  # keep text as text, for small files
+    "svg.fonttype": "none",  # text instead of paths, for small files
     "svg.hashsalt": "lars_tree",
     "font.size": 9,
     "font.family": "sans-serif",
@@ -35,7 +35,7 @@ def write(results: Results, folder: Path) -> None:
 
 @contextmanager
 def figure(path: Path, panels: int, width: float, height: float) -> Iterator[Any]:
-    """The axes of a figure, which is saved at the end."""
+    """Yield the axes of a figure; save the figure at the end."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -50,7 +50,7 @@ def figure(path: Path, panels: int, width: float, height: float) -> Iterator[Any
 
 
 def _peers(results: Results, path: Path) -> None:
-    """Bars: time / memory limit of each contestant."""
+    """Draw time / memory limit of each contestant as bars."""
     with figure(path, len(results.in_place), 10, 3) as axes:
         for axis, (tree, times) in zip(axes, results.in_place.items(), strict=True):
             names = [name for name in reversed(times) if name != LIMIT]
@@ -67,7 +67,7 @@ def _peers(results: Results, path: Path) -> None:
 
 
 def _growth(results: Results, path: Path) -> None:
-    """Lines: the time per leaf."""
+    """Draw the time per leaf as lines."""
     with figure(path, 1, 5, 3) as (axis,):
         for (library, times), color in zip(results.growth.items(), SERIES, strict=True):
             axis.plot(*_microseconds(times), "o-", color=color, label=library)
@@ -83,7 +83,7 @@ def _microseconds(times: dict[int, float]) -> tuple[list[int], list[float]]:
 
 
 def _threads(results: Results, path: Path) -> None:
-    """Lines: the speed-up over one thread, and the ideal one."""
+    """Draw the speed-up over one thread, and the ideal speed-up, as lines."""
     with figure(path, 1, 5, 3) as (axis,):
         for (tree, times), color in zip(results.threads.items(), SERIES, strict=True):
             speedups = [times[1] / seconds for seconds in times.values()]

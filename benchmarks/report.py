@@ -1,4 +1,4 @@
-"""Formats the results, medians and ratios, as text for the terminal and Markdown for the page."""
+"""Format the medians and ratios as text for the terminal and as Markdown for the page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.targets import MIB, OPTIMIZER, OURS, targets
 from benchmarks.trees import TITLES
 
 Row = list[str]
-Table = tuple[str, list[Row]]  # a title, and rows of which the first is the heading
+Table = tuple[str, list[Row]]  # a title, and rows; the first row is the heading
 
 PACKAGES = ["numpy", "torch", "ml_dtypes", "pytorch_optimizer", "timm", "jax", "optax", "ivy"]
 DOCS = Path(__file__).parent.parent / "docs"
@@ -75,14 +75,14 @@ def text(results: Results) -> str:
 
 
 def columns(rows: list[Row]) -> str:
-    """A table for the terminal."""
+    """A table as text for the terminal."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     return "\n".join(line for line in lines if line)
 
 
 def page(results: Results, command: str) -> str:
-    """docs/performance.md: the template, filled in."""
+    """The text of docs/performance.md: the filled-in template."""
     parts = {name: markdown(rows) for name, (_, rows) in tables(results)}
     verdicts = [target.verdict for target in targets(results) if target.measured is not None]
     parts["summary"] = f"{verdicts.count('met')} of {len(verdicts)} targets are met."
@@ -98,7 +98,7 @@ def page(results: Results, command: str) -> str:
 
 
 def fill(template: str, parts: dict[str, object]) -> str:
-    """A template of this folder, filled in."""
+    """A template of this folder with its fields filled in."""
     return Template(Path(__file__).with_name(template).read_text()).substitute(parts)
 
 
@@ -113,7 +113,7 @@ def _notes() -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    """A table for a page."""
+    """A Markdown table."""
     head, *body = rows
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *body])
@@ -184,7 +184,7 @@ def _threads(results: Results) -> list[Row]:
 
 
 def _odd(results: Results) -> list[Row]:
-    """A row for each step: milliseconds, and the ratio to the first of its group."""
+    """A row for each step: milliseconds, and the ratio to the first step of its group."""
     rows = [["", "ms", "ratio"]]
     for title, times in results.odd.items():
         base = next(iter(times.values()), 0.0)

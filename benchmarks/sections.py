@@ -26,7 +26,7 @@ Seconds = dict[str, float]
 
 @dataclass
 class Results:
-    """Medians in seconds by tree and contestant; memory in bytes by way and contestant."""
+    """Medians in seconds by tree and contestant; memory in bytes, in or out of place."""
 
     in_place: dict[str, Seconds] = field(default_factory=dict)
     out_of_place: dict[str, Seconds] = field(default_factory=dict)
@@ -80,7 +80,7 @@ def _steps(
 def _beside_the_limit(
     steps: dict[str, Callable[[], Any]], rounds: int, least: int
 ) -> tuple[Seconds, float]:
-    """The medians, with the memory limit for `least` bytes among them, and the bandwidth."""
+    """The medians, including the memory limit for `least` bytes, and the bandwidth."""
     stream, traffic = measure.stream()
     times = measure.medians(steps | {LIMIT: stream}, rounds)
     bandwidth = traffic / times[LIMIT]
@@ -97,7 +97,7 @@ def momentum(plan: Plan, results: Results) -> None:
 
 
 def dtypes(plan: Plan, results: Results) -> None:
-    """Every dtype in both libraries, in place."""
+    """Every dtype in numpy and torch, in place."""
     for tree in ("resnet", "gpt2"):
         flats = weights_and_gradients(TREES[tree]())
         steps = {
@@ -138,7 +138,7 @@ def threads(plan: Plan, results: Results) -> None:
 
 
 def odd_leaves(plan: Plan, results: Results) -> None:
-    """Odd leaves, and options that need all norms."""
+    """Leaves that the kernel does not support, and options that need all norms."""
     for group in odd.GROUPS:
         results.odd[group.title] = group.measured(plan.rounds)
 

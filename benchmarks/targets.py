@@ -1,4 +1,4 @@
-"""The targets, and whether they are met."""
+"""The performance targets, and whether they are met."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Target:
-    """`measured`, if not None, should be at most `bound`, or at least `bound` if `at_least`."""
+    """An upper bound for `measured`, or a lower bound if `at_least`; None is not measured."""
 
     what: str
     bound: float
@@ -40,7 +40,7 @@ class Target:
         return f"{'≥' if self.at_least else '≤'} {self.show(self.bound)}"
 
     def show(self, value: float | None) -> str:
-        """The value with its unit; three digits, so that rounding does not hide a miss."""
+        """The value with its unit, in three digits, so that rounding does not hide a miss."""
         if value is None:
             return ""
         return f"{value:.3g}{self.unit}" if self.unit == "×" else f"{value:.3g} {self.unit}"

@@ -1,8 +1,8 @@
 """`python -m benchmarks.training`: does LARS train, and keep its accuracy at large batch sizes?
 
 LARS, SGD and Adam train on real images with equal epochs and the same schedule. Rates are tuned in
-the same way on validation images; the accuracy is that on test images. Each finished run is saved
-to a file, which `--resume` reads.
+the same way on validation images; the reported accuracy is measured on test images. Each finished
+run is saved to a file, which `--resume` reads.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from lars_tree.torch import Lars, param_groups
 
 TRAIN, TEST = 1024, 400  # images; the other 373 are for validation
 MOMENTUM, DECAY, WARMUP = 0.9, 5e-4, 0.1
-KEPT = 1.0  # the largest loss, in points, at which an accuracy counts as kept
+KEPT = 1.0  # the largest drop, in points, at which an accuracy counts as kept
 PACKAGES = ["numpy", "torch", "scikit-learn"]
 
 Part = tuple[Tensor, Tensor]  # images of 8 x 8 pixels in [0, 1], and their labels
-Make = Callable[[list[dict[str, Any]], float], torch.optim.Optimizer]  # from groups and a rate
+Make = Callable[[list[dict[str, Any]], float], torch.optim.Optimizer]  # takes groups and a rate
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Contestant:
 
     make: Make
     centre: int
-    color: str  # from the palette of Okabe and Ito, for colour-blind readers
+    color: str  # Okabe and Ito's palette, for colour-blind readers
     line: str
 
 
@@ -71,8 +71,8 @@ class Plan:
     batches: tuple[int, ...] = (32, 128, 512, TRAIN)
     seeds: tuple[int, ...] = (0, 1, 2)
     candidates: int = 5  # rates
-    extra: int = 4  # at most this many further rates, while the best is at the edge
-    further: tuple[int, ...] = tuple(range(10, 30))  # seeds, at the largest batch size
+    extra: int = 4  # the most further rates, tried while the best rate is at the edge
+    further: tuple[int, ...] = tuple(range(10, 30))  # further seeds, at the largest batch size
 
 
 class Data(NamedTuple):
@@ -93,11 +93,11 @@ class Run(NamedTuple):
     seconds: float  # of processor time
 
 
-Runs = dict[int, list[Run]]  # from the exponent of the rate to a run for each seed
+Runs = dict[int, list[Run]]  # exponent of the rate: one run for each seed
 
 
 class Results(NamedTuple):
-    """The runs of each optimizer and batch size, and those of each optimizer with further seeds."""
+    """The runs of each optimizer at each batch size, and its runs with further seeds."""
 
     plan: Plan
     cells: dict[tuple[str, int], Runs]
@@ -105,7 +105,7 @@ class Results(NamedTuple):
 
 
 def load() -> Data:
-    """The digits of scikit-learn, in a fixed split."""
+    """The digits of scikit-learn, split in a fixed way."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split as split
 
@@ -154,7 +154,7 @@ def settle(model: nn.Sequential, images: Tensor) -> None:
     """Compute the statistics of batch norm for these images and the current weights.
 
     The running means lag behind the weights. After few steps they mostly reflect the first weights,
-    and large batch sizes would seem worse than they are, for every optimizer.
+    so every optimizer would seem worse at large batch sizes than it is.
     """
     for layer in model:
         if isinstance(layer, nn.BatchNorm2d):
@@ -186,7 +186,7 @@ def rate_of(exponent: int) -> float:
 
 
 def choose(runs: Runs) -> int:
-    """The exponent with the best mean validation accuracy; among equals, the smallest."""
+    """The exponent with the best mean validation accuracy; the smallest such exponent."""
     return max(sorted(runs), key=lambda x: fmean(run.validation for run in runs[x]))
 
 
@@ -196,7 +196,7 @@ def at_edge(runs: Runs) -> bool:
 
 
 def tune(trained: Callable[[int, int], Run], centre: int, plan: Plan) -> Runs:
-    """Try the rates around the centre, then further ones while the best is at the edge."""
+    """Try the rates around the centre, then further rates while the best is at the edge."""
     runs: Runs = {}
     low = centre - plan.candidates // 2
     wanted = list(range(low, low + plan.candidates))
@@ -209,7 +209,7 @@ def tune(trained: Callable[[int, int], Run], centre: int, plan: Plan) -> Runs:
 
 
 class Log:
-    """A file of finished runs, by description."""
+    """A file that maps descriptions to finished runs."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         settings = json.loads(json.dumps(settings))  # as read from a file
@@ -232,7 +232,7 @@ class Log:
 
 
 def experiment(data: Data, plan: Plan, log: Log) -> Results:
-    """Every optimizer at every batch size, and further seeds at the largest."""
+    """Run every optimizer at every batch size, and with further seeds at the largest."""
     results = Results(plan, {}, {})
     for batch, name in product(plan.batches, CONTESTANTS):
 
@@ -306,7 +306,7 @@ def findings(results: Results) -> list[str]:
 
 
 def compare(results: Results, name: str, other: str) -> tuple[bool, str]:
-    """Whether `name` is above `other` by more than two standard errors; and a description."""
+    """Whether `name` exceeds `other` by over two standard errors, and a description."""
     a, b = ([100 * run.test for run in results.further[x]] for x in (name, other))
     difference = fmean(a) - fmean(b)
     margin = 2 * math.sqrt(variance(a) / len(a) + variance(b) / len(b))
@@ -317,7 +317,7 @@ def compare(results: Results, name: str, other: str) -> tuple[bool, str]:
 
 
 def extensions(results: Results) -> list[str]:
-    """The cells that needed more rates, and whether the best rate is still at the edge."""
+    """List the cells that needed more rates, and say whether the best rate is still at the edge."""
     return [
         f"{name} at batch {batch:,}, {len(runs)} rates" + " (the best at the edge)" * at_edge(runs)
         for (name, batch), runs in results.cells.items()
@@ -326,7 +326,7 @@ def extensions(results: Results) -> list[str]:
 
 
 def page(results: Results, command: str) -> str:
-    """docs/training.md: the template, filled in."""
+    """The text of docs/training.md: the filled-in template."""
     versions = report.environment() | {name: version(name) for name in PACKAGES}
     named = ["processor", "system", "Python", "lars_tree", "native kernel", *PACKAGES]
     runs = [run for cell in results.cells.values() for each in cell.values() for run in each]
@@ -350,7 +350,7 @@ def page(results: Results, command: str) -> str:
 
 
 def plot(results: Results, path: Path) -> None:
-    """Lines: the accuracy by batch size, with bars from the worst to the best seed."""
+    """Draw the accuracy by batch size, with bars from the worst to the best seed."""
     batches = results.plan.batches
     with plots.figure(path, 1, 6, 3.6) as (axis,):
         for index, (name, x) in enumerate(CONTESTANTS.items()):

@@ -88,7 +88,7 @@ def weights_and_gradients(shapes: Shapes) -> tuple[Flat, Flat]:
 def least_traffic(shapes: Shapes, *, velocity: bool = False) -> int:
     """The bytes that any step must move: read w and g, write w; read and write the velocity.
 
-    A leaf of more than 4 M elements is read twice: no cache holds it until its norm is known.
+    A leaf of more than 4 M elements is read twice, because it does not fit into a cache.
     """
     streams = 5 if velocity else 3
     sizes = [prod(shape) for shape in shapes.values()]

@@ -1,4 +1,4 @@
-// Double-double numbers: twice the precision of double, with an exponent of their own.
+// Double-double numbers: twice the precision of double, with a separate exponent.
 //
 // A DoubleDouble is (high + low) * 2^exponent, where 1 <= |high| < 2 and |low| is at most half an
 // ulp of high. If high is 0, infinite or NaN, low and exponent are 0. Norms and coefficients are
@@ -9,7 +9,7 @@
 // Products and sums of two doubles have rounding errors that are doubles themselves, and a few
 // double operations compute them exactly (`two_sum`, `two_product`); all other operations are built
 // on these. Every operation is a fixed sequence of double operations, without fused multiply-add,
-// the same as in _numerics/double_double.py, so both give the same bits.
+// the same as in _numerics/double_double.py, so both files give the same bits.
 #pragma once
 
 #include <algorithm>
@@ -31,13 +31,13 @@ inline Pair two_sum(double a, double b) {
     return {sum, (a - (sum - part)) + (b - part)};
 }
 
-// As two_sum, for |a| >= |b|.
+// two_sum with fewer operations, for |a| >= |b|.
 inline Pair fast_two_sum(double a, double b) {
     double sum = a + b;
     return {sum, b - (sum - a)};
 }
 
-// The rounded product of a and b, of moderate size, and its exact error (Dekker, Veltkamp).
+// For a and b of moderate size: the rounded product and its exact error (Dekker, Veltkamp).
 inline Pair two_product(double a, double b) {
     const double splitter = 134217729.0;  // 2^27 + 1
     double product = a * b;
@@ -69,7 +69,7 @@ struct DoubleDouble {
             this->exponent = 0;
             return;
         }
-        if (shift < -900 || shift > 900) {  // near the ends of the range, also subnormal
+        if (shift < -900 || shift > 900) {  // near the ends of the range, or subnormal
             std::frexp(x.high, &shift);
             --shift;
             high = std::ldexp(x.high, -shift);
@@ -95,8 +95,8 @@ inline double to_double(DoubleDouble x) {
     return std::ldexp(x.high, static_cast<int>(bounded));
 }
 
-// factor * 2^exponent; the exponent is 0 unless the number is far from 1. To multiply by this
-// number, scale by 2^exponent and then multiply by the factor: the result is rounded once, and
+// factor * 2^exponent; the exponent is 0 unless the number is far from 1. To multiply x by this
+// number, scale x by 2^exponent and then multiply by the factor: the result is rounded once, and
 // overflows only if the exact product does.
 struct Split {
     double factor;
@@ -110,7 +110,7 @@ inline Split split(DoubleDouble x) {
                         std::max<std::int64_t>(-5000, std::min<std::int64_t>(5000, x.exponent)))};
 }
 
-// x * 2^exponent. Doubles are used only where the exponent is 0.
+// x * 2^exponent. For a double, the exponent is always 0.
 inline double scaled(double x, int) { return x; }
 inline DoubleDouble scaled(DoubleDouble x, int exponent) {
     if (x.is_finite_nonzero()) x.exponent += exponent;
@@ -154,7 +154,7 @@ inline DoubleDouble sqrt(DoubleDouble a) {
     return DoubleDouble(fast_two_sum(root, rest / (2 * root)), (a.exponent - odd) / 2);
 }
 
-// For numbers that are not negative; false if either is NaN.
+// For non-negative numbers; false if a or b is NaN.
 inline bool operator>(DoubleDouble a, DoubleDouble b) {
     if (!a.is_finite_nonzero() || !b.is_finite_nonzero()) return a.high > b.high;
     if (a.exponent != b.exponent) return a.exponent > b.exponent;

@@ -1,8 +1,8 @@
 // The number formats: `read` converts an element to float or double exactly, and `write` rounds a
 // double to the format, once.
 //
-// Both are free of branches, so that compilers vectorize the loops around them. C++17 does not have
-// float16 and bfloat16, so they are read and written as bits.
+// Both functions are free of branches, so that compilers vectorize the loops that call them. C++17
+// does not have float16 and bfloat16, so they are read and written as bits.
 #pragma once
 
 #include <cstddef>
@@ -51,7 +51,7 @@ inline float read(float x) { return x; }
 inline float read(Bfloat16 x) { return bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16); }
 
 inline float read(Float16 x) {
-    // Shifted into a float, the bits have an exponent that is too small by 112.
+    // As the bits of a float, these bits have an exponent that is too small by 112.
     std::uint32_t magnitude = static_cast<std::uint32_t>(x.bits & 0x7fffu) << 13;
     float scaled = bit_cast<float>(magnitude) * 5.192296858534828e33f;        // 2^112
     std::uint32_t special = magnitude >= (0x7c00u << 13) ? 0x7f800000u : 0u;  // infinity, NaN
@@ -59,8 +59,8 @@ inline float read(Float16 x) {
     return bit_cast<float>(bit_cast<std::uint32_t>(scaled) | special | sign);
 }
 
-// All ones if the condition is true. Values are selected by masks, because compilers make branches
-// of conditional expressions.
+// All ones if the condition is true, else 0. Values are selected by masks, because compilers turn
+// conditional expressions into branches.
 inline std::uint64_t mask(bool condition) { return -static_cast<std::uint64_t>(condition); }
 
 // Rounds x to nearest, ties to even, to a format of `Bits` significant bits whose smallest normal
@@ -72,7 +72,7 @@ inline double round_to(double x) {
     const std::uint64_t bits = bit_cast<std::uint64_t>(x);
     std::uint64_t even = (bits >> dropped) & 1;
     std::uint64_t normal = (bits + even + ((one << (dropped - 1)) - 1)) & ~((one << dropped) - 1);
-    // The last bit of all subnormal numbers has the value of the last bit of this double.
+    // The last bit of this double has the value of the last bit of the subnormal numbers.
     const double anchor = 1.5 * bit_cast<double>((one * (1023 + Smallest + dropped)) << 52);
     std::uint64_t subnormal = bit_cast<std::uint64_t>((x + anchor) - anchor);
     const std::int64_t smallest = (std::int64_t{1023} + Smallest) << 52;
@@ -93,7 +93,7 @@ inline void write(Float16& out, double x) {
     float value = static_cast<float>(round_to<11, -14>(x));
     std::uint32_t bits = bit_cast<std::uint32_t>(value);
     std::uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
-    // The bits of a float times 2^-112 are those of the float16, shifted left by 13.
+    // The bits of value * 2^-112 are the bits of the float16, shifted left by 13.
     float scaled = bit_cast<float>(magnitude) * 1.925929944387236e-34f;
     std::uint32_t half = bit_cast<std::uint32_t>(scaled) >> 13;
     std::uint32_t is_large = static_cast<std::uint32_t>(mask(magnitude >= 0x47800000u));  // 65,536

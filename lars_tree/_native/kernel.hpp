@@ -6,10 +6,10 @@
 //     ratio = trust_coefficient * |w| / (|g| + decay_lambda * |w| + eps)
 //     w_new = w - lr * ratio * (g + decay_lambda * w)
 //
-// (with joint_norm the denominator is |g + decay_lambda * w| + eps). This is linear in w and dcdw,
-// with two coefficients that depend on the norms only. So a layer is read twice: the first pass
-// sums the squares of w and dcdw, the second applies the coefficients. With momentum, the second
-// pass also updates the velocity.
+// (with joint_norm the denominator is |g + decay_lambda * w| + eps). The step is linear in w and
+// dcdw, with two coefficients that depend on the norms only. So a layer is read twice: the first
+// pass sums the squares of w and dcdw, the second applies the coefficients. With momentum, the
+// second pass also updates the velocity.
 //
 // Precision. Elements are converted to double exactly, and results are rounded once, when they are
 // written. Norms and coefficients are double-double numbers (double_double.hpp) where double could
@@ -17,15 +17,15 @@
 //
 // The order of the sums. Arrays are cut into chunks, and chunks into rows of 16 elements. Within a
 // chunk, the squares of each of the 16 lanes are added by pairwise summation (sums.hpp), as if rows
-// of zeros followed up to the next power of two. Then the lanes are added by pairwise summation,
-// and the chunks one after another, both in about twice the precision of double. If squares of
-// float64 elements overflow or underflow, the sum is computed again from elements that are scaled
-// by a power of two.
+// of zeros were appended up to the next power of two. Then the lanes are added by pairwise
+// summation, and the chunks one after another, in about twice the precision of double. If squares
+// of float64 elements overflow or underflow, the sum is computed again from elements that are
+// scaled by a power of two.
 //
 // This order does not depend on threads, the instruction set or alignment, and
-// _backends/cpu/norms.py adds in the same order, so all give the same bits. tests/test_native.py
-// compares this file with _backends/cpu/twin.py; tests/test_numbers.py compares both with an exact
-// reference.
+// _backends/cpu/norms.py adds in the same order, so the norms are always bit-identical.
+// tests/test_native.py compares this file with _backends/cpu/twin.py; tests/test_numbers.py
+// compares both with an exact reference.
 #pragma once
 
 #include <algorithm>
@@ -48,8 +48,8 @@
 
 namespace lars {
 
-// How to compute dcdw + decay_lambda * grad_scale * w, whose norm joint_norm uses: as
-// 2^dcdw_shift * dcdw + (high + low) * 2^w_shift * w. The shifts keep the sum in range.
+// The joint gradient dcdw + decay_lambda * grad_scale * w, whose norm joint_norm uses. It is
+// computed as 2^dcdw_shift * dcdw + (high + low) * 2^w_shift * w. The shifts keep the sum in range.
 struct JointGradient {
     double high, low;
     int w_shift, dcdw_shift;
@@ -103,7 +103,7 @@ struct Loops {
 
     SumSquares sum_squares[formats], sum_scaled_squares[formats];
     Largest largest[formats];
-    Apply apply[formats][formats];  // by the formats of w and dcdw
+    Apply apply[formats][formats];  // indexed by the formats of w and dcdw
     ApplyMomentum apply_momentum[formats][formats];
     AddDecay add_decay[formats][formats];
 };
@@ -193,13 +193,13 @@ struct FlatArray {
     }
 };
 
-// The sums of squares of a chunk of w and of dcdw. The two halves of a full chunk are read
-// alternately.
+// The sums of squares of one chunk of w and of the same chunk of dcdw. The two halves of a full
+// chunk are read alternately.
 inline void sum_both(const Loops& loops, const FlatArray& w, const FlatArray& dcdw, bool is_full,
                      Pair& w_sum, Pair& dcdw_sum) {
     const int parts = is_full ? 2 : 1;
     const std::size_t size = w.size / parts;
-    // The parts of w come before those of dcdw, which may have another format.
+    // The parts of w come before the parts of dcdw, which may have another format.
     const void* arrays[max_streams];
     double sums[max_streams][lanes];
     for (int part = 0; part < parts; ++part) {
@@ -220,7 +220,7 @@ inline void sum_both(const Loops& loops, const FlatArray& w, const FlatArray& dc
     dcdw_sum = sum_of_lanes(sums[parts]);
 }
 
-// Adds one member of the sums of all chunks.
+// The sum of one member of `sums` over all chunks of x.
 template <class Sums>
 inline Pair sum(const FlatArray& x, const Sums* sums, Pair Sums::* part) {
     Pair total = {0, 0};
@@ -257,13 +257,13 @@ inline DoubleDouble norm(const Loops& loops, const FlatArray& x, Pair total) {
 
 // ---- The joint gradient
 
-// A joint gradient is scaled so that its largest element has this exponent: its square does not
-// overflow, and small elements keep their digits.
+// A joint gradient is scaled so that the exponents of its elements do not exceed this limit: no
+// square overflows, and small elements keep their digits.
 const int max_joint_exponent = 480;
 
-// The exponent of the scale of a joint gradient, as a double. It is NaN if there is no scaling:
-// elements shorter than double with moderate options need none, and infinite or NaN elements cannot
-// be scaled.
+// The exponent of the scale of a joint gradient, as a double. It is NaN if the gradient is not
+// scaled: formats shorter than double with moderate options need no scaling, and infinite or NaN
+// elements cannot be scaled.
 inline double joint_exponent(const Loops& loops, const FlatArray& w, const FlatArray& dcdw,
                              const Rule& rule) {
     const double none = std::numeric_limits<double>::quiet_NaN();

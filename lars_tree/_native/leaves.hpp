@@ -1,4 +1,5 @@
-// The leaves of one update that the native engine supports, read and checked, but not yet updated.
+// The leaves of one update that the native engine supports. They are read and checked here, and
+// updated by step.hpp.
 //
 // The layers point into the memory of Python arrays. Leaves does not own these arrays: the plan
 // (plan.hpp) keeps them alive.
@@ -25,8 +26,8 @@ public:
 // Where the results of a call are written; `none` if the leaves are only measured.
 enum class Results { in_place, new_arrays, none };
 
-// The arrays of a leaf; `out` is used with Results::in_place only. The velocity is null if no leaf
-// has one, and None if this leaf does not.
+// The arrays of a leaf; `out` is used with Results::in_place only. `velocity` is null if no leaf
+// has a velocity, and None if only this leaf has none.
 struct Arrays {
     PyObject *w, *dcdw, *out, *velocity;
 
@@ -40,8 +41,8 @@ struct NewArrays {
 
 class Leaves {
 public:
-    // Adds a leaf, without reading or writing its elements; false if the kernel does not support
-    // it, or with an exception set. `made` owns the new arrays in either case.
+    // Adds a leaf, without reading or writing its elements. Returns false if the kernel does not
+    // support the leaf, or with an exception set. `made` may own new arrays even then.
     bool add(const Reader& reader, const Arrays& given, PyObject* fields, Results results,
              Py_ssize_t index, NewArrays& made) {
         Memory weights, gradients, result, velocity = {};
@@ -53,8 +54,8 @@ public:
         if (!reader.read(given.w, overwrites_w, weights, w_buffer.view)) return false;
         if (!reader.read(given.dcdw, false, gradients, dcdw_buffer.view)) return false;
         if (!same_layout(weights, gradients) || !is_dense(weights)) return false;
-        // The velocity is also checked before it is copied: copy() may accept other types, and
-        // would read freed memory.
+        // The velocity is checked before it is copied, too: copy() may accept unsupported types,
+        // and would read memory that was freed.
         if (given.has_velocity() && !read_velocity(reader, given.velocity, in_place, weights,
                                                    velocity, velocity_buffer.view)) {
             return false;
@@ -90,8 +91,8 @@ public:
         return true;
     }
 
-    // Adds a leaf whose weights and velocity do not change, so that no other array may overlap
-    // them; false as for `add`.
+    // Registers a leaf that is not updated: no other array may overlap its weights and velocity.
+    // Returns false in the same cases as `add`.
     bool add_unchanged(const Reader& reader, const Arrays& given) {
         Memory weights, velocity;
         Buffer w_buffer, velocity_buffer;
@@ -105,7 +106,6 @@ public:
         return true;
     }
 
-    // Reserves memory for more leaves.
     void reserve(std::size_t count, bool have_velocities) {
         layers.reserve(layers.size() + count);
         indices.reserve(indices.size() + count);
@@ -113,14 +113,14 @@ public:
         read.reserve(read.size() + count);
     }
 
-    // Adds a counter, which is written to and must not overlap any array.
+    // Registers a counter: the step writes to it, so it must not overlap any array.
     void add_counter(std::int64_t* x) {
         const char* start = reinterpret_cast<char*>(x);
         written.push_back({start, start + sizeof *x});
     }
 
     std::vector<Layer> layers;
-    std::vector<Py_ssize_t> indices;  // of the leaf of each layer
+    std::vector<Py_ssize_t> indices;  // for each layer, the index of its leaf
     std::vector<Span> written, read;  // memory of the given arrays, not of new ones
 
 private:

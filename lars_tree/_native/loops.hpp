@@ -1,20 +1,20 @@
 // The loops over elements, which write the weights (`apply`), or the weights and the velocity
-// (`apply_momentum`). kernel.hpp includes this file once for each instruction set, in a namespace
-// of its own; LARS_TARGET is the attribute that selects the instruction set.
+// (`apply_momentum`). kernel.hpp includes this file once for each instruction set, each time in
+// another namespace; LARS_TARGET is the attribute that selects the instruction set.
 //
 // All instruction sets do the same operations on each element in the same order, so they give the
-// same bits. This needs a compilation without contraction of a * b + c (-ffp-contract=off) and
+// same bits. This requires compilation without contraction of a * b + c (-ffp-contract=off) and
 // without -ffast-math.
 //
 // For most types, the obvious loop in double is exact enough and is vectorized. Three types need
 // more: float is handled four elements at a time, bfloat16 is computed in float where that provably
-// gives the same bits, and results of double that overflow are computed again, scaled.
+// gives the same bits, and float64 results that overflow are recomputed from scaled inputs.
 
 #include "sums.hpp"
 
 // ---- Without momentum: weight_factor * w - gradient_coefficient * dcdw. `out` may be w or dcdw.
 
-// For coefficients, or intermediate results, that are out of the range of double.
+// Handles coefficients and intermediate results that are out of the range of double.
 template <class T, class G>
 inline void apply_wide_range(const T* w, const G* dcdw, T* out, std::size_t size,
                              const Coefficients& coefficients) {
@@ -36,8 +36,8 @@ inline void apply_wide_range(const T* w, const G* dcdw, T* out, std::size_t size
 }
 
 #ifdef LARS_FOURS
-// Four elements at a time, in double. Compilers vectorize eight at a time, and spend more time on
-// splitting and joining the vectors than on arithmetic.
+// Four elements at a time, in double. Compilers would vectorize the loop over eight elements at a
+// time, and splitting and joining the vectors would take longer than the arithmetic.
 typedef __m256d Four;
 
 LARS_TARGET inline Four read_four(const float* x) { return _mm256_cvtps_pd(_mm_loadu_ps(x)); }
@@ -80,7 +80,8 @@ LARS_TARGET void apply(const T* w, const G* dcdw, T* out, std::size_t size,
     apply_in_double(w, dcdw, out, size, coefficients);
 }
 
-// The sign bit is set if x is infinite or NaN: adding one to an exponent of ones carries into it.
+// The sign bit of the result is set if x is infinite or NaN: adding one to an exponent of all ones
+// carries into the sign bit.
 LARS_TARGET inline std::uint64_t sign_if_not_finite(double x) {
     const std::uint64_t infinite = std::uint64_t{0x7ff} << 52, last_bit = infinite & -infinite;
     return (bit_cast<std::uint64_t>(x) & infinite) + last_bit;
@@ -115,14 +116,14 @@ LARS_TARGET void apply(const double* w, const G* dcdw, double* out, std::size_t 
 // bfloat16, so does the result in double. Otherwise, or if the interval is not finite, the block is
 // computed in double.
 struct Trial {
-    std::uint32_t bits;   // the upper half is the result, if there is no doubt
+    std::uint32_t bits;   // the upper half is the result, unless there is doubt
     std::uint32_t doubt;  // the upper half is 0 if both ends round to the same bfloat16
     std::uint32_t error;
 };
 
 LARS_TARGET inline Trial try_in_float(float weight, float gradient, float weight_factor,
                                       float gradient_coefficient) {
-    const float relative = 4.76837158203125e-07f, absolute = 1e-39f;  // 2^-21, more than 2^-130
+    const float relative = 4.76837158203125e-07f, absolute = 1e-39f;  // 2^-21; above 2^-130
     weight = weight_factor * weight;
     float step = gradient_coefficient * gradient;
     float error = (std::fabs(weight) + std::fabs(step)) * relative + absolute;
@@ -132,7 +133,8 @@ LARS_TARGET inline Trial try_in_float(float weight, float gradient, float weight
     return {low, low ^ high, bit_cast<std::uint32_t>(error)};
 }
 
-// Two elements are read as one word of 32 bits, which needs fewer shuffles than one at a time.
+// Elements are read in pairs, as words of 32 bits: this needs fewer shuffles than reading single
+// elements.
 LARS_TARGET inline void apply(const Bfloat16* w, const Bfloat16* dcdw, Bfloat16* out,
                               std::size_t size, const Coefficients& coefficients) {
     const float weight_factor = static_cast<float>(coefficients.weight_factor());
@@ -185,8 +187,7 @@ struct WeightAndVelocity {
     Number w, velocity;
 };
 
-// The statements of `increment` and `apply_momentum` in _numerics/formula.py, for one number or
-// four.
+// Mirrors `increment` and `apply_momentum` of _numerics/formula.py, for one number or four.
 template <class Number>
 LARS_TARGET inline WeightAndVelocity<Number> momentum_step(Number w, Number dcdw, Number velocity,
                                                            const Coefficients& coefficients,
@@ -270,7 +271,7 @@ LARS_TARGET void apply_momentum(const double* w, const G* dcdw, double* velocity
                                                 velocity[start + i], coefficients, options);
             weights[i] = result.w;
             velocities[i] = result.velocity;
-            overflows |= sign_if_not_finite(result.w);  // also covers the velocity
+            overflows |= sign_if_not_finite(result.w);  // set too if the velocity is not finite
         }
         if (overflows >> 63) {
             apply_momentum_wide_range(w + start, dcdw + start, velocity + start, out + start, block,

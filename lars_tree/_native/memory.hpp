@@ -1,7 +1,7 @@
 // The memory layout of arrays, and the overlap of memory ranges.
 //
-// The kernel reads an array as one run of elements. So the arrays of a layer must be dense, and the
-// order of their axes in memory, which may be any, must be the same.
+// The kernel reads an array as one run of elements. So the arrays of a layer must be dense and have
+// the same order of axes in memory; this order may be any.
 #pragma once
 
 #include <algorithm>
@@ -87,8 +87,8 @@ struct DLPackExchangeAPI {
     void* current_work_stream;
 };
 
-// Whether memory is writable, tested without a write, which could end the process. The result is
-// false on Linux before 5.14, where this test does not exist, and true on other systems.
+// Whether memory is writable, tested without a write: a write to read-only memory would crash. The
+// result is false on Linux before 5.14, where this test does not exist, and true on other systems.
 inline bool is_writable(char* data, std::size_t bytes) {
 #ifdef __linux__
     const int populate_write = 23;  // MADV_POPULATE_WRITE, which older headers lack

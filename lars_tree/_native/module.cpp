@@ -1,8 +1,8 @@
 // The extension module: the functions of walk.hpp and the types of plan.hpp. _kernel.pyi documents
 // them.
 //
-// The kernel adds only the leaves that it supports to a plan. The caller passes all others to the
-// engines in Python, which give the same bits and whose checks make the error messages.
+// The kernel adds only the leaves that it supports to a plan. The caller passes all other leaves to
+// the engines in Python, which give the same bits and raise the errors for invalid arrays.
 
 #include "plan.hpp"
 #include "walk.hpp"

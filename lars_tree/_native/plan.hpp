@@ -73,7 +73,7 @@ struct Plan {
     std::int64_t* counter = nullptr;
     std::size_t threads = 1;
     InstructionSet set = baseline_set;
-    OwnedList owned;    // the lists of arrays, and the counter
+    OwnedList owned;    // the lists that `prepare` was given
     OwnedList written;  // the given arrays that are written to
 };
 
@@ -247,7 +247,7 @@ PyObject* spans(PyObject* self, PyObject*) {
     return Py_NewRef(found);
 }
 
-// The norms in a bytearray; null with an exception set if it is not one of this plan.
+// The norms in a bytearray; null with an exception set if its size does not match this plan.
 Norms* norms_in(PyObject* bytes, const Plan& plan) {
     const auto size = static_cast<Py_ssize_t>(plan.leaves.layers.size() * sizeof(Norms));
     if (PyByteArray_Check(bytes) && PyByteArray_Size(bytes) == size) {

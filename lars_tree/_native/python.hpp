@@ -7,7 +7,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <pyconfig.h>
 #ifndef Py_GIL_DISABLED
-#define Py_LIMITED_API 0x030B0000  // 3.11, the first with PyObject_GetBuffer
+#define Py_LIMITED_API 0x030B0000  // 3.11: the first limited API with PyObject_GetBuffer
 #endif
 #include <Python.h>
 
@@ -24,16 +24,16 @@ namespace lars {
 // Before Python 3.14, a daemon thread that requests the GIL while the interpreter exits is ended by
 // pthread_exit, which may unwind C++ frames like an exception. Destructors would then use Python
 // objects without the GIL. So unwinding is stopped here, in the innermost frame: the thread sleeps
-// until the process ends, which does not wait for the thread. Python 3.14 does the same itself.
+// until the process ends (a process does not wait for daemon threads). Python 3.14 itself does so.
 template <class Function, class... Arguments>
 #if defined(__GNUC__)
-__attribute__((always_inline)) inline  // otherwise the function would be called by its address
+__attribute__((always_inline)) inline  // otherwise the call would go through a pointer
 #endif
     auto
     call_python(Function function, Arguments... arguments) -> decltype(function(arguments...)) {
     try {
         return function(arguments...);
-    } catch (...) {  // C functions throw nothing else
+    } catch (...) {  // only unwinding: C functions throw no exceptions
         for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
     }
 }
@@ -88,7 +88,7 @@ inline PyObject* item(PyObject* list, Py_ssize_t i) {
     return list == Py_None ? nullptr : PyList_GetItem(list, i);
 }
 
-// Sets item i of a list, which takes a new reference.
+// Sets item i of a list to a new reference to x.
 inline bool put(PyObject* list, Py_ssize_t i, PyObject* x) {
     return call_python(PyList_SetItem, list, i, Py_NewRef(x)) == 0;
 }

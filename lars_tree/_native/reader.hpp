@@ -12,15 +12,15 @@
 
 namespace lars {
 
-// How the arrays and rules of one library are read.
+// Reads the arrays of one library, and rules.
 class Reader {
 public:
-    // Takes the arguments of Reader in _kernel.pyi; returns false with an exception set.
-    // `tensors` is None for arrays with the buffer protocol. For torch it is a tuple of the capsule
-    // of DLPack's exchange table and the methods untyped_storage, UntypedStorage.nbytes and
+    // Takes the arguments of Reader in _kernel.pyi; returns false with an exception set. `tensors`
+    // is None for arrays with the buffer protocol. For torch it is a tuple of the capsule of
+    // DLPack's exchange table and the methods untyped_storage, UntypedStorage.nbytes and
     // .resizable, storage_offset and is_neg. `as_bits` views a bfloat16 array, which does not have
-    // the buffer protocol, as uint16. It is True if all arrays of uint16 are bfloat16 bits already,
-    // and None if bfloat16 is not supported.
+    // the buffer protocol, as uint16. It is True if all uint16 arrays contain bfloat16 bits, and
+    // None if bfloat16 is not supported.
     bool open(PyObject* arguments, PyObject* keywords) {
         static const char* names[] = {"types",   "fields",  "make", "copy",
                                       "tensors", "as_bits", nullptr};
@@ -50,7 +50,7 @@ public:
         return !PyErr_Occurred();
     }
 
-    // Makes new memory for the result of w; false with an exception set.
+    // Makes a new array for the result of w; false with an exception set.
     bool make(PyObject* w, Owned& to) const {
         to.reset(call_with(make_new, w));
         return to;
@@ -153,7 +153,7 @@ private:
             default:
                 return false;
         }
-        if (to.format == bfloat16 && !are_bits) return false;  // real uint16 numbers
+        if (to.format == bfloat16 && !are_bits) return false;  // uint16 numbers, not bfloat16 bits
         if (buffer.ndim > 64) return false;
         to.data = static_cast<char*>(buffer.buf);
         to.item_bytes = buffer.itemsize;
@@ -165,8 +165,8 @@ private:
                is_writable(to.data, buffer.len);
     }
 
-    // Whether numpy allocated the memory of an array, or of the array of which it is a view. Memory
-    // that numpy did not allocate may be mapped read-only without numpy knowing.
+    // Whether numpy allocated the memory of the array, or of its base if it is a view. Other memory
+    // may be mapped read-only although numpy reports it as writable.
     bool owns_memory(PyObject* x, const Py_buffer& buffer) const {
         const int owns_data = 4;  // NPY_ARRAY_OWNDATA
         const auto* fields = reinterpret_cast<const ArrayFields*>(x);
@@ -205,8 +205,8 @@ private:
         return to.size == 0 || (returns(Py_False, is_neg, x) && storage_holds(x, writable, to));
     }
 
-    // Whether the storage of a dense tensor holds all of its memory (it may have been freed or
-    // resized), and whether it can be written to, if torch did not allocate it.
+    // Whether the storage of a dense tensor contains all its elements (a storage can be freed or
+    // resized). If `writable`, memory that torch did not allocate is tested for being writable.
     bool storage_holds(PyObject* x, bool writable, const Memory& memory) const {
         Owned storage(call_with(untyped_storage, x));
         if (!storage) return false;
@@ -226,7 +226,7 @@ private:
         return found ? call_python(PyLong_AsLongLong, found) : -1;
     }
 
-    // Whether the method returns this bool; false also if it raises.
+    // Whether the method returns the expected bool; also false if the method raises.
     static bool returns(PyObject* expected, PyObject* method, PyObject* x) {
         Owned result(call_with(method, x));
         return result == expected;

@@ -1,8 +1,9 @@
-// The rule of one layer: the coefficients of its step, given its norms, and a bound on the results.
+// The rule for one layer: the coefficients of the step, given the norms, and a bound on the
+// results.
 //
-// The statements are those of _numerics/formula.py, which explains them. They run between the two
-// passes over memory that kernel.hpp explains. Number is DoubleDouble, or double if no intermediate
-// result can leave its range (see `computes_in_double`).
+// The statements mirror _numerics/formula.py, which explains them. They run between the two passes
+// over memory (see kernel.hpp). Number is DoubleDouble, or double if no intermediate result can
+// leave the range of double (see `computes_in_double`).
 #pragma once
 
 #include <cmath>
@@ -35,8 +36,9 @@ struct Rule {
     bool is_joint() const { return joint_norm && adapt && decay_lambda != 0; }
 };
 
-// Dense arrays of the same size, in the same memory order. `out` may be w or dcdw. Complex elements
-// are pairs of real ones. The velocity, if not null, has the format `velocity_format(w_format)`.
+// Dense arrays of the same size, in the same memory order. `out` may be w or dcdw. A complex
+// element counts as two real elements. The velocity, if not null, has the format
+// `velocity_format(w_format)`.
 struct Layer {
     const void* w;
     const void* dcdw;
@@ -58,8 +60,8 @@ struct Coefficients {
     double weight_factor() const { return decays ? 1 - decay : 1; }  // w - u = factor * w - ...
 };
 
-// The ratio of the formula. `clip`: whether to obey trust_clip, which divides the ratio by the
-// learning rate and limits it to 1.
+// The trust ratio of the formula. With trust_clip it is divided by the learning rate and, if `clip`
+// is true, limited to 1.
 template <class Number>
 inline Number trust_ratio(Number w_norm, Number dcdw_norm, const Rule& rule, bool clip = true) {
     const Number one = 1;
@@ -84,7 +86,7 @@ inline Coefficients coefficients_for(Number w_norm, Number dcdw_norm, const Rule
     const double decay = to_double(rate * Number(rule.decay_lambda));
     const Number gradient = rate / Number(rule.grad_scale);
     // g and decay_lambda * w may cancel, and a long step would magnify the rounding error of their
-    // sum.
+    // sum. So this step is computed from the joint gradient, whose elements are rounded once.
     if (rule.is_joint() && decay > 1) {
         const Split joint = split(scaled(gradient, joint_exponent));
         return {0, joint.factor, joint.exponent, false, true};
@@ -98,7 +100,7 @@ inline bool is_moderate(double x) {
     return x == 0 || (x > power_of_two(-100) && x < power_of_two(100));
 }
 
-// Whether all coefficients are in the range of double if elements are shorter than double.
+// Whether all coefficients fit into a double, for elements of formats shorter than double.
 inline bool has_moderate_options(const Rule& rule) {
     return is_moderate(rule.lr_before_momentum) && is_moderate(rule.decay_lambda) &&
            is_moderate(rule.eps) && is_moderate(rule.trust_coefficient) &&
@@ -109,9 +111,9 @@ inline bool has_moderate_options(const Rule& rule) {
 // ---- Between the two passes
 
 // The result of the first pass over a layer. The norms of w and dcdw are stored as the fields of
-// double-double numbers. If rule.is_joint(), the second is the norm of the joint gradient, and
-// `joint_exponent` the exponent of its scale (NaN if it is not scaled). `velocity_max` is the
-// largest magnitude of the velocity, or 0 if it was not requested.
+// double-double numbers. If rule.is_joint(), the fields of dcdw are the norm of the joint gradient,
+// and `joint_exponent` is the exponent of its scale (NaN if it is not scaled). `velocity_max` is
+// the largest magnitude of the velocity, or 0 if it was not requested.
 struct Norms {
     double w_high, w_low, w_exponent;
     double dcdw_high, dcdw_low, dcdw_exponent;
@@ -173,9 +175,9 @@ inline double max_value(Format format) {
                                 : std::numeric_limits<double>::max();
 }
 
-// Whether these norms prove that all results of a layer are finite. No element is larger than the
-// norm, so no result is larger than for an element as large as the norm. For the velocity,
-// the bound is `velocity_max`, its largest magnitude.
+// Whether these norms prove that all results of a layer are finite. No element exceeds the norm, so
+// no result exceeds the result for an element that equals the norm. The velocity is bounded by
+// `velocity_max`, its largest magnitude.
 template <class Number>
 inline bool prove_finite(const Layer& layer, Number w, Number dcdw, double velocity_max) {
     const Rule& rule = *layer.rule;
@@ -183,7 +185,7 @@ inline bool prove_finite(const Layer& layer, Number w, Number dcdw, double veloc
     if (!rule.is_joint()) gradient = gradient + Number(rule.decay_lambda) * w;
     const Number rate =
         Number(rule.lr_before_momentum) * trust_ratio(w, dcdw, rule) * Number(1 - rule.dampening);
-    const double u = to_double(rate * gradient), slack = 1.001;  // more than all rounding errors
+    const double u = to_double(rate * gradient), slack = 1.001;  // slack covers rounding errors
     // An infinite decay coefficient gives infinity or NaN although the exact result is finite.
     if (!(to_double(rate * Number(rule.decay_lambda)) < max_value(float64))) return false;
     double moved_by = u;

@@ -2,10 +2,10 @@
 //
 // A layer that fits into the cache of a core is updated by one thread: it makes both passes while
 // the layer is in the cache. A larger layer is updated by all threads, chunk by chunk: they sum in
-// forward order, wait until the sums are complete, and apply in backward order, as the chunks that
-// were read last are still in a cache. Each thread begins with its own range of chunks, and then
-// takes chunks that other threads have not begun. Sums are stored by chunk and added in the order
-// of the chunks, so the bits do not depend on threads.
+// forward order, wait until the sums are complete, and apply in backward order, because the chunks
+// that were read last are still in a cache. Each thread begins with its own range of chunks, and
+// then takes chunks that other threads have not begun. Sums are stored by chunk and added in the
+// order of the chunks, so the bits do not depend on the threads.
 //
 // The threads end before the call returns, so a fork afterwards is safe.
 #pragma once
@@ -44,7 +44,7 @@ private:
 // Layers of at most this size are updated by one thread: their arrays fit into the cache of a core.
 const std::size_t max_whole_size = 1 << 17;
 
-// The next chunk of the range with which one thread begins.
+// The next chunk in the initial range of one thread.
 struct ChunkCounter {
     std::atomic<std::size_t> next{0};
     char padding[56];  // so that no two counters share a cache line
@@ -117,7 +117,7 @@ public:
     std::size_t threads;
 
 private:
-    // Prefetches the start of a layer that is read soon, as many small layers are scattered over
+    // Prefetches the start of a layer that is read soon, because small layers may be scattered over
     // memory.
     static void prefetch(const Layer& layer) {
 #if defined(__GNUC__)
@@ -182,7 +182,7 @@ private:
         return terms;
     }
 
-    // The same result, without computing `Norms` in the usual case.
+    // The terms, given the sums of the chunks; in most cases `Norms` need not be computed.
     Terms terms_of(const Layer& layer, const Sums* of_chunks, double joint_exponent) const {
         if (!computes_in_double(layer) || layer.rule->is_joint()) {
             return terms_of(layer, norms_of(layer, of_chunks, joint_exponent));
@@ -362,8 +362,8 @@ inline bool is_finite(const Layer& layer, const Norms& norms, InstructionSet set
     return true;
 }
 
-// Makes one or both passes over all layers. Either throws std::bad_alloc before anything is
-// written, or does not throw.
+// Makes one or both passes over all layers. May throw std::bad_alloc, but only before anything is
+// written.
 inline void step(const Layer* layers, std::size_t count, std::size_t threads, InstructionSet set,
                  Passes passes = Passes::both, Norms* norms = nullptr, bool bounds = false) {
     Step all(layers, count, threads, set, passes, norms, bounds);

@@ -1,4 +1,4 @@
-// The loops that only read w and dcdw: sums of squares, the largest element, the joint gradient.
+// The loops that do not write to a layer: sums of squares, the largest element, the joint gradient.
 // loops.hpp includes this file, once for each instruction set.
 //
 // Squares are added by pairwise summation: each half of a sequence is summed recursively, and the
@@ -24,7 +24,7 @@ LARS_TARGET inline void square(const T* row, double scale, double rest, double* 
 }
 
 // For each array, the sums of the subtrees that do not have a neighbour yet, from large to small:
-// there is one for each bit that is set in the number of rows so far.
+// there is one subtree for each bit that is set in the number of rows so far.
 typedef double Subtrees[64][max_streams][lanes];
 
 LARS_TARGET inline void merge(Subtrees& sums, int& depth, int count) {
@@ -32,8 +32,8 @@ LARS_TARGET inline void merge(Subtrees& sums, int& depth, int count) {
     for (int k = 0; k < count; ++k) add_to(sums[depth - 1][k], sums[depth][k]);
 }
 
-// Adds the last subtree to its neighbour, if there is one, then their sum to its neighbour, and so
-// on, like the carries when a binary number is incremented.
+// Adds the last subtree to its neighbour, if it has one, then adds their sum to the next neighbour,
+// and so on, like the carries when a binary number is incremented.
 LARS_TARGET inline void carry(Subtrees& sums, int& depth, int count, std::size_t subtrees_before) {
     for (; subtrees_before & 1; subtrees_before >>= 1) merge(sums, depth, count);
 }
@@ -82,7 +82,7 @@ LARS_TARGET void sum_squares(const void* const* arrays, int count, std::size_t s
     for (; i < size; i += lanes) {
         for (int k = 0; k < count; ++k) {
             const T* row = static_cast<const T*>(arrays[k]) + i;
-            T last[lanes] = {};  // the last row is filled up with zeros
+            T last[lanes] = {};  // the last row is padded with zeros
             if (size - i < lanes) {
                 std::memcpy(last, row, (size - i) * sizeof(T));
                 row = last;
@@ -104,7 +104,7 @@ LARS_TARGET double largest(const void* data, std::size_t size) {
     double most = 0;
     for (std::size_t i = 0; i < size; ++i) {
         double value = std::fabs(static_cast<double>(read(x[i])));
-        most = value > most || value != value ? value : most;  // NaN compares false ever after
+        most = value > most || value != value ? value : most;  // a NaN stays
     }
     return most;
 }

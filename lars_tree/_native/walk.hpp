@@ -1,5 +1,5 @@
-// Walks over trees: they do the same as _collect_in_python and _match_in_python in
-// _tree/structure.py. _tree/nodes.py defines which objects are nodes.
+// Walks over trees, equivalent to _collect_in_python and _match_in_python in _tree/structure.py.
+// _tree/nodes.py defines which objects are nodes.
 //
 // Dicts (also Containers), lists and tuples are walked here. All other nodes, and nodes that are
 // too deep for the stack of a thread, are passed to the Python function. Python code may run during
@@ -30,8 +30,8 @@ public:
         return kind >= 0 && collect_children(node, kind, depth);
     }
 
-    // Appends the value of the prefix for each leaf of the node: 1 if they match, 0 if not, and -1
-    // with an exception set.
+    // Appends the value of the prefix for each leaf of the node. Returns 1 if the prefix matches
+    // the node, 0 if not, and -1 with an exception set.
     int match(PyObject* node, PyObject* prefix, bool exact, int depth = 0) {
         const long kind = kind_of_node(node), prefix_kind = kind_of_node(prefix);
         if (kind < 0 || prefix_kind < 0) return -1;

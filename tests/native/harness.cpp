@@ -1,11 +1,11 @@
 // Checks of step.hpp, without Python: memory outside the arrays is not touched, and inputs are not
-// written; the bits do not depend on the instruction set, threads or separate passes; results that
-// norms prove to be finite are finite. The program stops at the first difference.
+// written; the bits do not depend on the instruction set, threads or separate passes; results are
+// finite if `prove_finite` says so. The program stops at the first difference.
 //
 //     g++ -std=c++17 -O2 -ffp-contract=off -pthread -I lars_tree/_native tests/native/harness.cpp
 //     ./a.out [quick]
 //
-// sanitize.sh builds it with sanitizers, but it is also a test without them.
+// sanitize.sh builds this program with and without sanitizers.
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -43,7 +43,7 @@ const char* const names[formats] = {"float16", "bfloat16", "float32", "float64"}
 enum Range { moderate, any, largest_ones };
 enum { ranges = 3 };
 
-// Elements of a format. In the range `any` all bits are random, except for infinities and NaN.
+// Elements of a format. In the range `any`, all bits are random, but no element is infinite or NaN.
 class Numbers {
 public:
     Numbers(Format format, Range range, std::size_t size, unsigned seed)
@@ -172,8 +172,8 @@ private:
     char *aligned, *start = nullptr, *end = nullptr;
 };
 
-// Compares a step at all offsets to a cache line, by each instruction set, with the step of
-// baseline_set; with or without a velocity.
+// Compares the step of each instruction set, at all offsets from the start of a cache line, with
+// the step of baseline_set. `moves`: whether the layer has a velocity.
 class Offsets {
 public:
     Offsets(Format w_format, Format dcdw_format, Range range)
@@ -277,8 +277,8 @@ void check_offsets(bool quick) {
 
 // ---- Threads
 
-// Layers with memory of their own, two of three with a velocity. Models with the same seed hold the
-// same numbers.
+// Layers and their memory; two of three layers have a velocity. Models with the same seed contain
+// the same numbers.
 class Model {
 public:
     explicit Model(unsigned seed) {
@@ -286,12 +286,12 @@ public:
         add(max_whole_size + 1, float32, float32, moderate, 0);
         add(3 * max_whole_size + 777, bfloat16, bfloat16, moderate, 1);
         add(2 * max_whole_size + 5, float64, float64, largest_ones,
-            2);  // squares are summed again, scaled
+            2);  // squares overflow and are summed again, scaled
         add(max_whole_size + chunk, float16, float32, moderate, 3);  // adapt is off
         add(6 * max_whole_size + 333, bfloat16, bfloat16, moderate, 2);
         add(max_whole_size + chunk - 1, float64, float32, any, 1);
         add(2 * max_whole_size, float32, float64, any, 4);
-        add(max_whole_size, float32, bfloat16, moderate, 0);  // the largest that one thread updates
+        add(max_whole_size, float32, bfloat16, moderate, 0);  // the largest size for one thread
         for (std::size_t i = 0; i < 240; ++i) {
             add(i * i % 401, all_formats[i % 4], all_formats[i / 4 % 4],
                 static_cast<Range>(i % ranges), i % rule_count);
@@ -355,7 +355,7 @@ void check_threads(int steps, unsigned seed) {
     shuffled = order;
     std::mt19937 random(seed);
     for (int i = 0; i < steps; ++i) {
-        if (i % 8 == 0) {  // before all numbers that can overflow have done so
+        if (i % 8 == 0) {  // before every number that can overflow has overflowed
             by_one.restart();
             by_many.restart();
         }

@@ -19,17 +19,18 @@ if not native_available():
     assert not CI or os.environ.get("LARS_TREE_NATIVE") == "0", "the kernel was not built"
     pytest.skip("the native kernel is not built", allow_module_level=True)
 
-# AddressSanitizer is slow, and keeps freed memory to detect its use.
+# AddressSanitizer is slow, and keeps freed memory to detect use after free.
 SANITIZED = "asan" in os.environ.get("LD_PRELOAD", "")
 CALLS = 1_000 if SANITIZED else 10_000
 MAX_GROWTH = 16  # bytes per call: less than the size of any object or block
 
 
 def check(call, given, calls=CALLS):
-    """Call many times, and assert that the references to the `given` objects did not change."""
+    """Call many times, and assert that neither references to `given` nor memory leak."""
     call()  # fills caches
     gc.collect()
-    # Other modules share constants, and may release a reference to one, as to "propagate".
+    # Other modules also use some numbers and strings (like "propagate"), and may release
+    # references to them.
     own = [x for x in given if not isinstance(x, Number | str)]
     shared = [x for x in given if isinstance(x, Number | str)]
     shared += [None, True, False, NotImplemented, np.ndarray, ValueError, RuntimeError]
@@ -68,7 +69,7 @@ class MallInfo(ctypes.Structure):
 
 
 def allocated():
-    """The bytes that malloc has handed out, exactly; 0 if the C library cannot tell."""
+    """The exact number of bytes that malloc has allocated; 0 without glibc's mallinfo2."""
     mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None) if sys.platform == "linux" else None
     if mallinfo is None:
         return 0
@@ -78,7 +79,7 @@ def allocated():
 
 
 def resident():
-    """The resident memory of the process in bytes; 0 if the system cannot tell."""
+    """The resident memory of the process in bytes; 0 if the system has no /proc."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
@@ -88,7 +89,7 @@ def raising(*_):
 
 
 def expecting(error, call):
-    """A call that asserts that `call` raises this error."""
+    """A function that asserts that `call` raises this error."""
 
     def checked():
         try:
@@ -101,7 +102,7 @@ def expecting(error, call):
 
 
 def returning(expected, call):
-    """A call that asserts that `call` returns this object, or an object of this type."""
+    """A function that asserts that `call` returns this object, or an object of this type."""
 
     def checked():
         result = call()

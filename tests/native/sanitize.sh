@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Runs the native code under sanitizers: the harness under ThreadSanitizer, and under
-# AddressSanitizer with UndefinedBehaviorSanitizer; then the Python tests of the kernel with an
-# extension that is built with the latter two. Fails if a sanitizer reports anything. Needs Linux
-# and gcc.
+# Runs the native code under sanitizers. The harness runs under ThreadSanitizer, and again under
+# AddressSanitizer and UndefinedBehaviorSanitizer. Then the Python tests of the kernel run with an
+# extension that is built with AddressSanitizer and UndefinedBehaviorSanitizer. Fails if a sanitizer
+# reports anything. Needs Linux and gcc.
 #
 #     tests/native/sanitize.sh [python]
 set -euo pipefail
-python=$(realpath -s "$(command -v "${1:-python3}")") # before the folder changes
+python=$(realpath -s "$(command -v "${1:-python3}")") # resolved before `cd`
 cd "$(dirname "$0")/../.."
 
 work=$(mktemp -d)
@@ -14,7 +14,7 @@ trap 'rm -rf "$work"' EXIT
 compile=(g++ -std=c++17 -g -ffp-contract=off -Wall -Wextra -Werror)
 address=(-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
 
-# In a copy, so that no build, cache or extension of the source tree is used.
+# Work in a copy, so that no build, cache or extension of the source tree is used.
 cp -r lars_tree tests docs pyproject.toml README.md CHANGELOG.md "$work"
 cd "$work"
 kernel=$work/lars_tree/_native/_kernel.abi3.so
@@ -39,7 +39,7 @@ export TSAN_OPTIONS=halt_on_error=1:log_path=$work/report
 reported() { # shows the reports, which the tests may have captured; fails if there are none
     compgen -G "$work/report*" >/dev/null && cat "$work"/report* >&2
 }
-run() { # stops at a failure, and at a report of a process whose exit status was ignored
+run() { # exits at a failure, and at a report, even of a process whose exit status was ignored
     local status=0
     "$@" || status=$?
     if reported || [ "$status" != 0 ]; then
@@ -51,7 +51,7 @@ run() { # stops at a failure, and at a report of a process whose exit status was
 echo "== The harness, as optimised as the extension"
 run ./plain quick
 echo "== The harness under ThreadSanitizer"
-# It fails where the randomization of addresses leaves no room for its shadow memory.
+# ThreadSanitizer fails if address randomization leaves no room for its shadow memory.
 fixed=(setarch "$(uname -m)" -R)
 "${fixed[@]}" true 2>/dev/null || fixed=()
 run "${fixed[@]}" ./thread quick
@@ -60,7 +60,7 @@ ASAN_OPTIONS+=:detect_leaks=1 run ./address quick
 wait "$extension"
 
 echo "== The Python tests of the kernel, with the sanitized extension"
-cat >sanitized.py <<'PYTHON' # a plugin, so that the processes of pytest-xdist run it too
+cat >sanitized.py <<'PYTHON' # a pytest plugin, so that the workers of pytest-xdist run it too
 import ctypes, os
 import lars_tree
 from lars_tree import _native

@@ -1,7 +1,8 @@
 """No step of the kernel leaks a reference or memory, whether it succeeds, declines or raises.
 
-After 10,000 calls of each case, the reference counts of all arguments must be unchanged. During
-further calls, the memory of the process must not grow.
+A step declines leaves that the kernel does not support. After 10,000 calls of each case, the
+reference counts of all arguments must be unchanged. During further calls, the memory of the
+process must not grow.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def test_a_step_of_numpy_arrays_leaks_nothing(name):
 
 
 def moving(first=None, **changes):
-    """The changes of `leaves` for momentum: in place, unless `outs` is given."""
+    """Changes of `leaves` for a step with momentum, in place unless `outs` is given."""
     rule = Rule(0.1, 0.01, momentum=0.9, nesterov=True)
     first = np.zeros(5) if first is None else first
     velocities = [first, np.zeros((2, 3), np.complex64), None]
@@ -156,7 +157,7 @@ def into_new(first=None, **changes):
 
 
 def unchanged(velocity):
-    """The first weights have no gradient."""
+    """The first leaf has a velocity and no gradient."""
     return moving(velocity, dcdws=[None, *leaves().dcdws[1:]])
 
 
@@ -237,7 +238,7 @@ def tensor_leaves(**changes):
     return leaves(**{"tensors": _EXCHANGE, **made, **changes})
 
 
-def foreign(torch):  # memory of numpy, which is tested before it is written
+def foreign(torch):  # numpy's memory, which the kernel tests for being writable
     return torch.from_numpy(np.ones(5, np.float32))
 
 
@@ -258,7 +259,7 @@ TENSORS = {
 @pytest.mark.parametrize("name", TENSORS)
 def test_a_step_of_tensors_leaks_nothing(name):
     expected, changes = TENSORS[name]
-    # torch's error messages contain the C++ stack, which takes long.
+    # torch's error messages contain the C++ stack, which is slow to collect.
     calls = 200 if name in ("sparse", "meta") else CALLS
     check_step(expected, tensor_leaves(**changes), calls)
 
@@ -300,7 +301,7 @@ def test_momentum_of_tensors_in_place_leaks_nothing():
 
 
 def in_two_passes(*columns, **options):
-    """A step that calls all methods of a plan."""
+    """A step by `plan.norms` and `plan.apply`, with calls of other methods between them."""
     plan, news = taken(*columns, **options)
     norms = plan.norms(bounds=True)
     assert len(norms) == 64 * len(plan.indices)

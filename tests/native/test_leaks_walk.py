@@ -10,7 +10,7 @@ from lars_tree._tree import structure
 
 
 class Key:
-    """A key that is equal to another of its name, or raises when it is compared."""
+    """A key that equals keys with the same name, or raises when it is compared."""
 
     def __init__(self, name, fails=False):
         self.name, self.fails = name, fails
@@ -57,7 +57,7 @@ def walk(*trees, kind_of=structure.kind_of, others=None, exact=False):
 
 
 def changing(tree):
-    """A callback for nodes of type `Other` that adds and removes keys of the tree that is read."""
+    """A callback for nodes of type `Other` that adds and removes keys of the tree being read."""
 
     def others(node, *_):
         tree[0.5] = tree.pop(0.5, None)

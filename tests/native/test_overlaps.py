@@ -1,6 +1,6 @@
-"""Arrays as random views of one buffer, as in numpy's own tests of overlaps.
+"""Updates of random views of one buffer, as in numpy's own tests of overlaps.
 
-Each call is refused with nothing written, or gives the results of copies that do not overlap.
+Each call is refused without a write, or gives the same results as copies that do not overlap.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.lib.stride_tricks import as_strided
 from lars_tree import OutError, native_available
 from lars_tree._core.advance import advance
 
-BLOCKS = 10  # of cases, for tests that run in parallel
+BLOCKS = 10  # groups of cases, which can run in parallel
 NUMPY_CASES, TORCH_CASES = 10_000 // BLOCKS, 1_000 // BLOCKS
 ROOM = 640  # numbers of 4 bytes in the buffer
 
@@ -71,7 +71,7 @@ class View:
 
     @property
     def has_plain_order(self):
-        """Whether copies have their items in the same order in memory."""
+        """Whether a copy has its items in the same memory order."""
         return (
             self.strides == sorted(self.strides, reverse=True) and min(self.strides, default=1) > 0
         )
@@ -118,7 +118,7 @@ class Case:
         return shared or any(tree[key].overlaps_itself for tree in trees for key in stepped)
 
     def tolerance(self, key, given):
-        """None for the same bits; the last bit may differ where the memory order does."""
+        """The allowed error: None (the same bits) if the memory order of the copies is the same."""
         views = [x for x in (self.w[key], self.dcdw[key]) if x]
         if all(x.has_plain_order for x in views) and len({x.shape for x in views}) == 1:
             return None
@@ -126,7 +126,7 @@ class Case:
 
 
 def run(case, buffer, view, copy, to_numpy):
-    """Whether the call was made rather than refused; fails if a result is wrong."""
+    """Return whether the call was not refused; fail if a result is wrong."""
     before = to_numpy(buffer).copy()
 
     def tree(views):
@@ -187,7 +187,7 @@ def test_overlapping_torch_views_are_refused_or_computed_as_if_they_were_copies(
     for seed in range(block * TORCH_CASES, (block + 1) * TORCH_CASES):
         case = Case(seed, least_stride=0)
         ours = torch.from_numpy(case.buffer)
-        buffer = ours if seed % 2 else ours.clone()  # memory of numpy's or torch's own
+        buffer = ours if seed % 2 else ours.clone()  # memory allocated by numpy or torch
         try:
             made += run(case, buffer, View.of_torch, lambda x: x.clone().contiguous(), np.asarray)
         except Exception as error:
