@@ -30,7 +30,7 @@ def tables(results: Results) -> Iterator[tuple[str, Table]]:
     yield "dtypes", ("Dtypes, in place: ms, and ratio to float32", _dtypes(results))
     yield "growth", ("Small leaves: µs per leaf", _growth(results))
     yield "threads", ("Threads: ms, and speed-up", _threads(results))
-    yield "odd", ("Odd leaves, and options that need all norms", _odd(results))
+    yield "odd", ("Unsupported leaves, and options that need all norms", _odd(results))
     yield "memory", ("ResNet-50: peak extra MiB of a step", _memory(results))
     yield "versions", ("Measured with", [["", ""], *map(list, environment().items())])
     yield "targets", ("Targets", _targets(results))
