@@ -41,7 +41,7 @@ def _time(step: Any) -> float:
 
 
 def main(rounds: int) -> None:
-    """Measure the optimizers in turns; the first process prints the medians."""
+    """Measure the optimizers alternately; the first process prints the medians."""
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     options: dict[str, Any] = {"lr": 1e-3, "momentum": MOMENTUM}

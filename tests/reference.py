@@ -1,7 +1,7 @@
 """A slow and exact implementation of the LARS rule in mpmath, for comparison.
 
 This module shares no code with the package. `worst_error` measures the error of a result in units
-in the last place (ulp) of max(|w|, |u|) at each element.
+in the last place (ulp) of max(|w|, |u|) at each element, where u is the step (w_new = w - u).
 """
 
 from __future__ import annotations

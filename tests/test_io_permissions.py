@@ -1,4 +1,4 @@
-"""The permissions of saved files and of temporary files: a save gives no user a new right."""
+"""The permissions of saved files and of temporary files: saving gives no user more access."""
 
 from __future__ import annotations
 

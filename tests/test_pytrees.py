@@ -83,6 +83,8 @@ assert loaded.paths() == [("b",), ("a", "c")]
 @pytest.mark.parametrize("ours_first", [True, False], ids=["ours first", "theirs first"])
 def test_they_are_nodes_in_either_import_order(ours_first):
     names = [name for name in LIBRARIES if CI or importlib.util.find_spec(name)]
+    if not names:
+        pytest.skip("none of the libraries is installed")
     ours, theirs = "import numpy as np, lars_tree as lt", f"import {', '.join(names)}"
     lines = [ours, theirs] if ours_first else [theirs, ours]
     for name in names:

@@ -315,7 +315,7 @@ def _readable(name: str, given: Any) -> Any:
 
 
 def _with_tuples_as_leaves(node: Any) -> Any:
-    """The same prefix, with tuples as leaves."""
+    """Copy an option tree; its tuples become leaves."""
     if type(node) is tuple:
         return _Tuple(node)
     if structure.is_leaf(node):
@@ -334,7 +334,7 @@ def _mesh_axes(value: Any, keep_graph: bool) -> frozenset[Any] | None:
 
 
 def _is_axis_name(x: Any) -> bool:
-    """JAX accepts any hashable name except None and integers, which would be array axes."""
+    """Whether x may name a mesh axis in JAX, where None is no name and integers are array axes."""
     if isinstance(x, tuple):
         return not x  # () means that no other mesh axis is summed over
     is_other = x is None or isinstance(x, int) or _backends.find(x) is not None

@@ -97,7 +97,8 @@ def _status(target: str) -> os.stat_result | None:
 def _locked_file(name: str) -> BinaryIO:
     """A new file that no other user can open, locked so that no other writer removes it."""
     while True:
-        # The opener is C code, so Ctrl-C cannot come after os.open and leak the descriptor.
+        # `open` and its opener are C code, so Ctrl-C cannot interrupt between os.open and the
+        # creation of the file object, where it would leak the descriptor.
         file: BinaryIO = open(name, "x+b", opener=partial(os.open, mode=0o600))  # noqa: SIM115
         # Another writer may have locked and removed the file first.
         if _lock(file.fileno(), wait=True) is None or _is_at(name, file.fileno()):

@@ -262,8 +262,8 @@ inline DoubleDouble norm(const Loops& loops, const FlatArray& x, Pair total) {
 const int max_joint_exponent = 480;
 
 // The exponent of the scale of a joint gradient, as a double. It is NaN if the gradient is not
-// scaled: formats shorter than double with moderate options need no scaling, and infinite or NaN
-// elements cannot be scaled.
+// scaled: no scaling is needed if neither format is float64 and the options are moderate, and
+// infinite or NaN elements cannot be scaled.
 inline double joint_exponent(const Loops& loops, const FlatArray& w, const FlatArray& dcdw,
                              const Rule& rule) {
     const double none = std::numeric_limits<double>::quiet_NaN();

@@ -100,7 +100,8 @@ inline bool is_moderate(double x) {
     return x == 0 || (x > power_of_two(-100) && x < power_of_two(100));
 }
 
-// Whether all coefficients fit into a double, for elements of formats shorter than double.
+// Whether the options are moderate: if neither w nor dcdw is float64, no intermediate result can
+// then leave the range of double.
 inline bool has_moderate_options(const Rule& rule) {
     return is_moderate(rule.lr_before_momentum) && is_moderate(rule.decay_lambda) &&
            is_moderate(rule.eps) && is_moderate(rule.trust_coefficient) &&

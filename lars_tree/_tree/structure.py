@@ -223,8 +223,8 @@ def broadcast(
 
     Unless `exact`, a leaf of the prefix may match a node: its value applies to all leaves below.
     Keys are matched by name; a list matches a tuple of the same length. `values` replace the leaves
-    of the prefix, in order. Errors name the prefix `argument` and the tree `to`; `at` is the path
-    of the prefix within the argument.
+    of the prefix, in order. `argument` and `to` are the names of the prefix and of the tree in
+    error messages; `at` is the path of the prefix within the argument.
     """
     found: list[Leaf] = []
     try:

@@ -126,7 +126,7 @@ class Case:
 
 
 def run(case, buffer, view, copy, to_numpy):
-    """Return whether the call was not refused; fail if a result is wrong."""
+    """Take the step of a case and check its results; return False if it was refused, else True."""
     before = to_numpy(buffer).copy()
 
     def tree(views):

@@ -175,7 +175,7 @@ def measured(plan: Plan) -> Array:
 @in_default_floats
 @np.errstate(all="ignore")
 def _measure_layer(arrays: dict[str, Array], rule: Rule) -> tuple[float, ...]:
-    if "lr" in arrays:  # trust_clip reports the ratio of the largest rate
+    if "lr" in arrays:  # an array of rates: trust_clip is reported for the largest
         rule = rule._replace(lr_before_momentum=float(np.max(arrays["lr"], initial=0)))
     precision = precision_for(arrays["w"], arrays["dcdw"])
     flat = _flattened(arrays)
