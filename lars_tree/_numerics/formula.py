@@ -84,8 +84,8 @@ def trust_ratio(
     if not rule.adapt:
         return one
     # The ratio is 1 if the weights are zero, so that they can train, and if the gradient is zero,
-    # so that decay still applies. The denominator is then set to 1, so that a division by 0 does not
-    # make the derivative of the ratio NaN.
+    # so that decay still applies. The denominator is then set to 1, so that a division by 0 does
+    # not make the derivative of the ratio NaN.
     undefined = (w_norm == 0) | (dcdw_norm == 0)
     denominator = dcdw_norm / rule.grad_scale
     if not rule.joint_norm:
