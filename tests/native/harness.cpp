@@ -116,7 +116,7 @@ void step_layers(const std::vector<Layer>& layers, std::size_t threads, Instruct
     for (std::size_t i = 0; i < layers.size(); ++i) {
         finite.push_back(is_finite(layers[i], norms[i], set));
         if (!finite[i] && prove_finite(layers[i], norms[i])) {
-            fail("layer %zu: a step with infinity or NaN is added to be finite", i);
+            fail("layer %zu: a step with infinity or NaN is reported as finite", i);
         }
     }
     step(layers.data(), layers.size(), threads, set, Passes::apply, norms.data());
