@@ -104,9 +104,9 @@ public:
         joint_buffers.resize(threads * joint_size);
     }
 
-    // The work of one thread; returns when no chunk or layer is left. Not inlined, so that all threads
-    // run the same machine code: the sign of a NaN depends on the order of operands, which the
-    // compiler may choose differently for each inlined copy.
+    // The work of one thread; returns when no chunk or layer is left. Not inlined, so that all
+    // threads run the same machine code: the sign of a NaN depends on the order of operands, which
+    // the compiler may choose differently for each inlined copy.
     LARS_NOINLINE void work(std::size_t thread) noexcept {
         DefaultFloats guard;
         for (std::size_t i = 0; i < large.size(); ++i) {
