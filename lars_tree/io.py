@@ -126,8 +126,8 @@ def open(path: Path, mode: Literal["r", "r+"] = "r") -> Container:  # noqa: A001
 
     `lars_update(w, g, lr, out=w)` updates the weights in the file, even if they are larger than
     memory. The process allocates no memory for the elements. The mapped pages belong to the
-    system's file cache: tools may count them as resident (RssFile), but the system reclaims them
-    when memory is short.
+    file cache of the system. Tools may count these pages as resident memory (RssFile), but the
+    system reclaims them when memory is short.
 
     Changes reach the disk when the system writes them back, or when `flush()` of any leaf is
     called, which flushes the whole file. The file is changed in place: unlike with `save`, after a

@@ -188,7 +188,7 @@ class ScalarCallback:
     0 trust_ratio/encoder/kernel 0.5
     10 trust_ratio/encoder/kernel 0.5
 
-    A call waits for the device only if it writes.
+    Only calls that write wait for the device.
 
     Args:
         writer: A `SummaryWriter` of torch or tensorboardX, or any object with
@@ -208,7 +208,7 @@ class ScalarCallback:
         """Write the ratios of this step, a tree as returned by `trust_ratios`.
 
         Raises:
-            LeafError: A leaf is not a number, a vector or None, or has no data.
+            LeafError: A leaf is neither a number, a vector nor None, or its data is missing.
         """
         if step % self.every:
             return

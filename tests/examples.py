@@ -4,8 +4,8 @@ The language of the fence determines how a block is run. All blocks of a page sh
 and one directory.
 
     pycon    a doctest
-    python   code; if its first line is a command in a comment, such as `# python step.py`, the
-             block is written to the file that the command names, and the command is run
+    python   code. If its first line is a comment with a command, such as `# python step.py`, the
+             block is written to the file that the command names, and the command is run.
     bash     commands, one per line; exempt commands are skipped (see `is_exempt`)
     console  each line that begins with `$ ` is a command, followed by its expected output
     text     not run: a drawing or a formula

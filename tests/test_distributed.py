@@ -188,6 +188,6 @@ def test_models(tmp_path):
             names = [f"{i}.{x}" for i in range(4) for x in ("bias", "weight")]
             assert case["names"] == ([] if "torch.optim" in name else names), name
             continue
-        # Tensor parallelism adds a mesh dimension. Layers along the sharded axis are not divided.
+        # Tensor parallelism adds a mesh dimension. Sharding along layer_axis splits no layer.
         count = 2 if "parallel" in name else 0 if "layers" in name else 1
         assert (case["all_reduces"], case["collectives"]) == (count, count), name

@@ -54,7 +54,7 @@ def leaves(w, g, v, out="w"):
 
 A, B, C = slice(0, 6), slice(6, 12), slice(12, 18)
 
-# Functions that make w, dcdw, out ("w" means in place) and the velocity anew for each test.
+# Functions that return new w, dcdw, out ("w" means in place) and velocity for each test.
 # fmt: off
 CASES = {
     "another dtype": lambda: leaves(ones(), ones(), ones("f4")),

@@ -29,7 +29,7 @@ SQUARE = np.arange(1.0, 10.0).reshape(3, 3)
 GRID = np.arange(1.0, 7.0).reshape(2, 3)
 
 
-# Functions that make w, dcdw, out ("w" means in place) and options anew for each test.
+# Functions that return new w, dcdw, out ("w" means in place) and options for each test.
 # fmt: off
 CASES = {
     "read-only out": lambda: (ONES, ONES, READ_ONLY, {}),

@@ -14,7 +14,7 @@ class Wrapper:
 
     @abstractmethod
     def _wrapping(self, data: Any) -> Wrapper:
-        """A wrapper of the same kind around another array."""
+        """A new wrapper, of the same class as this one, for another array."""
 
 
 def is_wrapped(x: Any) -> bool:

@@ -257,8 +257,8 @@ inline DoubleDouble norm(const Loops& loops, const FlatArray& x, Pair total) {
 
 // ---- The joint gradient
 
-// A joint gradient is scaled so that the exponents of its elements do not exceed this limit: no
-// square overflows, and small elements keep their digits.
+// A joint gradient is scaled so that the exponents of its elements do not exceed this limit. Then
+// no square overflows, and small elements keep their digits.
 const int max_joint_exponent = 480;
 
 // The exponent of the scale of a joint gradient, as a double. It is NaN if the gradient is not

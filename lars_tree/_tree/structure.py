@@ -175,7 +175,7 @@ def _fill_for_reading(node: Tree, remaining: Iterator[Leaf]) -> Tree:
 def map_leaves(
     fn: Callable[..., Any], tree: Tree, *columns: list[Any], with_path: bool = False
 ) -> list[Any]:
-    """fn(leaf, ...) for each leaf, None for None; an exception in fn gets a note with the path."""
+    """Call fn(leaf, ...) for each leaf except None; add the path to an exception as a note."""
     results = []
     for (path, leaf), *values in zip(walk(tree), *columns, strict=True):
         arguments = (path, leaf, *values) if with_path else (leaf, *values)

@@ -83,8 +83,8 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         joint_norm: True: the denominator is |g + weight_decay * p| + eps.
         adapt: False: ratio is 1 (SGD), as is usual for biases and norm layers. "decayed": the ratio
             applies only to groups with weight decay, as in timm.
-        foreach: True: multi-tensor operations also update parameters on the CPU, with the same
-            accuracy as on accelerators. False: parameters on accelerators are updated one by one.
+        foreach: True: also update parameters on the CPU by multi-tensor operations, with the
+            accuracy that accelerators have. False: update parameters on accelerators one at a time.
         maximize: Maximize the objective.
         layer_axis: The axis along which parameters stack layers; each index has its own ratio.
         nonfinite: What to do if a parameter or buffer of the group would become NaN or infinite:

@@ -285,8 +285,8 @@ public:
         const std::size_t chunk = min_chunk;
         add(max_whole_size + 1, float32, float32, moderate, 0);
         add(3 * max_whole_size + 777, bfloat16, bfloat16, moderate, 1);
-        add(2 * max_whole_size + 5, float64, float64, largest_ones,
-            2);  // squares overflow and are summed again, scaled
+        // The squares overflow, so the elements are scaled and summed again.
+        add(2 * max_whole_size + 5, float64, float64, largest_ones, 2);
         add(max_whole_size + chunk, float16, float32, moderate, 3);  // adapt is off
         add(6 * max_whole_size + 333, bfloat16, bfloat16, moderate, 2);
         add(max_whole_size + chunk - 1, float64, float32, any, 1);

@@ -43,7 +43,7 @@ class Foreach(NamedTuple):
         if not self.one_by_one:
             yield from zip(*results_in_place(leaves, self.unless), strict=True)
             return
-        for leaf in leaves:  # to save memory, results are stored in the dtype of `out`
+        for leaf in leaves:  # results are converted to the dtype of `out` at once, to save memory
             for out, new in zip(*results_in_place([leaf], self.unless), strict=True):
                 yield out, new.to(out.dtype)
 
