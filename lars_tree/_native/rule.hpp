@@ -77,6 +77,13 @@ inline Number trust_ratio(Number w_norm, Number dcdw_norm, const Rule& rule, boo
     return ratio / (is_zero(rate) ? one : rate);
 }
 
+// x, or the positive quiet NaN. The sign of another NaN would depend on the order of operands,
+// which compilers choose anew for each inlined copy of a function, and so on the thread that
+// computes it.
+inline double with_positive_nan(double x) {
+    return std::isnan(x) ? std::numeric_limits<double>::quiet_NaN() : x;
+}
+
 // `joint_exponent`: the exponent of the scale of the joint gradient.
 template <class Number>
 inline Coefficients coefficients_for(Number w_norm, Number dcdw_norm, const Rule& rule,
@@ -89,11 +96,12 @@ inline Coefficients coefficients_for(Number w_norm, Number dcdw_norm, const Rule
     // sum. So this step is computed from the joint gradient, whose elements are rounded once.
     if (rule.is_joint() && decay > 1) {
         const Split joint = split(scaled(gradient, joint_exponent));
-        return {0, joint.factor, joint.exponent, false, true};
+        return {0, with_positive_nan(joint.factor), joint.exponent, false, true};
     }
     const Split parts = split(gradient);
     const double factor = rule.maximize ? -parts.factor : parts.factor;
-    return {decay, factor, parts.exponent, rule.decay_lambda != 0, false};
+    return {with_positive_nan(decay), with_positive_nan(factor), parts.exponent,
+            rule.decay_lambda != 0, false};
 }
 
 inline bool is_moderate(double x) {

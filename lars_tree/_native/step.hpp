@@ -23,12 +23,6 @@
 
 #include "kernel.hpp"
 
-#if defined(_MSC_VER)
-#define LARS_NOINLINE __declspec(noinline)
-#else
-#define LARS_NOINLINE __attribute__((noinline))
-#endif
-
 namespace lars {
 
 // Within its scope, the floating-point environment is the default one: rounding to nearest, without
@@ -104,10 +98,8 @@ public:
         joint_buffers.resize(threads * joint_size);
     }
 
-    // The work of one thread; returns when no chunk or layer is left. Not inlined, so that all
-    // threads run the same machine code: the sign of a NaN depends on the order of operands, which
-    // the compiler may choose differently for each inlined copy.
-    LARS_NOINLINE void work(std::size_t thread) noexcept {
+    // The work of one thread; returns when no chunk or layer is left.
+    void work(std::size_t thread) noexcept {
         DefaultFloats guard;
         for (std::size_t i = 0; i < large.size(); ++i) {
             step_in_chunks(large[i], progress[i], thread);
