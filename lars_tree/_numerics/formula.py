@@ -187,17 +187,13 @@ def step(ops: Ops, w: Any, dcdw: Any, rule: Rule, velocity: Any = None) -> tuple
     dcdw, rule = joint(ops, w, dcdw, rule)
     decays = not is_zero(rule.decay_lambda)
     if rule.adapt:
-        w_norm, dcdw_norm = ops.norms(w, dcdw, rule.layer_axis)
-        scaled, _, one = _scaled(ops, w_norm, dcdw_norm, rule)
-        dcdw = dcdw / dcdw_norm.scale
-        ratio = trust_ratio(w_norm.scaled, dcdw_norm.scaled, scaled, ops.where, one)
-        # A ratio of 1 must not be scaled, as it does not depend on the norms.
-        is_one = ratio == one
-        pairs = zip(coefficients(1, rule), coefficients(ratio, scaled), strict=True)
-        gradient_coefficient, decay_coefficient = (ops.where(is_one, *pair) for pair in pairs)
+        norms = ops.norms(w, dcdw, rule.layer_axis)
+        dcdw = dcdw / norms[1].scale
+        coefficient, gradient_coefficient, decay_coefficient = scaled_coefficients(
+            ops, *norms, rule
+        )
         # Multiply by the scale last, because an intermediate subnormal result would lose digits.
-        dcdw = gradient_coefficient * dcdw
-        gradient_coefficient = ops.where(is_one, dcdw_norm.scale, w_norm.scale)
+        dcdw = coefficient * dcdw
     else:
         gradient_coefficient, decay_coefficient = coefficients(1, rule)
     if rule.maximize:
@@ -206,6 +202,26 @@ def step(ops: Ops, w: Any, dcdw: Any, rule: Rule, velocity: Any = None) -> tuple
     if velocity is None:
         return apply_step(*terms), None
     return apply_momentum(w, velocity, increment(*terms), rule)
+
+
+def scaled_coefficients(
+    ops: Ops, w_norm: Norm, dcdw_norm: Norm, rule: Rule
+) -> tuple[Any, Any, Any]:
+    """The coefficients of dcdw / dcdw_norm.scale and of w in u, which adapts.
+
+    The coefficient of dcdw is given as two factors, whose product may be out of range.
+    """
+    scaled, _, one = _scaled(ops, w_norm, dcdw_norm, rule)
+    ratio = trust_ratio(w_norm.scaled, dcdw_norm.scaled, scaled, ops.where, one)
+    # A ratio of 1 must not be scaled, as it does not depend on the norms.
+    is_one = ratio == one
+    gradient_if_one, decay_if_one = coefficients(1, rule)
+    gradient_coefficient, decay_coefficient = coefficients(ratio, scaled)
+    return (
+        ops.where(is_one, gradient_if_one, gradient_coefficient),
+        ops.where(is_one, dcdw_norm.scale, w_norm.scale),
+        ops.where(is_one, decay_if_one, decay_coefficient),
+    )
 
 
 def joint(ops: Ops, w: Any, dcdw: Any, rule: Rule) -> tuple[Any, Rule]:
@@ -256,14 +272,19 @@ def _scaled(ops: Ops, w_norm: Norm, dcdw_norm: Norm, rule: Rule) -> tuple[Rule, 
     scale = ops.where(moves, ops.where(in_range, unscaled, dcdw_norm.scale), 0)
     scale = ops.maximum(scale, rule.decay_lambda * w_norm.scale)
     scale = ops.power_of_two(ops.maximum(scale, rule.eps))
-    scaled = rule._replace(
-        decay_lambda=rule.decay_lambda * w_norm.scale / scale,
-        eps=ops.like(rule.eps, scale) / scale,
-        grad_scale=rule.grad_scale * ops.where(moves, scale / dcdw_norm.scale, 1),
+    scaled = _with_denominator(
+        rule,
+        rule.decay_lambda * w_norm.scale / scale,
+        ops.like(rule.eps, scale) / scale,
+        rule.grad_scale * ops.where(moves, scale / dcdw_norm.scale, 1),
     )
     # A scaled ratio is never near these bounds, so it cannot equal `one` even if `one` is bounded.
     one = ops.maximum(scale / ops.maximum(w_norm.scale, scale * 2.0**-100), 2.0**-100)
     return scaled, scale, one
+
+
+def _with_denominator(rule: Rule, decay_lambda: Any, eps: Any, grad_scale: Any) -> Rule:
+    return rule._replace(decay_lambda=decay_lambda, eps=eps, grad_scale=grad_scale)
 
 
 def mesh_axes(rule: Rule) -> frozenset[Any]:
