@@ -1,0 +1,70 @@
+"""Layers of torch tensors, and the interface of the engines that update them in two phases.
+
+A layer is a leaf, or one index of its layer axis. The norms of layers are a table with the shape
+(layers, 2, 2): for each layer the norms of w and of the gradient, each as the `scaled` and `scale`
+of `formula.Norm`. Between the phases, `sharded.py` replaces the norms of shards by norms of whole
+layers.
+"""
+
+from __future__ import annotations
+
+from itertools import repeat
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lars_tree._backends.base import Leaf, StepResult
+from lars_tree._numerics.formula import Rule
+
+
+class Layer(NamedTuple):
+    """The tensors that share one ratio. They may require gradients: use them without autograd.
+
+    All have one shape and device, and are real. `out` may be w. The velocity, if there is one, is
+    overwritten.
+    """
+
+    w: Any
+    dcdw: Any
+    out: Any
+    velocity: Any
+    rule: Rule
+
+
+class LayerEngine(Protocol):
+    """Updates layers on one device. Neither method waits for the device."""
+
+    def __init__(self, layers: list[Layer]) -> None: ...
+
+    def norms(self) -> Tensor:
+        """The table of norms; of the joint gradient, where `formula.is_joint`.
+
+        Norms of layers that do not adapt are not computed; their rows are undefined.
+        """
+
+    def write(self, norms: Tensor, unless: Tensor | None) -> None:
+        """Write the results, given the norms of whole layers.
+
+        If `unless`, a 0-d tensor on the device, is not 0, the old values are written.
+        """
+
+
+def layers(leaf: Leaf, new: StepResult) -> list[Layer]:
+    """The layers of a leaf; results are written to `new`. Complex numbers become real pairs."""
+    given = (leaf.w, leaf.dcdw, new.w, new.velocity)
+    rule, axis = leaf.rule, leaf.rule.layer_axis
+    if leaf.dcdw.shape != leaf.w.shape:
+        given = (leaf.w, leaf.dcdw.expand(leaf.w.shape), new.w, new.velocity)
+    if leaf.w.is_complex():
+        given = tuple(None if x is None else as_real(x.detach()) for x in given)
+    if axis is None:
+        return [Layer(*given, rule)]
+    rule = rule._replace(layer_axis=None)
+    axis %= leaf.w.ndim  # counted from the front, as pairs of real numbers add an axis at the end
+    rows = [repeat(None) if x is None else x.detach().unbind(axis) for x in given]
+    return [Layer(*row, rule) for row in zip(*rows, strict=False)]  # type: ignore[call-arg]
+
+
+def as_real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
