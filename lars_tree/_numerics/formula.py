@@ -164,6 +164,9 @@ class Ops(Protocol):
     def maximum(self, a: Any, b: Any) -> Any:
         """The elementwise maximum of two arrays, or of an array and a number."""
 
+    def sqrt(self, x: Any) -> Any:
+        """The elementwise square root."""
+
 
 class Norm(NamedTuple):
     """A norm as `scaled * scale`.
@@ -174,6 +177,23 @@ class Norm(NamedTuple):
 
     scaled: Any
     scale: Any
+
+
+# Squares of float64 numbers may overflow or underflow, so they are summed once with each of these
+# scales; the sums show which scale to use (Blue 1978, doi:10.1145/355769.355771).
+SCALES = (1.0, 2.0**-600, 2.0**600)
+
+
+def norm_of_sums(ops: Ops, unscaled: Any, of_large: Any, of_small: Any) -> Norm:
+    """The norm of numbers, given the sums of their squares, scaled by each of `SCALES`."""
+    is_safe = (unscaled > 2.0**-900) & (unscaled < 2.0**1000)
+    is_large = of_large > 2.0**-900
+    total = ops.where(is_safe, unscaled, ops.where(is_large, of_large, of_small))
+    root = ops.sqrt(total)
+    # The scale must be finite even if the norm is not; a norm of 0 has the scale 1.
+    power = ops.power_of_two(ops.where(root < 2.0**400, root, 2.0**400))
+    scale = ops.where(is_safe, power, ops.where(is_large, power * 2.0**600, power * 2.0**-600))
+    return Norm(root / power, ops.where(total == 0, 1.0, scale))
 
 
 def step(ops: Ops, w: Any, dcdw: Any, rule: Rule, velocity: Any = None) -> tuple[Any, Any]:
