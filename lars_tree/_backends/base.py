@@ -132,8 +132,8 @@ class Engine(Protocol):
     def trusted(self, leaves: list[Leaf]) -> list[Leaf]:
         """The given leaves that pass a cheap pre-check, so that they need no full check."""
 
-    def results(self, leaves: list[Leaf]) -> Iterable[tuple[NativeArray, NativeArray]]:
-        """Pairs of an array to write to and its new values; writes nothing itself."""
+    def update(self, leaves: list[Leaf], writes: Writes) -> None:
+        """Prepare the step of these leaves, and add its writes; writes nothing itself."""
 
 
 class Shards(Protocol):
@@ -181,6 +181,9 @@ class Writes(Protocol):
     def announce(self, backend: Backend, outs: Iterable[NativeArray]) -> None: ...
     def copy(self, target: NumpyArray, values: NumpyArray) -> None: ...
     def holds(self, size: int) -> bool: ...
+    def step(
+        self, backend: Backend, outs: list[NativeArray], write: Callable[[], Any]
+    ) -> None: ...
     def step_in_chunks(self, step: Callable[[], Any]) -> None: ...
 
 

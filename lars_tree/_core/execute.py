@@ -236,8 +236,7 @@ def _run(
     results = dict(shards)
     if caller.engine is not None:
         own = [leaf for leaf in steps if leaf.leaf_index in caller.engine.indices]
-        for out, new in caller.engine.results(own):
-            writes.add(own[0].backend, out, new)
+        caller.engine.update(own, writes)
         results |= {leaf.leaf_index: base.StepResult(leaf.out, leaf.velocity) for leaf in own}
     steps = [leaf for leaf in steps if leaf.leaf_index not in results]
     for backend, group in base.grouped(steps, lambda leaf: leaf.backend).items():

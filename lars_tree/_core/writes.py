@@ -53,6 +53,7 @@ class Writes:
         self._copies: list[tuple[NumpyArray, NumpyArray]] = []
         self._chunked: list[Call] = []
         self._foreign: dict[Backend, list[tuple[Any, Any]]] = {}
+        self._steps: list[tuple[Backend, list[Any], Call]] = []
         self._shared: dict[Backend, list[Any]] = {}
         self._last: list[Call] = []
         self._room = MAX_HELD
@@ -89,6 +90,10 @@ class Writes:
         self._room -= size
         return True
 
+    def step(self, backend: Backend, outs: list[Any], write: Call) -> None:
+        """Add a call by which a library computes and writes new values of `outs`, all or none."""
+        self._steps.append((backend, outs, write))
+
     def step_in_chunks(self, step: Call) -> None:
         """Add a call that computes and writes in chunks, and writes only to CPU memory."""
         self._chunked.append(step)
@@ -111,13 +116,17 @@ class Writes:
         done = [False]
         foreign = [(backend, backend.writers(pairs)) for backend, pairs in self._foreign.items()]
         writers = [write for _, writes in foreign for write in writes]
-        others = bool(self._copies or self._chunked or self._last)
+        writers += (write for _, _, write in self._steps)
+        others = bool(self._copies or self._chunked or (self._last and self._foreign))
         if writers and self.plan is not None:
             others |= bool(self.plan.spans())
         held: list[Call] = []
         if writers and len(writers) + others > 1:  # a single write leaves nothing to restore
             for backend, pairs in self._foreign.items():
                 old = [(out, backend.copy(out, stop_gradients=True)) for out, _ in pairs]
+                held += backend.writers(old)
+            for backend, outs, _ in self._steps:
+                old = [(out, backend.copy(out, stop_gradients=True)) for out in outs]
                 held += backend.writers(old)
         for backend, outs in self._shared.items():
             backend.announce(outs)

@@ -182,12 +182,13 @@ class Norm(NamedTuple):
 # Squares of float64 numbers may overflow or underflow, so they are summed once with each of these
 # scales; the sums show which scale to use (Blue 1978, doi:10.1145/355769.355771).
 SCALES = (1.0, 2.0**-600, 2.0**600)
+_SMALLEST_SAFE_SUM, _LARGEST_SAFE_SUM = 2.0**-900, 2.0**1000
 
 
 def norm_of_sums(ops: Ops, unscaled: Any, of_large: Any, of_small: Any) -> Norm:
     """The norm of numbers, given the sums of their squares, scaled by each of `SCALES`."""
-    is_safe = (unscaled > 2.0**-900) & (unscaled < 2.0**1000)
-    is_large = of_large > 2.0**-900
+    is_safe = (unscaled > _SMALLEST_SAFE_SUM) & (unscaled < _LARGEST_SAFE_SUM)
+    is_large = of_large > _SMALLEST_SAFE_SUM
     total = ops.where(is_safe, unscaled, ops.where(is_large, of_large, of_small))
     root = ops.sqrt(total)
     # The scale must be finite even if the norm is not; a norm of 0 has the scale 1.

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lars_tree._backends.torch.backend import BACKEND, results_in_place
+from lars_tree._backends.torch.backend import BACKEND
+from lars_tree._backends.torch.multi_tensor import traced
 from lars_tree._backends.torch.tensors import copy_all
 from lars_tree._core import locks
 from lars_tree._core.execute import execute
@@ -255,7 +256,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
                 return
             found_inf = None
         if torch.compiler.is_compiling():
-            copy_all(*results_in_place(inputs.leaves(), found_inf))
+            copy_all(*traced(inputs.leaves(), found_inf))
             self._keep_buffers(inputs)
         elif inputs.rows:
             done = [not inputs.first_steps]

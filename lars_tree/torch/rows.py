@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from lars_tree import errors
 from lars_tree._backends.base import Columns, Leaf
 from lars_tree._backends.torch.backend import BACKEND, is_in_cpu_memory, is_shard
-from lars_tree._backends.torch.foreach import Foreach
+from lars_tree._backends.torch.fused import is_interpreted
+from lars_tree._backends.torch.optimizer_engine import OptimizerEngine
 from lars_tree._backends.torch.reader import may_read
 from lars_tree._core.execute import Caller
 from lars_tree._numerics.formula import Rule
@@ -47,7 +48,7 @@ class ParameterRows:
 
     Attributes:
         rows: A row for each parameter.
-        for_foreach: The indices of the rows that the foreach engine updates.
+        for_engine: The indices of the rows that `OptimizerEngine` updates.
         first_steps: The indices of the rows with a new buffer.
         device_can_skip: Whether the device can skip the step without the CPU waiting for it.
     """
@@ -56,18 +57,18 @@ class ParameterRows:
         self.groups = groups
         self.grad_scale = grad_scale
         self.rows: list[ParameterRow] = []
-        self.for_foreach: set[int] = set()
+        self.for_engine: set[int] = set()
         self.first_steps: list[int] = []
         self.device_can_skip = True
 
-    def rule(self, number: int, is_for_foreach: bool, is_first: bool) -> Rule:
+    def rule(self, number: int, is_for_engine: bool, is_first: bool) -> Rule:
         """The rule of a group, for the parameters of one engine. `is_first`: buffers are new."""
         group, scale = self.groups[number], self.grad_scale
-        # Only the foreach engine can skip a step on the device. The skipped step leaves new buffers
+        # Only this engine can skip a step on the device. The skipped step leaves new buffers
         # behind, so the next step would be dampened although it is the first that is applied.
         is_undampened = is_first and group["dampening"] != 0
-        self.device_can_skip &= is_for_foreach and not is_undampened
-        scale = scale if is_for_foreach or scale is None else float(scale)
+        self.device_can_skip &= is_for_engine and not is_undampened
+        scale = scale if is_for_engine or scale is None else float(scale)
         return options.rule(group, scale, is_first)
 
     def columns(self, counters: Mapping[str, Any] | None = None) -> Columns:
@@ -91,11 +92,10 @@ class ParameterRows:
     ) -> Caller:
         """The `Caller` argument of `execute`."""
         engine = None
-        # "raise" and "skip" need to read values, but the foreach engine does not read any.
-        if self.for_foreach and all(group["nonfinite"] == "propagate" for group in self.groups):
-            numbers = {self.rows[i][4] for i in self.for_foreach}
-            one_by_one = all(self.groups[number]["foreach"] is False for number in numbers)
-            engine = Foreach(self.for_foreach, one_by_one, found_inf)
+        # "raise" and "skip" need to read values, but this engine does not read any.
+        if self.for_engine and all(group["nonfinite"] == "propagate" for group in self.groups):
+            fusing = {i for i in self.for_engine if may_fuse(self.groups[self.rows[i][4]])}
+            engine = OptimizerEngine(self.for_engine, fusing, found_inf)
         return Caller(self._paths, same_shapes=True, last=last, words=TORCH_WORDS, engine=engine)
 
     def _paths(self) -> list[errors.Path]:
@@ -103,14 +103,19 @@ class ParameterRows:
         return [(name_of(self.groups[number], number, index),) for number, index in positions]
 
 
+def may_fuse(group: dict[str, Any]) -> bool:
+    """Whether Triton kernels may update the parameters of a group."""
+    return group["fused"] is not False and not group["foreach"]
+
+
 def gather(optimizer: Optimizer, grad_scale: Any, may_skip: bool = False) -> ParameterRows:
     """Collect the inputs of a step from all groups, and check the options of the groups."""
     found = ParameterRows(optimizer.param_groups, grad_scale)
-    rows, for_foreach, first_steps = found.rows, found.for_foreach, found.first_steps
+    rows, for_engine, first_steps = found.rows, found.for_engine, found.first_steps
     get_state, strided = optimizer.state.get, torch.strided
     no_state: dict[str, Any] = {}
     compiling = torch.compiler.is_compiling()
-    # If one process may skip the step, the foreach engine updates the shards, because all
+    # If one process may skip the step, `OptimizerEngine` updates the shards, because all
     # processes, even those that skip, must take part in the all-reduce of the norms.
     shards_too = not (compiling or may_skip) and may_read()
     for number, group in enumerate(optimizer.param_groups):
@@ -120,7 +125,7 @@ def gather(optimizer: Optimizer, grad_scale: Any, may_skip: bool = False) -> Par
             options.check(group, name, waits=False, first_rate=first_rate)
             refuse_flattened_since(group, number)
         moves = group["momentum"] != 0
-        always_foreach = compiling or group["foreach"]
+        always = compiling or group["foreach"] or (group["fused"] and is_interpreted())
         kind = None
         for index, p in enumerate(group["params"]):
             grad = p.grad
@@ -134,14 +139,14 @@ def gather(optimizer: Optimizer, grad_scale: Any, may_skip: bool = False) -> Par
             is_first = moves and buffer is None
             if is_first:
                 buffer = BACKEND.zeros(p, BACKEND.velocity_dtype(p))
-            is_for_foreach = always_foreach or not (
+            is_for_engine = always or not (
                 is_in_cpu_memory(p) or (shards_too and is_shard(p))
             )
-            if kind != (is_for_foreach, is_first):  # usually the kind of the previous parameter
-                kind = is_for_foreach, is_first
+            if kind != (is_for_engine, is_first):  # usually the kind of the previous parameter
+                kind = is_for_engine, is_first
                 rule = found.rule(number, *kind)
-            if is_for_foreach:
-                for_foreach.add(len(rows))
+            if is_for_engine:
+                for_engine.add(len(rows))
             if is_first:
                 first_steps.append(len(rows))
             rows.append((p, grad, buffer, rule, number, index))

@@ -110,7 +110,10 @@ def _compiled(*names: str) -> dict[str, Any]:
     Triton evaluates their annotations, which are therefore replaced.
     """
     annotations = dict.fromkeys(("Any", "Where", "Ops", "bool"), tl.constexpr(None))
-    scope = {**vars(formula), **annotations, "tl": tl, "_with_denominator": _with_denominator}
+    names_of_numbers = (name for name, x in vars(formula).items() if isinstance(x, float))
+    numbers = {name: tl.constexpr(getattr(formula, name)) for name in names_of_numbers}
+    replaced = {"tl": tl, "_with_denominator": _with_denominator}
+    scope = {**vars(formula), **annotations, **numbers, **replaced}
     for name in names:
         function = getattr(formula, name)
         new = FunctionType(function.__code__, scope, name, function.__defaults__)

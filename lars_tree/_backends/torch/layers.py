@@ -8,6 +8,7 @@ layers.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from itertools import repeat
 from typing import Any, NamedTuple, Protocol
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lars_tree._backends.base import Leaf, StepResult
-from lars_tree._numerics.formula import Rule
+from lars_tree._numerics import formula
+from lars_tree._numerics.formula import Measured, Rule
 
 
 class Layer(NamedTuple):
@@ -68,3 +70,41 @@ def layers(leaf: Leaf, new: StepResult) -> list[Layer]:
 
 def as_real(x: Tensor) -> Tensor:
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
+def wide(layer: Layer) -> torch.dtype:
+    """The dtype to compute in: double in CPU memory, at least float32 elsewhere."""
+    if layer.w.device.type == "cpu":
+        return torch.float64
+    return torch.promote_types(torch.promote_types(layer.w.dtype, layer.dcdw.dtype), torch.float32)
+
+
+def of_leaf(measured: list[Measured], rule: Rule) -> Measured:
+    """Join the measurements of the layers of a leaf: vectors if the leaf has a layer axis."""
+    if rule.layer_axis is None:
+        return measured[0]
+    return Measured(*(torch.stack(numbers) for numbers in zip(*measured, strict=True)))
+
+
+def alike(rule: Rule) -> Hashable:
+    """A key that is equal for rules that `one_rule` can join."""
+    flags = rule.adapt, rule.trust_clip, rule.joint_norm, rule.nesterov, rule.maximize
+    return flags, not formula.is_zero(rule.decay_lambda)  # a decay of 0 times infinity is NaN
+
+
+def one_rule(rules: list[Rule], like: Tensor) -> Rule:
+    """One rule for many layers; a number that differs between them becomes a vector."""
+
+    def merged(name: str) -> Any:
+        values = [getattr(rule, name) for rule in rules]
+        if all(type(value) is float for value in values):
+            if len(set(values)) == 1:
+                return values[0]
+            return torch.tensor(values, dtype=like.dtype, device=like.device)
+        if all(value is values[0] for value in values):
+            return values[0].detach().to(dtype=like.dtype, device=like.device)
+        numbers = (torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in values)
+        return torch.stack([number.detach() for number in numbers])
+
+    names = (*formula.NUMBERS, *formula.MOMENTUM_NUMBERS)
+    return rules[0]._replace(**{name: merged(name) for name in names})

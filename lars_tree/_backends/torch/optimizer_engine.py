@@ -1,0 +1,76 @@
+"""The engine of torch optimizers for parameters on accelerators, and where groups ask for it.
+
+Full checks would take longer than the step on a device, so this engine makes a cheap pre-check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lars_tree._backends.base import Leaf, StepResult, Writes
+from lars_tree._backends.torch import multi_tensor
+from lars_tree._backends.torch.addresses import NUMPY_TYPES
+from lars_tree._backends.torch.backend import BACKEND, is_in_cpu_memory, write_step
+from lars_tree._backends.torch.sharded import is_sharded, partial_fault, shard_of, sharding_of
+from lars_tree._backends.torch.stand_ins import TENSOR_TYPES
+
+
+class OptimizerEngine(NamedTuple):
+    """`base.Engine` for torch optimizers.
+
+    Attributes:
+        indices: The indices of the leaves that this engine updates.
+        fusing: The indices of the leaves that Triton kernels may update.
+        unless: A number on a device; if it is not 0, the old values are kept.
+    """
+
+    indices: Collection[int]
+    fusing: Collection[int]
+    unless: Tensor | None
+
+    def trusted(self, leaves: list[Leaf]) -> list[Leaf]:
+        """The leaves outside of CPU memory; none if a leaf of the engine fails the pre-check."""
+        ours = [leaf for leaf in leaves if leaf.leaf_index in self.indices]
+        if not _look_right(ours):
+            return []
+        return [leaf for leaf in ours if not is_in_cpu_memory(leaf.w)]
+
+    def update(self, leaves: list[Leaf], writes: Writes) -> None:
+        """Compute the norms, and add the writes; never waits for a device."""
+        pairs = [(leaf, StepResult(leaf.out, leaf.velocity)) for leaf in leaves]
+        step = multi_tensor.prepare(pairs, lambda leaf: leaf.leaf_index in self.fusing)
+        write_step(step, pairs, writes, self.unless)
+
+
+def _look_right(leaves: list[Leaf]) -> bool:
+    """A cheap pre-check of shapes, dtypes and devices; if it fails, full checks report the error.
+
+    It does not find tensors that overlap but start at different addresses.
+    """
+    starts = []
+    for leaf in leaves:
+        w, velocity, axis = leaf.w, leaf.velocity, leaf.rule.layer_axis
+        expected_kind = _kind(w)
+        for x in (leaf.dcdw, w if velocity is None else velocity):
+            if not isinstance(x, Tensor) or _kind(x) != expected_kind:
+                return False
+        expected = (BACKEND.velocity_dtype(w), sharding_of(w))
+        if velocity is not None and (velocity.dtype, sharding_of(velocity)) != expected:
+            return False
+        if w.is_meta or (is_sharded(w) and partial_fault(w)):
+            return False
+        if w.dtype not in NUMPY_TYPES or not (axis is None or -w.ndim <= axis < w.ndim):
+            return False
+        local = shard_of(w)
+        if type(local) not in TENSOR_TYPES:
+            return False  # a subclass may wrap another tensor
+        if local.numel():
+            starts.append(local.data_ptr())
+    return len(starts) == len(set(starts))
+
+
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.device, x.is_complex(), is_sharded(x) and x.device_mesh
