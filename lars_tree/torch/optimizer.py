@@ -29,7 +29,7 @@ from lars_tree._core.types import NonFinite
 from lars_tree.errors import LarsTreeError
 from lars_tree.torch.groups import param_groups, refuse_flat
 from lars_tree.torch.options import NAMES, check
-from lars_tree.torch.rows import ParameterRows, gather
+from lars_tree.torch.rows import ParameterRows, engines, gather
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -96,7 +96,9 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
             be combined with foreach.
 
     Attributes:
-        skipped: The number of steps skipped by nonfinite="skip". Not in the `state_dict`.
+        skipped: The number of steps skipped by nonfinite="skip"; reading it waits for the device.
+            Not in the `state_dict`.
+        engine: The engines that update the parameters, such as "fused"; see "GPUs" in the docs.
 
     Raises:
         ValueError: An option has an invalid value, or there are no parameters.
@@ -105,7 +107,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
     Source: You, Gitman, Ginsburg (2017), arXiv:1708.03888, Algorithm 1.
     """
 
-    skipped: int = 0
+    _skipped: int | Tensor = 0
 
     @with_hints
     def __init__(
@@ -139,6 +141,14 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         if self.defaults["fused"]:
             self._step_supports_amp_scaling = True
 
+    @property
+    def skipped(self) -> int:
+        return int(self._skipped)
+
+    @property
+    def engine(self) -> str:
+        return ", ".join(sorted(engines(self)))
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as in `torch.optim.Optimizer`.
 
@@ -166,6 +176,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
     def __setstate__(self, state: dict[str, Any]) -> None:
         known = set(state.get("defaults", vars(self).get("defaults", ())))
         super().__setstate__(state)
+        self._skipped = vars(self).pop("skipped", 0)
         for name in self.defaults.keys() - known:  # options that torch's __setstate__ added
             del self.defaults[name]
         # Options that a state of an older version lacks.
@@ -258,20 +269,33 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         if torch.compiler.is_compiling():
             copy_all(*traced(inputs.leaves(), found_inf))
             self._keep_buffers(inputs)
-        elif inputs.rows:
-            done = [not inputs.first_steps]
-            last = (partial(setitem, done, 0, True),) if inputs.first_steps else ()
-            with self._buffers_kept(inputs, lambda: done[0]):
-                execute(inputs.columns(), inputs.caller(found_inf, last))
+        else:
+            self._execute(inputs, found_inf)
 
-    @torch._disable_dynamo  # type: ignore[untyped-decorator]  # the step reads values
+    def _execute(self, inputs: ParameterRows, found_inf: Tensor | None) -> Any:
+        """Take the step, unless `found_inf` is not 0. Returns whether it applies, see `Result`."""
+        if not inputs.rows:
+            return True
+        done = [not inputs.first_steps]
+        last = (partial(setitem, done, 0, True),) if inputs.first_steps else ()
+        with self._buffers_kept(inputs, lambda: done[0]):
+            return execute(inputs.columns(), inputs.caller(found_inf, last)).taken
+
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]  # the step may read values
     def _step_if_finite(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        inputs = gather(self, grad_scale, may_skip=found_inf is not None)
+        if inputs.device_can_guard:
+            skips = ~torch.as_tensor(self._execute(inputs, found_inf))
+            if found_inf is not None:
+                skips = skips & (found_inf.to(skips.device) == 0)
+            self._skipped = self._skipped + skips.long()
+            return
         inputs = gather(self, None if grad_scale is None else float(grad_scale))
         if inputs.rows and not (found_inf is not None and found_inf):
             counts = {name: np.zeros((), np.int64) for name in ("step", "skipped")}
             with self._buffers_kept(inputs, lambda: bool(counts["step"])):
                 execute(inputs.columns(counts), inputs.caller())
-            self.skipped += int(counts["skipped"])
+            self._skipped = self._skipped + int(counts["skipped"])
 
     @contextmanager
     def _buffers_kept(self, inputs: ParameterRows, is_done: Callable[[], bool]) -> Iterator[None]:

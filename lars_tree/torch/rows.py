@@ -13,8 +13,11 @@ from lars_tree import errors
 from lars_tree._backends.base import Columns, Leaf
 from lars_tree._backends.torch.backend import BACKEND, is_in_cpu_memory, is_shard
 from lars_tree._backends.torch.fused import is_interpreted
+from lars_tree._backends.torch.layers import Layer
+from lars_tree._backends.torch.multi_tensor import engine_of
 from lars_tree._backends.torch.optimizer_engine import OptimizerEngine
 from lars_tree._backends.torch.reader import may_read
+from lars_tree._backends.torch.sharded import shard_of
 from lars_tree._core.execute import Caller
 from lars_tree._numerics.formula import Rule
 from lars_tree.torch import options
@@ -71,6 +74,12 @@ class ParameterRows:
         scale = scale if is_for_engine or scale is None else float(scale)
         return options.rule(group, scale, is_first)
 
+    @property
+    def device_can_guard(self) -> bool:
+        """Whether `OptimizerEngine` can apply `nonfinite`: it updates all rows, on one device."""
+        is_alone = self.rows and len(self.for_engine) == len(self.rows) and self.device_can_skip
+        return bool(is_alone) and len({row[0].device for row in self.rows}) == 1
+
     def columns(self, counters: Mapping[str, Any] | None = None) -> Columns:
         """The arguments of `execute` for an update in place."""
         params, grads, buffers, rules = (list(xs) for xs in list(zip(*self.rows, strict=True))[:4])
@@ -92,8 +101,9 @@ class ParameterRows:
     ) -> Caller:
         """The `Caller` argument of `execute`."""
         engine = None
-        # "raise" and "skip" need to read values, but this engine does not read any.
-        if self.for_engine and all(group["nonfinite"] == "propagate" for group in self.groups):
+        # With "raise" and "skip", values of one engine may decide about writes of another.
+        guards = any(group["nonfinite"] != "propagate" for group in self.groups)
+        if self.for_engine and (self.device_can_guard or not guards):
             fusing = {i for i in self.for_engine if may_fuse(self.groups[self.rows[i][4]])}
             engine = OptimizerEngine(self.for_engine, fusing, found_inf)
         return Caller(self._paths, same_shapes=True, last=last, words=TORCH_WORDS, engine=engine)
@@ -103,9 +113,28 @@ class ParameterRows:
         return [(name_of(self.groups[number], number, index),) for number, index in positions]
 
 
+def asks_for_engine(group: dict[str, Any]) -> bool:
+    """Whether `OptimizerEngine` updates the parameters of a group even in CPU memory."""
+    return bool(group["foreach"] or (group["fused"] and is_interpreted()))
+
+
 def may_fuse(group: dict[str, Any]) -> bool:
     """Whether Triton kernels may update the parameters of a group."""
     return group["fused"] is not False and not group["foreach"]
+
+
+def engines(optimizer: Optimizer) -> set[str]:
+    """The names of the engines that update the parameters, if gradients are like parameters."""
+    found = set()
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if not asks_for_engine(group) and (is_in_cpu_memory(p) or is_shard(p)):
+                found.add("native" if may_read() else "twin")
+                continue
+            x = shard_of(p)
+            layer = Layer(x, x, x, None, options.rule(group, None, is_first=False))
+            found.add(engine_of(layer, may_fuse(group)).name)
+    return found
 
 
 def gather(optimizer: Optimizer, grad_scale: Any, may_skip: bool = False) -> ParameterRows:
@@ -125,7 +154,7 @@ def gather(optimizer: Optimizer, grad_scale: Any, may_skip: bool = False) -> Par
             options.check(group, name, waits=False, first_rate=first_rate)
             refuse_flattened_since(group, number)
         moves = group["momentum"] != 0
-        always = compiling or group["foreach"] or (group["fused"] and is_interpreted())
+        always = compiling or asks_for_engine(group)
         kind = None
         for index, p in enumerate(group["params"]):
             grad = p.grad

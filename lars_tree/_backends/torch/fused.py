@@ -139,6 +139,8 @@ class _Table(NamedTuple):
 class Fused:
     """`LayerEngine` for layers that `supports`."""
 
+    name = "fused"
+
     def __init__(self, layers: list[Layer]) -> None:
         from lars_tree._backends.torch import kernels
 
@@ -184,6 +186,14 @@ class Fused:
         coefficients = self._coefficients(norms)
         self._apply(coefficients, unless, None)
         tensors.bump_versions(self._written)
+
+    def nonfinite(self, norms: Tensor) -> Tensor:
+        """Whether each layer would not be finite, if its rule has the option `nonfinite`."""
+        chunks = self._table.chunks
+        bad = torch.zeros(len(chunks), dtype=torch.int32, device=self._device)
+        self._apply(self._coefficients(norms), None, bad)
+        counts = torch.zeros(len(self._table.layers), dtype=torch.int32, device=self._device)
+        return counts.index_add_(0, chunks[:, 0], bad) != 0
 
     def _coefficients(self, norms: Tensor) -> Tensor:
         layers = self._table.layers
@@ -247,8 +257,11 @@ class Fused:
 
     def _numbers_of_rules(self, stream: Hashable) -> Tensor:
         """The numbers and flags of all rules, in device memory."""
-        columns = [*self._kernels.RULE_COLUMNS, *self._kernels.FLAG_COLUMNS]
-        given = [[getattr(rule, name) for name in columns] for rule in self._rules]
+        columns = [*self._kernels.RULE_COLUMNS, *self._kernels.FLAG_COLUMNS[:-1]]
+        given = [
+            [*(getattr(rule, name) for name in columns), rule.nonfinite != "propagate"]
+            for rule in self._rules
+        ]
         known = tuple(
             tuple(0.0 if _is_on_device(x) else float(x) for x in numbers) for numbers in given
         )

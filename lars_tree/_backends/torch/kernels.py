@@ -24,7 +24,7 @@ PARTS = tl.constexpr(128)  # partial sums that are added at once
 # Columns of the tables; `fused.py` writes the tables by these names.
 LAYER_COLUMNS = ("w", "dcdw", "out", "velocity", "size", "inner", "stride", "first", "count", "rule")
 RULE_COLUMNS = (*formula.NUMBERS, *formula.MOMENTUM_NUMBERS)
-FLAG_COLUMNS = ("adapt", "trust_clip", "joint_norm", "maximize", "nesterov")
+FLAG_COLUMNS = ("adapt", "trust_clip", "joint_norm", "maximize", "nesterov", "is_guarded")
 COEFFICIENTS = 10
 _LAYER = tl.constexpr(len(LAYER_COLUMNS))
 _RULE = tl.constexpr(len(RULE_COLUMNS) + len(FLAG_COLUMNS))
@@ -353,6 +353,7 @@ def find_coefficients(layers, rules, norms, table, SCALES: tl.constexpr):
     tl.store(row + 6, rule.momentum)
     tl.store(row + 7, rule.lr_after_momentum)
     tl.store(row + 8, tl.load(numbers + 12))
+    tl.store(row + 9, tl.load(numbers + 13))
 
 
 @triton.jit
@@ -433,7 +434,8 @@ def apply(
 ):
     """Write the new weights and velocities, or the old ones if the number at `unless` is not 0.
 
-    Unless STORES, write only how many results of each chunk would not be finite, to `bad`.
+    Unless STORES, write only, for guarded layers, how many results of each chunk would not be
+    finite, to `bad`.
     """
     chunk = first + tl.program_id(0)
     layer = tl.load(chunks + 2 * chunk)
@@ -451,4 +453,4 @@ def apply(
             *(row, numbers, start, keeps, W, G, V, JOINT, STRIDED, ALIGNED, SCALES, STORES, True)
         )
     if not STORES:
-        tl.store(bad + chunk, count)
+        tl.store(bad + chunk, tl.where(tl.load(numbers + 9) != 0, count, 0))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from itertools import repeat
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -35,7 +35,9 @@ class Layer(NamedTuple):
 
 
 class LayerEngine(Protocol):
-    """Updates layers on one device. Neither method waits for the device."""
+    """Updates layers on one device. No method waits for the device."""
+
+    name: ClassVar[str]
 
     def __init__(self, layers: list[Layer]) -> None: ...
 
@@ -43,6 +45,12 @@ class LayerEngine(Protocol):
         """The table of norms; of the joint gradient, where `formula.is_joint`.
 
         Norms of layers that do not adapt are not computed; their rows are undefined.
+        """
+
+    def nonfinite(self, norms: Tensor) -> Tensor:
+        """Whether each layer with the option `nonfinite` would not be finite; a vector of bools.
+
+        False for layers whose rule says "propagate".
         """
 
     def write(self, norms: Tensor, unless: Tensor | None) -> None:

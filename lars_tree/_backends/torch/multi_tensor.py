@@ -44,6 +44,22 @@ class Step(NamedTuple):
 
     parts: list[_Part]
     counts: list[int]  # of the layers of each leaf in this process
+    groups: list[list[Any]]  # the processes that share each leaf
+
+    def nonfinite(self) -> Tensor:
+        """Whether each leaf would not be finite in any process, as `LayerEngine.nonfinite`.
+
+        All leaves must be on one device.
+        """
+        with torch.no_grad():
+            flags = torch.cat([engine.nonfinite(norms) for engine, _, norms in self.parts])
+            order = [i for part in self.parts for i in part.indices]
+            owners = [leaf for leaf, n in enumerate(self.counts) for _ in range(n)]
+            rows = tensors.index([owners[i] for i in order], flags.device)
+            found = torch.zeros(len(self.counts), device=flags.device)
+            found.index_add_(0, rows, flags.to(found.dtype))
+            sharded.add_up(found, [(1, groups) for groups in self.groups])
+            return found > 0
 
     def write(self, unless: Tensor | None = None) -> None:
         """Write all results; the old values, if `unless`, a number on a device, is not 0."""
@@ -53,7 +69,7 @@ class Step(NamedTuple):
                 engine.write(norms, keeps)
 
 
-def engine_of(layer: Layer, may_fuse: bool) -> Callable[[list[Layer]], LayerEngine]:
+def engine_of(layer: Layer, may_fuse: bool) -> type[LayerEngine]:
     """The fastest engine that supports this layer."""
     is_fused = may_fuse and fused.is_available(layer.w.device) and fused.supports(layer)
     return fused.Fused if is_fused else Foreach
@@ -69,10 +85,12 @@ def prepare(pairs: Pairs, may_fuse: Callable[[Leaf], bool] = is_on_accelerator) 
         flat: list[Layer] = []
         counts: list[int] = []
         keys: list[Any] = []
+        every: list[list[Any]] = []
         shared: list[tuple[range, list[Any]]] = []
         for leaf, new in pairs:
             is_sharded = sharded.is_sharded(leaf.w)
             some = sharded.layers_here(leaf, new) if is_sharded else layers(leaf, new)
+            every.append(sharded.groups_of(leaf.w) if is_sharded else [])
             if is_sharded and leaf.rule.adapt:
                 rows = range(len(flat), len(flat) + len(some))
                 shared.append((rows, sharded.groups_of(leaf.w, leaf.rule.layer_axis)))
@@ -86,7 +104,7 @@ def prepare(pairs: Pairs, may_fuse: Callable[[Leaf], bool] = is_on_accelerator) 
             parts.append(_Part(made, indices, made.norms()))
         if any(groups for _, groups in shared):
             _complete(parts, shared)
-        return Step(parts, counts)
+        return Step(parts, counts, every)
 
 
 def _complete(parts: list[_Part], shared: list[tuple[range, list[Any]]]) -> None:

@@ -38,11 +38,24 @@ class OptimizerEngine(NamedTuple):
             return []
         return [leaf for leaf in ours if not is_in_cpu_memory(leaf.w)]
 
-    def update(self, leaves: list[Leaf], writes: Writes) -> None:
-        """Compute the norms, and add the writes; never waits for a device."""
+    def update(self, leaves: list[Leaf], writes: Writes) -> tuple[list[int], Any]:
+        """As in `base.Engine`; waits for the device only if a rule has nonfinite="raise"."""
         pairs = [(leaf, StepResult(leaf.out, leaf.velocity)) for leaf in leaves]
         step = multi_tensor.prepare(pairs, lambda leaf: leaf.leaf_index in self.fusing)
-        write_step(step, pairs, writes, self.unless)
+        choices = [leaf.rule.nonfinite for leaf in leaves]
+        unless, taken = self.unless, True
+        if any(choice != "propagate" for choice in choices):
+            flags = step.nonfinite()
+            if "raise" in choices and not (unless is not None and unless):
+                rows = zip(leaves, choices, flags.tolist(), strict=True)
+                bad = [leaf.leaf_index for leaf, choice, is_bad in rows if is_bad and choice == "raise"]
+                if bad:
+                    return bad, False
+            skips = flags.any()
+            taken = ~skips
+            unless = skips if unless is None else skips | (unless.to(skips.device) != 0)
+        write_step(step, pairs, writes, unless)
+        return [], taken
 
 
 def _look_right(leaves: list[Leaf]) -> bool:
