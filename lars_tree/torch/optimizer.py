@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lars_tree._backends.torch.backend import BACKEND
+from lars_tree._backends.torch import tensors
 from lars_tree._backends.torch.multi_tensor import traced
 from lars_tree._backends.torch.tensors import copy_all
 from lars_tree._core import locks
@@ -276,6 +277,9 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         """Take the step, unless `found_inf` is not 0. Returns whether it applies, see `Result`."""
         if not inputs.rows:
             return True
+        if inputs.first_steps and any(tensors.is_capturing(row[0].device) for row in inputs.rows):
+            text = "The first step makes momentum buffers, which each replay of a captured graph"
+            raise RuntimeError(f"{text} would set to zero: take one step before the capture")
         done = [not inputs.first_steps]
         last = (partial(setitem, done, 0, True),) if inputs.first_steps else ()
         with self._buffers_kept(inputs, lambda: done[0]):

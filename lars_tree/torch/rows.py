@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 from lars_tree import errors
 from lars_tree._backends.base import Columns, Leaf
 from lars_tree._backends.torch.backend import BACKEND, is_in_cpu_memory, is_shard
-from lars_tree._backends.torch.fused import is_interpreted
+from lars_tree._backends.torch.foreach import Foreach
+from lars_tree._backends.torch.fused import Fused, is_interpreted
 from lars_tree._backends.torch.layers import Layer
-from lars_tree._backends.torch.multi_tensor import engine_of
+from lars_tree._backends.torch.multi_tensor import fused_row
 from lars_tree._backends.torch.optimizer_engine import OptimizerEngine
 from lars_tree._backends.torch.reader import may_read
 from lars_tree._backends.torch.sharded import shard_of
@@ -133,7 +134,8 @@ def engines(optimizer: Optimizer) -> set[str]:
                 continue
             x = shard_of(p)
             layer = Layer(x, x, x, None, options.rule(group, None, is_first=False))
-            found.add(engine_of(layer, may_fuse(group)).name)
+            row = fused_row(layer, may_fuse(group))
+            found.add(Foreach.name if row is None else Fused.name)
     return found
 
 

@@ -252,14 +252,13 @@ def write_step(
     unless: Tensor | None = None,
 ) -> None:
     """Write the results to new tensors now, or to each `out` with all other writes."""
-    write = partial(step.write, unless)
-    outs = [x for leaf, new in pairs if leaf.out is not None for x in new if x is not None]
-    if not outs:
-        write()
-    elif all(x.is_cpu for x in outs) and not stand_ins.is_intercepted():
-        writes.step_in_chunks(write)
+    if all(leaf.out is None for leaf, _ in pairs):
+        step.write(unless)
+    elif stand_ins.is_intercepted() or any(map(tensors.is_capturing, step.devices)):
+        writes.step(partial(step.write, unless))  # modes and captured graphs belong to a thread
     else:
-        writes.step(BACKEND, outs, write)
+        streams = [tensors.current_stream(device) for device in step.devices]
+        writes.step_in_chunks(partial(step.write, unless, streams))
 
 
 def _returned(leaf: Leaf, new: StepResult) -> StepResult:

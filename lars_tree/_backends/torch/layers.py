@@ -39,8 +39,6 @@ class LayerEngine(Protocol):
 
     name: ClassVar[str]
 
-    def __init__(self, layers: list[Layer]) -> None: ...
-
     def norms(self) -> Tensor:
         """The table of norms; of the joint gradient, where `formula.is_joint`.
 
