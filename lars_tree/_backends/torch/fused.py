@@ -8,8 +8,10 @@ tensors by tables in device memory, which are reused until an address changes.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import chain
@@ -39,16 +41,43 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@lru_cache
 def is_available(device: torch.device) -> bool:
-    """Whether Triton supports this device."""
-    if find_spec("triton") is None:
+    """Whether the kernels run on this device."""
+    if not _has_triton():
         return False
     if device.type == "cpu":
         return is_interpreted()
-    if device.type == "cuda" and torch.version.hip is None:
-        return torch.cuda.get_device_capability(device) >= (7, 0)
-    return device.type in ("cuda", "xpu")
+    return device.type in ("cuda", "xpu") and (tensors.is_capturing(device) or _works(device))
+
+
+@lru_cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@lru_cache
+def _works(device: torch.device) -> bool:
+    """Whether a small step gives the right numbers; if not, a warning says why.
+
+    Triton supports only some devices, and needs a C compiler when it is first used.
+    """
+    rule = Rule(1.0, momentum=0.5)
+    w, dcdw = (torch.tensor(x, device=device) for x in ([3.0, 4.0], [0.0, 10.0]))
+    velocity = torch.zeros(2, device=device)
+    layer = Layer(w, dcdw, w, velocity, rule)
+    try:
+        row = row_of(layer)
+        assert row is not None
+        engine = Fused([layer], [row])
+        engine.write(engine.norms(), None)
+        found = w.tolist(), velocity.tolist()
+        fault = "" if found == ([3.0, -1.0], [0.0, 5.0]) else f"it computes {found}"
+    except Exception as error:  # any error means that Triton cannot be used, and is reported
+        fault = f"{type(error).__name__}: {error}"
+    if fault:
+        text = f"lars_tree cannot use Triton on {device}, so steps are slower: {fault}"
+        warnings.warn(text, stacklevel=2)
+    return not fault
 
 
 class _Layout(NamedTuple):
@@ -165,9 +194,10 @@ class Fused:
         self._kernels = kernels
         self._device = layers[0].w.device
         self._written = [x for layer in layers for x in layer[2:4] if x is not None]
-        indices: dict[Rule, int] = {}
-        of_rows = tuple(indices.setdefault(layer.rule, len(indices)) for layer in layers)
-        self._rules = list(indices)
+        rules = {id(layer.rule): layer.rule for layer in layers}
+        self._rules = list(rules.values())
+        places = {key: place for place, key in enumerate(rules)}
+        of_rows = tuple(places[id(layer.rule)] for layer in layers)
         is_double = any(torch.float64 in row.layout[:3] for row in rows)
         self._scales = len(formula.SCALES) if is_double else 1
         joint = any(map(formula.is_joint, self._rules))
@@ -177,6 +207,14 @@ class Fused:
             key = (self._device, stream, adapts, of_rows, tuple(rows))
             self._table = _kept(_TABLES, key, lambda: self._tabulate(rows, of_rows))
             self._numbers = self._numbers_of_rules(stream)
+
+    def again(self, rules: dict[int, Rule]) -> Fused:
+        """The same layers with new rules, which are given by the id of the old ones."""
+        new = copy(self)
+        new._rules = [rules[id(rule)] for rule in self._rules]
+        with self._on_device() as stream:
+            new._numbers = new._numbers_of_rules(stream)
+        return new
 
     def norms(self) -> Tensor:
         chunks, layers = self._table.chunks, self._table.layers

@@ -48,6 +48,19 @@ class Step(NamedTuple):
     groups: list[list[Any]]  # the processes that share each leaf
     outs: list[Tensor]
 
+    def again(self, rules: dict[int, Rule]) -> Step | None:
+        """The same step for new values of the tensors; None if an engine does not support this.
+
+        `rules` has a new rule for each old rule, by id, which differs only in its numbers.
+        """
+        parts = []
+        for engine, indices, _ in self.parts:
+            if not isinstance(engine, fused.Fused):
+                return None
+            new = engine.again(rules)
+            parts.append(_Part(new, indices, new.norms()))
+        return self._replace(parts=parts)
+
     def nonfinite(self) -> Tensor:
         """Whether each leaf would not be finite in any process, as `LayerEngine.nonfinite`.
 
@@ -215,7 +228,7 @@ def traced(leaves: list[Leaf], unless: Tensor | None) -> tuple[list[Tensor], lis
             dtype = wide(layer)
             given = (layer.w, layer.dcdw, layer.velocity)
             w, dcdw, velocity = (None if x is None else x.to(dtype) for x in given)
-            rule = one_rule([layer.rule], w)
+            rule = one_rule([layer.rule._replace(layer_axis=None)], w)
             new = formula.step(tensors.TorchOps(torch), w, dcdw, rule, velocity)
             outs += (x for x in layer[2:4] if x is not None)
             values += (x for x in new if x is not None)
