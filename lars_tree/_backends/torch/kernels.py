@@ -47,16 +47,14 @@ class Rule(NamedTuple):
     joint_norm: Any
 
 
-class Ops(NamedTuple):
-    """`formula.Ops` for float64."""
+@triton.jit
+def _where(condition, a, b):
+    return tl.where(condition, a, b)
 
-    where: Any
-    maximum: Any
-    power_of_two: Any
-    like: Any
-    upper_half: Any
-    finite_or: Any
-    sqrt: Any
+
+@triton.jit
+def _sqrt(x):
+    return tl.sqrt(x)
 
 
 @triton.jit
@@ -132,9 +130,20 @@ multiply_add = _formula["multiply_add"]
 norm_of_sums = _formula["norm_of_sums"]
 
 
-@triton.jit
-def _ops():
-    return Ops(tl.where, _maximum, _power_of_two, _like, _upper_half, _finite_or, tl.sqrt)
+class Ops:
+    """`formula.Ops` for float64."""
+
+    where = _where
+    maximum = _maximum
+    power_of_two = _power_of_two
+    like = _like
+    upper_half = _upper_half
+    finite_or = _finite_or
+    sqrt = _sqrt
+
+
+# The compiler accepts classes only as constants; the interpreter runs plain Python.
+_OPS = tl.constexpr(Ops) if isinstance(_where, triton.JITFunction) else Ops
 
 
 @triton.jit
@@ -232,7 +241,7 @@ def _sum_of_squares(
         w = _load(w_address, offsets, mask, W, ALIGNED, MASKED) * scale
         dcdw = _load(dcdw_address, offsets, mask, G, ALIGNED, MASKED) * scale
         if JOINT:
-            dcdw = tl.where(joint != 0, multiply_add(_ops(), sign * dcdw, joint, w), dcdw)
+            dcdw = tl.where(joint != 0, multiply_add(_OPS, sign * dcdw, joint, w), dcdw)
         w_sum += w * w
         dcdw_sum += dcdw * dcdw
     return tl.sum(w_sum), tl.sum(dcdw_sum)
@@ -297,7 +306,7 @@ def add_sums(layers, sums, norms, SCALES: tl.constexpr):
         if SCALES == 3:
             of_large = _added(sums, first, count, column, 1, SCALES)
             of_small = _added(sums, first, count, column, 2, SCALES)
-        norm = norm_of_sums(_ops(), unscaled, of_large, of_small)
+        norm = norm_of_sums(_OPS, unscaled, of_large, of_small)
         tl.store(norms + 4 * layer + 2 * column, norm.scaled)
         tl.store(norms + 4 * layer + 2 * column + 1, norm.scale)
 
@@ -334,7 +343,7 @@ def find_coefficients(layers, rules, norms, table, SCALES: tl.constexpr):
     norm = norms + 4 * layer
     w_norm = Norm(tl.load(norm), tl.load(norm + 1))
     dcdw_norm = Norm(tl.load(norm + 2), tl.load(norm + 3))
-    factor, scale, decay = scaled_coefficients(_ops(), w_norm, dcdw_norm, rule)
+    factor, scale, decay = scaled_coefficients(_OPS, w_norm, dcdw_norm, rule)
     adapts = tl.load(numbers + 8) != 0
     plain_factor, plain_decay = coefficients(1.0, rule)
     factor, decay = tl.where(adapts, factor, plain_factor), tl.where(adapts, decay, plain_decay)
@@ -390,7 +399,7 @@ def _apply(
         dcdw = _load(dcdw_address, offsets, mask, G, ALIGNED, MASKED)
         gradient = signed_prescale * dcdw
         if JOINT:
-            total = multiply_add(_ops(), gradient, joint, prescale * w)
+            total = multiply_add(_OPS, gradient, joint, prescale * w)
             gradient = tl.where(joint != 0, total, gradient)
         u = factor * gradient
         if SCALES == 3:
