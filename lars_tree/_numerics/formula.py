@@ -191,8 +191,10 @@ def norm_of_sums(ops: Ops, unscaled: Any, of_large: Any, of_small: Any) -> Norm:
     is_large = of_large > _SMALLEST_SAFE_SUM
     total = ops.where(is_safe, unscaled, ops.where(is_large, of_large, of_small))
     root = ops.sqrt(total)
-    # The scale must be finite even if the norm is not; a norm of 0 has the scale 1.
+    # The scale must be finite even if the norm is not, and so must be its inverse, which is not the
+    # case for subnormal numbers. A norm of 0 has the scale 1.
     power = ops.power_of_two(ops.where(root < 2.0**400, root, 2.0**400))
+    power = ops.maximum(power, 2.0**-422)
     scale = ops.where(is_safe, power, ops.where(is_large, power * 2.0**600, power * 2.0**-600))
     return Norm(root / power, ops.where(total == 0, 1.0, scale))
 
