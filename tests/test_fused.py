@@ -38,11 +38,6 @@ def floats(x):
     return x.double().flatten().tolist()
 
 
-def rule(lr=1.0, **options):
-    """The rule of a step without momentum; `maximize` negates the gradient."""
-    return Rule(lr, **options)
-
-
 def write(layers, unless=None):
     engine = Fused(layers)
     engine.write(engine.norms(), unless)
@@ -151,15 +146,19 @@ def test_a_gradient_may_have_another_format(name, g_name):
 
 @pytest.mark.parametrize("name", reference.FORMATS)
 def test_elements_of_all_sizes_in_one_array(name):
+    """A joint gradient is scaled, so its smallest elements would be lost in the whole range."""
     rng = np.random.default_rng(3)
-    every = exponents(name, 19)
+    decay = {"decay_lambda": 0.01}
     cases = []
-    for decay in (0.0, 0.01) * 4:
+    for options in ({}, decay, {"joint_norm": True, **decay}) * 3:
+        every = np.array(exponents(name, 19))
+        if "joint_norm" in options:
+            every = np.clip(every, -700, 700)
         w, g = (
             np.concatenate([random_array(rng, name, e, 1) for e in rng.permutation(every)])
             for _ in range(2)
         )
-        cases.append((w, g, 0.1, {"decay_lambda": decay}))
+        cases.append((w, g, 0.1, options))
     assert max(errors(cases, name)) <= BOUNDS[name]
 
 

@@ -211,7 +211,7 @@ class Fused:
         found = self._empty(len(layers), self._kernels.COEFFICIENTS)
         with self._on_device():
             self._kernels.find_coefficients[(len(layers),)](
-                layers, self._numbers, norms, found, SCALES=self._scales, **_ONE_WARP
+                layers, self._numbers, norms, found, **self._constants, **_ONE_WARP
             )
         return found
 
