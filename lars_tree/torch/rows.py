@@ -168,7 +168,9 @@ def gather(optimizer: Optimizer, grad_scale: Any, may_skip: bool = False) -> Par
             is_first = moves and buffer is None
             if is_first:
                 buffer = BACKEND.zeros(p, BACKEND.velocity_dtype(p))
-            is_for_engine = always or not (is_in_cpu_memory(p) or (shards_too and is_shard(p)))
+            is_for_engine = always or not (
+                is_in_cpu_memory(p) or (shards_too and is_shard(p))
+            )
             if kind != (is_for_engine, is_first):  # usually the kind of the previous parameter
                 kind = is_for_engine, is_first
                 rule = found.rule(number, *kind)

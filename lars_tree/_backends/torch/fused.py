@@ -8,7 +8,6 @@ tensors by tables in device memory, which are reused until an address changes.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -36,30 +35,20 @@ T = TypeVar("T")
 
 
 def is_interpreted() -> bool:
-    """Whether Triton interprets its kernels, so that they run on CPU tensors.
-
-    Triton reads the variable whenever it defines or calls a kernel, so it must also have been set
-    when Triton, which defines kernels of its own, was imported.
-    """
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return False
-    own = getattr(sys.modules.get("triton"), "cdiv", None)
-    return own is None or type(own).__name__ == "InterpretedFunction"
-
-
-def is_available(device: torch.device) -> bool:
-    """Whether Triton supports this device."""
-    # The variable may change between calls.
-    return (device.type != "cpu" or is_interpreted()) and _is_supported(device)
+    """Whether Triton interprets its kernels, so that they run on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @lru_cache
-def _is_supported(device: torch.device) -> bool:
+def is_available(device: torch.device) -> bool:
+    """Whether Triton supports this device."""
     if find_spec("triton") is None:
         return False
+    if device.type == "cpu":
+        return is_interpreted()
     if device.type == "cuda" and torch.version.hip is None:
         return torch.cuda.get_device_capability(device) >= (7, 0)
-    return device.type in ("cpu", "cuda", "xpu")
+    return device.type in ("cuda", "xpu")
 
 
 def supports(layer: Layer) -> bool:
@@ -211,7 +200,7 @@ class Fused:
         found = self._empty(len(layers), self._kernels.COEFFICIENTS)
         with self._on_device():
             self._kernels.find_coefficients[(len(layers),)](
-                layers, self._numbers, norms, found, **self._constants, **_ONE_WARP
+                layers, self._numbers, norms, found, SCALES=self._scales, **_ONE_WARP
             )
         return found
 

@@ -158,7 +158,9 @@ class _KnownNorms(tensors.TorchOps):
         return self.known
 
 
-def _measured(rules: list[Rule], norms: list[Tensor], joint_norms: list[Tensor]) -> list[Measured]:
+def _measured(
+    rules: list[Rule], norms: list[Tensor], joint_norms: list[Tensor]
+) -> list[Measured]:
     found: dict[int, Measured] = {}
     groups = grouped(range(len(rules)), lambda i: (norms[i].device, alike(rules[i])))
     for indices in groups.values():

@@ -48,9 +48,7 @@ class OptimizerEngine(NamedTuple):
             flags = step.nonfinite()
             if "raise" in choices and not (unless is not None and unless):
                 rows = zip(leaves, choices, flags.tolist(), strict=True)
-                bad = [
-                    leaf.leaf_index for leaf, choice, is_bad in rows if is_bad and choice == "raise"
-                ]
+                bad = [leaf.leaf_index for leaf, choice, is_bad in rows if is_bad and choice == "raise"]
                 if bad:
                     return bad, False
             skips = flags.any()
