@@ -53,7 +53,7 @@ class Writes:
         self._copies: list[tuple[NumpyArray, NumpyArray]] = []
         self._chunked: list[Call] = []
         self._foreign: dict[Backend, list[tuple[Any, Any]]] = {}
-        self._steps: list[tuple[Backend, list[Any], Call]] = []
+        self._steps: list[Call] = []
         self._shared: dict[Backend, list[Any]] = {}
         self._last: list[Call] = []
         self._room = MAX_HELD
@@ -90,12 +90,12 @@ class Writes:
         self._room -= size
         return True
 
-    def step(self, backend: Backend, outs: list[Any], write: Call) -> None:
-        """Add a call by which a library computes and writes new values of `outs`, all or none."""
-        self._steps.append((backend, outs, write))
+    def step(self, step: Call) -> None:
+        """Add a call that computes and writes, and that must run in this thread, unprotected."""
+        self._steps.append(step)
 
     def step_in_chunks(self, step: Call) -> None:
-        """Add a call that computes and writes in chunks, and writes only to CPU memory."""
+        """Add a call that computes and writes, part by part."""
         self._chunked.append(step)
 
     def then(self, last: Call) -> None:
@@ -116,7 +116,7 @@ class Writes:
         done = [False]
         foreign = [(backend, backend.writers(pairs)) for backend, pairs in self._foreign.items()]
         writers = [write for _, writes in foreign for write in writes]
-        writers += (write for _, _, write in self._steps)
+        writers += self._steps
         others = bool(self._copies or self._chunked or (self._last and self._foreign))
         if writers and self.plan is not None:
             others |= bool(self.plan.spans())
@@ -124,9 +124,6 @@ class Writes:
         if writers and len(writers) + others > 1:  # a single write leaves nothing to restore
             for backend, pairs in self._foreign.items():
                 old = [(out, backend.copy(out, stop_gradients=True)) for out, _ in pairs]
-                held += backend.writers(old)
-            for backend, outs, _ in self._steps:
-                old = [(out, backend.copy(out, stop_gradients=True)) for out in outs]
                 held += backend.writers(old)
         for backend, outs in self._shared.items():
             backend.announce(outs)

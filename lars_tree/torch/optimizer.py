@@ -7,7 +7,7 @@ memory; multi-tensor operations update all other parameters, without waiting for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from inspect import signature
@@ -21,11 +21,14 @@ from torch.optim import Optimizer
 
 from lars_tree._backends.torch.backend import BACKEND
 from lars_tree._backends.torch.multi_tensor import traced
-from lars_tree._backends.torch.tensors import copy_all
+from lars_tree._backends.torch.optimizer_engine import OptimizerEngine, Repeatable
+from lars_tree._backends.torch.tensors import copy_all, is_capturing
 from lars_tree._core import locks
 from lars_tree._core.execute import execute
 from lars_tree._core.options import CALLED_ELSEWHERE, check_names, with_hints
 from lars_tree._core.types import NonFinite
+from lars_tree._core.writes import Writes
+from lars_tree._numerics.formula import Rule
 from lars_tree.errors import LarsTreeError
 from lars_tree.torch.groups import param_groups, refuse_flat
 from lars_tree.torch.options import NAMES, check
@@ -108,6 +111,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
     """
 
     _skipped: int | Tensor = 0
+    _last: Repeatable | None = None
 
     @with_hints
     def __init__(
@@ -276,10 +280,41 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         """Take the step, unless `found_inf` is not 0. Returns whether it applies, see `Result`."""
         if not inputs.rows:
             return True
+        if inputs.first_steps and any(is_capturing(row[0].device) for row in inputs.rows):
+            text = "The first step makes momentum buffers, which each replay of a captured graph"
+            raise RuntimeError(f"{text} would set to zero: take one step before the capture")
+        engine = inputs.engine(found_inf)
+        signature, rules = inputs.signature()
+        if engine is not None and signature is not None:
+            taken = self._taken_again(engine, signature, rules, inputs)
+            if taken is not None:
+                return taken
         done = [not inputs.first_steps]
         last = (partial(setitem, done, 0, True),) if inputs.first_steps else ()
         with self._buffers_kept(inputs, lambda: done[0]):
-            return execute(inputs.columns(), inputs.caller(found_inf, last)).taken
+            taken = execute(inputs.columns(), inputs.caller(engine, last)).taken
+        if engine is not None and engine.step is not None and signature is not None:
+            self._last = Repeatable(signature, rules, engine.step)
+        return taken
+
+    def _taken_again(
+        self, engine: OptimizerEngine, signature: Hashable, rules: list[Rule], inputs: ParameterRows
+    ) -> Any:
+        """Repeat the last step if its signature is the same: return as `_execute`, or None."""
+        last = self._last
+        if last is None or last.signature != signature:
+            return None
+        step = last.step.again({id(old): new for old, new in zip(last.rules, rules, strict=True)})
+        if step is None:
+            return None
+        self._last = Repeatable(signature, rules, step)
+        writes = Writes()
+        choices = [(i, row[3].nonfinite) for i, row in enumerate(inputs.rows)]
+        bad, taken = engine.finish(step, choices, writes)
+        if bad:  # `execute` raises the error
+            return None
+        writes.make()
+        return taken
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]  # the step may read values
     def _step_if_finite(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
@@ -294,7 +329,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         if inputs.rows and not (found_inf is not None and found_inf):
             counts = {name: np.zeros((), np.int64) for name in ("step", "skipped")}
             with self._buffers_kept(inputs, lambda: bool(counts["step"])):
-                execute(inputs.columns(counts), inputs.caller())
+                execute(inputs.columns(counts), inputs.caller(None))
             self._skipped = self._skipped + int(counts["skipped"])
 
     @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,14 +12,15 @@ from torch.optim import Optimizer
 from lars_tree import errors
 from lars_tree._backends.base import Columns, Leaf
 from lars_tree._backends.torch.backend import BACKEND, is_in_cpu_memory, is_shard
-from lars_tree._backends.torch.fused import is_interpreted
+from lars_tree._backends.torch.foreach import Foreach
+from lars_tree._backends.torch.fused import Fused, is_interpreted
 from lars_tree._backends.torch.layers import Layer
-from lars_tree._backends.torch.multi_tensor import engine_of
-from lars_tree._backends.torch.optimizer_engine import OptimizerEngine
+from lars_tree._backends.torch.multi_tensor import fused_row
+from lars_tree._backends.torch.optimizer_engine import OptimizerEngine, signature_of
 from lars_tree._backends.torch.reader import may_read
 from lars_tree._backends.torch.sharded import shard_of
 from lars_tree._core.execute import Caller
-from lars_tree._numerics.formula import Rule
+from lars_tree._numerics.formula import Rule, is_joint
 from lars_tree.torch import options
 from lars_tree.torch.groups import name_of, refuse_flattened_since
 
@@ -96,21 +97,45 @@ class ParameterRows:
             for i, (param, grad, buffer, rule, *_) in enumerate(self.rows)
         ]
 
-    def caller(
-        self, found_inf: Tensor | None = None, last: tuple[Callable[[], Any], ...] = ()
-    ) -> Caller:
-        """The `Caller` argument of `execute`."""
-        engine = None
+    def engine(self, found_inf: Tensor | None = None) -> OptimizerEngine | None:
         # With "raise" and "skip", values of one engine may decide about writes of another.
         guards = any(group["nonfinite"] != "propagate" for group in self.groups)
         if self.for_engine and (self.device_can_guard or not guards):
             fusing = {i for i in self.for_engine if may_fuse(self.groups[self.rows[i][4]])}
-            engine = OptimizerEngine(self.for_engine, fusing, found_inf)
+            return OptimizerEngine(self.for_engine, fusing, found_inf)
+        return None
+
+    def caller(
+        self, engine: OptimizerEngine | None, last: tuple[Callable[[], Any], ...] = ()
+    ) -> Caller:
+        """The `Caller` argument of `execute`."""
         return Caller(self._paths, same_shapes=True, last=last, words=TORCH_WORDS, engine=engine)
+
+    def signature(self) -> tuple[Hashable | None, list[Rule]]:
+        """The signature of `Repeatable`, None if the step cannot be repeated; and all rules."""
+        if self.first_steps or len(self.for_engine) < len(self.rows):
+            return None, []
+        rules = {id(row[3]): row[3] for row in self.rows}
+        places = {key: place for place, key in enumerate(rules)}
+        xs = [x for row in self.rows for x in row[:3] if x is not None]
+        facts = signature_of(xs)
+        if facts is None:
+            return None, []
+        static = tuple(
+            (is_joint(rule), *(x for x in rule if not _is_number(x))) for rule in rules.values()
+        )
+        of_rows = tuple(places[id(row[3])] for row in self.rows)
+        moves = tuple(row[2] is None for row in self.rows)
+        fuses = tuple(map(may_fuse, self.groups))
+        return (facts, static, of_rows, moves, fuses), list(rules.values())
 
     def _paths(self) -> list[errors.Path]:
         positions = (row[4:] for row in self.rows)
         return [(name_of(self.groups[number], number, index),) for number, index in positions]
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (float, Tensor))
 
 
 def asks_for_engine(group: dict[str, Any]) -> bool:
@@ -133,7 +158,8 @@ def engines(optimizer: Optimizer) -> set[str]:
                 continue
             x = shard_of(p)
             layer = Layer(x, x, x, None, options.rule(group, None, is_first=False))
-            found.add(engine_of(layer, may_fuse(group)).name)
+            row = fused_row(layer, may_fuse(group))
+            found.add(Foreach.name if row is None else Fused.name)
     return found
 
 

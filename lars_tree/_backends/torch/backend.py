@@ -157,7 +157,11 @@ class TorchBackend(ArraysBackend):
             else:
                 elsewhere.append((leaf, results[i]))
         if elsewhere:
-            write_step(multi_tensor.prepare(elsewhere), elsewhere, writes)
+            step = multi_tensor.prepare(elsewhere)
+            if all(leaf.out is None for leaf, _ in elsewhere):
+                step.write()
+            else:
+                add_step(step, writes)
         return [_returned(leaf, new) for leaf, new in zip(leaves, results, strict=True)]
 
     def _step_in_cpu_memory(self, leaf: Leaf, new: StepResult, writes: Writes) -> None:
@@ -245,21 +249,13 @@ class TorchBackend(ArraysBackend):
         tensors.bump_versions(outs)
 
 
-def write_step(
-    step: multi_tensor.Step,
-    pairs: multi_tensor.Pairs,
-    writes: Writes,
-    unless: Tensor | None = None,
-) -> None:
-    """Write the results to new tensors now, or to each `out` with all other writes."""
-    write = partial(step.write, unless)
-    outs = [x for leaf, new in pairs if leaf.out is not None for x in new if x is not None]
-    if not outs:
-        write()
-    elif all(x.is_cpu for x in outs) and not stand_ins.is_intercepted():
-        writes.step_in_chunks(write)
+def add_step(step: multi_tensor.Step, writes: Writes, unless: Tensor | None = None) -> None:
+    """Add a step in place, which keeps the old values if `unless` is not 0."""
+    if stand_ins.is_intercepted() or any(map(tensors.is_capturing, step.devices)):
+        writes.step(partial(step.write, unless))  # modes and captures of graphs belong to a thread
     else:
-        writes.step(BACKEND, outs, write)
+        streams = [tensors.current_stream(device) for device in step.devices]
+        writes.step_in_chunks(partial(step.write, unless, streams))
 
 
 def _returned(leaf: Leaf, new: StepResult) -> StepResult:

@@ -1,3 +1,4 @@
 class Foreach:
+    name = "foreach"
     def __init__(self, layers):
         raise NotImplementedError

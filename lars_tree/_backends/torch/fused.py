@@ -8,8 +8,10 @@ tensors by tables in device memory, which are reused until an address changes.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Iterator
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import chain
@@ -39,56 +41,102 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@lru_cache
 def is_available(device: torch.device) -> bool:
-    """Whether Triton supports this device."""
-    if find_spec("triton") is None:
+    """Whether the kernels run on this device."""
+    if not _has_triton():
         return False
     if device.type == "cpu":
         return is_interpreted()
-    if device.type == "cuda" and torch.version.hip is None:
-        return torch.cuda.get_device_capability(device) >= (7, 0)
-    return device.type in ("cuda", "xpu")
+    return device.type in ("cuda", "xpu") and (tensors.is_capturing(device) or _works(device))
 
 
-def supports(layer: Layer) -> bool:
-    """Whether the kernels can update this layer, which passed all checks."""
-    return _layout(layer) is not None
+@lru_cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@lru_cache
+def _works(device: torch.device) -> bool:
+    """Whether a small step gives the right numbers; if not, a warning says why.
+
+    Triton supports only some devices, and needs a C compiler when it is first used.
+    """
+    rule = Rule(1.0, momentum=0.5)
+    w, dcdw = (torch.tensor(x, device=device) for x in ([3.0, 4.0], [0.0, 10.0]))
+    velocity = torch.zeros(2, device=device)
+    layer = Layer(w, dcdw, w, velocity, rule)
+    try:
+        row = row_of(layer)
+        assert row is not None
+        engine = Fused([layer], [row])
+        engine.write(engine.norms(), None)
+        found = w.tolist(), velocity.tolist()
+        fault = "" if found == ([3.0, -1.0], [0.0, 5.0]) else f"it computes {found}"
+    except Exception as error:  # any error means that Triton cannot be used, and is reported
+        fault = f"{type(error).__name__}: {error}"
+    if fault:
+        text = f"lars_tree cannot use Triton on {device}, so steps are slower: {fault}"
+        warnings.warn(text, stacklevel=2)
+    return not fault
 
 
 class _Layout(NamedTuple):
-    """The arguments of the kernels that are compiled into them, and the runs of elements.
+    """The arguments that are compiled into the kernels."""
+
+    w: torch.dtype
+    dcdw: torch.dtype
+    velocity: torch.dtype | None
+    is_strided: bool
+    is_aligned: bool
+
+
+class Row(NamedTuple):
+    """A layer that the kernels support, by its addresses.
 
     Elements are contiguous in runs of `inner`, which start `stride` elements apart.
     """
 
-    dtypes: tuple[Any, Any, Any]  # of w, dcdw and velocity
-    is_strided: bool
-    is_aligned: bool
+    w: int
+    dcdw: int
+    out: int
+    velocity: int
+    size: int
     inner: int
     stride: int
+    layout: _Layout
 
 
-def _layout(layer: Layer) -> _Layout | None:
-    w, velocity = layer.w, layer.velocity
-    written = [layer.out] if velocity is None else [layer.out, velocity]
-    addresses = 0
-    shape, strides = w.shape, w.stride()
-    for x in (w, layer.dcdw, *written):
+def row_of(layer: Layer) -> Row | None:
+    """The row of a layer that passed all checks; None if the kernels do not support it."""
+    w, dcdw, out, velocity, _ = layer
+    size, strides = w.numel(), w.stride()
+    dtypes: list[Any] = []
+    addresses = []
+    for x in (w, dcdw, velocity) if out is w else (w, dcdw, velocity, out):
+        if x is None:
+            dtypes.append(None)
+            addresses.append(0)
+            continue
         if type(x) not in TENSOR_TYPES or x.dtype not in DTYPES or x.is_neg():
             return None
-        if x is not w and x.stride() != strides and x.numel() > 1:
+        if x is not w and x.stride() != strides and size > 1:
             return None
-        addresses |= x.data_ptr()
-    runs = (max(w.numel(), 1), 0) if w.is_contiguous() else _runs(shape, strides)
-    if runs is None:
-        return None
-    dtypes = (w.dtype, layer.dcdw.dtype, None if velocity is None else velocity.dtype)
-    return _Layout(dtypes, bool(runs[1]), addresses % ALIGNMENT == 0, *runs)
+        dtypes.append(x.dtype)
+        addresses.append(x.data_ptr())
+    inner, stride = size, 0
+    if not w.is_contiguous():
+        runs = _runs(w.shape, strides)
+        if runs is None:
+            return None
+        inner, stride = runs
+    is_aligned = not any(address % ALIGNMENT for address in addresses)
+    layout = _Layout(dtypes[0], dtypes[1], dtypes[2], stride != 0, is_aligned)
+    ours, gradient, moving, *other = addresses
+    return Row(ours, gradient, *(other or [ours]), moving, size, max(inner, 1), stride, layout)
 
 
 def _runs(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int] | None:
-    """The length of runs of contiguous elements, and their distance; 0 if there is one run.
+    """The length of runs of contiguous elements, and their distance: 0 if there is one run.
 
     None if the elements are in no such order. The order of axes does not matter, because it is the
     same for all tensors of a layer.
@@ -120,8 +168,7 @@ class _Launch(NamedTuple):
     Their chunks are consecutive in the table of chunks; those of layers that adapt come first.
     """
 
-    dtypes: tuple[Any, Any, Any]  # of w, dcdw and velocity
-    constants: dict[str, Any]
+    layout: _Layout
     first: int
     adapting: int  # the number of chunks
     total: int
@@ -137,34 +184,37 @@ class _Table(NamedTuple):
 
 
 class Fused:
-    """`LayerEngine` for layers that `supports`."""
+    """`LayerEngine` by Triton kernels."""
 
     name = "fused"
 
-    def __init__(self, layers: list[Layer]) -> None:
+    def __init__(self, layers: list[Layer], rows: list[Row]) -> None:
         from lars_tree._backends.torch import kernels
 
         self._kernels = kernels
         self._device = layers[0].w.device
         self._written = [x for layer in layers for x in layer[2:4] if x is not None]
-        indices: dict[Rule, int] = {}
-        rows = []
-        for layer in layers:
-            layout = _layout(layer)
-            assert layout is not None, "the kernels support the layer"
-            index = indices.setdefault(layer.rule, len(indices))
-            addresses = (0 if x is None else x.data_ptr() for x in layer[:4])
-            rows.append(_Row(*addresses, layer.w.numel(), index, layout))
-        self._rules = list(indices)
-        joint = any(map(formula.is_joint, self._rules))
-        is_double = any(torch.float64 in row.layout.dtypes for row in rows)
+        rules = {id(layer.rule): layer.rule for layer in layers}
+        self._rules = list(rules.values())
+        places = {key: place for place, key in enumerate(rules)}
+        of_rows = tuple(places[id(layer.rule)] for layer in layers)
+        is_double = any(torch.float64 in row.layout[:3] for row in rows)
         self._scales = len(formula.SCALES) if is_double else 1
-        self._constants = {"JOINT": joint, "SCALES": self._scales}
+        joint = any(map(formula.is_joint, self._rules))
+        self._constants = {"JOINT": joint, "SCALES": self._scales, **_COMPILER}
         with self._on_device() as stream:
             adapts = tuple(rule.adapt for rule in self._rules)
-            key = (self._device, stream, adapts, tuple(rows))
-            self._table = _kept(_TABLES, key, lambda: self._tabulate(rows))
+            key = (self._device, stream, adapts, of_rows, tuple(rows))
+            self._table = _kept(_TABLES, key, lambda: self._tabulate(rows, of_rows))
             self._numbers = self._numbers_of_rules(stream)
+
+    def again(self, rules: dict[int, Rule]) -> Fused:
+        """The same layers with new rules, which are given by the id of the old ones."""
+        new = copy(self)
+        new._rules = [rules[id(rule)] for rule in self._rules]
+        with self._on_device() as stream:
+            new._numbers = new._numbers_of_rules(stream)
+        return new
 
     def norms(self) -> Tensor:
         chunks, layers = self._table.chunks, self._table.layers
@@ -175,7 +225,7 @@ class Fused:
                 if launch.adapting:
                     self._kernels.sum_squares[(launch.adapting,)](
                         *(chunks, layers, self._numbers, sums, launch.first),
-                        **{**launch.constants, **self._constants},
+                        **self._constants_of(launch.layout),
                     )
             self._kernels.add_sums[(len(layers),)](
                 layers, sums, norms, SCALES=self._scales, **_ONE_WARP
@@ -208,49 +258,41 @@ class Fused:
         given = self._table.chunks, self._table.layers, coefficients, unless, bad
         with self._on_device():
             for launch in self._table.launches:
-                velocity = launch.dtypes[2] and self._triton_dtype(launch.dtypes[2])
+                velocity = launch.layout.velocity
                 self._kernels.apply[(launch.total,)](
                     *(*given, launch.first),
-                    V=velocity,
+                    V=velocity and self._triton_dtype(velocity),
                     STORES=bad is None,
-                    **{**launch.constants, **self._constants},
+                    **self._constants_of(launch.layout),
                 )
 
-    def _tabulate(self, rows: list[_Row]) -> _Table:
+    def _tabulate(self, rows: list[Row], rules: Sequence[int]) -> _Table:
         size = int(self._kernels.CHUNK)
         firsts, counts = [0] * len(rows), [0] * len(rows)
         chunks: list[tuple[int, int]] = []
         launches = []
-        for layout, members in grouped(range(len(rows)), lambda i: rows[i].layout[:3]).items():
+        for layout, members in grouped(range(len(rows)), lambda i: rows[i].layout).items():
             start = end = len(chunks)
             for adapts in (True, False):
                 for i in members:
-                    if self._rules[rows[i].rule].adapt is adapts:
+                    if self._rules[rules[i]].adapt is adapts:
                         count = -(-rows[i].size // size)
                         if adapts:
                             firsts[i], counts[i] = len(chunks), count
                         chunks += ((i, k) for k in range(count))
                 end = len(chunks) if adapts else end
-            constants = self._constants_of(*layout)
             if len(chunks) > start:
-                total = len(chunks) - start
-                launches.append(_Launch(layout[0], constants, start, end - start, total))
-        columns = zip(rows, firsts, counts, strict=True)
-        numbers = [
-            (*row[:5], row.layout.inner, row.layout.stride, first, count, row.rule)
-            for row, first, count in columns
-        ]
-        flat = np.fromiter(chain(*numbers, *chunks), np.int64)
-        sent, host = self._sent(torch.from_numpy(flat))
-        split = len(numbers) * len(self._kernels.LAYER_COLUMNS)
-        return _Table(sent[:split].view(len(numbers), -1), sent[split:].view(-1, 2), launches, host)
+                launches.append(_Launch(layout, start, end - start, len(chunks) - start))
+        columns = zip(rows, firsts, counts, rules, strict=True)
+        numbers = ((*row[:-1], *more) for row, *more in columns)
+        sent, host = self._sent(torch.from_numpy(np.fromiter(chain(*numbers, *chunks), np.int64)))
+        split = len(rows) * len(self._kernels.LAYER_COLUMNS)
+        return _Table(sent[:split].view(len(rows), -1), sent[split:].view(-1, 2), launches, host)
 
-    def _constants_of(
-        self, dtypes: tuple[Any, Any, Any], is_strided: bool, is_aligned: bool
-    ) -> dict[str, Any]:
-        w, dcdw = map(self._triton_dtype, dtypes[:2])
-        layout = {"W": w, "G": dcdw, "STRIDED": is_strided, "ALIGNED": is_aligned}
-        return {**layout, "num_warps": 8, **_COMPILER}
+    def _constants_of(self, layout: _Layout) -> dict[str, Any]:
+        w, dcdw = map(self._triton_dtype, layout[:2])
+        strides = {"STRIDED": layout.is_strided, "ALIGNED": layout.is_aligned}
+        return {"W": w, "G": dcdw, **strides, "num_warps": 8, **self._constants}
 
     def _triton_dtype(self, dtype: torch.dtype) -> Any:
         return getattr(self._kernels.tl, str(dtype).removeprefix("torch."))
@@ -283,7 +325,7 @@ class Fused:
         if self._device.type == "cpu":
             return host, host
         host = host.pin_memory()
-        if _is_capturing(self._device):  # each replay of the graph reads the memory again
+        if tensors.is_capturing(self._device):  # each replay of the graph reads the memory again
             _CAPTURED.append(host)
         return host.to(self._device, non_blocking=True), host
 
@@ -299,16 +341,6 @@ class Fused:
         module = torch.get_device_module(self._device)
         with module.device(self._device):
             yield module.current_stream(self._device).stream_id
-
-
-class _Row(NamedTuple):
-    w: int
-    dcdw: int
-    out: int
-    velocity: int
-    size: int
-    rule: int
-    layout: _Layout
 
 
 # A sum of products must be rounded as written, or `formula.multiply_add` would not be exact.
@@ -333,6 +365,3 @@ def _is_on_device(x: Any) -> bool:
     return isinstance(x, Tensor) and not x.is_cpu
 
 
-def _is_capturing(device: torch.device) -> bool:
-    module = torch.get_device_module(device)
-    return bool(getattr(module, "is_current_stream_capturing", bool)())

@@ -24,7 +24,7 @@ class Layer(NamedTuple):
     """The tensors that share one ratio. They may require gradients: use them without autograd.
 
     All have one shape and device, and are real. `out` may be w. The velocity, if there is one, is
-    overwritten.
+    overwritten. `rule.layer_axis` is ignored.
     """
 
     w: Any
@@ -38,8 +38,6 @@ class LayerEngine(Protocol):
     """Updates layers on one device. No method waits for the device."""
 
     name: ClassVar[str]
-
-    def __init__(self, layers: list[Layer]) -> None: ...
 
     def norms(self) -> Tensor:
         """The table of norms; of the joint gradient, where `formula.is_joint`.
@@ -70,7 +68,6 @@ def layers(leaf: Leaf, new: StepResult) -> list[Layer]:
         given = tuple(None if x is None else as_real(x.detach()) for x in given)
     if axis is None:
         return [Layer(*given, rule)]
-    rule = rule._replace(layer_axis=None)
     axis %= leaf.w.ndim  # counted from the front, as pairs of real numbers add an axis at the end
     rows = [repeat(None) if x is None else x.detach().unbind(axis) for x in given]
     return [Layer(*row, rule) for row in zip(*rows, strict=False)]  # type: ignore[call-arg]

@@ -7,6 +7,7 @@ resulting step writes the new values. Neither waits for a device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -45,6 +46,20 @@ class Step(NamedTuple):
     parts: list[_Part]
     counts: list[int]  # of the layers of each leaf in this process
     groups: list[list[Any]]  # the processes that share each leaf
+    outs: list[Tensor]
+
+    def again(self, rules: dict[int, Rule]) -> Step | None:
+        """The same step for new values of the tensors; None if an engine does not support this.
+
+        `rules` has a new rule for each old rule, by id, which differs only in its numbers.
+        """
+        parts = []
+        for engine, indices, _ in self.parts:
+            if not isinstance(engine, fused.Fused):
+                return None
+            new = engine.again(rules)
+            parts.append(_Part(new, indices, new.norms()))
+        return self._replace(parts=parts)
 
     def nonfinite(self) -> Tensor:
         """Whether each leaf would not be finite in any process, as `LayerEngine.nonfinite`.
@@ -61,18 +76,29 @@ class Step(NamedTuple):
             sharded.add_up(found, [(1, groups) for groups in self.groups])
             return found > 0
 
-    def write(self, unless: Tensor | None = None) -> None:
-        """Write all results; the old values, if `unless`, a number on a device, is not 0."""
-        with torch.no_grad():
+    @property
+    def devices(self) -> list[torch.device]:
+        return list({part.norms.device: None for part in self.parts})
+
+    def write(
+        self, unless: Tensor | None = None, streams: Sequence[AbstractContextManager[Any]] = ()
+    ) -> None:
+        """Write all results; the old values, if `unless`, a number on a device, is not 0.
+
+        In another thread than `prepare`, the streams of that thread must be given.
+        """
+        with ExitStack() as stack:
+            for stream in streams:
+                stack.enter_context(stream)
+            stack.enter_context(tensors.writing_to(self.outs))
             for engine, _, norms in self.parts:
                 keeps = None if unless is None else unless.to(norms.device, non_blocking=True)
                 engine.write(norms, keeps)
 
 
-def engine_of(layer: Layer, may_fuse: bool) -> type[LayerEngine]:
-    """The fastest engine that supports this layer."""
-    is_fused = may_fuse and fused.is_available(layer.w.device) and fused.supports(layer)
-    return fused.Fused if is_fused else Foreach
+def fused_row(layer: Layer, may_fuse: bool) -> fused.Row | None:
+    """The row of a layer for `Fused`; None if `Foreach` updates the layer."""
+    return fused.row_of(layer) if may_fuse and fused.is_available(layer.w.device) else None
 
 
 def is_on_accelerator(leaf: Leaf) -> bool:
@@ -84,7 +110,7 @@ def prepare(pairs: Pairs, may_fuse: Callable[[Leaf], bool] = is_on_accelerator) 
     with torch.no_grad():
         flat: list[Layer] = []
         counts: list[int] = []
-        keys: list[Any] = []
+        rows: list[fused.Row | None] = []
         every: list[list[Any]] = []
         shared: list[tuple[range, list[Any]]] = []
         for leaf, new in pairs:
@@ -92,19 +118,22 @@ def prepare(pairs: Pairs, may_fuse: Callable[[Leaf], bool] = is_on_accelerator) 
             some = sharded.layers_here(leaf, new) if is_sharded else layers(leaf, new)
             every.append(sharded.groups_of(leaf.w) if is_sharded else [])
             if is_sharded and leaf.rule.adapt:
-                rows = range(len(flat), len(flat) + len(some))
-                shared.append((rows, sharded.groups_of(leaf.w, leaf.rule.layer_axis)))
+                here = range(len(flat), len(flat) + len(some))
+                shared.append((here, sharded.groups_of(leaf.w, leaf.rule.layer_axis)))
             fuses = may_fuse(leaf)
-            keys += ((engine_of(layer, fuses), layer.w.device) for layer in some)
+            rows += (fused_row(layer, fuses) for layer in some)
             flat += some
             counts.append(len(some))
         parts = []
-        for (engine, _), indices in grouped(range(len(flat)), keys.__getitem__).items():
-            made = engine([flat[i] for i in indices])
-            parts.append(_Part(made, indices, made.norms()))
+        groups = grouped(range(len(flat)), lambda i: (rows[i] is None, flat[i].w.device))
+        for (is_foreach, _), indices in groups.items():
+            members, known = ([xs[i] for i in indices] for xs in (flat, rows))
+            engine = Foreach(members) if is_foreach else fused.Fused(members, known)
+            parts.append(_Part(engine, indices, engine.norms()))
         if any(groups for _, groups in shared):
             _complete(parts, shared)
-        return Step(parts, counts, every)
+        outs = [x for _, new in pairs for x in new if x is not None]
+        return Step(parts, counts, every, outs)
 
 
 def _complete(parts: list[_Part], shared: list[tuple[range, list[Any]]]) -> None:
@@ -199,7 +228,7 @@ def traced(leaves: list[Leaf], unless: Tensor | None) -> tuple[list[Tensor], lis
             dtype = wide(layer)
             given = (layer.w, layer.dcdw, layer.velocity)
             w, dcdw, velocity = (None if x is None else x.to(dtype) for x in given)
-            rule = one_rule([layer.rule], w)
+            rule = one_rule([layer.rule._replace(layer_axis=None)], w)
             new = formula.step(tensors.TorchOps(torch), w, dcdw, rule, velocity)
             outs += (x for x in layer[2:4] if x is not None)
             values += (x for x in new if x is not None)

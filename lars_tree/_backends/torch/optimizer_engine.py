@@ -5,7 +5,8 @@ Full checks would take longer than the step on a device, so this engine makes a 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Hashable
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -13,23 +14,28 @@ from torch import Tensor
 from lars_tree._backends.base import Leaf, StepResult, Writes
 from lars_tree._backends.torch import multi_tensor
 from lars_tree._backends.torch.addresses import NUMPY_TYPES
-from lars_tree._backends.torch.backend import BACKEND, is_in_cpu_memory, write_step
+from lars_tree._backends.torch.backend import BACKEND, add_step, is_in_cpu_memory
 from lars_tree._backends.torch.sharded import is_sharded, partial_fault, shard_of, sharding_of
 from lars_tree._backends.torch.stand_ins import TENSOR_TYPES
+from lars_tree._numerics.formula import Rule
 
 
-class OptimizerEngine(NamedTuple):
+class OptimizerEngine:
     """`base.Engine` for torch optimizers.
 
     Attributes:
         indices: The indices of the leaves that this engine updates.
-        fusing: The indices of the leaves that Triton kernels may update.
-        unless: A number on a device; if it is not 0, the old values are kept.
+        step: The prepared step; None before `update`.
     """
 
-    indices: Collection[int]
-    fusing: Collection[int]
-    unless: Tensor | None
+    def __init__(
+        self, indices: Collection[int], fusing: Collection[int], unless: Tensor | None
+    ) -> None:
+        """Triton kernels may update the leaves in `fusing`; nothing is written if `unless` != 0."""
+        self.indices = indices
+        self.step: multi_tensor.Step | None = None
+        self._fusing = fusing
+        self._unless = unless
 
     def trusted(self, leaves: list[Leaf]) -> list[Leaf]:
         """The leaves outside of CPU memory; none if a leaf of the engine fails the pre-check."""
@@ -39,23 +45,60 @@ class OptimizerEngine(NamedTuple):
         return [leaf for leaf in ours if not is_in_cpu_memory(leaf.w)]
 
     def update(self, leaves: list[Leaf], writes: Writes) -> tuple[list[int], Any]:
-        """As in `base.Engine`; waits for the device only if a rule has nonfinite="raise"."""
+        """As in `base.Engine`."""
         pairs = [(leaf, StepResult(leaf.out, leaf.velocity)) for leaf in leaves]
-        step = multi_tensor.prepare(pairs, lambda leaf: leaf.leaf_index in self.fusing)
-        choices = [leaf.rule.nonfinite for leaf in leaves]
-        unless, taken = self.unless, True
-        if any(choice != "propagate" for choice in choices):
+        step = multi_tensor.prepare(pairs, lambda leaf: leaf.leaf_index in self._fusing)
+        choices = [(leaf.leaf_index, leaf.rule.nonfinite) for leaf in leaves]
+        return self.finish(step, choices, writes)
+
+    def finish(
+        self, step: multi_tensor.Step, choices: list[tuple[int, str]], writes: Writes
+    ) -> tuple[list[int], Any]:
+        """Add the writes of a prepared step, given the option `nonfinite` of each leaf.
+
+        This waits for the device only if an option is "raise".
+        """
+        self.step = step
+        unless, taken = self._unless, True
+        if any(choice != "propagate" for _, choice in choices):
             flags = step.nonfinite()
-            if "raise" in choices and not (unless is not None and unless):
-                rows = zip(leaves, choices, flags.tolist(), strict=True)
-                bad = [leaf.leaf_index for leaf, choice, is_bad in rows if is_bad and choice == "raise"]
+            if any(choice == "raise" for _, choice in choices) and not (
+                unless is not None and unless
+            ):
+                rows = zip(choices, flags.tolist(), strict=True)
+                bad = [i for (i, choice), is_bad in rows if is_bad and choice == "raise"]
                 if bad:
                     return bad, False
             skips = flags.any()
             taken = ~skips
             unless = skips if unless is None else skips | (unless.to(skips.device) != 0)
-        write_step(step, pairs, writes, unless)
+        add_step(step, writes, unless)
         return [], taken
+
+
+class Repeatable(NamedTuple):
+    """A step that was checked and taken. It is taken again if its signature is the same.
+
+    The signature has all that the checks and the engines use, except the numbers of the rules and
+    the elements of the tensors.
+    """
+
+    signature: Hashable
+    rules: list[Rule]
+    step: multi_tensor.Step
+
+
+_FACTS: tuple[Callable[[Tensor], Hashable], ...] = (
+    *(Tensor.data_ptr, Tensor.size, Tensor.stride, Tensor.get_device, Tensor.is_neg),
+    attrgetter("dtype"),
+)
+
+
+def signature_of(xs: list[Tensor]) -> Hashable | None:
+    """Equal for tensors with the same memory, shapes, strides and dtypes; None if not comparable."""
+    if not set(TENSOR_TYPES).issuperset(map(type, xs)):
+        return None
+    return tuple(tuple(map(fact, xs)) for fact in _FACTS)
 
 
 def _look_right(leaves: list[Leaf]) -> bool:

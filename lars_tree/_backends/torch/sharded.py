@@ -104,7 +104,8 @@ def layers_here(leaf: Leaf, new: StepResult) -> list[Layer]:
     numbers = {
         name: whole(torch.as_tensor(x)).reshape(()) for name, x in options if hasattr(x, "shape")
     }
-    rule, gradient = leaf.rule._replace(**numbers), _gradient_of(leaf.dcdw, leaf.w)
+    rule = leaf.rule._replace(**numbers) if numbers else leaf.rule
+    gradient = _gradient_of(leaf.dcdw, leaf.w)
     shard = leaf._replace(w=shard_of(leaf.w), dcdw=gradient, rule=rule)
     return layers(shard, StepResult(*map(shard_of, new)))
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from itertools import filterfalse
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,6 +68,21 @@ class TorchOps(NamespaceOps):
 
     def max(self, x: Tensor, axes: tuple[int, ...]) -> Tensor:
         return torch.amax(x, dim=axes, keepdim=True) if axes else x
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether operations on the device are captured in a graph now."""
+    module = torch.get_device_module(device)
+    return bool(getattr(module, "is_current_stream_capturing", bool)())
+
+
+def current_stream(device: torch.device) -> AbstractContextManager[Any]:
+    """A context manager that makes the current stream of this thread current in another thread."""
+    module = torch.get_device_module(device)
+    if device.type == "cpu" or not hasattr(module, "stream"):
+        return nullcontext()
+    stream: AbstractContextManager[Any] = module.stream(module.current_stream(device))
+    return stream
 
 
 def index(numbers: list[int], device: torch.device) -> Tensor:
