@@ -16,8 +16,7 @@ from test_numbers import BOUNDS, exponents, random_array
 torch = need("torch")
 need_triton()
 
-from lars_tree._backends.torch import fused  # noqa: E402
-from lars_tree._backends.torch.fused import Fused  # noqa: E402
+from lars_tree._backends.torch.fused import Fused, row_of  # noqa: E402
 from lars_tree._backends.torch.layers import Layer  # noqa: E402
 from lars_tree._numerics.formula import Rule  # noqa: E402
 
@@ -39,8 +38,12 @@ def floats(x):
 
 
 def write(layers, unless=None):
-    engine = Fused(layers)
+    engine = engine_of(layers)
     engine.write(engine.norms(), unless)
+
+
+def engine_of(layers):
+    return Fused(layers, list(map(row_of, layers)))
 
 
 def errors(cases, name, g_name=None):
