@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -105,7 +106,9 @@ def pytest_collection_finish() -> None:
 def interpreter() -> Iterator[None]:
     """Make Triton interpret kernels, unless there is a GPU to run them."""
     need_triton()
-    with interpreting(), np.errstate(all="ignore"):  # it computes with numpy
+    with interpreting(), warnings.catch_warnings():
+        # It computes with numpy, sometimes in another thread.
+        warnings.filterwarnings("ignore", ".* encountered in ", RuntimeWarning)
         yield
 
 

@@ -20,8 +20,8 @@ from lars_tree._backends.torch.fused import Fused, row_of  # noqa: E402
 from lars_tree._backends.torch.layers import Layer  # noqa: E402
 from lars_tree._numerics.formula import Rule  # noqa: E402
 
-with interpreting():  # for the functions that are defined as kernels
-    from lars_tree._backends.torch import kernels
+with interpreting():  # Triton reads the variable when a kernel is defined
+    from lars_tree._backends.torch import kernels  # noqa: F401
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
