@@ -189,7 +189,7 @@ def test_a_layer_axis(axis, dtype):
 def test_complex_tensors():
     generator = torch.Generator().manual_seed(0)
     w, g = (torch.view_as_complex(random(generator, 3, 7, 2)) for _ in range(2))
-    compare([w, w[:, 1:5]], [g, g[:, 1:5]])
+    compare([w, w.t()], [g, g.t()])
 
 
 @pytest.mark.usefixtures("small_chunks")
