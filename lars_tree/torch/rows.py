@@ -14,7 +14,7 @@ from lars_tree._backends.base import Columns, Leaf
 from lars_tree._backends.torch.backend import BACKEND, is_in_cpu_memory, is_shard
 from lars_tree._backends.torch.foreach import Foreach
 from lars_tree._backends.torch.fused import Fused, is_interpreted
-from lars_tree._backends.torch.layers import Layer
+from lars_tree._backends.torch.layers import Layer, as_real
 from lars_tree._backends.torch.multi_tensor import fused_row
 from lars_tree._backends.torch.optimizer_engine import OptimizerEngine, signature_of
 from lars_tree._backends.torch.reader import may_read
@@ -156,7 +156,7 @@ def engines(optimizer: Optimizer) -> set[str]:
             if not asks_for_engine(group) and (is_in_cpu_memory(p) or is_shard(p)):
                 found.add("native" if may_read() else "twin")
                 continue
-            x = shard_of(p)
+            x = as_real(shard_of(p))
             layer = Layer(x, x, x, None, options.rule(group, None, is_first=False))
             row = fused_row(layer, may_fuse(group))
             found.add(Foreach.name if row is None else Fused.name)

@@ -8,6 +8,7 @@ tensors by tables in device memory, which are reused until an address changes.
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,8 +38,15 @@ T = TypeVar("T")
 
 
 def is_interpreted() -> bool:
-    """Whether Triton interprets its kernels, so that they run on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    """Whether Triton interprets its kernels, so that they run on CPU tensors.
+
+    Triton reads the variable whenever it defines or calls a kernel, so it must also have been set
+    when Triton, which defines kernels of its own, was imported.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    own = getattr(sys.modules.get("triton.language"), "sum", None)
+    return type(own).__name__ != "JITFunction"
 
 
 def is_available(device: torch.device) -> bool:
@@ -228,7 +236,7 @@ class Fused:
                         **self._constants_of(launch.layout),
                     )
             self._kernels.add_sums[(len(layers),)](
-                layers, sums, norms, SCALES=self._scales, **_ONE_WARP
+                layers, sums, norms, SCALES=self._scales, **_ONE_WARP, **_COMPILER
             )
         return norms
 
@@ -250,7 +258,7 @@ class Fused:
         found = self._empty(len(layers), self._kernels.COEFFICIENTS)
         with self._on_device():
             self._kernels.find_coefficients[(len(layers),)](
-                layers, self._numbers, norms, found, SCALES=self._scales, **_ONE_WARP
+                layers, self._numbers, norms, found, **self._constants, **_ONE_WARP
             )
         return found
 
@@ -345,7 +353,7 @@ class Fused:
 
 # A sum of products must be rounded as written, or `formula.multiply_add` would not be exact.
 _COMPILER = {"enable_fp_fusion": False}
-_ONE_WARP = {"num_warps": 1, **_COMPILER}
+_ONE_WARP = {"num_warps": 1}
 
 _TABLES: dict[Hashable, _Table] = {}
 _NUMBERS: dict[Hashable, tuple[Tensor, Tensor]] = {}

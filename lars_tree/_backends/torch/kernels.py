@@ -22,10 +22,21 @@ BLOCK = tl.constexpr(2048)  # elements that a program loads at once
 PARTS = tl.constexpr(128)  # partial sums that are added at once
 
 # Columns of the tables; `fused.py` writes the tables by these names.
-LAYER_COLUMNS = ("w", "dcdw", "out", "velocity", "size", "inner", "stride", "first", "count", "rule")
+LAYER_COLUMNS = (
+    "w",
+    "dcdw",
+    "out",
+    "velocity",
+    "size",
+    "inner",
+    "stride",
+    "first",
+    "count",
+    "rule",
+)
 RULE_COLUMNS = (*formula.NUMBERS, *formula.MOMENTUM_NUMBERS)
 FLAG_COLUMNS = ("adapt", "trust_clip", "joint_norm", "maximize", "nesterov", "is_guarded")
-COEFFICIENTS = 10
+COEFFICIENTS = 11
 _LAYER = tl.constexpr(len(LAYER_COLUMNS))
 _RULE = tl.constexpr(len(RULE_COLUMNS) + len(FLAG_COLUMNS))
 _COEFFICIENTS = tl.constexpr(COEFFICIENTS)
@@ -322,7 +333,7 @@ def _added(sums, first, count, column, k, SCALES: tl.constexpr):
 
 
 @triton.jit
-def find_coefficients(layers, rules, norms, table, SCALES: tl.constexpr):
+def find_coefficients(layers, rules, norms, table, JOINT: tl.constexpr, SCALES: tl.constexpr):
     """The coefficients of the step of each layer, in the order in which `_coefficients` reads."""
     layer = tl.program_id(0)
     numbers = rules + tl.load(layers + layer * _LAYER + 9) * _RULE
@@ -347,22 +358,70 @@ def find_coefficients(layers, rules, norms, table, SCALES: tl.constexpr):
     adapts = tl.load(numbers + 8) != 0
     plain_factor, plain_decay = coefficients(1.0, rule)
     factor, decay = tl.where(adapts, factor, plain_factor), tl.where(adapts, decay, plain_decay)
-    prescale = tl.where(adapts, 1.0 / dcdw_norm.scale, 1.0)
+    unscale = tl.where(adapts, 1.0 / dcdw_norm.scale, 1.0)
     scale = tl.where(adapts, scale, 1.0)
+    dcdw_scale, w_scale, first, last = 1.0, 1.0, 1.0, 1.0
     if SCALES == 1:  # the product is in the range of float64
-        factor = factor * prescale * scale
-        prescale = 1.0
+        factor = factor * unscale * scale
+    else:
+        if JOINT:
+            joint, dcdw_scale, w_scale = _joint_scales(joint, w_norm.scale, dcdw_norm.scale)
+            unscale = unscale / dcdw_scale
+        first, middle, last = _factors(unscale, scale)
+        factor = factor * middle
     row = table + layer * _COEFFICIENTS
-    tl.store(row, prescale)
-    tl.store(row + 1, sign * prescale)
+    tl.store(row, w_scale)
+    tl.store(row + 1, sign * dcdw_scale)
     tl.store(row + 2, factor)
-    tl.store(row + 3, scale)
+    tl.store(row + 3, first)
     tl.store(row + 4, decay)
     tl.store(row + 5, joint)
     tl.store(row + 6, rule.momentum)
     tl.store(row + 7, rule.lr_after_momentum)
     tl.store(row + 8, tl.load(numbers + 12))
     tl.store(row + 9, tl.load(numbers + 13))
+    tl.store(row + 10, last)
+
+
+@triton.jit
+def _joint_scales(joint, w_scale, joint_gradient_scale):
+    """The factor of w in a scaled joint gradient, and the scales of dcdw and of w in it.
+
+    Its terms are at most near 2**543: they cannot overflow, and far smaller ones keep their digits.
+    """
+    decay = joint * tl.where(w_scale < 2.0**900, w_scale, 2.0**900)
+    other = tl.where(joint_gradient_scale < 2.0**900, joint_gradient_scale, 2.0**900)
+    largest = _power_of_two(_maximum(_maximum(decay, other), 2.0**-520))
+    dcdw_scale = 2.0**420 / largest
+    w_scale = 2.0**420 / _maximum(w_scale, 2.0**-520)
+    is_joint = joint != 0
+    return (
+        joint * (dcdw_scale / w_scale),
+        tl.where(is_joint, dcdw_scale, 1.0),
+        tl.where(is_joint, w_scale, 1.0),
+    )
+
+
+@triton.jit
+def _factors(a, b):
+    """Three factors of the product of two powers of two, which may be out of range.
+
+    A number is multiplied by one after the other. If the first and the last are not 1, both exceed
+    2**200 or both are below 2**-200, so a product is out of range only if the last one is.
+    """
+    product = a * b
+    is_large, is_small = product >= 2.0**900, product <= 2.0**-900
+    edge = tl.where(is_large, 2.0**200, 2.0**-200)
+    a_is_inside = tl.where(is_large, a < edge, a > edge)
+    b_is_inside = tl.where(is_large, b < edge, b > edge)
+    first = tl.where(a_is_inside, edge, a) * tl.where(b_is_inside, b / edge, 1.0)
+    last = tl.where(b_is_inside, edge, b) * tl.where(a_is_inside, a / edge, 1.0)
+    is_safe = ~(is_large | is_small)
+    return (
+        tl.where(is_safe, 1.0, first),
+        tl.where(is_safe, product, 1.0),
+        tl.where(is_safe, 1.0, last),
+    )
 
 
 @triton.jit
@@ -385,8 +444,12 @@ def _apply(
     w_address, dcdw_address, out_address = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     velocity_address = tl.load(row + 3)
     size, inner, stride = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
-    prescale, signed_prescale = tl.load(coefficients), tl.load(coefficients + 1)
-    factor, scale = tl.load(coefficients + 2), tl.load(coefficients + 3)
+    w_scale, signed_scale = tl.load(coefficients), tl.load(coefficients + 1)
+    factor, first, last = (
+        tl.load(coefficients + 2),
+        tl.load(coefficients + 3),
+        tl.load(coefficients + 10),
+    )
     decay, joint = tl.load(coefficients + 4), tl.load(coefficients + 5)
     momentum, lr_after = tl.load(coefficients + 6), tl.load(coefficients + 7)
     nesterov = tl.load(coefficients + 8) != 0
@@ -397,13 +460,15 @@ def _apply(
         offsets = _offsets(begin, inner, stride, STRIDED)
         w = _load(w_address, offsets, mask, W, ALIGNED, MASKED)
         dcdw = _load(dcdw_address, offsets, mask, G, ALIGNED, MASKED)
-        gradient = signed_prescale * dcdw
+        gradient = signed_scale * dcdw
         if JOINT:
-            total = multiply_add(_OPS, gradient, joint, prescale * w)
+            total = multiply_add(_OPS, gradient, joint, w_scale * w)
             gradient = tl.where(joint != 0, total, gradient)
+        if SCALES == 3:
+            gradient = first * gradient
         u = factor * gradient
         if SCALES == 3:
-            u = scale * u
+            u = last * u
         # Without decay, an infinite weight must not become NaN.
         u += tl.where(decay != 0, decay * w, 0.0)
         direction = u
