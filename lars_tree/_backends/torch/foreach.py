@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from lars_tree._backends.base import grouped
+from lars_tree._backends.torch import tensors
 from lars_tree._backends.torch.chunks import Chunks, Part, views
 from lars_tree._backends.torch.layers import Layer, alike
-from lars_tree._backends.torch.tensors import writing_to
 from lars_tree._backends.torch.vectors import (
     OPS,
     Scratch,
@@ -34,12 +34,6 @@ LIMIT = 2**25  # bytes of temporaries; `_foreach_norm` may convert tensors, for 
 SCRATCH = 16  # the number of arrays that `formula.multiply_add` holds at the same time
 
 
-def has_float64(device: torch.device) -> bool:
-    if device.type == "xpu":
-        return bool(torch.xpu.get_device_properties(device).has_fp64)
-    return bool(device.type != "mps")
-
-
 class Foreach:
     """`LayerEngine` for all devices of torch."""
 
@@ -50,7 +44,7 @@ class Foreach:
         self.like: dict[str, Any] = {"dtype": torch.float64}  # of the norms
         if layers:
             device = layers[0].w.device
-            dtype = torch.float64 if has_float64(device) else torch.float32
+            dtype = torch.float64 if tensors.has_float64(device) else torch.float32
             self.like = {"dtype": dtype, "device": device}
         filled = [i for i, layer in enumerate(layers) if layer.w.numel()]
         self.members = list(grouped(filled, lambda i: _key(layers[i])).values())
@@ -81,7 +75,7 @@ class Foreach:
             return ~torch.isfinite(torch.stack(largest))
 
     def write(self, norms: Tensor, unless: Tensor | None) -> None:
-        with writing_to([x for group in self.groups for x in group.targets]):
+        with tensors.writing_to([x for group in self.groups for x in group.targets]):
             keep = None if unless is None else unless != 0
             for step, temporaries in self._steps(norms, in_place=keep is None):
                 for parts in step.chunks.parts:

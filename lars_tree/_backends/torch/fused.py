@@ -43,24 +43,35 @@ def is_interpreted() -> bool:
     Triton reads the variable whenever it defines or calls a kernel, so it must also have been set
     when Triton, which defines kernels of its own, was imported.
     """
-    if os.environ.get("TRITON_INTERPRET") != "1":
+    if not _asks_for_interpreter():
         return False
     own = getattr(sys.modules.get("triton.language"), "sum", None)
     return type(own).__name__ != "JITFunction"
 
 
+def _asks_for_interpreter() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
 def is_available(device: torch.device) -> bool:
     """Whether the kernels run on this device."""
-    if not _has_triton():
-        return False
     if device.type == "cpu":
-        return is_interpreted()
-    return device.type in ("cuda", "xpu") and (tensors.is_capturing(device) or _works(device))
+        return is_interpreted() and _has_triton()
+    if device.type not in ("cuda", "xpu") or not tensors.has_float64(device):
+        return False
+    if _asks_for_interpreter() or not _has_triton():  # the interpreter reads only CPU memory
+        return False
+    return tensors.is_capturing(device) or _works(device)
 
 
 @lru_cache
 def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    """Whether Triton is installed, in a version that compiles the kernels."""
+    if find_spec("triton") is None:
+        return False
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4)
 
 
 @lru_cache
@@ -127,7 +138,7 @@ def row_of(layer: Layer) -> Row | None:
             continue
         if type(x) not in TENSOR_TYPES or x.dtype not in DTYPES or x.is_neg():
             return None
-        if x is not w and x.stride() != strides and size > 1:
+        if x is not w and x.stride() != strides and not _same_order(w, x):
             return None
         dtypes.append(x.dtype)
         addresses.append(x.data_ptr())
@@ -141,6 +152,12 @@ def row_of(layer: Layer) -> Row | None:
     layout = _Layout(dtypes[0], dtypes[1], dtypes[2], stride != 0, is_aligned)
     ours, gradient, moving, *other = addresses
     return Row(ours, gradient, *(other or [ours]), moving, size, max(inner, 1), stride, layout)
+
+
+def _same_order(x: Tensor, y: Tensor) -> bool:
+    """Whether elements of two tensors of one shape have the same distances in memory."""
+    axes = zip(x.shape, x.stride(), y.stride(), strict=True)
+    return x.numel() <= 1 or all(n == 1 or one == other for n, one, other in axes)
 
 
 def _runs(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int] | None:
@@ -201,6 +218,7 @@ class Fused:
 
         self._kernels = kernels
         self._device = layers[0].w.device
+        self._layers = layers  # may hold the only references to copies of gradients
         self._written = [x for layer in layers for x in layer[2:4] if x is not None]
         rules = {id(layer.rule): layer.rule for layer in layers}
         self._rules = list(rules.values())
@@ -213,12 +231,13 @@ class Fused:
         with self._on_device() as stream:
             adapts = tuple(rule.adapt for rule in self._rules)
             key = (self._device, stream, adapts, of_rows, tuple(rows))
-            self._table = _kept(_TABLES, key, lambda: self._tabulate(rows, of_rows))
+            self._table = self._kept(_TABLES, key, lambda: self._tabulate(rows, of_rows))
             self._numbers = self._numbers_of_rules(stream)
 
     def again(self, rules: dict[int, Rule]) -> Fused:
         """The same layers with new rules, which are given by the id of the old ones."""
         new = copy(self)
+        new._layers = []
         new._rules = [rules[id(rule)] for rule in self._rules]
         with self._on_device() as stream:
             new._numbers = new._numbers_of_rules(stream)
@@ -244,6 +263,7 @@ class Fused:
         coefficients = self._coefficients(norms)
         self._apply(coefficients, unless, None)
         tensors.bump_versions(self._written)
+        self._layers = []
 
     def nonfinite(self, norms: Tensor) -> Tensor:
         """Whether each layer would not be finite, if its rule has the option `nonfinite`."""
@@ -315,10 +335,10 @@ class Fused:
         known = tuple(
             tuple(0.0 if _is_on_device(x) else float(x) for x in numbers) for numbers in given
         )
-        table, _ = _kept(
+        table, _ = self._kept(
             _NUMBERS,
             (self._device, stream, known),
-            lambda: self._sent(torch.tensor(known, dtype=torch.float64)),
+            lambda: self._sent(torch.tensor(known, dtype=torch.float64, device="cpu")),
         )
         if any(_is_on_device(x) for numbers in given for x in numbers):
             table = table.clone()
@@ -332,10 +352,31 @@ class Fused:
         """A copy on the device, made without waiting, and the pinned memory it is made from."""
         if self._device.type == "cpu":
             return host, host
-        host = host.pin_memory()
-        if tensors.is_capturing(self._device):  # each replay of the graph reads the memory again
-            _CAPTURED.append(host)
-        return host.to(self._device, non_blocking=True), host
+        # A capture must not allocate pinned memory, so each table leaves memory for one.
+        key = host.dtype, len(host.reshape(-1))
+        if tensors.is_capturing(self._device) and _SPARE.get(key):
+            pinned = _SPARE[key].pop()
+            pinned.copy_(host.reshape(-1))
+            pinned = pinned.view(host.shape)
+        else:
+            pinned = host.pin_memory()
+            while len(_SPARE) >= MAX_TABLES:
+                _SPARE.pop(list(_SPARE)[0], None)
+            _SPARE.setdefault(key, []).append(torch.empty_like(pinned.reshape(-1), pin_memory=True))
+        return pinned.to(self._device, non_blocking=True), pinned
+
+    def _kept(self, cache: dict[Hashable, T], key: Hashable, make: Callable[[], T]) -> T:
+        """The value of a key, made if it is not in the cache; drops the oldest values."""
+        if tensors.is_capturing(self._device):
+            # Tables made in a capture are filled by each replay of the graph, from pinned memory.
+            value = cache.get(key) or make()
+            _CAPTURED.append(value)
+            return value
+        value = cache.pop(key, None) or make()
+        while len(cache) >= MAX_TABLES:
+            cache.pop(list(cache)[0], None)
+        cache[key] = value
+        return value
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float64, device=self._device)
@@ -357,16 +398,8 @@ _ONE_WARP = {"num_warps": 1}
 
 _TABLES: dict[Hashable, _Table] = {}
 _NUMBERS: dict[Hashable, tuple[Tensor, Tensor]] = {}
-_CAPTURED: list[Tensor] = []
-
-
-def _kept(cache: dict[Hashable, T], key: Hashable, make: Callable[[], T]) -> T:
-    """The value of a key, made if it is not in the cache; drops the least recently used values."""
-    value = cache.pop(key, None) or make()
-    while len(cache) >= MAX_TABLES:
-        cache.pop(next(iter(cache)), None)
-    cache[key] = value
-    return value
+_SPARE: dict[tuple[torch.dtype, int], list[Tensor]] = {}
+_CAPTURED: list[Any] = []  # what captured graphs read
 
 
 def _is_on_device(x: Any) -> bool:

@@ -187,6 +187,7 @@ def _rounded(x, DTYPE: tl.constexpr):
         is_even = (bits & 1) == 0
         odd = bits + tl.where(tl.abs(back) > tl.abs(x), -1, 1)
         bits = tl.where((back != x) & is_even, odd, bits)
+        bits = tl.where(x == x, bits, 0)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return tl.where(x == x, bits, 0x7FC0).to(tl.uint16)
     else:

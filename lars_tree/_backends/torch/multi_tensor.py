@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lars_tree._backends.base import Leaf, StepResult, grouped
-from lars_tree._backends.torch import fused, sharded, tensors
+from lars_tree._backends.torch import fused, sharded, stand_ins, tensors
 from lars_tree._backends.torch.foreach import Foreach
 from lars_tree._backends.torch.layers import (
     Layer,
@@ -47,6 +47,7 @@ class Step(NamedTuple):
     counts: list[int]  # of the layers of each leaf in this process
     groups: list[list[Any]]  # the processes that share each leaf
     outs: list[Tensor]
+    device: torch.device  # of the first leaf
 
     def again(self, rules: dict[int, Rule]) -> Step | None:
         """The same step for new values of the tensors; None if an engine does not support this.
@@ -67,12 +68,11 @@ class Step(NamedTuple):
         All leaves must be on one device.
         """
         with torch.no_grad():
-            flags = torch.cat([engine.nonfinite(norms) for engine, _, norms in self.parts])
-            order = [i for part in self.parts for i in part.indices]
+            found = torch.zeros(len(self.counts), device=self.device)
             owners = [leaf for leaf, n in enumerate(self.counts) for _ in range(n)]
-            rows = tensors.index([owners[i] for i in order], flags.device)
-            found = torch.zeros(len(self.counts), device=flags.device)
-            found.index_add_(0, rows, flags.to(found.dtype))
+            for engine, indices, norms in self.parts:
+                rows = tensors.index([owners[i] for i in indices], self.device)
+                found.index_add_(0, rows, engine.nonfinite(norms).to(found.dtype))
             sharded.add_up(found, [(1, groups) for groups in self.groups])
             return found > 0
 
@@ -109,6 +109,7 @@ def is_on_accelerator(leaf: Leaf) -> bool:
 def prepare(pairs: Pairs, may_fuse: Callable[[Leaf], bool] = is_on_accelerator) -> Step:
     """Compute the norms. Only leaves that `may_fuse` are updated by Triton kernels."""
     with torch.no_grad():
+        intercepted = stand_ins.is_intercepted()
         flat: list[Layer] = []
         counts: list[int] = []
         rows: list[fused.Row | None] = []
@@ -121,7 +122,7 @@ def prepare(pairs: Pairs, may_fuse: Callable[[Leaf], bool] = is_on_accelerator) 
             if is_sharded and leaf.rule.adapt:
                 here = range(len(flat), len(flat) + len(some))
                 shared.append((here, sharded.groups_of(leaf.w, leaf.rule.layer_axis)))
-            fuses = may_fuse(leaf)
+            fuses = may_fuse(leaf) and not intercepted
             rows += (fused_row(layer, fuses) for layer in some)
             flat += some
             counts.append(len(some))
@@ -134,7 +135,7 @@ def prepare(pairs: Pairs, may_fuse: Callable[[Leaf], bool] = is_on_accelerator) 
         if any(groups for _, groups in shared):
             _complete(parts, shared)
         outs = [x for _, new in pairs for x in new if x is not None]
-        return Step(parts, counts, every, outs)
+        return Step(parts, counts, every, outs, pairs[0][0].w.device)
 
 
 def _complete(parts: list[_Part], shared: list[tuple[range, list[Any]]]) -> None:

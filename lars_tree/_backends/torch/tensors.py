@@ -86,6 +86,12 @@ def current_stream(device: torch.device) -> AbstractContextManager[Any]:
     return stream
 
 
+def has_float64(device: torch.device) -> bool:
+    if device.type == "xpu":
+        return bool(torch.xpu.get_device_properties(device).has_fp64)
+    return device.type != "mps"
+
+
 def sent(host: Tensor, device: torch.device) -> Tensor:
     """A copy on the device, made without waiting for it."""
     if device.type == "cpu":
@@ -96,7 +102,7 @@ def sent(host: Tensor, device: torch.device) -> Tensor:
 
 
 def index(numbers: list[int], device: torch.device) -> Tensor:
-    return sent(torch.tensor(numbers), device)
+    return sent(torch.tensor(numbers, device="cpu"), device)
 
 
 def fetched(xs: list[Tensor]) -> list[NumpyArray]:
