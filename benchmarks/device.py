@@ -20,8 +20,11 @@ Step = Callable[[], Any]
 class Cpu:
     """The CPU, which has no graphs, no device memory, and no waiting for a device."""
 
+    is_gpu = False
     name = "cpu"
     backend = "eager"  # of torch.compile: inductor would need a C++ compiler
+    rounds = 2
+    copied = 2**20  # bytes
 
     def synchronize(self) -> None:
         """Wait until all submitted work is done."""
@@ -46,8 +49,11 @@ class Cpu:
 class Cuda(Cpu):
     """The current device of CUDA or ROCm."""
 
+    is_gpu = True
     name = "cuda"
     backend = "inductor"
+    rounds = 60
+    copied = 2**28  # more than a cache holds
 
     def synchronize(self) -> None:
         """See `Cpu`."""

@@ -38,28 +38,18 @@ from benchmarks.targets import MIB  # noqa: E402
 from benchmarks.trees import TITLES, TREES, Shapes  # noqa: E402
 
 LEAST = 7  # bytes moved per byte of parameters: read w, g for the norms; w, g, v; write w, v
-ROUNDS = {"cpu": 2, "cuda": 60}
 TEST_SHARE = 0.3  # of all seconds
 GRACE = 10.0  # seconds, to start and to end a process
-HEADING = [
-    "",
-    "engine",
-    "ms",
-    "ratio",
-    "of a copy",
-    "CPU, ms",
-    "syncs",
-    "peak, MiB",
-    "peak",
-    "held, MiB",
-]
+HEADING = ["", "engine", "ms", "ratio", "of a copy", "CPU, ms", "syncs", "peak, MiB", "held, MiB"]
 LEGEND = f"""\
-A row has one step on float32 parameters with momentum 0.9. "ms" is the lower quartile of steps in a
-row, "ratio" is relative to {BASE}, and "of a copy" is the bandwidth relative to that of a copy, if
-a step moves {LEAST} bytes per byte of parameters. "CPU, ms" is the time until a step returns. "syncs"
-counts how often a step waits for the GPU. "peak" is the memory that a step allocates and frees, also
-relative to the parameters; "held" is what is kept beyond parameters, gradients and state. The memory
-of a CUDA graph is not measured."""
+Each row is one step on float32 parameters with momentum 0.9.
+
+* ms: the lower quartile of the time of steps in a row. ratio: relative to {BASE}.
+* of a copy: the bandwidth relative to a copy, if a step moves {LEAST} bytes per byte of parameters.
+* CPU, ms: until a step returns. syncs: how often a step waits for the GPU.
+* peak: the memory that a step allocates and frees; in brackets, relative to the parameters.
+* held: the memory that is kept beyond parameters, gradients and state.
+* The memory of a CUDA graph is not measured."""
 
 Json = dict[str, Any]
 
@@ -79,7 +69,7 @@ def main(arguments: list[str]) -> int:
     if options.model is None:
         return everything(device, options.seconds, save)
     shapes = _tiny(TREES[options.model]()) if options.dry else TREES[options.model]()
-    measure_model(shapes, device, options.seconds, ROUNDS[device.name], save)
+    measure_model(shapes, device, options.seconds, save)
     return 0
 
 
@@ -101,7 +91,7 @@ def everything(device: Cpu, seconds: float, save: Any) -> int:
     _say(f"Measured on {result['machine']}.")
     for name, why in result["left out"].items():
         _say(f"* Left out: {name} ({why}).")
-    if device.name == "cpu":
+    if not device.is_gpu:
         _say("* Left out without a GPU: host syncs, device memory.")
     passed, result["tests"] = accelerator_tests(TEST_SHARE * seconds, device)
     _say(f"\nTests of the GPU engine: {result['tests']}")
@@ -122,7 +112,7 @@ def in_own_process(model: str, seconds: float, device: Cpu) -> Json:
     with TemporaryDirectory() as folder:
         file = Path(folder, "figures.json")
         options = ["--json", str(file), "--seconds", str(seconds - GRACE)]
-        options += ["--dry"] if device.name == "cpu" else []
+        options += ["--dry"] if not device.is_gpu else []
         command = [sys.executable, __file__, "--model", model, *options]
         ending = _finish(command, seconds, stdout=sys.stderr)
         found = json.loads(file.read_text()) if file.exists() else {"rows": []}
@@ -141,7 +131,7 @@ def accelerator_tests(seconds: float, device: Cpu) -> tuple[bool, str]:
         return True, f"left out, because there is no {', no '.join(missing)}"
     # The repository's options need pytest-xdist, and make errors of warnings by other versions.
     options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-oaddopts=", "-ofilterwarnings="]
-    if device.name == "cpu":
+    if not device.is_gpu:
         options.append("--collect-only")
     elif find_spec("xdist"):
         options.append("--numprocesses=4")
@@ -175,7 +165,7 @@ def machine(device: Cpu) -> str:
         triton = "not installed"
     versions = {"torch": torch.__version__, "triton": triton, "lars_tree": lars_tree.__version__}
     parts = ["the CPU, to try out the script"]
-    if device.name == "cuda":
+    if device.is_gpu:
         parts = [torch.cuda.get_device_name(), f"driver {_driver()}"]
         versions |= {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
     return ", ".join(parts + [f"{name} {version}" for name, version in versions.items() if version])
@@ -217,11 +207,11 @@ def _cells(row: Json, base: float | None, limit: float, size: int) -> list[str]:
         seconds and limit / seconds,
         row["cpu_seconds"] and 1e3 * row["cpu_seconds"],
         row["syncs"],
-        None if peak is None else peak / MIB,
-        None if peak is None else peak / size,
-        None if row["held"] is None else row["held"] / MIB,
     ]
-    return [row["name"], row["engine"], *("" if x is None else f"{x:.3g}" for x in numbers)]
+    cells = ["" if x is None else f"{x:.3g}" for x in numbers]
+    cells.append("" if peak is None else f"{peak / MIB:.3g} ({peak / size:.2f})")
+    cells.append("" if row["held"] is None else f"{row['held'] / MIB:.3g}")
+    return [row["name"], row["engine"], *cells]
 
 
 def _say(line: str) -> None:

@@ -30,7 +30,6 @@ BASE, COPY, OURS = "torch SGD, fused", "copy", "lars_tree"
 LR = 0.01  # small, so that the weights stay finite over thousands of steps
 LEAST_ROUNDS = 3  # even if the time is over
 LONGEST = 0.4  # the share of the time that one contestant may take to get ready
-COPIED = {"cpu": 2**20, "cuda": 2**28}  # bytes; more than a cache holds
 
 
 def _compiled(step: Step, device: Cpu) -> Step:
@@ -55,7 +54,8 @@ class Contestant:
     way: str = "plain"
 
 
-def _lars(way: str = "plain", **options: Any) -> Contestant:
+def lars(way: str = "plain", **options: Any) -> Contestant:
+    """Our optimizer."""
     return Contestant(peers.torch_lars, {"trust_coefficient": TRUST, **options}, way=way)
 
 
@@ -69,11 +69,11 @@ GRAPH, INTERPRETER = f"{OURS}, CUDA graph", f"{OURS}, interpreter"
 CONTESTANTS = {
     BASE: Contestant(peers.sgd, {"fused": True}),
     "torch SGD, foreach": Contestant(peers.sgd, {"foreach": True}),
-    OURS: _lars(),
-    f"{OURS}, foreach": _lars(foreach=True),
-    f"{OURS}, compiled": _lars("compiled"),
-    GRAPH: _lars("graph"),
-    INTERPRETER: _lars(fused=True),
+    OURS: lars(),
+    f"{OURS}, foreach": lars(foreach=True),
+    f"{OURS}, compiled": lars("compiled"),
+    GRAPH: lars("graph"),
+    INTERPRETER: lars(fused=True),
     "timm": Contestant(peers.timm_lars, {"trust_coeff": TRUST}, "timm"),
     "pytorch_optimizer": Contestant(
         peers.pytorch_lars, {"trust_coefficient": TRUST}, "pytorch_optimizer"
@@ -85,9 +85,9 @@ CONTESTANTS = {
 def left_out(device: Cpu) -> dict[str, str]:
     """The contestants that cannot run here, and why."""
     reasons = {name: "not installed" for name, x in CONTESTANTS.items() if not find_spec(x.module)}
-    if device.name == "cpu":
+    if not device.is_gpu:
         reasons[GRAPH] = "needs a GPU"
-    if device.name != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
+    if device.is_gpu or os.environ.get("TRITON_INTERPRET") != "1":
         reasons[INTERPRETER] = "only with --dry and TRITON_INTERPRET=1"
     elif not find_spec("triton"):
         reasons[INTERPRETER] = "needs triton"
@@ -183,7 +183,7 @@ class Run:
         self.step()
         self.samples[1].append(perf_counter() - start)
         device.synchronize()
-        self.calls = self.calls or max(1, round(TURN / device.per_call(self.step, 1)))
+        self.calls = self.calls or max(1, round(TURN / max(1e-6, device.per_call(self.step, 1))))
         self.samples[0].append(device.per_call(self.step, self.calls))
         quartiles = (float(np.quantile(x, 0.25)) for x in self.samples)
         self.figures.seconds, self.figures.cpu_seconds = quartiles
@@ -200,19 +200,16 @@ def _state_bytes(opt: Any) -> int:
     return sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor))
 
 
-def measure_model(
-    shapes: Shapes, device: Cpu, seconds: float, rounds: int, save: Callable[[Any], None]
-) -> None:
+def measure_model(shapes: Shapes, device: Cpu, seconds: float, save: Callable[[Any], None]) -> None:
     """Measure all contestants on one model. `save` gets the results so far, after each part."""
     deadline = monotonic() + seconds
-    copied = COPIED[device.name]
-    x, y = (torch.ones(copied // 4, device=device.name) for _ in range(2))
+    x, y = (torch.ones(device.copied // 4, device=device.name) for _ in range(2))
     runs = [Run(COPY, lambda: x.copy_(y))]
     size = 4 * sum(map(prod, shapes.values()))
 
     def report() -> None:
         rows = [asdict(run.figures) for run in runs]
-        save({"tensors": len(shapes), "bytes": size, "copied": 2 * copied, "rows": rows})
+        save({"tensors": len(shapes), "bytes": size, "copied": 2 * x.nbytes, "rows": rows})
 
     absent = left_out(device)
     for name in (name for name in CONTESTANTS if name not in absent):
@@ -223,7 +220,7 @@ def measure_model(
     gc.collect()
     gc.freeze()  # collections during a step then do not scan the parameters
     rng = np.random.default_rng(0)
-    for done in range(rounds):
+    for done in range(device.rounds):
         if done < LEAST_ROUNDS or monotonic() < deadline:
             _each([runs[i] for i in rng.permutation(len(runs))], lambda run: run.turn(device))
     gc.unfreeze()
