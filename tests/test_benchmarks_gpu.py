@@ -127,18 +127,24 @@ def planted_tests(tmp_path, monkeypatch):
     """Replaces the tests of the GPU engine."""
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.setattr(gpu, "find_spec", lambda name: name != "xdist" and find_spec(name))
+    # The options of the repository need plugins, and make warnings of other versions errors.
+    options = (
+        '[tool.pytest.ini_options]\naddopts = ["--no-such-option"]\nfilterwarnings = ["error"]'
+    )
+    (tmp_path / "pyproject.toml").write_text(options)
     (tmp_path / "tests").mkdir()
     return tmp_path / "tests" / "test_fused.py"
 
 
-PASSING, FAILING = "def test_a(): pass\n", "def test_b(): assert 1 == 2\n"
+PASSING = "import warnings\ndef test_a(): warnings.warn('of another version')\n"
+FAILING = "def test_b(): assert 1 == 2\n"
 
 
 def test_the_accelerator_tests_are_counted(planted_tests):
     planted_tests.write_text(PASSING)
     passed, text = gpu.accelerator_tests(60, Cuda())
     assert passed
-    assert text.startswith("1 passed in ")
+    assert text.startswith("1 passed, 1 warning in ")
     passed, text = gpu.accelerator_tests(60, Cpu())
     assert passed
     assert text.startswith("1 test collected in ")
@@ -149,7 +155,7 @@ def test_failures_of_the_accelerator_tests_are_shown(planted_tests):
     passed, text = gpu.accelerator_tests(60, Cuda())
     assert not passed
     assert "assert 1 == 2" in text
-    assert "1 failed, 1 passed" in text
+    assert "1 failed, 1 passed, 1 warning" in text
     assert text.endswith("pytest: exit status 1")
 
 
@@ -171,7 +177,8 @@ class SimulatedGpu:
     """What `torch.cuda` does, with memory and time that are only counted."""
 
     def __init__(self):
-        self.used = self.top = self.seconds = 0
+        self.used = self.top = 0
+        self.seconds = 0.0
         self.mode, self.log = "default", []
         self.fails = False
 
@@ -247,6 +254,8 @@ def simulated(monkeypatch):
     monkeypatch.setattr(Cuda, "backend", "eager")
     monkeypatch.setattr(Cuda, "name", "cpu")  # where the tensors are
     monkeypatch.setattr(Cuda, "copied", 4096)
+    monkeypatch.setattr(Cuda, "rounds", 1)
+    monkeypatch.setattr(gpu_steps, "TURN", 1e-6)  # the time is simulated
     return device
 
 
@@ -305,7 +314,6 @@ def test_a_failed_capture_restores_the_stream(simulated):
 
 def test_a_model_is_measured_on_a_gpu(simulated, monkeypatch):
     """The simulated graph replays nothing, so that the check of its step must report it."""
-    monkeypatch.setattr(Cuda, "rounds", 1)
     saved = []
     gpu_steps.measure_model(SHAPES, Cuda(), 100, saved.append)
     rows = {row["name"]: row for row in saved[-1]["rows"]}
