@@ -119,4 +119,5 @@ def captured(step: Step) -> Step:
         with torch.cuda.graph(graph, stream=stream):
             step()
     torch.cuda.current_stream().wait_stream(stream)
-    return graph.replay
+    replay: Step = graph.replay
+    return replay

@@ -39,7 +39,7 @@ from benchmarks.trees import TITLES, TREES, Shapes  # noqa: E402
 
 LEAST = 7  # bytes moved per byte of parameters: read w, g for the norms; w, g, v; write w, v
 TEST_SHARE = 0.3  # of all seconds
-GRACE = 10.0  # seconds, to start and to end a process
+GRACE = 20.0  # seconds, to start and to end a process
 HEADING = ["", "engine", "ms", "ratio", "of a copy", "CPU, ms", "syncs", "peak, MiB", "held, MiB"]
 LEGEND = f"""\
 Each row is one step on float32 parameters with momentum 0.9.
