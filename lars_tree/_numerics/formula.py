@@ -164,6 +164,9 @@ class Ops(Protocol):
     def maximum(self, a: Any, b: Any) -> Any:
         """The elementwise maximum of two arrays, or of an array and a number."""
 
+    def sqrt(self, x: Any) -> Any:
+        """The elementwise square root."""
+
 
 class Norm(NamedTuple):
     """A norm as `scaled * scale`.
@@ -174,6 +177,24 @@ class Norm(NamedTuple):
 
     scaled: Any
     scale: Any
+
+
+# Squares of float64 numbers may overflow or underflow, so they are summed once with each of these
+# scales; the sums show which scale to use (Blue 1978, doi:10.1145/355769.355771).
+SCALES = (1.0, 2.0**-600, 2.0**600)
+_SMALLEST_SAFE_SUM, _LARGEST_SAFE_SUM = 2.0**-900, 2.0**1000
+
+
+def norm_of_sums(ops: Ops, unscaled: Any, of_large: Any, of_small: Any) -> Norm:
+    """The norm of numbers, given the sums of their squares, scaled by each of `SCALES`."""
+    is_safe = (unscaled > _SMALLEST_SAFE_SUM) & (unscaled < _LARGEST_SAFE_SUM)
+    is_large = of_large > _SMALLEST_SAFE_SUM
+    total = ops.where(is_safe, unscaled, ops.where(is_large, of_large, of_small))
+    root = ops.sqrt(total)
+    # The scale must be finite even if the norm is not; a norm of 0 has the scale 1.
+    power = ops.power_of_two(ops.where(root < 2.0**400, root, 2.0**400))
+    scale = ops.where(is_safe, power, ops.where(is_large, power * 2.0**600, power * 2.0**-600))
+    return Norm(root / power, ops.where(total == 0, 1.0, scale))
 
 
 def step(ops: Ops, w: Any, dcdw: Any, rule: Rule, velocity: Any = None) -> tuple[Any, Any]:
@@ -187,17 +208,13 @@ def step(ops: Ops, w: Any, dcdw: Any, rule: Rule, velocity: Any = None) -> tuple
     dcdw, rule = joint(ops, w, dcdw, rule)
     decays = not is_zero(rule.decay_lambda)
     if rule.adapt:
-        w_norm, dcdw_norm = ops.norms(w, dcdw, rule.layer_axis)
-        scaled, _, one = _scaled(ops, w_norm, dcdw_norm, rule)
-        dcdw = dcdw / dcdw_norm.scale
-        ratio = trust_ratio(w_norm.scaled, dcdw_norm.scaled, scaled, ops.where, one)
-        # A ratio of 1 must not be scaled, as it does not depend on the norms.
-        is_one = ratio == one
-        pairs = zip(coefficients(1, rule), coefficients(ratio, scaled), strict=True)
-        gradient_coefficient, decay_coefficient = (ops.where(is_one, *pair) for pair in pairs)
+        norms = ops.norms(w, dcdw, rule.layer_axis)
+        dcdw = dcdw / norms[1].scale
+        coefficient, gradient_coefficient, decay_coefficient = scaled_coefficients(
+            ops, *norms, rule
+        )
         # Multiply by the scale last, because an intermediate subnormal result would lose digits.
-        dcdw = gradient_coefficient * dcdw
-        gradient_coefficient = ops.where(is_one, dcdw_norm.scale, w_norm.scale)
+        dcdw = coefficient * dcdw
     else:
         gradient_coefficient, decay_coefficient = coefficients(1, rule)
     if rule.maximize:
@@ -206,6 +223,26 @@ def step(ops: Ops, w: Any, dcdw: Any, rule: Rule, velocity: Any = None) -> tuple
     if velocity is None:
         return apply_step(*terms), None
     return apply_momentum(w, velocity, increment(*terms), rule)
+
+
+def scaled_coefficients(
+    ops: Ops, w_norm: Norm, dcdw_norm: Norm, rule: Rule
+) -> tuple[Any, Any, Any]:
+    """The coefficients of dcdw / dcdw_norm.scale and of w in u, which adapts.
+
+    The coefficient of dcdw is given as two factors, whose product may be out of range.
+    """
+    scaled, _, one = _scaled(ops, w_norm, dcdw_norm, rule)
+    ratio = trust_ratio(w_norm.scaled, dcdw_norm.scaled, scaled, ops.where, one)
+    # A ratio of 1 must not be scaled, as it does not depend on the norms.
+    is_one = ratio == one
+    gradient_if_one, decay_if_one = coefficients(1, rule)
+    gradient_coefficient, decay_coefficient = coefficients(ratio, scaled)
+    return (
+        ops.where(is_one, gradient_if_one, gradient_coefficient),
+        ops.where(is_one, dcdw_norm.scale, w_norm.scale),
+        ops.where(is_one, decay_if_one, decay_coefficient),
+    )
 
 
 def joint(ops: Ops, w: Any, dcdw: Any, rule: Rule) -> tuple[Any, Rule]:
@@ -256,14 +293,19 @@ def _scaled(ops: Ops, w_norm: Norm, dcdw_norm: Norm, rule: Rule) -> tuple[Rule, 
     scale = ops.where(moves, ops.where(in_range, unscaled, dcdw_norm.scale), 0)
     scale = ops.maximum(scale, rule.decay_lambda * w_norm.scale)
     scale = ops.power_of_two(ops.maximum(scale, rule.eps))
-    scaled = rule._replace(
-        decay_lambda=rule.decay_lambda * w_norm.scale / scale,
-        eps=ops.like(rule.eps, scale) / scale,
-        grad_scale=rule.grad_scale * ops.where(moves, scale / dcdw_norm.scale, 1),
+    scaled = _with_denominator(
+        rule,
+        rule.decay_lambda * w_norm.scale / scale,
+        ops.like(rule.eps, scale) / scale,
+        rule.grad_scale * ops.where(moves, scale / dcdw_norm.scale, 1),
     )
     # A scaled ratio is never near these bounds, so it cannot equal `one` even if `one` is bounded.
     one = ops.maximum(scale / ops.maximum(w_norm.scale, scale * 2.0**-100), 2.0**-100)
     return scaled, scale, one
+
+
+def _with_denominator(rule: Rule, decay_lambda: Any, eps: Any, grad_scale: Any) -> Rule:
+    return rule._replace(decay_lambda=decay_lambda, eps=eps, grad_scale=grad_scale)
 
 
 def mesh_axes(rule: Rule) -> frozenset[Any]:

@@ -1,0 +1,115 @@
+"""Layers of torch tensors, and the interface of the engines that update them in two phases.
+
+A layer is a leaf, or one index of its layer axis. The norms of layers are a table with the shape
+(layers, 2, 2): for each layer the norms of w and of the gradient, each as the `scaled` and `scale`
+of `formula.Norm`. Between the phases, `sharded.py` replaces the norms of shards by norms of whole
+layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from itertools import repeat
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lars_tree._backends.base import Leaf, StepResult
+from lars_tree._numerics import formula
+from lars_tree._numerics.formula import Measured, Rule
+
+
+class Layer(NamedTuple):
+    """The tensors that share one ratio. They may require gradients: use them without autograd.
+
+    All have one shape and device, and are real. `out` may be w. The velocity, if there is one, is
+    overwritten. `rule.layer_axis` is ignored.
+    """
+
+    w: Any
+    dcdw: Any
+    out: Any
+    velocity: Any
+    rule: Rule
+
+
+class LayerEngine(Protocol):
+    """Updates layers on one device. No method waits for the device."""
+
+    name: ClassVar[str]
+
+    def norms(self) -> Tensor:
+        """The table of norms; of the joint gradient, where `formula.is_joint`.
+
+        Norms of layers that do not adapt are not computed; their rows are undefined.
+        """
+
+    def nonfinite(self, norms: Tensor) -> Tensor:
+        """Whether each layer with the option `nonfinite` would not be finite; a vector of bools.
+
+        False for layers whose rule says "propagate".
+        """
+
+    def write(self, norms: Tensor, unless: Tensor | None) -> None:
+        """Write the results, given the norms of whole layers.
+
+        If `unless`, a 0-d tensor on the device, is not 0, the old values are written.
+        """
+
+
+def layers(leaf: Leaf, new: StepResult) -> list[Layer]:
+    """The layers of a leaf; results are written to `new`. Complex numbers become real pairs."""
+    given = (leaf.w, leaf.dcdw, new.w, new.velocity)
+    rule, axis = leaf.rule, leaf.rule.layer_axis
+    if leaf.dcdw.shape != leaf.w.shape:
+        given = (leaf.w, leaf.dcdw.expand(leaf.w.shape), new.w, new.velocity)
+    if leaf.w.is_complex():
+        given = tuple(None if x is None else as_real(x.detach()) for x in given)
+    if axis is None:
+        return [Layer(*given, rule)]
+    axis %= leaf.w.ndim  # counted from the front, as pairs of real numbers add an axis at the end
+    rows = [repeat(None) if x is None else x.detach().unbind(axis) for x in given]
+    return [Layer(*row, rule) for row in zip(*rows, strict=False)]  # type: ignore[call-arg]
+
+
+def as_real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
+def wide(layer: Layer) -> torch.dtype:
+    """The dtype to compute in: double in CPU memory, at least float32 elsewhere."""
+    if layer.w.device.type == "cpu":
+        return torch.float64
+    return torch.promote_types(torch.promote_types(layer.w.dtype, layer.dcdw.dtype), torch.float32)
+
+
+def of_leaf(measured: list[Measured], rule: Rule) -> Measured:
+    """Join the measurements of the layers of a leaf: vectors if the leaf has a layer axis."""
+    if rule.layer_axis is None:
+        return measured[0]
+    return Measured(*(torch.stack(numbers) for numbers in zip(*measured, strict=True)))
+
+
+def alike(rule: Rule) -> Hashable:
+    """A key that is equal for rules that `one_rule` can join."""
+    flags = rule.adapt, rule.trust_clip, rule.joint_norm, rule.nesterov, rule.maximize
+    return flags, not formula.is_zero(rule.decay_lambda)  # a decay of 0 times infinity is NaN
+
+
+def one_rule(rules: list[Rule], like: Tensor) -> Rule:
+    """One rule for many layers; a number that differs between them becomes a vector."""
+
+    def merged(name: str) -> Any:
+        values = [getattr(rule, name) for rule in rules]
+        if all(type(value) is float for value in values):
+            if len(set(values)) == 1:
+                return values[0]
+            return torch.tensor(values, dtype=like.dtype, device=like.device)
+        if all(value is values[0] for value in values):
+            return values[0].detach().to(dtype=like.dtype, device=like.device)
+        numbers = (torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in values)
+        return torch.stack([number.detach() for number in numbers])
+
+    names = (*formula.NUMBERS, *formula.MOMENTUM_NUMBERS)
+    return rules[0]._replace(**{name: merged(name) for name in names})
