@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _tiny(shapes: Shapes) -> Shapes:
-    return {x: tuple(min(n, 8) for n in shapes[x]) for x in islice(shapes, 12)}
+    return {x: tuple(min(n, 8) for n in shapes[x]) for x in islice(shapes, 4)}
 
 
 def _write(file: Path | None, result: Json) -> None:
