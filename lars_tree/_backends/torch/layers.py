@@ -95,21 +95,3 @@ def alike(rule: Rule) -> Hashable:
     """A key that is equal for rules that `one_rule` can join."""
     flags = rule.adapt, rule.trust_clip, rule.joint_norm, rule.nesterov, rule.maximize
     return flags, not formula.is_zero(rule.decay_lambda)  # a decay of 0 times infinity is NaN
-
-
-def one_rule(rules: list[Rule], like: Tensor) -> Rule:
-    """One rule for many layers; a number that differs between them becomes a vector."""
-
-    def merged(name: str) -> Any:
-        values = [getattr(rule, name) for rule in rules]
-        if all(type(value) is float for value in values):
-            if len(set(values)) == 1:
-                return values[0]
-            return torch.tensor(values, dtype=like.dtype, device=like.device)
-        if all(value is values[0] for value in values):
-            return values[0].detach().to(dtype=like.dtype, device=like.device)
-        numbers = (torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in values)
-        return torch.stack([number.detach() for number in numbers])
-
-    names = (*formula.NUMBERS, *formula.MOMENTUM_NUMBERS)
-    return rules[0]._replace(**{name: merged(name) for name in names})

@@ -23,9 +23,9 @@ from lars_tree._backends.torch.layers import (
     alike,
     layers,
     of_leaf,
-    one_rule,
     wide,
 )
+from lars_tree._backends.torch.vectors import one_rule
 from lars_tree._numerics import formula
 from lars_tree._numerics.formula import Measured, Norm, Rule
 
@@ -98,7 +98,8 @@ class Step(NamedTuple):
 
 def fused_row(layer: Layer, may_fuse: bool) -> fused.Row | None:
     """The row of a layer for `Fused`; None if `Foreach` updates the layer."""
-    return fused.row_of(layer) if may_fuse and fused.is_available(layer.w.device) else None
+    row = fused.row_of(layer) if may_fuse else None
+    return row if row is not None and fused.is_available(layer.w.device) else None
 
 
 def is_on_accelerator(leaf: Leaf) -> bool:
@@ -193,7 +194,7 @@ def _measured(
     found: dict[int, Measured] = {}
     groups = grouped(range(len(rules)), lambda i: (norms[i].device, alike(rules[i])))
     for indices in groups.values():
-        rule = one_rule([rules[i] for i in indices], norms[indices[0]])
+        rule = one_rule([rules[i] for i in indices], _like(norms[indices[0]]))
         separate, joint = (
             _KnownNorms(torch.stack([x[i] for i in indices])) for x in (norms, joint_norms)
         )
@@ -206,6 +207,10 @@ def _measured(
         numbers = zip(*(vector.unbind() for vector in vectors), strict=True)
         found |= zip(indices, map(Measured._make, numbers), strict=True)
     return [found[i] for i in range(len(rules))]
+
+
+def _like(x: Tensor) -> dict[str, Any]:
+    return {"dtype": x.dtype, "device": x.device}
 
 
 def _of_leaf(leaf: Leaf, measured: list[Measured]) -> Measured:
@@ -228,7 +233,7 @@ def traced(leaves: list[Leaf], unless: Tensor | None) -> tuple[list[Tensor], lis
             dtype = wide(layer)
             given = (layer.w, layer.dcdw, layer.velocity)
             w, dcdw, velocity = (None if x is None else x.to(dtype) for x in given)
-            rule = one_rule([layer.rule._replace(layer_axis=None)], w)
+            rule = one_rule([layer.rule._replace(layer_axis=None)], _like(w))
             new = formula.step(tensors.TorchOps(torch), w, dcdw, rule, velocity)
             outs += (x for x in layer[2:4] if x is not None)
             values += (x for x in new if x is not None)

@@ -73,7 +73,8 @@ class TorchOps(NamespaceOps):
 def is_capturing(device: torch.device) -> bool:
     """Whether operations on the device are captured in a graph now."""
     module = torch.get_device_module(device)
-    return bool(getattr(module, "is_current_stream_capturing", bool)())
+    captures = hasattr(module, "is_current_stream_capturing") and module.is_initialized()
+    return bool(captures and module.is_current_stream_capturing())
 
 
 def current_stream(device: torch.device) -> AbstractContextManager[Any]:
@@ -85,12 +86,17 @@ def current_stream(device: torch.device) -> AbstractContextManager[Any]:
     return stream
 
 
-def index(numbers: list[int], device: torch.device) -> Tensor:
-    """An index on the device, sent without waiting for it."""
-    host = torch.tensor(numbers)
+def sent(host: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device, made without waiting for it."""
     if device.type == "cpu":
         return host
-    return host.pin_memory().to(device, non_blocking=True)
+    if torch.accelerator.is_available():  # otherwise it is a simulated device
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
+
+
+def index(numbers: list[int], device: torch.device) -> Tensor:
+    return sent(torch.tensor(numbers), device)
 
 
 def fetched(xs: list[Tensor]) -> list[NumpyArray]:
