@@ -127,6 +127,16 @@ def small_chunks(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> Iterator
     tables.clear()
 
 
+@pytest.fixture(params=[{}, {"foreach": True}, {"fused": True}], ids=str)
+def engine(request: pytest.FixtureRequest) -> dict[str, bool]:
+    """Options of `lars_tree.torch.Lars` for each engine that updates tensors in CPU memory."""
+    if "fused" in request.param:
+        if need("torch").cuda.is_available():
+            pytest.skip("Triton interprets no kernels if it runs them on a GPU")
+        request.getfixturevalue("small_chunks")
+    return request.param
+
+
 def to_library(name: str, x: Any) -> Any:
     """A copy of a numpy array as an array of the library."""
     x = np.asarray(x)

@@ -14,7 +14,7 @@ import lars_tree
 
 torch = need("torch")
 
-from test_torch_optimizer import FOREACH, G, W, model, parameter, same, train  # noqa: E402
+from test_torch_optimizer import G, W, model, parameter, same, train  # noqa: E402
 
 from lars_tree.torch import Lars, param_groups  # noqa: E402
 
@@ -122,12 +122,11 @@ def fused(opt):
 FUSED = pytest.mark.parametrize("prepare", [fused, lambda opt: opt], ids=["fused", "not fused"])
 
 
-@FOREACH
 @FUSED
-def test_the_first_step_taken_is_not_dampened(foreach, prepare):
+def test_the_first_step_taken_is_not_dampened(engine, prepare):
     """The first step that is taken may come after steps that were skipped or raised."""
     p = parameter()
-    opt = prepare(Lars([p], 0.1, dampening=0.5, adapt=False, foreach=foreach))
+    opt = prepare(Lars([p], 0.1, dampening=0.5, adapt=False, **engine))
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.zeros(()))
     p.grad = torch.tensor([torch.inf, 0.0], dtype=torch.float64)
@@ -173,10 +172,9 @@ def test_schedulers_of_torch(tensor):
     assert rates == pytest.approx([0.5 * schedule(i) for i in range(4)])
 
 
-@FOREACH
-def test_options_may_be_numbers_of_numpy(foreach):
+def test_options_may_be_numbers_of_numpy(engine):
     p, q = parameter(), parameter()
-    scheduled = Lars([p], 0.1, foreach=foreach)
+    scheduled = Lars([p], 0.1, **engine)
     scheduled.param_groups[0].update(lr=np.float32(0.25), weight_decay=np.float64(0.5))
     scheduled.param_groups[0].update(momentum=np.array(0.9))
     scheduled.step()
@@ -184,26 +182,24 @@ def test_options_may_be_numbers_of_numpy(foreach):
     assert p.tolist() == pytest.approx(q.tolist(), rel=1e-12)
 
 
-@FOREACH
 @pytest.mark.parametrize("make", [np.int64, torch.tensor])
-def test_an_axis_may_be_any_index(foreach, make):
+def test_an_axis_may_be_any_index(engine, make):
     results = []
     for axis in (-1, make(-1)):
         p = parameter([W, W], [G, W])
-        Lars([p], 0.25, layer_axis=axis, foreach=foreach).step()
+        Lars([p], 0.25, layer_axis=axis, **engine).step()
         results.append(p)
     assert same(results[:1], results[1:])
 
 
-@FOREACH
 @FUSED
 @pytest.mark.parametrize("unscales", [False, True])
-def test_grad_scaler_scales_are_divided_out_exactly(foreach, prepare, unscales):
+def test_grad_scaler_scales_are_divided_out_exactly(engine, prepare, unscales):
     """Scales are powers of two, so the steps have the same bits as without a scaler."""
     results = []
     for scaled in (False, True):
         net = model(dtype=torch.float64)
-        opt = prepare(Lars(param_groups(net, weight_decay=0.01), 0.5, eps=1e-3, foreach=foreach))
+        opt = prepare(Lars(param_groups(net, weight_decay=0.01), 0.5, eps=1e-3, **engine))
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14, growth_interval=2, enabled=scaled)
         for i in range(4):
             opt.zero_grad()
@@ -217,12 +213,11 @@ def test_grad_scaler_scales_are_divided_out_exactly(foreach, prepare, unscales):
     assert same(*results)
 
 
-@FOREACH
 @FUSED
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip", "raise"])
-def test_grad_scaler_skips_steps_with_infinite_gradients(foreach, prepare, nonfinite):
+def test_grad_scaler_skips_steps_with_infinite_gradients(engine, prepare, nonfinite):
     net = model()
-    opt = prepare(Lars(net.parameters(), 0.5, foreach=foreach, nonfinite=nonfinite))
+    opt = prepare(Lars(net.parameters(), 0.5, nonfinite=nonfinite, **engine))
     train(net, opt, 1)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     buffers = [opt.state[p]["momentum_buffer"] for p in net.parameters()]
