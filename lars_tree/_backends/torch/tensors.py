@@ -72,14 +72,14 @@ class TorchOps(NamespaceOps):
 
 def is_capturing(device: torch.device) -> bool:
     """Whether operations on the device are captured in a graph now."""
-    module = torch.get_device_module(device)
+    module = getattr(torch, device.type, None)
     captures = hasattr(module, "is_current_stream_capturing") and module.is_initialized()
     return bool(captures and module.is_current_stream_capturing())
 
 
 def current_stream(device: torch.device) -> AbstractContextManager[Any]:
     """A context manager that makes the current stream of this thread current in another thread."""
-    module = torch.get_device_module(device)
+    module = getattr(torch, device.type, None)
     if device.type == "cpu" or not hasattr(module, "stream"):
         return nullcontext()
     stream: AbstractContextManager[Any] = module.stream(module.current_stream(device))
