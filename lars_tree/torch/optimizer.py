@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lars_tree._backends.torch.backend import BACKEND, results_in_place
+from lars_tree._backends.torch import traced
+from lars_tree._backends.torch.backend import BACKEND
 from lars_tree._backends.torch.tensors import copy_all
 from lars_tree._core import locks
 from lars_tree._core.execute import execute
@@ -255,13 +256,22 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
                 return
             found_inf = None
         if torch.compiler.is_compiling():
-            copy_all(*results_in_place(inputs.leaves(), found_inf))
-            self._keep_buffers(inputs)
+            leaves = inputs.leaves()
+            if all(map(traced.supports, leaves)):
+                copy_all(*traced.results_in_place(leaves, found_inf))
+                self._keep_buffers(inputs)
+            else:
+                self._step_uncompiled(grad_scale, found_inf)
         elif inputs.rows:
             done = [not inputs.first_steps]
             last = (partial(setitem, done, 0, True),) if inputs.first_steps else ()
             with self._buffers_kept(inputs, lambda: done[0]):
                 execute(inputs.columns(), inputs.caller(found_inf, last))
+
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
+    def _step_uncompiled(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Take a step that can not be traced, or report what is wrong with its arguments."""
+        self._step(grad_scale, found_inf)
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]  # the step reads values
     def _step_if_finite(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
