@@ -1,7 +1,7 @@
 """Multi-tensor updates on torch accelerators, by `torch._foreach_*` operations.
 
 `Tensors` lets `formula.step` compute with many tensors as if they were one, without waiting for the
-device. Under `torch.compile`, tensors are updated one by one, and the compiler fuses operations.
+device. `traced.py` has the updates under `torch.compile`.
 """
 
 from __future__ import annotations
@@ -171,13 +171,9 @@ def step_layers(
     with torch.no_grad():
         for group in grouped(pairs, lambda pair: _group(pair[0])).values():
             members, extras = zip(*group, strict=True)
-            if torch.compiler.is_compiling():
-                some = [_step_one(layer) for layer in members]
-            else:
-                some = [_step_group(list(members), ops(list(extras)))]
-            for outs, numbers in some:
-                targets += outs
-                values += numbers
+            outs, numbers = _step_group(list(members), ops(list(extras)))
+            targets += outs
+            values += numbers
     return targets, values
 
 
@@ -237,15 +233,6 @@ def _joined(group: list[Layer]) -> tuple[Tensors, Tensors, Rule]:
     dtype = wide(group[0])
     w, dcdw = (Tensors([x.to(dtype) for x in xs]) for xs in list(zip(*group, strict=True))[:2])
     return w, dcdw, _one_rule([layer.rule for layer in group], w.tensors[0])
-
-
-def _step_one(layer: Layer) -> tuple[list[Tensor], list[Tensor]]:
-    dtype = wide(layer)
-    arrays = (None if x is None else x.to(dtype) for x in (layer.w, layer.dcdw, layer.velocity))
-    w, dcdw, velocity = arrays
-    new = formula.step(TorchOps(torch), w, dcdw, _one_rule([layer.rule], w), velocity)
-    targets = [layer.out] if velocity is None else [layer.out, layer.velocity]
-    return targets, [x for x in new if x is not None]
 
 
 def _one_rule(rules: list[Rule], like: Tensor) -> Rule:
