@@ -1,7 +1,8 @@
 """Lars as a `torch.optim.Optimizer`.
 
 Each step is one call of `execute` for all parameters: the native engine updates parameters in CPU
-memory; multi-tensor operations update all other parameters, without waiting for the device.
+memory; multi-tensor operations update all other parameters, without waiting for the device. Under
+`torch.compile`, `traced.results_in_place` is traced instead.
 `torch/options.py` checks the options, `torch/rows.py` collects the inputs of a step.
 """
 
@@ -270,7 +271,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def _step_uncompiled(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Take a step that can not be traced, or report what is wrong with its arguments."""
+        """Take a step with inputs that `traced` does not support, or report what is wrong."""
         self._step(grad_scale, found_inf)
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]  # the step reads values

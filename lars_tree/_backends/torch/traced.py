@@ -73,7 +73,7 @@ class _Layers(NamedTuple):
     groups: list[Any] | None
 
     @property
-    def count(self) -> int:
+    def layer_count(self) -> int:
         axis = self.rule.layer_axis
         return 1 if axis is None else self.w.shape[axis]
 
@@ -120,8 +120,8 @@ def _operations(given: list[_Layers]) -> Iterator[TorchOps]:
     tables: Iterator[Tensor] = iter(())
     if adapting:
         sums = torch.cat([_squares(layers) for layers in adapting])
-        counts = [layers.count for layers in adapting]
-        groups = (layers.groups for layers in adapting)
+        counts = [layers.layer_count for layers in adapting]
+        groups = [layers.groups or [] for layers in adapting]
         sharded.add_up(sums, zip(counts, groups, strict=True))
         tables = iter(sums.split(counts))
     for layers in given:
