@@ -77,13 +77,6 @@ def as_real(x: Tensor) -> Tensor:
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
-def wide(layer: Layer) -> torch.dtype:
-    """The dtype to compute in: double in CPU memory, at least float32 elsewhere."""
-    if layer.w.device.type == "cpu":
-        return torch.float64
-    return torch.promote_types(torch.promote_types(layer.w.dtype, layer.dcdw.dtype), torch.float32)
-
-
 def of_leaf(measured: list[Measured], rule: Rule) -> Measured:
     """Join the measurements of the layers of a leaf: vectors if the leaf has a layer axis."""
     if rule.layer_axis is None:

@@ -23,7 +23,6 @@ from lars_tree._backends.torch.layers import (
     alike,
     layers,
     of_leaf,
-    wide,
 )
 from lars_tree._backends.torch.vectors import one_rule
 from lars_tree._numerics import formula
@@ -218,27 +217,3 @@ def _of_leaf(leaf: Leaf, measured: list[Measured]) -> Measured:
     if sharded.is_sharded(leaf.w):
         return sharded.gathered(leaf, measured)
     return of_leaf(measured, leaf.rule)
-
-
-def traced(leaves: list[Leaf], unless: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
-    """For `torch.compile`: the tensors to write to and their new values, layer by layer.
-
-    The compiler fuses the operations. The values are the old ones if `unless` is not 0.
-    """
-    outs: list[Tensor] = []
-    values: list[Tensor] = []
-    for leaf in leaves:
-        for layer in layers(leaf, StepResult(leaf.out, leaf.velocity)):
-            if not layer.w.numel():
-                continue
-            dtype = wide(layer)
-            given = (layer.w, layer.dcdw, layer.velocity)
-            w, dcdw, velocity = (None if x is None else x.to(dtype) for x in given)
-            rule = one_rule([layer.rule._replace(layer_axis=None)], _like(w))
-            new = formula.step(tensors.TorchOps(torch), w, dcdw, rule, velocity)
-            outs += (x for x in layer[2:4] if x is not None)
-            values += (x for x in new if x is not None)
-    if unless is not None:
-        pairs = zip(outs, values, strict=True)
-        values = [torch.where(unless != 0, old, new.to(old.dtype)) for old, new in pairs]
-    return outs, values
