@@ -148,10 +148,12 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
 
     @property
     def skipped(self) -> int:
+        """The number of steps skipped by nonfinite="skip"."""
         return int(self._skipped)
 
     @property
     def engine(self) -> str:
+        """The names of the engines that update the parameters, separated by commas."""
         return ", ".join(sorted(engines(self)))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -181,7 +183,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
     def __setstate__(self, state: dict[str, Any]) -> None:
         known = set(state.get("defaults", vars(self).get("defaults", ())))
         super().__setstate__(state)
-        self._skipped = vars(self).pop("skipped", 0)
+        self._skipped = self.__dict__.pop("skipped", 0)
         for name in self.defaults.keys() - known:  # options that torch's __setstate__ added
             del self.defaults[name]
         # Options that a state of an older version lacks.

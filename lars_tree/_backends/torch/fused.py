@@ -1,4 +1,4 @@
-"""The fused engine: Triton kernels that update any number of tensors with two launches over the data.
+"""The fused engine: Triton kernels that update any number of tensors in two passes over the data.
 
 `kernels.py` has the kernels. A step launches `sum_squares` and `apply` once for each combination of
 dtypes, and two small kernels, `add_sums` and `find_coefficients`, once. The kernels find the
@@ -24,13 +24,10 @@ from torch import Tensor
 
 from lars_tree._backends.base import grouped
 from lars_tree._backends.torch import tensors
+from lars_tree._backends.torch.fused_rows import Layout, Row, row_of
 from lars_tree._backends.torch.layers import Layer
-from lars_tree._backends.torch.stand_ins import TENSOR_TYPES
 from lars_tree._numerics import formula
 from lars_tree._numerics.formula import Rule
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-ALIGNMENT = 16  # bytes that a thread loads at once
 
 MAX_TABLES = 16  # the number of tables that are kept
 
@@ -99,101 +96,13 @@ def _works(device: torch.device) -> bool:
     return not fault
 
 
-class _Layout(NamedTuple):
-    """The arguments that are compiled into the kernels."""
-
-    w: torch.dtype
-    dcdw: torch.dtype
-    velocity: torch.dtype | None
-    is_strided: bool
-    is_aligned: bool
-
-
-class Row(NamedTuple):
-    """A layer that the kernels support, by its addresses.
-
-    Elements are contiguous in runs of `inner`, which start `stride` elements apart.
-    """
-
-    w: int
-    dcdw: int
-    out: int
-    velocity: int
-    size: int
-    inner: int
-    stride: int
-    layout: _Layout
-
-
-def row_of(layer: Layer) -> Row | None:
-    """The row of a layer that passed all checks; None if the kernels do not support it."""
-    w, dcdw, out, velocity, _ = layer
-    size, strides = w.numel(), w.stride()
-    dtypes: list[Any] = []
-    addresses = []
-    for x in (w, dcdw, velocity) if out is w else (w, dcdw, velocity, out):
-        if x is None:
-            dtypes.append(None)
-            addresses.append(0)
-            continue
-        if type(x) not in TENSOR_TYPES or x.dtype not in DTYPES or x.is_neg():
-            return None
-        if x is not w and x.stride() != strides and not _same_order(w, x):
-            return None
-        dtypes.append(x.dtype)
-        addresses.append(x.data_ptr())
-    inner, stride = size, 0
-    if not w.is_contiguous():
-        runs = _runs(w.shape, strides)
-        if runs is None:
-            return None
-        inner, stride = runs
-    is_aligned = not any(address % ALIGNMENT for address in addresses)
-    layout = _Layout(dtypes[0], dtypes[1], dtypes[2], stride != 0, is_aligned)
-    ours, gradient, moving, *other = addresses
-    return Row(ours, gradient, *(other or [ours]), moving, size, max(inner, 1), stride, layout)
-
-
-def _same_order(x: Tensor, y: Tensor) -> bool:
-    """Whether elements of two tensors of one shape have the same distances in memory."""
-    axes = zip(x.shape, x.stride(), y.stride(), strict=True)
-    return x.numel() <= 1 or all(n == 1 or one == other for n, one, other in axes)
-
-
-def _runs(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int] | None:
-    """The length of runs of contiguous elements, and their distance: 0 if there is one run.
-
-    None if the elements are in no such order. The order of axes does not matter, because it is the
-    same for all tensors of a layer.
-
-    >>> _runs((2, 3, 4), (100, 4, 1))
-    (12, 100)
-    >>> _runs((2, 3, 4), (1, 2, 6))
-    (24, 0)
-    """
-    axes = sorted((stride, n) for n, stride in zip(shape, strides, strict=True) if n != 1)
-    inner, count, distance = 1, 1, 0
-    for stride, n in axes:
-        if stride < inner:
-            return None
-        if count == 1 and stride == inner:
-            inner *= n
-        elif count == 1:
-            count, distance = n, stride
-        elif stride == distance * count:
-            count *= n
-        else:
-            return None
-    return inner, distance
-
-
 class _Launch(NamedTuple):
     """Layers that one launch of each kernel updates.
 
     Their chunks are consecutive in the table of chunks; those of layers that adapt come first.
     """
 
-    layout: _Layout
+    layout: Layout
     first: int
     adapting: int  # the number of chunks
     total: int
@@ -317,13 +226,15 @@ class Fused:
         split = len(rows) * len(self._kernels.LAYER_COLUMNS)
         return _Table(sent[:split].view(len(rows), -1), sent[split:].view(-1, 2), launches, host)
 
-    def _constants_of(self, layout: _Layout) -> dict[str, Any]:
+    def _constants_of(self, layout: Layout) -> dict[str, Any]:
         w, dcdw = map(self._triton_dtype, layout[:2])
         strides = {"STRIDED": layout.is_strided, "ALIGNED": layout.is_aligned}
         return {"W": w, "G": dcdw, **strides, "num_warps": 8, **self._constants}
 
     def _triton_dtype(self, dtype: torch.dtype) -> Any:
-        return getattr(self._kernels.tl, str(dtype).removeprefix("torch."))
+        from triton import language
+
+        return getattr(language, str(dtype).removeprefix("torch."))
 
     def _numbers_of_rules(self, stream: Hashable) -> Tensor:
         """The numbers and flags of all rules, in device memory."""
@@ -360,8 +271,7 @@ class Fused:
             pinned = pinned.view(host.shape)
         else:
             pinned = host.pin_memory()
-            while len(_SPARE) >= MAX_TABLES:
-                _SPARE.pop(list(_SPARE)[0], None)
+            _make_room(_SPARE)
             _SPARE.setdefault(key, []).append(torch.empty_like(pinned.reshape(-1), pin_memory=True))
         return pinned.to(self._device, non_blocking=True), pinned
 
@@ -373,8 +283,7 @@ class Fused:
             _CAPTURED.append(value)
             return value
         value = cache.pop(key, None) or make()
-        while len(cache) >= MAX_TABLES:
-            cache.pop(list(cache)[0], None)
+        _make_room(cache)
         cache[key] = value
         return value
 
@@ -402,7 +311,11 @@ _SPARE: dict[tuple[torch.dtype, int], list[Tensor]] = {}
 _CAPTURED: list[Any] = []  # what captured graphs read
 
 
+def _make_room(cache: dict[Any, Any]) -> None:
+    while len(cache) >= MAX_TABLES:
+        oldest, *_ = list(cache)  # one operation, as another thread may change the dict
+        cache.pop(oldest, None)
+
+
 def _is_on_device(x: Any) -> bool:
     return isinstance(x, Tensor) and not x.is_cpu
-
-

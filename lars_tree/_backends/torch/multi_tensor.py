@@ -17,6 +17,7 @@ from torch import Tensor
 from lars_tree._backends.base import Leaf, StepResult, grouped
 from lars_tree._backends.torch import fused, sharded, stand_ins, tensors
 from lars_tree._backends.torch.foreach import Foreach
+from lars_tree._backends.torch.fused_rows import Row, row_of
 from lars_tree._backends.torch.layers import (
     Layer,
     LayerEngine,
@@ -95,9 +96,9 @@ class Step(NamedTuple):
                 engine.write(norms, keeps)
 
 
-def fused_row(layer: Layer, may_fuse: bool) -> fused.Row | None:
+def fused_row(layer: Layer, may_fuse: bool) -> Row | None:
     """The row of a layer for `Fused`; None if `Foreach` updates the layer."""
-    row = fused.row_of(layer) if may_fuse else None
+    row = row_of(layer) if may_fuse else None
     return row if row is not None and fused.is_available(layer.w.device) else None
 
 
@@ -111,7 +112,7 @@ def prepare(pairs: Pairs, may_fuse: Callable[[Leaf], bool] = is_on_accelerator) 
         intercepted = stand_ins.is_intercepted()
         flat: list[Layer] = []
         counts: list[int] = []
-        rows: list[fused.Row | None] = []
+        rows: list[Row | None] = []
         every: list[list[Any]] = []
         shared: list[tuple[range, list[Any]]] = []
         for leaf, new in pairs:
@@ -128,8 +129,11 @@ def prepare(pairs: Pairs, may_fuse: Callable[[Leaf], bool] = is_on_accelerator) 
         parts = []
         groups = grouped(range(len(flat)), lambda i: (rows[i] is None, flat[i].w.device))
         for (is_foreach, _), indices in groups.items():
-            members, known = ([xs[i] for i in indices] for xs in (flat, rows))
-            engine = Foreach(members) if is_foreach else fused.Fused(members, known)
+            members = [flat[i] for i in indices]
+            known = [row for i in indices if (row := rows[i]) is not None]
+            engine: Foreach | fused.Fused = (
+                Foreach(members) if is_foreach else fused.Fused(members, known)
+            )
             parts.append(_Part(engine, indices, engine.norms()))
         if any(groups for _, groups in shared):
             _complete(parts, shared)
@@ -188,9 +192,7 @@ class _KnownNorms(tensors.TorchOps):
         return self.known
 
 
-def _measured(
-    rules: list[Rule], norms: list[Tensor], joint_norms: list[Tensor]
-) -> list[Measured]:
+def _measured(rules: list[Rule], norms: list[Tensor], joint_norms: list[Tensor]) -> list[Measured]:
     found: dict[int, Measured] = {}
     groups = grouped(range(len(rules)), lambda i: (norms[i].device, alike(rules[i])))
     for indices in groups.values():

@@ -96,7 +96,7 @@ _FACTS: tuple[Callable[[Tensor], Hashable], ...] = (
 
 
 def signature_of(xs: list[Tensor]) -> Hashable | None:
-    """Equal for tensors with the same memory, shapes, strides and dtypes; None if not comparable."""
+    """Equal for tensors with the same memory, shapes, strides and dtypes; None if unknown."""
     if not set(TENSOR_TYPES).issuperset(map(type, xs)) or any(map(Tensor.is_conj, xs)):
         return None  # an engine may use copies of other tensors
     if any(map(is_capturing, {x.device for x in xs})):

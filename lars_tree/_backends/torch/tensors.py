@@ -72,14 +72,14 @@ class TorchOps(NamespaceOps):
 
 def is_capturing(device: torch.device) -> bool:
     """Whether operations on the device are captured in a graph now."""
-    module = getattr(torch, device.type, None)
+    module: Any = getattr(torch, device.type, None)
     captures = hasattr(module, "is_current_stream_capturing") and module.is_initialized()
     return bool(captures and module.is_current_stream_capturing())
 
 
 def current_stream(device: torch.device) -> AbstractContextManager[Any]:
     """A context manager that makes the current stream of this thread current in another thread."""
-    module = getattr(torch, device.type, None)
+    module: Any = getattr(torch, device.type, None)
     if device.type == "cpu" or not hasattr(module, "stream"):
         return nullcontext()
     stream: AbstractContextManager[Any] = module.stream(module.current_stream(device))
@@ -89,7 +89,7 @@ def current_stream(device: torch.device) -> AbstractContextManager[Any]:
 def has_float64(device: torch.device) -> bool:
     if device.type == "xpu":
         return bool(torch.xpu.get_device_properties(device).has_fp64)
-    return device.type != "mps"
+    return bool(device.type != "mps")
 
 
 def sent(host: Tensor, device: torch.device) -> Tensor:
