@@ -196,7 +196,7 @@ class _Step:
             if norms.dtype == group.dtype:
                 self.factor = self._numbers(factor)
             else:
-                divisor, gradient = _in_range(factor * gradient / divisor, divisor, group.source)
+                divisor, gradient = _in_range(factor * gradient / divisor, group.source)
             if group.is_joint:
                 divisor = divisor / group.scale
             self.divisor = self._numbers(divisor, group.source)
@@ -268,16 +268,17 @@ class _Step:
             torch._foreach_mul_(outs, _each(self.factor, rows))
 
 
-def _in_range(total: Tensor, divisor: Tensor, source: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Two numbers in the range of their dtypes that replace float64 numbers.
+def _in_range(coefficient: Tensor, source: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Split a float64 coefficient of gradients into a divisor and a float32 coefficient.
 
-    A gradient divided by the first, in the dtype `source`, and then multiplied by the second, in
-    float32, is the gradient multiplied by `total`. The first is a power of two near `divisor`.
+    The divisor is 1 unless the coefficient is out of range. It is a power of two, so that the
+    quotients, in the dtype `source`, are exact, except where the product is far below float32.
     """
-    bounds = (OPS.power_of_two(2.0**exponent / total) for exponent in (-100, 125))
+    smallest, largest = (OPS.power_of_two(2.0**exponent / coefficient) for exponent in (-100, 125))
     limits = torch.finfo(source)
-    divisor = divisor.clamp(*bounds).clamp(limits.tiny * limits.eps, 2 / limits.tiny)
-    return divisor, total * divisor
+    divisor = torch.ones_like(coefficient).clamp(smallest, largest)
+    divisor = divisor.clamp(limits.tiny * limits.eps, 2 / limits.tiny)
+    return divisor, coefficient * divisor
 
 
 def _each(numbers: Any, rows: list[int]) -> Any:
