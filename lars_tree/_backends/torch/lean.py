@@ -196,7 +196,7 @@ class _Step:
             if norms.dtype == group.dtype:
                 self.factor = self._numbers(factor)
             else:
-                divisor, gradient = _in_range(factor * gradient / divisor, group.source)
+                divisor, gradient = _in_range(factor * gradient / divisor, divisor, group.source)
             if group.is_joint:
                 divisor = divisor / group.scale
             self.divisor = self._numbers(divisor, group.source)
@@ -268,16 +268,17 @@ class _Step:
             torch._foreach_mul_(outs, _each(self.factor, rows))
 
 
-def _in_range(coefficient: Tensor, source: torch.dtype) -> tuple[Tensor, Tensor]:
+def _in_range(coefficient: Tensor, scale: Tensor, source: torch.dtype) -> tuple[Tensor, Tensor]:
     """Split a float64 coefficient of gradients into a divisor and a float32 coefficient.
 
-    The divisor is 1 unless the coefficient is out of range. It is a power of two, so that the
-    quotients, in the dtype `source`, are exact, except where the product is far below float32.
+    The divisor is a power of two. Gradients in float64 are divided by about the scale of their
+    norm, so that float32 holds the quotient. Gradients in float32 are divided by 1, unless the
+    coefficient is out of range; the quotient is exact, or the product is far below float32.
     """
     smallest, largest = (OPS.power_of_two(2.0**exponent / coefficient) for exponent in (-100, 125))
+    divisor = scale if source == torch.float64 else torch.ones_like(scale)
     limits = torch.finfo(source)
-    divisor = torch.ones_like(coefficient).clamp(smallest, largest)
-    divisor = divisor.clamp(limits.tiny * limits.eps, 2 / limits.tiny)
+    divisor = divisor.clamp(smallest, largest).clamp(limits.tiny * limits.eps, 2 / limits.tiny)
     return divisor, coefficient * divisor
 
 
