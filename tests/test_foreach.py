@@ -397,17 +397,3 @@ def test_a_step_that_is_skipped_changes_no_bit(name, has_velocity, options):
             new = [x for x in (w, velocity) if x is not None]
             for x, y in [*zip(old, new, strict=True), (old[0], out)]:
                 assert torch.equal(x.view(torch.uint8), y.view(torch.uint8))
-
-
-def test_parameters_and_inference_tensors():
-    expected = normal(5)
-    step([layer(expected, normal(5, seed=1))])
-    parameter = torch.nn.Parameter(normal(5))
-    version = parameter._version
-    step([layer(parameter, normal(5, seed=1))])
-    assert torch.equal(parameter, expected)
-    assert parameter._version > version
-    with torch.inference_mode():
-        w = normal(5)
-    step([layer(w, normal(5, seed=1))])
-    assert torch.equal(w, expected)
