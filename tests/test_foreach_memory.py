@@ -1,4 +1,4 @@
-"""The foreach engine: bytes read and written, temporaries, and a device without host syncs."""
+"""The foreach engine: bytes read and written, temporaries, host syncs, and what is written."""
 
 from __future__ import annotations
 
@@ -225,3 +225,15 @@ def test_parameters_and_inference_tensors():
         w = normal(5)
     step([layer(w, normal(5, seed=1))])
     assert torch.equal(w, expected)
+
+
+@pytest.mark.parametrize("has_velocity", [False, True])
+def test_the_result_may_be_another_tensor(has_velocity):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        w, g, out = (normal(5, dtype=dtype, seed=k) for k in range(3))
+        velocities = [velocity_like(w) if has_velocity else None for _ in range(2)]
+        old = w.clone()
+        step([layer(w, g, velocities[0], out=out, decay_lambda=0.1)])
+        assert torch.equal(w, old)
+        step([layer(w, g, velocities[1], decay_lambda=0.1)])
+        assert torch.equal(w, out)

@@ -95,8 +95,8 @@ class _Group:
         like: The dtype and device of norms.
         dtype: The dtype in which weights are updated.
         source: The dtype of the gradients that are divided by the scales of their norms.
-        is_wide: Whether norms have a wider dtype. It holds the sums of joint gradients almost
-            exactly, and the products of coefficients.
+        is_wide: Whether norms have a wider dtype than the arrays, which then holds joint gradients
+            almost exactly.
     """
 
     def __init__(self, layers: list[Layer], like: dict[str, Any]) -> None:
@@ -195,7 +195,7 @@ class _Step:
             divisor = norm.scale
             if norms.dtype == group.dtype:
                 self.factor = self._numbers(factor)
-            else:
+            else:  # float64 holds the product of the factors
                 divisor, gradient = _in_range(factor * gradient / divisor, divisor, group.source)
             if group.is_joint:
                 divisor = divisor / group.scale
