@@ -10,7 +10,10 @@ import os
 import shutil
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,6 +77,64 @@ def need_program(name: str) -> str:
     if path is None:
         (pytest.fail if CI else pytest.skip)(f"{name} is not installed")
     return str(path)
+
+
+@contextmanager
+def interpreting() -> Iterator[None]:
+    """Make Triton interpret kernels, unless there is a GPU to run them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not need("torch").cuda.is_available():
+            patch.setenv("TRITON_INTERPRET", "1")
+        yield
+
+
+def need_triton() -> None:
+    """Import Triton so that it can interpret kernels; skip the test if it is not installed."""
+    if not find_spec("triton") and sys.platform != "linux":
+        pytest.skip("Triton has wheels for Linux only", allow_module_level=True)
+    with interpreting():
+        need("triton")
+
+
+def pytest_collection_finish() -> None:
+    """Import Triton before a test can: `torch.compile` would import it without the interpreter."""
+    if "torch" in sys.modules and find_spec("triton"):
+        need_triton()
+
+
+@pytest.fixture
+def interpreter() -> Iterator[None]:
+    """Make Triton interpret kernels, unless there is a GPU to run them."""
+    need_triton()
+    with interpreting(), warnings.catch_warnings():
+        # It computes with numpy, sometimes in another thread.
+        warnings.filterwarnings("ignore", ".* encountered in ", RuntimeWarning)
+        yield
+
+
+@pytest.fixture
+def small_chunks(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make chunks of the fused engine small, because the interpreter takes long for each chunk."""
+    if need("torch").cuda.is_available():
+        yield
+        return
+    kernels = importlib.import_module("lars_tree._backends.torch.kernels")
+    tables = importlib.import_module("lars_tree._backends.torch.fused")._TABLES
+    monkeypatch.setattr(kernels, "CHUNK", kernels.tl.constexpr(16))
+    monkeypatch.setattr(kernels, "BLOCK", kernels.tl.constexpr(8))
+    tables.clear()
+    yield
+    tables.clear()
+
+
+@pytest.fixture(params=[{}, {"foreach": True}, {"fused": True}], ids=str)
+def engine(request: pytest.FixtureRequest) -> dict[str, bool]:
+    """Options of `lars_tree.torch.Lars` for each engine that updates tensors in CPU memory."""
+    if "fused" in request.param:
+        if need("torch").cuda.is_available():
+            pytest.skip("Triton interprets no kernels if it runs them on a GPU")
+        request.getfixturevalue("small_chunks")
+    return request.param
 
 
 def to_library(name: str, x: Any) -> Any:

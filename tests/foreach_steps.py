@@ -6,7 +6,7 @@ from conftest import need
 
 torch = need("torch")
 
-from lars_tree._backends.torch import lean  # noqa: E402
+from lars_tree._backends.torch import foreach  # noqa: E402
 from lars_tree._backends.torch.layers import Layer  # noqa: E402
 from lars_tree._numerics.formula import Rule  # noqa: E402
 
@@ -18,7 +18,7 @@ def layer(w, g, velocity=None, out=None, **options):
 
 
 def step(layers, unless=None):
-    engine = lean.Foreach(layers)
+    engine = foreach.Foreach(layers)
     engine.write(engine.norms(), unless)
 
 

@@ -14,7 +14,7 @@ torch = need("torch")
 
 from foreach_steps import layer, normal, step, velocity_like  # noqa: E402
 
-from lars_tree._backends.torch import lean  # noqa: E402
+from lars_tree._backends.torch import foreach, tensors  # noqa: E402
 from lars_tree._backends.torch.tensors import TorchOps  # noqa: E402
 from lars_tree._numerics import formula  # noqa: E402
 from lars_tree._numerics.formula import Rule  # noqa: E402
@@ -28,7 +28,7 @@ BOUNDS_WITHOUT_FLOAT64 = {**BOUNDS, "float32": 4}
 @pytest.fixture(params=[True, False], ids=["float64", "no float64"])
 def bounds(request, monkeypatch):
     """The bounds on errors, for a device with float64 and for one without."""
-    monkeypatch.setattr(lean, "has_float64", lambda device: request.param)
+    monkeypatch.setattr(tensors, "has_float64", lambda device: request.param)
     return BOUNDS if request.param else BOUNDS_WITHOUT_FLOAT64
 
 
@@ -249,7 +249,7 @@ def test_the_norms_are_scaled(name, joint, bounds):
     pairs = [[to_torch(random_array(rng, name, e, 5), name) for e in at] for at in grid]
     pairs += [[torch.zeros(3, dtype=pairs[0][0].dtype)] * 2]
     options = {"joint_norm": joint, "decay_lambda": 0.5}
-    table = lean.Foreach([layer(w, g, **options) for w, g in pairs]).norms()
+    table = foreach.Foreach([layer(w, g, **options) for w, g in pairs]).norms()
     assert table.dtype == (torch.float64 if bounds is BOUNDS else torch.float32)
     assert table[-1].tolist() == [[0, 1], [0, 1]]
     scaled, scale = table.unbind(-1)
@@ -272,14 +272,14 @@ def test_the_scale_is_finite_if_the_norm_is_not(name, number, bounds):
     skip_missing(name, bounds)
     x = torch.tensor([1.0, number], dtype=getattr(torch, name))
     for options in ({}, {"joint_norm": True, "decay_lambda": 0.5}):
-        ((scaled, scale), _) = lean.Foreach([layer(x, x, **options)]).norms()[0]
+        ((scaled, scale), _) = foreach.Foreach([layer(x, x, **options)]).norms()[0]
         assert not scaled.isfinite()
         assert scale.isfinite()
 
 
 def test_the_scale_of_a_sum_that_cancels_is_1(bounds):
     w = torch.full((3,), 8.0)
-    engine = lean.Foreach([layer(w, -4 * torch.ones(3), joint_norm=True, decay_lambda=0.5)])
+    engine = foreach.Foreach([layer(w, -4 * torch.ones(3), joint_norm=True, decay_lambda=0.5)])
     assert engine.norms()[0, 1].tolist() == [0, 1]
 
 
@@ -297,7 +297,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("keep", [None, 0.0])
 def test_any_layout_and_any_mix_of_dtypes(options, limit, keep, monkeypatch):
     """Strided tensors get the values of contiguous copies, and nothing else is written."""
-    monkeypatch.setattr(lean, "LIMIT", limit)
+    monkeypatch.setattr(foreach, "LIMIT", limit)
     views, copies, bases = [], [], []
     dtypes = [(w, g) for w in reference.FORMATS for g in (w, "float32", "float64")]
     for (w_name, g_name), view in itertools.product(dtypes, LAYOUTS.values()):
@@ -329,7 +329,7 @@ def test_any_layout_and_any_mix_of_dtypes(options, limit, keep, monkeypatch):
 def test_a_layer_in_many_parts(name, options, monkeypatch, bounds):
     """Elements of all sizes are in different parts, whose norms are out of range of each other."""
     skip_missing(name, bounds)
-    monkeypatch.setattr(lean, "LIMIT", 512)
+    monkeypatch.setattr(foreach, "LIMIT", 512)
     rng = np.random.default_rng(6)
     for order in ([0, 1, 2], [2, 1, 0]):
         every = exponents(name, 9)[3:-3]
@@ -353,10 +353,10 @@ def test_the_norms_of_whole_layers_update_their_shards(joint):
         return [normal(6, 4), g, normal(6, 4, seed=2)]
 
     whole, sharded = fresh(), fresh()
-    engine = lean.Foreach([layer(*whole, **options)])
+    engine = foreach.Foreach([layer(*whole, **options)])
     norms = engine.norms()
     engine.write(norms, None)
-    shards = lean.Foreach([layer(*(x[k : k + 3] for x in sharded), **options) for k in (0, 3)])
+    shards = foreach.Foreach([layer(*(x[k : k + 3] for x in sharded), **options) for k in (0, 3)])
     parts = shards.norms()
     together = torch.linalg.vector_norm(parts[..., 0] * parts[..., 1], dim=0)
     torch.testing.assert_close(together, norms[0, :, 0] * norms[0, :, 1])

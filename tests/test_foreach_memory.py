@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from lars_tree._backends.torch import lean  # noqa: E402
+from lars_tree._backends.torch import foreach  # noqa: E402
 
 MIB = 2**20
 
@@ -133,7 +133,7 @@ def test_temporaries_of_one_large_tensor(options):
     "shapes", [[(60, 60)] * 100, [(1000, 400)], [400_000]], ids=["small", "large", "row"]
 )
 def test_temporaries_are_bounded(shapes, options, monkeypatch):
-    monkeypatch.setattr(lean, "LIMIT", MIB // 2)
+    monkeypatch.setattr(foreach, "LIMIT", MIB // 2)
     recorder, parameters = recorded(shapes, **(USUAL | options))
     assert recorder.peak <= 0.55 * MIB < parameters
 
@@ -181,7 +181,7 @@ class Failing(TorchDispatchMode):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_nothing_is_written_if_memory_runs_out(options, monkeypatch):
-    monkeypatch.setattr(lean, "LIMIT", 16384)
+    monkeypatch.setattr(foreach, "LIMIT", 16384)
     options = USUAL | options
     dtype, unless = options.pop("dtype", torch.float32), options.pop("unless", False)
     given = [[normal(n, 30, dtype=dtype, seed=k) for k in range(2)] for n in (1, 7, 20)]
@@ -206,11 +206,11 @@ def test_layers_that_do_not_adapt_are_not_read_for_norms():
     read = Recorder()
     given = [layer(normal(200), normal(200, seed=1), adapt=False), layer(normal(0), normal(0))]
     with read:
-        norms = lean.Foreach(given).norms()
+        norms = foreach.Foreach(given).norms()
     assert norms[1].tolist() == [[0, 1], [0, 1]]
     assert read.bytes == 0
-    assert lean.Foreach([]).norms().shape == (0, 2, 2)
-    lean.Foreach([]).write(torch.zeros(0, 2, 2), None)
+    assert foreach.Foreach([]).norms().shape == (0, 2, 2)
+    foreach.Foreach([]).write(torch.zeros(0, 2, 2), None)
 
 
 def test_parameters_and_inference_tensors():

@@ -318,14 +318,15 @@ def stepped_from_rest(way, w, g, options):
     """The velocity after one step from velocity 0: the change of the weights before rounding."""
     from conftest import to_library
 
-    if way == "foreach":  # multi-tensor operations, as on accelerators
+    if way in ("foreach", "fused"):  # as on accelerators
         torch = need("torch")
         optimizer = need("lars_tree.torch").Lars
         names = {"decay_lambda": "weight_decay"}
         given = {names.get(name, name): x for name, x in options.items() if name != "grad_scale"}
         w = torch.nn.Parameter(torch.tensor(w))
         w.grad = torch.tensor(g)
-        stepping = optimizer([w], 1.0, trust_coefficient=0.1, eps=0.0, foreach=True, **given)
+        stepping = optimizer([w], 1.0, trust_coefficient=0.1, eps=0.0, **{way: True}, **given)
+        assert stepping.engine == way
         stepping.grad_scale = torch.tensor(options.get("grad_scale", 1.0), dtype=torch.float64)
         stepping.step()
         return to_numpy(stepping.state[w]["momentum_buffer"])
@@ -340,11 +341,17 @@ def stepped_from_rest(way, w, g, options):
         return to_numpy(compiled(**options)(w, g))
 
 
-WAYS = pytest.mark.parametrize("way", ["numpy", "foreach", "torch", "strict", "jit"])
+@pytest.fixture(params=["numpy", "foreach", "fused", "torch", "strict", "jit"])
+def way(request):
+    """The engines, and libraries whose arrays are updated by whole-array operations."""
+    if request.param == "fused":
+        if need("torch").cuda.is_available():
+            pytest.skip("Triton interprets no kernels if it runs them on a GPU")
+        request.getfixturevalue("small_chunks")
+    return request.param
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|underflow) encountered:RuntimeWarning")
-@WAYS
 @pytest.mark.parametrize(("decay", "joint"), [(0.0, False), (0.1, False), (0.1, True)])
 def test_a_velocity_has_its_digits_where_the_weights_hide_them(way, decay, joint):
     """The steps are far smaller or larger than the weights, which may be 0."""
@@ -362,7 +369,6 @@ def test_a_velocity_has_its_digits_where_the_weights_hide_them(way, decay, joint
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|underflow) encountered:RuntimeWarning")
-@WAYS
 @pytest.mark.parametrize(("g_exponent", "grad_scale"), [(-1010, 2.0**80), (1010, 2.0**-80)])
 def test_the_loss_scale_may_take_a_gradient_out_of_range(way, g_exponent, grad_scale):
     """The unscaled gradient is out of range, but the step is not."""

@@ -16,7 +16,6 @@ torch = need("torch")
 from lars_tree.torch import Lars  # noqa: E402
 
 W, G = [3.0, 4.0], [0.4, 0.3]
-FOREACH = pytest.mark.parametrize("foreach", [None, True])  # on the CPU False is like None
 
 
 def parameter(values=W, grad=G, dtype=torch.float64):
@@ -50,7 +49,6 @@ def same(xs, ys):
 # ---- The rule
 
 
-@FOREACH
 @pytest.mark.parametrize(
     "options",
     [
@@ -70,12 +68,12 @@ def same(xs, ys):
     ],
     ids=str,
 )
-def test_each_step_against_the_exact_rule(options, foreach):
+def test_each_step_against_the_exact_rule(options, engine):
     """The buffer does not contain the rate; each step multiplies the buffer by the rate."""
     defaults = {"trust_coefficient": 0.1, "momentum": 0.9, "eps": 0.0}
     options = {**defaults, **options}
     p = parameter()
-    opt = Lars([p], lr=0.5, foreach=foreach, **options)
+    opt = Lars([p], lr=0.5, **engine, **options)
     rng = np.random.default_rng(0)
     w, v = W, [0.0, 0.0]
     sign = -1 if options.get("maximize") else 1
@@ -170,16 +168,15 @@ def test_a_new_rate_takes_effect_at_once():
     assert not torch.equal(opt.state[p]["momentum_buffer"], buffer)
 
 
-@FOREACH
-def test_groups_override_each_option(foreach):
+def test_groups_override_each_option(engine):
     options = [{"lr": 0.1}, {"weight_decay": 0.2}, {"momentum": 0.5}, {"momentum": 0.0}]
     options += [{"adapt": False}, {"nesterov": True}, {"maximize": True}, {"dampening": 0.1}]
     together = [parameter() for _ in options]
     groups = [{"params": [p], **each} for p, each in zip(together, options, strict=True)]
-    opt = Lars(groups, lr=0.5, trust_coefficient=0.1, foreach=foreach)
+    opt = Lars(groups, lr=0.5, trust_coefficient=0.1, **engine)
     alone = [parameter() for _ in options]
     opts = [
-        Lars([p], **{"lr": 0.5, "trust_coefficient": 0.1, "foreach": foreach, **each})
+        Lars([p], **{"lr": 0.5, "trust_coefficient": 0.1, **engine, **each})
         for p, each in zip(alone, options, strict=True)
     ]
     for _ in range(3):
@@ -191,24 +188,22 @@ def test_groups_override_each_option(foreach):
     assert len({tuple(p.tolist()) for p in together}) == len(options)
 
 
-@FOREACH
-def test_without_decay_an_infinite_weight_gives_no_nan(foreach):
+def test_without_decay_an_infinite_weight_gives_no_nan(engine):
     """This also holds if another group has decay."""
     p, q = parameter([np.inf, 1.0]), parameter()
     groups = [{"params": [p]}, {"params": [q], "weight_decay": 0.1}]
-    opt = Lars(groups, 0.5, adapt=False, foreach=foreach)
+    opt = Lars(groups, 0.5, adapt=False, **engine)
     opt.step()
     opt.step()
     assert opt.state[p]["momentum_buffer"].tolist() == pytest.approx([1.9 * g for g in G])
     assert p.tolist() == pytest.approx([np.inf, 1 - 0.5 * (1 + 1.9) * G[1]])
 
 
-@FOREACH
-def test_stacked_layers_are_updated_like_separate_layers(foreach):
+def test_stacked_layers_are_updated_like_separate_layers(engine):
     generator = torch.Generator().manual_seed(0)
     w, *gs = torch.randn(4, 3, 4, 5, generator=generator, dtype=torch.float64)
     stack = torch.nn.Parameter(w.clone())
-    opt = Lars([stack], 0.5, layer_axis=1, trust_clip=True, foreach=foreach)
+    opt = Lars([stack], 0.5, layer_axis=1, trust_clip=True, **engine)
     rows = [torch.nn.Parameter(x.clone()) for x in w.unbind(1)]
     each = Lars(rows, 0.5, trust_clip=True)
     for g in gs:
@@ -236,9 +231,8 @@ def test_gradients_are_not_modified():
     assert [p.grad._version for p in net.parameters()] == versions
 
 
-@FOREACH
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64"])
-def test_parameters_of_all_kinds(dtype, foreach):
+def test_parameters_of_all_kinds(dtype, engine):
     """Compare 0-d, empty, non-contiguous and gradientless parameters with double precision."""
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, dtype)
@@ -254,7 +248,7 @@ def test_parameters_of_all_kinds(dtype, foreach):
     precise = [torch.nn.Parameter(x.to(wide)) for x in base]
     ours, theirs = (
         Lars(xs, 0.5, weight_decay=0.1, trust_coefficient=0.1, **more)
-        for xs, more in ((params, {"foreach": foreach}), (precise, {}))
+        for xs, more in ((params, engine), (precise, {}))
     )
     for p, q, g in zip(params, precise, grads, strict=True):
         p.grad, q.grad = g.clone(), g.to(wide)

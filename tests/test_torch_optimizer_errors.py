@@ -14,7 +14,7 @@ from lars_tree import LarsTreeError
 
 torch = need("torch")
 
-from test_torch_optimizer import FOREACH, W, model, parameter, same, train  # noqa: E402
+from test_torch_optimizer import W, model, parameter, same, train  # noqa: E402
 
 from lars_tree.torch import Lars, param_groups  # noqa: E402
 
@@ -88,12 +88,11 @@ def test_parameters_that_torch_refuses_are_refused():
         Lars([p * 2])
 
 
-@FOREACH
-def test_sparse_gradients_are_refused(foreach):
+def test_sparse_gradients_are_refused(engine):
     p, q = parameter(), parameter()
     q.grad = q.grad.to_sparse()
     with pytest.raises(RuntimeError, match="does not support sparse gradients"):
-        Lars([p, q], foreach=foreach).step()
+        Lars([p, q], **engine).step()
     assert p.tolist() == W
 
 
@@ -134,7 +133,6 @@ def shared_memory(opt, p):
 OTHER_TERMS = re.compile(r"\b(dcdw|w|out|state|velocity|weights|leaf|leaves)\b(?!_)")
 
 
-@FOREACH
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
@@ -151,11 +149,11 @@ OTHER_TERMS = re.compile(r"\b(dcdw|w|out|state|velocity|weights|leaf|leaves)\b(?
         (shared_memory, r"two parameters share memory .*\n  1.weight: shares memory with 0.weight"),
     ],
 )
-def test_an_error_names_the_parameters_and_nothing_is_written(spoil, says, foreach):
+def test_an_error_names_the_parameters_and_nothing_is_written(spoil, says, engine):
     """The error uses the terms of torch, whichever group the parameter is in."""
     net = model()
     first, second = param_groups(net, named=True)
-    opt = Lars([{**first, "momentum": 0.0}, second], 0.5, foreach=foreach)
+    opt = Lars([{**first, "momentum": 0.0}, second], 0.5, **engine)
     train(net, opt, 1)
     spoil(opt, net[1].weight)
     before = copy.deepcopy((list(net.parameters()), opt.state_dict()["state"]))
@@ -171,9 +169,8 @@ def test_an_error_names_the_parameters_and_nothing_is_written(spoil, says, forea
         assert spoil is meta_buffer or np.array_equal(*buffers)
 
 
-@FOREACH
 @pytest.mark.parametrize("momenta", [(0.9, 0.9), (0.9, 0.0), (0.0, 0.0)])
-def test_parameters_that_share_memory_are_refused(momenta, foreach):
+def test_parameters_that_share_memory_are_refused(momenta, engine):
     """The parameters are different objects, so torch does not detect the shared memory."""
     x = torch.ones(4)
     params = [torch.nn.Parameter(y) for y in (x, x[1:3])]
@@ -181,13 +178,13 @@ def test_parameters_that_share_memory_are_refused(momenta, foreach):
     for p in params:
         p.grad = torch.ones_like(p)
     with pytest.raises(LarsTreeError, match="share memory") as caught:
-        Lars(groups, foreach=foreach).step()
+        Lars(groups, **engine).step()
     first, second = (f"param_groups[{i}]['params'][0]" for i in (0, 1))
     assert str(caught.value).splitlines()[1:] == [f"  {second}: shares memory with {first}"]
     assert x.tolist() == [1, 1, 1, 1]
 
 
-@FOREACH
+@pytest.mark.parametrize("foreach", [None, True])  # the interpreter is slow
 def test_steps_of_many_threads_are_all_taken(foreach):
     """In the first step, all threads use the same new buffer."""
     p = torch.nn.Parameter(torch.zeros(20_000))

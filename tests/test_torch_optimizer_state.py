@@ -14,8 +14,10 @@ import lars_tree
 
 torch = need("torch")
 
-from test_torch_optimizer import FOREACH, G, W, model, parameter, same, train  # noqa: E402
+from test_torch_optimizer import G, W, model, parameter, same, train  # noqa: E402
 
+from lars_tree._backends.torch.traced import _WholeNorms  # noqa: E402
+from lars_tree._numerics.formula import SCALES  # noqa: E402
 from lars_tree.torch import Lars, param_groups  # noqa: E402
 
 # ---- State
@@ -122,12 +124,11 @@ def fused(opt):
 FUSED = pytest.mark.parametrize("prepare", [fused, lambda opt: opt], ids=["fused", "not fused"])
 
 
-@FOREACH
 @FUSED
-def test_the_first_step_taken_is_not_dampened(foreach, prepare):
+def test_the_first_step_taken_is_not_dampened(engine, prepare):
     """The first step that is taken may come after steps that were skipped or raised."""
     p = parameter()
-    opt = prepare(Lars([p], 0.1, dampening=0.5, adapt=False, foreach=foreach))
+    opt = prepare(Lars([p], 0.1, dampening=0.5, adapt=False, **engine))
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.zeros(()))
     p.grad = torch.tensor([torch.inf, 0.0], dtype=torch.float64)
@@ -173,10 +174,9 @@ def test_schedulers_of_torch(tensor):
     assert rates == pytest.approx([0.5 * schedule(i) for i in range(4)])
 
 
-@FOREACH
-def test_options_may_be_numbers_of_numpy(foreach):
+def test_options_may_be_numbers_of_numpy(engine):
     p, q = parameter(), parameter()
-    scheduled = Lars([p], 0.1, foreach=foreach)
+    scheduled = Lars([p], 0.1, **engine)
     scheduled.param_groups[0].update(lr=np.float32(0.25), weight_decay=np.float64(0.5))
     scheduled.param_groups[0].update(momentum=np.array(0.9))
     scheduled.step()
@@ -184,26 +184,24 @@ def test_options_may_be_numbers_of_numpy(foreach):
     assert p.tolist() == pytest.approx(q.tolist(), rel=1e-12)
 
 
-@FOREACH
 @pytest.mark.parametrize("make", [np.int64, torch.tensor])
-def test_an_axis_may_be_any_index(foreach, make):
+def test_an_axis_may_be_any_index(engine, make):
     results = []
     for axis in (-1, make(-1)):
         p = parameter([W, W], [G, W])
-        Lars([p], 0.25, layer_axis=axis, foreach=foreach).step()
+        Lars([p], 0.25, layer_axis=axis, **engine).step()
         results.append(p)
     assert same(results[:1], results[1:])
 
 
-@FOREACH
 @FUSED
 @pytest.mark.parametrize("unscales", [False, True])
-def test_grad_scaler_scales_are_divided_out_exactly(foreach, prepare, unscales):
+def test_grad_scaler_scales_are_divided_out_exactly(engine, prepare, unscales):
     """Scales are powers of two, so the steps have the same bits as without a scaler."""
     results = []
     for scaled in (False, True):
         net = model(dtype=torch.float64)
-        opt = prepare(Lars(param_groups(net, weight_decay=0.01), 0.5, eps=1e-3, foreach=foreach))
+        opt = prepare(Lars(param_groups(net, weight_decay=0.01), 0.5, eps=1e-3, **engine))
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14, growth_interval=2, enabled=scaled)
         for i in range(4):
             opt.zero_grad()
@@ -217,12 +215,11 @@ def test_grad_scaler_scales_are_divided_out_exactly(foreach, prepare, unscales):
     assert same(*results)
 
 
-@FOREACH
 @FUSED
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip", "raise"])
-def test_grad_scaler_skips_steps_with_infinite_gradients(foreach, prepare, nonfinite):
+def test_grad_scaler_skips_steps_with_infinite_gradients(engine, prepare, nonfinite):
     net = model()
-    opt = prepare(Lars(net.parameters(), 0.5, foreach=foreach, nonfinite=nonfinite))
+    opt = prepare(Lars(net.parameters(), 0.5, nonfinite=nonfinite, **engine))
     train(net, opt, 1)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     buffers = [opt.state[p]["momentum_buffer"] for p in net.parameters()]
@@ -255,6 +252,51 @@ def test_compiled_steps_are_whole_graphs_that_read_no_values():
         results.append([p.detach() for p in net.parameters()])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_compiled_steps_agree_for_every_kind_of_parameter():
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        groups = [
+            {"params": [torch.nn.Parameter(torch.randn(shape, dtype=dtype))], **options}
+            for shape, dtype, options in (
+                ((3, 4), torch.float64, {"layer_axis": -1, "weight_decay": 0.1, "nesterov": True}),
+                ((3, 4), torch.float64, {"joint_norm": True, "weight_decay": 0.1, "layer_axis": 0}),
+                ((5,), torch.complex128, {"trust_clip": True, "maximize": True, "momentum": 0.0}),
+                ((0, 2), torch.float64, {"weight_decay": 0.1}),
+                ((), torch.float64, {"adapt": False}),
+            )
+        ]
+        params = [p for group in groups for p in group["params"]]
+        opt = Lars(groups, 0.1, trust_coefficient=1.0, fused=True)
+        step = torch.compile(opt.step, backend="eager", fullgraph=True) if compiled else opt.step
+        for infinite in (False, False, True):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            opt.grad_scale, opt.found_inf = torch.tensor(4.0), torch.tensor(float(infinite))
+            before = [p.detach().clone() for p in params]
+            step()
+            is_kept = [torch.equal(p, x) for p, x in zip(params, before, strict=True)]
+            assert is_kept == [infinite or not p.numel() for p in params]
+        buffers = [x["momentum_buffer"] for x in opt.state.values() if x]
+        results.append([x.detach() for x in params + buffers])
+    assert len(results[0]) == len(results[1]) == 9
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("norm", [0.0, 1e-45, 1e-30, 1.0, 3e38, 1e42])
+def test_norms_of_shards_fit_float32(norm):
+    """Accelerators compute in float32; a norm over all shards may be out of its range."""
+    row = (norm * torch.tensor(SCALES, dtype=torch.float64)).square()
+    sums = torch.stack([row, row])[None]
+    w = torch.ones(2, 3)
+    for scaled, scale in _WholeNorms(sums).norms(w, w, None):
+        assert {scaled.dtype, scale.dtype} == {torch.float32}
+        assert torch.isfinite(scaled)
+        assert 0 < scale < torch.inf
+        assert float(scaled) * float(scale) == pytest.approx(norm, rel=1e-6)
 
 
 def test_a_step_that_reads_values_is_not_compiled():

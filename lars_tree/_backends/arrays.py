@@ -76,6 +76,9 @@ class NamespaceOps:
         a, b = self.like(a, like), self.like(b, like)
         return self.xp.where(a > b, a, b)
 
+    def sqrt(self, x: NativeArray) -> NativeArray:
+        return self.xp.sqrt(x)
+
     def like(self, number: Any, x: NativeArray) -> NativeArray:
         return self.one(x) * number if _is_number(number) else number
 

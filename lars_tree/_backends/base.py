@@ -124,7 +124,10 @@ class StepResults(NamedTuple):
 
 
 class Engine(Protocol):
-    """An engine that the caller chooses for the leaves at `indices`, to update them in place."""
+    """An engine that the caller chooses for the leaves at `indices`, to update them in place.
+
+    If a rule has the option `nonfinite`, the engine must update all leaves.
+    """
 
     @property
     def indices(self) -> Collection[int]: ...
@@ -132,8 +135,12 @@ class Engine(Protocol):
     def trusted(self, leaves: list[Leaf]) -> list[Leaf]:
         """The given leaves that pass a cheap pre-check, so that they need no full check."""
 
-    def results(self, leaves: list[Leaf]) -> Iterable[tuple[NativeArray, NativeArray]]:
-        """Pairs of an array to write to and its new values; writes nothing itself."""
+    def update(self, leaves: list[Leaf], writes: Writes) -> tuple[list[int], Any]:
+        """Prepare the step of these leaves, and add its writes; writes nothing itself.
+
+        Returns the indices of leaves with nonfinite="raise" that would not be finite, and whether
+        the step applies: a bool, or a 0-d bool array on the device.
+        """
 
 
 class Shards(Protocol):
@@ -181,6 +188,7 @@ class Writes(Protocol):
     def announce(self, backend: Backend, outs: Iterable[NativeArray]) -> None: ...
     def copy(self, target: NumpyArray, values: NumpyArray) -> None: ...
     def holds(self, size: int) -> bool: ...
+    def step(self, step: Callable[[], Any]) -> None: ...
     def step_in_chunks(self, step: Callable[[], Any]) -> None: ...
 
 

@@ -86,9 +86,9 @@ def _execute(columns: base.Columns, caller: Caller, native: Native) -> Result:
     rows, trusted = checked(columns, caller, native.rest, native)
     written, read = _spans(rows, columns.counters)
     # This compares memory ranges, which is fast; `check_apart` compares single elements.
-    if native.overlaps(written, read) or _must_wait(
-        native, [*(row.leaf for row in rows), *trusted]
-    ):
+    leaves = (*(row.leaf for row in rows), *trusted)
+    others = [leaf for leaf in leaves if leaf.leaf_index not in caller.indices]
+    if native.overlaps(written, read) or _must_wait(native, others):
         native = Native(columns, takes_none=True)
         rows, trusted = checked(columns, caller, native.rest, native)
     # No leaf of the native engine overlaps with these rows.
@@ -232,19 +232,20 @@ def _run(
     """
     steps = [leaf for leaf in leaves if leaf.dcdw is not None]
     shards = native.take([leaf for leaf in steps if leaf.leaf_index not in caller.indices])
-    guarded = _is_guarded(native, steps)
     results = dict(shards)
+    guarded = _is_guarded(native, [leaf for leaf in steps if leaf.leaf_index not in caller.indices])
+    taken: Any = True
     if caller.engine is not None:
         own = [leaf for leaf in steps if leaf.leaf_index in caller.engine.indices]
-        for out, new in caller.engine.results(own):
-            writes.add(own[0].backend, out, new)
+        bad, taken = caller.engine.update(own, writes)
+        if bad:
+            raise nonfinite.error(bad, caller.paths, caller.words)
         results |= {leaf.leaf_index: base.StepResult(leaf.out, leaf.velocity) for leaf in own}
     steps = [leaf for leaf in steps if leaf.leaf_index not in results]
     for backend, group in base.grouped(steps, lambda leaf: leaf.backend).items():
         given = [leaf._replace(out=None) for leaf in group] if guarded else group
         new = backend.update(given, writes)
         results |= {leaf.leaf_index: x for leaf, x in zip(group, new, strict=True)}
-    taken: Any = True
     if guarded:
         writes.norms, bad = native.nonfinite()
         others = [leaf for leaf in leaves if leaf.leaf_index not in shards]

@@ -38,10 +38,7 @@ def guard(
         if leaf.rule.nonfinite == "raise" and not bool(are_finite([leaf]))
     ]
     if bad:
-        headline = f"{words.dcdw} would make {words.weights} that are not finite"
-        text = "expected finite numbers, got NaN or infinity"
-        lines = [(paths()[index], text) for index in sorted(bad)]
-        raise words.error(errors.NonFiniteError, "dcdw", headline, lines)
+        raise error(bad, paths, words)
     watched = [leaf for leaf in steps if leaf.rule.nonfinite == "skip"]
     flags = [are_finite(group) for group in grouped(watched, lambda leaf: leaf.backend).values()]
     flags += [False] if native else []
@@ -69,6 +66,14 @@ def guard(
         )
 
     return {leaf.leaf_index: chosen(leaf) for leaf in steps}, flag
+
+
+def error(bad: list[int], paths: Paths, words: errors.Words) -> errors.LarsTreeError:
+    """The error for leaves, given by their indices, that would not be finite."""
+    headline = f"{words.dcdw} would make {words.weights} that are not finite"
+    text = "expected finite numbers, got NaN or infinity"
+    lines = [(paths()[index], text) for index in sorted(bad)]
+    return words.error(errors.NonFiniteError, "dcdw", headline, lines)
 
 
 def copies(leaf: Leaf) -> StepResult:

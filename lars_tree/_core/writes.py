@@ -53,6 +53,7 @@ class Writes:
         self._copies: list[tuple[NumpyArray, NumpyArray]] = []
         self._chunked: list[Call] = []
         self._foreign: dict[Backend, list[tuple[Any, Any]]] = {}
+        self._steps: list[Call] = []
         self._shared: dict[Backend, list[Any]] = {}
         self._last: list[Call] = []
         self._room = MAX_HELD
@@ -89,8 +90,12 @@ class Writes:
         self._room -= size
         return True
 
+    def step(self, step: Call) -> None:
+        """Add a call that computes and writes, and that must run in this thread, unprotected."""
+        self._steps.append(step)
+
     def step_in_chunks(self, step: Call) -> None:
-        """Add a call that computes and writes in chunks, and writes only to CPU memory."""
+        """Add a call that computes and writes, part by part."""
         self._chunked.append(step)
 
     def then(self, last: Call) -> None:
@@ -111,7 +116,8 @@ class Writes:
         done = [False]
         foreign = [(backend, backend.writers(pairs)) for backend, pairs in self._foreign.items()]
         writers = [write for _, writes in foreign for write in writes]
-        others = bool(self._copies or self._chunked or self._last)
+        writers += self._steps
+        others = bool(self._copies or self._chunked or (self._last and self._foreign))
         if writers and self.plan is not None:
             others |= bool(self.plan.spans())
         held: list[Call] = []

@@ -164,6 +164,9 @@ class Ops(Protocol):
     def maximum(self, a: Any, b: Any) -> Any:
         """The elementwise maximum of two arrays, or of an array and a number."""
 
+    def sqrt(self, x: Any) -> Any:
+        """The elementwise square root."""
+
 
 class Norm(NamedTuple):
     """A norm as `scaled * scale`.
@@ -174,6 +177,26 @@ class Norm(NamedTuple):
 
     scaled: Any
     scale: Any
+
+
+# Squares of float64 numbers may overflow or underflow, so they are summed once with each of these
+# scales; the sums show which scale to use (Blue 1978, doi:10.1145/355769.355771).
+SCALES = (1.0, 2.0**-600, 2.0**600)
+_SMALLEST_SAFE_SUM, _LARGEST_SAFE_SUM = 2.0**-900, 2.0**1000
+
+
+def norm_of_sums(ops: Ops, unscaled: Any, of_large: Any, of_small: Any) -> Norm:
+    """The norm of numbers, given the sums of their squares, scaled by each of `SCALES`."""
+    is_safe = (unscaled > _SMALLEST_SAFE_SUM) & (unscaled < _LARGEST_SAFE_SUM)
+    is_large = of_large > _SMALLEST_SAFE_SUM
+    total = ops.where(is_safe, unscaled, ops.where(is_large, of_large, of_small))
+    root = ops.sqrt(total)
+    # The scale must be finite even if the norm is not, and so must be its inverse, which is not the
+    # case for subnormal numbers. A norm of 0 has the scale 1.
+    power = ops.power_of_two(ops.where(root < 2.0**400, root, 2.0**400))
+    power = ops.maximum(power, 2.0**-422)
+    scale = ops.where(is_safe, power, ops.where(is_large, power * 2.0**600, power * 2.0**-600))
+    return Norm(root / power, ops.where(total == 0, 1.0, scale))
 
 
 def step(ops: Ops, w: Any, dcdw: Any, rule: Rule, velocity: Any = None) -> tuple[Any, Any]:
@@ -246,14 +269,15 @@ def joint(ops: Ops, w: Any, dcdw: Any, rule: Rule) -> tuple[Any, Rule]:
 def multiply_add(ops: Ops, a: Any, b: Any, x: Any) -> Any:
     """Compute a + b * x, almost as exactly as with a single rounding, even if the two terms cancel.
 
-    The factors are split into halves, whose products are exact, and the rounding error of the sum
-    is added to the sum (Dekker 1971, doi:10.1007/BF01397083).
+    The factors are split into halves, whose products are exact, and the rounding errors of the sums
+    are added to the sum (Dekker 1971, doi:10.1007/BF01397083).
     """
     b_high, x_high = ops.upper_half(b), ops.upper_half(x)
     b_low, x_low = b - b_high, x - x_high
-    product = b_high * x_high
-    total, rest = two_sum(a, product)
-    exact = total + (rest + ((b_high * x_low + b_low * x_high) + b_low * x_low))
+    total, rest = two_sum(a, b_high * x_high)
+    cross, cross_rest = two_sum(b_high * x_low, b_low * x_high)
+    small, small_rest = two_sum(total, cross)
+    exact = small + (small_rest + (rest + (cross_rest + b_low * x_low)))
     return ops.finite_or(exact, total)
 
 

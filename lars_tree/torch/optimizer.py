@@ -1,13 +1,14 @@
 """Lars as a `torch.optim.Optimizer`.
 
 Each step is one call of `execute` for all parameters: the native engine updates parameters in CPU
-memory; multi-tensor operations update all other parameters, without waiting for the device.
+memory; multi-tensor operations update all other parameters, without waiting for the device. Under
+`torch.compile`, `traced.results_in_place` is traced instead.
 `torch/options.py` checks the options, `torch/rows.py` collects the inputs of a step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from inspect import signature
@@ -19,16 +20,20 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lars_tree._backends.torch.backend import BACKEND, results_in_place
-from lars_tree._backends.torch.tensors import copy_all
+from lars_tree._backends.torch import traced
+from lars_tree._backends.torch.backend import BACKEND
+from lars_tree._backends.torch.optimizer_engine import OptimizerEngine, Repeatable
+from lars_tree._backends.torch.tensors import copy_all, is_capturing
 from lars_tree._core import locks
 from lars_tree._core.execute import execute
 from lars_tree._core.options import CALLED_ELSEWHERE, check_names, with_hints
 from lars_tree._core.types import NonFinite
+from lars_tree._core.writes import Writes
+from lars_tree._numerics.formula import Rule
 from lars_tree.errors import LarsTreeError
 from lars_tree.torch.groups import param_groups, refuse_flat
 from lars_tree.torch.options import NAMES, check
-from lars_tree.torch.rows import ParameterRows, gather
+from lars_tree.torch.rows import ParameterRows, engines, gather
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -95,7 +100,9 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
             be combined with foreach.
 
     Attributes:
-        skipped: The number of steps skipped by nonfinite="skip". Not in the `state_dict`.
+        skipped: The number of steps skipped by nonfinite="skip"; reading it waits for the device.
+            Not in the `state_dict`.
+        engine: The engines that update the parameters, such as "fused"; see "GPUs" in the docs.
 
     Raises:
         ValueError: An option has an invalid value, or there are no parameters.
@@ -104,7 +111,8 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
     Source: You, Gitman, Ginsburg (2017), arXiv:1708.03888, Algorithm 1.
     """
 
-    skipped: int = 0
+    _skipped: int | Tensor = 0
+    _last: Repeatable | None = None
 
     @with_hints
     def __init__(
@@ -138,6 +146,14 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         if self.defaults["fused"]:
             self._step_supports_amp_scaling = True
 
+    @property
+    def skipped(self) -> int:
+        return int(self._skipped)
+
+    @property
+    def engine(self) -> str:
+        return ", ".join(sorted(engines(self)))
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as in `torch.optim.Optimizer`.
 
@@ -165,6 +181,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
     def __setstate__(self, state: dict[str, Any]) -> None:
         known = set(state.get("defaults", vars(self).get("defaults", ())))
         super().__setstate__(state)
+        self._skipped = vars(self).pop("skipped", 0)
         for name in self.defaults.keys() - known:  # options that torch's __setstate__ added
             del self.defaults[name]
         # Options that a state of an older version lacks.
@@ -255,22 +272,75 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
                 return
             found_inf = None
         if torch.compiler.is_compiling():
-            copy_all(*results_in_place(inputs.leaves(), found_inf))
-            self._keep_buffers(inputs)
-        elif inputs.rows:
-            done = [not inputs.first_steps]
-            last = (partial(setitem, done, 0, True),) if inputs.first_steps else ()
-            with self._buffers_kept(inputs, lambda: done[0]):
-                execute(inputs.columns(), inputs.caller(found_inf, last))
+            leaves = inputs.leaves()
+            if all(map(traced.supports, leaves)):
+                copy_all(*traced.results_in_place(leaves, found_inf))
+                self._keep_buffers(inputs)
+            else:
+                self._step_uncompiled(grad_scale, found_inf)
+        else:
+            self._execute(inputs, found_inf)
 
-    @torch._disable_dynamo  # type: ignore[untyped-decorator]  # the step reads values
+    def _execute(self, inputs: ParameterRows, found_inf: Tensor | None) -> Any:
+        """Take the step, unless `found_inf` is not 0. Returns whether it applies, see `Result`."""
+        if not inputs.rows:
+            return True
+        if inputs.first_steps and any(is_capturing(row[0].device) for row in inputs.rows):
+            text = "The first step makes momentum buffers, which each replay of a captured graph"
+            raise RuntimeError(f"{text} would set to zero: take one step before the capture")
+        engine = inputs.engine(found_inf)
+        signature, rules = inputs.signature()
+        if engine is not None and signature is not None:
+            taken = self._taken_again(engine, signature, rules, inputs)
+            if taken is not None:
+                return taken
+        done = [not inputs.first_steps]
+        last = (partial(setitem, done, 0, True),) if inputs.first_steps else ()
+        with self._buffers_kept(inputs, lambda: done[0]):
+            taken = execute(inputs.columns(), inputs.caller(engine, last)).taken
+        if engine is not None and engine.step is not None and signature is not None:
+            self._last = Repeatable(signature, rules, engine.step)
+        return taken
+
+    def _taken_again(
+        self, engine: OptimizerEngine, signature: Hashable, rules: list[Rule], inputs: ParameterRows
+    ) -> Any:
+        """Repeat the last step if its signature is the same: return as `_execute`, or None."""
+        last = self._last
+        if last is None or last.signature != signature:
+            return None
+        step = last.step.again({id(old): new for old, new in zip(last.rules, rules, strict=True)})
+        if step is None:
+            return None
+        self._last = Repeatable(signature, rules, step)
+        writes = Writes()
+        choices = [(i, row[3].nonfinite) for i, row in enumerate(inputs.rows)]
+        bad, taken = engine.finish(step, choices, writes)
+        if bad:  # `execute` raises the error
+            return None
+        writes.make()
+        return taken
+
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
+    def _step_uncompiled(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Take a step with inputs that `traced` does not support, or report what is wrong."""
+        self._step(grad_scale, found_inf)
+
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]  # the step may read values
     def _step_if_finite(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        inputs = gather(self, grad_scale, may_skip=found_inf is not None)
+        if inputs.device_can_guard:
+            skips = ~torch.as_tensor(self._execute(inputs, found_inf))
+            if found_inf is not None:
+                skips = skips & (found_inf.to(skips.device) == 0)
+            self._skipped = self._skipped + skips.long()
+            return
         inputs = gather(self, None if grad_scale is None else float(grad_scale))
         if inputs.rows and not (found_inf is not None and found_inf):
             counts = {name: np.zeros((), np.int64) for name in ("step", "skipped")}
             with self._buffers_kept(inputs, lambda: bool(counts["step"])):
-                execute(inputs.columns(counts), inputs.caller())
-            self.skipped += int(counts["skipped"])
+                execute(inputs.columns(counts), inputs.caller(None))
+            self._skipped = self._skipped + int(counts["skipped"])
 
     @contextmanager
     def _buffers_kept(self, inputs: ParameterRows, is_done: Callable[[], bool]) -> Iterator[None]:

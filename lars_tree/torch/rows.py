@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,9 +13,14 @@ from lars_tree import errors
 from lars_tree._backends.base import Columns, Leaf
 from lars_tree._backends.torch.backend import BACKEND, is_in_cpu_memory, is_shard
 from lars_tree._backends.torch.foreach import Foreach
+from lars_tree._backends.torch.fused import Fused, is_interpreted
+from lars_tree._backends.torch.layers import Layer, as_real
+from lars_tree._backends.torch.multi_tensor import fused_row
+from lars_tree._backends.torch.optimizer_engine import OptimizerEngine, signature_of
 from lars_tree._backends.torch.reader import may_read
+from lars_tree._backends.torch.sharded import shard_of
 from lars_tree._core.execute import Caller
-from lars_tree._numerics.formula import Rule
+from lars_tree._numerics.formula import Rule, is_joint
 from lars_tree.torch import options
 from lars_tree.torch.groups import name_of, refuse_flattened_since
 
@@ -47,7 +52,7 @@ class ParameterRows:
 
     Attributes:
         rows: A row for each parameter.
-        for_foreach: The indices of the rows that the foreach engine updates.
+        for_engine: The indices of the rows that `OptimizerEngine` updates.
         first_steps: The indices of the rows with a new buffer.
         device_can_skip: Whether the device can skip the step without the CPU waiting for it.
     """
@@ -56,19 +61,25 @@ class ParameterRows:
         self.groups = groups
         self.grad_scale = grad_scale
         self.rows: list[ParameterRow] = []
-        self.for_foreach: set[int] = set()
+        self.for_engine: set[int] = set()
         self.first_steps: list[int] = []
         self.device_can_skip = True
 
-    def rule(self, number: int, is_for_foreach: bool, is_first: bool) -> Rule:
+    def rule(self, number: int, is_for_engine: bool, is_first: bool) -> Rule:
         """The rule of a group, for the parameters of one engine. `is_first`: buffers are new."""
         group, scale = self.groups[number], self.grad_scale
-        # Only the foreach engine can skip a step on the device. The skipped step leaves new buffers
+        # Only this engine can skip a step on the device. The skipped step leaves new buffers
         # behind, so the next step would be dampened although it is the first that is applied.
         is_undampened = is_first and group["dampening"] != 0
-        self.device_can_skip &= is_for_foreach and not is_undampened
-        scale = scale if is_for_foreach or scale is None else float(scale)
+        self.device_can_skip &= is_for_engine and not is_undampened
+        scale = scale if is_for_engine or scale is None else float(scale)
         return options.rule(group, scale, is_first)
+
+    @property
+    def device_can_guard(self) -> bool:
+        """Whether `OptimizerEngine` can apply `nonfinite`: it updates all rows, on one device."""
+        is_alone = self.rows and len(self.for_engine) == len(self.rows) and self.device_can_skip
+        return bool(is_alone) and len({row[0].device for row in self.rows}) == 1
 
     def columns(self, counters: Mapping[str, Any] | None = None) -> Columns:
         """The arguments of `execute` for an update in place."""
@@ -86,31 +97,80 @@ class ParameterRows:
             for i, (param, grad, buffer, rule, *_) in enumerate(self.rows)
         ]
 
+    def engine(self, found_inf: Tensor | None = None) -> OptimizerEngine | None:
+        # With "raise" and "skip", values of one engine may decide about writes of another.
+        guards = any(group["nonfinite"] != "propagate" for group in self.groups)
+        if self.for_engine and (self.device_can_guard or not guards):
+            fusing = {i for i in self.for_engine if may_fuse(self.groups[self.rows[i][4]])}
+            return OptimizerEngine(self.for_engine, fusing, found_inf)
+        return None
+
     def caller(
-        self, found_inf: Tensor | None = None, last: tuple[Callable[[], Any], ...] = ()
+        self, engine: OptimizerEngine | None, last: tuple[Callable[[], Any], ...] = ()
     ) -> Caller:
         """The `Caller` argument of `execute`."""
-        engine = None
-        # "raise" and "skip" need to read values, but the foreach engine does not read any.
-        if self.for_foreach and all(group["nonfinite"] == "propagate" for group in self.groups):
-            numbers = {self.rows[i][4] for i in self.for_foreach}
-            one_by_one = all(self.groups[number]["foreach"] is False for number in numbers)
-            engine = Foreach(self.for_foreach, one_by_one, found_inf)
         return Caller(self._paths, same_shapes=True, last=last, words=TORCH_WORDS, engine=engine)
+
+    def signature(self) -> tuple[Hashable | None, list[Rule]]:
+        """The signature of `Repeatable`, None if the step cannot be repeated; and all rules."""
+        if self.first_steps or len(self.for_engine) < len(self.rows):
+            return None, []
+        rules = {id(row[3]): row[3] for row in self.rows}
+        places = {key: place for place, key in enumerate(rules)}
+        xs = [x for row in self.rows for x in row[:3] if x is not None]
+        facts = signature_of(xs)
+        if facts is None:
+            return None, []
+        static = tuple(
+            (is_joint(rule), *(x for x in rule if not _is_number(x))) for rule in rules.values()
+        )
+        of_rows = tuple(places[id(row[3])] for row in self.rows)
+        moves = tuple(row[2] is None for row in self.rows)
+        fuses = tuple(map(may_fuse, self.groups))
+        return (facts, static, of_rows, moves, fuses), list(rules.values())
 
     def _paths(self) -> list[errors.Path]:
         positions = (row[4:] for row in self.rows)
         return [(name_of(self.groups[number], number, index),) for number, index in positions]
 
 
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (float, Tensor))
+
+
+def asks_for_engine(group: dict[str, Any]) -> bool:
+    """Whether `OptimizerEngine` updates the parameters of a group even in CPU memory."""
+    return bool(group["foreach"] or (group["fused"] and is_interpreted()))
+
+
+def may_fuse(group: dict[str, Any]) -> bool:
+    """Whether Triton kernels may update the parameters of a group."""
+    return group["fused"] is not False and not group["foreach"]
+
+
+def engines(optimizer: Optimizer) -> set[str]:
+    """The names of the engines that update the parameters, if gradients are like parameters."""
+    found = set()
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if not asks_for_engine(group) and (is_in_cpu_memory(p) or is_shard(p)):
+                found.add("native" if may_read() else "twin")
+                continue
+            x = as_real(shard_of(p))
+            layer = Layer(x, x, x, None, options.rule(group, None, is_first=False))
+            row = fused_row(layer, may_fuse(group))
+            found.add(Foreach.name if row is None else Fused.name)
+    return found
+
+
 def gather(optimizer: Optimizer, grad_scale: Any, may_skip: bool = False) -> ParameterRows:
     """Collect the inputs of a step from all groups, and check the options of the groups."""
     found = ParameterRows(optimizer.param_groups, grad_scale)
-    rows, for_foreach, first_steps = found.rows, found.for_foreach, found.first_steps
+    rows, for_engine, first_steps = found.rows, found.for_engine, found.first_steps
     get_state, strided = optimizer.state.get, torch.strided
     no_state: dict[str, Any] = {}
     compiling = torch.compiler.is_compiling()
-    # If one process may skip the step, the foreach engine updates the shards, because all
+    # If one process may skip the step, `OptimizerEngine` updates the shards, because all
     # processes, even those that skip, must take part in the all-reduce of the norms.
     shards_too = not (compiling or may_skip) and may_read()
     for number, group in enumerate(optimizer.param_groups):
@@ -120,7 +180,7 @@ def gather(optimizer: Optimizer, grad_scale: Any, may_skip: bool = False) -> Par
             options.check(group, name, waits=False, first_rate=first_rate)
             refuse_flattened_since(group, number)
         moves = group["momentum"] != 0
-        always_foreach = compiling or group["foreach"]
+        always = compiling or asks_for_engine(group)
         kind = None
         for index, p in enumerate(group["params"]):
             grad = p.grad
@@ -134,14 +194,14 @@ def gather(optimizer: Optimizer, grad_scale: Any, may_skip: bool = False) -> Par
             is_first = moves and buffer is None
             if is_first:
                 buffer = BACKEND.zeros(p, BACKEND.velocity_dtype(p))
-            is_for_foreach = always_foreach or not (
+            is_for_engine = always or not (
                 is_in_cpu_memory(p) or (shards_too and is_shard(p))
             )
-            if kind != (is_for_foreach, is_first):  # usually the kind of the previous parameter
-                kind = is_for_foreach, is_first
+            if kind != (is_for_engine, is_first):  # usually the kind of the previous parameter
+                kind = is_for_engine, is_first
                 rule = found.rule(number, *kind)
-            if is_for_foreach:
-                for_foreach.add(len(rows))
+            if is_for_engine:
+                for_engine.add(len(rows))
             if is_first:
                 first_steps.append(len(rows))
             rows.append((p, grad, buffer, rule, number, index))

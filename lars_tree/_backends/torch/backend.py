@@ -22,7 +22,7 @@ from lars_tree._backends.arrays import ArraysBackend
 from lars_tree._backends.base import Columns, Leaf, StepResult, StepResults, Writes
 from lars_tree._backends.cpu import twin
 from lars_tree._backends.memory import NumpyArray
-from lars_tree._backends.torch import sharded, stand_ins, tensors
+from lars_tree._backends.torch import multi_tensor, sharded, stand_ins, tensors
 from lars_tree._backends.torch.addresses import NUMPY_TYPES, Address, bits, bytes_needed, view
 from lars_tree._backends.torch.reader import READER, may_read
 from lars_tree._backends.torch.shards import Shards
@@ -156,12 +156,12 @@ class TorchBackend(ArraysBackend):
                 self._step_in_cpu_memory(leaf, results[i], writes)
             else:
                 elsewhere.append((leaf, results[i]))
-        outs, values = _stepped(elsewhere)
-        if elsewhere and elsewhere[0][0].out is None:  # then no leaf has an `out`
-            tensors.copy_all(outs, values)
-        else:
-            for out, value in zip(outs, values, strict=True):
-                writes.add(self, out, value)
+        if elsewhere:
+            step = multi_tensor.prepare(elsewhere)
+            if all(leaf.out is None for leaf, _ in elsewhere):
+                step.write()
+            else:
+                add_step(step, writes)
         return [_returned(leaf, new) for leaf, new in zip(leaves, results, strict=True)]
 
     def _step_in_cpu_memory(self, leaf: Leaf, new: StepResult, writes: Writes) -> None:
@@ -175,21 +175,20 @@ class TorchBackend(ArraysBackend):
 
     def measure(self, leaves: list[Leaf]) -> list[Measured]:
         found: dict[int, Measured] = {}
-        elsewhere: dict[Callable[[list[Leaf]], list[Measured]], list[int]] = {}
+        elsewhere: list[int] = []
         for i, leaf in enumerate(leaves):
             if not self._steps_in_memory(leaf):
                 stops = leaf.rule.stop_gradients
                 with torch.set_grad_enabled(torch.is_grad_enabled() and not stops):
                     found[i] = self.measure_leaf(leaf.w, leaf.dcdw, leaf.rule)
-            elif sharded.is_sharded(leaf.w):
-                elsewhere.setdefault(sharded.measure_shards, []).append(i)
-            elif leaf.w.is_cpu or not leaf.w.numel():
+            elif (leaf.w.is_cpu or not leaf.w.numel()) and not sharded.is_sharded(leaf.w):
                 measured = twin.measure(view(leaf.w), view(leaf.dcdw), leaf.rule)
                 found[i] = Measured(*(torch.as_tensor(x, device=leaf.w.device) for x in measured))
             else:
-                elsewhere.setdefault(tensors.measure_leaves, []).append(i)
-        for measure, indices in elsewhere.items():
-            found |= zip(indices, measure([leaves[i] for i in indices]), strict=True)
+                elsewhere.append(i)
+        if elsewhere:
+            measured = multi_tensor.measure([leaves[i] for i in elsewhere])
+            found |= zip(elsewhere, measured, strict=True)
         return [Measured(*map(sharded.whole, found[i])) for i in range(len(leaves))]
 
     def numbers(self, rows: NumpyArray, ws: list[Tensor]) -> list[Measured]:
@@ -250,36 +249,13 @@ class TorchBackend(ArraysBackend):
         tensors.bump_versions(outs)
 
 
-def _stepped(given: list[tuple[Leaf, StepResult]]) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors to write to, and their new values, computed by multi-tensor operations."""
-    shards = [pair for pair in given if sharded.is_sharded(pair[0].w)]
-    others = (pair for pair in given if not sharded.is_sharded(pair[0].w))
-    outs, values = tensors.step_layers(
-        (layer, None) for pair in others for layer in tensors.layers(*pair)
-    )
-    if shards:
-        more = sharded.step_shards(shards)
-        outs, values = outs + more[0], values + more[1]
-    return outs, values
-
-
-def results_in_place(
-    leaves: list[Leaf], unless: Tensor | None = None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors to write to, and their new values, for an update in place on any device.
-
-    The function does not wait for the device, and checks nothing, because optimizers check
-    parameters when they are added. `unless` is a number on a device; if it is not 0, the old values
-    are returned as the new values.
-    """
-    outs, values = _stepped([(leaf, StepResult(leaf.out, leaf.velocity)) for leaf in leaves])
-    if unless is not None:
-        kept = {x.device: unless.to(x.device, non_blocking=True) != 0 for x in outs}
-        values = [
-            torch.where(kept[old.device], old, new.to(old.dtype))
-            for old, new in zip(outs, values, strict=True)
-        ]
-    return outs, values
+def add_step(step: multi_tensor.Step, writes: Writes, unless: Tensor | None = None) -> None:
+    """Add a step in place, which keeps the old values if `unless` is not 0."""
+    if stand_ins.is_intercepted() or any(map(tensors.is_capturing, step.devices)):
+        writes.step(partial(step.write, unless))  # modes and captures of graphs belong to a thread
+    else:
+        streams = [tensors.current_stream(device) for device in step.devices]
+        writes.step_in_chunks(partial(step.write, unless, streams))
 
 
 def _returned(leaf: Leaf, new: StepResult) -> StepResult:

@@ -8,21 +8,23 @@ layers.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from itertools import repeat
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from lars_tree._backends.base import Leaf, StepResult
-from lars_tree._numerics.formula import Rule
+from lars_tree._numerics import formula
+from lars_tree._numerics.formula import Measured, Rule
 
 
 class Layer(NamedTuple):
     """The tensors that share one ratio. They may require gradients: use them without autograd.
 
     All have one shape and device, and are real. `out` may be w. The velocity, if there is one, is
-    overwritten.
+    overwritten. `rule.layer_axis` is ignored.
     """
 
     w: Any
@@ -33,14 +35,20 @@ class Layer(NamedTuple):
 
 
 class LayerEngine(Protocol):
-    """Updates layers on one device. Neither method waits for the device."""
+    """Updates layers on one device. No method waits for the device."""
 
-    def __init__(self, layers: list[Layer]) -> None: ...
+    name: ClassVar[str]
 
     def norms(self) -> Tensor:
         """The table of norms; of the joint gradient, where `formula.is_joint`.
 
         Norms of layers that do not adapt are not computed; their rows are undefined.
+        """
+
+    def nonfinite(self, norms: Tensor) -> Tensor:
+        """Whether each layer with the option `nonfinite` would not be finite; a vector of bools.
+
+        False for layers whose rule says "propagate".
         """
 
     def write(self, norms: Tensor, unless: Tensor | None) -> None:
@@ -60,7 +68,6 @@ def layers(leaf: Leaf, new: StepResult) -> list[Layer]:
         given = tuple(None if x is None else as_real(x.detach()) for x in given)
     if axis is None:
         return [Layer(*given, rule)]
-    rule = rule._replace(layer_axis=None)
     axis %= leaf.w.ndim  # counted from the front, as pairs of real numbers add an axis at the end
     rows = [repeat(None) if x is None else x.detach().unbind(axis) for x in given]
     return [Layer(*row, rule) for row in zip(*rows, strict=False)]  # type: ignore[call-arg]
@@ -68,3 +75,16 @@ def layers(leaf: Leaf, new: StepResult) -> list[Layer]:
 
 def as_real(x: Tensor) -> Tensor:
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
+def of_leaf(measured: list[Measured], rule: Rule) -> Measured:
+    """Join the measurements of the layers of a leaf: vectors if the leaf has a layer axis."""
+    if rule.layer_axis is None:
+        return measured[0]
+    return Measured(*(torch.stack(numbers) for numbers in zip(*measured, strict=True)))
+
+
+def alike(rule: Rule) -> Hashable:
+    """A key that is equal for rules that `one_rule` can join."""
+    flags = rule.adapt, rule.trust_clip, rule.joint_norm, rule.nesterov, rule.maximize
+    return flags, not formula.is_zero(rule.decay_lambda)  # a decay of 0 times infinity is NaN

@@ -2,30 +2,24 @@
 
 Norms are computed over whole parameters: each process computes the squared norms of its shards, and
 one all-reduce per step and dimension of the device mesh adds them up. No other communication is
-needed. This module uses multi-tensor operations; most shards in CPU memory are updated by the
-native engine instead (`shards.py`).
+needed. Most shards in CPU memory are updated by the native engine (`shards.py`), all others by the
+engines of `multi_tensor.py`.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
-from itertools import islice
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lars_tree._backends.base import Leaf, Sharding, StepResult
 from lars_tree._backends.torch import tensors
+from lars_tree._backends.torch.layers import Layer, layers, of_leaf
 from lars_tree._numerics import formula
-from lars_tree._numerics.formula import Measured, Norm
-
-# Squares of float64 numbers may overflow or underflow, so they are summed once with each of
-# these scales; the sums show which scale to use (Blue 1978, doi:10.1145/355769.355771).
-SCALES = (1.0, 2.0**-600, 2.0**600)
-SAFE_SUM = (2.0**-900, 2.0**1000)
-
+from lars_tree._numerics.formula import Measured
 
 def is_sharded(x: Any) -> bool:
     """Whether x is a DTensor; imports nothing."""
@@ -63,46 +57,7 @@ def whole(x: Any) -> Tensor:
     return x.full_tensor() if is_sharded(x) else x
 
 
-def step_shards(given: list[tuple[Leaf, StepResult]]) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors to write to, and their new values, for leaves with DTensor weights."""
-    with torch.no_grad():
-        shards = [_joined(_shard(*pair)) for pair in given]
-        return tensors.step_layers(_with_norms(shards), _WholeNorms)
-
-
-def measure_shards(leaves: list[Leaf]) -> list[Measured]:
-    """The norms and ratios of leaves with DTensor weights, the same in all processes."""
-    # Norms are reported even for leaves whose rule does not adapt.
-    shards = [_shard(leaf, StepResult(leaf.w))._replace(needs_norms=True) for leaf in leaves]
-    with torch.no_grad():
-        measured = list(tensors.measure_layers(_with_norms(map(_joined, shards)), _WholeNorms))
-        if any(formula.is_joint(leaf.rule) for leaf in leaves):
-            # The joint norm is not the norm of the gradient, so measure the gradient separately.
-            separate = tensors.measure_layers(_with_norms(shards), _WholeNorms)
-            pairs = zip(measured, separate, strict=True)
-            measured = [joint._replace(g_norm=each.g_norm) for joint, each in pairs]
-        found = iter(measured)
-        local = [list(islice(found, len(shard.layers))) for shard in shards]
-        return [_gathered(*pair) for pair in zip(leaves, local, strict=True)]
-
-
-def _joined(shard: _Shard) -> _Shard:
-    """The shard, with gradients replaced by joint gradients where `joint_norm` applies."""
-    return shard._replace(layers=[_total(layer) for layer in shard.layers])
-
-
-def _total(layer: tensors.Layer) -> tensors.Layer:
-    rule = layer.rule
-    if not formula.is_joint(rule):
-        return layer
-    w, dcdw = (x.to(tensors.wide(layer)) for x in (layer.w, layer.dcdw))
-    decay = torch.as_tensor(rule.decay_lambda * rule.grad_scale, dtype=w.dtype, device=w.device)
-    gradient = -dcdw if rule.maximize else dcdw
-    total = formula.multiply_add(tensors.TorchOps(torch), gradient, decay, w)
-    return layer._replace(dcdw=total, rule=formula.without_decay(rule))
-
-
-def _gathered(leaf: Leaf, measured: list[Measured]) -> Measured:
+def gathered(leaf: Leaf, measured: list[Measured]) -> Measured:
     """The measurements of all layers of a leaf; NaN in processes outside of its device mesh."""
     w, axis = leaf.w, leaf.rule.layer_axis
     if w.device_mesh.get_coordinate() is None:
@@ -112,7 +67,7 @@ def _gathered(leaf: Leaf, measured: list[Measured]) -> Measured:
         return measured[0]
     tensor = sys.modules["torch.distributed.tensor"]
     empty = [torch.zeros(0, dtype=torch.float64, device=w.device)] * 4
-    vectors = tensors.of_leaf(measured, leaf.rule) if measured else Measured(*empty)
+    vectors = of_leaf(measured, leaf.rule) if measured else Measured(*empty)
     placements = [
         _along_axis_0(placement)
         if getattr(placement, "dim", None) == axis % w.ndim
@@ -136,24 +91,11 @@ def _along_axis_0(placement: Any) -> Any:
     return type(placement)(0) if factor is None else type(placement)(0, split_factor=factor)
 
 
-class _Shard(NamedTuple):
-    """The layers of one leaf in this process, and the process groups that share them."""
-
-    layers: list[tensors.Layer]
-    groups: list[Any]
-    needs_norms: bool
-
-
-def _shard(leaf: Leaf, new: StepResult) -> _Shard:
-    groups = groups_of(leaf.w, leaf.rule.layer_axis)
-    return _Shard(layers_here(leaf, new), groups, leaf.rule.adapt and is_in_mesh(leaf.w))
-
-
 def is_in_mesh(w: Any) -> bool:
     return w.device_mesh.get_coordinate() is not None
 
 
-def layers_here(leaf: Leaf, new: StepResult) -> list[tensors.Layer]:
+def layers_here(leaf: Leaf, new: StepResult) -> list[Layer]:
     """The layers of a leaf in this process; results are written to the shards of `new`."""
     if not is_in_mesh(leaf.w):
         return []
@@ -162,9 +104,10 @@ def layers_here(leaf: Leaf, new: StepResult) -> list[tensors.Layer]:
     numbers = {
         name: whole(torch.as_tensor(x)).reshape(()) for name, x in options if hasattr(x, "shape")
     }
-    rule, gradient = leaf.rule._replace(**numbers), _gradient_of(leaf.dcdw, leaf.w)
+    rule = leaf.rule._replace(**numbers) if numbers else leaf.rule
+    gradient = _gradient_of(leaf.dcdw, leaf.w)
     shard = leaf._replace(w=shard_of(leaf.w), dcdw=gradient, rule=rule)
-    return tensors.layers(shard, StepResult(*map(shard_of, new)))
+    return layers(shard, StepResult(*map(shard_of, new)))
 
 
 def groups_of(w: Any, layer_axis: int | None = None) -> list[Any]:
@@ -191,21 +134,6 @@ def _gradient_of(dcdw: Any, w: Any) -> Tensor:
     return shard_of(dcdw)
 
 
-def _with_norms(shards: Iterable[_Shard]) -> Iterator[tuple[tensors.Layer, Tensor | None]]:
-    """Each layer with the norms of w and dcdw over all processes; None if they are not needed."""
-    shards = list(shards)
-    # This includes shards without layers in this process: all processes of a group must call the
-    # same all-reduces.
-    adapting = [shard for shard in shards if shard.needs_norms]
-    given = [layer for shard in adapting for layer in shard.layers]
-    squares = _squares(given)
-    add_up(squares, [(len(shard.layers), shard.groups) for shard in adapting])
-    norms = iter(_roots(squares))
-    for shard in shards:
-        for layer in shard.layers:
-            yield layer, next(norms) if shard.needs_norms else None
-
-
 def add_up(rows: Tensor, parts: Iterable[tuple[int, list[Any]]]) -> None:
     """Replace rows by their sums over processes, with one all-reduce for each process group.
 
@@ -223,50 +151,26 @@ def add_up(rows: Tensor, parts: Iterable[tuple[int, list[Any]]]) -> None:
         if len(indices) == len(rows):
             torch.distributed.all_reduce(rows, group=groups[name])
         elif indices:
-            packed = rows[indices]
+            at = tensors.index(indices, rows.device)
+            packed = rows[at]
             torch.distributed.all_reduce(packed, group=groups[name])
-            rows[indices] = packed
+            rows[at] = packed
 
 
-def _squares(given: list[tensors.Layer]) -> Tensor:
-    """A tensor of squared norms; its axes are the layer, the array (w or dcdw), and the scale."""
-    device = given[0].w.device if given else None
-    table = torch.zeros(len(given), 2, len(SCALES), dtype=torch.float64, device=device)
-    ops = tensors.TensorsOps(torch)
-    for dtype in {tensors.wide(layer) for layer in given}:
-        alike = [i for i, layer in enumerate(given) if tensors.wide(layer) == dtype]
-        here = [i for i in alike if given[i].w.numel()]
-        for column, name in enumerate(("w", "dcdw") if here else ()):
-            xs = tensors.Tensors([getattr(given[i], name).to(dtype) for i in here])
-            norm = ops.scaled_norm(xs, None)
-            for k, scale in enumerate(SCALES):
-                scaled = norm.scaled.double() * (norm.scale.double() * scale)
-                table[here, column, k] = scaled * scaled
-    return table
+def complete(norms: Tensor, order: list[int], parts: list[tuple[int, list[Any]]]) -> None:
+    """Replace norms of shards, in a table of `layers.py`, by norms of whole layers.
 
-
-def _roots(squares: Tensor) -> Tensor:
-    unscaled, of_large, of_small = squares.unbind(-1)
-    is_safe = (unscaled > SAFE_SUM[0]) & (unscaled < SAFE_SUM[1])
-    large, small = of_large.sqrt() / SCALES[1], of_small.sqrt() / SCALES[2]
-    return torch.where(is_safe, unscaled.sqrt(), torch.where(of_large > SAFE_SUM[0], large, small))
-
-
-class _WholeNorms(tensors.TensorsOps):
-    """Operations for layers whose norms of w and dcdw are known."""
-
-    def __init__(self, norms: list[Any]) -> None:
-        super().__init__(torch)
-        self.known = norms
-
-    def norms(self, w: Any, dcdw: Any, layer_axis: int | None) -> tuple[Norm, Norm]:
-        dtype = w.tensors[0].dtype
-        one, other = (self._scaled(norm, dtype) for norm in torch.stack(self.known).unbind(1))
-        return one, other
-
-    def _scaled(self, norm: Tensor, dtype: torch.dtype) -> Norm:
-        # The scale must be finite in the dtype even if the norm is not.
-        limits = torch.finfo(dtype)
-        scale = self.power_of_two(norm.clamp(max=limits.max / 4))
-        scale = torch.where(norm > 0, scale.clamp(min=limits.tiny), scale)
-        return Norm((norm / scale).to(dtype), scale.to(dtype))
+    `order` has the rows to replace in leaf order, which is the same in all processes. `parts` has,
+    for each leaf, its number of rows and its process groups.
+    """
+    rows = None if order == list(range(len(norms))) else tensors.index(order, norms.device)
+    given = norms if rows is None else norms[rows]
+    squares = torch.stack(
+        [given[..., 0] * (given[..., 1] * scale) for scale in formula.SCALES], -1
+    ).square()
+    add_up(squares, parts)
+    whole_norms = torch.stack(formula.norm_of_sums(tensors.TorchOps(torch), *squares.unbind(-1)), -1)
+    if rows is None:
+        norms.copy_(whole_norms)
+    else:
+        norms[rows] = whole_norms

@@ -13,17 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lars_tree._backends.arrays import NamespaceOps
 from lars_tree._backends.base import Leaf, StepResult
 from lars_tree._backends.memory import NumpyArray
 from lars_tree._backends.torch import sharded
+from lars_tree._backends.torch.layers import Layer
 from lars_tree._backends.torch.reader import READER
 from lars_tree._backends.torch.stand_ins import TENSOR_TYPES
-from lars_tree._backends.torch.tensors import Layer, bump_versions, leaf_like, targets
+from lars_tree._backends.torch.tensors import bump_versions, leaf_like, targets
+from lars_tree._numerics.formula import SCALES, norm_of_sums
 
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
-
-_EXPONENTS = np.log2(sharded.SCALES)
 
 
 class Shards:
@@ -100,7 +101,7 @@ class Shards:
         table = np.frombuffer(norms).reshape(-1, _ROW)
         squares = torch.from_numpy(_squares(table[indices]))
         sharded.add_up(squares, ((len(rows), some) for rows, some in shared))
-        table[indices, :_COLUMNS] = _roots(squares.numpy())
+        table[indices, :_COLUMNS] = _norms(squares.numpy())
 
     def agree(self, bad: set[int]) -> set[int]:
         leaves = [part.leaf for part in self._in_order()]
@@ -174,17 +175,15 @@ def _squares(rows: NumpyArray) -> NumpyArray:
     """The squared norms; their axes are the layer, the array (w or dcdw), and the scale."""
     high, exponent = (rows[:, i:_COLUMNS:3, None] for i in (0, 2))
     with np.errstate(all="ignore"):
-        scaled = np.ldexp(high, (exponent + _EXPONENTS).astype(np.intc))
+        scaled = np.ldexp(high, (exponent + np.log2(SCALES)).astype(np.intc))
         squares: NumpyArray = scaled * scaled
         return squares
 
 
-def _roots(sums: NumpyArray) -> NumpyArray:
+def _norms(sums: NumpyArray) -> NumpyArray:
     """The first six columns of the norms of the plan, computed from the scaled squares."""
-    unscaled, of_large, _ = np.moveaxis(sums, -1, 0)
-    is_safe = (unscaled > sharded.SAFE_SUM[0]) & (unscaled < sharded.SAFE_SUM[1])
-    which = np.where(is_safe, 0, np.where(of_large > sharded.SAFE_SUM[0], 1, 2))
-    high = np.sqrt(np.take_along_axis(sums, which[..., None], -1)[..., 0])
-    found = np.stack([high, np.zeros_like(high), -_EXPONENTS[which]], -1)
+    with np.errstate(all="ignore"):
+        norm = norm_of_sums(NamespaceOps(np), *np.moveaxis(sums, -1, 0))
+    found = np.stack([norm.scaled, np.zeros_like(norm.scaled), np.log2(norm.scale)], -1)
     rows: NumpyArray = found.reshape(-1, _COLUMNS)
     return rows

@@ -1,15 +1,11 @@
-"""Multi-tensor updates on torch accelerators, by `torch._foreach_*` operations.
-
-`Tensors` lets `formula.step` compute with many tensors as if they were one, without waiting for the
-device. Under `torch.compile`, tensors are updated one by one, and the compiler fuses operations.
-"""
+"""Functions for torch tensors that several engines use: copies, versions, results, operations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from contextlib import AbstractContextManager
-from itertools import filterfalse, islice, repeat
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import filterfalse
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +14,6 @@ from torch import Tensor
 from lars_tree._backends.arrays import NamespaceOps
 from lars_tree._backends.base import Leaf, StepResult, grouped
 from lars_tree._backends.memory import NumpyArray
-from lars_tree._numerics import formula
-from lars_tree._numerics.formula import Measured, Rule
 
 
 def writing_to(tensors: list[Tensor]) -> AbstractContextManager[None]:
@@ -76,194 +70,39 @@ class TorchOps(NamespaceOps):
         return torch.amax(x, dim=axes, keepdim=True) if axes else x
 
 
-class Tensors:
-    """Many tensors as one operand; the factor or divisor may be a vector, one number per tensor."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors = list(tensors)
-
-    def __rmul__(self, numbers: Any) -> Tensors:
-        return Tensors(torch._foreach_mul(self.tensors, _each(numbers)))
-
-    def __truediv__(self, numbers: Any) -> Tensors:
-        return Tensors(torch._foreach_div(self.tensors, _each(numbers)))
-
-    def __add__(self, other: Tensors) -> Tensors:
-        return Tensors(torch._foreach_add(self.tensors, other.tensors))
-
-    def __sub__(self, other: Tensors) -> Tensors:
-        return Tensors(torch._foreach_sub(self.tensors, other.tensors))
+def is_capturing(device: torch.device) -> bool:
+    """Whether operations on the device are captured in a graph now."""
+    module = getattr(torch, device.type, None)
+    captures = hasattr(module, "is_current_stream_capturing") and module.is_initialized()
+    return bool(captures and module.is_current_stream_capturing())
 
 
-def _each(numbers: Any) -> Any:
-    return list(numbers.unbind()) if isinstance(numbers, Tensor) and numbers.ndim else numbers
+def current_stream(device: torch.device) -> AbstractContextManager[Any]:
+    """A context manager that makes the current stream of this thread current in another thread."""
+    module = getattr(torch, device.type, None)
+    if device.type == "cpu" or not hasattr(module, "stream"):
+        return nullcontext()
+    stream: AbstractContextManager[Any] = module.stream(module.current_stream(device))
+    return stream
 
 
-class TensorsOps(TorchOps):
-    """`formula.Ops` for `Tensors`, where a norm is a vector of one number per tensor."""
-
-    def norm(self, x: Any, layer_axis: int | None) -> Tensor:
-        return torch.stack(torch._foreach_norm(x.tensors))
-
-    def upper_half(self, x: Any) -> Any:
-        if isinstance(x, Tensor):
-            return super().upper_half(x)
-        return Tensors([super(TensorsOps, self).upper_half(tensor) for tensor in x.tensors])
-
-    def finite_or(self, x: Any, other: Any) -> Any:
-        pairs = zip(x.tensors, other.tensors, strict=True)
-        return Tensors([super(TensorsOps, self).finite_or(*pair) for pair in pairs])
-
-    def largest(self, x: Any, layer_axis: int | None) -> Tensor:
-        return torch.stack(torch._foreach_norm(x.tensors, ord=float("inf")))
+def has_float64(device: torch.device) -> bool:
+    if device.type == "xpu":
+        return bool(torch.xpu.get_device_properties(device).has_fp64)
+    return device.type != "mps"
 
 
-_OPS = TensorsOps(torch)
+def sent(host: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device, made without waiting for it."""
+    if device.type == "cpu":
+        return host
+    if torch.accelerator.is_available():  # otherwise it is a simulated device
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
-class Layer(NamedTuple):
-    """The detached tensors that share one ratio: a leaf, or one index of its layer axis.
-
-    The new velocity overwrites the old one.
-    """
-
-    w: Any
-    dcdw: Any
-    out: Any
-    velocity: Any
-    rule: Rule
-
-
-def layers(leaf: Leaf, new: StepResult) -> list[Layer]:
-    """The layers of a leaf; results are written to `new`. Complex numbers become real pairs."""
-    given = (leaf.w, leaf.dcdw.expand(leaf.w.shape), new.w, new.velocity)
-    w, dcdw, out, velocity = (None if x is None else as_real(x.detach()) for x in given)
-    rule, axis = leaf.rule._replace(layer_axis=None), leaf.rule.layer_axis
-    if axis is None:
-        return [Layer(w, dcdw, out, velocity, rule)]
-    axis %= leaf.w.ndim  # counted from the front, as pairs of real numbers add an axis at the end
-    rows = [repeat(None) if x is None else x.unbind(axis) for x in (w, dcdw, out, velocity)]
-    return [Layer(*row, rule) for row in zip(*rows, strict=False)]  # type: ignore[call-arg]
-
-
-def as_real(x: Tensor) -> Tensor:
-    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
-
-
-def wide(layer: Layer) -> torch.dtype:
-    """The dtype to compute in: double in CPU memory, at least float32 elsewhere."""
-    if layer.w.device.type == "cpu":
-        return torch.float64
-    return torch.promote_types(torch.promote_types(layer.w.dtype, layer.dcdw.dtype), torch.float32)
-
-
-def step_layers(
-    given: Iterable[tuple[Layer, Any]], ops: Callable[[list[Any]], TensorsOps] = lambda _: _OPS
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors to write to, and their new values, for a step of all layers.
-
-    This does not wait for the device. Each layer is given with an extra value. `ops` returns the
-    operations for layers that are updated together, given the list of their extra values.
-    """
-    targets: list[Tensor] = []
-    values: list[Tensor] = []
-    pairs = [(layer, extra) for layer, extra in given if layer.w.numel()]
-    with torch.no_grad():
-        for group in grouped(pairs, lambda pair: _group(pair[0])).values():
-            members, extras = zip(*group, strict=True)
-            if torch.compiler.is_compiling():
-                some = [_step_one(layer) for layer in members]
-            else:
-                some = [_step_group(list(members), ops(list(extras)))]
-            for outs, numbers in some:
-                targets += outs
-                values += numbers
-    return targets, values
-
-
-def measure_layers(
-    given: Iterable[tuple[Layer, Any]], ops: Callable[[list[Any]], TensorsOps] = lambda _: _OPS
-) -> list[Measured]:
-    """The norms and ratios of layers, computed as in `step_layers`; no layer may be empty."""
-    pairs = list(given)
-    measured: list[Any] = [None] * len(pairs)
-    with torch.no_grad():
-        for indices in grouped(range(len(pairs)), lambda i: _group(pairs[i][0])).values():
-            members, extras = zip(*(pairs[i] for i in indices), strict=True)
-            w, dcdw, rule = _joined(list(members))
-            vectors = formula.measure(ops(list(extras)), w, dcdw, rule)
-            numbers = zip(*(vector.unbind() for vector in vectors), strict=True)
-            for i, each in zip(indices, numbers, strict=True):
-                measured[i] = Measured(*each)
-    return measured
-
-
-def measure_leaves(leaves: list[Leaf]) -> list[Measured]:
-    by_leaf = [layers(leaf, StepResult(leaf.w)) for leaf in leaves]
-    found = iter(measure_layers((layer, None) for some in by_leaf for layer in some))
-    pairs = zip(leaves, by_leaf, strict=True)
-    return [of_leaf(list(islice(found, len(some))), leaf.rule) for leaf, some in pairs]
-
-
-def of_leaf(measured: list[Measured], rule: Rule) -> Measured:
-    """Join the measurements of the layers of a leaf: vectors if the leaf has a layer axis."""
-    if rule.layer_axis is None:
-        return measured[0]
-    return Measured(*(torch.stack(numbers) for numbers in zip(*measured, strict=True)))
-
-
-def _group(layer: Layer) -> Hashable:
-    """A key that is equal for layers that can be updated together."""
-    rule = layer.rule
-    flags = rule.adapt, rule.trust_clip, rule.joint_norm, rule.nesterov, rule.maximize
-    decays = not formula.is_zero(rule.decay_lambda)  # a decay of 0 times infinity would be NaN
-    return layer.w.device, wide(layer), layer.velocity is None, flags, decays
-
-
-def _step_group(group: list[Layer], ops: TensorsOps) -> tuple[list[Tensor], list[Tensor]]:
-    w, dcdw, rule = _joined(group)
-    dtype = wide(group[0])
-    targets = [layer.out for layer in group]
-    velocity = None
-    velocities = [layer.velocity for layer in group if layer.velocity is not None]
-    if velocities:
-        velocity = Tensors([x.to(dtype) for x in velocities])
-        targets += velocities
-    stepped = formula.step(ops, w, dcdw, rule, velocity)
-    return targets, [x for many in stepped if many is not None for x in many.tensors]
-
-
-def _joined(group: list[Layer]) -> tuple[Tensors, Tensors, Rule]:
-    dtype = wide(group[0])
-    w, dcdw = (Tensors([x.to(dtype) for x in xs]) for xs in list(zip(*group, strict=True))[:2])
-    return w, dcdw, _one_rule([layer.rule for layer in group], w.tensors[0])
-
-
-def _step_one(layer: Layer) -> tuple[list[Tensor], list[Tensor]]:
-    dtype = wide(layer)
-    arrays = (None if x is None else x.to(dtype) for x in (layer.w, layer.dcdw, layer.velocity))
-    w, dcdw, velocity = arrays
-    new = formula.step(TorchOps(torch), w, dcdw, _one_rule([layer.rule], w), velocity)
-    targets = [layer.out] if velocity is None else [layer.out, layer.velocity]
-    return targets, [x for x in new if x is not None]
-
-
-def _one_rule(rules: list[Rule], like: Tensor) -> Rule:
-    """One rule for many layers; a number that differs between them becomes a vector."""
-
-    def merged(name: str) -> Any:
-        values = [getattr(rule, name) for rule in rules]
-        if all(type(value) is float for value in values):
-            if len(set(values)) == 1:
-                return values[0]
-            return torch.tensor(values, dtype=like.dtype, device=like.device)
-        if all(value is values[0] for value in values):
-            return values[0].detach().to(dtype=like.dtype, device=like.device)
-        numbers = (torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in values)
-        return torch.stack([number.detach() for number in numbers])
-
-    names = (*formula.NUMBERS, *formula.MOMENTUM_NUMBERS)
-    return rules[0]._replace(**{name: merged(name) for name in names})
+def index(numbers: list[int], device: torch.device) -> Tensor:
+    return sent(torch.tensor(numbers, device="cpu"), device)
 
 
 def fetched(xs: list[Tensor]) -> list[NumpyArray]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lars_tree._backends.torch.chunks import chunked, split
-from lars_tree._backends.torch.tensors import TorchOps
+from lars_tree._backends.torch.tensors import TorchOps, sent
 from lars_tree._numerics import formula
 from lars_tree._numerics.formula import Norm, Rule
 
@@ -71,10 +71,9 @@ def one_rule(rules: list[Rule], like: dict[str, Any]) -> Rule:
         if all(type(value) is float for value in values):
             if len(set(values)) == 1:
                 return first
-            vector = torch.tensor(values, dtype=like["dtype"])
-            return vector.to(device, non_blocking=device.type == "cuda")
+            return sent(torch.tensor(values, dtype=like["dtype"], device="cpu"), device)
         if all(value is first for value in values):
-            return first.detach().to(**like)
+            return torch.as_tensor(first, **like).detach()
         return torch.stack([torch.as_tensor(value, **like).detach() for value in values])
 
     names = (*formula.NUMBERS, *formula.MOMENTUM_NUMBERS)

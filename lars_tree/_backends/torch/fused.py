@@ -1,0 +1,408 @@
+"""The fused engine: Triton kernels that update any number of tensors with two launches over the data.
+
+`kernels.py` has the kernels. A step launches `sum_squares` and `apply` once for each combination of
+dtypes, and two small kernels, `add_sums` and `find_coefficients`, once. The kernels find the
+tensors by tables in device memory, which are reused until an address changes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from functools import lru_cache
+from importlib.util import find_spec
+from itertools import chain
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lars_tree._backends.base import grouped
+from lars_tree._backends.torch import tensors
+from lars_tree._backends.torch.layers import Layer
+from lars_tree._backends.torch.stand_ins import TENSOR_TYPES
+from lars_tree._numerics import formula
+from lars_tree._numerics.formula import Rule
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ALIGNMENT = 16  # bytes that a thread loads at once
+
+MAX_TABLES = 16  # the number of tables that are kept
+
+T = TypeVar("T")
+
+
+def is_interpreted() -> bool:
+    """Whether Triton interprets its kernels, so that they run on CPU tensors.
+
+    Triton reads the variable whenever it defines or calls a kernel, so it must also have been set
+    when Triton, which defines kernels of its own, was imported.
+    """
+    if not _asks_for_interpreter():
+        return False
+    own = getattr(sys.modules.get("triton.language"), "sum", None)
+    return type(own).__name__ != "JITFunction"
+
+
+def _asks_for_interpreter() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def is_available(device: torch.device) -> bool:
+    """Whether the kernels run on this device."""
+    if device.type == "cpu":
+        return is_interpreted() and _has_triton()
+    if device.type not in ("cuda", "xpu") or not tensors.has_float64(device):
+        return False
+    if _asks_for_interpreter() or not _has_triton():  # the interpreter reads only CPU memory
+        return False
+    return tensors.is_capturing(device) or _works(device)
+
+
+@lru_cache
+def _has_triton() -> bool:
+    """Whether Triton is installed, in a version that compiles the kernels."""
+    if find_spec("triton") is None:
+        return False
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4)
+
+
+@lru_cache
+def _works(device: torch.device) -> bool:
+    """Whether a small step gives the right numbers; if not, a warning says why.
+
+    Triton supports only some devices, and needs a C compiler when it is first used.
+    """
+    rule = Rule(1.0, momentum=0.5)
+    w, dcdw = (torch.tensor(x, device=device) for x in ([3.0, 4.0], [0.0, 10.0]))
+    velocity = torch.zeros(2, device=device)
+    layer = Layer(w, dcdw, w, velocity, rule)
+    try:
+        row = row_of(layer)
+        assert row is not None
+        engine = Fused([layer], [row])
+        engine.write(engine.norms(), None)
+        found = w.tolist(), velocity.tolist()
+        fault = "" if found == ([3.0, -1.0], [0.0, 5.0]) else f"it computes {found}"
+    except Exception as error:  # any error means that Triton cannot be used, and is reported
+        fault = f"{type(error).__name__}: {error}"
+    if fault:
+        text = f"lars_tree cannot use Triton on {device}, so steps are slower: {fault}"
+        warnings.warn(text, stacklevel=2)
+    return not fault
+
+
+class _Layout(NamedTuple):
+    """The arguments that are compiled into the kernels."""
+
+    w: torch.dtype
+    dcdw: torch.dtype
+    velocity: torch.dtype | None
+    is_strided: bool
+    is_aligned: bool
+
+
+class Row(NamedTuple):
+    """A layer that the kernels support, by its addresses.
+
+    Elements are contiguous in runs of `inner`, which start `stride` elements apart.
+    """
+
+    w: int
+    dcdw: int
+    out: int
+    velocity: int
+    size: int
+    inner: int
+    stride: int
+    layout: _Layout
+
+
+def row_of(layer: Layer) -> Row | None:
+    """The row of a layer that passed all checks; None if the kernels do not support it."""
+    w, dcdw, out, velocity, _ = layer
+    size, strides = w.numel(), w.stride()
+    dtypes: list[Any] = []
+    addresses = []
+    for x in (w, dcdw, velocity) if out is w else (w, dcdw, velocity, out):
+        if x is None:
+            dtypes.append(None)
+            addresses.append(0)
+            continue
+        if type(x) not in TENSOR_TYPES or x.dtype not in DTYPES or x.is_neg():
+            return None
+        if x is not w and x.stride() != strides and not _same_order(w, x):
+            return None
+        dtypes.append(x.dtype)
+        addresses.append(x.data_ptr())
+    inner, stride = size, 0
+    if not w.is_contiguous():
+        runs = _runs(w.shape, strides)
+        if runs is None:
+            return None
+        inner, stride = runs
+    is_aligned = not any(address % ALIGNMENT for address in addresses)
+    layout = _Layout(dtypes[0], dtypes[1], dtypes[2], stride != 0, is_aligned)
+    ours, gradient, moving, *other = addresses
+    return Row(ours, gradient, *(other or [ours]), moving, size, max(inner, 1), stride, layout)
+
+
+def _same_order(x: Tensor, y: Tensor) -> bool:
+    """Whether elements of two tensors of one shape have the same distances in memory."""
+    axes = zip(x.shape, x.stride(), y.stride(), strict=True)
+    return x.numel() <= 1 or all(n == 1 or one == other for n, one, other in axes)
+
+
+def _runs(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int] | None:
+    """The length of runs of contiguous elements, and their distance: 0 if there is one run.
+
+    None if the elements are in no such order. The order of axes does not matter, because it is the
+    same for all tensors of a layer.
+
+    >>> _runs((2, 3, 4), (100, 4, 1))
+    (12, 100)
+    >>> _runs((2, 3, 4), (1, 2, 6))
+    (24, 0)
+    """
+    axes = sorted((stride, n) for n, stride in zip(shape, strides, strict=True) if n != 1)
+    inner, count, distance = 1, 1, 0
+    for stride, n in axes:
+        if stride < inner:
+            return None
+        if count == 1 and stride == inner:
+            inner *= n
+        elif count == 1:
+            count, distance = n, stride
+        elif stride == distance * count:
+            count *= n
+        else:
+            return None
+    return inner, distance
+
+
+class _Launch(NamedTuple):
+    """Layers that one launch of each kernel updates.
+
+    Their chunks are consecutive in the table of chunks; those of layers that adapt come first.
+    """
+
+    layout: _Layout
+    first: int
+    adapting: int  # the number of chunks
+    total: int
+
+
+class _Table(NamedTuple):
+    """The layers and chunks in device memory, and the launches. `host` is their pinned copy."""
+
+    layers: Tensor
+    chunks: Tensor
+    launches: list[_Launch]
+    host: Tensor
+
+
+class Fused:
+    """`LayerEngine` by Triton kernels."""
+
+    name = "fused"
+
+    def __init__(self, layers: list[Layer], rows: list[Row]) -> None:
+        from lars_tree._backends.torch import kernels
+
+        self._kernels = kernels
+        self._device = layers[0].w.device
+        self._layers = layers  # may hold the only references to copies of gradients
+        self._written = [x for layer in layers for x in layer[2:4] if x is not None]
+        rules = {id(layer.rule): layer.rule for layer in layers}
+        self._rules = list(rules.values())
+        places = {key: place for place, key in enumerate(rules)}
+        of_rows = tuple(places[id(layer.rule)] for layer in layers)
+        is_double = any(torch.float64 in row.layout[:3] for row in rows)
+        self._scales = len(formula.SCALES) if is_double else 1
+        joint = any(map(formula.is_joint, self._rules))
+        self._constants = {"JOINT": joint, "SCALES": self._scales, **_COMPILER}
+        with self._on_device() as stream:
+            adapts = tuple(rule.adapt for rule in self._rules)
+            key = (self._device, stream, adapts, of_rows, tuple(rows))
+            self._table = self._kept(_TABLES, key, lambda: self._tabulate(rows, of_rows))
+            self._numbers = self._numbers_of_rules(stream)
+
+    def again(self, rules: dict[int, Rule]) -> Fused:
+        """The same layers with new rules, which are given by the id of the old ones."""
+        new = copy(self)
+        new._layers = []
+        new._rules = [rules[id(rule)] for rule in self._rules]
+        with self._on_device() as stream:
+            new._numbers = new._numbers_of_rules(stream)
+        return new
+
+    def norms(self) -> Tensor:
+        chunks, layers = self._table.chunks, self._table.layers
+        sums = self._empty(len(chunks), 2, self._scales)
+        norms = self._empty(len(layers), 2, 2)
+        with self._on_device():
+            for launch in self._table.launches:
+                if launch.adapting:
+                    self._kernels.sum_squares[(launch.adapting,)](
+                        *(chunks, layers, self._numbers, sums, launch.first),
+                        **self._constants_of(launch.layout),
+                    )
+            self._kernels.add_sums[(len(layers),)](
+                layers, sums, norms, SCALES=self._scales, **_ONE_WARP, **_COMPILER
+            )
+        return norms
+
+    def write(self, norms: Tensor, unless: Tensor | None) -> None:
+        coefficients = self._coefficients(norms)
+        self._apply(coefficients, unless, None)
+        tensors.bump_versions(self._written)
+        self._layers = []
+
+    def nonfinite(self, norms: Tensor) -> Tensor:
+        """Whether each layer would not be finite, if its rule has the option `nonfinite`."""
+        chunks = self._table.chunks
+        bad = torch.zeros(len(chunks), dtype=torch.int32, device=self._device)
+        self._apply(self._coefficients(norms), None, bad)
+        counts = torch.zeros(len(self._table.layers), dtype=torch.int32, device=self._device)
+        return counts.index_add_(0, chunks[:, 0], bad) != 0
+
+    def _coefficients(self, norms: Tensor) -> Tensor:
+        layers = self._table.layers
+        found = self._empty(len(layers), self._kernels.COEFFICIENTS)
+        with self._on_device():
+            self._kernels.find_coefficients[(len(layers),)](
+                layers, self._numbers, norms, found, **self._constants, **_ONE_WARP
+            )
+        return found
+
+    def _apply(self, coefficients: Tensor, unless: Tensor | None, bad: Tensor | None) -> None:
+        given = self._table.chunks, self._table.layers, coefficients, unless, bad
+        with self._on_device():
+            for launch in self._table.launches:
+                velocity = launch.layout.velocity
+                self._kernels.apply[(launch.total,)](
+                    *(*given, launch.first),
+                    V=velocity and self._triton_dtype(velocity),
+                    STORES=bad is None,
+                    **self._constants_of(launch.layout),
+                )
+
+    def _tabulate(self, rows: list[Row], rules: Sequence[int]) -> _Table:
+        size = int(self._kernels.CHUNK)
+        firsts, counts = [0] * len(rows), [0] * len(rows)
+        chunks: list[tuple[int, int]] = []
+        launches = []
+        for layout, members in grouped(range(len(rows)), lambda i: rows[i].layout).items():
+            start = end = len(chunks)
+            for adapts in (True, False):
+                for i in members:
+                    if self._rules[rules[i]].adapt is adapts:
+                        count = -(-rows[i].size // size)
+                        if adapts:
+                            firsts[i], counts[i] = len(chunks), count
+                        chunks += ((i, k) for k in range(count))
+                end = len(chunks) if adapts else end
+            if len(chunks) > start:
+                launches.append(_Launch(layout, start, end - start, len(chunks) - start))
+        columns = zip(rows, firsts, counts, rules, strict=True)
+        numbers = ((*row[:-1], *more) for row, *more in columns)
+        sent, host = self._sent(torch.from_numpy(np.fromiter(chain(*numbers, *chunks), np.int64)))
+        split = len(rows) * len(self._kernels.LAYER_COLUMNS)
+        return _Table(sent[:split].view(len(rows), -1), sent[split:].view(-1, 2), launches, host)
+
+    def _constants_of(self, layout: _Layout) -> dict[str, Any]:
+        w, dcdw = map(self._triton_dtype, layout[:2])
+        strides = {"STRIDED": layout.is_strided, "ALIGNED": layout.is_aligned}
+        return {"W": w, "G": dcdw, **strides, "num_warps": 8, **self._constants}
+
+    def _triton_dtype(self, dtype: torch.dtype) -> Any:
+        return getattr(self._kernels.tl, str(dtype).removeprefix("torch."))
+
+    def _numbers_of_rules(self, stream: Hashable) -> Tensor:
+        """The numbers and flags of all rules, in device memory."""
+        columns = [*self._kernels.RULE_COLUMNS, *self._kernels.FLAG_COLUMNS[:-1]]
+        given = [
+            [*(getattr(rule, name) for name in columns), rule.nonfinite != "propagate"]
+            for rule in self._rules
+        ]
+        known = tuple(
+            tuple(0.0 if _is_on_device(x) else float(x) for x in numbers) for numbers in given
+        )
+        table, _ = self._kept(
+            _NUMBERS,
+            (self._device, stream, known),
+            lambda: self._sent(torch.tensor(known, dtype=torch.float64, device="cpu")),
+        )
+        if any(_is_on_device(x) for numbers in given for x in numbers):
+            table = table.clone()
+            for row, numbers in zip(table, given, strict=True):
+                for i, x in enumerate(numbers):
+                    if _is_on_device(x):
+                        row[i] = x.detach()
+        return table
+
+    def _sent(self, host: Tensor) -> tuple[Tensor, Tensor]:
+        """A copy on the device, made without waiting, and the pinned memory it is made from."""
+        if self._device.type == "cpu":
+            return host, host
+        # A capture must not allocate pinned memory, so each table leaves memory for one.
+        key = host.dtype, len(host.reshape(-1))
+        if tensors.is_capturing(self._device) and _SPARE.get(key):
+            pinned = _SPARE[key].pop()
+            pinned.copy_(host.reshape(-1))
+            pinned = pinned.view(host.shape)
+        else:
+            pinned = host.pin_memory()
+            while len(_SPARE) >= MAX_TABLES:
+                _SPARE.pop(list(_SPARE)[0], None)
+            _SPARE.setdefault(key, []).append(torch.empty_like(pinned.reshape(-1), pin_memory=True))
+        return pinned.to(self._device, non_blocking=True), pinned
+
+    def _kept(self, cache: dict[Hashable, T], key: Hashable, make: Callable[[], T]) -> T:
+        """The value of a key, made if it is not in the cache; drops the oldest values."""
+        if tensors.is_capturing(self._device):
+            # Tables made in a capture are filled by each replay of the graph, from pinned memory.
+            value = cache.get(key) or make()
+            _CAPTURED.append(value)
+            return value
+        value = cache.pop(key, None) or make()
+        while len(cache) >= MAX_TABLES:
+            cache.pop(list(cache)[0], None)
+        cache[key] = value
+        return value
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float64, device=self._device)
+
+    @contextmanager
+    def _on_device(self) -> Iterator[Hashable]:
+        """Make the device current, as Triton requires; gives the identity of its current stream."""
+        if self._device.type == "cpu":
+            yield 0
+            return
+        module = torch.get_device_module(self._device)
+        with module.device(self._device):
+            yield module.current_stream(self._device).stream_id
+
+
+# A sum of products must be rounded as written, or `formula.multiply_add` would not be exact.
+_COMPILER = {"enable_fp_fusion": False}
+_ONE_WARP = {"num_warps": 1}
+
+_TABLES: dict[Hashable, _Table] = {}
+_NUMBERS: dict[Hashable, tuple[Tensor, Tensor]] = {}
+_SPARE: dict[tuple[torch.dtype, int], list[Tensor]] = {}
+_CAPTURED: list[Any] = []  # what captured graphs read
+
+
+def _is_on_device(x: Any) -> bool:
+    return isinstance(x, Tensor) and not x.is_cpu
+
+

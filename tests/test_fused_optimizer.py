@@ -1,0 +1,357 @@
+"""lars_tree.torch.Lars with the fused engine: which engine is used, launches, tables, skipping."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from conftest import need, need_triton
+
+from lars_tree import NonFiniteError
+
+torch = need("torch")
+need_triton()
+
+from test_fused import DEVICE  # noqa: E402
+from test_torch_optimizer import same  # noqa: E402
+
+from lars_tree._backends.torch import fused, kernels  # noqa: E402
+from lars_tree.torch import Lars  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("small_chunks")
+
+CPU_ONLY = pytest.mark.skipif(DEVICE.type != "cpu", reason="about Triton's interpreter")
+
+
+def parameters(count=3, dtype=torch.float32, size=5):
+    generator = torch.Generator().manual_seed(0)
+    params = []
+    for _ in range(count):
+        w, g = (torch.randn(size, generator=generator).to(DEVICE, dtype) for _ in range(2))
+        params.append(torch.nn.Parameter(w))
+        params[-1].grad = g
+    return params
+
+
+def lars(params, **options):
+    return Lars(params, **{"lr": 0.5, "trust_coefficient": 0.1, "fused": True, **options})
+
+
+def values(params, opt=None):
+    found = [p.detach().clone() for p in params]
+    states = [] if opt is None else [opt.state[p]["momentum_buffer"].clone() for p in params]
+    return found + states
+
+
+# ---- Which engine
+
+
+@CPU_ONLY
+def test_the_variable_is_read_at_each_step(monkeypatch):
+    params = parameters()
+    opt = lars(params)
+    assert opt.engine == "fused"
+    assert lars(params, fused=None).engine == "native"
+    assert lars([*params, torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))]).engine == (
+        "fused"
+    )
+    results = []
+    for value in ("1", "0", None):
+        monkeypatch.delenv("TRITON_INTERPRET")
+        if value:
+            monkeypatch.setenv("TRITON_INTERPRET", value)
+        params = parameters()
+        opt = lars(params)
+        assert opt.engine == ("fused" if value == "1" else "native")
+        opt.step()
+        results.append(values(params, opt))
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert same(results[0], results[1])
+    assert same(results[1], results[2])
+
+
+@CPU_ONLY
+def test_the_variable_has_no_effect_if_triton_was_imported_without_it(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    code = """if 1:
+        import os, torch, triton.language
+        os.environ["TRITON_INTERPRET"] = "1"
+        from lars_tree.torch import Lars
+        p = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        p.grad = torch.tensor([0.0, 10.0])
+        opt = Lars([p], 0.1, trust_coefficient=1.0, fused=True)
+        opt.step()
+        print(opt.engine, p.tolist())"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("native [3.0, 3.5]\n", "")
+
+
+# ---- Launches and tables
+
+
+class Counted:
+    """A kernel that counts its launches."""
+
+    def __init__(self, name, counts):
+        self.name, self.counts, self.kernel = name, counts, getattr(kernels, name)
+
+    def __getitem__(self, grid):
+        self.counts[self.name] += 1
+        return self.kernel[grid]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    counts = Counter()
+    for name in ("sum_squares", "add_sums", "find_coefficients", "apply"):
+        monkeypatch.setattr(kernels, name, Counted(name, counts))
+    return counts
+
+
+@pytest.mark.parametrize("count", [1, 2, 40])
+def test_a_step_has_two_launches_over_the_data_for_any_number_of_tensors(count, launches):
+    params = parameters(count)
+    groups = [{"params": params[:1]}, {"params": params[1:], "adapt": False}][: min(count, 2)]
+    opt = lars(groups, weight_decay=0.1)
+    for _ in range(2):
+        launches.clear()
+        opt.step()
+        once = dict.fromkeys(("sum_squares", "add_sums", "find_coefficients", "apply"), 1)
+        assert launches == once
+
+
+def test_each_combination_of_formats_has_its_own_launches(launches):
+    params = parameters(2) + parameters(3, torch.bfloat16) + parameters(2, torch.float64)
+    lars(params).step()
+    assert launches == {"sum_squares": 3, "add_sums": 1, "find_coefficients": 1, "apply": 3}
+
+
+def test_layers_that_do_not_adapt_are_not_read_for_their_norms(launches):
+    lars(parameters(), adapt=False).step()
+    assert launches["sum_squares"] == 0
+    assert launches["apply"] == 1
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """Counts the tables that are sent to the device."""
+    counts = Counter()
+    monkeypatch.setattr(fused, "_TABLES", {})
+    monkeypatch.setattr(fused, "_NUMBERS", {})
+    original = fused.Fused._sent
+
+    def counted(engine, host):
+        counts["layers" if host.dtype == torch.int64 else "rules"] += 1
+        return original(engine, host)
+
+    monkeypatch.setattr(fused.Fused, "_sent", counted)
+    return counts
+
+
+def test_tables_are_reused_until_an_address_changes(tables):
+    params = parameters()
+    opt = lars(params)
+    for _ in range(3):
+        opt.step()
+    assert tables == {"layers": 1, "rules": 1}
+    opt.param_groups[0]["lr"] = 0.25
+    opt.step()
+    assert tables == {"layers": 1, "rules": 2}
+    opt.param_groups[0]["lr"] = 0.5
+    opt.step()
+    assert tables == {"layers": 1, "rules": 2}
+    old = params[1].grad
+    params[1].grad = old.clone()
+    opt.step()
+    assert tables == {"layers": 2, "rules": 2}
+    params[1].grad = old
+    opt.step()
+    assert tables == {"layers": 2, "rules": 2}
+
+
+def test_a_new_rate_or_flag_or_gradient_acts_at_once():
+    """The same changes give the same steps as in new optimizers and in the native engine."""
+
+    def changes(opt, params):
+        yield
+        yield
+        yield opt.param_groups[0].update(lr=0.25, weight_decay=0.5)
+        yield opt.param_groups[0].update(joint_norm=True)
+        yield opt.param_groups[0].update(nesterov=True, maximize=True)
+        yield opt.param_groups[0].update(adapt=False)
+        params[0].grad = params[0].grad * 2
+        yield
+        params[1].grad.neg_()
+        yield
+        params[2].grad = None
+        yield
+
+    results = []
+    for engine in ("fused", "native"):
+        params = parameters()
+        if engine == "native":
+            params = [torch.nn.Parameter(p.detach().cpu()) for p in params]
+            for p, q in zip(params, parameters(), strict=True):
+                p.grad = q.grad.cpu()
+        opt = lars(params, fused=engine == "fused" or None)
+        assert opt.engine == engine
+        found = []
+        for _ in changes(opt, params):
+            opt.step()
+            found.append([x.cpu() for x in values(params, opt)])
+        results.append(found)
+    for ours, theirs in zip(*results, strict=True):
+        assert same(ours, theirs)
+    assert len({tuple(x[0].tolist()) for x in results[0]}) == len(results[0])
+
+
+def test_only_a_few_tables_are_kept(tables):
+    for _ in range(2 * fused.MAX_TABLES):
+        lars(parameters(1), momentum=0.0).step()
+    assert len(fused._TABLES) <= fused.MAX_TABLES
+
+
+# ---- Steps
+
+
+def test_repeated_runs_give_the_same_bits():
+    results = []
+    for _ in range(2):
+        params = parameters(4, size=37)
+        opt = lars(params, weight_decay=0.01, nesterov=True)
+        opt.step()
+        opt.step()
+        results.append(values(params, opt))
+    assert same(*results)
+
+
+def test_version_counters_are_incremented():
+    params = parameters()
+    opt = lars(params)
+    opt.step()
+    tensors = [*params, *(opt.state[p]["momentum_buffer"] for p in params)]
+    before = [x._version for x in tensors]
+    gradients = [p.grad._version for p in params]
+    opt.step()
+    assert all(x._version > version for x, version in zip(tensors, before, strict=True))
+    assert [p.grad._version for p in params] == gradients
+    loss = (params[0] ** 2).sum()
+    opt.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("make", [torch.tensor, lambda x: torch.tensor(x, device=DEVICE)])
+def test_options_may_be_tensors_of_one_element(make):
+    names = {"lr": 0.5, "momentum": 0.875, "weight_decay": 0.125, "eps": 0.25}
+    results = []
+    for convert in (float, make):
+        params = parameters()
+        opt = lars(params, **{name: convert(x) for name, x in names.items()})
+        opt.step()
+        opt.param_groups[0]["lr"] = convert(0.25)
+        opt.step()
+        results.append(values(params, opt))
+    assert same(*results)
+
+
+# ---- Skipping
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_step_with_found_inf_keeps_the_old_values(steps):
+    params = parameters()
+    opt = lars(params)
+    for _ in range(steps):
+        opt.step()
+    before = values(params)
+    opt.found_inf = torch.tensor(1.0, device=DEVICE)
+    opt.grad_scale = torch.tensor(4.0, device=DEVICE)
+    params[1].grad[2] = torch.inf
+    opt.step()
+    assert same(values(params), before)
+    params[1].grad[2] = 1
+    opt.found_inf.zero_()
+    opt.step()
+    assert not any(map(torch.equal, values(params), before))
+    assert opt.skipped == 0
+
+
+def test_the_loss_scale_is_divided_out_on_the_device():
+    results = []
+    for scale in (None, 2.0**10):
+        params = parameters()
+        opt = lars(params, eps=0.1, weight_decay=0.1)
+        if scale:
+            opt.grad_scale = torch.tensor(scale, device=DEVICE)
+            opt.found_inf = torch.tensor(0.0, device=DEVICE)
+            for p in params:
+                p.grad *= scale
+        opt.step()
+        results.append(values(params, opt))
+    assert same(*results)
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip", "raise"])
+def test_grad_scaler_skips_steps_with_infinite_gradients(nonfinite):
+    params = parameters()
+    opt = lars(params, nonfinite=nonfinite)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=4.0)
+    taken = []
+    for largest in (1.0, torch.inf, 1.0):
+        before = values(params)
+        opt.zero_grad()
+        scaler.scale(sum((p * largest).sum() for p in params)).backward()
+        scaler.step(opt)
+        scaler.update()
+        taken.append(not same(values(params), before))
+    assert taken == [True, False, True]
+    assert scaler.get_scale() == 2.0
+    assert opt.skipped == 0  # the scaler skipped the step, not the optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(dtype):
+    params = parameters(dtype=dtype)
+    opt = lars(params, nonfinite="skip")
+    opt.step()
+    assert opt.skipped == 0
+    before = values(params, opt)
+    params[1].grad[-1] = torch.nan
+    opt.step()
+    opt.step()
+    assert same(values(params, opt), before)
+    assert opt.skipped == 2
+    params[1].grad[-1] = 1
+    opt.step()
+    assert opt.skipped == 2
+    assert not any(map(torch.equal, values(params, opt), before))
+
+
+def test_all_groups_skip_if_one_asks_for_it():
+    for spoiled, skips in ((0, True), (2, False)):
+        params = parameters()
+        groups = [{"params": params[:2], "nonfinite": "skip"}, {"params": params[2:]}]
+        opt = lars(groups)
+        before = values(params)
+        params[spoiled].grad[0] = torch.inf
+        opt.step()
+        assert same(values(params), before) is skips
+        assert opt.skipped == skips
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_step_that_is_not_finite_is_refused(steps):
+    params = parameters()
+    opt = lars(params, nonfinite="raise")
+    for _ in range(steps):
+        opt.step()
+    before = values(params)
+    params[1].grad[0] = torch.inf
+    with pytest.raises(NonFiniteError, match=r"\n  param_groups\[0\]\['params'\]\[1\]: expected"):
+        opt.step()
+    assert same(values(params), before)
+    assert bool(opt.state) is bool(steps)
+    assert opt.skipped == 0
