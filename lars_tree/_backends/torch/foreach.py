@@ -105,8 +105,8 @@ class _Group:
         like: The dtype and device of norms.
         dtype: The dtype in which weights are updated.
         source: The dtype of the gradients that are divided by the scales of their norms.
-        is_wide: Whether norms have a wider dtype. It holds the sums of joint gradients almost
-            exactly, and the products of coefficients.
+        is_wide: Whether norms have a wider dtype than the arrays, which then holds joint gradients
+            almost exactly.
     """
 
     def __init__(self, layers: list[Layer], like: dict[str, Any]) -> None:
@@ -209,7 +209,7 @@ class _Step:
             divisor = norm.scale
             if norms.dtype == group.dtype:
                 self.factor = self._numbers(factor)
-            else:
+            else:  # float64 holds the product of the factors
                 divisor, gradient = _in_range(factor * gradient / divisor, divisor, group.source)
             if group.is_joint:
                 divisor = divisor / group.scale
@@ -293,16 +293,18 @@ class _Step:
             torch._foreach_mul_(outs, _each(self.factor, rows))
 
 
-def _in_range(total: Tensor, divisor: Tensor, source: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Two numbers in the range of their dtypes that replace float64 numbers.
+def _in_range(coefficient: Tensor, scale: Tensor, source: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Split a float64 coefficient of gradients into a divisor and a float32 coefficient.
 
-    A gradient divided by the first, in the dtype `source`, and then multiplied by the second, in
-    float32, is the gradient multiplied by `total`. The first is a power of two near `divisor`.
+    The divisor is a power of two. Gradients in float64 are divided by about the scale of their
+    norm, so that float32 holds the quotient. Gradients in float32 are divided by 1, unless the
+    coefficient is out of range; the quotient is exact, or the product is far below float32.
     """
-    bounds = (OPS.power_of_two(2.0**exponent / total) for exponent in (-100, 125))
+    smallest, largest = (OPS.power_of_two(2.0**exponent / coefficient) for exponent in (-100, 125))
+    divisor = scale if source == torch.float64 else torch.ones_like(scale)
     limits = torch.finfo(source)
-    divisor = divisor.clamp(*bounds).clamp(limits.tiny * limits.eps, 2 / limits.tiny)
-    return divisor, total * divisor
+    divisor = divisor.clamp(smallest, largest).clamp(limits.tiny * limits.eps, 2 / limits.tiny)
+    return divisor, coefficient * divisor
 
 
 def _each(numbers: Any, rows: list[int]) -> Any:
