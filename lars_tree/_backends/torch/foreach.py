@@ -205,7 +205,7 @@ class _Step:
         self.is_narrow = group.layers[0].w.dtype != group.dtype
         copies = int(self.is_narrow or not in_place)
         copies += not in_place and group.has_velocity
-        # Operations that return new tensors read and write less than those that write to given ones.
+        # A division that returns new tensors needs no workspace.
         is_alike = group.layers[0].dcdw.dtype == group.dtype and not self.is_narrow
         self.allocates = is_alike and group.rule.adapt and not group.is_joint
         temporaries = copies + group.joint_temporaries + (not self.allocates)
