@@ -89,10 +89,15 @@ def test_a_size_near_the_end_of_a_real_chunk(extra):
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("offset", range(5))
+@pytest.mark.parametrize("offset", [0, 1, 2, 4, 8])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_addresses_of_any_alignment(offset, dtype):
-    check((37,), dtype=getattr(torch, dtype), offset=offset)
+    dtype = getattr(torch, dtype)
+    check((37,), dtype=dtype, offset=offset)
+    x = torch.ones(64, dtype=dtype, device=DEVICE)
+    y = x[offset : offset + 37]
+    for layer in (Layer(y, x[:37], x[:37], None, Rule(1.0)), Layer(x[:37], y, y, y, Rule(1.0))):
+        assert row_of(layer).layout.is_aligned is (offset * dtype.itemsize % 16 == 0)
 
 
 VIEWS = {

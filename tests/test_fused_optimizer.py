@@ -208,9 +208,11 @@ def test_a_new_rate_or_flag_or_gradient_acts_at_once():
 
 
 def test_only_a_few_tables_are_kept(tables):
-    for _ in range(2 * fused.MAX_TABLES):
-        lars(parameters(1), momentum=0.0).step()
-    assert len(fused._TABLES) <= fused.MAX_TABLES
+    every = [parameters(1) for _ in range(fused.MAX_TABLES + 2)]
+    for i, params in enumerate(every):
+        lars(params, lr=0.1 * (i + 1), momentum=0.0).step()
+    assert tables == {"layers": len(every), "rules": len(every)}
+    assert len(fused._TABLES) == len(fused._NUMBERS) == fused.MAX_TABLES
 
 
 # ---- Steps
