@@ -132,25 +132,28 @@ def _optimizer(find: Callable[[], Any], **options: Any) -> Build:
     return build
 
 
-def _torch_lars() -> Any:
+def torch_lars() -> Any:
+    """Import the optimizer of lars_tree for torch."""
     from lars_tree.torch import Lars
 
     return Lars
 
 
-def _sgd() -> Any:
+def sgd() -> Any:
+    """Import the SGD of torch."""
     from torch.optim import SGD
 
     return SGD
 
 
-def _pytorch_lars() -> Any:
+def pytorch_lars() -> Any:
+    """Import the LARS of pytorch_optimizer."""
     from pytorch_optimizer import LARS
 
     return LARS
 
 
-def _timm_lars() -> Any:
+def timm_lars() -> Any:
     """Import only the module of Lars: `import timm` imports all models, and torchvision."""
     for name in ("timm", "timm.optim"):
         if name not in sys.modules:
@@ -226,16 +229,16 @@ CONTESTANTS = _by_name(
     Contestant("lars_tree, numpy", partial(_lars_tree, np.copy), "lars_tree"),
     Contestant("lars_tree, torch", partial(_lars_tree, as_torch), "torch"),
     Contestant("numpy by hand", _by_hand, "numpy", note="computes norms in float32"),
-    Contestant("pytorch_optimizer", _optimizer(_pytorch_lars, momentum=0.0), **_PYTORCH),
+    Contestant("pytorch_optimizer", _optimizer(pytorch_lars, momentum=0.0), **_PYTORCH),
     Contestant(
         "pytorch_optimizer, no foreach",
-        _optimizer(_pytorch_lars, momentum=0.0, foreach=False),
+        _optimizer(pytorch_lars, momentum=0.0, foreach=False),
         **_PYTORCH,
     ),
-    Contestant("timm", _optimizer(_timm_lars, momentum=0.0, trust_coeff=TRUST), **_TIMM),
+    Contestant("timm", _optimizer(timm_lars, momentum=0.0, trust_coeff=TRUST), **_TIMM),
     Contestant(
         "timm, foreach",
-        _optimizer(_timm_lars, momentum=0.0, trust_coeff=TRUST, foreach=True),
+        _optimizer(timm_lars, momentum=0.0, trust_coeff=TRUST, foreach=True),
         **_TIMM,
     ),
     Contestant(
@@ -260,7 +263,7 @@ _KEEPS = {"out_of_place": False, "allocates": True}  # keeps a velocity
 OPTIMIZERS = _by_name(
     Contestant(
         "lars_tree.torch.Lars",
-        _optimizer(_torch_lars, momentum=MOMENTUM),
+        _optimizer(torch_lars, momentum=MOMENTUM),
         "torch",
         **_KEEPS,
     ),
@@ -268,7 +271,7 @@ OPTIMIZERS = _by_name(
     Contestant("lars_tree.Lars, torch", partial(_functional, as_torch), "torch", **_KEEPS),
     Contestant(
         "torch SGD, fused",
-        _optimizer(_sgd, momentum=MOMENTUM, fused=True),
+        _optimizer(sgd, momentum=MOMENTUM, fused=True),
         "torch",
         comparable=False,
         note="computes no norms",
@@ -276,22 +279,22 @@ OPTIMIZERS = _by_name(
     ),
     Contestant(
         "pytorch_optimizer, momentum",
-        _optimizer(_pytorch_lars, momentum=MOMENTUM),
+        _optimizer(pytorch_lars, momentum=MOMENTUM),
         **_PYTORCH | _KEEPS,
     ),
     Contestant(
         "pytorch_optimizer, momentum, no foreach",
-        _optimizer(_pytorch_lars, momentum=MOMENTUM, foreach=False),
+        _optimizer(pytorch_lars, momentum=MOMENTUM, foreach=False),
         **_PYTORCH | _KEEPS,
     ),
     Contestant(
         "timm, momentum",
-        _optimizer(_timm_lars, momentum=MOMENTUM, trust_coeff=TRUST),
+        _optimizer(timm_lars, momentum=MOMENTUM, trust_coeff=TRUST),
         **_TIMM | _KEEPS,
     ),
     Contestant(
         "timm, momentum, foreach",
-        _optimizer(_timm_lars, momentum=MOMENTUM, trust_coeff=TRUST, foreach=True),
+        _optimizer(timm_lars, momentum=MOMENTUM, trust_coeff=TRUST, foreach=True),
         **_TIMM | _KEEPS,
     ),
 )

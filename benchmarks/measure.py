@@ -31,8 +31,8 @@ def medians(
     calls = {}
     for name, step in steps.items():
         before(name)
-        first = _time(step, 1)  # imports, compiles, starts threads
-        calls[name] = max(1, round(TURN / (_time(step, 1) if first < PATIENCE else first)))
+        first = per_call(step, 1)  # imports, compiles, starts threads
+        calls[name] = max(1, round(TURN / (per_call(step, 1) if first < PATIENCE else first)))
     times: dict[str, list[float]] = {name: [] for name in steps}
     rng = np.random.default_rng(0)
     for _ in range(rounds):
@@ -41,13 +41,14 @@ def medians(
                 before(name)
                 sleep(REST)
                 if median(times[name] or [0.0]) < WARM:
-                    _time(steps[name], calls[name])
-                times[name].append(_time(steps[name], calls[name]))
+                    per_call(steps[name], calls[name])
+                times[name].append(per_call(steps[name], calls[name]))
     gc.unfreeze()
     return {name: median(samples) for name, samples in times.items()}
 
 
-def _time(step: Callable[[], Any], calls: int) -> float:
+def per_call(step: Callable[[], Any], calls: int) -> float:
+    """The seconds of one call, when it is repeated so many times."""
     start = perf_counter()
     for _ in range(calls):
         step()

@@ -92,9 +92,10 @@ def compared(sharded, plain, ours, theirs):
     )
 
 
-def case(dtype, options, mesh, tensor_parallel=None, watched=False):
+def case(dtype, options, mesh, tensor_parallel=None, watched=False, wrap=lambda x: x):
+    """Train a sharded and a dense model; `wrap` is applied to the optimizer of the sharded one."""
     sharded, plain = model(dtype, mesh, tensor_parallel), model(dtype)
-    ours, theirs = (optimizer(of, options) for of in (sharded, plain))
+    ours, theirs = wrap(optimizer(sharded, options)), optimizer(plain, options)
     counts = [train(sharded, plain, ours, theirs, seed, watched) for seed in range(STEPS)]
     sent = [max(column) for column in zip(*counts, strict=True)]
     kind = str(dtype).removeprefix("torch.")

@@ -191,3 +191,28 @@ def test_models(tmp_path):
         # Tensor parallelism adds a mesh dimension. Sharding along layer_axis splits no layer.
         count = 2 if "parallel" in name else 0 if "layers" in name else 1
         assert (case["all_reduces"], case["collectives"]) == (count, count), name
+
+
+@pytest.mark.parametrize("world", [3, 4])
+def test_compiled(tmp_path, world):
+    """Compiled steps are whole graphs: one for the first step, one for all later steps."""
+    found = measured("distributed_compiled", world, tmp_path)
+    refused = {name: found.pop(name) for name in list(found) if name.startswith("refused")}
+    for name, case in refused.items():
+        kind = "LeafError" if "partial" in name else "BackendError"
+        argument = "p.grad" if "gradient" in name else "momentum_buffer"
+        expected = [kind, ["param_groups[0]['params'][2]"], argument]
+        raised = [[*fault[:2], fault[2].split()[0]] for fault in case.pop("raised")]
+        assert raised == [expected] * world, name
+        assert case == {"same": [True] * world, "sent": 0}, name
+    if world == 3:  # the last process is not in the mesh
+        kept, close, graphs = zip(*found.pop("some processes"), strict=True)
+        assert (kept, close, graphs[:2]) == ((True, False, True), (False, True, True), (2, 2))
+    assert (len(refused), len(found)) == ((5, 2) if world == 3 else (0, 7))
+    assert wrong(found) == {}
+    for name, case in found.items():
+        graphs = [None, 2, 2] if case["kind"] == "bfloat16" else [2] * world
+        assert case["graphs"] == graphs, name
+        if "meshes" in name:
+            count = 2 if "joint" in name else 1
+            assert (case["all_reduces"], case["collectives"]) == (count, count), name

@@ -20,7 +20,7 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from test_fused import DEVICE, write  # noqa: E402
 
-from lars_tree._backends.torch import kernels  # noqa: E402
+from lars_tree._backends.torch import kernel_math, kernels  # noqa: E402
 from lars_tree._backends.torch.layers import Layer  # noqa: E402
 from lars_tree._numerics import bfloat16  # noqa: E402
 from lars_tree._numerics.formula import Rule  # noqa: E402
@@ -29,9 +29,9 @@ pytestmark = pytest.mark.usefixtures("interpreter")
 
 _load, _rounded, _store, _is_finite = (
     kernels._load,
-    kernels._rounded,
+    kernel_math.rounded,
     kernels._store,
-    kernels._is_finite,
+    kernel_math.is_finite,
 )
 
 # The interpreter takes the same time for a block of any size.

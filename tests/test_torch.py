@@ -12,7 +12,7 @@ from lars_tree import Container, Lars, OutError, lars_update
 torch = need("torch")
 
 from lars_tree._backends.base import Leaf, StepResult  # noqa: E402
-from lars_tree._backends.torch import tensors  # noqa: E402
+from lars_tree._backends.torch import multi_tensor, tensors  # noqa: E402
 from lars_tree._numerics.formula import Rule  # noqa: E402
 
 DOUBLE = {"dtype": torch.float64}
@@ -181,22 +181,19 @@ def test_a_state_dict_is_updated_in_place():
         assert torch.equal(x.detach(), lars_update(before[key], grads[key], 0.1))
 
 
-def many(wide, leaves, rules, velocities=None):
-    """The new weights, computed in dtype `wide` by the multi-tensor operations for accelerators."""
+def many(leaves, rules, velocities=None, has_float64=False):
+    """The new weights, by the multi-tensor operations for an accelerator without float64."""
     velocities = velocities or [None] * len(leaves)
     news = [
         StepResult(torch.empty_like(w), v) for (w, _), v in zip(leaves, velocities, strict=True)
     ]
     rows = zip(leaves, news, rules, velocities, strict=True)
-    given = [
-        (layer, None)
-        for i, ((w, g), new, rule, v) in enumerate(rows)
-        for layer in tensors.layers(Leaf(i, w, g, w, rule, None, v), new)
+    pairs = [
+        (Leaf(i, w, g, w, rule, None, v), new) for i, ((w, g), new, rule, v) in enumerate(rows)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensors, "wide", lambda layer: wide)
-        targets, values = tensors.step_layers(given)
-    torch._foreach_copy_(targets, values)
+        patch.setattr(tensors, "has_float64", lambda device: has_float64)
+        multi_tensor.prepare(pairs).write()
     return [new.w for new in news]
 
 
@@ -217,7 +214,7 @@ def test_multi_tensor_steps_agree_with_separate_steps(options, dtype):
     leaves.append((torch.zeros_like(leaves[0][0]), leaves[0][1]))
     rules = [Rule(0.1 * (i + 1), **options) for i in range(len(leaves))]
     rules[4] = rules[4]._replace(layer_axis=1)
-    news = many(torch.float32, leaves, rules)
+    news = many(leaves, rules)
     for new, (w, g), rule in zip(news, leaves, rules, strict=True):
         expected = lars_update(w, g, rule.lr_before_momentum, layer_axis=rule.layer_axis, **options)
         assert new.dtype == expected.dtype
@@ -245,9 +242,9 @@ def test_multi_tensor_momentum_agrees_with_double_precision(dtype, nesterov):
         (*(x.to(torch.promote_types(x.dtype, torch.float64)) for x in (*leaf, v)), each)
         for leaf, v, each in zip(leaves, velocities, rules, strict=True)
     ]
-    news = many(torch.float32, leaves, rules, velocities)
+    news = many(leaves, rules, velocities)
     precise = [v for *_, v, _ in double]
-    expected = many(torch.float64, [leaf[:2] for leaf in double], rules, precise)
+    expected = many([leaf[:2] for leaf in double], rules, precise, has_float64=True)
     tolerance = {torch.float16: 1e-3, torch.bfloat16: 8e-3}.get(dtype, 1e-6)
     for new, other, v, other_v in zip(news, expected, velocities, precise, strict=True):
         assert torch.allclose(new, other.to(dtype), rtol=tolerance, atol=tolerance)
@@ -260,7 +257,7 @@ def test_multi_tensor_steps_cover_the_range_of_float32(w_exponent, g_exponent):
     """In float32, squares of numbers above 2**64 overflow, and below 2**-75 underflow to 0."""
     w = torch.tensor(np.ldexp([3.0, 4.0], w_exponent), dtype=torch.float32)
     g = torch.tensor(np.ldexp([4.0, 3.0], g_exponent), dtype=torch.float32)
-    (new,) = many(torch.float32, [(w, g)], [Rule(0.1)])
+    (new,) = many([(w, g)], [Rule(0.1)])
     step = reference.lars(w.tolist(), g.tolist(), 0.1)
     assert reference.worst_error(new.tolist(), w.tolist(), step, "float32") <= 4
 
@@ -268,7 +265,7 @@ def test_multi_tensor_steps_cover_the_range_of_float32(w_exponent, g_exponent):
 def test_multi_tensor_options_may_be_tensors_and_differ_by_leaf():
     leaves = [(torch.tensor([3.0, 4.0]), torch.tensor([0.4, 0.3]))] * 2
     rules = [Rule(torch.tensor(0.1)), Rule(0.2, decay_lambda=0.1)]
-    first, second = many(torch.float32, leaves, rules)
+    first, second = many(leaves, rules)
     assert first.tolist() == pytest.approx([2.6, 3.7])
     assert second.tolist() == pytest.approx([2.3, 3.3])
 

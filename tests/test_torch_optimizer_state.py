@@ -16,6 +16,8 @@ torch = need("torch")
 
 from test_torch_optimizer import G, W, model, parameter, same, train  # noqa: E402
 
+from lars_tree._backends.torch.traced import _WholeNorms  # noqa: E402
+from lars_tree._numerics.formula import SCALES  # noqa: E402
 from lars_tree.torch import Lars, param_groups  # noqa: E402
 
 # ---- State
@@ -250,6 +252,51 @@ def test_compiled_steps_are_whole_graphs_that_read_no_values():
         results.append([p.detach() for p in net.parameters()])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_compiled_steps_agree_for_every_kind_of_parameter():
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        groups = [
+            {"params": [torch.nn.Parameter(torch.randn(shape, dtype=dtype))], **options}
+            for shape, dtype, options in (
+                ((3, 4), torch.float64, {"layer_axis": -1, "weight_decay": 0.1, "nesterov": True}),
+                ((3, 4), torch.float64, {"joint_norm": True, "weight_decay": 0.1, "layer_axis": 0}),
+                ((5,), torch.complex128, {"trust_clip": True, "maximize": True, "momentum": 0.0}),
+                ((0, 2), torch.float64, {"weight_decay": 0.1}),
+                ((), torch.float64, {"adapt": False}),
+            )
+        ]
+        params = [p for group in groups for p in group["params"]]
+        opt = Lars(groups, 0.1, trust_coefficient=1.0, fused=True)
+        step = torch.compile(opt.step, backend="eager", fullgraph=True) if compiled else opt.step
+        for infinite in (False, False, True):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            opt.grad_scale, opt.found_inf = torch.tensor(4.0), torch.tensor(float(infinite))
+            before = [p.detach().clone() for p in params]
+            step()
+            is_kept = [torch.equal(p, x) for p, x in zip(params, before, strict=True)]
+            assert is_kept == [infinite or not p.numel() for p in params]
+        buffers = [x["momentum_buffer"] for x in opt.state.values() if x]
+        results.append([x.detach() for x in params + buffers])
+    assert len(results[0]) == len(results[1]) == 9
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("norm", [0.0, 1e-45, 1e-30, 1.0, 3e38, 1e42])
+def test_norms_of_shards_fit_float32(norm):
+    """Accelerators compute in float32; a norm over all shards may be out of its range."""
+    row = (norm * torch.tensor(SCALES, dtype=torch.float64)).square()
+    sums = torch.stack([row, row])[None]
+    w = torch.ones(2, 3)
+    for scaled, scale in _WholeNorms(sums).norms(w, w, None):
+        assert {scaled.dtype, scale.dtype} == {torch.float32}
+        assert torch.isfinite(scaled)
+        assert 0 < scale < torch.inf
+        assert float(scaled) * float(scale) == pytest.approx(norm, rel=1e-6)
 
 
 def test_a_step_that_reads_values_is_not_compiled():

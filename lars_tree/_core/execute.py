@@ -237,9 +237,9 @@ def _run(
     taken: Any = True
     if caller.engine is not None:
         own = [leaf for leaf in steps if leaf.leaf_index in caller.engine.indices]
-        bad, taken = caller.engine.update(own, writes)
-        if bad:
-            raise nonfinite.error(bad, caller.paths, caller.words)
+        refused, taken = caller.engine.update(own, writes)
+        if refused:
+            raise nonfinite.error(refused, caller.paths, caller.words)
         results |= {leaf.leaf_index: base.StepResult(leaf.out, leaf.velocity) for leaf in own}
     steps = [leaf for leaf in steps if leaf.leaf_index not in results]
     for backend, group in base.grouped(steps, lambda leaf: leaf.backend).items():

@@ -1,7 +1,8 @@
 """Lars as a `torch.optim.Optimizer`.
 
 Each step is one call of `execute` for all parameters: the native engine updates parameters in CPU
-memory; multi-tensor operations update all other parameters, without waiting for the device.
+memory; multi-tensor operations update all other parameters, without waiting for the device. Under
+`torch.compile`, `traced.results_in_place` is traced instead.
 `torch/options.py` checks the options, `torch/rows.py` collects the inputs of a step.
 """
 
@@ -19,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lars_tree._backends.torch import traced
 from lars_tree._backends.torch.backend import BACKEND
-from lars_tree._backends.torch.multi_tensor import traced
 from lars_tree._backends.torch.optimizer_engine import OptimizerEngine, Repeatable
 from lars_tree._backends.torch.tensors import copy_all, is_capturing
 from lars_tree._core import locks
@@ -147,10 +148,12 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
 
     @property
     def skipped(self) -> int:
+        """The number of steps skipped by nonfinite="skip"."""
         return int(self._skipped)
 
     @property
     def engine(self) -> str:
+        """The names of the engines that update the parameters, separated by commas."""
         return ", ".join(sorted(engines(self)))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -180,7 +183,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
     def __setstate__(self, state: dict[str, Any]) -> None:
         known = set(state.get("defaults", vars(self).get("defaults", ())))
         super().__setstate__(state)
-        self._skipped = vars(self).pop("skipped", 0)
+        self._skipped = self.__dict__.pop("skipped", 0)
         for name in self.defaults.keys() - known:  # options that torch's __setstate__ added
             del self.defaults[name]
         # Options that a state of an older version lacks.
@@ -271,8 +274,12 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
                 return
             found_inf = None
         if torch.compiler.is_compiling():
-            copy_all(*traced(inputs.leaves(), found_inf))
-            self._keep_buffers(inputs)
+            leaves = inputs.leaves()
+            if all(map(traced.supports, leaves)):
+                copy_all(*traced.results_in_place(leaves, found_inf))
+                self._keep_buffers(inputs)
+            else:
+                self._step_uncompiled(grad_scale, found_inf)
         else:
             self._execute(inputs, found_inf)
 
@@ -315,6 +322,11 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
             return None
         writes.make()
         return taken
+
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
+    def _step_uncompiled(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Take a step with inputs that `traced` does not support, or report what is wrong."""
+        self._step(grad_scale, found_inf)
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]  # the step may read values
     def _step_if_finite(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:

@@ -98,6 +98,7 @@ class ParameterRows:
         ]
 
     def engine(self, found_inf: Tensor | None = None) -> OptimizerEngine | None:
+        """The engine that the optimizer chooses for the rows in `for_engine`, if there are any."""
         # With "raise" and "skip", values of one engine may decide about writes of another.
         guards = any(group["nonfinite"] != "propagate" for group in self.groups)
         if self.for_engine and (self.device_can_guard or not guards):
@@ -194,9 +195,7 @@ def gather(optimizer: Optimizer, grad_scale: Any, may_skip: bool = False) -> Par
             is_first = moves and buffer is None
             if is_first:
                 buffer = BACKEND.zeros(p, BACKEND.velocity_dtype(p))
-            is_for_engine = always or not (
-                is_in_cpu_memory(p) or (shards_too and is_shard(p))
-            )
+            is_for_engine = always or not (is_in_cpu_memory(p) or (shards_too and is_shard(p)))
             if kind != (is_for_engine, is_first):  # usually the kind of the previous parameter
                 kind = is_for_engine, is_first
                 rule = found.rule(number, *kind)

@@ -187,8 +187,8 @@ class TorchBackend(ArraysBackend):
             else:
                 elsewhere.append(i)
         if elsewhere:
-            measured = multi_tensor.measure([leaves[i] for i in elsewhere])
-            found |= zip(elsewhere, measured, strict=True)
+            others = multi_tensor.measure([leaves[i] for i in elsewhere])
+            found |= zip(elsewhere, others, strict=True)
         return [Measured(*map(sharded.whole, found[i])) for i in range(len(leaves))]
 
     def numbers(self, rows: NumpyArray, ws: list[Tensor]) -> list[Measured]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from lars_tree._backends.base import grouped
+from lars_tree._backends.torch import tensors
 from lars_tree._backends.torch.chunks import Chunks, Part, views
 from lars_tree._backends.torch.layers import Layer, alike
-from lars_tree._backends.torch.tensors import writing_to
 from lars_tree._backends.torch.vectors import (
     OPS,
     Scratch,
@@ -34,12 +34,6 @@ LIMIT = 2**25  # bytes of temporaries; `_foreach_norm` may convert tensors, for 
 SCRATCH = 15  # the number of arrays that `formula.multiply_add` holds at the same time
 
 
-def has_float64(device: torch.device) -> bool:
-    if device.type == "xpu":
-        return bool(torch.xpu.get_device_properties(device).has_fp64)
-    return bool(device.type != "mps")
-
-
 class Foreach:
     """`LayerEngine` for all devices of torch."""
 
@@ -50,7 +44,7 @@ class Foreach:
         self.like: dict[str, Any] = {"dtype": torch.float64}  # of the norms
         if layers:
             device = layers[0].w.device
-            dtype = torch.float64 if has_float64(device) else torch.float32
+            dtype = torch.float64 if tensors.has_float64(device) else torch.float32
             self.like = {"dtype": dtype, "device": device}
         filled = [i for i, layer in enumerate(layers) if layer.w.numel()]
         self.members = list(grouped(filled, lambda i: _key(layers[i])).values())
@@ -81,7 +75,7 @@ class Foreach:
             return ~torch.isfinite(torch.stack(largest))
 
     def write(self, norms: Tensor, unless: Tensor | None) -> None:
-        with writing_to([x for group in self.groups for x in group.targets]):
+        with tensors.writing_to([x for group in self.groups for x in group.targets]):
             keep = None if unless is None else unless != 0
             for step, temporaries in self._steps(norms, in_place=keep is None):
                 for parts in step.chunks.parts:
@@ -111,8 +105,8 @@ class _Group:
         like: The dtype and device of norms.
         dtype: The dtype in which weights are updated.
         source: The dtype of the gradients that are divided by the scales of their norms.
-        is_wide: Whether norms have a wider dtype. It holds the sums of joint gradients almost
-            exactly, and the products of coefficients.
+        is_wide: Whether norms have a wider dtype than the arrays, which then holds joint gradients
+            almost exactly.
     """
 
     def __init__(self, layers: list[Layer], like: dict[str, Any]) -> None:
@@ -215,7 +209,7 @@ class _Step:
             divisor = norm.scale
             if norms.dtype == group.dtype:
                 self.factor = self._numbers(factor)
-            else:
+            else:  # float64 holds the product of the factors
                 divisor, gradient = _in_range(factor * gradient / divisor, divisor, group.source)
             if group.is_joint:
                 divisor = divisor / group.scale
@@ -299,16 +293,18 @@ class _Step:
             torch._foreach_mul_(outs, _each(self.factor, rows))
 
 
-def _in_range(total: Tensor, divisor: Tensor, source: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Two numbers in the range of their dtypes that replace float64 numbers.
+def _in_range(coefficient: Tensor, scale: Tensor, source: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Split a float64 coefficient of gradients into a divisor and a float32 coefficient.
 
-    A gradient divided by the first, in the dtype `source`, and then multiplied by the second, in
-    float32, is the gradient multiplied by `total`. The first is a power of two near `divisor`.
+    The divisor is a power of two. Gradients in float64 are divided by about the scale of their
+    norm, so that float32 holds the quotient. Gradients in float32 are divided by 1, unless the
+    coefficient is out of range; the quotient is exact, or the product is far below float32.
     """
-    bounds = (OPS.power_of_two(2.0**exponent / total) for exponent in (-100, 125))
+    smallest, largest = (OPS.power_of_two(2.0**exponent / coefficient) for exponent in (-100, 125))
+    divisor = scale if source == torch.float64 else torch.ones_like(scale)
     limits = torch.finfo(source)
-    divisor = divisor.clamp(*bounds).clamp(limits.tiny * limits.eps, 2 / limits.tiny)
-    return divisor, total * divisor
+    divisor = divisor.clamp(smallest, largest).clamp(limits.tiny * limits.eps, 2 / limits.tiny)
+    return divisor, coefficient * divisor
 
 
 def _each(numbers: Any, rows: list[int]) -> Any:

@@ -1,4 +1,4 @@
-"""The fused engine: Triton kernels that update any number of tensors with two launches over the data.
+"""The fused engine: Triton kernels that update any number of tensors in two passes over the data.
 
 `kernels.py` has the kernels. A step launches `sum_squares` and `apply` once for each combination of
 dtypes, and two small kernels, `add_sums` and `find_coefficients`, once. The kernels find the
@@ -24,13 +24,10 @@ from torch import Tensor
 
 from lars_tree._backends.base import grouped
 from lars_tree._backends.torch import tensors
+from lars_tree._backends.torch.fused_rows import Layout, Row, row_of
 from lars_tree._backends.torch.layers import Layer
-from lars_tree._backends.torch.stand_ins import TENSOR_TYPES
 from lars_tree._numerics import formula
 from lars_tree._numerics.formula import Rule
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-ALIGNMENT = 16  # bytes that a thread loads at once
 
 MAX_TABLES = 16  # the number of tables that are kept
 
@@ -43,24 +40,35 @@ def is_interpreted() -> bool:
     Triton reads the variable whenever it defines or calls a kernel, so it must also have been set
     when Triton, which defines kernels of its own, was imported.
     """
-    if os.environ.get("TRITON_INTERPRET") != "1":
+    if not _asks_for_interpreter():
         return False
     own = getattr(sys.modules.get("triton.language"), "sum", None)
     return type(own).__name__ != "JITFunction"
 
 
+def _asks_for_interpreter() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
 def is_available(device: torch.device) -> bool:
     """Whether the kernels run on this device."""
-    if not _has_triton():
-        return False
     if device.type == "cpu":
-        return is_interpreted()
-    return device.type in ("cuda", "xpu") and (tensors.is_capturing(device) or _works(device))
+        return is_interpreted() and _has_triton()
+    if device.type not in ("cuda", "xpu") or not tensors.has_float64(device):
+        return False
+    if _asks_for_interpreter() or not _has_triton():  # the interpreter reads only CPU memory
+        return False
+    return tensors.is_capturing(device) or _works(device)
 
 
 @lru_cache
 def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    """Whether Triton is installed, in a version that compiles the kernels."""
+    if find_spec("triton") is None:
+        return False
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4)
 
 
 @lru_cache
@@ -88,95 +96,13 @@ def _works(device: torch.device) -> bool:
     return not fault
 
 
-class _Layout(NamedTuple):
-    """The arguments that are compiled into the kernels."""
-
-    w: torch.dtype
-    dcdw: torch.dtype
-    velocity: torch.dtype | None
-    is_strided: bool
-    is_aligned: bool
-
-
-class Row(NamedTuple):
-    """A layer that the kernels support, by its addresses.
-
-    Elements are contiguous in runs of `inner`, which start `stride` elements apart.
-    """
-
-    w: int
-    dcdw: int
-    out: int
-    velocity: int
-    size: int
-    inner: int
-    stride: int
-    layout: _Layout
-
-
-def row_of(layer: Layer) -> Row | None:
-    """The row of a layer that passed all checks; None if the kernels do not support it."""
-    w, dcdw, out, velocity, _ = layer
-    size, strides = w.numel(), w.stride()
-    dtypes: list[Any] = []
-    addresses = []
-    for x in (w, dcdw, velocity) if out is w else (w, dcdw, velocity, out):
-        if x is None:
-            dtypes.append(None)
-            addresses.append(0)
-            continue
-        if type(x) not in TENSOR_TYPES or x.dtype not in DTYPES or x.is_neg():
-            return None
-        if x is not w and x.stride() != strides and size > 1:
-            return None
-        dtypes.append(x.dtype)
-        addresses.append(x.data_ptr())
-    inner, stride = size, 0
-    if not w.is_contiguous():
-        runs = _runs(w.shape, strides)
-        if runs is None:
-            return None
-        inner, stride = runs
-    is_aligned = not any(address % ALIGNMENT for address in addresses)
-    layout = _Layout(dtypes[0], dtypes[1], dtypes[2], stride != 0, is_aligned)
-    ours, gradient, moving, *other = addresses
-    return Row(ours, gradient, *(other or [ours]), moving, size, max(inner, 1), stride, layout)
-
-
-def _runs(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int] | None:
-    """The length of runs of contiguous elements, and their distance: 0 if there is one run.
-
-    None if the elements are in no such order. The order of axes does not matter, because it is the
-    same for all tensors of a layer.
-
-    >>> _runs((2, 3, 4), (100, 4, 1))
-    (12, 100)
-    >>> _runs((2, 3, 4), (1, 2, 6))
-    (24, 0)
-    """
-    axes = sorted((stride, n) for n, stride in zip(shape, strides, strict=True) if n != 1)
-    inner, count, distance = 1, 1, 0
-    for stride, n in axes:
-        if stride < inner:
-            return None
-        if count == 1 and stride == inner:
-            inner *= n
-        elif count == 1:
-            count, distance = n, stride
-        elif stride == distance * count:
-            count *= n
-        else:
-            return None
-    return inner, distance
-
-
 class _Launch(NamedTuple):
     """Layers that one launch of each kernel updates.
 
     Their chunks are consecutive in the table of chunks; those of layers that adapt come first.
     """
 
-    layout: _Layout
+    layout: Layout
     first: int
     adapting: int  # the number of chunks
     total: int
@@ -201,6 +127,7 @@ class Fused:
 
         self._kernels = kernels
         self._device = layers[0].w.device
+        self._layers = layers  # may hold the only references to copies of gradients
         self._written = [x for layer in layers for x in layer[2:4] if x is not None]
         rules = {id(layer.rule): layer.rule for layer in layers}
         self._rules = list(rules.values())
@@ -213,12 +140,13 @@ class Fused:
         with self._on_device() as stream:
             adapts = tuple(rule.adapt for rule in self._rules)
             key = (self._device, stream, adapts, of_rows, tuple(rows))
-            self._table = _kept(_TABLES, key, lambda: self._tabulate(rows, of_rows))
+            self._table = self._kept(_TABLES, key, lambda: self._tabulate(rows, of_rows))
             self._numbers = self._numbers_of_rules(stream)
 
     def again(self, rules: dict[int, Rule]) -> Fused:
         """The same layers with new rules, which are given by the id of the old ones."""
         new = copy(self)
+        new._layers = []
         new._rules = [rules[id(rule)] for rule in self._rules]
         with self._on_device() as stream:
             new._numbers = new._numbers_of_rules(stream)
@@ -244,6 +172,7 @@ class Fused:
         coefficients = self._coefficients(norms)
         self._apply(coefficients, unless, None)
         tensors.bump_versions(self._written)
+        self._layers = []
 
     def nonfinite(self, norms: Tensor) -> Tensor:
         """Whether each layer would not be finite, if its rule has the option `nonfinite`."""
@@ -297,13 +226,15 @@ class Fused:
         split = len(rows) * len(self._kernels.LAYER_COLUMNS)
         return _Table(sent[:split].view(len(rows), -1), sent[split:].view(-1, 2), launches, host)
 
-    def _constants_of(self, layout: _Layout) -> dict[str, Any]:
+    def _constants_of(self, layout: Layout) -> dict[str, Any]:
         w, dcdw = map(self._triton_dtype, layout[:2])
         strides = {"STRIDED": layout.is_strided, "ALIGNED": layout.is_aligned}
         return {"W": w, "G": dcdw, **strides, "num_warps": 8, **self._constants}
 
     def _triton_dtype(self, dtype: torch.dtype) -> Any:
-        return getattr(self._kernels.tl, str(dtype).removeprefix("torch."))
+        from triton import language
+
+        return getattr(language, str(dtype).removeprefix("torch."))
 
     def _numbers_of_rules(self, stream: Hashable) -> Tensor:
         """The numbers and flags of all rules, in device memory."""
@@ -315,10 +246,10 @@ class Fused:
         known = tuple(
             tuple(0.0 if _is_on_device(x) else float(x) for x in numbers) for numbers in given
         )
-        table, _ = _kept(
+        table, _ = self._kept(
             _NUMBERS,
             (self._device, stream, known),
-            lambda: self._sent(torch.tensor(known, dtype=torch.float64)),
+            lambda: self._sent(torch.tensor(known, dtype=torch.float64, device="cpu")),
         )
         if any(_is_on_device(x) for numbers in given for x in numbers):
             table = table.clone()
@@ -332,10 +263,29 @@ class Fused:
         """A copy on the device, made without waiting, and the pinned memory it is made from."""
         if self._device.type == "cpu":
             return host, host
-        host = host.pin_memory()
-        if tensors.is_capturing(self._device):  # each replay of the graph reads the memory again
-            _CAPTURED.append(host)
-        return host.to(self._device, non_blocking=True), host
+        # A capture must not allocate pinned memory, so each table leaves memory for one.
+        key = host.dtype, len(host.reshape(-1))
+        if tensors.is_capturing(self._device) and _SPARE.get(key):
+            pinned = _SPARE[key].pop()
+            pinned.copy_(host.reshape(-1))
+            pinned = pinned.view(host.shape)
+        else:
+            pinned = host.pin_memory()
+            _make_room(_SPARE)
+            _SPARE.setdefault(key, []).append(torch.empty_like(pinned.reshape(-1), pin_memory=True))
+        return pinned.to(self._device, non_blocking=True), pinned
+
+    def _kept(self, cache: dict[Hashable, T], key: Hashable, make: Callable[[], T]) -> T:
+        """The value of a key, made if it is not in the cache; drops the oldest values."""
+        if tensors.is_capturing(self._device):
+            # Tables made in a capture are filled by each replay of the graph, from pinned memory.
+            value = cache.get(key) or make()
+            _CAPTURED.append(value)
+            return value
+        value = cache.pop(key, None) or make()
+        _make_room(cache)
+        cache[key] = value
+        return value
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float64, device=self._device)
@@ -357,19 +307,15 @@ _ONE_WARP = {"num_warps": 1}
 
 _TABLES: dict[Hashable, _Table] = {}
 _NUMBERS: dict[Hashable, tuple[Tensor, Tensor]] = {}
-_CAPTURED: list[Tensor] = []
+_SPARE: dict[tuple[torch.dtype, int], list[Tensor]] = {}
+_CAPTURED: list[Any] = []  # what captured graphs read
 
 
-def _kept(cache: dict[Hashable, T], key: Hashable, make: Callable[[], T]) -> T:
-    """The value of a key, made if it is not in the cache; drops the least recently used values."""
-    value = cache.pop(key, None) or make()
+def _make_room(cache: dict[Any, Any]) -> None:
     while len(cache) >= MAX_TABLES:
-        cache.pop(next(iter(cache)), None)
-    cache[key] = value
-    return value
+        oldest, *_ = list(cache)  # one operation, as another thread may change the dict
+        cache.pop(oldest, None)
 
 
 def _is_on_device(x: Any) -> bool:
     return isinstance(x, Tensor) and not x.is_cpu
-
-

@@ -2,18 +2,27 @@
 
 The kernels address tensors through tables in device memory (`fused.Table`), so one launch serves
 any number of tensors. Each tensor is divided into chunks, each of which is the work of one program.
-All arithmetic is in float64: squares of float16, bfloat16 and float32 cannot overflow or vanish in
-it, and results are rounded once. Sums have a fixed order, so that repeated runs give the same bits.
+All arithmetic is in float64, and results are rounded once. For addresses of the same alignment, sums
+have a fixed order, so that repeated runs give the same bits.
 
-The formula itself is not written here: `_compiled` compiles the functions of `formula.py`.
+The formula itself is not written here: see `kernel_math.py`.
 """
-
-from types import FunctionType
-from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
+from lars_tree._backends.torch.kernel_math import (
+    OPS,
+    Rule,
+    coefficients,
+    factors,
+    is_finite,
+    joint_scales,
+    multiply_add,
+    norm_of_sums,
+    rounded,
+    scaled_coefficients,
+)
 from lars_tree._numerics import formula
 from lars_tree._numerics.formula import Norm
 
@@ -42,112 +51,6 @@ _RULE = tl.constexpr(len(RULE_COLUMNS) + len(FLAG_COLUMNS))
 _COEFFICIENTS = tl.constexpr(COEFFICIENTS)
 
 
-class Rule(NamedTuple):
-    """The fields of `formula.Rule` that a kernel needs; numbers are 0-d float64 tensors."""
-
-    lr_before_momentum: Any
-    decay_lambda: Any
-    trust_coefficient: Any
-    eps: Any
-    grad_scale: Any
-    momentum: Any
-    lr_after_momentum: Any
-    dampening: Any
-    adapt: Any
-    trust_clip: Any
-    joint_norm: Any
-
-
-class Ops(NamedTuple):
-    """`formula.Ops` for float64."""
-
-    where: Any
-    maximum: Any
-    power_of_two: Any
-    like: Any
-    upper_half: Any
-    finite_or: Any
-    sqrt: Any
-
-
-@triton.jit
-def _maximum(a, b):
-    return tl.where(a > b, a, b)
-
-
-@triton.jit
-def _power_of_two(x):
-    exponent = x.to(tl.int64, bitcast=True) & 0x7FF0000000000000
-    power = tl.where(exponent == 0, 2.0**-1022, exponent.to(tl.float64, bitcast=True))
-    return tl.where((x > 0) & (x < float("inf")), power, 1.0)
-
-
-@triton.jit
-def _like(number, x):
-    return number
-
-
-@triton.jit
-def _upper_half(x):
-    spread = x * (2.0**27 + 1)
-    return spread - (spread - x)
-
-
-@triton.jit
-def _finite_or(x, other):
-    return tl.where(tl.abs(x) < float("inf"), x, other)
-
-
-@triton.jit
-def _with_denominator(rule, decay_lambda, eps, grad_scale):
-    return Rule(
-        rule.lr_before_momentum,
-        decay_lambda,
-        rule.trust_coefficient,
-        eps,
-        grad_scale,
-        rule.momentum,
-        rule.lr_after_momentum,
-        rule.dampening,
-        rule.adapt,
-        rule.trust_clip,
-        rule.joint_norm,
-    )
-
-
-def _compiled(*names: str) -> dict[str, Any]:
-    """Compile functions of `formula.py`, which may call each other, for the device.
-
-    Triton evaluates their annotations, which are therefore replaced.
-    """
-    annotations = dict.fromkeys(("Any", "Where", "Ops", "bool"), tl.constexpr(None))
-    names_of_numbers = (name for name, x in vars(formula).items() if isinstance(x, float))
-    numbers = {name: tl.constexpr(getattr(formula, name)) for name in names_of_numbers}
-    replaced = {"tl": tl, "_with_denominator": _with_denominator}
-    scope = {**vars(formula), **annotations, **numbers, **replaced}
-    for name in names:
-        function = getattr(formula, name)
-        new = FunctionType(function.__code__, scope, name, function.__defaults__)
-        new.__module__, new.__qualname__ = function.__module__, function.__qualname__
-        scope[name] = triton.jit(new)
-    return scope
-
-
-_formula = _compiled(
-    *("trust_ratio", "coefficients", "_scaled", "scaled_coefficients"),
-    *("two_sum", "multiply_add", "norm_of_sums"),
-)
-coefficients = _formula["coefficients"]
-scaled_coefficients = _formula["scaled_coefficients"]
-multiply_add = _formula["multiply_add"]
-norm_of_sums = _formula["norm_of_sums"]
-
-
-@triton.jit
-def _ops():
-    return Ops(tl.where, _maximum, _power_of_two, _like, _upper_half, _finite_or, tl.sqrt)
-
-
 @triton.jit
 def _load(address, offsets, mask, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr):
     """Elements as float64; bfloat16 is converted by its bits, as the interpreter cannot do it."""
@@ -164,32 +67,6 @@ def _load(address, offsets, mask, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, MA
     if DTYPE == tl.bfloat16:
         x = (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float64)
-
-
-@triton.jit
-def _rounded(x, DTYPE: tl.constexpr):
-    """Round float64 once; bfloat16 is returned as its bits."""
-    if DTYPE == tl.bfloat16:
-        near = x.to(tl.float32)
-        bits = near.to(tl.int32, bitcast=True)
-        # Round to odd first: then rounding a second time gives the result of rounding once
-        # (Boldo and Melquiond 2008, doi:10.1109/TC.2007.70819).
-        back = near.to(tl.float64)
-        is_even = (bits & 1) == 0
-        odd = bits + tl.where(tl.abs(back) > tl.abs(x), -1, 1)
-        bits = tl.where((back != x) & is_even, odd, bits)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return tl.where(x == x, bits, 0x7FC0).to(tl.uint16)
-    else:
-        return x.to(DTYPE)
-
-
-@triton.jit
-def _is_finite(x, DTYPE: tl.constexpr):
-    if DTYPE == tl.bfloat16:
-        return (x & 0x7F80) != 0x7F80
-    else:
-        return tl.abs(x) < float("inf")
 
 
 @triton.jit
@@ -243,7 +120,7 @@ def _sum_of_squares(
         w = _load(w_address, offsets, mask, W, ALIGNED, MASKED) * scale
         dcdw = _load(dcdw_address, offsets, mask, G, ALIGNED, MASKED) * scale
         if JOINT:
-            dcdw = tl.where(joint != 0, multiply_add(_ops(), sign * dcdw, joint, w), dcdw)
+            dcdw = tl.where(joint != 0, multiply_add(OPS, sign * dcdw, joint, w), dcdw)
         w_sum += w * w
         dcdw_sum += dcdw * dcdw
     return tl.sum(w_sum), tl.sum(dcdw_sum)
@@ -308,7 +185,7 @@ def add_sums(layers, sums, norms, SCALES: tl.constexpr):
         if SCALES == 3:
             of_large = _added(sums, first, count, column, 1, SCALES)
             of_small = _added(sums, first, count, column, 2, SCALES)
-        norm = norm_of_sums(_ops(), unscaled, of_large, of_small)
+        norm = norm_of_sums(OPS, unscaled, of_large, of_small)
         tl.store(norms + 4 * layer + 2 * column, norm.scaled)
         tl.store(norms + 4 * layer + 2 * column + 1, norm.scale)
 
@@ -345,7 +222,7 @@ def find_coefficients(layers, rules, norms, table, JOINT: tl.constexpr, SCALES: 
     norm = norms + 4 * layer
     w_norm = Norm(tl.load(norm), tl.load(norm + 1))
     dcdw_norm = Norm(tl.load(norm + 2), tl.load(norm + 3))
-    factor, scale, decay = scaled_coefficients(_ops(), w_norm, dcdw_norm, rule)
+    factor, scale, decay = scaled_coefficients(OPS, w_norm, dcdw_norm, rule)
     adapts = tl.load(numbers + 8) != 0
     plain_factor, plain_decay = coefficients(1.0, rule)
     factor, decay = tl.where(adapts, factor, plain_factor), tl.where(adapts, decay, plain_decay)
@@ -356,9 +233,9 @@ def find_coefficients(layers, rules, norms, table, JOINT: tl.constexpr, SCALES: 
         factor = factor * unscale * scale
     else:
         if JOINT:
-            joint, dcdw_scale, w_scale = _joint_scales(joint, w_norm.scale, dcdw_norm.scale)
+            joint, dcdw_scale, w_scale = joint_scales(joint, w_norm.scale, dcdw_norm.scale)
             unscale = unscale / dcdw_scale
-        first, middle, last = _factors(unscale, scale)
+        first, middle, last = factors(unscale, scale)
         factor = factor * middle
     row = table + layer * _COEFFICIENTS
     tl.store(row, w_scale)
@@ -372,47 +249,6 @@ def find_coefficients(layers, rules, norms, table, JOINT: tl.constexpr, SCALES: 
     tl.store(row + 8, tl.load(numbers + 12))
     tl.store(row + 9, tl.load(numbers + 13))
     tl.store(row + 10, last)
-
-
-@triton.jit
-def _joint_scales(joint, w_scale, joint_gradient_scale):
-    """The factor of w in a scaled joint gradient, and the scales of dcdw and of w in it.
-
-    Its terms are at most near 2**543: they cannot overflow, and far smaller ones keep their digits.
-    """
-    decay = joint * tl.where(w_scale < 2.0**900, w_scale, 2.0**900)
-    other = tl.where(joint_gradient_scale < 2.0**900, joint_gradient_scale, 2.0**900)
-    largest = _power_of_two(_maximum(_maximum(decay, other), 2.0**-520))
-    dcdw_scale = 2.0**420 / largest
-    w_scale = 2.0**420 / _maximum(w_scale, 2.0**-520)
-    is_joint = joint != 0
-    return (
-        joint * (dcdw_scale / w_scale),
-        tl.where(is_joint, dcdw_scale, 1.0),
-        tl.where(is_joint, w_scale, 1.0),
-    )
-
-
-@triton.jit
-def _factors(a, b):
-    """Three factors of the product of two powers of two, which may be out of range.
-
-    A number is multiplied by one after the other. If the first and the last are not 1, both exceed
-    2**200 or both are below 2**-200, so a product is out of range only if the last one is.
-    """
-    product = a * b
-    is_large, is_small = product >= 2.0**900, product <= 2.0**-900
-    edge = tl.where(is_large, 2.0**200, 2.0**-200)
-    a_is_inside = tl.where(is_large, a < edge, a > edge)
-    b_is_inside = tl.where(is_large, b < edge, b > edge)
-    first = tl.where(a_is_inside, edge, a) * tl.where(b_is_inside, b / edge, 1.0)
-    last = tl.where(b_is_inside, edge, b) * tl.where(a_is_inside, a / edge, 1.0)
-    is_safe = ~(is_large | is_small)
-    return (
-        tl.where(is_safe, 1.0, first),
-        tl.where(is_safe, product, 1.0),
-        tl.where(is_safe, 1.0, last),
-    )
 
 
 @triton.jit
@@ -453,7 +289,7 @@ def _apply(
         dcdw = _load(dcdw_address, offsets, mask, G, ALIGNED, MASKED)
         gradient = signed_scale * dcdw
         if JOINT:
-            total = multiply_add(_ops(), gradient, joint, w_scale * w)
+            total = multiply_add(OPS, gradient, joint, w_scale * w)
             gradient = tl.where(joint != 0, total, gradient)
         if SCALES == 3:
             gradient = first * gradient
@@ -467,16 +303,16 @@ def _apply(
             velocity = _load(velocity_address, offsets, mask, V, ALIGNED, MASKED)
             moved = momentum * velocity + u
             direction = lr_after * tl.where(nesterov, u + momentum * moved, moved)
-            new_velocity = _rounded(tl.where(keeps, velocity, moved), V)
+            new_velocity = rounded(tl.where(keeps, velocity, moved), V)
             if STORES:
                 _store(velocity_address, offsets, mask, new_velocity, V, ALIGNED, MASKED)
             else:
-                bad += tl.where(_is_finite(new_velocity, V), 0, 1)
-        new_w = _rounded(tl.where(keeps, w, w - direction), W)
+                bad += tl.where(is_finite(new_velocity, V), 0, 1)
+        new_w = rounded(tl.where(keeps, w, w - direction), W)
         if STORES:
             _store(out_address, offsets, mask, new_w, W, ALIGNED, MASKED)
         else:
-            bad += tl.where(_is_finite(new_w, W), 0, 1)
+            bad += tl.where(is_finite(new_w, W), 0, 1)
     return tl.sum(bad)
 
 

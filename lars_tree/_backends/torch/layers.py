@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from itertools import repeat
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -37,8 +37,6 @@ class Layer(NamedTuple):
 class LayerEngine(Protocol):
     """Updates layers on one device. No method waits for the device."""
 
-    name: ClassVar[str]
-
     def norms(self) -> Tensor:
         """The table of norms; of the joint gradient, where `formula.is_joint`.
 
@@ -60,14 +58,14 @@ class LayerEngine(Protocol):
 
 def layers(leaf: Leaf, new: StepResult) -> list[Layer]:
     """The layers of a leaf; results are written to `new`. Complex numbers become real pairs."""
-    given = (leaf.w, leaf.dcdw, new.w, new.velocity)
+    given: tuple[Any, ...] = (leaf.w, leaf.dcdw, new.w, new.velocity)
     rule, axis = leaf.rule, leaf.rule.layer_axis
     if leaf.dcdw.shape != leaf.w.shape:
         given = (leaf.w, leaf.dcdw.expand(leaf.w.shape), new.w, new.velocity)
     if leaf.w.is_complex():
         given = tuple(None if x is None else as_real(x.detach()) for x in given)
     if axis is None:
-        return [Layer(*given, rule)]
+        return [Layer._make((*given, rule))]
     axis %= leaf.w.ndim  # counted from the front, as pairs of real numbers add an axis at the end
     rows = [repeat(None) if x is None else x.detach().unbind(axis) for x in given]
     return [Layer(*row, rule) for row in zip(*rows, strict=False)]  # type: ignore[call-arg]
@@ -75,13 +73,6 @@ def layers(leaf: Leaf, new: StepResult) -> list[Layer]:
 
 def as_real(x: Tensor) -> Tensor:
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
-
-
-def wide(layer: Layer) -> torch.dtype:
-    """The dtype to compute in: double in CPU memory, at least float32 elsewhere."""
-    if layer.w.device.type == "cpu":
-        return torch.float64
-    return torch.promote_types(torch.promote_types(layer.w.dtype, layer.dcdw.dtype), torch.float32)
 
 
 def of_leaf(measured: list[Measured], rule: Rule) -> Measured:

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from lars_tree._backends.base import Leaf, StepResult, grouped
-from lars_tree._backends.torch import fused, sharded, tensors
+from lars_tree._backends.torch import fused, sharded, stand_ins, tensors
 from lars_tree._backends.torch.foreach import Foreach
+from lars_tree._backends.torch.fused_rows import Row, row_of
 from lars_tree._backends.torch.layers import (
     Layer,
     LayerEngine,
     alike,
     layers,
     of_leaf,
-    wide,
 )
 from lars_tree._backends.torch.vectors import one_rule
 from lars_tree._numerics import formula
@@ -47,6 +47,7 @@ class Step(NamedTuple):
     counts: list[int]  # of the layers of each leaf in this process
     groups: list[list[Any]]  # the processes that share each leaf
     outs: list[Tensor]
+    device: torch.device  # of the first leaf
 
     def again(self, rules: dict[int, Rule]) -> Step | None:
         """The same step for new values of the tensors; None if an engine does not support this.
@@ -67,12 +68,11 @@ class Step(NamedTuple):
         All leaves must be on one device.
         """
         with torch.no_grad():
-            flags = torch.cat([engine.nonfinite(norms) for engine, _, norms in self.parts])
-            order = [i for part in self.parts for i in part.indices]
+            found = torch.zeros(len(self.counts), device=self.device)
             owners = [leaf for leaf, n in enumerate(self.counts) for _ in range(n)]
-            rows = tensors.index([owners[i] for i in order], flags.device)
-            found = torch.zeros(len(self.counts), device=flags.device)
-            found.index_add_(0, rows, flags.to(found.dtype))
+            for engine, indices, norms in self.parts:
+                rows = tensors.index([owners[i] for i in indices], self.device)
+                found.index_add_(0, rows, engine.nonfinite(norms).to(found.dtype))
             sharded.add_up(found, [(1, groups) for groups in self.groups])
             return found > 0
 
@@ -96,9 +96,9 @@ class Step(NamedTuple):
                 engine.write(norms, keeps)
 
 
-def fused_row(layer: Layer, may_fuse: bool) -> fused.Row | None:
+def fused_row(layer: Layer, may_fuse: bool) -> Row | None:
     """The row of a layer for `Fused`; None if `Foreach` updates the layer."""
-    row = fused.row_of(layer) if may_fuse else None
+    row = row_of(layer) if may_fuse else None
     return row if row is not None and fused.is_available(layer.w.device) else None
 
 
@@ -109,9 +109,10 @@ def is_on_accelerator(leaf: Leaf) -> bool:
 def prepare(pairs: Pairs, may_fuse: Callable[[Leaf], bool] = is_on_accelerator) -> Step:
     """Compute the norms. Only leaves that `may_fuse` are updated by Triton kernels."""
     with torch.no_grad():
+        intercepted = stand_ins.is_intercepted()
         flat: list[Layer] = []
         counts: list[int] = []
-        rows: list[fused.Row | None] = []
+        rows: list[Row | None] = []
         every: list[list[Any]] = []
         shared: list[tuple[range, list[Any]]] = []
         for leaf, new in pairs:
@@ -121,20 +122,23 @@ def prepare(pairs: Pairs, may_fuse: Callable[[Leaf], bool] = is_on_accelerator) 
             if is_sharded and leaf.rule.adapt:
                 here = range(len(flat), len(flat) + len(some))
                 shared.append((here, sharded.groups_of(leaf.w, leaf.rule.layer_axis)))
-            fuses = may_fuse(leaf)
+            fuses = may_fuse(leaf) and not intercepted
             rows += (fused_row(layer, fuses) for layer in some)
             flat += some
             counts.append(len(some))
         parts = []
         groups = grouped(range(len(flat)), lambda i: (rows[i] is None, flat[i].w.device))
         for (is_foreach, _), indices in groups.items():
-            members, known = ([xs[i] for i in indices] for xs in (flat, rows))
-            engine = Foreach(members) if is_foreach else fused.Fused(members, known)
+            members = [flat[i] for i in indices]
+            known = [row for i in indices if (row := rows[i]) is not None]
+            engine: Foreach | fused.Fused = (
+                Foreach(members) if is_foreach else fused.Fused(members, known)
+            )
             parts.append(_Part(engine, indices, engine.norms()))
         if any(groups for _, groups in shared):
             _complete(parts, shared)
         outs = [x for _, new in pairs for x in new if x is not None]
-        return Step(parts, counts, every, outs)
+        return Step(parts, counts, every, outs, pairs[0][0].w.device)
 
 
 def _complete(parts: list[_Part], shared: list[tuple[range, list[Any]]]) -> None:
@@ -188,9 +192,7 @@ class _KnownNorms(tensors.TorchOps):
         return self.known
 
 
-def _measured(
-    rules: list[Rule], norms: list[Tensor], joint_norms: list[Tensor]
-) -> list[Measured]:
+def _measured(rules: list[Rule], norms: list[Tensor], joint_norms: list[Tensor]) -> list[Measured]:
     found: dict[int, Measured] = {}
     groups = grouped(range(len(rules)), lambda i: (norms[i].device, alike(rules[i])))
     for indices in groups.values():
@@ -217,27 +219,3 @@ def _of_leaf(leaf: Leaf, measured: list[Measured]) -> Measured:
     if sharded.is_sharded(leaf.w):
         return sharded.gathered(leaf, measured)
     return of_leaf(measured, leaf.rule)
-
-
-def traced(leaves: list[Leaf], unless: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
-    """For `torch.compile`: the tensors to write to and their new values, layer by layer.
-
-    The compiler fuses the operations. The values are the old ones if `unless` is not 0.
-    """
-    outs: list[Tensor] = []
-    values: list[Tensor] = []
-    for leaf in leaves:
-        for layer in layers(leaf, StepResult(leaf.out, leaf.velocity)):
-            if not layer.w.numel():
-                continue
-            dtype = wide(layer)
-            given = (layer.w, layer.dcdw, layer.velocity)
-            w, dcdw, velocity = (None if x is None else x.to(dtype) for x in given)
-            rule = one_rule([layer.rule._replace(layer_axis=None)], _like(w))
-            new = formula.step(tensors.TorchOps(torch), w, dcdw, rule, velocity)
-            outs += (x for x in layer[2:4] if x is not None)
-            values += (x for x in new if x is not None)
-    if unless is not None:
-        pairs = zip(outs, values, strict=True)
-        values = [torch.where(unless != 0, old, new.to(old.dtype)) for old, new in pairs]
-    return outs, values

@@ -16,7 +16,8 @@ from lars_tree._backends.torch import multi_tensor
 from lars_tree._backends.torch.addresses import NUMPY_TYPES
 from lars_tree._backends.torch.backend import BACKEND, add_step, is_in_cpu_memory
 from lars_tree._backends.torch.sharded import is_sharded, partial_fault, shard_of, sharding_of
-from lars_tree._backends.torch.stand_ins import TENSOR_TYPES
+from lars_tree._backends.torch.stand_ins import TENSOR_TYPES, address
+from lars_tree._backends.torch.tensors import is_capturing
 from lars_tree._numerics.formula import Rule
 
 
@@ -95,9 +96,11 @@ _FACTS: tuple[Callable[[Tensor], Hashable], ...] = (
 
 
 def signature_of(xs: list[Tensor]) -> Hashable | None:
-    """Equal for tensors with the same memory, shapes, strides and dtypes; None if not comparable."""
-    if not set(TENSOR_TYPES).issuperset(map(type, xs)):
-        return None
+    """Equal for tensors with the same memory, shapes, strides and dtypes; None if unknown."""
+    if not set(TENSOR_TYPES).issuperset(map(type, xs)) or any(map(Tensor.is_conj, xs)):
+        return None  # an engine may use copies of other tensors
+    if any(map(is_capturing, {x.device for x in xs})):
+        return None  # graphs need tables of their own
     return tuple(tuple(map(fact, xs)) for fact in _FACTS)
 
 
@@ -120,11 +123,16 @@ def _look_right(leaves: list[Leaf]) -> bool:
             return False
         if w.dtype not in NUMPY_TYPES or not (axis is None or -w.ndim <= axis < w.ndim):
             return False
-        local = shard_of(w)
-        if type(local) not in TENSOR_TYPES:
+        shards = [shard_of(x) for x in (w, velocity, leaf.dcdw) if x is not None]
+        if type(shards[0]) not in TENSOR_TYPES:
             return False  # a subclass may wrap another tensor
-        if local.numel():
-            starts.append(local.data_ptr())
+        if any(x.is_conj() or x.is_neg() for x in shards[:-1]):
+            return False
+        if shards[0].numel():
+            addresses = [address(x) for x in shards]
+            if not all(addresses):
+                return False  # without memory
+            starts.append(addresses[0])
     return len(starts) == len(set(starts))
 
 

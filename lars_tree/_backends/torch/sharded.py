@@ -21,6 +21,7 @@ from lars_tree._backends.torch.layers import Layer, layers, of_leaf
 from lars_tree._numerics import formula
 from lars_tree._numerics.formula import Measured
 
+
 def is_sharded(x: Any) -> bool:
     """Whether x is a DTensor; imports nothing."""
     module = sys.modules.get("torch.distributed.tensor")
@@ -169,8 +170,8 @@ def complete(norms: Tensor, order: list[int], parts: list[tuple[int, list[Any]]]
         [given[..., 0] * (given[..., 1] * scale) for scale in formula.SCALES], -1
     ).square()
     add_up(squares, parts)
-    whole_norms = torch.stack(formula.norm_of_sums(tensors.TorchOps(torch), *squares.unbind(-1)), -1)
+    found = formula.norm_of_sums(tensors.TorchOps(torch), *squares.unbind(-1))
     if rows is None:
-        norms.copy_(whole_norms)
+        norms.copy_(torch.stack(found, -1))
     else:
-        norms[rows] = whole_norms
+        norms[rows] = torch.stack(found, -1)

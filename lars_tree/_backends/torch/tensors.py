@@ -72,18 +72,24 @@ class TorchOps(NamespaceOps):
 
 def is_capturing(device: torch.device) -> bool:
     """Whether operations on the device are captured in a graph now."""
-    module = torch.get_device_module(device)
+    module: Any = getattr(torch, device.type, None)
     captures = hasattr(module, "is_current_stream_capturing") and module.is_initialized()
     return bool(captures and module.is_current_stream_capturing())
 
 
 def current_stream(device: torch.device) -> AbstractContextManager[Any]:
     """A context manager that makes the current stream of this thread current in another thread."""
-    module = torch.get_device_module(device)
+    module: Any = getattr(torch, device.type, None)
     if device.type == "cpu" or not hasattr(module, "stream"):
         return nullcontext()
     stream: AbstractContextManager[Any] = module.stream(module.current_stream(device))
     return stream
+
+
+def has_float64(device: torch.device) -> bool:
+    if device.type == "xpu":
+        return bool(torch.xpu.get_device_properties(device).has_fp64)
+    return bool(device.type != "mps")
 
 
 def sent(host: Tensor, device: torch.device) -> Tensor:
@@ -96,7 +102,7 @@ def sent(host: Tensor, device: torch.device) -> Tensor:
 
 
 def index(numbers: list[int], device: torch.device) -> Tensor:
-    return sent(torch.tensor(numbers), device)
+    return sent(torch.tensor(numbers, device="cpu"), device)
 
 
 def fetched(xs: list[Tensor]) -> list[NumpyArray]:

@@ -71,7 +71,7 @@ def one_rule(rules: list[Rule], like: dict[str, Any]) -> Rule:
         if all(type(value) is float for value in values):
             if len(set(values)) == 1:
                 return first
-            return sent(torch.tensor(values, dtype=like["dtype"]), device)
+            return sent(torch.tensor(values, dtype=like["dtype"], device="cpu"), device)
         if all(value is first for value in values):
             return torch.as_tensor(first, **like).detach()
         return torch.stack([torch.as_tensor(value, **like).detach() for value in values])
