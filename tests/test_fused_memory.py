@@ -21,7 +21,7 @@ from lars_tree.torch import Lars  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
-GUARD = 6  # elements before and after each tensor
+GUARD = 12  # elements before and after each tensor
 
 
 def random(generator, *shape, dtype=torch.float32):
@@ -36,7 +36,7 @@ def guarded(generator, shape, view, dtype=torch.float32, offset=0):
     size = torch.Size(shape).numel()
     whole = random(generator, size + 2 * GUARD, dtype=dtype)
     others = torch.ones_like(whole, dtype=torch.bool)
-    start = GUARD + offset  # at an offset of 0, neither aligned to 16 bytes nor to 8 elements
+    start = GUARD + offset
     views = [view(x[start : start + size].view(shape)) for x in (whole, others)]
     views[1].fill_(False)
     return whole, others, views[0]
