@@ -102,10 +102,34 @@ def pytest_collection_finish() -> None:
         need_triton()
 
 
+def patch_language_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halve the time of the interpreter, which prepares Triton's language for each function call.
+
+    Here it does so only once for each launch of a kernel and each module with functions.
+    """
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    original = getattr(interpreter, "_patch_lang", None)  # not a public function
+    call = interpreter.InterpretedFunction.__call__.__code__
+    done: set[int] = set()
+
+    def once(function: Any) -> Any:
+        module = id(function.__globals__)
+        if sys._getframe(1).f_code is not call:  # a launch
+            done.clear()
+        elif module in done:
+            return None
+        done.add(module)
+        return original(function)
+
+    if original is not None:
+        monkeypatch.setattr(interpreter, "_patch_lang", once)
+
+
 @pytest.fixture
-def interpreter() -> Iterator[None]:
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make Triton interpret kernels, unless there is a GPU to run them."""
     need_triton()
+    patch_language_once(monkeypatch)
     with interpreting(), warnings.catch_warnings():
         # It computes with numpy, sometimes in another thread.
         warnings.filterwarnings("ignore", ".* encountered in ", RuntimeWarning)

@@ -21,7 +21,7 @@ from lars_tree.torch import Lars  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
-GUARD = 6  # elements before and after each tensor
+GUARD = 12  # elements before and after each tensor
 
 
 def random(generator, *shape, dtype=torch.float32):
@@ -36,7 +36,7 @@ def guarded(generator, shape, view, dtype=torch.float32, offset=0):
     size = torch.Size(shape).numel()
     whole = random(generator, size + 2 * GUARD, dtype=dtype)
     others = torch.ones_like(whole, dtype=torch.bool)
-    start = GUARD + offset  # at an offset of 0, neither aligned to 16 bytes nor to 8 elements
+    start = GUARD + offset
     views = [view(x[start : start + size].view(shape)) for x in (whole, others)]
     views[1].fill_(False)
     return whole, others, views[0]
@@ -89,10 +89,15 @@ def test_a_size_near_the_end_of_a_real_chunk(extra):
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("offset", range(5))
+@pytest.mark.parametrize("offset", [0, 1, 2, 4, 8])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_addresses_of_any_alignment(offset, dtype):
-    check((37,), dtype=getattr(torch, dtype), offset=offset)
+    dtype = getattr(torch, dtype)
+    check((37,), dtype=dtype, offset=offset)
+    x = torch.ones(64, dtype=dtype, device=DEVICE)
+    y = x[offset : offset + 37]
+    for layer in (Layer(y, x[:37], x[:37], None, Rule(1.0)), Layer(x[:37], y, y, y, Rule(1.0))):
+        assert row_of(layer).layout.is_aligned is (offset * dtype.itemsize % 16 == 0)
 
 
 VIEWS = {

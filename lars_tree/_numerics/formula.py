@@ -275,9 +275,8 @@ def multiply_add(ops: Ops, a: Any, b: Any, x: Any) -> Any:
     b_high, x_high = ops.upper_half(b), ops.upper_half(x)
     b_low, x_low = b - b_high, x - x_high
     total, rest = two_sum(a, b_high * x_high)
-    cross, cross_rest = two_sum(b_high * x_low, b_low * x_high)
-    small, small_rest = two_sum(total, cross)
-    exact = small + (small_rest + (rest + (cross_rest + b_low * x_low)))
+    near, near_rest = two_sum(total, b_high * x_low + b_low * x_high)  # this sum is exact, too
+    exact = near + (near_rest + (rest + b_low * x_low))
     return ops.finite_or(exact, total)
 
 

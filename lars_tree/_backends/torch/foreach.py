@@ -31,7 +31,7 @@ from lars_tree._numerics import formula
 from lars_tree._numerics.formula import Norm
 
 LIMIT = 2**25  # bytes of temporaries; `_foreach_norm` may convert tensors, for as many bytes again
-SCRATCH = 16  # the number of arrays that `formula.multiply_add` holds at the same time
+SCRATCH = 15  # the number of arrays that `formula.multiply_add` holds at the same time
 
 
 class Foreach:
