@@ -23,7 +23,8 @@ from torch.optim import Optimizer
 from lars_tree._backends.torch import traced
 from lars_tree._backends.torch.backend import BACKEND
 from lars_tree._backends.torch.optimizer_engine import OptimizerEngine, Repeatable
-from lars_tree._backends.torch.tensors import copy_all, is_capturing
+from lars_tree._backends.torch.tensors import copy_all
+from lars_tree._backends.torch.transfers import is_capturing
 from lars_tree._core import locks
 from lars_tree._core.execute import execute
 from lars_tree._core.options import CALLED_ELSEWHERE, check_names, with_hints

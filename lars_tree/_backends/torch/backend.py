@@ -26,6 +26,7 @@ from lars_tree._backends.torch import multi_tensor, sharded, stand_ins, tensors
 from lars_tree._backends.torch.addresses import NUMPY_TYPES, Address, bits, bytes_needed, view
 from lars_tree._backends.torch.reader import READER, may_read
 from lars_tree._backends.torch.shards import Shards
+from lars_tree._backends.torch.transfers import is_capturing
 from lars_tree._numerics.formula import Measured
 
 if TYPE_CHECKING:
@@ -251,7 +252,7 @@ class TorchBackend(ArraysBackend):
 
 def add_step(step: multi_tensor.Step, writes: Writes, unless: Tensor | None = None) -> None:
     """Add a step in place, which keeps the old values if `unless` is not 0."""
-    if stand_ins.is_intercepted() or any(map(tensors.is_capturing, step.devices)):
+    if stand_ins.is_intercepted() or any(map(is_capturing, step.devices)):
         writes.step(partial(step.write, unless))  # modes and captures of graphs belong to a thread
     else:
         streams = [tensors.current_stream(device) for device in step.devices]

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from copy import copy
 from functools import lru_cache
 from importlib.util import find_spec
-from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -26,10 +25,9 @@ from lars_tree._backends.base import grouped
 from lars_tree._backends.torch import tensors
 from lars_tree._backends.torch.fused_rows import Layout, Row, row_of
 from lars_tree._backends.torch.layers import Layer
+from lars_tree._backends.torch.transfers import is_capturing, keep, make_room, sent
 from lars_tree._numerics import formula
 from lars_tree._numerics.formula import Rule
-
-MAX_TABLES = 16  # the number of tables that are kept
 
 T = TypeVar("T")
 
@@ -58,7 +56,7 @@ def is_available(device: torch.device) -> bool:
         return False
     if _asks_for_interpreter() or not _has_triton():  # the interpreter reads only CPU memory
         return False
-    return tensors.is_capturing(device) or _works(device)
+    return is_capturing(device) or _works(device)
 
 
 @lru_cache
@@ -77,11 +75,10 @@ def _works(device: torch.device) -> bool:
 
     Triton supports only some devices, and needs a C compiler when it is first used.
     """
-    rule = Rule(1.0, momentum=0.5)
-    w, dcdw = (torch.tensor(x, device=device) for x in ([3.0, 4.0], [0.0, 10.0]))
-    velocity = torch.zeros(2, device=device)
-    layer = Layer(w, dcdw, w, velocity, rule)
     try:
+        w, dcdw = (torch.tensor(x, device=device) for x in ([3.0, 4.0], [0.0, 10.0]))
+        velocity = torch.zeros(2, device=device)
+        layer = Layer(w, dcdw, w, velocity, Rule(1.0, momentum=0.5))
         row = row_of(layer)
         assert row is not None
         engine = Fused([layer], [row])
@@ -109,12 +106,11 @@ class _Launch(NamedTuple):
 
 
 class _Table(NamedTuple):
-    """The layers and chunks in device memory, and the launches. `host` is their pinned copy."""
+    """The layers and chunks in device memory, and the launches."""
 
     layers: Tensor
     chunks: Tensor
     launches: list[_Launch]
-    host: Tensor
 
 
 class Fused:
@@ -204,27 +200,27 @@ class Fused:
                 )
 
     def _tabulate(self, rows: list[Row], rules: Sequence[int]) -> _Table:
-        size = int(self._kernels.CHUNK)
-        firsts, counts = [0] * len(rows), [0] * len(rows)
-        chunks: list[tuple[int, int]] = []
+        counts = np.array([-(-row.size // int(self._kernels.CHUNK)) for row in rows])
+        adapting = [self._rules[rule].adapt for rule in rules]
+        order: list[int] = []
         launches = []
+        total = 0
         for layout, members in grouped(range(len(rows)), lambda i: rows[i].layout).items():
-            start = end = len(chunks)
-            for adapts in (True, False):
-                for i in members:
-                    if self._rules[rules[i]].adapt is adapts:
-                        count = -(-rows[i].size // size)
-                        if adapts:
-                            firsts[i], counts[i] = len(chunks), count
-                        chunks += ((i, k) for k in range(count))
-                end = len(chunks) if adapts else end
-            if len(chunks) > start:
-                launches.append(_Launch(layout, start, end - start, len(chunks) - start))
-        columns = zip(rows, firsts, counts, rules, strict=True)
-        numbers = ((*row[:-1], *more) for row, *more in columns)
-        sent, host = self._sent(torch.from_numpy(np.fromiter(chain(*numbers, *chunks), np.int64)))
-        split = len(rows) * len(self._kernels.LAYER_COLUMNS)
-        return _Table(sent[:split].view(len(rows), -1), sent[split:].view(-1, 2), launches, host)
+            order += sorted(members, key=lambda i: not adapting[i])
+            size = int(counts[members].sum())
+            adapts = int(counts[[i for i in members if adapting[i]]].sum())
+            if size:
+                launches.append(_Launch(layout, total, adapts, size))
+            total += size
+        firsts = np.empty(len(rows), np.int64)
+        firsts[order] = np.cumsum(counts[order]) - counts[order]
+        columns = zip(rows, firsts, counts * adapting, rules, strict=True)
+        table = np.array([(*row[:-1], *more) for row, *more in columns], np.int64)
+        owners = np.repeat(order, counts[order])
+        chunks = np.stack([owners, np.arange(total) - firsts[owners]], 1)
+        flat = np.concatenate([table.reshape(-1), chunks.reshape(-1)])
+        parts = sent(torch.from_numpy(flat), self._device).split([table.size, chunks.size])
+        return _Table(parts[0].view(table.shape), parts[1].view(chunks.shape), launches)
 
     def _constants_of(self, layout: Layout) -> dict[str, Any]:
         w, dcdw = map(self._triton_dtype, layout[:2])
@@ -246,10 +242,10 @@ class Fused:
         known = tuple(
             tuple(0.0 if _is_on_device(x) else float(x) for x in numbers) for numbers in given
         )
-        table, _ = self._kept(
+        table = self._kept(
             _NUMBERS,
             (self._device, stream, known),
-            lambda: self._sent(torch.tensor(known, dtype=torch.float64, device="cpu")),
+            lambda: sent(torch.tensor(known, dtype=torch.float64, device="cpu"), self._device),
         )
         if any(_is_on_device(x) for numbers in given for x in numbers):
             table = table.clone()
@@ -259,31 +255,17 @@ class Fused:
                         row[i] = x.detach()
         return table
 
-    def _sent(self, host: Tensor) -> tuple[Tensor, Tensor]:
-        """A copy on the device, made without waiting, and the pinned memory it is made from."""
-        if self._device.type == "cpu":
-            return host, host
-        # A capture must not allocate pinned memory, so each table leaves memory for one.
-        key = host.dtype, len(host.reshape(-1))
-        if tensors.is_capturing(self._device) and _SPARE.get(key):
-            pinned = _SPARE[key].pop()
-            pinned.copy_(host.reshape(-1))
-            pinned = pinned.view(host.shape)
-        else:
-            pinned = host.pin_memory()
-            _make_room(_SPARE)
-            _SPARE.setdefault(key, []).append(torch.empty_like(pinned.reshape(-1), pin_memory=True))
-        return pinned.to(self._device, non_blocking=True), pinned
-
     def _kept(self, cache: dict[Hashable, T], key: Hashable, make: Callable[[], T]) -> T:
         """The value of a key, made if it is not in the cache; drops the oldest values."""
-        if tensors.is_capturing(self._device):
-            # Tables made in a capture are filled by each replay of the graph, from pinned memory.
-            value = cache.get(key) or make()
-            _CAPTURED.append(value)
-            return value
-        value = cache.pop(key, None) or make()
-        _make_room(cache)
+        value = cache.pop(key, None)
+        if value is None:
+            value = make()
+            if is_capturing(self._device):  # the table is filled only when the graph is replayed
+                keep(value)
+                return value
+        if is_capturing(self._device):
+            keep(value)
+        make_room(cache)
         cache[key] = value
         return value
 
@@ -306,15 +288,7 @@ _COMPILER = {"enable_fp_fusion": False}
 _ONE_WARP = {"num_warps": 1}
 
 _TABLES: dict[Hashable, _Table] = {}
-_NUMBERS: dict[Hashable, tuple[Tensor, Tensor]] = {}
-_SPARE: dict[tuple[torch.dtype, int], list[Tensor]] = {}
-_CAPTURED: list[Any] = []  # what captured graphs read
-
-
-def _make_room(cache: dict[Any, Any]) -> None:
-    while len(cache) >= MAX_TABLES:
-        oldest, *_ = list(cache)  # one operation, as another thread may change the dict
-        cache.pop(oldest, None)
+_NUMBERS: dict[Hashable, Tensor] = {}
 
 
 def _is_on_device(x: Any) -> bool:

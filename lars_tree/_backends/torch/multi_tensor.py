@@ -25,6 +25,7 @@ from lars_tree._backends.torch.layers import (
     layers,
     of_leaf,
 )
+from lars_tree._backends.torch.transfers import index
 from lars_tree._backends.torch.vectors import one_rule
 from lars_tree._numerics import formula
 from lars_tree._numerics.formula import Measured, Norm, Rule
@@ -71,7 +72,7 @@ class Step(NamedTuple):
             found = torch.zeros(len(self.counts), device=self.device)
             owners = [leaf for leaf, n in enumerate(self.counts) for _ in range(n)]
             for engine, indices, norms in self.parts:
-                rows = tensors.index([owners[i] for i in indices], self.device)
+                rows = index([owners[i] for i in indices], self.device)
                 found.index_add_(0, rows, engine.nonfinite(norms).to(found.dtype))
             sharded.add_up(found, [(1, groups) for groups in self.groups])
             return found > 0

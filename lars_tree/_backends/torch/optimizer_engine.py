@@ -17,7 +17,7 @@ from lars_tree._backends.torch.addresses import NUMPY_TYPES
 from lars_tree._backends.torch.backend import BACKEND, add_step, is_in_cpu_memory
 from lars_tree._backends.torch.sharded import is_sharded, partial_fault, shard_of, sharding_of
 from lars_tree._backends.torch.stand_ins import TENSOR_TYPES, address
-from lars_tree._backends.torch.tensors import is_capturing
+from lars_tree._backends.torch.transfers import is_capturing
 from lars_tree._numerics.formula import Rule
 
 

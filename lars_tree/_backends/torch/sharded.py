@@ -18,6 +18,7 @@ from torch import Tensor
 from lars_tree._backends.base import Leaf, Sharding, StepResult
 from lars_tree._backends.torch import tensors
 from lars_tree._backends.torch.layers import Layer, layers, of_leaf
+from lars_tree._backends.torch.transfers import index
 from lars_tree._numerics import formula
 from lars_tree._numerics.formula import Measured
 
@@ -152,7 +153,7 @@ def add_up(rows: Tensor, parts: Iterable[tuple[int, list[Any]]]) -> None:
         if len(indices) == len(rows):
             torch.distributed.all_reduce(rows, group=groups[name])
         elif indices:
-            at = tensors.index(indices, rows.device)
+            at = index(indices, rows.device)
             packed = rows[at]
             torch.distributed.all_reduce(packed, group=groups[name])
             rows[at] = packed
@@ -164,7 +165,7 @@ def complete(norms: Tensor, order: list[int], parts: list[tuple[int, list[Any]]]
     `order` has the rows to replace in leaf order, which is the same in all processes. `parts` has,
     for each leaf, its number of rows and its process groups.
     """
-    rows = None if order == list(range(len(norms))) else tensors.index(order, norms.device)
+    rows = None if order == list(range(len(norms))) else index(order, norms.device)
     given = norms if rows is None else norms[rows]
     squares = torch.stack(
         [given[..., 0] * (given[..., 1] * scale) for scale in formula.SCALES], -1

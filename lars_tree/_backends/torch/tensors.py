@@ -70,13 +70,6 @@ class TorchOps(NamespaceOps):
         return torch.amax(x, dim=axes, keepdim=True) if axes else x
 
 
-def is_capturing(device: torch.device) -> bool:
-    """Whether operations on the device are captured in a graph now."""
-    module: Any = getattr(torch, device.type, None)
-    captures = hasattr(module, "is_current_stream_capturing") and module.is_initialized()
-    return bool(captures and module.is_current_stream_capturing())
-
-
 def current_stream(device: torch.device) -> AbstractContextManager[Any]:
     """A context manager that makes the current stream of this thread current in another thread."""
     module: Any = getattr(torch, device.type, None)
@@ -90,19 +83,6 @@ def has_float64(device: torch.device) -> bool:
     if device.type == "xpu":
         return bool(torch.xpu.get_device_properties(device).has_fp64)
     return bool(device.type != "mps")
-
-
-def sent(host: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device, made without waiting for it."""
-    if device.type == "cpu":
-        return host
-    if torch.accelerator.is_available():  # otherwise it is a simulated device
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True)
-
-
-def index(numbers: list[int], device: torch.device) -> Tensor:
-    return sent(torch.tensor(numbers, device="cpu"), device)
 
 
 def fetched(xs: list[Tensor]) -> list[NumpyArray]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lars_tree._backends.torch.chunks import chunked, split
-from lars_tree._backends.torch.tensors import TorchOps, sent
+from lars_tree._backends.torch.tensors import TorchOps
+from lars_tree._backends.torch.transfers import sent
 from lars_tree._numerics import formula
 from lars_tree._numerics.formula import Norm, Rule
 
