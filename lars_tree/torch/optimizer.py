@@ -88,16 +88,17 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         joint_norm: True: the denominator is |g + weight_decay * p| + eps.
         adapt: False: ratio is 1 (SGD), as is usual for biases and norm layers. "decayed": the ratio
             applies only to groups with weight decay, as in timm.
-        foreach: True: also update parameters on the CPU by multi-tensor operations, with the
-            accuracy that accelerators have. False: update parameters on accelerators one at a time.
+        foreach: True: update all parameters, also on the CPU, by multi-tensor operations in float32
+            (float64 for float64 parameters). None and False: use the fastest engine.
         maximize: Maximize the objective.
         layer_axis: The axis along which parameters stack layers; each index has its own ratio.
         nonfinite: What to do if a parameter or buffer of the group would become NaN or infinite:
             "propagate" writes it, "raise" raises NonFiniteError, "skip" skips the step of all
             parameters. "raise" and "skip" wait for the device.
-        fused: True: the step itself unscales the gradients of a GradScaler, as torch's fused
-            optimizers do; Lightning then refuses to clip gradients. Applies to all groups; cannot
-            be combined with foreach.
+        fused: None: use Triton kernels for parameters on devices that Triton supports. True: also
+            let the step itself unscale the gradients of a GradScaler, as torch's fused optimizers
+            do; Lightning then refuses to clip gradients. This applies to all groups, and cannot be
+            combined with foreach. False: do not use Triton.
 
     Attributes:
         skipped: The number of steps skipped by nonfinite="skip"; reading it waits for the device.

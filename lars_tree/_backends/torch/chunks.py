@@ -31,8 +31,11 @@ class Chunks:
         size: The bytes of the temporaries.
     """
 
-    def __init__(self, layers: list[Layer], temporaries: int, itemsize: int, limit: int) -> None:
-        longest = limit // (temporaries * itemsize)
+    def __init__(
+        self, layers: list[Layer], temporaries: int, itemsize: int, limit: int, others: int = 0
+    ) -> None:
+        """`others` is the number of temporaries that do not belong to the workspace."""
+        longest = limit // ((temporaries + others) * itemsize)
         by_layer = [
             [Part(row, *part) for part in split((x.out, x.w, x.dcdw, x.velocity), longest)]
             for row, x in enumerate(layers)
@@ -45,6 +48,8 @@ class Chunks:
 
     def temporaries(self, workspace: Tensor) -> list[Tensor]:
         """The temporaries as tensors of bytes."""
+        if not self.size:
+            return []
         return list(workspace.narrow(0, 0, self.size).split(self._each))
 
 

@@ -77,9 +77,14 @@ class Foreach:
     def write(self, norms: Tensor, unless: Tensor | None) -> None:
         with tensors.writing_to([x for group in self.groups for x in group.targets]):
             keep = None if unless is None else unless != 0
-            for step, temporaries in self._steps(norms, in_place=keep is None):
-                for parts in step.chunks.parts:
-                    step.write(parts, temporaries, keep)
+            steps = [
+                (step, parts, temporaries)
+                for step, temporaries in self._steps(norms, in_place=keep is None)
+                for parts in step.chunks.parts
+            ]
+            # The chunk that needs most memory is the first: later ones find its memory free.
+            for step, parts, temporaries in sorted(steps, key=_new_bytes, reverse=True):
+                step.write(parts, temporaries, keep)
 
     def _steps(self, norms: Tensor, in_place: bool) -> list[tuple[_Step, list[Tensor]]]:
         """The steps of all groups, with their temporaries in one workspace."""
@@ -127,9 +132,9 @@ class _Group:
         targets = [x for layer in self.layers for x in (layer.out, layer.velocity)]
         return [x for x in targets if x is not None]
 
-    def chunks(self, temporaries: int) -> Chunks:
+    def chunks(self, temporaries: int, others: int = 0) -> Chunks:
         itemsize = max(self.dtype.itemsize, self.source.itemsize)
-        return Chunks(self.layers, temporaries, itemsize, LIMIT)
+        return Chunks(self.layers, temporaries, itemsize, LIMIT, others)
 
     def norms(self) -> Tensor:
         """The norms of the layers, which adapt."""
@@ -200,7 +205,11 @@ class _Step:
         self.is_narrow = group.layers[0].w.dtype != group.dtype
         copies = int(self.is_narrow or not in_place)
         copies += not in_place and group.has_velocity
-        self.chunks = group.chunks(1 + copies + group.joint_temporaries)
+        # A division that returns new tensors needs no workspace.
+        is_alike = group.layers[0].dcdw.dtype == group.dtype and not self.is_narrow
+        self.allocates = is_alike and group.rule.adapt and not group.is_joint
+        temporaries = copies + group.joint_temporaries + (not self.allocates)
+        self.chunks = group.chunks(temporaries, others=int(self.allocates))
         rule = formula.without_decay(group.rule) if group.is_joint else group.rule
         self.divisor = self.factor = None
         if rule.adapt:
@@ -245,16 +254,16 @@ class _Step:
         rows, outs, ws, _, velocities = map(list, zip(*parts, strict=True))
         has_velocity, nesterov = self.group.has_velocity, self.group.rule.nesterov
         velocities = velocities if has_velocity else []
-        flat = [x.view(self.group.dtype) for x in temporaries]
+        unused = iter([x.view(self.group.dtype) for x in temporaries])
 
-        change = views(flat[0], outs)
-        self._prepare_gradients(change, parts, temporaries)
+        change = [] if self.allocates else views(next(unused), outs)
+        change = self._gradients(change, parts, temporaries)
         new_ws, new_velocities = outs, velocities
         if self.is_narrow or not self.in_place:
-            new_ws = views(flat[1], outs)
+            new_ws = views(next(unused), outs)
         _copy(new_ws, ws)
         if has_velocity and not self.in_place:
-            new_velocities = views(flat[2], outs)
+            new_velocities = views(next(unused), outs)
             _copy(new_velocities, velocities)
 
         momentum = _each(self.momentum, rows)
@@ -279,18 +288,27 @@ class _Step:
             new_ws = rounded
         return _New(new_ws, new_velocities)
 
-    def _prepare_gradients(
+    def _gradients(
         self, outs: list[Tensor], parts: list[Part], temporaries: list[Tensor]
-    ) -> None:
+    ) -> list[Tensor]:
+        """The gradients, divided and multiplied by the first numbers; in `outs`, if it is given."""
         rows, dcdws = [part.row for part in parts], [part.dcdw for part in parts]
         if self.group.is_joint:
             dcdws = self.group.joint(parts, temporaries)
-        if self.divisor is None:
+        if self.allocates:
+            outs = list(torch._foreach_div(dcdws, _each(self.divisor, rows)))
+        elif self.divisor is None:
             torch._foreach_copy_(outs, dcdws)
         else:
             _divide(outs, dcdws, _each(self.divisor, rows))
         if self.factor is not None:
             torch._foreach_mul_(outs, _each(self.factor, rows))
+        return outs
+
+
+def _new_bytes(chunk: tuple[_Step, list[Part], list[Tensor]]) -> int:
+    step, parts, _ = chunk
+    return sum(part.dcdw.nbytes for part in parts) if step.allocates else 0
 
 
 def _in_range(coefficient: Tensor, scale: Tensor, source: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,8 @@
 
 The kernels address tensors through tables in device memory (`fused.Table`), so one launch serves
 any number of tensors. Each tensor is divided into chunks, each of which is the work of one program.
-All arithmetic is in float64, and results are rounded once. For addresses of the same alignment,
-sums have a fixed order, so that repeated runs give the same bits.
+All arithmetic is in float64, and results are rounded once. For addresses of the same alignment, the
+order of sums is fixed, so that repeated runs give the same bits.
 
 The formula itself is not written here: see `kernel_math.py`.
 """

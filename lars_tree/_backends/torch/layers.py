@@ -67,7 +67,8 @@ def layers(leaf: Leaf, new: StepResult) -> list[Layer]:
     if axis is None:
         return [Layer._make((*given, rule))]
     axis %= leaf.w.ndim  # counted from the front, as pairs of real numbers add an axis at the end
-    rows = [repeat(None) if x is None else x.detach().unbind(axis) for x in given]
+    by_id = {id(x): x.detach().unbind(axis) for x in given if x is not None}
+    rows = [by_id.get(id(x), repeat(None)) for x in given]
     return [Layer(*row, rule) for row in zip(*rows, strict=False)]  # type: ignore[call-arg]
 
 
