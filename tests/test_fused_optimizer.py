@@ -15,7 +15,7 @@ need_triton()
 from test_fused import DEVICE  # noqa: E402
 from test_torch_optimizer import same  # noqa: E402
 
-from lars_tree._backends.torch import fused, kernels  # noqa: E402
+from lars_tree._backends.torch import fused, kernels, transfers  # noqa: E402
 from lars_tree.torch import Lars  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
@@ -138,13 +138,13 @@ def tables(monkeypatch):
     counts = Counter()
     monkeypatch.setattr(fused, "_TABLES", {})
     monkeypatch.setattr(fused, "_NUMBERS", {})
-    original = fused.Fused._sent
+    original = fused.sent
 
-    def counted(engine, host):
+    def counted(host, device):
         counts["layers" if host.dtype == torch.int64 else "rules"] += 1
-        return original(engine, host)
+        return original(host, device)
 
-    monkeypatch.setattr(fused.Fused, "_sent", counted)
+    monkeypatch.setattr(fused, "sent", counted)
     return counts
 
 
@@ -206,11 +206,11 @@ def test_a_new_rate_or_flag_or_gradient_acts_at_once():
 
 
 def test_only_a_few_tables_are_kept(tables):
-    every = [parameters(1) for _ in range(fused.MAX_TABLES + 2)]
+    every = [parameters(1) for _ in range(transfers.MAX_KEPT + 2)]
     for i, params in enumerate(every):
         lars(params, lr=0.1 * (i + 1), momentum=0.0).step()
     assert tables == {"layers": len(every), "rules": len(every)}
-    assert len(fused._TABLES) == len(fused._NUMBERS) == fused.MAX_TABLES
+    assert len(fused._TABLES) == len(fused._NUMBERS) == transfers.MAX_KEPT
 
 
 # ---- Steps
