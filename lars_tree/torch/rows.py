@@ -116,19 +116,21 @@ class ParameterRows:
         """The signature of `Repeatable`, None if the step cannot be repeated; and all rules."""
         if self.first_steps or len(self.for_engine) < len(self.rows):
             return None, []
-        rules = {id(row[3]): row[3] for row in self.rows}
-        places = {key: place for place, key in enumerate(rules)}
-        xs = [x for row in self.rows for x in row[:3] if x is not None]
-        facts = signature_of(xs)
+        params, grads, buffers, all_rules, *_ = (list(xs) for xs in zip(*self.rows, strict=True))
+        facts = signature_of(params, grads, [x for x in buffers if x is not None])
         if facts is None:
             return None, []
+        rules = dict(zip(map(id, all_rules), all_rules, strict=True))
+        places = {key: place for place, key in enumerate(rules)}
         static = tuple(
             (is_joint(rule), *(x for x in rule if not _is_number(x))) for rule in rules.values()
         )
-        of_rows = tuple(places[id(row[3])] for row in self.rows)
-        moves = tuple(row[2] is None for row in self.rows)
+        of_rows = tuple([places[key] for key in map(id, all_rules)])
+        without = tuple([i for i, buffer in enumerate(buffers) if buffer is None])
+        pairs = zip(params, all_rules, strict=True)
+        shapes = tuple([p.shape for p, rule in pairs if rule.layer_axis is not None])
         fuses = tuple(map(may_fuse, self.groups))
-        return (facts, static, of_rows, moves, fuses), list(rules.values())
+        return (facts, static, of_rows, without, shapes, fuses), list(rules.values())
 
     def _paths(self) -> list[errors.Path]:
         positions = (row[4:] for row in self.rows)

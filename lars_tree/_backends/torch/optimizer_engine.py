@@ -5,7 +5,7 @@ Full checks would take longer than the step on a device, so this engine makes a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Collection, Hashable
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -89,19 +89,25 @@ class Repeatable(NamedTuple):
     step: multi_tensor.Step
 
 
-_FACTS: tuple[Callable[[Tensor], Hashable], ...] = (
-    *(Tensor.data_ptr, Tensor.size, Tensor.stride, Tensor.get_device, Tensor.is_neg),
-    attrgetter("dtype"),
-)
+_dtype = attrgetter("dtype")
 
 
-def signature_of(xs: list[Tensor]) -> Hashable | None:
-    """Equal for tensors with the same memory, shapes, strides and dtypes; None if unknown."""
-    if not set(TENSOR_TYPES).issuperset(map(type, xs)) or any(map(Tensor.is_conj, xs)):
-        return None  # an engine may use copies of other tensors
-    if any(map(is_capturing, {x.device for x in xs})):
+def signature_of(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor]) -> Any:
+    """Equal for tensors that the engines and the checks do not distinguish; None if unknown.
+
+    All devices share one address space. This must be fast for 1,000 parameters: to ask each tensor
+    for its shape and strides would take longer than all else.
+    """
+    xs = [*params, *grads, *buffers]
+    if not set(TENSOR_TYPES).issuperset(map(type, xs)):
+        return None
+    if any(map(Tensor.is_conj, grads)) or any(map(Tensor.is_neg, grads)):
+        return None  # an engine may use copies
+    if any(map(is_capturing, {p.device for p in params})):
         return None  # graphs need tables of their own
-    return tuple(tuple(map(fact, xs)) for fact in _FACTS)
+    facts = [tuple(map(fact, xs)) for fact in (Tensor.data_ptr, Tensor.numel, _dtype)]
+    others = [i for i, dense in enumerate(map(Tensor.is_contiguous, xs)) if not dense]
+    return (*facts, tuple((i, xs[i].shape, xs[i].stride()) for i in others))
 
 
 def _look_right(leaves: list[Leaf]) -> bool:
