@@ -39,6 +39,11 @@ from benchmarks.trees import TITLES, TREES, Shapes  # noqa: E402
 
 LEAST = 7  # bytes moved per byte of parameters: read w, g for the norms; w, g, v; write w, v
 TEST_SHARE = 0.3  # of all seconds
+CUDA_TESTS = [  # in files that otherwise test the CPU
+    "tests/test_torch.py::test_cuda_agrees_with_the_cpu_and_never_waits",
+    "tests/test_torch_optimizer_state.py::test_cuda_agrees_with_the_cpu_and_never_waits",
+    "tests/test_torch_optimizer_state.py::test_a_cuda_graph_replays_steps",
+]
 GRACE = 20.0  # seconds, to start and to end a process
 HEADING = ["", "engine", "ms", "ratio", "of a copy", "CPU, ms", "syncs", "peak, MiB", "held, MiB"]
 LEGEND = f"""\
@@ -137,7 +142,7 @@ def accelerator_tests(seconds: float, device: Cpu) -> tuple[bool, str]:
         options.append("--collect-only")
     elif find_spec("xdist"):
         options.append("--numprocesses=4")
-    command = [sys.executable, "-m", "pytest", *options, *files]
+    command = [sys.executable, "-m", "pytest", *options, *files, *CUDA_TESTS]
     with TemporaryFile("w+") as log:
         ending = _finish(command, seconds, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
         log.seek(0)

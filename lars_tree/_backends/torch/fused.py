@@ -76,14 +76,15 @@ def _works(device: torch.device) -> bool:
     Triton supports only some devices, and needs a C compiler when it is first used.
     """
     try:
-        w, dcdw = (torch.tensor(x, device=device) for x in ([3.0, 4.0], [0.0, 10.0]))
-        velocity = torch.zeros(2, device=device)
-        layer = Layer(w, dcdw, w, velocity, Rule(1.0, momentum=0.5))
-        row = row_of(layer)
-        assert row is not None
-        engine = Fused([layer], [row])
-        engine.write(engine.norms(), None)
-        found = w.tolist(), velocity.tolist()
+        with tensors.may_wait(device):
+            w, dcdw = (torch.tensor(x, device=device) for x in ([3.0, 4.0], [0.0, 10.0]))
+            velocity = torch.zeros(2, device=device)
+            layer = Layer(w, dcdw, w, velocity, Rule(1.0, momentum=0.5))
+            row = row_of(layer)
+            assert row is not None
+            engine = Fused([layer], [row])
+            engine.write(engine.norms(), None)
+            found = w.tolist(), velocity.tolist()
         fault = "" if found == ([3.0, -1.0], [0.0, 5.0]) else f"it computes {found}"
     except Exception as error:  # any error means that Triton cannot be used, and is reported
         fault = f"{type(error).__name__}: {error}"

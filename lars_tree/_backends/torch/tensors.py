@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import filterfalse
 from typing import Any
 
@@ -68,6 +68,20 @@ class TorchOps(NamespaceOps):
 
     def max(self, x: Tensor, axes: tuple[int, ...]) -> Tensor:
         return torch.amax(x, dim=axes, keepdim=True) if axes else x
+
+
+@contextmanager
+def may_wait(device: torch.device) -> Iterator[None]:
+    """Allow operations that wait for the device, even if torch was told to report them."""
+    if device.type != "cuda":
+        yield
+        return
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def current_stream(device: torch.device) -> AbstractContextManager[Any]:
