@@ -181,7 +181,7 @@ class Fused:
 
     def _coefficients(self, norms: Tensor) -> Tensor:
         layers = self._table.layers
-        found = self._empty(len(layers), self._kernels.COEFFICIENTS)
+        found = self._empty(len(layers), self._kernels.STEP_COLUMNS)
         with self._on_device():
             self._kernels.find_coefficients[(len(layers),)](
                 layers, self._numbers, norms, found, **self._constants, **_ONE_WARP
@@ -235,7 +235,7 @@ class Fused:
 
     def _numbers_of_rules(self, stream: Hashable) -> Tensor:
         """The numbers and flags of all rules, in device memory."""
-        columns = [*self._kernels.RULE_COLUMNS, *self._kernels.FLAG_COLUMNS[:-1]]
+        columns = (*self._kernels.RULE_NUMBERS, *self._kernels.RULE_FLAGS)
         given = [
             [*(getattr(rule, name) for name in columns), rule.nonfinite != "propagate"]
             for rule in self._rules

@@ -30,25 +30,30 @@ CHUNK = tl.constexpr(16384)  # elements for each program; sums depend on it
 BLOCK = tl.constexpr(2048)  # elements that a program loads at once
 PARTS = tl.constexpr(128)  # partial sums that are added at once
 
-# Columns of the tables; `fused.py` writes the tables by these names.
-LAYER_COLUMNS = (
-    "w",
-    "dcdw",
-    "out",
-    "velocity",
-    "size",
-    "inner",
-    "stride",
-    "first",
-    "count",
-    "rule",
+# The columns of the three tables. `fused.py` makes the tables of layers and of rules.
+LAYER_COLUMNS = 10
+W_AT, DCDW_AT, OUT_AT, VELOCITY_AT, SIZE, INNER, STRIDE, FIRST_CHUNK, CHUNKS, RULE = map(
+    tl.constexpr, range(LAYER_COLUMNS)
 )
-RULE_COLUMNS = (*formula.NUMBERS, *formula.MOMENTUM_NUMBERS)
-FLAG_COLUMNS = ("adapt", "trust_clip", "joint_norm", "maximize", "nesterov", "is_guarded")
-COEFFICIENTS = 11
-_LAYER = tl.constexpr(len(LAYER_COLUMNS))
-_RULE = tl.constexpr(len(RULE_COLUMNS) + len(FLAG_COLUMNS))
-_COEFFICIENTS = tl.constexpr(COEFFICIENTS)
+RULE_NUMBERS = (*formula.NUMBERS, *formula.MOMENTUM_NUMBERS)
+RULE_FLAGS = ("adapt", "trust_clip", "joint_norm", "maximize", "nesterov")  # and `is_guarded`
+RULE_COLUMNS = len(RULE_NUMBERS) + len(RULE_FLAGS) + 1
+LR, DECAY, TRUST_COEFFICIENT, EPS, GRAD_SCALE, MOMENTUM, LR_AFTER, DAMPENING = map(
+    tl.constexpr, range(len(RULE_NUMBERS))
+)
+ADAPT, TRUST_CLIP, JOINT_NORM, MAXIMIZE, NESTEROV, IS_GUARDED = map(
+    tl.constexpr, range(len(RULE_NUMBERS), RULE_COLUMNS)
+)
+# u = last * (factor * (first * gradient)) + decay * w, where the gradient, if it is joint, is
+# dcdw_scale * dcdw + joint * (w_scale * w). The last columns are those of the rule.
+STEP_COLUMNS = 11
+STEP_W_SCALE, STEP_DCDW_SCALE, STEP_FIRST, STEP_FACTOR, STEP_LAST, STEP_DECAY, STEP_JOINT = map(
+    tl.constexpr, range(7)
+)
+STEP_MOMENTUM, STEP_LR_AFTER, STEP_NESTEROV, STEP_IS_GUARDED = map(
+    tl.constexpr, range(7, STEP_COLUMNS)
+)
+LAYER_ROW, RULE_ROW, STEP_ROW = map(tl.constexpr, (LAYER_COLUMNS, RULE_COLUMNS, STEP_COLUMNS))
 
 
 @triton.jit
@@ -109,8 +114,8 @@ def _sum_of_squares(
     ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    w_address, dcdw_address = tl.load(row), tl.load(row + 1)
-    size, inner, stride = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
+    w_address, dcdw_address = tl.load(row + W_AT), tl.load(row + DCDW_AT)
+    size, inner, stride = tl.load(row + SIZE), tl.load(row + INNER), tl.load(row + STRIDE)
     w_sum = tl.zeros([BLOCK], tl.float64)
     dcdw_sum = tl.zeros([BLOCK], tl.float64)
     for k in range(CHUNK // BLOCK):
@@ -142,10 +147,10 @@ def sum_squares(
 ):
     """Sum the squares of w and of the (joint) gradient in each chunk, with each scale."""
     chunk = first + tl.program_id(0)
-    row = layers + tl.load(chunks + 2 * chunk) * _LAYER
+    row = layers + tl.load(chunks + 2 * chunk) * LAYER_ROW
     start = tl.load(chunks + 2 * chunk + 1) * CHUNK
-    is_whole = start + CHUNK <= tl.load(row + 4)
-    joint, sign = _joint_factors(rules + tl.load(row + 9) * _RULE)
+    is_whole = start + CHUNK <= tl.load(row + SIZE)
+    joint, sign = _joint_factors(rules + tl.load(row + RULE) * RULE_ROW)
     for k in tl.static_range(SCALES):
         scale = 1.0
         if k == 1:
@@ -167,17 +172,17 @@ def sum_squares(
 @triton.jit
 def _joint_factors(rule):
     """The factor of w in the joint gradient, 0 if the layer has none; and the sign of dcdw."""
-    decay, grad_scale = tl.load(rule + 1), tl.load(rule + 4)
-    is_joint = (tl.load(rule + 8) != 0) & (tl.load(rule + 10) != 0)
-    return tl.where(is_joint, decay * grad_scale, 0.0), 1.0 - 2.0 * tl.load(rule + 11)
+    decay, grad_scale = tl.load(rule + DECAY), tl.load(rule + GRAD_SCALE)
+    is_joint = (tl.load(rule + ADAPT) != 0) & (tl.load(rule + JOINT_NORM) != 0)
+    return tl.where(is_joint, decay * grad_scale, 0.0), 1.0 - 2.0 * tl.load(rule + MAXIMIZE)
 
 
 @triton.jit
 def add_sums(layers, sums, norms, SCALES: tl.constexpr):
     """The norms of each layer, from the sums of its chunks."""
     layer = tl.program_id(0)
-    row = layers + layer * _LAYER
-    first, count = tl.load(row + 7), tl.load(row + 8)
+    row = layers + layer * LAYER_ROW
+    first, count = tl.load(row + FIRST_CHUNK), tl.load(row + CHUNKS)
     for column in tl.static_range(2):
         unscaled = _added(sums, first, count, column, 0, SCALES)
         of_large = unscaled
@@ -202,28 +207,28 @@ def _added(sums, first, count, column, k, SCALES: tl.constexpr):
 
 @triton.jit
 def find_coefficients(layers, rules, norms, table, JOINT: tl.constexpr, SCALES: tl.constexpr):
-    """The coefficients of the step of each layer, in the order in which `_coefficients` reads."""
+    """The numbers of the step of each layer: its rule and coefficients."""
     layer = tl.program_id(0)
-    numbers = rules + tl.load(layers + layer * _LAYER + 9) * _RULE
+    numbers = rules + tl.load(layers + layer * LAYER_ROW + RULE) * RULE_ROW
     joint, sign = _joint_factors(numbers)
     rule = Rule(
-        tl.load(numbers),
-        tl.where(joint != 0, 0.0, tl.load(numbers + 1)),
-        tl.load(numbers + 2),
-        tl.load(numbers + 3),
-        tl.load(numbers + 4),
-        tl.load(numbers + 5),
-        tl.load(numbers + 6),
-        tl.load(numbers + 7),
+        tl.load(numbers + LR),
+        tl.where(joint != 0, 0.0, tl.load(numbers + DECAY)),
+        tl.load(numbers + TRUST_COEFFICIENT),
+        tl.load(numbers + EPS),
+        tl.load(numbers + GRAD_SCALE),
+        tl.load(numbers + MOMENTUM),
+        tl.load(numbers + LR_AFTER),
+        tl.load(numbers + DAMPENING),
         True,
-        tl.load(numbers + 9) != 0,
-        (tl.load(numbers + 10) != 0) & (joint == 0),
+        tl.load(numbers + TRUST_CLIP) != 0,
+        (tl.load(numbers + JOINT_NORM) != 0) & (joint == 0),
     )
     norm = norms + 4 * layer
     w_norm = Norm(tl.load(norm), tl.load(norm + 1))
     dcdw_norm = Norm(tl.load(norm + 2), tl.load(norm + 3))
     factor, scale, decay = scaled_coefficients(OPS, w_norm, dcdw_norm, rule)
-    adapts = tl.load(numbers + 8) != 0
+    adapts = tl.load(numbers + ADAPT) != 0
     plain_factor, plain_decay = coefficients(1.0, rule)
     factor, decay = tl.where(adapts, factor, plain_factor), tl.where(adapts, decay, plain_decay)
     unscale = tl.where(adapts, 1.0 / dcdw_norm.scale, 1.0)
@@ -237,18 +242,18 @@ def find_coefficients(layers, rules, norms, table, JOINT: tl.constexpr, SCALES: 
             unscale = unscale / dcdw_scale
         first, middle, last = factors(unscale, scale)
         factor = factor * middle
-    row = table + layer * _COEFFICIENTS
-    tl.store(row, w_scale)
-    tl.store(row + 1, sign * dcdw_scale)
-    tl.store(row + 2, factor)
-    tl.store(row + 3, first)
-    tl.store(row + 4, decay)
-    tl.store(row + 5, joint)
-    tl.store(row + 6, rule.momentum)
-    tl.store(row + 7, rule.lr_after_momentum)
-    tl.store(row + 8, tl.load(numbers + 12))
-    tl.store(row + 9, tl.load(numbers + 13))
-    tl.store(row + 10, last)
+    row = table + layer * STEP_ROW
+    tl.store(row + STEP_W_SCALE, w_scale)
+    tl.store(row + STEP_DCDW_SCALE, sign * dcdw_scale)
+    tl.store(row + STEP_FACTOR, factor)
+    tl.store(row + STEP_FIRST, first)
+    tl.store(row + STEP_DECAY, decay)
+    tl.store(row + STEP_JOINT, joint)
+    tl.store(row + STEP_MOMENTUM, rule.momentum)
+    tl.store(row + STEP_LR_AFTER, rule.lr_after_momentum)
+    tl.store(row + STEP_NESTEROV, tl.load(numbers + NESTEROV))
+    tl.store(row + STEP_IS_GUARDED, tl.load(numbers + IS_GUARDED))
+    tl.store(row + STEP_LAST, last)
 
 
 @triton.jit
@@ -268,18 +273,25 @@ def _apply(
     MASKED: tl.constexpr,
 ):
     """Step one chunk. Returns the number of results that are not finite, unless STORES."""
-    w_address, dcdw_address, out_address = tl.load(row), tl.load(row + 1), tl.load(row + 2)
-    velocity_address = tl.load(row + 3)
-    size, inner, stride = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
-    w_scale, signed_scale = tl.load(coefficients), tl.load(coefficients + 1)
-    factor, first, last = (
-        tl.load(coefficients + 2),
-        tl.load(coefficients + 3),
-        tl.load(coefficients + 10),
+    w_address, dcdw_address, out_address = (
+        tl.load(row + W_AT),
+        tl.load(row + DCDW_AT),
+        tl.load(row + OUT_AT),
     )
-    decay, joint = tl.load(coefficients + 4), tl.load(coefficients + 5)
-    momentum, lr_after = tl.load(coefficients + 6), tl.load(coefficients + 7)
-    nesterov = tl.load(coefficients + 8) != 0
+    velocity_address = tl.load(row + VELOCITY_AT)
+    size, inner, stride = tl.load(row + SIZE), tl.load(row + INNER), tl.load(row + STRIDE)
+    w_scale, dcdw_scale = (
+        tl.load(coefficients + STEP_W_SCALE),
+        tl.load(coefficients + STEP_DCDW_SCALE),
+    )
+    first, last = tl.load(coefficients + STEP_FIRST), tl.load(coefficients + STEP_LAST)
+    factor = tl.load(coefficients + STEP_FACTOR)
+    decay, joint = tl.load(coefficients + STEP_DECAY), tl.load(coefficients + STEP_JOINT)
+    momentum, lr_after = (
+        tl.load(coefficients + STEP_MOMENTUM),
+        tl.load(coefficients + STEP_LR_AFTER),
+    )
+    nesterov = tl.load(coefficients + STEP_NESTEROV) != 0
     bad = tl.zeros([BLOCK], tl.int32)
     for k in range(CHUNK // BLOCK):
         begin = start + k * BLOCK
@@ -287,7 +299,7 @@ def _apply(
         offsets = _offsets(begin, inner, stride, STRIDED)
         w = _load(w_address, offsets, mask, W, ALIGNED, MASKED)
         dcdw = _load(dcdw_address, offsets, mask, G, ALIGNED, MASKED)
-        gradient = signed_scale * dcdw
+        gradient = dcdw_scale * dcdw
         if JOINT:
             total = multiply_add(OPS, gradient, joint, w_scale * w)
             gradient = tl.where(joint != 0, total, gradient)
@@ -341,11 +353,11 @@ def apply(
     chunk = first + tl.program_id(0)
     layer = tl.load(chunks + 2 * chunk)
     start = tl.load(chunks + 2 * chunk + 1) * CHUNK
-    row, numbers = layers + layer * _LAYER, coefficients + layer * _COEFFICIENTS
+    row, numbers = layers + layer * LAYER_ROW, coefficients + layer * STEP_ROW
     keeps = unless is not None
     if unless is not None:
         keeps = tl.load(unless) != 0
-    if start + CHUNK <= tl.load(row + 4):
+    if start + CHUNK <= tl.load(row + SIZE):
         count = _apply(
             *(row, numbers, start, keeps, W, G, V, JOINT, STRIDED, ALIGNED, SCALES, STORES, False)
         )
@@ -354,4 +366,4 @@ def apply(
             *(row, numbers, start, keeps, W, G, V, JOINT, STRIDED, ALIGNED, SCALES, STORES, True)
         )
     if not STORES:
-        tl.store(bad + chunk, tl.where(tl.load(numbers + 9) != 0, count, 0))
+        tl.store(bad + chunk, tl.where(tl.load(numbers + STEP_IS_GUARDED) != 0, count, 0))
