@@ -13,7 +13,7 @@ from lars_tree import errors
 from lars_tree._backends.base import Columns, Leaf
 from lars_tree._backends.torch.backend import BACKEND, is_in_cpu_memory, is_shard
 from lars_tree._backends.torch.foreach import Foreach
-from lars_tree._backends.torch.fused import Fused, is_interpreted
+from lars_tree._backends.torch.fused import Fused, is_available, is_interpreted
 from lars_tree._backends.torch.layers import Layer, as_real
 from lars_tree._backends.torch.multi_tensor import fused_row
 from lars_tree._backends.torch.optimizer_engine import OptimizerEngine, signature_of
@@ -116,6 +116,8 @@ class ParameterRows:
         """The signature of `Repeatable`, None if the step cannot be repeated; and all rules."""
         if self.first_steps or len(self.for_engine) < len(self.rows):
             return None, []
+        if not (all(map(may_fuse, self.groups)) and is_available(self.rows[0][0].device)):
+            return None, []  # `Foreach` cannot repeat a step
         params, grads, buffers, all_rules, *_ = (list(xs) for xs in zip(*self.rows, strict=True))
         facts = signature_of(params, grads, [x for x in buffers if x is not None])
         if facts is None:
@@ -129,8 +131,7 @@ class ParameterRows:
         without = tuple([i for i, buffer in enumerate(buffers) if buffer is None])
         pairs = zip(params, all_rules, strict=True)
         shapes = tuple([p.shape for p, rule in pairs if rule.layer_axis is not None])
-        fuses = tuple(map(may_fuse, self.groups))
-        return (facts, static, of_rows, without, shapes, fuses), list(rules.values())
+        return (facts, static, of_rows, without, shapes), list(rules.values())
 
     def _paths(self) -> list[errors.Path]:
         positions = (row[4:] for row in self.rows)
