@@ -173,7 +173,7 @@ def faults(mesh):
 def measure(world):
     mesh = init_device_mesh("cpu", (world,))
     with mock.patch(
-        "lars_tree._backends.torch.sharded.step_shards", side_effect=AssertionError("slow")
+        "lars_tree._backends.torch.multi_tensor.prepare", side_effect=AssertionError("slow")
     ):
         yield from bits(mesh)
         yield "versions", versions(mesh)

@@ -158,7 +158,7 @@ def test_tiny_weights_with_zero_gradient_decay_by_the_rate():
         update = jax.jit(lambda w: lars_update(w, 0 * w, 0.5, **options))
         assert update(w).tolist() == [2.0**-1001] * 3
     w = torch.full((3,), 2.0**-100)
-    (new,) = many(torch.float32, [(w, 0 * w)], [Rule(0.5, **options)])
+    (new,) = many([(w, 0 * w)], [Rule(0.5, **options)])
     assert new.tolist() == [2.0**-101] * 3
 
 
@@ -222,10 +222,10 @@ def test_nothing_is_modified(library):
 def test_multi_tensor_ratios_agree_with_separate_ratios(options, monkeypatch):
     torch = need("torch")
     from lars_tree._backends.base import Leaf
-    from lars_tree._backends.torch import tensors
+    from lars_tree._backends.torch import multi_tensor, tensors
     from lars_tree._core.options import DEFAULTS, resolve
 
-    monkeypatch.setattr(tensors, "wide", lambda layer: torch.float32)
+    monkeypatch.setattr(tensors, "has_float64", lambda device: False)
     shapes = [(3, 4), (), (5,), (2, 3, 2)]
     pairs = [
         [torch.tensor(x) for x in pair(shape, np.float32, i)] for i, shape in enumerate(shapes)
@@ -250,7 +250,7 @@ def test_multi_tensor_ratios_agree_with_separate_ratios(options, monkeypatch):
             return func(*args, **(kwargs or {}))
 
     with NoWaiting():
-        found = tensors.measure_leaves(leaves)
+        found = multi_tensor.measure(leaves)
     for measured, (w, g), axis in zip(found, pairs, axes, strict=True):
         expected = trust_ratios(w, g, 0.1, layer_axis=axis, **options)
         assert measured.ratio.dtype == torch.float32

@@ -41,6 +41,17 @@ class _Part(NamedTuple):
     norms: Tensor
 
 
+class _Shared(NamedTuple):
+    """The layers of a sharded leaf in this process, and the processes that share them.
+
+    Every process of a group has the same number of these layers, which may be 0.
+    """
+
+    indices: range
+    groups: list[Any]
+    device: torch.device
+
+
 class Step(NamedTuple):
     """A step whose norms are known."""
 
@@ -115,45 +126,47 @@ def prepare(pairs: Pairs, may_fuse: Callable[[Leaf], bool] = is_on_accelerator) 
         counts: list[int] = []
         rows: list[Row | None] = []
         every: list[list[Any]] = []
-        shared: list[tuple[range, list[Any]]] = []
+        shared: list[_Shared] = []
         for leaf, new in pairs:
             is_sharded = sharded.is_sharded(leaf.w)
             some = sharded.layers_here(leaf, new) if is_sharded else layers(leaf, new)
             every.append(sharded.groups_of(leaf.w) if is_sharded else [])
             if is_sharded and leaf.rule.adapt:
                 here = range(len(flat), len(flat) + len(some))
-                shared.append((here, sharded.groups_of(leaf.w, leaf.rule.layer_axis)))
+                groups = sharded.groups_of(leaf.w, leaf.rule.layer_axis)
+                shared.append(_Shared(here, groups, leaf.w.device))
             fuses = may_fuse(leaf) and not intercepted
             rows += (fused_row(layer, fuses) for layer in some)
             flat += some
             counts.append(len(some))
         parts = []
-        groups = grouped(range(len(flat)), lambda i: (rows[i] is None, flat[i].w.device))
-        for (is_foreach, _), indices in groups.items():
+        by_engine = grouped(range(len(flat)), lambda i: (rows[i] is None, flat[i].w.device))
+        for (is_foreach, _), indices in by_engine.items():
             members = [flat[i] for i in indices]
             known = [row for i in indices if (row := rows[i]) is not None]
             engine: Foreach | fused.Fused = (
                 Foreach(members) if is_foreach else fused.Fused(members, known)
             )
             parts.append(_Part(engine, indices, engine.norms()))
-        if any(groups for _, groups in shared):
+        if any(leaf.groups for leaf in shared):
             _complete(parts, shared)
         outs = [x for _, new in pairs for x in new if x is not None]
         return Step(parts, counts, every, outs, pairs[0][0].w.device)
 
 
-def _complete(parts: list[_Part], shared: list[tuple[range, list[Any]]]) -> None:
-    """Replace the norms of shards by those of whole layers, which have groups of processes."""
-    for some in grouped(parts, lambda part: part.norms.device).values():
+def _complete(parts: list[_Part], shared: list[_Shared]) -> None:
+    """Replace the norms of shards by those of whole layers."""
+    for device, some in grouped(parts, lambda part: part.norms.device).items():
         joined = some[0].norms if len(some) == 1 else torch.cat([part.norms for part in some])
         places = {i: place for place, i in enumerate(i for part in some for i in part.indices)}
-        here = [(rows, groups) for rows, groups in shared if rows and rows[0] in places]
-        order = [places[i] for rows, _ in here for i in rows]
-        sharded.complete(joined, order, [(len(rows), groups) for rows, groups in here])
+        # Leaves without layers here are included, so that all processes find the groups in the same
+        # order: norms are summed over one dimension of the mesh after the other.
+        here = [leaf for leaf in shared if leaf.device == device]
+        order = [places[i] for leaf in here for i in leaf.indices]
+        sharded.complete(joined, order, [(len(leaf.indices), leaf.groups) for leaf in here])
         if len(some) > 1:
-            for part, norms in zip(
-                some, joined.split([len(part.indices) for part in some]), strict=True
-            ):
+            sizes = [len(part.indices) for part in some]
+            for part, norms in zip(some, joined.split(sizes), strict=True):
                 part.norms.copy_(norms)
 
 

@@ -150,9 +150,11 @@ def add_up(rows: Tensor, parts: Iterable[tuple[int, list[Any]]]) -> None:
             members.setdefault(group.group_name, []).extend(range(start, start + count))
         start += count
     for name, indices in members.items():
+        if not indices:
+            continue
         if len(indices) == len(rows):
             torch.distributed.all_reduce(rows, group=groups[name])
-        elif indices:
+        else:
             at = index(indices, rows.device)
             packed = rows[at]
             torch.distributed.all_reduce(packed, group=groups[name])

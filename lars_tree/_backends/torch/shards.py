@@ -73,7 +73,7 @@ class Shards:
             self.copies += (pair for pair in pairs if pair[0] is not pair[1])
             options = rule._asdict().items()
             numbers: Any = {name: float(x) for name, x in options if isinstance(x, Tensor)}
-            known = rule._replace(stop_gradients=True, **numbers)
+            known = rule._replace(stop_gradients=True, layer_axis=None, **numbers)
             layers.append(Layer._make([*readable, known]))
         rest = self._add(layers)
         assert not rest, "checked arrays are readable"
