@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from lars_tree._backends.torch import foreach  # noqa: E402
+from lars_tree.torch import Lars  # noqa: E402
 
 MIB = 2**20
 
@@ -245,3 +246,18 @@ def test_the_result_may_be_another_tensor(has_velocity):
         assert torch.equal(w, old)
         step([layer(w, g, velocities[1], decay_lambda=0.1)])
         assert torch.equal(w, out)
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.0}, {"nonfinite": "skip"}])
+def test_a_step_keeps_no_tensors_alive(options):
+    p = torch.nn.Parameter(normal(4, 3))
+    opt = Lars([p], lr=0.1, foreach=True, **options)
+    for seed in range(3):
+        p.grad = normal(4, 3, seed=seed)
+        gradient = weakref.ref(p.grad)
+        opt.step()
+        opt.zero_grad()
+        assert gradient() is None
+    buffer = weakref.ref(opt.state[p].get("momentum_buffer", p.detach()))
+    opt.state.clear()
+    assert buffer() is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 from collections import Counter
 
 import pytest
@@ -241,6 +242,33 @@ def test_version_counters_are_incremented():
     opt.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_step_keeps_no_tensors_alive():
+    [p] = parameters(1)
+    opt = lars([p])
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        gradient = weakref.ref(p.grad)
+        opt.step()
+        opt.zero_grad()
+        assert gradient() is None
+    buffer = weakref.ref(opt.state[p]["momentum_buffer"])
+    opt.state.clear()
+    assert buffer() is None
+
+
+def test_a_repeated_step_increments_the_versions_of_new_parameters():
+    """They may be at the same address as the parameters of the step before."""
+    [p] = parameters(1)
+    opt = lars([p])
+    for _ in range(2):
+        opt.step()
+    new = opt.param_groups[0]["params"][0] = torch.nn.Parameter(p.data)
+    new.grad, opt.state[new] = p.grad, opt.state.pop(p)
+    before = new._version
+    opt.step()
+    assert new._version == before + 1
 
 
 @pytest.mark.parametrize("make", [torch.tensor, lambda x: torch.tensor(x, device=DEVICE)])

@@ -303,7 +303,8 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         with self._buffers_kept(inputs, lambda: done[0]):
             taken = execute(inputs.columns(), inputs.caller(engine, last)).taken
         if engine is not None and engine.step is not None and signature is not None:
-            self._last = Repeatable(signature, rules, engine.step)
+            step = engine.step.repeatable()
+            self._last = None if step is None else Repeatable(signature, rules, step)
         return taken
 
     def _taken_again(
@@ -313,10 +314,9 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         last = self._last
         if last is None or last.signature != signature:
             return None
-        step = last.step.again({id(old): new for old, new in zip(last.rules, rules, strict=True)})
-        if step is None:
-            return None
-        self._last = Repeatable(signature, rules, step)
+        by_id = {id(old): new for old, new in zip(last.rules, rules, strict=True)}
+        outs = [x for param, _, buffer, *_ in inputs.rows for x in (param, buffer) if x is not None]
+        step = last.step.again(by_id, outs)
         writes = Writes()
         choices = [(i, row[3].nonfinite) for i, row in enumerate(inputs.rows)]
         bad, taken = engine.finish(step, choices, writes)

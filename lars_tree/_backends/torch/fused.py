@@ -140,10 +140,19 @@ class Fused:
             self._table = self._kept(_TABLES, key, lambda: self._tabulate(rows, of_rows))
             self._numbers = self._numbers_of_rules(stream)
 
-    def again(self, rules: dict[int, Rule]) -> Fused:
-        """The same layers with new rules, which are given by the id of the old ones."""
+    def without_tensors(self) -> Fused:
+        """A copy without references to the tensors, for `again`."""
         new = copy(self)
-        new._layers = []
+        new._layers, new._written = [], []
+        return new
+
+    def again(self, rules: dict[int, Rule], written: list[Tensor]) -> Fused:
+        """The same layers with new rules, which are given by the id of the old ones.
+
+        `written` are the tensors whose version counters `write` increments.
+        """
+        new = self.without_tensors()
+        new._written = written
         new._rules = [rules[id(rule)] for rule in self._rules]
         with self._on_device() as stream:
             new._numbers = new._numbers_of_rules(stream)

@@ -61,18 +61,26 @@ class Step(NamedTuple):
     outs: list[Tensor]
     device: torch.device  # of the first leaf
 
-    def again(self, rules: dict[int, Rule]) -> Step | None:
-        """The same step for new values of the tensors; None if an engine does not support this.
+    def repeatable(self) -> Step | None:
+        """This step without its tensors, for `again`; None if an engine does not support this."""
+        parts = []
+        for part in self.parts:
+            if not isinstance(part.engine, fused.Fused):
+                return None
+            parts.append(part._replace(engine=part.engine.without_tensors()))
+        return self._replace(parts=parts, outs=[])
+
+    def again(self, rules: dict[int, Rule], outs: list[Tensor]) -> Step:
+        """The same step for new values of the tensors, or new tensors at the same addresses.
 
         `rules` has a new rule for each old rule, by id, which differs only in its numbers.
         """
         parts = []
         for engine, indices, _ in self.parts:
-            if not isinstance(engine, fused.Fused):
-                return None
-            new = engine.again(rules)
+            assert isinstance(engine, fused.Fused)
+            new = engine.again(rules, [] if parts else outs)
             parts.append(_Part(new, indices, new.norms()))
-        return self._replace(parts=parts)
+        return self._replace(parts=parts, outs=outs)
 
     def nonfinite(self) -> Tensor:
         """Whether each leaf would not be finite in any process, as `LayerEngine.nonfinite`.

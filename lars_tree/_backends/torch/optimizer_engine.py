@@ -81,7 +81,8 @@ class Repeatable(NamedTuple):
     """A step that was checked and taken. It is taken again if its signature is the same.
 
     The signature has all that the checks and the engines use, except the numbers of the rules and
-    the elements of the tensors.
+    the elements of the tensors. The step holds no parameters, gradients or buffers, which would
+    keep their memory from being freed.
     """
 
     signature: Hashable
