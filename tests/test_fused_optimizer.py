@@ -258,6 +258,23 @@ def test_a_step_keeps_no_tensors_alive():
     assert buffer() is None
 
 
+@CPU_ONLY
+@pytest.mark.parametrize("shared", ["parameter", "buffer"])
+def test_gradients_may_share_memory_with_what_is_written(shared):
+    """Such gradients are copied, by each step."""
+    results = []
+    for options in ({"fused": None}, {}):
+        params = parameters(2)
+        opt = lars(params, **options)
+        for step in range(4):
+            if step == 1:
+                buffer = opt.state[params[0]]["momentum_buffer"]
+                params[1].grad = buffer if shared == "buffer" else params[0].data
+            opt.step()
+        results.append(values(params, opt))
+    assert same(*results)
+
+
 def test_a_repeated_step_increments_the_versions_of_new_parameters():
     """They may be at the same address as the parameters of the step before."""
     [p] = parameters(1)

@@ -302,8 +302,8 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         last = (partial(setitem, done, 0, True),) if inputs.first_steps else ()
         with self._buffers_kept(inputs, lambda: done[0]):
             taken = execute(inputs.columns(), inputs.caller(engine, last)).taken
-        if engine is not None and engine.step is not None and signature is not None:
-            step = engine.step.repeatable()
+        if engine is not None and signature is not None:
+            step = engine.repeatable([row[1] for row in inputs.rows])
             self._last = None if step is None else Repeatable(signature, rules, step)
         return taken
 

@@ -63,7 +63,7 @@ class Step(NamedTuple):
 
     def repeatable(self) -> Step | None:
         """This step without its tensors, for `again`; None if an engine does not support this."""
-        parts = []
+        parts: list[_Part] = []
         for part in self.parts:
             if not isinstance(part.engine, fused.Fused):
                 return None
@@ -75,7 +75,7 @@ class Step(NamedTuple):
 
         `rules` has a new rule for each old rule, by id, which differs only in its numbers.
         """
-        parts = []
+        parts: list[_Part] = []
         for engine, indices, _ in self.parts:
             assert isinstance(engine, fused.Fused)
             new = engine.again(rules, [] if parts else outs)

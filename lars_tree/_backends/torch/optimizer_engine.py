@@ -35,6 +35,7 @@ class OptimizerEngine:
         """Triton kernels may update the leaves in `fusing`; nothing is written if `unless` != 0."""
         self.indices = indices
         self.step: multi_tensor.Step | None = None
+        self._gradients: dict[int, Tensor] = {}
         self._fusing = fusing
         self._unless = unless
 
@@ -49,6 +50,7 @@ class OptimizerEngine:
         """As in `base.Engine`."""
         pairs = [(leaf, StepResult(leaf.out, leaf.velocity)) for leaf in leaves]
         step = multi_tensor.prepare(pairs, lambda leaf: leaf.leaf_index in self._fusing)
+        self._gradients = {leaf.leaf_index: leaf.dcdw for leaf in leaves}
         choices = [(leaf.leaf_index, leaf.rule.nonfinite) for leaf in leaves]
         return self.finish(step, choices, writes)
 
@@ -75,6 +77,16 @@ class OptimizerEngine:
             unless = skips if unless is None else skips | (unless.to(skips.device) != 0)
         add_step(step, writes, unless)
         return [], taken
+
+    def repeatable(self, gradients: list[Tensor]) -> multi_tensor.Step | None:
+        """The step of `update`, to be repeated for the same tensors, given the gradients by index.
+
+        None if an engine does not support this, or if a gradient that overlaps written memory was
+        copied: the copy is at another address.
+        """
+        step = None if self.step is None else self.step.repeatable()
+        read = ((x.data_ptr(), gradients[i].data_ptr()) for i, x in self._gradients.items())
+        return None if step is None or any(one != other for one, other in read) else step
 
 
 class Repeatable(NamedTuple):
