@@ -223,3 +223,43 @@ def test_after_the_dtype_of_a_model_has_changed_the_error_says_what_to_do():
     train(net, opt, 1)
     opt.state.clear()
     train(net.float(), opt, 1)
+
+
+def _set_axis(opt, p):
+    opt.param_groups[0]["layer_axis"] = p.ndim
+
+
+def _set_buffer(make):
+    return lambda opt, p: opt.state[p].update(momentum_buffer=make(opt.state[p]["momentum_buffer"]))
+
+
+def _to_double(opt, p):
+    p.grad, p.data = None, p.data.double()
+    p.grad = torch.ones_like(p)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _set_axis,
+        _to_double,
+        _set_buffer(torch.Tensor.double),
+        _set_buffer(lambda x: x[:1]),
+        _set_buffer(torch.Tensor.tolist),
+    ],
+)
+def test_a_compiled_step_reports_what_does_not_fit(change):
+    messages = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        p = parameter([3.0, 4.0], [1.0, 1.0], torch.float32)
+        opt = Lars([p], lr=0.1)
+        step = torch.compile(opt.step, backend="eager") if compiled else opt.step
+        step()
+        change(opt, p)
+        before = p.detach().clone()
+        with pytest.raises(LarsTreeError) as caught:
+            step()
+        assert torch.equal(p, before)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]

@@ -22,11 +22,18 @@ from lars_tree._numerics.formula import Norm, Rule
 
 
 def supports(leaf: Leaf) -> bool:
-    """Whether the parameter, gradient and buffer are sharded alike, or dense.
+    """Whether the parameter, gradient and buffer fit, and are sharded alike, or dense.
 
-    A gradient with other placements is redistributed.
+    A gradient with other placements is redistributed. Shared memory is not found.
     """
-    w, dcdw, velocity = leaf.w, leaf.dcdw, leaf.velocity
+    w, dcdw, velocity, axis = leaf.w, leaf.dcdw, leaf.velocity, leaf.rule.layer_axis
+    if dcdw.shape != w.shape or not (axis is None or -w.ndim <= axis < w.ndim):
+        return False
+    if velocity is not None:
+        if not isinstance(velocity, Tensor) or velocity.shape != w.shape:
+            return False
+        if (velocity.dtype, velocity.device) != (BACKEND.velocity_dtype(w), w.device):
+            return False
     if not sharded.is_sharded(w):
         return not (sharded.is_sharded(dcdw) or sharded.is_sharded(velocity))
     given = [w, dcdw] if velocity is None else [w, dcdw, velocity]
