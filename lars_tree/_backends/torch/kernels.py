@@ -308,10 +308,11 @@ def _apply(
         u = factor * gradient
         if SCALES == 3:
             u = last * u
-        # Without decay, an infinite weight must not become NaN.
-        u += tl.where(decay != 0, decay * w, 0.0)
-        direction = u
-        if V is not None:
+        # As in `formula.py`; without decay, an infinite weight must not become NaN.
+        if V is None:
+            new_w = tl.where(decay != 0, (1.0 - decay) * w, w) - u
+        else:
+            u += tl.where(decay != 0, decay * w, 0.0)
             velocity = _load(velocity_address, offsets, mask, V, ALIGNED, MASKED)
             moved = momentum * velocity + u
             direction = lr_after * tl.where(nesterov, u + momentum * moved, moved)
@@ -320,7 +321,8 @@ def _apply(
                 _store(velocity_address, offsets, mask, new_velocity, V, ALIGNED, MASKED)
             else:
                 bad += tl.where(is_finite(new_velocity, V), 0, 1)
-        new_w = rounded(tl.where(keeps, w, w - direction), W)
+            new_w = w - direction
+        new_w = rounded(tl.where(keeps, w, new_w), W)
         if STORES:
             _store(out_address, offsets, mask, new_w, W, ALIGNED, MASKED)
         else:
