@@ -167,7 +167,9 @@ def _aside(calls: list[Call]) -> None:
 
     ended.acquire()
     worker = work()
-    next(worker)
+    next(worker, None)
+    if failures:  # interrupted before it waited for its thread
+        raise failures[0]
     start: list[Call] = [
         partial(_thread.start_new_thread, next, (worker, None)),
         partial(setitem, started, 0, True),
@@ -186,8 +188,7 @@ def _aside(calls: list[Call]) -> None:
 def _wait(ended: _thread.LockType) -> None:
     """Wait until a lock was released, even if interrupted; then raise what interrupted it."""
     try:
-        with ended:
-            pass
+        deque(map(_call, [ended.acquire, ended.release]), 0)  # nothing interrupts between the two
     except BaseException:
         _wait(ended)
         raise

@@ -95,7 +95,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         layer_axis: The axis along which parameters stack layers; each index has its own ratio.
         nonfinite: What to do if a parameter or buffer of the group would become NaN or infinite:
             "propagate" writes it, "raise" raises NonFiniteError, "skip" skips the step of all
-            parameters. "raise" and "skip" wait for the device.
+            parameters. "raise" waits for the device, and "skip" does if there are several devices.
         fused: None: use Triton kernels for parameters on devices that Triton supports. True: also
             let the step itself unscale the gradients of a GradScaler, as torch's fused optimizers
             do; Lightning then refuses to clip gradients. This applies to all groups, and cannot be
@@ -337,14 +337,16 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
             skips = ~torch.as_tensor(self._execute(inputs, found_inf))
             if found_inf is not None:
                 skips = skips & (found_inf.to(skips.device) == 0)
-            self._skipped = self._skipped + skips.long()
+            if not (isinstance(self._skipped, Tensor) and self._skipped.device == skips.device):
+                self._skipped = torch.full((), self.skipped, dtype=torch.int64, device=skips.device)
+            self._skipped += skips  # in place, so that each replay of a CUDA graph counts
             return
         inputs = gather(self, None if grad_scale is None else float(grad_scale))
         if inputs.rows and not (found_inf is not None and found_inf):
             counts = {name: np.zeros((), np.int64) for name in ("step", "skipped")}
             with self._buffers_kept(inputs, lambda: bool(counts["step"])):
                 execute(inputs.columns(counts), inputs.caller(None))
-            self._skipped = self._skipped + int(counts["skipped"])
+            self._skipped += int(counts["skipped"])
 
     @contextmanager
     def _buffers_kept(self, inputs: ParameterRows, is_done: Callable[[], bool]) -> Iterator[None]:
