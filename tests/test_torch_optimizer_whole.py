@@ -66,9 +66,11 @@ def test_ctrl_c_interrupts_before_or_after_a_step_of_all_parameters(steps, nativ
     before, done = snapshot(*made(steps)), snapshot(*made(steps + 1))
     assert not equal(before, done)
     seen = set()
-    # Interrupt at every third line of the optimizer, and every eleventh line of the package.
-    for paths, stride in (((f"{FOLDER}/torch", f"{FOLDER}/_torch"), 3), (FOLDER, 11)):
-        line = steps
+    # Interrupt at every third line of the optimizer, at every eleventh line of the package, and at
+    # each line of the module that makes the writes, which the native engine alone does not need.
+    every = [((f"{FOLDER}/torch", f"{FOLDER}/_torch"), 3), (FOLDER, 11)]
+    for paths, stride in every if native else [*every, (f"{FOLDER}/_core/writes", 1)]:
+        line = steps if stride > 1 else 0
         while True:
             params, opt = made(steps)
             if not interrupted_at(line, paths, opt.step):

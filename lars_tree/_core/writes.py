@@ -187,8 +187,9 @@ def _aside(calls: list[Call]) -> None:
 
 def _wait(ended: _thread.LockType) -> None:
     """Wait until a lock was released, even if interrupted; then raise what interrupted it."""
+    calls: list[Call] = [ended.acquire, ended.release]
     try:
-        deque(map(_call, [ended.acquire, ended.release]), 0)  # nothing interrupts between the two
+        deque(map(_call, calls), 0)  # one C call: nothing interrupts between the two
     except BaseException:
         _wait(ended)
         raise
