@@ -96,10 +96,9 @@ def need_triton() -> None:
         need("triton")
 
 
-def pytest_collection_finish() -> None:
-    """Import Triton before a test can: `torch.compile` would import it without the interpreter."""
-    if "torch" in sys.modules and find_spec("triton"):
-        need_triton()
+# Import Triton before a test module can: torch would import it without the interpreter.
+if find_spec("torch") and find_spec("triton"):
+    need_triton()
 
 
 def patch_language_once(monkeypatch: pytest.MonkeyPatch) -> None:

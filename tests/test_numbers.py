@@ -7,7 +7,6 @@ the step.
 from __future__ import annotations
 
 import itertools
-from contextlib import suppress
 from functools import cache
 
 import numpy as np
@@ -19,9 +18,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lars_tree import lars_update
-
-with suppress(ImportError):
-    import torch  # noqa: F401  # so that conftest.py imports Triton before any test does
 
 # Results near the midpoint of two numbers may be rounded either way, so the bounds exceed 1 ulp.
 BOUNDS = {"float16": 1 + 1e-6, "bfloat16": 1 + 1e-6, "float32": 1 + 1e-6, "float64": 4}

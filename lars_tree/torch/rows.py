@@ -157,8 +157,11 @@ def engines(optimizer: Optimizer) -> set[str]:
     found = set()
     for group in optimizer.param_groups:
         for p in group["params"]:
-            if not asks_for_engine(group) and (is_in_cpu_memory(p) or is_shard(p)):
+            if not asks_for_engine(group) and is_in_cpu_memory(p):
                 found.add("native" if may_read() else "twin")
+                continue
+            if not asks_for_engine(group) and is_shard(p) and may_read():
+                found.add("native")
                 continue
             x = as_real(shard_of(p))
             layer = Layer(x, x, x, None, options.rule(group, None, is_first=False))

@@ -138,7 +138,7 @@ def _look_right(leaves: list[Leaf]) -> bool:
         expected = (BACKEND.velocity_dtype(w), sharding_of(w))
         if velocity is not None and (velocity.dtype, sharding_of(velocity)) != expected:
             return False
-        if w.is_meta or (is_sharded(w) and partial_fault(w)):
+        if w.is_meta or any(is_sharded(x) and partial_fault(x) for x in (w, leaf.dcdw)):
             return False
         if w.dtype not in NUMPY_TYPES or not (axis is None or -w.ndim <= axis < w.ndim):
             return False
