@@ -85,7 +85,7 @@ def _tiny(shapes: Shapes) -> Shapes:
 
 
 def _write(file: Path | None, result: Json) -> None:
-    if file is not None:  # it is never half written
+    if file is not None:  # replaced as a whole, because this process may be killed
         temporary = file.with_name(file.name + ".new")
         temporary.write_text(json.dumps(result, indent=1))
         os.replace(temporary, file)

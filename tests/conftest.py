@@ -130,7 +130,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     need_triton()
     patch_language_once(monkeypatch)
     with interpreting(), warnings.catch_warnings():
-        # It computes with numpy, sometimes in another thread.
+        # The interpreter computes with numpy, which warns about overflow and invalid values.
         warnings.filterwarnings("ignore", ".* encountered in ", RuntimeWarning)
         yield
 

@@ -96,10 +96,10 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         nonfinite: What to do if a parameter or buffer of the group would become NaN or infinite:
             "propagate" writes it, "raise" raises NonFiniteError, "skip" skips the step of all
             parameters. "raise" waits for the device, and "skip" does if there are several devices.
-        fused: None: use Triton kernels for parameters on devices that Triton supports. True: also
-            let the step itself unscale the gradients of a GradScaler, as torch's fused optimizers
-            do; Lightning then refuses to clip gradients. This applies to all groups, and cannot be
-            combined with foreach. False: do not use Triton.
+        fused: None: use Triton kernels for parameters on devices that Triton supports. False: never
+            use Triton. True: like None, and the step itself unscales the gradients of a GradScaler,
+            as torch's fused optimizers do; Lightning then refuses to clip gradients. True applies
+            to all groups, and cannot be combined with foreach.
 
     Attributes:
         skipped: The number of steps skipped by nonfinite="skip"; reading it waits for the device.
@@ -327,7 +327,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def _step_uncompiled(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Take a step with inputs that `traced` does not support, or report what is wrong."""
+        """Take the step without the compiler, which also reports errors in the inputs."""
         self._step(grad_scale, found_inf)
 
     @torch._disable_dynamo  # type: ignore[untyped-decorator]  # the step may read values

@@ -178,8 +178,9 @@ def joint_scales(joint, w_scale, joint_gradient_scale):
 def factors(a, b):
     """Three factors of the product of two powers of two, which may be out of range.
 
-    A number is multiplied by one after the other. If the first and the last are not 1, both exceed
-    2**200 or both are below 2**-200, so a product is out of range only if the last one is.
+    A number is multiplied by the three factors in order. If the first and the last are not 1, both
+    exceed 2**200 or both are below 2**-200. An intermediate product can then be out of range only
+    if the final product is.
     """
     product = a * b
     is_large, is_small = product >= 2.0**900, product <= 2.0**-900

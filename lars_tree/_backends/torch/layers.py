@@ -50,9 +50,9 @@ class LayerEngine(Protocol):
         """
 
     def write(self, norms: Tensor, unless: Tensor | None) -> None:
-        """Write the results, given the norms of whole layers.
+        """Compute and write the new weights and velocities, from the norms of whole layers.
 
-        If `unless`, a 0-d tensor on the device, is not 0, the old values are written.
+        If `unless`, a 0-d tensor on the device, is not 0, the old values are written instead.
         """
 
 

@@ -34,7 +34,7 @@ Pairs = Sequence[tuple[Leaf, StepResult]]  # leaves, and the tensors to write th
 
 
 class _Part(NamedTuple):
-    """The layers of one engine on one device, at `indices` among all layers of a step."""
+    """The layers that one engine updates on one device; `indices` are their indices in the step."""
 
     engine: LayerEngine
     indices: list[int]
@@ -103,9 +103,9 @@ class Step(NamedTuple):
     def write(
         self, unless: Tensor | None = None, streams: Sequence[AbstractContextManager[Any]] = ()
     ) -> None:
-        """Write all results; the old values, if `unless`, a number on a device, is not 0.
+        """Write all results, or the old values if `unless`, a number on a device, is not 0.
 
-        In another thread than `prepare`, the streams of that thread must be given.
+        A caller in another thread than `prepare` must pass the streams that `prepare` used.
         """
         with ExitStack() as stack:
             for stream in streams:
@@ -179,7 +179,7 @@ def _complete(parts: list[_Part], shared: list[_Shared]) -> None:
 
 
 def measure(leaves: list[Leaf]) -> list[Measured]:
-    """The norms and ratios of leaves; of whole layers, if they are sharded."""
+    """The norms and ratios of leaves. For sharded leaves, these are those of whole layers."""
     # The norms are reported even of leaves that do not adapt.
     adapting = [leaf._replace(rule=leaf.rule._replace(adapt=True)) for leaf in leaves]
     separate = [leaf._replace(rule=leaf.rule._replace(joint_norm=False)) for leaf in adapting]

@@ -82,7 +82,7 @@ def one_rule(rules: list[Rule], like: dict[str, Any]) -> Rule:
 
 
 class _Ops(TorchOps):
-    """`formula.Ops` for vectors, and those of `formula.multiply_add` for `Scratch`."""
+    """`formula.Ops` for vectors, and the operations that `multiply_add` needs for `Scratch`."""
 
     def round_to_power_of_two(self, x: Tensor) -> Tensor:
         """Clear all bits but those of the exponent, as some devices lack frexp."""
