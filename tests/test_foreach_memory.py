@@ -261,3 +261,12 @@ def test_a_step_keeps_no_tensors_alive(options):
     buffer = weakref.ref(opt.state[p].get("momentum_buffer", p.detach()))
     opt.state.clear()
     assert buffer() is None
+
+
+def test_large_numbers_are_finite_although_their_sum_is_not():
+    w, velocity = torch.tensor([1.2e308], dtype=torch.float64).expand(2, 1).clone()
+    options = {"momentum": 1.0, "lr_after_momentum": 0.1, "nonfinite": "skip"}
+    engine = foreach.Foreach([layer(w, torch.zeros_like(w), velocity, **options)])
+    assert engine.nonfinite(engine.norms()).tolist() == [False]
+    velocity.fill_(torch.nan)
+    assert engine.nonfinite(engine.norms()).tolist() == [True]

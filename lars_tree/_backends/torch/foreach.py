@@ -71,7 +71,7 @@ class Foreach:
                     for part, x in zip([*parts, *parts], found.to(**self.like), strict=False):
                         i = indices[part.row]
                         if step.group.layers[part.row].rule.nonfinite != "propagate":
-                            largest[i] = largest[i] + x
+                            largest[i] = torch.maximum(largest[i], x)  # of NaN it is NaN
             return ~torch.isfinite(torch.stack(largest))
 
     def write(self, norms: Tensor, unless: Tensor | None) -> None:
