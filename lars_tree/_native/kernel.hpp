@@ -16,11 +16,11 @@
 // overflow or lose digits.
 //
 // The order of the sums. Arrays are cut into chunks, and chunks into rows of 16 elements. Within a
-// chunk, the squares of each of the 16 lanes are added by pairwise summation (sums.hpp), as if rows
-// of zeros were appended up to the next power of two. Then the lanes are added by pairwise
-// summation, and the chunks one after another, in about twice the precision of double. If squares
-// of float64 elements overflow or underflow, the sum is computed again from elements that are
-// scaled by a power of two.
+// chunk, the squares of each of the 16 lanes are added row by row (sums.hpp): for elements shorter
+// than double, the rounding errors of at most 1,024 rows are far below the last bit of a result;
+// sums of float64 elements are compensated. Then the lanes are added by pairwise summation, and the
+// chunks one after another, in about twice the precision of double. If squares of float64 elements
+// overflow or underflow, the sum is computed again from elements that are scaled by a power of two.
 //
 // This order does not depend on threads, the instruction set or alignment, and
 // _backends/cpu/norms.py adds in the same order, so the norms are always bit-identical.
@@ -57,7 +57,8 @@ struct JointGradient {
 };
 
 const int lanes = 16;
-const int max_streams = 4;      // arrays, or halves of chunks, that are read alternately
+const int group_rows = 4;  // rows that are added at once
+const std::size_t group = group_rows * lanes;
 const std::size_t block = 128;  // elements that are computed before they are checked and written
 
 // A sum in about twice the precision of double: `low` collects the rounding errors of `high`.
@@ -66,30 +67,31 @@ inline Pair add(Pair a, Pair b) {
     return {sum.high, sum.low + (a.low + b.low)};
 }
 
-inline void add_to(double* a, const double* b) {
-    for (int lane = 0; lane < lanes; ++lane) a[lane] += b[lane];
-}
+// The sums of squares of each lane; `low` has the rounding errors of `high`.
+struct LaneSums {
+    double high[lanes], low[lanes];
+};
 
 // The pairwise sum of all lanes.
-inline Pair sum_of_lanes(const double* sums) {
-    double high[lanes], low[lanes] = {};
-    std::memcpy(high, sums, sizeof high);
+inline Pair sum_of_lanes(LaneSums sums) {
     for (int left = lanes / 2; left; left /= 2) {
         for (int i = 0; i < left; ++i) {
-            Pair sum = add({high[2 * i], low[2 * i]}, {high[2 * i + 1], low[2 * i + 1]});
-            high[i] = sum.high;
-            low[i] = sum.low;
+            Pair sum = add({sums.high[2 * i], sums.low[2 * i]},
+                           {sums.high[2 * i + 1], sums.low[2 * i + 1]});
+            sums.high[i] = sum.high;
+            sums.low[i] = sum.low;
         }
     }
-    return {high[0], low[0]};
+    return {sums.high[0], sums.low[0]};
 }
 
 // ---- The loops, for each instruction set
 
 struct Loops {
-    // Scaled sums multiply each element by scale and by rest: one factor could overflow.
-    typedef void (*SumSquares)(const void* const* arrays, int count, std::size_t size, double scale,
-                               double rest, double (*totals)[lanes]);
+    typedef void (*SumSquares)(const void* w, const void* dcdw, std::size_t size, LaneSums& w_sums,
+                               LaneSums& dcdw_sums);
+    typedef void (*SumScaledSquares)(const double* x, std::size_t size, double scale, double rest,
+                                     LaneSums& sums);
     typedef double (*Largest)(const void* x, std::size_t size);
     typedef void (*Apply)(const void* w, const void* dcdw, void* out, std::size_t size,
                           const Coefficients& coefficients);
@@ -101,9 +103,11 @@ struct Loops {
     typedef void (*AddDecay)(const void* w, const void* dcdw, double* joint, std::size_t size,
                              const JointGradient& terms);
 
-    SumSquares sum_squares[formats], sum_scaled_squares[formats];
+    // Indexed by the formats of w and dcdw, or of x.
+    SumSquares sum_squares[formats][formats];
+    SumScaledSquares sum_scaled_squares;
     Largest largest[formats];
-    Apply apply[formats][formats];  // indexed by the formats of w and dcdw
+    Apply apply[formats][formats];
     ApplyMomentum apply_momentum[formats][formats];
     AddDecay add_decay[formats][formats];
 };
@@ -119,23 +123,27 @@ struct Loops {
 
 namespace baseline {
 #define LARS_TARGET
+#define LARS_MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
 #include "loops.hpp"
+#undef LARS_MULTIPLY_ADD
 #undef LARS_TARGET
 }  // namespace baseline
 
 #ifdef LARS_X86
 #define LARS_FOURS
+#define LARS_MULTIPLY_ADD __builtin_fma
 namespace avx2 {
-#define LARS_TARGET __attribute__((target("avx2")))
+#define LARS_TARGET __attribute__((target("avx2,fma")))
 #include "loops.hpp"
 #undef LARS_TARGET
 }  // namespace avx2
 
 namespace avx512 {
-#define LARS_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
+#define LARS_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 #include "loops.hpp"
 #undef LARS_TARGET
 }  // namespace avx512
+#undef LARS_MULTIPLY_ADD
 #undef LARS_FOURS
 #endif
 
@@ -148,7 +156,7 @@ inline InstructionSet best_set() {
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
         return avx512_set;
-    if (__builtin_cpu_supports("avx2")) return avx2_set;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2_set;
 #endif
     return baseline_set;
 }
@@ -193,33 +201,6 @@ struct FlatArray {
     }
 };
 
-// The sums of squares of one chunk of w and of the same chunk of dcdw. The two halves of a full
-// chunk are read alternately.
-inline void sum_both(const Loops& loops, const FlatArray& w, const FlatArray& dcdw, bool is_full,
-                     Pair& w_sum, Pair& dcdw_sum) {
-    const int parts = is_full ? 2 : 1;
-    const std::size_t size = w.size / parts;
-    // The parts of w come before the parts of dcdw, which may have another format.
-    const void* arrays[max_streams];
-    double sums[max_streams][lanes];
-    for (int part = 0; part < parts; ++part) {
-        arrays[part] = w.at(part * size);
-        arrays[parts + part] = dcdw.at(part * size);
-    }
-    if (w.format == dcdw.format) {
-        loops.sum_squares[w.format](arrays, 2 * parts, size, 1, 1, sums);
-    } else {
-        loops.sum_squares[w.format](arrays, parts, size, 1, 1, sums);
-        loops.sum_squares[dcdw.format](arrays + parts, parts, size, 1, 1, sums + parts);
-    }
-    if (parts == 2) {
-        add_to(sums[0], sums[1]);
-        add_to(sums[2], sums[3]);
-    }
-    w_sum = sum_of_lanes(sums[0]);
-    dcdw_sum = sum_of_lanes(sums[parts]);
-}
-
 // The sum of one member of `sums` over all chunks of x.
 template <class Sums>
 inline Pair sum(const FlatArray& x, const Sums* sums, Pair Sums::* part) {
@@ -244,11 +225,10 @@ inline DoubleDouble norm(const Loops& loops, const FlatArray& x, Pair total) {
     total = {0, 0};
     const std::size_t chunk = chunk_size(x.size);
     for (std::size_t start = 0; start < x.size; start += chunk) {
-        const void* data = x.at(start);
-        double lane_sums[1][lanes];
-        loops.sum_scaled_squares[x.format](&data, 1, std::min(chunk, x.size - start), scale, rest,
-                                           lane_sums);
-        total = add(total, sum_of_lanes(lane_sums[0]));
+        LaneSums sums;
+        loops.sum_scaled_squares(reinterpret_cast<const double*>(x.at(start)),
+                                 std::min(chunk, x.size - start), scale, rest, sums);
+        total = add(total, sum_of_lanes(sums));
     }
     DoubleDouble root = sqrt(DoubleDouble(fast_two_sum(total.high, total.low)));
     root.exponent += exponent;

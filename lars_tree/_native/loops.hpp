@@ -308,12 +308,11 @@ inline void enter(Loops& to, Format format, Format dcdw_format) {
     to.apply[format][dcdw_format] = apply<T, G>;
     to.apply_momentum[format][dcdw_format] = apply_momentum<T, G>;
     to.add_decay[format][dcdw_format] = add_decay<T, G>;
+    to.sum_squares[format][dcdw_format] = sum_squares<T, G>;
 }
 
 template <class T>
 inline void enter(Loops& to, Format format) {
-    to.sum_squares[format] = sum_squares<T, false>;
-    to.sum_scaled_squares[format] = sum_squares<T, true>;
     to.largest[format] = largest<T>;
     enter<T, Float16>(to, format, float16);
     enter<T, Bfloat16>(to, format, bfloat16);
@@ -323,6 +322,7 @@ inline void enter(Loops& to, Format format) {
 
 inline Loops loops() {
     Loops all;
+    all.sum_scaled_squares = sum_scaled_squares;
     enter<Float16>(all, float16);
     enter<Bfloat16>(all, bfloat16);
     enter<float>(all, float32);

@@ -226,7 +226,10 @@ private:
                                                    joint_gradient(*layer.rule, exponent));
             dcdw = {reinterpret_cast<const char*>(joint), w.size, float64};
         }
-        sum_both(loops, w, dcdw, w.size == chunk, found.w, found.dcdw);
+        LaneSums w_sums, dcdw_sums;
+        loops.sum_squares[w.format][dcdw.format](w.data, dcdw.data, w.size, w_sums, dcdw_sums);
+        found.w = sum_of_lanes(w_sums);
+        found.dcdw = sum_of_lanes(dcdw_sums);
         if (bounds && layer.velocity) {
             const Format format = velocity_format(layer.w_format);
             const auto* velocity = static_cast<const char*>(layer.velocity);

@@ -1,100 +1,74 @@
 // The loops that do not write to a layer: sums of squares, the largest element, the joint gradient.
 // loops.hpp includes this file, once for each instruction set.
 //
-// Squares are added by pairwise summation: each half of a sequence is summed recursively, and the
-// two sums are added, as in a binary tree. The rounding error grows only with the logarithm of the
-// number of summands. The elements of an array form rows of 16, and lane i sums the i-th elements
-// of all rows. All lanes do the same operations, so they become vector instructions.
-//
-// The tree is not stored: the rows are read in order, and a stack holds the sums of the subtrees
-// that are complete. A subtree is added to its left neighbour of the same size as soon as it is
-// complete.
+// The elements of an array form rows of 16, and lane i sums the squares of the i-th elements. All
+// lanes do the same operations, so they become vector instructions.
 
-template <class T, bool Scaled>
-LARS_TARGET inline double value(T x, double scale, double rest) {
-    return Scaled ? read(x) * scale * rest : read(x);
-}
-
-template <class T, bool Scaled>
-LARS_TARGET inline void square(const T* row, double scale, double rest, double* squares) {
-    for (int lane = 0; lane < lanes; ++lane) {
-        const double x = value<T, Scaled>(row[lane], scale, rest);
-        squares[lane] = x * x;
-    }
-}
-
-// For each array, the sums of the subtrees that do not have a neighbour yet, from large to small:
-// there is one subtree for each bit that is set in the number of rows so far.
-typedef double Subtrees[64][max_streams][lanes];
-
-LARS_TARGET inline void merge(Subtrees& sums, int& depth, int count) {
-    --depth;
-    for (int k = 0; k < count; ++k) add_to(sums[depth - 1][k], sums[depth][k]);
-}
-
-// Adds the last subtree to its neighbour, if it has one, then adds their sum to the next neighbour,
-// and so on, like the carries when a binary number is incremented.
-LARS_TARGET inline void carry(Subtrees& sums, int& depth, int count, std::size_t subtrees_before) {
-    for (; subtrees_before & 1; subtrees_before >>= 1) merge(sums, depth, count);
-}
-
-// The pairwise sum of the squares of 2^Level rows. The recursion is unrolled and stays in
-// registers; a loop that merges rows would be compiled to slow code.
-template <class T, bool Scaled, int Level>
-struct Rows {
-    LARS_TARGET static inline void sum(const T* rows, double scale, double rest, double* total) {
-        double other[lanes];
-        Rows<T, Scaled, Level - 1>::sum(rows, scale, rest, total);
-        Rows<T, Scaled, Level - 1>::sum(rows + (lanes << (Level - 1)), scale, rest, other);
-        add_to(total, other);
-    }
-};
-
-template <class T, bool Scaled>
-struct Rows<T, Scaled, 1> {
-    LARS_TARGET static inline void sum(const T* rows, double scale, double rest, double* total) {
+// Adds the squares of four rows to the lanes, row by row. The product of two numbers shorter than
+// double is exact in double, so LARS_MULTIPLY_ADD gives the same bits with and without FMA.
+template <class T>
+LARS_TARGET inline void add_squares(const T* rows, LaneSums& sums) {
+    for (int row = 0; row < group_rows; ++row) {
         for (int lane = 0; lane < lanes; ++lane) {
-            const double a = value<T, Scaled>(rows[lane], scale, rest);
-            const double b = value<T, Scaled>(rows[lanes + lane], scale, rest);
-            total[lane] = a * a + b * b;
+            const double x = read(rows[row * lanes + lane]);
+            sums.high[lane] = LARS_MULTIPLY_ADD(x, x, sums.high[lane]);
         }
     }
-};
+}
 
-// The sum of squares of each lane, for several arrays of the same size. The arrays are read
-// alternately, because memory is faster with several streams than with one.
-template <class T, bool Scaled>
-LARS_TARGET void sum_squares(const void* const* arrays, int count, std::size_t size, double scale,
-                             double rest, double (*totals)[lanes]) {
-    Subtrees sums;
-    int depth = 0;
-    std::size_t rows = 0, i = 0;
-    const int level = 3, unrolled = 1 << level;
-    for (; size - i >= unrolled * lanes; i += unrolled * lanes) {
-        for (int k = 0; k < count; ++k) {
-            const T* x = static_cast<const T*>(arrays[k]) + i;
-            Rows<T, Scaled, level>::sum(x, scale, rest, sums[depth][k]);
-        }
-        ++depth;
-        carry(sums, depth, count, rows / unrolled);
-        rows += unrolled;
+// Squares of float64 elements are rounded. So that the error does not grow with the number of rows,
+// they are added by pairwise summation within the group, and by compensated summation to the lanes.
+LARS_TARGET inline void add_squares(const double* rows, LaneSums& sums) {
+    static_assert(group_rows == 4, "two pairs");
+    for (int lane = 0; lane < lanes; ++lane) {
+        const double a = rows[lane], b = rows[lanes + lane];
+        const double c = rows[2 * lanes + lane], d = rows[3 * lanes + lane];
+        const Pair sum = two_sum(sums.high[lane], (a * a + b * b) + (c * c + d * d));
+        sums.high[lane] = sum.high;
+        sums.low[lane] += sum.low;
     }
-    for (; i < size; i += lanes) {
-        for (int k = 0; k < count; ++k) {
-            const T* row = static_cast<const T*>(arrays[k]) + i;
-            T last[lanes] = {};  // the last row is padded with zeros
-            if (size - i < lanes) {
-                std::memcpy(last, row, (size - i) * sizeof(T));
-                row = last;
-            }
-            square<T, Scaled>(row, scale, rest, sums[depth][k]);
-        }
-        ++depth;
-        carry(sums, depth, count, rows);
-        rows += 1;
+}
+
+// The last elements, which do not fill a group, are padded with zeros.
+template <class T>
+LARS_TARGET inline void add_last_squares(const T* x, std::size_t size, LaneSums& sums) {
+    T last[group] = {};
+    std::memcpy(last, x, size * sizeof(T));
+    add_squares(last, sums);
+}
+
+// The sums of squares of w and of dcdw. Both are read in one loop, because memory is faster with
+// two streams than with one.
+template <class T, class G>
+LARS_TARGET void sum_squares(const void* w, const void* dcdw, std::size_t size, LaneSums& w_sums,
+                             LaneSums& dcdw_sums) {
+    const T* weights = static_cast<const T*>(w);
+    const G* gradients = static_cast<const G*>(dcdw);
+    LaneSums of_w = {}, of_dcdw = {};  // local variables stay in registers
+    std::size_t i = 0;
+    for (; size - i >= group; i += group) {
+        add_squares(weights + i, of_w);
+        add_squares(gradients + i, of_dcdw);
     }
-    while (depth > 1) merge(sums, depth, count);
-    for (int k = 0; k < count; ++k) std::memcpy(totals[k], sums[0][k], sizeof totals[k]);
+    if (i < size) {
+        add_last_squares(weights + i, size - i, of_w);
+        add_last_squares(gradients + i, size - i, of_dcdw);
+    }
+    w_sums = of_w;
+    dcdw_sums = of_dcdw;
+}
+
+// The sum of squares of x * scale * rest: a single factor could overflow.
+LARS_TARGET inline void sum_scaled_squares(const double* x, std::size_t size, double scale,
+                                           double rest, LaneSums& sums) {
+    sums = {};
+    for (std::size_t start = 0; start < size; start += group) {
+        double scaled[group] = {};
+        for (std::size_t i = 0; i < std::min(group, size - start); ++i) {
+            scaled[i] = x[start + i] * scale * rest;
+        }
+        add_squares(scaled, sums);
+    }
 }
 
 // The largest magnitude; NaN if there is a NaN.

@@ -138,9 +138,15 @@ class JointGradient:
 def _number_type(w: Any, dcdw: Any, rule: Rule) -> Any:
     names = (*formula.NUMBERS, *(["lr_after_momentum"] if rule.trust_clip else []))
     values = (getattr(rule, name) for name in names)
-    short = all(dtype_of(x).itemsize <= (8 if dtype_of(x).kind == "c" else 4) for x in (w, dcdw))
+    short = _is_short(w) and _is_short(dcdw)
     is_moderate = all(x == 0 or _MODERATE[0] < x < _MODERATE[1] for x in values)
     return float if short and is_moderate else DoubleDouble
+
+
+def _is_short(flat: Any) -> bool:
+    """Whether the elements, or their real and imaginary parts, are shorter than double."""
+    dtype = dtype_of(flat)
+    return dtype.itemsize <= (8 if dtype.kind == "c" else 4)
 
 
 def _norm(flat: Any, precision: Precision, number: Any) -> Any:
@@ -167,26 +173,43 @@ def _largest(flat: Any, precision: Precision) -> Any:
 def _sum_of_squares(flat: Any, precision: Precision, exponent: int = 0) -> tuple[Any, Any]:
     """Multiply the elements by 2**exponent; return the sum of squares and its rounding error.
 
-    Within a chunk, rows of 16 elements are added by pairwise summation; the number of rows is
-    padded with zeros to a power of two. Then the 16 sums are added in pairs, and the sums of the
-    chunks in order. These last two steps also add up the rounding errors.
+    Within a chunk, rows of 16 elements are added. Then the 16 sums are added in pairs, and the sums
+    of the chunks in order. These last two steps also add up the rounding errors.
     """
     total = (precision(0), precision(0))
     for piece in pieces(flat):
         values = read_piece(flat, piece, precision)
         if exponent:
             values = np.ldexp(values, exponent)
-        count = 1 << (-(-values.size // _LANES) - 1).bit_length()
-        rows = np.zeros((count, _LANES), precision)
-        np.square(values, out=rows.reshape(-1)[: values.size])
-        while len(rows) > 1:
-            rows = rows[0::2] + rows[1::2]
-        high, low = rows[0], np.zeros(_LANES, precision)
+        groups = np.zeros((-(-values.size // (4 * _LANES)), 4, _LANES), precision)
+        np.square(values, out=groups.reshape(-1)[: values.size])
+        high, low = _sum_of_rows(groups, _has_exact_squares(flat))
         while len(high) > 1:
             high, low = _add((high[0::2], low[0::2]), (high[1::2], low[1::2]))
         total = _add(total, (high[0], low[0]))
     # If the sum is infinite or NaN, the rounding error is NaN.
     return fast_two_sum(*total) if np.isfinite(total[0]) else (total[0], precision(0))
+
+
+def _has_exact_squares(flat: Any) -> bool:
+    """Whether the squares of the elements are exact in double."""
+    return not isinstance(flat, JointGradient) and _is_short(flat)
+
+
+def _sum_of_rows(groups: Array, squares_are_exact: bool) -> tuple[Array, Array]:
+    """The sums of the lanes, and their rounding errors; a group has four rows of 16 squares.
+
+    Exact squares are added row by row, and the errors are neglected. Otherwise each group is added
+    by pairwise summation, and the groups by compensated summation.
+    """
+    if squares_are_exact:
+        rows = groups.reshape(-1, _LANES)
+        return np.add.reduce(rows, axis=0), np.zeros_like(rows[0])
+    sums = (groups[:, 0] + groups[:, 1]) + (groups[:, 2] + groups[:, 3])
+    before = np.zeros((len(sums) + 1, _LANES), sums.dtype)
+    np.add.accumulate(sums, axis=0, out=before[1:])
+    _, errors = two_sum(before[:-1], sums)
+    return before[-1], np.add.reduce(errors, axis=0, initial=0.0)
 
 
 def _add(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
