@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ import numpy as np
 
 # All in seconds.
 REST = 0.02  # the pause before each turn; threads of other contestants then go to sleep
+LONG_REST = 0.1
 TURN = 0.01  # a faster step is repeated until it takes about this long
 WARM = 0.3  # a faster step has an untimed turn first, to raise the clock and to fill the cache
 PATIENCE = 3.0  # a slower step is called only once before it is timed
@@ -43,6 +45,28 @@ def medians(
                 if median(times[name] or [0.0]) < WARM:
                     per_call(steps[name], calls[name])
                 times[name].append(per_call(steps[name], calls[name]))
+    gc.unfreeze()
+    return {name: median(samples) for name, samples in times.items()}
+
+
+def medians_after(
+    work: Mapping[str, Callable[[], Any]], steps: Mapping[str, Callable[[], Any]], rounds: int
+) -> dict[str, float]:
+    """The median seconds of one call of each step right after its work, which is not timed.
+
+    Before the work there is a long pause, as the idle threads of OpenBLAS keep a core busy for more
+    than 30 ms, and an untimed call of the step.
+    """
+    gc.collect()
+    gc.freeze()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    rng = np.random.default_rng(0)
+    for _ in range(rounds):
+        for name in rng.permutation(list(steps)).tolist():
+            sleep(LONG_REST)
+            steps[name]()
+            work[name]()
+            times[name].append(per_call(steps[name], 1))
     gc.unfreeze()
     return {name: median(samples) for name, samples in times.items()}
 
@@ -79,7 +103,10 @@ def _import(module: str) -> float:
     return float(child("-c", code))
 
 
-def child(*arguments: str) -> str:
-    """The output of a fresh interpreter."""
+def child(*arguments: str, variables: Mapping[str, str] | None = None) -> str:
+    """The output of a fresh interpreter, with these environment variables; "" removes one."""
+    environment = {name: x for name, x in (os.environ | dict(variables or {})).items() if x}
     command = [sys.executable, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603
+    return subprocess.run(  # noqa: S603
+        command, capture_output=True, text=True, check=True, env=environment
+    ).stdout

@@ -1,28 +1,18 @@
-"""The cost of a leaf that the kernel does not support, or of an option that needs all norms.
-
-The steps of a group alternate in one process, and each step is compared with the base of its group.
-These ratios depend much less on the machine than the times do.
-"""
+"""The cost of a leaf that the kernel does not support, or of an option that needs all norms."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from benchmarks import measure
 from benchmarks.contestants import DECAY, LR, MOMENTUM, TRUST, as_torch
+from benchmarks.groups import Group, Step, Steps
 from benchmarks.trees import Flat, resnet50, weights_and_gradients
 from lars_tree import Array, Container, Lars, lars_update
 from lars_tree.report import trust_ratios
-
-Step = Callable[[], Any]
-Steps = dict[str, Step]
 
 SHAPE, LEAVES = (16, 16), [f"layer{n}" for n in range(1000)]
 ODD = LEAVES[3]
@@ -125,30 +115,7 @@ def _torch() -> Steps:
     return {name: step(change) for name, change in ODD_PARAMETERS.items()}
 
 
-@dataclass(frozen=True)
-class Group:
-    """Steps, one of which is the base, and bounds for the ratios of other steps to the base.
-
-    If `build` is None, `benchmarks.shards` runs the steps in two processes.
-    """
-
-    title: str
-    build: Callable[[], Steps] | None
-    base: str
-    bounds: dict[str, float]
-    module: str = "numpy"
-
-    def measured(self, rounds: int) -> dict[str, float]:
-        """The median seconds of each step; empty if the library is not installed."""
-        if importlib.util.find_spec(self.module) is None:
-            return {}
-        return measure.medians(self.build(), rounds) if self.build else _sharded(rounds)
-
-
-def _sharded(rounds: int) -> dict[str, float]:
-    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return json.loads(measure.child(*run, "-m", "benchmarks.shards", str(rounds)))
-
+_TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 # The bounds allow 0.15 ms of overhead for a step of 0.40 ms, and 0.3 ms for a torch step of 2.1 ms.
 GROUPS = [
@@ -174,5 +141,12 @@ GROUPS = [
         {name: 1.14 for name in ODD_PARAMETERS if name != ORDINARY},
         "torch",
     ),
-    Group("FSDP2, 2 processes", None, "torch SGD", {"lars_tree.torch.Lars": 2.45}, "torch"),
+    Group(
+        "FSDP2, 2 processes",
+        None,
+        "torch SGD",
+        {"lars_tree.torch.Lars": 2.45},
+        "torch",
+        arguments=(*_TORCHRUN, "-m", "benchmarks.shards"),
+    ),
 ]

@@ -11,14 +11,29 @@ from string import Template
 
 import lars_tree
 from benchmarks.contestants import CONTESTANTS, OPTIMIZERS
-from benchmarks.sections import DTYPES, LIBRARIES, LIMIT, THREADS, Results, Seconds, cores
-from benchmarks.targets import MIB, OPTIMIZER, OURS, targets
+from benchmarks.sections import (
+    DTYPES,
+    GROUPS,
+    LIBRARIES,
+    LIMIT,
+    OPTIMIZER,
+    THREADS,
+    Results,
+    Seconds,
+    cores,
+)
+from benchmarks.targets import MIB, OURS, OURS_LARS, targets
 from benchmarks.trees import TITLES
 
 Row = list[str]
 Table = tuple[str, list[Row]]  # a title, and rows; the first row is the heading
 
 PACKAGES = ["numpy", "torch", "ml_dtypes", "pytorch_optimizer", "timm", "jax", "optax", "ivy"]
+_GROUP_TITLES = {
+    "odd": "Unsupported leaves, and options that need all norms",
+    "after": "Right after other work",
+    "frameworks": "Traced, sharded, lazy and differentiable steps",
+}
 DOCS = Path(__file__).parent.parent / "docs"
 
 
@@ -28,9 +43,12 @@ def tables(results: Results) -> Iterator[tuple[str, Table]]:
     yield "out_of_place", ("Out of place, float32", _peers(results.out_of_place, OURS))
     yield "momentum", ("With momentum, in place, float32", _peers(results.momentum, OPTIMIZER))
     yield "dtypes", ("Dtypes, in place: ms, and ratio to float32", _dtypes(results))
+    title = "With momentum, ResNet-50, in place: ms, and ratio to float32"
+    yield "momentum_dtypes", (title, _momentum_dtypes(results))
     yield "growth", ("Small leaves: µs per leaf", _growth(results))
     yield "threads", ("Threads: ms, and speed-up", _threads(results))
-    yield "odd", ("Unsupported leaves, and options that need all norms", _odd(results))
+    for name, title in _GROUP_TITLES.items():
+        yield name, (title, _groups(results, name))
     yield "memory", ("ResNet-50: peak extra MiB of a step", _memory(results))
     yield "versions", ("Measured with", [["", ""], *map(list, environment().items())])
     yield "targets", ("Targets", _targets(results))
@@ -183,10 +201,23 @@ def _threads(results: Results) -> list[Row]:
     return _by_number(results.threads, TITLES.__getitem__, cell)
 
 
-def _odd(results: Results) -> list[Row]:
+def _momentum_dtypes(results: Results) -> list[Row]:
+    times, names = results.momentum_dtypes, (OPTIMIZER, OURS_LARS)
+    rows = [["", *names]]
+    for dtype in DTYPES:
+        row = [dtype]
+        for name in names if times else ():
+            seconds = times[f"{name} {dtype}"]
+            row.append(f"{_ms(seconds)} ({seconds / times[f'{name} float32']:.2f})")
+        rows.append(row)
+    return rows if times else []
+
+
+def _groups(results: Results, section: str) -> list[Row]:
     """A row for each step: milliseconds, and the ratio to the first step of its group."""
     rows = [["", "ms", "ratio"]]
-    for title, times in results.odd.items():
+    for title in (group.title for group in GROUPS[section] if group.title in results.groups):
+        times = results.groups[title]
         base = next(iter(times.values()), 0.0)
         rows += [[f"{title}: {name}", _ms(x), f"{x / base:.2f}"] for name, x in times.items()]
         rows += [] if times else [[title, "not installed", ""]]

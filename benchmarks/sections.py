@@ -5,21 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 import lars_tree
-from benchmarks import measure, memory, odd
-from benchmarks.contestants import DECAY, LR, TRUST, Contestant, as_torch
-from benchmarks.trees import TREES, Flat, least_traffic, small, weights_and_gradients
-from lars_tree import Container
+from benchmarks import after, frameworks, measure, memory, odd
+from benchmarks.contestants import DECAY, LR, MOMENTUM, TRUST, Contestant, as_torch
+from benchmarks.groups import Group
+from benchmarks.trees import TREES, Flat, least_traffic, weights_and_gradients
+from lars_tree import Container, Lars
 
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
 LIBRARIES = ["numpy", "torch"]
 LEAVES = [10, 100, 1000, 10_000, 100_000]
 THREADS = [1, 2, 4, 8]
 LIMIT = "memory limit"
+OPTIMIZER = "lars_tree.torch.Lars"
+GROUPS = {"odd": odd.GROUPS, "after": after.GROUPS, "frameworks": frameworks.GROUPS}
 
 Seconds = dict[str, float]
 
@@ -32,9 +36,10 @@ class Results:
     out_of_place: dict[str, Seconds] = field(default_factory=dict)
     momentum: dict[str, Seconds] = field(default_factory=dict)
     dtypes: dict[str, Seconds] = field(default_factory=dict)
+    momentum_dtypes: Seconds = field(default_factory=dict)
     growth: dict[str, dict[int, float]] = field(default_factory=dict)
     threads: dict[str, dict[int, float]] = field(default_factory=dict)
-    odd: dict[str, Seconds] = field(default_factory=dict)
+    groups: dict[str, Seconds] = field(default_factory=dict)
     memory: dict[str, Seconds] = field(default_factory=dict)
     import_time: float | None = None
     repr_time: float | None = None
@@ -101,31 +106,47 @@ def dtypes(plan: Plan, results: Results) -> None:
     for tree in ("resnet", "gpt2"):
         flats = weights_and_gradients(TREES[tree]())
         steps = {
-            f"{library} {dtype}": _in_place(*(_tree(flat, library, dtype) for flat in flats))
+            f"{library} {dtype}": in_place_step(
+                *(container(flat, library, dtype) for flat in flats)
+            )
             for library in LIBRARIES
             for dtype in DTYPES
         }
         results.dtypes[tree] = measure.medians(steps, plan.few)
 
 
+def momentum_dtypes(plan: Plan, results: Results) -> None:
+    """The optimizers with momentum on ResNet-50, by dtype."""
+    from lars_tree.torch import Lars as TorchLars
+
+    flats = weights_and_gradients(TREES["resnet"]())
+    options = {"weight_decay": DECAY, "trust_coefficient": TRUST}
+    steps: dict[str, Callable[[], Any]] = {}
+    for dtype in DTYPES:
+        w, g = (container(flat, "numpy", dtype) for flat in flats)
+        opt = Lars(LR, MOMENTUM, **options)
+        steps[f"lars_tree.Lars, numpy {dtype}"] = partial(opt.update, w, g, opt.init(w), out=w)
+        w, g = (container(flat, "torch", dtype) for flat in flats)
+        for x, dx in zip(w.leaves(), g.leaves(), strict=True):
+            x.requires_grad_().grad = dx
+        steps[f"{OPTIMIZER} {dtype}"] = TorchLars(w.leaves(), LR, MOMENTUM, **options).step
+    results.momentum_dtypes = measure.medians(steps, plan.few)
+
+
 def growth(plan: Plan, results: Results) -> None:
-    """The time per leaf, by number of leaves."""
+    """The time per leaf, by number of leaves; each number in a fresh process."""
     for library in LIBRARIES:
-        steps = {
-            str(leaves): _in_place(
-                *(_tree(flat, library) for flat in weights_and_gradients(small(leaves)))
-            )
-            for leaves in LEAVES
+        results.growth[library] = {
+            n: float(measure.child("-m", "benchmarks.growth", library, str(n), str(plan.few))) / n
+            for n in LEAVES
         }
-        times = measure.medians(steps, plan.few)
-        results.growth[library] = {int(n): seconds / int(n) for n, seconds in times.items()}
 
 
 def threads(plan: Plan, results: Results) -> None:
     """The time by number of threads, up to the number of cores."""
     default = lars_tree.get_num_threads()
     for tree in ("resnet", "gpt2"):
-        step = _in_place(*(_tree(flat) for flat in weights_and_gradients(TREES[tree]())))
+        step = in_place_step(*(container(flat) for flat in weights_and_gradients(TREES[tree]())))
 
         def before(name: str, step: Callable[[], Any] = step) -> None:
             lars_tree.set_num_threads(int(name))
@@ -137,10 +158,14 @@ def threads(plan: Plan, results: Results) -> None:
     lars_tree.set_num_threads(default)
 
 
-def odd_leaves(plan: Plan, results: Results) -> None:
-    """Leaves that the kernel does not support, and options that need all norms."""
-    for group in odd.GROUPS:
-        results.odd[group.title] = group.measured(plan.rounds)
+def groups(chosen: list[Group]) -> Callable[[Plan, Results], None]:
+    """Some groups of steps, each relative to the base of its group."""
+
+    def section(plan: Plan, results: Results) -> None:
+        for group in chosen:
+            results.groups[group.title] = group.measured(plan.rounds)
+
+    return section
 
 
 def peak_memory(plan: Plan, results: Results) -> None:
@@ -172,9 +197,10 @@ SECTIONS = {
     "small": peers("small"),
     "momentum": momentum,
     "dtypes": dtypes,
+    "momentum dtypes": momentum_dtypes,
     "growth": growth,
     "threads": threads,
-    "odd": odd_leaves,
+    **{name: groups(chosen) for name, chosen in GROUPS.items()},
     "memory": peak_memory,
     "import": importing,
     "repr": display,
@@ -186,7 +212,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _tree(flat: dict[str, Any], library: str = "numpy", dtype: str = "float32") -> Container:
+def container(flat: dict[str, Any], library: str = "numpy", dtype: str = "float32") -> Container:
+    """A tree of arrays of this library and dtype."""
     if library == "torch":
         import torch
 
@@ -199,5 +226,6 @@ def _tree(flat: dict[str, Any], library: str = "numpy", dtype: str = "float32") 
     return Container.from_flat({path: x.astype(dtype) for path, x in flat.items()})
 
 
-def _in_place(w: Container, g: Container) -> Callable[[], Any]:
+def in_place_step(w: Container, g: Container) -> Callable[[], Any]:
+    """A function that updates w."""
     return lambda: w.lars_update(g, LR, decay_lambda=DECAY, trust_coefficient=TRUST, out=w)

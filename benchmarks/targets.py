@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import odd
 from benchmarks.contestants import CONTESTANTS, OPTIMIZERS
-from benchmarks.sections import LIMIT, Results
+from benchmarks.sections import GROUPS, LIMIT, OPTIMIZER, Results
 from benchmarks.trees import TITLES
 
 OURS, OURS_TORCH = "lars_tree, numpy", "lars_tree, torch"
-OPTIMIZER = "lars_tree.torch.Lars"
+OURS_LARS = "lars_tree.Lars, numpy"
 MIB = 2**20
 
 
@@ -52,26 +51,33 @@ def targets(results: Results) -> list[Target]:
         *_in_place(results),
         *_out_of_place(results),
         *_with_momentum(results),
-        *_odd_leaves(results),
+        *_groups(results),
         *_others(results),
     ]
 
 
 def _in_place(results: Results) -> Iterator[Target]:
-    for tree, limit, speed in [("resnet", 1.6, 2.5), ("gpt2", 1.5, 2.0), ("small", None, 12.0)]:
+    for tree, limit, speed in [("resnet", 1.55, 2.3), ("gpt2", 1.35, 2.2), ("small", None, 10.0)]:
         times, title = results.in_place.get(tree, {}), f"{TITLES[tree]}, in place"
-        ours = times.get(OURS)
         if limit is not None:
             yield Target(f"{title}: time / memory limit", limit, _ratio(times, OURS, LIMIT))
         else:
-            yield Target(f"{title}: time", 0.6, None if ours is None else 1e3 * ours, "ms")
-        best = _fastest_peer(times)
-        named = f" ({best.split(',')[0]})" if best else ""
-        fastest = _ratio(times, best, OURS)
-        yield Target(f"{title}: fastest peer{named} / lars_tree", speed, fastest, at_least=True)
+            yield _milliseconds(f"{title}: time", 0.45, times.get(OURS))
+        yield _against_peers(title, times, OURS, speed)
         torch = _ratio(times, OURS_TORCH, OURS)
         bound = 2.5 if tree == "small" else 1.2
         yield Target(f"{title}: torch / numpy", bound, torch)
+
+
+def _milliseconds(what: str, bound: float, seconds: float | None) -> Target:
+    return Target(what, bound, None if seconds is None else 1e3 * seconds, "ms")
+
+
+def _against_peers(title: str, times: dict[str, float], name: str, speed: float) -> Target:
+    best = _fastest_peer(times)
+    peer = f" ({best.split(',')[0]})" if best else ""
+    what = f"{title}: fastest peer{peer} / {name.removesuffix(', numpy')}"
+    return Target(what, speed, _ratio(times, best, name), at_least=True)
 
 
 def _out_of_place(results: Results) -> Iterator[Target]:
@@ -80,27 +86,33 @@ def _out_of_place(results: Results) -> Iterator[Target]:
         for name, bound in {"optax, jitted": 2.5, "numpy by hand": 1.6}.items():
             what = f"{title}, out of place: {name.split(',')[0]} / lars_tree"
             yield Target(what, bound, _ratio(times, name, OURS), at_least=True)
+    ours = results.out_of_place.get("small", {}).get(OURS)
+    yield _milliseconds(f"{TITLES['small']}, out of place: time", 0.8, ours)
 
 
 def _with_momentum(results: Results) -> Iterator[Target]:
-    for name in (OPTIMIZER, "lars_tree.Lars, numpy"):
-        for tree, speed in {"resnet": 2.0, "small": 4.0}.items():
-            times, title = results.momentum.get(tree, {}), f"{TITLES[tree]}, momentum: "
-            best = _fastest_peer(times)
-            what = f"{title}fastest peer ({best.split(',')[0]}) / {name}"
-            yield Target(what, speed, _ratio(times, best, name), at_least=True)
-            if tree == "resnet":
-                yield Target(f"{title}{name} / memory limit", 1.6, _ratio(times, name, LIMIT))
-                fused = _ratio(times, name, "torch SGD, fused")
-                yield Target(f"{title}{name} / torch SGD, fused", 1.3, fused)
+    for tree, name, speed, slower_than_sgd in [
+        ("resnet", OPTIMIZER, 2.2, 1.5),
+        ("resnet", OURS_LARS, 2.2, 1.5),
+        ("small", OPTIMIZER, 3.0, 1.2),
+    ]:
+        times, title = results.momentum.get(tree, {}), f"{TITLES[tree]}, momentum"
+        yield _against_peers(title, times, name, speed)
+        what = f"{title}: {name} / torch SGD, fused"
+        yield Target(what, slower_than_sgd, _ratio(times, name, "torch SGD, fused"))
+    times = results.momentum_dtypes
+    for name in (OPTIMIZER, OURS_LARS):
+        for dtype in ("float16", "bfloat16"):
+            what = f"{TITLES['resnet']}, momentum, {name}: {dtype} / float32"
+            yield Target(what, 1.2, _ratio(times, f"{name} {dtype}", f"{name} float32"))
         extra = results.memory.get("in place", {}).get(name)
         what = f"{name}: extra memory beyond the velocity"
         yield Target(what, 1.0, None if extra is None else extra / MIB, "MiB")
 
 
-def _odd_leaves(results: Results) -> Iterator[Target]:
-    for group in odd.GROUPS:
-        times = results.odd.get(group.title, {})
+def _groups(results: Results) -> Iterator[Target]:
+    for group in (group for groups in GROUPS.values() for group in groups):
+        times = results.groups.get(group.title, {})
         for name, bound in group.bounds.items():
             what = f"{group.title}: {name} / {group.base}"
             yield Target(what, bound, _ratio(times, name, group.base))
@@ -110,9 +122,9 @@ def _others(results: Results) -> Iterator[Target]:
     for tree in ("resnet", "gpt2"):
         times = results.dtypes.get(tree, {})
         for library in ("numpy", "torch"):
-            what = f"{TITLES[tree]}, {library}: float32 / bfloat16"
-            speed = _ratio(times, f"{library} float32", f"{library} bfloat16")
-            yield Target(what, 1.5, speed, at_least=True)
+            what = f"{TITLES[tree]}, {library}: bfloat16 / float32"
+            ratio = _ratio(times, f"{library} bfloat16", f"{library} float32")
+            yield Target(what, 0.65, ratio)
     growth = _ratio(results.growth.get("numpy", {}), 100_000, 1000)
     yield Target("small leaves: time per leaf of 100,000 / of 1,000", 1.3, growth)
     for way in ("in place", "out of place"):
@@ -124,7 +136,7 @@ def _others(results: Results) -> Iterator[Target]:
         ("import: time beyond numpy's", 40.0, results.import_time),
         ("repr of 100,000 leaves", 50.0, results.repr_time),
     ]:
-        yield Target(what, bound, None if seconds is None else 1e3 * seconds, "ms")
+        yield _milliseconds(what, bound, seconds)
 
 
 def _fastest_peer(times: dict[str, float]) -> str:
