@@ -45,7 +45,7 @@ def get_num_threads() -> int:
         return chosen
     torch = sys.modules.get("torch")
     of_torch = getattr(torch, "get_num_threads", None)  # missing while torch is being imported
-    return _default() if of_torch is None else min(of_torch(), _quota_limit())
+    return default() if of_torch is None else min(of_torch(), quota_limit())
 
 
 @cache
@@ -57,11 +57,12 @@ def _own_variable() -> int | None:
 
 
 @cache
-def _default() -> int:
-    # The numbers of a list are for nested levels. As in OpenMP, anything else is ignored.
+def default() -> int:
+    """The number without any setting of ours or of torch."""
+    # The further numbers of a list are for nested regions. OpenMP ignores invalid values too.
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if first.isdecimal() and int(first) >= 1:
-        return min(int(first), _quota_limit())
+        return min(int(first), quota_limit())
     return cores()
 
 
@@ -69,11 +70,12 @@ def cores(root: Path = Path("/")) -> int:
     """The number of cores that this process may use: CPU affinity, limited by cgroup quotas."""
     affinity = getattr(os, "sched_getaffinity", None)
     available = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return min(available, _quota_limit(root))
+    return min(available, quota_limit(root))
 
 
 @cache
-def _quota_limit(root: Path = Path("/")) -> int:
+def quota_limit(root: Path = Path("/")) -> int:
+    """The number of cores that cgroup quotas allow; sys.maxsize without any."""
     return max(1, min(map(math.ceil, _quotas(root)), default=sys.maxsize))
 
 
