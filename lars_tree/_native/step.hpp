@@ -368,7 +368,7 @@ inline void step(const Layer* layers, std::size_t count, std::size_t threads, In
                  Passes passes = Passes::both, Norms* norms = nullptr, bool bounds = false) {
     Step all(layers, count, threads, set, passes, norms, bounds);
     if (all.threads == 1) return all.work(0);
-    run_on_threads(all.threads, [&all](std::size_t thread) { all.work(thread); });
+    run_on_threads(all.threads, threads, [&all](std::size_t thread) { all.work(thread); });
 }
 
 }  // namespace lars

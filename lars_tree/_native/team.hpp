@@ -3,7 +3,7 @@
 // In a process with an OpenMP runtime (torch brings one), the work runs on its team. The idle
 // threads of a team spin for milliseconds after each parallel region, so threads of our own would
 // compete with them for the cores. Everywhere else, threads are started for one call and joined
-// before it returns. So do forked children, which inherit no team: only the forking thread goes on.
+// before it returns. So they are in a forked child, where the threads of a team do not exist.
 #pragma once
 
 #include <algorithm>
@@ -43,7 +43,7 @@ inline bool run_on_own_threads(std::size_t threads, const Work& work) {
 }
 
 #ifdef _WIN32
-inline void run_on_threads(std::size_t threads, const Work& work) {
+inline void run_on_threads(std::size_t threads, std::size_t, const Work& work) {
     run_on_own_threads(threads, work);
 }
 #else
@@ -101,10 +101,13 @@ inline void run_on_team(const OpenMP& openmp, const Work& work) {
     acquire(&job);
 }
 
-inline void run_on_threads(std::size_t threads, const Work& work) {
+// Runs `work` on `threads` threads, if at most `max_threads` may be used: on the team if it is that
+// large. A larger team would use more cores than the caller allows, and a smaller one fewer.
+inline void run_on_threads(std::size_t threads, std::size_t max_threads, const Work& work) {
+    static thread_local std::size_t started = 0;
     const OpenMP openmp;
-    const std::size_t team = openmp.parallel && openmp.max_threads ? openmp.max_threads() : 0;
-    if (team < threads) {
+    if (!openmp.parallel || !openmp.max_threads ||
+        static_cast<std::size_t>(openmp.max_threads()) != max_threads) {
         run_on_own_threads(threads, work);
         return;
     }
@@ -115,11 +118,10 @@ inline void run_on_threads(std::size_t threads, const Work& work) {
     };
     // A runtime that cannot start its threads ends the process. So the first call in each thread
     // tries whether the system can start as many.
-    static thread_local std::size_t started = 0;
-    if (started >= team) {
+    if (started >= max_threads) {
         run_on_team(openmp, of_team);
-    } else if (run_on_own_threads(team, of_team)) {
-        started = team;
+    } else if (run_on_own_threads(max_threads, of_team)) {
+        started = max_threads;
     }
 }
 #endif
