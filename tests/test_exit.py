@@ -12,6 +12,7 @@ import platform
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,8 @@ def run(work, threads):
 def test_a_daemon_thread_inside_an_update_does_not_crash_the_exit():
     works = ["in_place", "into_new_arrays", "walked_in_python", "momentum"]
     codes = [f"{EXIT}\nrun({work}, {threads})" for work in works for threads in (1, 2, 4)]
+    if CI or find_spec("torch"):  # the work runs on its OpenMP team
+        codes += [f"import torch\n{EXIT}\nrun(in_place, {threads})" for threads in (1, 2, 4)]
     processes = [start(code) for code in codes]
     assert [result(process) for process in processes] == [(0, "", "")] * len(codes)
 

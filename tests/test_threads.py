@@ -32,7 +32,8 @@ def _as_before():
 
 
 def run(code, **variables):
-    environment = {k: v for k, v in os.environ.items() if k != "LARS_TREE_NUM_THREADS"}
+    names = ("LARS_TREE_NUM_THREADS", "OMP_NUM_THREADS")
+    environment = {k: v for k, v in os.environ.items() if k not in names}
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         capture_output=True,
@@ -84,6 +85,43 @@ def test_the_environment_gives_the_default():
     for text in ("0", "-1", "two", "", "1.5"):
         expected = f"LARS_TREE_NUM_THREADS: expected a whole number >= 1, got {text!r}"
         assert run(PRINT, LARS_TREE_NUM_THREADS=text) == expected
+
+
+TORCH = "import torch; torch.set_num_threads(2); "
+
+
+# A statement, variables of the environment, and the number of threads unless a quota limits it
+SETTINGS = {
+    "OpenMP": ("", {"OMP_NUM_THREADS": "3"}, 3),
+    "OpenMP, nested": ("", {"OMP_NUM_THREADS": " 3 ,1"}, 3),
+    "OpenMP, as torch reads it": ("import torch", {"OMP_NUM_THREADS": "1"}, 1),
+    "torch": (TORCH, {"OMP_NUM_THREADS": "3"}, 2),
+    "torch, changed later": (f"{TORCH} N(); torch.set_num_threads(3)", {}, 3),
+    "torch is being imported": ("sys.modules['torch'] = sys", {"OMP_NUM_THREADS": "3"}, 3),
+    "our variable": (TORCH, {"OMP_NUM_THREADS": "3", "LARS_TREE_NUM_THREADS": "4"}, 4),
+    "set": (f"{TORCH} lars_tree.set_num_threads(5)", {"LARS_TREE_NUM_THREADS": "4"}, 5),
+    "set to the default": (f"{TORCH} lars_tree.set_num_threads(None)", {}, 2),
+} | {f"OpenMP, {text!r}": ("", {"OMP_NUM_THREADS": text}, None) for text in ("", "0", "-1", "x")}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_the_number_is_that_of_the_first_setting(case):
+    code, variables, expected = SETTINGS[case]
+    if "import torch" in code:
+        need("torch")
+    if "LARS_TREE_NUM_THREADS" not in variables:
+        expected = min(expected or threads.cores(), threads.quota_limit())
+    code = f"import sys, lars_tree; N = lars_tree.get_num_threads; {code}\nprint(N())"
+    assert run(code, **variables) == str(expected)
+
+
+def test_a_quota_limits_the_numbers_of_others(monkeypatch):
+    monkeypatch.setattr(threads, "quota_limit", lambda: 2)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(get_num_threads=lambda: 5))
+    assert get_num_threads() == 2
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert threads.default.__wrapped__() == 2
 
 
 # Lines of /proc/self/cgroup, files below /sys/fs/cgroup, and the number of cores that they allow

@@ -7,7 +7,7 @@
 // then takes chunks that other threads have not begun. Sums are stored by chunk and added in the
 // order of the chunks, so the bits do not depend on the threads.
 //
-// The threads end before the call returns, so a fork afterwards is safe.
+// team.hpp has the threads.
 #pragma once
 
 #include <algorithm>
@@ -15,13 +15,13 @@
 #include <cfenv>
 #include <cmath>
 #include <cstddef>
-#include <exception>
 #include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
 
 #include "kernel.hpp"
+#include "team.hpp"
 
 namespace lars {
 
@@ -370,17 +370,8 @@ inline bool is_finite(const Layer& layer, const Norms& norms, InstructionSet set
 inline void step(const Layer* layers, std::size_t count, std::size_t threads, InstructionSet set,
                  Passes passes = Passes::both, Norms* norms = nullptr, bool bounds = false) {
     Step all(layers, count, threads, set, passes, norms, bounds);
-    std::vector<std::thread> others;
-    others.reserve(all.threads);
-    try {
-        for (std::size_t i = 1; i < all.threads; ++i) {
-            others.emplace_back([&all, i] { all.work(i); });
-        }
-    } catch (const std::exception&) {
-        // The system cannot start more threads; the threads that were started do the work.
-    }
-    all.work(0);
-    for (std::thread& other : others) other.join();
+    if (all.threads == 1) return all.work(0);
+    run_on_threads(all.threads, threads, [&all](std::size_t thread) { all.work(thread); });
 }
 
 }  // namespace lars

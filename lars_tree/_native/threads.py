@@ -1,9 +1,10 @@
-"""The number of threads of the kernel: set by the user, the environment, or the available cores."""
+"""The number of threads of the kernel: set by the user, the environment, torch or the cores."""
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -17,8 +18,11 @@ _chosen: int | None = None
 def set_num_threads(n: int | None) -> None:
     """Set the number of threads that one update may use; None restores the default.
 
-    The default is the environment variable LARS_TREE_NUM_THREADS, or the number of cores that the
-    process may use. Results do not depend on the number of threads. Small trees use one thread.
+    The default is the first of these that is given: the environment variable LARS_TREE_NUM_THREADS;
+    where torch is imported, `torch.get_num_threads()`; the environment variable OMP_NUM_THREADS
+    (torchrun sets it to 1); the number of cores that the process may use. A CPU quota of its
+    control group limits all but the first. Results do not depend on the number of threads. Small
+    trees use one thread.
 
     >>> set_num_threads(1)
     >>> get_num_threads()
@@ -36,24 +40,43 @@ def set_num_threads(n: int | None) -> None:
 
 def get_num_threads() -> int:
     """The number of threads that one update may use."""
-    return _chosen if _chosen is not None else _default()
+    chosen = _chosen or _own_variable()
+    if chosen is not None:
+        return chosen
+    torch = sys.modules.get("torch")
+    of_torch = getattr(torch, "get_num_threads", None)  # missing while torch is being imported
+    return default() if of_torch is None else min(of_torch(), quota_limit())
 
 
 @cache
-def _default() -> int:
+def _own_variable() -> int | None:
     text = os.environ.get(_VARIABLE)
-    if text is None:
-        return cores()
-    if not text.isdecimal() or int(text) < 1:
+    if text is not None and (not text.isdecimal() or int(text) < 1):
         raise OptionError(f"{_VARIABLE}: expected a whole number >= 1, got {text!r}")
-    return int(text)
+    return int(text) if text is not None else None
+
+
+@cache
+def default() -> int:
+    """The number without any setting of ours or of torch."""
+    # The further numbers of a list are for nested regions. OpenMP ignores invalid values too.
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if first.isdecimal() and int(first) >= 1:
+        return min(int(first), quota_limit())
+    return cores()
 
 
 def cores(root: Path = Path("/")) -> int:
     """The number of cores that this process may use: CPU affinity, limited by cgroup quotas."""
     affinity = getattr(os, "sched_getaffinity", None)
     available = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, min([available, *map(math.ceil, _quotas(root))]))
+    return min(available, quota_limit(root))
+
+
+@cache
+def quota_limit(root: Path = Path("/")) -> int:
+    """The number of cores that cgroup quotas allow; sys.maxsize without any."""
+    return max(1, min(map(math.ceil, _quotas(root)), default=sys.maxsize))
 
 
 def _quotas(root: Path) -> Iterator[float]:

@@ -3,9 +3,12 @@
 // finite if `prove_finite` says so. The program stops at the first difference.
 //
 //     g++ -std=c++17 -O2 -ffp-contract=off -pthread -I lars_tree/_native tests/native/harness.cpp
-//     ./a.out [quick]
+//     ./a.out [quick] [team]
 //
-// sanitize.sh builds this program with and without sanitizers.
+// With `team`, only the checks of threads, on the team of an OpenMP runtime. sanitize.sh builds this
+// program with and without sanitizers.
+#include <dlfcn.h>
+
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -376,9 +379,13 @@ void check_threads(int steps, unsigned seed) {
 }  // namespace
 
 int main(int count, char** arguments) {
-    const bool quick = count == 2 && std::strcmp(arguments[1], "quick") == 0;
-    if (count > 1 && !quick) fail("usage: %s [quick]", arguments[0]);
-    check_offsets(quick);
+    bool quick = false, team = false;
+    for (int i = 1; i < count; ++i) {
+        (std::strcmp(arguments[i], "team") != 0 ? quick : team) = true;
+    }
+    if (team) dlopen("libgomp.so.1", RTLD_NOW | RTLD_GLOBAL);
+    if (team != bool(OpenMP().parallel)) fail("%s OpenMP runtime", team ? "no" : "an unexpected");
+    if (!team) check_offsets(quick);
     const int steps = quick ? 24 : 400;
     check_threads(steps, 1);
     std::printf("%d steps of 1, 2, 3 and 8 threads: the same bits\n", steps);

@@ -48,15 +48,20 @@ run() { # exits at a failure, and at a report, even of a process whose exit stat
     fi
 }
 
+team=(env OMP_NUM_THREADS=8) # as many threads as the harness asks for at most
+
 echo "== The harness, as optimised as the extension"
 run ./plain quick
+run "${team[@]}" ./plain quick team
 echo "== The harness under ThreadSanitizer"
 # ThreadSanitizer fails if address randomization leaves no room for its shadow memory.
 fixed=(setarch "$(uname -m)" -R)
 "${fixed[@]}" true 2>/dev/null || fixed=()
 run "${fixed[@]}" ./thread quick
+run "${fixed[@]}" "${team[@]}" ./thread quick team
 echo "== The harness under AddressSanitizer and UndefinedBehaviorSanitizer"
 ASAN_OPTIONS+=:detect_leaks=1 run ./address quick
+ASAN_OPTIONS+=:detect_leaks=1 run "${team[@]}" ./address quick team
 wait "$extension"
 
 echo "== The Python tests of the kernel, with the sanitized extension"
