@@ -1,6 +1,6 @@
 """The types of the extension module (module.cpp)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, final
 
 @final
@@ -146,6 +146,21 @@ def match(
     others(node, prefix, found, exact) does the same for nodes that are not walked natively.
     """
 
+def rebuild(
+    tree: Any,
+    leaves: Iterator[Any],
+    kinds: dict[type, int],
+    kind_of: Callable[[Any], int],
+    others: Callable[..., Any],
+    error: type[Exception],
+    /,
+) -> Any:
+    """A tree with the same nodes and new leaves.
+
+    others(node, leaves) does the same for nodes that are not rebuilt natively. If it raises
+    `error`, the keys of the nodes around it are appended to the list `error.keys`.
+    """
+
 def best_instruction_set() -> int:
     """The best supported instruction set: 0 baseline, 1 AVX2, 2 AVX-512."""
 
@@ -176,4 +191,14 @@ class _Kernel(Protocol):
         others: Callable[..., Any],
         /,
     ) -> bool: ...
+    def rebuild(
+        self,
+        tree: Any,
+        leaves: Iterator[Any],
+        kinds: dict[type, int],
+        kind_of: Callable[[Any], int],
+        others: Callable[..., Any],
+        error: type[Exception],
+        /,
+    ) -> Any: ...
     def best_instruction_set(self) -> int: ...

@@ -100,7 +100,11 @@ def rebuild(tree: T, new_leaves: Iterable[Leaf], argument: str = "tree", at: Pat
 
     Errors name the tree as `argument`; `at` is its path within that argument.
     """
-    return _rebuild(_fill, tree, new_leaves, argument, at)
+    kernel = _native.in_use()
+    if kernel is None:
+        return _rebuild(_fill, tree, new_leaves, argument, at)
+    others = KINDS, kind_of, _fill, nodes.CannotRebuild
+    return _rebuild(kernel.rebuild, tree, new_leaves, argument, at, *others)
 
 
 def for_reading(tree: Tree, new_leaves: Iterable[Leaf]) -> Tree:
@@ -112,13 +116,20 @@ def for_reading(tree: Tree, new_leaves: Iterable[Leaf]) -> Tree:
 
 
 def _rebuild(
-    fill: Callable[..., Tree], tree: T, leaves: Iterable[Leaf], argument: str, at: Path = ()
+    fill: Callable[..., Tree],
+    tree: T,
+    leaves: Iterable[Leaf],
+    argument: str,
+    at: Path = (),
+    *arguments: Any,
 ) -> T:
     remaining = iter(leaves)
     try:
-        new: T = rebuilding(argument, fill, tree, remaining, at=at)
+        new: T = rebuilding(argument, fill, tree, remaining, *arguments, at=at)
     except StopIteration:
         raise changed(argument) from None
+    except RuntimeError as error:
+        raise _translated(error, argument) from None
     if next(remaining, NOTHING) is not NOTHING:
         raise changed(argument)
     return new
@@ -150,6 +161,7 @@ def paths(tree: Tree, count: int) -> list[Path]:
 
 
 def _fill(node: Tree, remaining: Iterator[Leaf]) -> Tree:
+    # The twin of `kernel.rebuild`.
     # Not a closure: a recursive closure is a reference cycle, which keeps all leaves alive.
     kind = kind_of(node)
     if kind == LEAF:
