@@ -98,6 +98,12 @@ public:
         return reinterpret_cast<std::uintptr_t>(to.data) % item_size(to.format) == 0;
     }
 
+    // The memory outside of the array object that `read` needs, to prefetch it.
+    const void* next_read(PyObject* x) const {
+        if (untyped_storage || !x || !has_supported_type(x)) return x;
+        return reinterpret_cast<const ArrayFields*>(x)->shape;  // the strides follow it
+    }
+
     // Reads a writable array of one int64; false if it is not such an array.
     static bool read_counter(PyObject* x, Py_buffer& buffer) {
         if (call_python(PyObject_GetBuffer, x, &buffer, PyBUF_WRITABLE | PyBUF_FORMAT) != 0) {

@@ -100,11 +100,8 @@ def rebuild(tree: T, new_leaves: Iterable[Leaf], argument: str = "tree", at: Pat
 
     Errors name the tree as `argument`; `at` is its path within that argument.
     """
-    kernel = _native.in_use()
-    if kernel is None:
-        return _rebuild(_fill, tree, new_leaves, argument, at)
-    others = KINDS, kind_of, _fill, nodes.CannotRebuild
-    return _rebuild(kernel.rebuild, tree, new_leaves, argument, at, *others)
+    fill = _fill if _native.in_use() is None else _fill_natively
+    return _rebuild(fill, tree, new_leaves, argument, at)
 
 
 def for_reading(tree: Tree, new_leaves: Iterable[Leaf]) -> Tree:
@@ -116,16 +113,11 @@ def for_reading(tree: Tree, new_leaves: Iterable[Leaf]) -> Tree:
 
 
 def _rebuild(
-    fill: Callable[..., Tree],
-    tree: T,
-    leaves: Iterable[Leaf],
-    argument: str,
-    at: Path = (),
-    *arguments: Any,
+    fill: Callable[..., Tree], tree: T, leaves: Iterable[Leaf], argument: str, at: Path = ()
 ) -> T:
     remaining = iter(leaves)
     try:
-        new: T = rebuilding(argument, fill, tree, remaining, *arguments, at=at)
+        new: T = rebuilding(argument, fill, tree, remaining, at=at)
     except StopIteration:
         raise changed(argument) from None
     except RuntimeError as error:
@@ -160,8 +152,13 @@ def paths(tree: Tree, count: int) -> list[Path]:
     return found
 
 
+def _fill_natively(node: Tree, remaining: Iterator[Leaf]) -> Tree:
+    assert _native.kernel is not None
+    others = KINDS, kind_of, _fill, nodes.CannotRebuild
+    return _native.kernel.rebuild(node, remaining, *others)
+
+
 def _fill(node: Tree, remaining: Iterator[Leaf]) -> Tree:
-    # The twin of `kernel.rebuild`.
     # Not a closure: a recursive closure is a reference cycle, which keeps all leaves alive.
     kind = kind_of(node)
     if kind == LEAF:
