@@ -98,9 +98,11 @@ public:
         return reinterpret_cast<std::uintptr_t>(to.data) % item_size(to.format) == 0;
     }
 
-    // The memory outside of the array object that `read` needs, to prefetch it.
+    // The memory outside of the object that `read` needs first, to prefetch it.
     const void* next_read(PyObject* x) const {
-        if (untyped_storage || !x || !has_supported_type(x)) return x;
+        if (!x || !has_supported_type(x)) return x;
+        // A tensor object begins with a pointer to the tensor.
+        if (untyped_storage) return *reinterpret_cast<void* const*>(x + 1);
         return reinterpret_cast<const ArrayFields*>(x)->shape;  // the strides follow it
     }
 
