@@ -23,9 +23,9 @@ class Reader:
             fields: The names of the fields of a rule, which is a tuple.
             make: Returns a new array for the result of the given weights.
             copy: Returns a copy of a velocity; the copy is updated instead of the original.
-            tensors: How to read torch tensors, see reader.hpp; None for the buffer protocol.
-            as_bits: Returns a uint16 view of a bfloat16 array, which does not have the buffer
-                protocol; True if uint16 arrays are such views already.
+            tensors: How to read torch tensors, see reader.hpp; None for numpy arrays.
+            as_bits: Returns a uint16 view of a bfloat16 array, and None for any other array; True
+                if uint16 arrays are such views already.
         """
 
 @final
