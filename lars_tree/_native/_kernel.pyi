@@ -152,13 +152,13 @@ def rebuild(
     kinds: dict[type, int],
     kind_of: Callable[[Any], int],
     others: Callable[..., Any],
-    error: type[Exception],
+    keys: list[Any],
     /,
 ) -> Any:
     """A tree with the same nodes and new leaves.
 
-    others(node, leaves) does the same for nodes that are not rebuilt natively. If it raises
-    `error`, the keys of the nodes around it are appended to the list `error.keys`.
+    others(node, leaves) does the same for nodes that are not rebuilt natively. If it raises, the
+    path of the node is appended to `keys`, the innermost key first.
     """
 
 def best_instruction_set() -> int:
@@ -198,7 +198,7 @@ class _Kernel(Protocol):
         kinds: dict[type, int],
         kind_of: Callable[[Any], int],
         others: Callable[..., Any],
-        error: type[Exception],
+        keys: list[Any],
         /,
     ) -> Any: ...
     def best_instruction_set(self) -> int: ...

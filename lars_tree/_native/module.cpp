@@ -43,17 +43,17 @@ PyObject* match(PyObject*, PyObject* args) {
 }
 
 const char rebuild_doc[] =
-    "rebuild(tree, leaves, kinds, kind_of, others, error)\n--\n\n"
+    "rebuild(tree, leaves, kinds, kind_of, others, keys)\n--\n\n"
     "A tree with the same nodes and the leaves of an iterator. others(node, leaves) rebuilds the\n"
-    "kinds of nodes that are not rebuilt natively; it may raise `error`, which has a list of keys.";
+    "kinds of nodes that are not rebuilt natively. If it raises, `keys` gets the path of the node.";
 
 PyObject* rebuild(PyObject*, PyObject* args) {
-    PyObject *tree, *leaves, *kinds, *kind_of, *others, *error;
-    if (!PyArg_ParseTuple(args, "OOO!OOO", &tree, &leaves, &PyDict_Type, &kinds, &kind_of, &others,
-                          &error)) {
+    PyObject *tree, *leaves, *kinds, *kind_of, *others, *keys;
+    if (!PyArg_ParseTuple(args, "OOO!OOO!", &tree, &leaves, &PyDict_Type, &kinds, &kind_of, &others,
+                          &PyList_Type, &keys)) {
         return nullptr;
     }
-    if (PyIter_Check(leaves)) return Walk(kinds, kind_of, others, leaves, error).rebuild(tree);
+    if (PyIter_Check(leaves)) return Walk(kinds, kind_of, others, leaves).rebuild(tree, keys);
     return call_python(PyErr_Format, PyExc_TypeError, "expected an iterator, got %R",
                        Py_TYPE(leaves));
 }

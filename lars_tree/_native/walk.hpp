@@ -21,13 +21,8 @@ const int max_depth = 32;
 
 class Walk {
 public:
-    Walk(PyObject* kinds, PyObject* kind_of, PyObject* other_nodes, PyObject* found,
-         PyObject* cannot_rebuild = nullptr)
-        : kinds(kinds),
-          kind_of(kind_of),
-          other_nodes(other_nodes),
-          found(found),
-          cannot_rebuild(cannot_rebuild) {}
+    Walk(PyObject* kinds, PyObject* kind_of, PyObject* other_nodes, PyObject* found)
+        : kinds(kinds), kind_of(kind_of), other_nodes(other_nodes), found(found) {}
 
     // Appends the leaves of the node; false with an exception set.
     bool collect(PyObject* node, int depth = 0) {
@@ -49,8 +44,9 @@ public:
     }
 
     // A new tree with the nodes of the given one, and with the values of the iterator `found` as
-    // leaves: a new reference, or null with an exception set.
-    PyObject* rebuild(PyObject* node, int depth = 0) {
+    // leaves: a new reference, or null with an exception set. Then the path of the node that raised
+    // it is appended to the list `keys`, the innermost key first.
+    PyObject* rebuild(PyObject* node, PyObject* keys, int depth = 0) {
         const long kind = kind_of_node(node);
         if (kind < 0) return nullptr;
         if (kind == leaf_kind) {
@@ -59,9 +55,9 @@ public:
             return leaf;
         }
         if (kind == plain_dict_kind && depth < max_depth && is_trusted(Py_TYPE(node))) {
-            return rebuild_dict(node, depth);
+            return rebuild_dict(node, keys, depth);
         }
-        if (is_sequence(node) && depth < max_depth) return rebuild_sequence(node, depth);
+        if (is_sequence(node) && depth < max_depth) return rebuild_sequence(node, keys, depth);
         return rebuild_in_python(node);
     }
 
@@ -125,19 +121,7 @@ private:
         return true;
     }
 
-    // Appends a key to the path of the exception if it is a CannotRebuild.
-    void add_key(PyObject* key) {
-        if (!key || !PyErr_ExceptionMatches(cannot_rebuild)) return;
-        PyObject *type, *value, *trace;
-        PyErr_Fetch(&type, &value, &trace);
-        call_python(PyErr_NormalizeException, &type, &value, &trace);
-        Owned keys(call_python(PyObject_GetAttrString, value, "keys"));
-        PyObject* list = keys;
-        if (list) call_python(PyList_Append, list, key);
-        call_python(PyErr_Restore, type, value, trace);
-    }
-
-    PyObject* rebuild_dict(PyObject* node, int depth) {
+    PyObject* rebuild_dict(PyObject* node, PyObject* keys, int depth) {
         const CriticalSection lock(node);
         PyTypeObject* type = Py_TYPE(node);
         const auto make = reinterpret_cast<newfunc>(PyType_GetSlot(type, Py_tp_new));
@@ -151,25 +135,27 @@ private:
         while (filled && PyDict_Next(node, &position, &key, &child)) {
             if (seen++ == size) return raise_changed(), nullptr;
             Owned held_key(Py_NewRef(key)), held(Py_NewRef(child));
-            Owned value(rebuild(child, depth + 1));
+            Owned value(rebuild(child, keys, depth + 1));
             PyObject* new_child = value;
-            if (!new_child) return add_key(key), nullptr;
+            if (!new_child) return call_python(PyList_Append, keys, key), nullptr;
             if (call_python(PyDict_SetItem, filled, key, new_child) != 0) return nullptr;
             if (PyDict_Size(node) != size) return raise_changed(), nullptr;
         }
         return Py_XNewRef(filled);
     }
 
-    PyObject* rebuild_sequence(PyObject* node, int depth) {
+    PyObject* rebuild_sequence(PyObject* node, PyObject* keys, int depth) {
         const CriticalSection lock(node);
         OwnedList values;
         const Py_ssize_t size = PySequence_Size(node);
         for (Py_ssize_t i = 0; i < size; ++i) {
             Owned child(call_python(PySequence_GetItem, node, i));
-            Owned value(child ? rebuild(child, depth + 1) : nullptr);
+            Owned value(child ? rebuild(child, keys, depth + 1) : nullptr);
             if (!value) {
                 Owned index(call_python(PyLong_FromSsize_t, i));
-                return add_key(index), nullptr;
+                PyObject* key = index;
+                if (key) call_python(PyList_Append, keys, key);
+                return nullptr;
             }
             if (!values.append(value)) return nullptr;
             if (PySequence_Size(node) != size) return raise_changed(), nullptr;
@@ -232,7 +218,7 @@ private:
         return false;
     }
 
-    PyObject *kinds, *kind_of, *other_nodes, *found, *cannot_rebuild;
+    PyObject *kinds, *kind_of, *other_nodes, *found;
     Owned last_leaf_type, last_container_type;
 };
 

@@ -105,10 +105,7 @@ def rebuild(tree: T, new_leaves: Iterable[Leaf], argument: str = "tree", at: Pat
 
 
 def for_reading(tree: Tree, new_leaves: Iterable[Leaf]) -> Tree:
-    """Like `rebuild`, but for a result that is only read.
-
-    Nodes other than dict, list, tuple and Container become dicts or lists.
-    """
+    """`rebuild` for reading only: nodes of other types become dicts or lists."""
     return _rebuild(_fill_for_reading, tree, new_leaves, "w")
 
 
@@ -153,9 +150,12 @@ def paths(tree: Tree, count: int) -> list[Path]:
 
 
 def _fill_natively(node: Tree, remaining: Iterator[Leaf]) -> Tree:
-    assert _native.kernel is not None
-    others = KINDS, kind_of, _fill, nodes.CannotRebuild
-    return _native.kernel.rebuild(node, remaining, *others)
+    others = KINDS, kind_of, _fill, list[Hashable]()
+    try:
+        return _native.kernel.rebuild(node, remaining, *others)  # type: ignore[union-attr]
+    except nodes.CannotRebuild as error:
+        error.keys += others[-1]
+        raise
 
 
 def _fill(node: Tree, remaining: Iterator[Leaf]) -> Tree:

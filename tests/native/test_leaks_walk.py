@@ -117,7 +117,7 @@ def test_match_leaks_nothing(name):
 
 def rebuilt(tree, leaves, kind_of=structure.kind_of, others=structure._fill):
     def rebuild():
-        rest = structure.KINDS, kind_of, others, nodes.CannotRebuild
+        rest = structure.KINDS, kind_of, others, []
         return _native.kernel.rebuild(tree, iter(leaves), *rest)
 
     return rebuild
