@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from sys import intern
 from typing import Any, Self
 
 from lars_tree import errors
@@ -226,7 +227,8 @@ class Container(Updatable, Arithmetic, dict[Any, Any]):
     def _from_flat(cls, flat: Mapping[Any, Any], sep: str, argument: str) -> Self:
         new = cls()
         for name, leaf in conversion.convert(argument, flat, cls).items():
-            path = tuple(name.split(sep)) if isinstance(name, str) else (name,)
+            # One object for equal keys saves memory, and makes matching two trees faster.
+            path = tuple(map(intern, name.split(sep))) if isinstance(name, str) else (name,)
             paths.put_new(new, path, leaf)
         return new
 

@@ -380,3 +380,10 @@ def test_a_union_prefers_the_right_side_and_converts():
     same |= {"e": {"f": 4}}
     assert same is w
     assert w.e.f == 4
+
+
+def test_from_flat_shares_equal_keys():
+    names = ["".join(("layer", "/", part)) for part in ("kernel", "bias")]
+    a, b = (Container.from_flat(dict.fromkeys(names, 1)) for _ in range(2))
+    assert next(iter(a)) is next(iter(b))
+    assert all(x is y for x, y in zip(a["layer"], b["layer"], strict=True))

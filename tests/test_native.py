@@ -80,7 +80,7 @@ def watched(**values):
             took.append(not self.rest)
 
     kernel = _native.kernel
-    names = ("Reader", "collect", "match")
+    names = ("Reader", "collect", "match", "rebuild")
     stand_in = SimpleNamespace(Plan=Watched, **{name: getattr(kernel, name) for name in names})
     with patched(kernel=stand_in, **values):
         yield took

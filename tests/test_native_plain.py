@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, namedtuple
+from collections import ChainMap, OrderedDict, namedtuple
 
 import numpy as np
 import pytest
@@ -250,7 +250,12 @@ def walked(tree, prefix, exact):
     found = structure.leaves(tree)
     values = []
     matched = structure._match(tree, prefix, values, exact)
-    return found, matched, values if matched else None
+    new = structure.rebuild(tree, range(len(found)))
+    return found, matched, values if matched else None, new, types_of_nodes(new)
+
+
+def types_of_nodes(tree):
+    return type(tree), [types_of_nodes(child) for _, child in nodes.children(tree)]
 
 
 @given(
@@ -277,19 +282,28 @@ def test_a_tree_that_is_too_deep_does_not_end_the_process(limit):
             tree = 1
             for _ in range(100_000):
                 tree = parent(tree)
-            for walk in (structure.leaves, lambda tree: structure.broadcast("dcdw", tree, tree)):
+            for walk in (
+                structure.leaves,
+                lambda tree: structure.broadcast("dcdw", tree, tree),
+                lambda tree: structure.leaves(structure.rebuild(tree, [1])),
+            ):
                 try:
                     print(walk(tree) == [1])
                 except RecursionError:
                     print(True)"""
-    assert run(code) == ["True"] * 6
+    assert run(code) == ["True"] * 9
 
 
 @pytest.mark.parametrize(
     "change", [dict.clear, lambda x: x.update(d=4), lambda x: x.pop("c", None)]
 )
 @pytest.mark.parametrize(
-    "walk", [structure.leaves, lambda x: structure.broadcast("dcdw", x, dict(x))]
+    "walk",
+    [
+        structure.leaves,
+        lambda x: structure.broadcast("dcdw", x, dict(x)),
+        lambda x: structure.rebuild(x, range(10)),
+    ],
 )
 def test_a_dict_that_changes_while_it_is_read(walk, change):
     class Meddling(list):
@@ -300,3 +314,26 @@ def test_a_dict_that_changes_while_it_is_read(walk, change):
     tree = {"a": 1, "b": Meddling([2]), "c": 3}
     with pytest.raises(StructureError, match="was changed while it was read"):
         walk(tree)
+
+
+def test_the_path_of_a_node_that_cannot_be_rebuilt():
+    tree = {"a": [1, {"b": (2, {"c": ChainMap({"d": 3})})}]}
+    with pytest.raises(StructureError, match="\n  a/1/b/1/c: expected a node that can be rebuilt"):
+        structure.rebuild(tree, range(3))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_tree_is_rebuilt_with_as_many_leaves_as_it_has(count):
+    with pytest.raises(StructureError, match="was changed while it was read"):
+        structure.rebuild({"a": [1], "b": 2}, range(count))
+
+
+def test_a_subclass_of_container_whose_new_makes_something_else_is_not_filled():
+    class Odd(Container):
+        def __new__(cls, *arguments):
+            return 5
+
+    odd = dict.__new__(Odd)
+    dict.update(odd, a=1)
+    with pytest.raises(TypeError, match="descriptor 'update'"):
+        structure.rebuild({"b": odd}, [2])

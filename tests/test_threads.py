@@ -211,8 +211,8 @@ def test_other_threads_run_during_a_call(monkeypatch):
             seen.append((before, count, len(self.plan.indices) == len(w)))
 
     kernel = _native.kernel
-    names = SimpleNamespace(Plan=Watched, collect=kernel.collect, match=kernel.match)
-    monkeypatch.setattr(_native, "kernel", names)
+    walks = {name: getattr(kernel, name) for name in ("collect", "match", "rebuild")}
+    monkeypatch.setattr(_native, "kernel", SimpleNamespace(Plan=Watched, **walks))
     w = [np.ones(1_000_000, np.float32)] * 4
     interval = sys.getswitchinterval()
     thread = threading.Thread(target=beside)

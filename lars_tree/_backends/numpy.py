@@ -113,7 +113,7 @@ class NumpyBackend(base.Backend):
 
 
 def as_bits(x: NumpyArray) -> NumpyArray | None:
-    """A uint16 view of a bfloat16 array, which has no buffer; None for any other dtype."""
+    """A uint16 view of a bfloat16 array; None for any other dtype."""
     return x.view(np.uint16) if base.is_bfloat16(x.dtype) and x.dtype.isnative else None
 
 

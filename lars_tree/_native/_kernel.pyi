@@ -1,6 +1,6 @@
 """The types of the extension module (module.cpp)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, final
 
 @final
@@ -23,9 +23,9 @@ class Reader:
             fields: The names of the fields of a rule, which is a tuple.
             make: Returns a new array for the result of the given weights.
             copy: Returns a copy of a velocity; the copy is updated instead of the original.
-            tensors: How to read torch tensors, see reader.hpp; None for the buffer protocol.
-            as_bits: Returns a uint16 view of a bfloat16 array, which does not have the buffer
-                protocol; True if uint16 arrays are such views already.
+            tensors: How to read torch tensors, see reader.hpp; None for numpy arrays.
+            as_bits: Returns a uint16 view of a bfloat16 array, and None for any other array; True
+                if uint16 arrays are such views already.
         """
 
 @final
@@ -146,6 +146,21 @@ def match(
     others(node, prefix, found, exact) does the same for nodes that are not walked natively.
     """
 
+def rebuild(
+    tree: Any,
+    leaves: Iterator[Any],
+    kinds: dict[type, int],
+    kind_of: Callable[[Any], int],
+    others: Callable[..., Any],
+    keys: list[Any],
+    /,
+) -> Any:
+    """A tree with the same nodes and new leaves.
+
+    others(node, leaves) does the same for nodes that are not rebuilt natively. If it raises, the
+    path of the node is appended to `keys`, the innermost key first.
+    """
+
 def best_instruction_set() -> int:
     """The best supported instruction set: 0 baseline, 1 AVX2, 2 AVX-512."""
 
@@ -176,4 +191,14 @@ class _Kernel(Protocol):
         others: Callable[..., Any],
         /,
     ) -> bool: ...
+    def rebuild(
+        self,
+        tree: Any,
+        leaves: Iterator[Any],
+        kinds: dict[type, int],
+        kind_of: Callable[[Any], int],
+        others: Callable[..., Any],
+        keys: list[Any],
+        /,
+    ) -> Any: ...
     def best_instruction_set(self) -> int: ...

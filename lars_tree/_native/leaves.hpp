@@ -45,36 +45,34 @@ public:
     // support the leaf, or with an exception set. `made` may own new arrays even then.
     bool add(const Reader& reader, const Arrays& given, PyObject* fields, Results results,
              Py_ssize_t index, NewArrays& made) {
-        Memory weights, gradients, result, velocity = {};
-        Buffer w_buffer, dcdw_buffer, out_buffer, velocity_buffer, copy_buffer;
+        Memory weights, gradients, new_result, velocity;
+        velocity.data = nullptr;
         const bool in_place = results == Results::in_place;
         if (!read_rule(reader, fields)) return false;
         if (!given.has_velocity() && given.velocity && rules.back().momentum != 0) return false;
         const bool overwrites_w = in_place && given.out == given.w;
-        if (!reader.read(given.w, overwrites_w, weights, w_buffer.view)) return false;
-        if (!reader.read(given.dcdw, false, gradients, dcdw_buffer.view)) return false;
+        if (!reader.read(given.w, overwrites_w, weights)) return false;
+        if (!reader.read(given.dcdw, false, gradients)) return false;
         if (!same_layout(weights, gradients) || !is_dense(weights)) return false;
         // The velocity is checked before it is copied, too: copy() may accept unsupported types,
         // and would read memory that was freed.
-        if (given.has_velocity() && !read_velocity(reader, given.velocity, in_place, weights,
-                                                   velocity, velocity_buffer.view)) {
+        if (given.has_velocity() &&
+            !read_velocity(reader, given.velocity, in_place, weights, velocity)) {
             return false;
         }
         PyObject* out = given.out;
         if (results == Results::new_arrays) {
             if (!reader.make(given.w, made.out)) return false;
             out = made.out;
-            if (given.has_velocity() && (!reader.copy(given.velocity, made.velocity) ||
-                                         !read_velocity(reader, made.velocity, true, weights,
-                                                        velocity, copy_buffer.view))) {
+            if (given.has_velocity() &&
+                (!reader.copy(given.velocity, made.velocity) ||
+                 !read_velocity(reader, made.velocity, true, weights, velocity))) {
                 return false;
             }
         }
-        if (overwrites_w || results == Results::none) {
-            result = weights;
-        } else if (!reader.read(out, true, result, out_buffer.view)) {
-            return false;
-        }
+        const bool is_w = overwrites_w || results == Results::none;
+        if (!is_w && !reader.read(out, true, new_result)) return false;
+        const Memory& result = is_w ? weights : new_result;
         if (!same_layout(weights, result) || result.format != weights.format) return false;
         layers.push_back({weights.data, gradients.data, result.data, velocity.data, weights.size,
                           weights.format, gradients.format, &rules.back()});
@@ -95,10 +93,9 @@ public:
     // Returns false in the same cases as `add`.
     bool add_unchanged(const Reader& reader, const Arrays& given) {
         Memory weights, velocity;
-        Buffer w_buffer, velocity_buffer;
-        if (!reader.read(given.w, true, weights, w_buffer.view) || !is_dense(weights)) return false;
+        if (!reader.read(given.w, true, weights) || !is_dense(weights)) return false;
         if (given.has_velocity() &&
-            !read_velocity(reader, given.velocity, true, weights, velocity, velocity_buffer.view)) {
+            !read_velocity(reader, given.velocity, true, weights, velocity)) {
             return false;
         }
         add_span(weights, written);
@@ -133,8 +130,8 @@ private:
     }
 
     static bool read_velocity(const Reader& reader, PyObject* x, bool writable,
-                              const Memory& weights, Memory& to, Py_buffer& buffer) {
-        return reader.read(x, writable, to, buffer) && same_layout(weights, to) &&
+                              const Memory& weights, Memory& to) {
+        return reader.read(x, writable, to) && same_layout(weights, to) &&
                to.format == velocity_format(weights.format);
     }
 

@@ -18,7 +18,10 @@
 
 namespace lars {
 
-// An array in memory. Strides and the item size are in bytes.
+const int max_axes = 64;
+
+// An array in memory. Strides and the item size are in bytes. The shape and the strides are copies,
+// because callbacks may run Python code that changes the array.
 struct Memory {
     char* data;
     std::size_t size;  // the number of real elements: a complex element counts twice
@@ -26,10 +29,23 @@ struct Memory {
     bool is_complex;
     Py_ssize_t item_bytes;
     int ndim;
-    const Py_ssize_t* shape;
-    Py_ssize_t strides[64];
+    Py_ssize_t shape[max_axes], strides[max_axes];
 
     std::size_t bytes() const { return size * item_size(format); }
+
+    // Sets the shape, the strides (given in multiples of `unit` bytes) and the size.
+    template <class Integer>
+    bool set_axes(int count, const Integer* lengths, const Integer* steps, Py_ssize_t unit) {
+        if (count > max_axes) return false;
+        ndim = count;
+        size = is_complex ? 2 : 1;
+        for (int axis = 0; axis < count; ++axis) {
+            shape[axis] = lengths[axis];
+            strides[axis] = steps[axis] * unit;
+            size *= static_cast<std::size_t>(lengths[axis]);
+        }
+        return true;
+    }
 };
 
 inline bool same_shape(const Memory& a, const Memory& b) {
@@ -44,7 +60,7 @@ inline bool is_dense(const Memory& x) {
         expected *= x.shape[--axis];
     }
     if (axis == 0) return true;  // C order, the most frequent one
-    int axes[64], count = 0;
+    int axes[max_axes], count = 0;
     for (axis = 0; axis < x.ndim; ++axis) {
         if (x.shape[axis] == 0) return true;
         if (x.shape[axis] > 1) axes[count++] = axis;
@@ -105,13 +121,22 @@ inline bool is_writable(char* data, std::size_t bytes) {
     return true;
 }
 
-// The first fields of every numpy array: part of numpy's ABI (ndarraytypes.h).
+// The first fields of every numpy dtype: part of the ABI of numpy 1 and 2 (ndarraytypes.h).
+struct DtypeFields {
+    PyObject head;
+    PyTypeObject* scalar_type;
+    char kind, character, byte_order, unused;
+    int number;
+};
+
+// The first fields of every numpy array.
 struct ArrayFields {
     PyObject head;
     char* data;
     int ndim;
     Py_ssize_t *shape, *strides;
-    PyObject *base, *dtype;
+    PyObject* base;
+    DtypeFields* dtype;
     int flags;
 };
 
@@ -122,9 +147,10 @@ struct Span {
 
 inline void sort(std::vector<Span>& spans) {
     const auto before = [](const Span& a, const Span& b) { return a.start < b.start; };
-    // The arrays of most trees were allocated in order, so their memory is sorted already.
+    // The arrays of most trees were allocated in order, so their memory is sorted already, or
+    // consists of a few sorted runs, which a merge sort needs fewer comparisons for.
     if (!std::is_sorted(spans.begin(), spans.end(), before)) {
-        std::sort(spans.begin(), spans.end(), before);
+        std::stable_sort(spans.begin(), spans.end(), before);
     }
 }
 

@@ -42,6 +42,22 @@ PyObject* match(PyObject*, PyObject* args) {
     return matched < 0 ? nullptr : PyBool_FromLong(matched);
 }
 
+const char rebuild_doc[] =
+    "rebuild(tree, leaves, kinds, kind_of, others, keys)\n--\n\n"
+    "A tree with the same nodes and the leaves of an iterator. others(node, leaves) rebuilds the\n"
+    "kinds of nodes that are not rebuilt natively. If it raises, `keys` gets the path of the node.";
+
+PyObject* rebuild(PyObject*, PyObject* args) {
+    PyObject *tree, *leaves, *kinds, *kind_of, *others, *keys;
+    if (!PyArg_ParseTuple(args, "OOO!OOO!", &tree, &leaves, &PyDict_Type, &kinds, &kind_of, &others,
+                          &PyList_Type, &keys)) {
+        return nullptr;
+    }
+    if (PyIter_Check(leaves)) return Walk(kinds, kind_of, others, leaves).rebuild(tree, keys);
+    return call_python(PyErr_Format, PyExc_TypeError, "expected an iterator, got %R",
+                       Py_TYPE(leaves));
+}
+
 const char best_set_doc[] =
     "best_instruction_set()\n--\n\n"
     "The best supported instruction set: 0 baseline, 1 AVX2, 2 AVX-512.";
@@ -51,6 +67,7 @@ PyObject* best_instruction_set(PyObject*, PyObject*) { return PyLong_FromLong(be
 PyMethodDef methods[] = {
     {"collect", collect, METH_VARARGS, collect_doc},
     {"match", match, METH_VARARGS, match_doc},
+    {"rebuild", rebuild, METH_VARARGS, rebuild_doc},
     {"best_instruction_set", best_instruction_set, METH_NOARGS, best_set_doc},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -172,11 +172,15 @@ PyObject* prepare(PyObject* self, PyObject* arguments, PyObject* keywords) {
                 PyObject* index = PyList_GetItem(columns.indices, k);
                 i = index ? call_python(PyLong_AsSsize_t, index) : -1;
                 if (PyErr_Occurred()) return nullptr;
-            } else if (i + prefetch_distance < count) {  // a large tree does not fit into the cache
-                prefetch(PyList_GetItem(columns.ws, i + prefetch_distance));
-                prefetch(PyList_GetItem(columns.dcdws, i + prefetch_distance));
-                if (columns.velocities != Py_None) {
-                    prefetch(PyList_GetItem(columns.velocities, i + prefetch_distance));
+            } else {  // a large tree does not fit into the cache
+                for (PyObject* list : {columns.ws, columns.dcdws, columns.velocities}) {
+                    if (list == Py_None) continue;
+                    if (i + 2 * prefetch_distance < count) {
+                        prefetch(PyList_GetItem(list, i + 2 * prefetch_distance));
+                    }
+                    if (i + prefetch_distance < count) {
+                        prefetch(reader.next_read(PyList_GetItem(list, i + prefetch_distance)));
+                    }
                 }
             }
             const int added = add_leaf(plan, reader, columns, i);

@@ -1,4 +1,4 @@
-// Reads numpy arrays through the buffer protocol, torch tensors through DLPack, and rules by their
+// Reads numpy arrays by the fields of numpy's ABI, torch tensors through DLPack, and rules by their
 // fields.
 //
 // An array or rule that the kernel does not support (another type, memory layout or dtype,
@@ -16,11 +16,11 @@ namespace lars {
 class Reader {
 public:
     // Takes the arguments of Reader in _kernel.pyi; returns false with an exception set. `tensors`
-    // is None for arrays with the buffer protocol. For torch it is a tuple of the capsule of
-    // DLPack's exchange table and the methods untyped_storage, UntypedStorage.nbytes and
-    // .resizable, storage_offset and is_neg. `as_bits` views a bfloat16 array, which does not have
-    // the buffer protocol, as uint16. It is True if all uint16 arrays contain bfloat16 bits, and
-    // None if bfloat16 is not supported.
+    // is None for numpy arrays. For torch it is a tuple of the capsule of DLPack's exchange table
+    // and the methods untyped_storage, UntypedStorage.nbytes and .resizable, storage_offset and
+    // is_neg. `as_bits` views a bfloat16 array as uint16, and is called with arrays of types that
+    // numpy does not define itself. It is True if all uint16 arrays contain bfloat16 bits, and None
+    // if bfloat16 is not supported.
     bool open(PyObject* arguments, PyObject* keywords) {
         static const char* names[] = {"types",   "fields",  "make", "copy",
                                       "tensors", "as_bits", nullptr};
@@ -83,11 +83,11 @@ public:
     }
 
     // Reads an array; false if the kernel does not support it, or with an exception set if reading
-    // raised one. The caller releases `buffer` when it no longer uses the memory.
-    bool read(PyObject* x, bool writable, Memory& to, Py_buffer& buffer) const {
+    // raised one.
+    bool read(PyObject* x, bool writable, Memory& to) const {
         const bool is_read =
             has_supported_type(x) &&
-            (untyped_storage ? read_tensor(x, writable, to) : read_buffer(x, writable, to, buffer));
+            (untyped_storage ? read_tensor(x, writable, to) : read_array(x, writable, to));
         if (!is_read) {
             for (PyObject* expected : {PyExc_BufferError, PyExc_TypeError, PyExc_ValueError,
                                        PyExc_RuntimeError, PyExc_AttributeError}) {
@@ -96,6 +96,14 @@ public:
             return false;
         }
         return reinterpret_cast<std::uintptr_t>(to.data) % item_size(to.format) == 0;
+    }
+
+    // The memory outside of the object that `read` needs first, to prefetch it.
+    const void* next_read(PyObject* x) const {
+        if (!x || !has_supported_type(x)) return x;
+        // A tensor object begins with a pointer to the tensor.
+        if (untyped_storage) return *reinterpret_cast<void* const*>(x + 1);
+        return reinterpret_cast<const ArrayFields*>(x)->shape;  // the strides follow it
     }
 
     // Reads a writable array of one int64; false if it is not such an array.
@@ -117,60 +125,53 @@ private:
         return false;
     }
 
-    bool read_buffer(PyObject* x, bool writable, Memory& to, Py_buffer& buffer) const {
-        const int flags = PyBUF_STRIDES | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0);
-        bool are_bits = as_bits == Py_True;
-        if (call_python(PyObject_GetBuffer, x, &buffer, flags) != 0) {
-            if (as_bits == Py_None || are_bits || !PyErr_ExceptionMatches(PyExc_ValueError)) {
-                return false;
-            }
-            call_python(PyErr_Clear);
-            Owned bits(call_with(as_bits, x));
-            PyObject* viewed = bits;
-            if (!viewed || viewed == Py_None ||
-                call_python(PyObject_GetBuffer, viewed, &buffer, flags) != 0) {
-                return false;
-            }
-            are_bits = true;
-        }
-        const char* format = buffer.format ? buffer.format : "B";
-        to.is_complex = format[0] == 'Z';
-        if (to.is_complex) ++format;
-        if (format[0] == '\0' || format[1] != '\0') return false;
-        switch (format[0]) {
-            case 'e':
+    bool read_array(PyObject* x, bool writable, Memory& to) const {
+        const auto* fields = reinterpret_cast<const ArrayFields*>(x);
+        if (!find_format(x, fields->dtype, to)) return false;
+        to.data = fields->data;
+        to.item_bytes = static_cast<Py_ssize_t>(item_size(to.format) * (to.is_complex ? 2 : 1));
+        if (!to.set_axes(fields->ndim, fields->shape, fields->strides, 1)) return false;
+        if (!writable) return true;
+        const int writeable = 0x400, warns = static_cast<int>(1u << 31);  // NPY_ARRAY_WRITEABLE...
+        if ((fields->flags & (writeable | warns)) != writeable) return false;
+        return !to.size || owns_memory(fields) || is_writable(to.data, to.bytes());
+    }
+
+    // Sets the format of an array; false if the kernel does not support it.
+    bool find_format(PyObject* x, const DtypeFields* dtype, Memory& to) const {
+        to.is_complex = false;
+        if (dtype->byte_order != '=') return false;
+        switch (dtype->number) {
+            case 23:  // NPY_HALF
                 to.format = float16;
-                break;
-            case 'f':
+                return true;
+            case 14:  // NPY_CFLOAT
+                to.is_complex = true;
+                [[fallthrough]];
+            case 11:  // NPY_FLOAT
                 to.format = float32;
-                break;
-            case 'd':
+                return true;
+            case 15:  // NPY_CDOUBLE
+                to.is_complex = true;
+                [[fallthrough]];
+            case 12:  // NPY_DOUBLE
                 to.format = float64;
-                break;
-            case 'H':
-                to.format = bfloat16;
-                break;
-            default:
-                return false;
+                return true;
         }
-        if (to.format == bfloat16 && !are_bits) return false;  // uint16 numbers, not bfloat16 bits
-        if (buffer.ndim > 64) return false;
-        to.data = static_cast<char*>(buffer.buf);
-        to.item_bytes = buffer.itemsize;
-        to.size = buffer.len / item_size(to.format);
-        to.ndim = buffer.ndim;
-        to.shape = buffer.shape;
-        std::copy(buffer.strides, buffer.strides + buffer.ndim, to.strides);
-        return !writable || !buffer.len || owns_memory(x, buffer) ||
-               is_writable(to.data, buffer.len);
+        to.format = bfloat16;
+        const int uint16 = 4, first_user_type = 256;  // NPY_USHORT, NPY_USERDEF
+        if (as_bits == Py_True) return dtype->number == uint16;
+        if (as_bits == Py_None || dtype->number < first_user_type) return false;
+        Owned bits(call_with(as_bits, x));
+        PyObject* viewed = bits;
+        if (!viewed || !has_supported_type(viewed)) return false;
+        return reinterpret_cast<const ArrayFields*>(viewed)->dtype->number == uint16;
     }
 
     // Whether numpy allocated the memory of the array, or of its base if it is a view. Other memory
     // may be mapped read-only although numpy reports it as writable.
-    bool owns_memory(PyObject* x, const Py_buffer& buffer) const {
+    bool owns_memory(const ArrayFields* fields) const {
         const int owns_data = 4;  // NPY_ARRAY_OWNDATA
-        const auto* fields = reinterpret_cast<const ArrayFields*>(x);
-        if (fields->data != buffer.buf || fields->ndim != buffer.ndim) return false;
         while (fields->base) {
             if (!has_supported_type(fields->base)) return false;
             fields = reinterpret_cast<const ArrayFields*>(fields->base);
@@ -184,7 +185,7 @@ private:
         const int cpu = 1, real = 2, brain = 4;
         if (!api || sizeof(Py_ssize_t) != sizeof(std::int64_t)) return false;
         if (call_python(api->tensor_from_object, x, &tensor) != 0) return false;
-        if (tensor.device_type != cpu || tensor.vector_lanes != 1 || tensor.ndim > 64) return false;
+        if (tensor.device_type != cpu || tensor.vector_lanes != 1) return false;
         if (tensor.code == brain && tensor.bits == 16) {
             to.format = bfloat16;
         } else if (tensor.code == real && tensor.bits >= 16 && tensor.bits <= 64) {
@@ -195,13 +196,8 @@ private:
         to.is_complex = false;
         to.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
         to.item_bytes = tensor.bits / 8;
-        to.ndim = tensor.ndim;
-        to.shape = reinterpret_cast<const Py_ssize_t*>(tensor.shape);
-        to.size = 1;
-        for (int axis = tensor.ndim; axis-- > 0; to.size *= tensor.shape[axis]) {
-            const std::int64_t stride = tensor.strides ? tensor.strides[axis] : to.size;
-            to.strides[axis] = stride * to.item_bytes;
-        }
+        if (tensor.ndim && !tensor.strides) return false;
+        if (!to.set_axes(tensor.ndim, tensor.shape, tensor.strides, to.item_bytes)) return false;
         return to.size == 0 || (returns(Py_False, is_neg, x) && storage_holds(x, writable, to));
     }
 

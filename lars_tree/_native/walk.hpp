@@ -1,4 +1,5 @@
-// Walks over trees, equivalent to _collect_in_python and _match_in_python in _tree/structure.py.
+// Walks over trees, equivalent to _collect_in_python, _match_in_python and _fill in
+// _tree/structure.py.
 // _tree/nodes.py defines which objects are nodes.
 //
 // Dicts (also Containers), lists and tuples are walked here. All other nodes, and nodes that are
@@ -42,7 +43,29 @@ public:
         return match_children(node, kind, prefix, prefix_kind, exact, depth);
     }
 
+    // A new tree with the nodes of the given one, and with the values of the iterator `found` as
+    // leaves: a new reference, or null with an exception set. Then the path of the node that raised
+    // it is appended to the list `keys`, the innermost key first.
+    PyObject* rebuild(PyObject* node, PyObject* keys, int depth = 0) {
+        const long kind = kind_of_node(node);
+        if (kind < 0) return nullptr;
+        if (kind == leaf_kind) {
+            PyObject* leaf = call_python(PyIter_Next, found);
+            if (!leaf && !PyErr_Occurred()) call_python(PyErr_SetNone, PyExc_StopIteration);
+            return leaf;
+        }
+        if (kind == plain_dict_kind && depth < max_depth && is_trusted(Py_TYPE(node))) {
+            return rebuild_dict(node, keys, depth);
+        }
+        if (is_sequence(node) && depth < max_depth) return rebuild_sequence(node, keys, depth);
+        return rebuild_in_python(node);
+    }
+
 private:
+    PyObject* rebuild_in_python(PyObject* node) {
+        return call_python(PyObject_CallFunctionObjArgs, other_nodes, node, found, nullptr);
+    }
+
     long kind_of_node(PyObject* node) {
         PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(node));
         if (type == last_leaf_type) return leaf_kind;  // most nodes are leaves of one type
@@ -87,6 +110,59 @@ private:
             return true;
         }
         return Owned(call_python(PyObject_CallFunctionObjArgs, other_nodes, node, found, nullptr));
+    }
+
+    // Whether this is dict or a class of Containers, as in nodes.is_trusted.
+    bool is_trusted(PyTypeObject* type) {
+        auto* object = reinterpret_cast<PyObject*>(type);
+        if (type == &PyDict_Type || object == last_container_type) return true;
+        if (!call_python(PyObject_HasAttrString, object, "_lars_tree_make")) return false;
+        last_container_type.reset(Py_NewRef(object));
+        return true;
+    }
+
+    PyObject* rebuild_dict(PyObject* node, PyObject* keys, int depth) {
+        const CriticalSection lock(node);
+        PyTypeObject* type = Py_TYPE(node);
+        const auto make = reinterpret_cast<newfunc>(PyType_GetSlot(type, Py_tp_new));
+        Owned no_arguments(call_python(PyTuple_New, 0));
+        PyObject* arguments = no_arguments;
+        Owned made(arguments ? call_python(make, type, arguments, nullptr) : nullptr);
+        PyObject *filled = made, *key, *child;
+        if (filled && !PyDict_Check(filled)) return rebuild_in_python(node);
+        Py_ssize_t position = 0, seen = 0;
+        const Py_ssize_t size = PyDict_Size(node);
+        while (filled && PyDict_Next(node, &position, &key, &child)) {
+            if (seen++ == size) return raise_changed(), nullptr;
+            Owned held_key(Py_NewRef(key)), held(Py_NewRef(child));
+            Owned value(rebuild(child, keys, depth + 1));
+            PyObject* new_child = value;
+            if (!new_child) return call_python(PyList_Append, keys, key), nullptr;
+            if (call_python(PyDict_SetItem, filled, key, new_child) != 0) return nullptr;
+            if (PyDict_Size(node) != size) return raise_changed(), nullptr;
+        }
+        return Py_XNewRef(filled);
+    }
+
+    PyObject* rebuild_sequence(PyObject* node, PyObject* keys, int depth) {
+        const CriticalSection lock(node);
+        OwnedList values;
+        const Py_ssize_t size = PySequence_Size(node);
+        for (Py_ssize_t i = 0; i < size; ++i) {
+            Owned child(call_python(PySequence_GetItem, node, i));
+            Owned value(child ? rebuild(child, keys, depth + 1) : nullptr);
+            if (!value) {
+                Owned index(call_python(PyLong_FromSsize_t, i));
+                PyObject* key = index;
+                if (key) call_python(PyList_Append, keys, key);
+                return nullptr;
+            }
+            if (!values.append(value)) return nullptr;
+            if (PySequence_Size(node) != size) return raise_changed(), nullptr;
+        }
+        PyObject* list = values;
+        return list && PyTuple_CheckExact(node) ? call_python(PyList_AsTuple, list)
+                                                : Py_XNewRef(list);
     }
 
     int match_children(PyObject* node, long kind, PyObject* prefix, long prefix_kind, bool exact,
@@ -143,7 +219,7 @@ private:
     }
 
     PyObject *kinds, *kind_of, *other_nodes, *found;
-    Owned last_leaf_type;
+    Owned last_leaf_type, last_container_type;
 };
 
 }  // namespace lars

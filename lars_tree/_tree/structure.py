@@ -100,14 +100,12 @@ def rebuild(tree: T, new_leaves: Iterable[Leaf], argument: str = "tree", at: Pat
 
     Errors name the tree as `argument`; `at` is its path within that argument.
     """
-    return _rebuild(_fill, tree, new_leaves, argument, at)
+    fill = _fill if _native.in_use() is None else _fill_natively
+    return _rebuild(fill, tree, new_leaves, argument, at)
 
 
 def for_reading(tree: Tree, new_leaves: Iterable[Leaf]) -> Tree:
-    """Like `rebuild`, but for a result that is only read.
-
-    Nodes other than dict, list, tuple and Container become dicts or lists.
-    """
+    """`rebuild` for reading only: nodes of other types become dicts or lists."""
     return _rebuild(_fill_for_reading, tree, new_leaves, "w")
 
 
@@ -119,6 +117,8 @@ def _rebuild(
         new: T = rebuilding(argument, fill, tree, remaining, at=at)
     except StopIteration:
         raise changed(argument) from None
+    except RuntimeError as error:
+        raise _translated(error, argument) from None
     if next(remaining, NOTHING) is not NOTHING:
         raise changed(argument)
     return new
@@ -147,6 +147,15 @@ def paths(tree: Tree, count: int) -> list[Path]:
     if len(found) != count:
         raise changed()
     return found
+
+
+def _fill_natively(node: Tree, remaining: Iterator[Leaf]) -> Tree:
+    others = KINDS, kind_of, _fill, list[Hashable]()
+    try:
+        return _native.kernel.rebuild(node, remaining, *others)  # type: ignore[union-attr]
+    except nodes.CannotRebuild as error:
+        error.keys += others[-1]
+        raise
 
 
 def _fill(node: Tree, remaining: Iterator[Leaf]) -> Tree:

@@ -287,9 +287,9 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
 
     def _execute(self, inputs: ParameterRows, found_inf: Tensor | None) -> Any:
         """Take the step, unless `found_inf` is not 0. Returns whether it applies, see `Result`."""
-        if not inputs.rows:
+        if not inputs.params:
             return True
-        if inputs.first_steps and any(is_capturing(row[0].device) for row in inputs.rows):
+        if inputs.first_steps and any(is_capturing(p.device) for p in inputs.params):
             text = "The first step makes momentum buffers, which each replay of a captured graph"
             raise RuntimeError(f"{text} would set to zero: take one step before the capture")
         engine = inputs.engine(found_inf)
@@ -303,7 +303,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         with self._buffers_kept(inputs, lambda: done[0]):
             taken = execute(inputs.columns(), inputs.caller(engine, last)).taken
         if engine is not None and signature is not None:
-            step = engine.repeatable([row[1] for row in inputs.rows])
+            step = engine.repeatable(inputs.grads)
             self._last = None if step is None else Repeatable(signature, rules, step)
         return taken
 
@@ -315,10 +315,11 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         if last is None or last.signature != signature:
             return None
         by_id = {id(old): new for old, new in zip(last.rules, rules, strict=True)}
-        outs = [x for param, _, buffer, *_ in inputs.rows for x in (param, buffer) if x is not None]
+        pairs = zip(inputs.params, inputs.buffers, strict=True)
+        outs = [x for pair in pairs for x in pair if x is not None]
         step = last.step.again(by_id, outs)
         writes = Writes()
-        choices = [(i, row[3].nonfinite) for i, row in enumerate(inputs.rows)]
+        choices = [(i, rule.nonfinite) for i, rule in enumerate(inputs.rules)]
         bad, taken = engine.finish(step, choices, writes)
         if bad:  # `execute` raises the error
             return None
@@ -342,7 +343,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
             self._skipped += skips  # in place, so that each replay of a CUDA graph counts
             return
         inputs = gather(self, None if grad_scale is None else float(grad_scale))
-        if inputs.rows and not (found_inf is not None and found_inf):
+        if inputs.params and not (found_inf is not None and found_inf):
             counts = {name: np.zeros((), np.int64) for name in ("step", "skipped")}
             with self._buffers_kept(inputs, lambda: bool(counts["step"])):
                 execute(inputs.columns(counts), inputs.caller(None))

@@ -64,6 +64,12 @@ def make_vector(w):
     return np.empty_like(w) if w.ndim == 1 else raising()
 
 
+def make_and_reshape(w):
+    """Frees the memory of the old shape, as Python code that runs during a call may."""
+    w.resize((w.size, 1) if w.ndim == 1 else (w.size,), refcheck=False)
+    return np.empty_like(w)
+
+
 def with_bits(as_bits):
     bfloat16 = need("ml_dtypes").bfloat16
     return {**one_leaf(np.ones(4, bfloat16), np.ones(4, bfloat16)), "as_bits": as_bits}
@@ -100,8 +106,9 @@ STEPS = {
     "an axis of layers": (None, lambda: {"rules": [Rule(0.1, layer_axis=0)] * 3}),
     "make gives no array": (None, lambda: {"make": lambda w: "five"}),
     "make gives a strided array": (None, lambda: {"make": strided}),
+    "make reshapes w": (None, lambda: {"make": make_and_reshape}),
     "as_bits gives None": (None, lambda: with_bits(lambda x: None)),
-    "as_bits gives no buffer": (None, lambda: with_bits(lambda x: 5)),
+    "as_bits gives no array": (None, lambda: with_bits(lambda x: 5)),
     "as_bits gives another dtype": (None, lambda: with_bits(lambda x: x.view(np.uint8))),
     "make raises": (ValueError, lambda: {"make": raising}),
     "make raises for the second": (ValueError, lambda: {"make": make_vector}),

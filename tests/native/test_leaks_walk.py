@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from leaks import check, expecting, raising, returning
 
-from lars_tree import _native
-from lars_tree._tree import structure
+from lars_tree import Container, _native
+from lars_tree._tree import nodes, structure
 
 
 class Key:
@@ -115,11 +115,49 @@ def test_match_leaks_nothing(name):
     check(call(expected, lambda: walk(tree, prefix, **options)), given)
 
 
+def rebuilt(tree, leaves, kind_of=structure.kind_of, others=structure._fill):
+    def rebuild():
+        rest = structure.KINDS, kind_of, others, []
+        return _native.kernel.rebuild(tree, iter(leaves), *rest)
+
+    return rebuild
+
+
+def refusing(*_):
+    raise nodes.CannotRebuild("refused")
+
+
+REBUILDS = {
+    "tree": (None, make_tree, {}),
+    "leaf": (None, object, {}),
+    "container": (None, lambda: Container(a=[object(), ()], b={"c": object()}), {}),
+    "too few leaves": (StopIteration, make_tree, {"leaves": []}),
+    "the kind raises": (ValueError, lambda: [unknown()], {"kind_of": raising}),
+    "another node raises": (ValueError, make_tree, {"others": raising}),
+    "another node is refused": (
+        nodes.CannotRebuild,
+        lambda: {"a": [Other()]},
+        {"others": refusing},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REBUILDS)
+def test_rebuild_leaks_nothing(name):
+    expected, make, options = REBUILDS[name]
+    tree = make()
+    leaves = options.pop("leaves", [object() for _ in range(20)])
+    call = rebuilt(tree, leaves, **options)
+    check(expecting(expected, call) if expected else call, [*objects(tree), *leaves])
+
+
 def test_a_tree_that_is_changed_while_it_is_read_leaks_nothing():
     tree = {"a": [Other()], "b": object()}
     call = expecting(RuntimeError, lambda: walk(tree, others=changing(tree)))
     check(call, [tree, *tree.values()])
     call = expecting(RuntimeError, lambda: walk(tree, dict(tree), others=changing(tree)))
+    check(call, [tree, tree["a"], tree["b"]])
+    call = expecting(RuntimeError, rebuilt(tree, range(9), others=changing(tree)))
     check(call, [tree, tree["a"], tree["b"]])
 
 
