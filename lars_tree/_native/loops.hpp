@@ -6,9 +6,9 @@
 // same bits. This requires compilation without contraction of a * b + c (-ffp-contract=off) and
 // without -ffast-math.
 //
-// For most types, computing in double is exact enough. Two types need more: bfloat16 is computed in
-// float where that provably gives the same bits, and float64 results that overflow are recomputed
-// from scaled inputs.
+// For most types, computing in double is exact enough. float64 results that overflow are recomputed
+// from scaled inputs. Without momentum, float16 and bfloat16 are computed in float where that
+// provably gives the same bits.
 
 #include "vectors.hpp"
 
@@ -90,61 +90,72 @@ LARS_TARGET void apply(const double* w, const G* dcdw, double* out, std::size_t 
     apply_wide_range(w + start, dcdw + start, out + start, size - start, coefficients);
 }
 
-// bfloat16 is computed in float where that gives the same bits as double. The rounding errors of
-// float add up to less than `error`. If both ends of the interval result +- error round to the same
-// bfloat16, so does the result in double. Otherwise, or if the interval is not finite, the block is
-// computed in double.
-struct Trial {
-    std::uint32_t bits;   // the upper half is the result, unless there is doubt
-    std::uint32_t doubt;  // the upper half is 0 if both ends round to the same bfloat16
-    std::uint32_t error;
+// float16 and bfloat16 are computed in float where that gives the same bits as double. The rounding
+// errors of float add up to less than `error`. If both ends of the interval result +- error round
+// to the same number, so does the result in double. Otherwise, or if the interval is not finite,
+// the block is computed in double.
+struct Interval {
+    Floats low, high;
+    Words error;
 };
 
-LARS_TARGET inline Trial try_in_float(float weight, float gradient, float weight_factor,
-                                      float gradient_coefficient) {
+LARS_TARGET LARS_INLINE Interval interval(Floats weight, Floats gradient, float weight_factor,
+                                          float gradient_coefficient) {
     const float relative = 4.76837158203125e-07f, absolute = 1e-39f;  // 2^-21; above 2^-130
     weight = weight_factor * weight;
-    float step = gradient_coefficient * gradient;
-    float error = (std::fabs(weight) + std::fabs(step)) * relative + absolute;
-    float result = weight - step;
-    std::uint32_t low = bit_cast<std::uint32_t>(result - error) + 0x8000u;
-    std::uint32_t high = bit_cast<std::uint32_t>(result + error) + 0x8000u;
-    return {low, low ^ high, bit_cast<std::uint32_t>(error)};
+    const Floats step = gradient_coefficient * gradient, result = weight - step;
+    const Floats error = (magnitude(weight) + magnitude(step)) * relative + absolute;
+    return {result - error, result + error, as_words(error)};
 }
 
-// Elements are read in pairs, as words of 32 bits: this needs fewer shuffles than reading single
-// elements.
-LARS_TARGET inline void apply(const Bfloat16* w, const Bfloat16* dcdw, Bfloat16* out,
-                              std::size_t size, const Coefficients& coefficients) {
+template <class T>
+LARS_TARGET LARS_INLINE bool try_in_float(const T* w, const T* dcdw, T (&results)[block],
+                                          float weight_factor, float gradient_coefficient) {
+    Words doubt = {}, error = {};
+    for (std::size_t i = 0; i < block; i += sizeof(Words) / sizeof(T)) {
+        const FloatPair weight = load_floats(w + i), gradient = load_floats(dcdw + i);
+        const Interval one =
+            interval(weight.one, gradient.one, weight_factor, gradient_coefficient);
+        const Interval other =
+            interval(weight.other, gradient.other, weight_factor, gradient_coefficient);
+        const Words low = rounded(w, {one.low, other.low});
+        doubt |= low ^ rounded(w, {one.high, other.high});
+        error = larger(error, larger(one.error, other.error));
+        std::memcpy(results + i, &low, sizeof low);
+    }
+    return !any(doubt | ((error + 0x00800000u) & 0x80000000u));  // as in are_finite
+}
+
+template <class T>
+LARS_TARGET void apply_in_float(const T* w, const T* dcdw, T* out, std::size_t size,
+                                const Coefficients& coefficients) {
     const float weight_factor = static_cast<float>(coefficients.weight_factor());
     const float gradient_coefficient = static_cast<float>(coefficients.gradient);
-    const std::uint32_t upper = 0xffff0000u, infinite = 0x7f800000u;
     const bool in_range = 1e-30f < std::fabs(weight_factor) && std::fabs(weight_factor) < 1e30f &&
                           1e-30f < gradient_coefficient && gradient_coefficient < 1e30f;
     std::size_t start = 0;
     for (; in_range && size - start >= block; start += block) {
-        std::uint32_t weights[block / 2], gradients[block / 2], doubt = 0, error = 0;
-        std::memcpy(weights, w + start, sizeof weights);
-        std::memcpy(gradients, dcdw + start, sizeof gradients);
-        for (std::size_t i = 0; i < block / 2; ++i) {
-            Trial one = try_in_float(bit_cast<float>(weights[i] & upper),
-                                     bit_cast<float>(gradients[i] & upper), weight_factor,
-                                     gradient_coefficient);
-            Trial other =
-                try_in_float(bit_cast<float>(weights[i] << 16), bit_cast<float>(gradients[i] << 16),
-                             weight_factor, gradient_coefficient);
-            doubt |= one.doubt | other.doubt;
-            error = std::max(error, std::max(one.error, other.error));
-            weights[i] = (one.bits & upper) | (other.bits >> 16);
-        }
-        if ((doubt & upper) || error >= infinite) {
-            apply_in_double(w + start, dcdw + start, out + start, block, coefficients);
+        T results[block];
+        if (try_in_float(w + start, dcdw + start, results, weight_factor, gradient_coefficient)) {
+            std::memcpy(out + start, results, sizeof results);
         } else {
-            std::memcpy(out + start, weights, sizeof weights);
+            apply_in_double(w + start, dcdw + start, out + start, block, coefficients);
         }
     }
     apply_in_double(w + start, dcdw + start, out + start, size - start, coefficients);
 }
+
+LARS_TARGET inline void apply(const Bfloat16* w, const Bfloat16* dcdw, Bfloat16* out,
+                              std::size_t size, const Coefficients& coefficients) {
+    apply_in_float(w, dcdw, out, size, coefficients);
+}
+
+#ifdef LARS_VECTORS
+LARS_TARGET inline void apply(const Float16* w, const Float16* dcdw, Float16* out, std::size_t size,
+                              const Coefficients& coefficients) {
+    apply_in_float(w, dcdw, out, size, coefficients);
+}
+#endif
 
 template <class T, class G>
 LARS_TARGET void apply(const void* w, const void* dcdw, void* out, std::size_t size,

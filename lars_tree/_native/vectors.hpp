@@ -87,9 +87,18 @@ LARS_TARGET LARS_INLINE void store(double* out, Doubles x) {
     _mm256_storeu_pd(out, x.low);
     _mm256_storeu_pd(out + 4, x.high);
 }
+
+typedef float Floats __attribute__((vector_size(32)));
+typedef std::uint32_t Words __attribute__((vector_size(32)));
+
+LARS_TARGET LARS_INLINE bool any(Words x) { return !_mm256_testz_si256((__m256i)x, (__m256i)x); }
 #else
 const std::size_t width = 1;
 typedef double Doubles;
+typedef float Floats;
+typedef std::uint32_t Words;
+
+inline bool any(Words x) { return x != 0; }
 
 template <class T>
 LARS_INLINE Doubles load(const T* x) {
@@ -110,3 +119,48 @@ struct Padded {
 
     T x[width] = {};
 };
+
+LARS_TARGET LARS_INLINE Floats as_floats(Words x) {
+    Floats floats;
+    std::memcpy(&floats, &x, sizeof x);
+    return floats;
+}
+
+LARS_TARGET LARS_INLINE Words as_words(Floats x) {
+    Words words;
+    std::memcpy(&words, &x, sizeof x);
+    return words;
+}
+
+LARS_TARGET LARS_INLINE Floats magnitude(Floats x) { return as_floats(as_words(x) & 0x7fffffffu); }
+
+LARS_TARGET LARS_INLINE Words larger(Words x, Words y) { return x > y ? x : y; }
+
+// Elements of 16 bits as floats, in any order. bfloat16 are read in pairs, as words of 32 bits:
+// this needs fewer shuffles than reading single elements.
+struct FloatPair {
+    Floats one, other;
+};
+
+LARS_TARGET LARS_INLINE FloatPair load_floats(const Bfloat16* x) {
+    Words words;
+    std::memcpy(&words, x, sizeof words);
+    return {as_floats(words & 0xffff0000u), as_floats(words << 16)};
+}
+
+// Rounds to the nearest bfloat16, but ties away from 0.
+LARS_TARGET LARS_INLINE Words rounded(const Bfloat16*, FloatPair x) {
+    return ((as_words(x.one) + 0x8000u) & 0xffff0000u) | ((as_words(x.other) + 0x8000u) >> 16);
+}
+
+#ifdef LARS_VECTORS
+LARS_TARGET LARS_INLINE FloatPair load_floats(const Float16* x) {
+    return {_mm256_cvtph_ps(load_halves(x)), _mm256_cvtph_ps(load_halves(x + width))};
+}
+
+LARS_TARGET LARS_INLINE Words rounded(const Float16*, FloatPair x) {
+    const int nearest = _MM_FROUND_TO_NEAREST_INT;
+    return (Words)_mm256_set_m128i(_mm256_cvtps_ph(x.other, nearest),
+                                   _mm256_cvtps_ph(x.one, nearest));
+}
+#endif
