@@ -159,8 +159,7 @@ LARS_TARGET LARS_INLINE FloatPair load_floats(const Float16* x) {
 }
 
 LARS_TARGET LARS_INLINE Words rounded(const Float16*, FloatPair x) {
-    const int nearest = _MM_FROUND_TO_NEAREST_INT;
-    return (Words)_mm256_set_m128i(_mm256_cvtps_ph(x.other, nearest),
-                                   _mm256_cvtps_ph(x.one, nearest));
+    return (Words)_mm256_set_m128i(_mm256_cvtps_ph(x.other, _MM_FROUND_TO_NEAREST_INT),
+                                   _mm256_cvtps_ph(x.one, _MM_FROUND_TO_NEAREST_INT));
 }
 #endif
