@@ -7,6 +7,7 @@ test_threads.py tests threads.
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -246,20 +247,26 @@ def test_instruction_sets_and_threads_give_the_same_bits(w, g, joint):
         assert np.isfinite(new[0]).any()
 
 
+HALVES = pytest.mark.parametrize("name", ["float16", "bfloat16"])
+
+
 @pytest.mark.parametrize("instruction_set", SETS)
 @pytest.mark.parametrize("factor", [1, 3, -1])
-def test_bfloat16_near_the_midpoints_between_neighbours(factor, instruction_set):
+@HALVES
+def test_halves_near_the_midpoints_between_neighbours(name, factor, instruction_set):
     """w - lr * g is a midpoint (j is None), or differs from a midpoint by 2**-j of half an ulp."""
-    bits = np.arange(2**16, dtype=np.uint16)
-    w = bits.view(dtype_of("bfloat16"))
-    # The largest power of two up to |w|, but at least 2**-126, with the sign of w.
-    g = np.maximum(bits & 0x7F80, 0x80) | (bits & 0x8000)
+    bits, stored = np.arange(2**16, dtype=np.uint16), FORMATS[name][1]
+    w = bits.view(dtype_of(name))
+    # The largest power of two up to |w|, but at least the smallest normal number, with the sign
+    # of w.
+    g = np.maximum(bits & (0x8000 - 2**stored), 2**stored) | (bits & 0x8000)
     g = (g.astype(np.uint16) ^ (0x8000 if factor < 0 else 0)).view(w.dtype)
-    tie = np.isfinite(w) & ((bits & 0x7F) > 1)  # below a power of two the ulp is half as large
+    # Below a power of two the ulp is half as large.
+    tie = np.isfinite(w) & ((bits & (2**stored - 1)) > 1)
     for j in (*range(1, 31), 40, 52, None):
         for sign in (-1, 1):
             off = 0 if j is None else sign * 2.0**-j
-            lr = abs(factor) * 2.0**-8 * (1 + off)
+            lr = abs(factor) * 2.0 ** -(stored + 1) * (1 + off)
             options = {"adapt": False, "instruction_set": instruction_set}
             actual = by_kernel(w, g, lr, **options)
             assert_identical(actual, without_kernel(w, g, lr, adapt=False))
@@ -269,11 +276,12 @@ def test_bfloat16_near_the_midpoints_between_neighbours(factor, instruction_set)
 
 @pytest.mark.parametrize("instruction_set", SETS)
 @pytest.mark.parametrize("spread", [0, 3, 300])
-def test_bfloat16_over_the_whole_range(spread, instruction_set):
+@HALVES
+def test_halves_over_the_whole_range(name, spread, instruction_set):
     rng = np.random.default_rng(spread)
     for level in (0.01, 0.2, 0.5, 0.8, 0.99):
-        w, g = (random_array(rng, "bfloat16", (40_001,), level, spread) for _ in range(2))
-        w[:5] = [0.0, -0.0, 1e-40, -1e-40, 3e38]
+        w, g = (random_array(rng, name, (40_001,), level, spread) for _ in range(2))
+        w[:5] = [0.0, -0.0, *((1e-40, -1e-40, 3e38) if name == "bfloat16" else (6e-8, -6e-8, 6e4))]
         for lr, decay in ((0.1, 0.0), (rng.random(), 1e-4), (1.0, 0.0), (1e-28, 0.1), (30.0, 1e29)):
             options = {"decay_lambda": decay, "adapt": bool(rng.integers(2))}
             actual = by_kernel(w, g, lr, instruction_set=instruction_set, **options)
@@ -281,32 +289,43 @@ def test_bfloat16_over_the_whole_range(spread, instruction_set):
 
 
 @pytest.mark.parametrize("instruction_set", SETS)
-@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+@HALVES
 def test_every_16_bit_number_is_read_and_written_exactly(name, instruction_set):
     w = np.arange(2**16, dtype=np.uint16).view(dtype_of(name))
-    for lr in (0.0, 0.5):
-        options = {"adapt": False, "instruction_set": instruction_set}
-        assert_identical(by_kernel(w, np.zeros_like(w), lr, **options), w)
+    nan = {"float16": 0x7E00, "bfloat16": 0x7FC0}[name]
+    for lr, g_name in itertools.product((0.0, 0.5), (name, "float32", "float64")):
+        g = np.zeros(w.shape, dtype_of(g_name))
+        new = by_kernel(w, g, lr, adapt=False, instruction_set=instruction_set)
+        assert_identical(new, w)
+        assert (new.view(np.uint16)[np.isnan(w)] == nan).all()
     wide = w[np.isfinite(w)].astype(np.float64)
     read = by_kernel(np.copysign(0, wide), -w[np.isfinite(w)], 1.0, adapt=False)
     assert_identical(read, wide)
+
+
+def near_midpoints(name):
+    """Doubles: all numbers of a format (some of float32) and their midpoints, and beside these."""
+    total, _ = FORMATS[name]
+    most = np.arange(2 ** (total - 1), step=2 ** (total - 16)).astype(f"u{total // 8}")
+    values = most.view(dtype_of(name))
+    values = values[np.isfinite(values)].astype(np.float64)
+    largest = 2 * values[-1] - values[-2]  # the next number, if there were no limit
+    middle = (values + np.append(values[1:], largest)) / 2
+    x = np.concatenate([values, middle, np.nextafter(middle, 0), np.nextafter(middle, np.inf)])
+    return np.concatenate([x, -x])
+
+
+def rounded(x, name):
+    with np.errstate(over="ignore"):
+        return x.astype(name) if name != "bfloat16" else bfloat16.encode(x).view(dtype_of(name))
 
 
 @pytest.mark.parametrize("instruction_set", SETS)
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float32"])
 def test_doubles_are_rounded_once_to_nearest_even(name, instruction_set):
     rng = np.random.default_rng(5)
-    total, _ = FORMATS[name]
-    most = np.arange(2 ** (total - 1), step=2 ** (total - 16)).astype(f"u{total // 8}")
-    values = most.view(dtype_of(name))
-    values = values[np.isfinite(values)].astype(np.float64)
-    middle = (values[1:] + values[:-1]) / 2
-    x = np.concatenate([values, middle, np.nextafter(middle, 0), np.nextafter(middle, np.inf)])
-    x = np.concatenate(
-        [x, -x, *(random_array(rng, "float64", (30_000,), 0.5, s) for s in (20, 2000))]
-    )
-    w = np.copysign(0, x).astype(dtype_of(name))
-    with np.errstate(over="ignore"):
-        expected = x.astype(name) if name != "bfloat16" else bfloat16.encode(x).view(w.dtype)
+    more = [random_array(rng, "float64", (30_000,), 0.5, spread) for spread in (20, 2000)]
+    x = np.concatenate([near_midpoints(name), *more, [np.inf, -np.inf]])
+    w = rounded(np.copysign(0, x), name)
     actual = by_kernel(w, -x, 1.0, adapt=False, instruction_set=instruction_set)
-    assert_identical(actual, expected)
+    assert_identical(actual, rounded(x, name))

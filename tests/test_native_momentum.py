@@ -21,8 +21,10 @@ from test_native import (
     WAYS,
     arrays,
     dtype_of,
+    near_midpoints,
     patched,
     random_array,
+    rounded,
     watched,
 )
 
@@ -157,6 +159,18 @@ def test_instruction_sets_and_threads_give_the_same_bits(names, rule):
         assert_same_step(by_kernel(w, g, None, v, **one), expected)
         new, moving = [x.copy() for x in w], [x.copy() for x in v]
         assert_same_step(by_kernel(new, g, new, moving, **one), expected)
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32"])
+def test_both_results_are_rounded_once_to_nearest_even(name, instruction_set):
+    x = np.concatenate([near_midpoints(name), [np.inf, -np.inf]])
+    w = rounded(np.copysign(0, x), name)
+    v = np.full(x.shape, -0.0, np.float32)  # -0 + x is x, also if x is a zero
+    options = {"adapt": False, "momentum": 0.5, "instruction_set": instruction_set}
+    new, moved, _ = by_kernel(w, -x, None, v, 1.0, **options)
+    assert_identical(new, rounded(x, name))
+    assert_identical(moved, rounded(-x, "float32"))
 
 
 @pytest.mark.parametrize("level", [0.0, 0.1, 0.5, 0.9, 1.0])

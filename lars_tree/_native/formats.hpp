@@ -61,45 +61,50 @@ inline float read(Float16 x) {
 
 // All ones if the condition is true, else 0. Values are selected by masks, because compilers turn
 // conditional expressions into branches.
-inline std::uint64_t mask(bool condition) { return -static_cast<std::uint64_t>(condition); }
+inline std::uint32_t mask(bool condition) { return -static_cast<std::uint32_t>(condition); }
 
-// Rounds x to nearest, ties to even, to a format of `Bits` significant bits whose smallest normal
-// number is 2^Smallest. Results beyond the largest number of the format stay finite.
-template <int Bits, int Smallest>
-inline double round_to(double x) {
-    const int dropped = 53 - Bits;
-    const std::uint64_t one = 1, sign = one << 63;
+// Rounds x to `Bits` significant bits: a result that is not exact becomes odd. It can be rounded
+// again, to two bits less, as if x were rounded once.
+template <int Bits>
+inline double round_to_odd(double x) {
+    const std::uint64_t dropped = (std::uint64_t{1} << (53 - Bits)) - 1;
     const std::uint64_t bits = bit_cast<std::uint64_t>(x);
-    std::uint64_t even = (bits >> dropped) & 1;
-    std::uint64_t normal = (bits + even + ((one << (dropped - 1)) - 1)) & ~((one << dropped) - 1);
-    // The last bit of this double has the value of the last bit of the subnormal numbers.
-    const double anchor = 1.5 * bit_cast<double>((one * (1023 + Smallest + dropped)) << 52);
-    std::uint64_t subnormal = bit_cast<std::uint64_t>((x + anchor) - anchor);
-    const std::int64_t smallest = (std::int64_t{1023} + Smallest) << 52;
-    std::uint64_t is_small = mask(static_cast<std::int64_t>(bits & ~sign) < smallest);
-    return bit_cast<double>((subnormal & is_small) | (normal & ~is_small) | (bits & sign));
+    // Unless all bits that are dropped are 0, this sum carries into the last bit that is kept.
+    return bit_cast<double>((bits | ((bits & dropped) + dropped)) & ~dropped);
+}
+
+// Significands have 8 bits (bfloat16) and 11 bits (float16), so 10 and 13 bits are rounded again.
+// With as few bits as that, the conversion to float is exact for all numbers that do not become 0
+// or infinity, subnormal ones too.
+const int bfloat16_bits = 10, float16_bits = 13;
+
+// Shifts to the right by `Bits`, rounds to nearest, ties to even.
+template <int Bits>
+inline std::uint32_t shift_and_round(std::uint32_t bits) {
+    return (bits + ((bits >> Bits) & 1) + ((1u << (Bits - 1)) - 1)) >> Bits;
 }
 
 inline void write(double& out, double x) { out = x; }
 inline void write(float& out, double x) { out = static_cast<float>(x); }
 
+// All NaN become the same.
 inline void write(Bfloat16& out, double x) {
-    std::uint32_t bits = bit_cast<std::uint32_t>(static_cast<float>(round_to<8, -126>(x)));
-    std::uint32_t is_nan = static_cast<std::uint32_t>(mask(x != x));
-    out.bits = static_cast<std::uint16_t>(((bits >> 16) & ~is_nan) | (0x7fc0u & is_nan));
+    std::uint32_t bits =
+        bit_cast<std::uint32_t>(static_cast<float>(round_to_odd<bfloat16_bits>(x)));
+    std::uint32_t is_nan = mask(x != x);
+    bits = (shift_and_round<16>(bits) & ~is_nan) | (0x7fc0u & is_nan);
+    out.bits = static_cast<std::uint16_t>(bits);
 }
 
 inline void write(Float16& out, double x) {
-    float value = static_cast<float>(round_to<11, -14>(x));
-    std::uint32_t bits = bit_cast<std::uint32_t>(value);
+    std::uint32_t bits = bit_cast<std::uint32_t>(static_cast<float>(round_to_odd<float16_bits>(x)));
     std::uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
     // The bits of value * 2^-112 are the bits of the float16, shifted left by 13.
     float scaled = bit_cast<float>(magnitude) * 1.925929944387236e-34f;
-    std::uint32_t half = bit_cast<std::uint32_t>(scaled) >> 13;
-    std::uint32_t is_large = static_cast<std::uint32_t>(mask(magnitude >= 0x47800000u));  // 65,536
-    std::uint32_t is_nan = static_cast<std::uint32_t>(mask(x != x));
-    half = (((half & ~is_large) | (0x7c00u & is_large)) & ~is_nan) | (0x7e00u & is_nan);
-    out.bits = static_cast<std::uint16_t>(half | sign);
+    std::uint32_t half = shift_and_round<13>(bit_cast<std::uint32_t>(scaled));
+    std::uint32_t is_large = mask(magnitude >= 0x47800000u), is_nan = mask(x != x);  // 65,536
+    half = (((half & ~is_large) | (0x7c00u & is_large) | sign) & ~is_nan) | (0x7e00u & is_nan);
+    out.bits = static_cast<std::uint16_t>(half);
 }
 
 }  // namespace lars

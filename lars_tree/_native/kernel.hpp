@@ -38,6 +38,7 @@
 #include <vector>
 
 #if defined(__GNUC__) && defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #define LARS_X86
 #endif
@@ -121,30 +122,33 @@ struct Loops {
 #define LARS_INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
+// Compilers do not inline all functions of vectors.
+#if defined(__GNUC__)
+#define LARS_INLINE inline __attribute__((always_inline))
+#else
+#define LARS_INLINE inline
+#endif
+
 namespace baseline {
 #define LARS_TARGET
-#define LARS_MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
 #include "loops.hpp"
-#undef LARS_MULTIPLY_ADD
 #undef LARS_TARGET
 }  // namespace baseline
 
 #ifdef LARS_X86
-#define LARS_FOURS
-#define LARS_MULTIPLY_ADD __builtin_fma
+#define LARS_VECTORS
 namespace avx2 {
-#define LARS_TARGET __attribute__((target("avx2,fma")))
+#define LARS_TARGET __attribute__((target("avx2,fma,f16c")))
 #include "loops.hpp"
 #undef LARS_TARGET
 }  // namespace avx2
 
 namespace avx512 {
-#define LARS_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
+#define LARS_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")))
 #include "loops.hpp"
 #undef LARS_TARGET
 }  // namespace avx512
-#undef LARS_MULTIPLY_ADD
-#undef LARS_FOURS
+#undef LARS_VECTORS
 #endif
 
 enum InstructionSet { baseline_set, avx2_set, avx512_set };
@@ -153,6 +157,8 @@ enum InstructionSet { baseline_set, avx2_set, avx512_set };
 inline InstructionSet best_set() {
 #ifdef LARS_X86
     __builtin_cpu_init();
+    unsigned eax, ebx, ecx = 0, edx;  // not all compilers know "f16c" as a name
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & bit_F16C)) return baseline_set;
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
         return avx512_set;

@@ -6,9 +6,11 @@
 // same bits. This requires compilation without contraction of a * b + c (-ffp-contract=off) and
 // without -ffast-math.
 //
-// For most types, the obvious loop in double is exact enough and is vectorized. Three types need
-// more: float is handled four elements at a time, bfloat16 is computed in float where that provably
-// gives the same bits, and float64 results that overflow are recomputed from scaled inputs.
+// For most types, computing in double is exact enough. float64 results that overflow are recomputed
+// from scaled inputs. Without momentum, float16 and bfloat16 are computed in float where that
+// provably gives the same bits.
+
+#include "vectors.hpp"
 
 #include "sums.hpp"
 
@@ -35,42 +37,25 @@ inline void apply_wide_range(const T* w, const G* dcdw, T* out, std::size_t size
     }
 }
 
-#ifdef LARS_FOURS
-// Four elements at a time, in double. Compilers would vectorize the loop over eight elements at a
-// time, and splitting and joining the vectors would take longer than the arithmetic.
-typedef __m256d Four;
-
-LARS_TARGET inline Four read_four(const float* x) { return _mm256_cvtps_pd(_mm_loadu_ps(x)); }
-
-LARS_TARGET inline void write_four(float* out, Four x) { _mm_storeu_ps(out, _mm256_cvtpd_ps(x)); }
-
-LARS_TARGET inline std::size_t apply_fours(const float* w, const float* dcdw, float* out,
-                                           std::size_t size, double weight_factor,
-                                           double gradient_coefficient) {
-    std::size_t i = 0;
-    for (; i + 4 <= size; i += 4) {
-        write_four(out + i,
-                   weight_factor * read_four(w + i) - gradient_coefficient * read_four(dcdw + i));
-    }
-    return i;
-}
-#endif
-
-// Returns the number of elements that were computed four at a time: 0 for types other than float.
 template <class T, class G>
-inline std::size_t apply_fours(const T*, const G*, T*, std::size_t, double, double) {
-    return 0;
+LARS_TARGET LARS_INLINE void step_in_double(const T* w, const G* dcdw, T* out, double weight_factor,
+                                            double gradient_coefficient) {
+    store(out, weight_factor * load(w) - gradient_coefficient * load(dcdw));
 }
 
 template <class T, class G>
 LARS_TARGET void apply_in_double(const T* w, const G* dcdw, T* out, std::size_t size,
                                  const Coefficients& coefficients) {
-    const double weight_factor = coefficients.weight_factor();
-    const double gradient_coefficient = coefficients.gradient;
-    const std::size_t done = apply_fours(w, dcdw, out, size, weight_factor, gradient_coefficient);
+    const double weight_factor = coefficients.weight_factor(), gradient = coefficients.gradient;
+    const std::size_t rest = size % width, end = size - rest;
     LARS_INDEPENDENT
-    for (std::size_t i = done; i < size; ++i) {
-        write(out[i], weight_factor * read(w[i]) - gradient_coefficient * read(dcdw[i]));
+    for (std::size_t i = 0; i < end; i += width) {
+        step_in_double(w + i, dcdw + i, out + i, weight_factor, gradient);
+    }
+    if (rest) {
+        Padded<T> last(w + end, rest);
+        step_in_double(last.x, Padded<G>(dcdw + end, rest).x, last.x, weight_factor, gradient);
+        last.copy_to(out + end, rest);
     }
 }
 
@@ -80,92 +65,98 @@ LARS_TARGET void apply(const T* w, const G* dcdw, T* out, std::size_t size,
     apply_in_double(w, dcdw, out, size, coefficients);
 }
 
-// The sign bit of the result is set if x is infinite or NaN: adding one to an exponent of all ones
-// carries into the sign bit.
-LARS_TARGET inline std::uint64_t sign_if_not_finite(double x) {
+// Adding one to an exponent of all ones, which infinity and NaN have, carries into the sign bit.
+LARS_TARGET inline bool are_finite(const double (&x)[block]) {
     const std::uint64_t infinite = std::uint64_t{0x7ff} << 52, last_bit = infinite & -infinite;
-    return (bit_cast<std::uint64_t>(x) & infinite) + last_bit;
+    std::uint64_t signs = 0;
+    for (double item : x) signs |= (bit_cast<std::uint64_t>(item) & infinite) + last_bit;
+    return !(signs >> 63);
 }
 
 // float64 results may overflow, so each block of results is checked before it is written.
 template <class G>
 LARS_TARGET void apply(const double* w, const G* dcdw, double* out, std::size_t size,
                        const Coefficients& coefficients) {
-    const double weight_factor = coefficients.weight_factor();
-    const double gradient_coefficient = coefficients.gradient;
     std::size_t start = 0;
     for (; size - start >= block; start += block) {
         double results[block];
-        std::uint64_t overflows = 0;
-        for (std::size_t i = 0; i < block; ++i) {
-            results[i] =
-                weight_factor * w[start + i] - gradient_coefficient * read(dcdw[start + i]);
-            overflows |= sign_if_not_finite(results[i]);
-        }
-        if (overflows >> 63) {
-            apply_wide_range(w + start, dcdw + start, out + start, block, coefficients);
-        } else {
+        apply_in_double(w + start, dcdw + start, results, block, coefficients);
+        if (are_finite(results)) {
             std::memcpy(out + start, results, sizeof results);
+        } else {
+            apply_wide_range(w + start, dcdw + start, out + start, block, coefficients);
         }
     }
     apply_wide_range(w + start, dcdw + start, out + start, size - start, coefficients);
 }
 
-// bfloat16 is computed in float where that gives the same bits as double. The rounding errors of
-// float add up to less than `error`. If both ends of the interval result +- error round to the same
-// bfloat16, so does the result in double. Otherwise, or if the interval is not finite, the block is
-// computed in double.
-struct Trial {
-    std::uint32_t bits;   // the upper half is the result, unless there is doubt
-    std::uint32_t doubt;  // the upper half is 0 if both ends round to the same bfloat16
-    std::uint32_t error;
+// float16 and bfloat16 are computed in float where that gives the same bits as double. The rounding
+// errors of float add up to less than `error`. If both ends of the interval result +- error round
+// to the same number, so does the result in double. Otherwise, or if the interval is not finite,
+// the block is computed in double.
+struct Interval {
+    Floats low, high;
+    Words error;
 };
 
-LARS_TARGET inline Trial try_in_float(float weight, float gradient, float weight_factor,
-                                      float gradient_coefficient) {
-    const float relative = 4.76837158203125e-07f, absolute = 1e-39f;  // 2^-21; above 2^-130
+LARS_TARGET LARS_INLINE Interval interval(Floats weight, Floats gradient, float weight_factor,
+                                          float gradient_coefficient) {
+    // Each product is rounded twice, the difference and the ends once: 4 * 2^-24, and some more.
+    const float relative = 2.98023224e-07f, absolute = 1e-39f;  // 5 * 2^-24; above 2^-130
     weight = weight_factor * weight;
-    float step = gradient_coefficient * gradient;
-    float error = (std::fabs(weight) + std::fabs(step)) * relative + absolute;
-    float result = weight - step;
-    std::uint32_t low = bit_cast<std::uint32_t>(result - error) + 0x8000u;
-    std::uint32_t high = bit_cast<std::uint32_t>(result + error) + 0x8000u;
-    return {low, low ^ high, bit_cast<std::uint32_t>(error)};
+    const Floats step = gradient_coefficient * gradient, result = weight - step;
+    const Floats error = (magnitude(weight) + magnitude(step)) * relative + absolute;
+    return {result - error, result + error, as_words(error)};
 }
 
-// Elements are read in pairs, as words of 32 bits: this needs fewer shuffles than reading single
-// elements.
-LARS_TARGET inline void apply(const Bfloat16* w, const Bfloat16* dcdw, Bfloat16* out,
-                              std::size_t size, const Coefficients& coefficients) {
+template <class T>
+LARS_TARGET LARS_INLINE bool try_in_float(const T* w, const T* dcdw, T (&results)[block],
+                                          float weight_factor, float gradient_coefficient) {
+    Words doubt = {}, error = {};
+    for (std::size_t i = 0; i < block; i += sizeof(Words) / sizeof(T)) {
+        const FloatPair weight = load_floats(w + i), gradient = load_floats(dcdw + i);
+        const Interval one =
+            interval(weight.one, gradient.one, weight_factor, gradient_coefficient);
+        const Interval other =
+            interval(weight.other, gradient.other, weight_factor, gradient_coefficient);
+        const Words low = rounded(w, {one.low, other.low});
+        doubt |= low ^ rounded(w, {one.high, other.high});
+        error = larger(error, larger(one.error, other.error));
+        std::memcpy(results + i, &low, sizeof low);
+    }
+    return !any(doubt | ((error + 0x00800000u) & 0x80000000u));  // as in are_finite
+}
+
+template <class T>
+LARS_TARGET void apply_in_float(const T* w, const T* dcdw, T* out, std::size_t size,
+                                const Coefficients& coefficients) {
     const float weight_factor = static_cast<float>(coefficients.weight_factor());
     const float gradient_coefficient = static_cast<float>(coefficients.gradient);
-    const std::uint32_t upper = 0xffff0000u, infinite = 0x7f800000u;
     const bool in_range = 1e-30f < std::fabs(weight_factor) && std::fabs(weight_factor) < 1e30f &&
                           1e-30f < gradient_coefficient && gradient_coefficient < 1e30f;
     std::size_t start = 0;
     for (; in_range && size - start >= block; start += block) {
-        std::uint32_t weights[block / 2], gradients[block / 2], doubt = 0, error = 0;
-        std::memcpy(weights, w + start, sizeof weights);
-        std::memcpy(gradients, dcdw + start, sizeof gradients);
-        for (std::size_t i = 0; i < block / 2; ++i) {
-            Trial one = try_in_float(bit_cast<float>(weights[i] & upper),
-                                     bit_cast<float>(gradients[i] & upper), weight_factor,
-                                     gradient_coefficient);
-            Trial other =
-                try_in_float(bit_cast<float>(weights[i] << 16), bit_cast<float>(gradients[i] << 16),
-                             weight_factor, gradient_coefficient);
-            doubt |= one.doubt | other.doubt;
-            error = std::max(error, std::max(one.error, other.error));
-            weights[i] = (one.bits & upper) | (other.bits >> 16);
-        }
-        if ((doubt & upper) || error >= infinite) {
-            apply_in_double(w + start, dcdw + start, out + start, block, coefficients);
+        T results[block];
+        if (try_in_float(w + start, dcdw + start, results, weight_factor, gradient_coefficient)) {
+            std::memcpy(out + start, results, sizeof results);
         } else {
-            std::memcpy(out + start, weights, sizeof weights);
+            apply_in_double(w + start, dcdw + start, out + start, block, coefficients);
         }
     }
     apply_in_double(w + start, dcdw + start, out + start, size - start, coefficients);
 }
+
+LARS_TARGET inline void apply(const Bfloat16* w, const Bfloat16* dcdw, Bfloat16* out,
+                              std::size_t size, const Coefficients& coefficients) {
+    apply_in_float(w, dcdw, out, size, coefficients);
+}
+
+#ifdef LARS_VECTORS
+LARS_TARGET inline void apply(const Float16* w, const Float16* dcdw, Float16* out, std::size_t size,
+                              const Coefficients& coefficients) {
+    apply_in_float(w, dcdw, out, size, coefficients);
+}
+#endif
 
 template <class T, class G>
 LARS_TARGET void apply(const void* w, const void* dcdw, void* out, std::size_t size,
@@ -187,22 +178,23 @@ struct WeightAndVelocity {
     Number w, velocity;
 };
 
-// Mirrors `increment` and `apply_momentum` of _numerics/formula.py, for one number or four.
+// Mirrors `increment` and `apply_momentum` of _numerics/formula.py. Number is double or Doubles.
 template <class Number>
-LARS_TARGET inline WeightAndVelocity<Number> momentum_step(Number w, Number dcdw, Number velocity,
-                                                           const Coefficients& coefficients,
-                                                           const MomentumOptions& options) {
+LARS_TARGET LARS_INLINE WeightAndVelocity<Number> momentum_step(Number w, Number dcdw,
+                                                                Number velocity,
+                                                                const Coefficients& coefficients,
+                                                                const MomentumOptions& options) {
     Number u = coefficients.gradient * dcdw;
-    if (coefficients.decays) u += coefficients.decay * w;
+    if (coefficients.decays) u = u + coefficients.decay * w;
     velocity = options.momentum * velocity + u;
     const Number direction = options.nesterov ? u + options.momentum * velocity : velocity;
     return {w - options.lr_after_momentum * direction, velocity};
 }
 
 template <class T, class G, class V>
-inline void apply_momentum_wide_range(const T* w, const G* dcdw, V* velocity, T* out,
-                                      std::size_t size, const Coefficients& coefficients,
-                                      const MomentumOptions& options) {
+LARS_TARGET void apply_momentum_wide_range(const T* w, const G* dcdw, V* velocity, T* out,
+                                           std::size_t size, const Coefficients& coefficients,
+                                           const MomentumOptions& options) {
     const auto scaled = [&coefficients](double gradient, int change) {
         const int exponent = coefficients.exponent + change;
         return exponent ? std::ldexp(gradient, exponent) : gradient;
@@ -221,41 +213,41 @@ inline void apply_momentum_wide_range(const T* w, const G* dcdw, V* velocity, T*
     }
 }
 
-#ifdef LARS_FOURS
-// The options are passed by value: with a reference, compilers would reload them after each write.
-LARS_TARGET inline std::size_t apply_momentum_fours(const float* w, const float* dcdw,
-                                                    float* velocity, float* out, std::size_t size,
-                                                    Coefficients coefficients,
-                                                    MomentumOptions options) {
-    std::size_t i = 0;
-    for (; i + 4 <= size; i += 4) {
-        const auto result = momentum_step(read_four(w + i), read_four(dcdw + i),
-                                          read_four(velocity + i), coefficients, options);
-        write_four(velocity + i, result.velocity);
-        write_four(out + i, result.w);
-    }
-    return i;
-}
-#endif
-
 template <class T, class G, class V>
-inline std::size_t apply_momentum_fours(const T*, const G*, V*, T*, std::size_t, Coefficients,
-                                        MomentumOptions) {
-    return 0;
+LARS_TARGET LARS_INLINE void momentum_step_in_double(const T* w, const G* dcdw, const V* velocity,
+                                                     V* new_velocity, T* out,
+                                                     const Coefficients& coefficients,
+                                                     const MomentumOptions& options) {
+    const auto result = momentum_step(load(w), load(dcdw), load(velocity), coefficients, options);
+    store(new_velocity, result.velocity);
+    store(out, result.w);
+}
+
+// The options are passed by value: with a reference, compilers would reload them after each write.
+template <class T, class G, class V>
+LARS_TARGET void apply_momentum_in_double(const T* w, const G* dcdw, const V* velocity,
+                                          V* new_velocity, T* out, std::size_t size,
+                                          Coefficients coefficients, MomentumOptions options) {
+    const std::size_t rest = size % width, end = size - rest;
+    LARS_INDEPENDENT
+    for (std::size_t i = 0; i < end; i += width) {
+        momentum_step_in_double(w + i, dcdw + i, velocity + i, new_velocity + i, out + i,
+                                coefficients, options);
+    }
+    if (rest) {
+        Padded<T> last(w + end, rest);
+        Padded<V> last_velocity(velocity + end, rest);
+        momentum_step_in_double(last.x, Padded<G>(dcdw + end, rest).x, last_velocity.x,
+                                last_velocity.x, last.x, coefficients, options);
+        last_velocity.copy_to(new_velocity + end, rest);
+        last.copy_to(out + end, rest);
+    }
 }
 
 template <class T, class G, class V>
 LARS_TARGET void apply_momentum(const T* w, const G* dcdw, V* velocity, T* out, std::size_t size,
                                 const Coefficients& coefficients, const MomentumOptions& options) {
-    const std::size_t done =
-        apply_momentum_fours(w, dcdw, velocity, out, size, coefficients, options);
-    LARS_INDEPENDENT
-    for (std::size_t i = done; i < size; ++i) {
-        auto result = momentum_step<double>(read(w[i]), read(dcdw[i]), read(velocity[i]),
-                                            coefficients, options);
-        write(velocity[i], result.velocity);
-        write(out[i], result.w);
-    }
+    apply_momentum_in_double(w, dcdw, velocity, velocity, out, size, coefficients, options);
 }
 
 template <class G>
@@ -265,20 +257,14 @@ LARS_TARGET void apply_momentum(const double* w, const G* dcdw, double* velocity
     std::size_t start = 0;
     for (; size - start >= block; start += block) {
         double weights[block], velocities[block];
-        std::uint64_t overflows = 0;
-        for (std::size_t i = 0; i < block; ++i) {
-            auto result = momentum_step<double>(w[start + i], read(dcdw[start + i]),
-                                                velocity[start + i], coefficients, options);
-            weights[i] = result.w;
-            velocities[i] = result.velocity;
-            overflows |= sign_if_not_finite(result.w);  // set too if the velocity is not finite
-        }
-        if (overflows >> 63) {
-            apply_momentum_wide_range(w + start, dcdw + start, velocity + start, out + start, block,
-                                      coefficients, options);
-        } else {
+        apply_momentum_in_double(w + start, dcdw + start, velocity + start, velocities, weights,
+                                 block, coefficients, options);
+        if (are_finite(weights)) {  // then the velocity is finite too
             std::memcpy(velocity + start, velocities, sizeof velocities);
             std::memcpy(out + start, weights, sizeof weights);
+        } else {
+            apply_momentum_wide_range(w + start, dcdw + start, velocity + start, out + start, block,
+                                      coefficients, options);
         }
     }
     apply_momentum_wide_range(w + start, dcdw + start, velocity + start, out + start, size - start,

@@ -4,14 +4,21 @@
 // The elements of an array form rows of 16, and lane i sums the squares of the i-th elements. All
 // lanes do the same operations, so they become vector instructions.
 
-// Adds the squares of four rows to the lanes, row by row. The product of two numbers shorter than
-// double is exact in double, so LARS_MULTIPLY_ADD gives the same bits with and without FMA.
+// The product of two numbers shorter than double is exact in double, so FMA gives the same bits.
+LARS_TARGET LARS_INLINE double add_square(double x, double sum) {
+#ifdef LARS_VECTORS
+    return __builtin_fma(x, x, sum);
+#else
+    return x * x + sum;
+#endif
+}
+
+// Adds the squares of four rows to the lanes, row by row.
 template <class T>
 LARS_TARGET inline void add_squares(const T* rows, LaneSums& sums) {
     for (int row = 0; row < group_rows; ++row) {
         for (int lane = 0; lane < lanes; ++lane) {
-            const double x = read(rows[row * lanes + lane]);
-            sums.high[lane] = LARS_MULTIPLY_ADD(x, x, sums.high[lane]);
+            sums.high[lane] = add_square(read(rows[row * lanes + lane]), sums.high[lane]);
         }
     }
 }
