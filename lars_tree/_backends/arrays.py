@@ -38,12 +38,16 @@ class NamespaceOps:
 
     def norm(self, x: NativeArray, layer_axis: int | None) -> NativeArray:
         """The 2-norm over all axes but layer_axis, with keepdims; its derivative at 0 is 0."""
-        squares = self.xp.real(x) ** 2 + self.xp.imag(x) ** 2 if self.is_complex(x) else x * x
-        total = self.sum(squares, _other_axes(x, layer_axis))
+        total = self.squares(x, layer_axis)
         positive = total > 0
         root = self.xp.sqrt(self.xp.where(positive, total, self.one(total)))
         # The derivative of sqrt at 0 is infinite; the derivative of this expression is 0.
         return self.xp.where(positive, root, total)
+
+    def squares(self, x: NativeArray, layer_axis: int | None) -> NativeArray:
+        """The sum of squares over all axes but layer_axis, with keepdims."""
+        squares = self.xp.real(x) ** 2 + self.xp.imag(x) ** 2 if self.is_complex(x) else x * x
+        return self.sum(squares, _other_axes(x, layer_axis))
 
     def largest(self, x: NativeArray, layer_axis: int | None) -> NativeArray:
         return self.max(self.xp.abs(self.constant(x)), _other_axes(x, layer_axis))
