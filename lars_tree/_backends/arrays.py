@@ -31,6 +31,11 @@ class NamespaceOps:
     def norms(self, w: NativeArray, dcdw: NativeArray, layer_axis: int | None) -> tuple[Norm, Norm]:
         return self.scaled_norm(w, layer_axis), self.scaled_norm(dcdw, layer_axis)
 
+    def unscaled_norms(
+        self, w: NativeArray, dcdw: NativeArray, layer_axis: int | None
+    ) -> tuple[NativeArray, NativeArray]:
+        return self.norm(w, layer_axis), self.norm(dcdw, layer_axis)
+
     def scaled_norm(self, x: NativeArray, layer_axis: int | None) -> Norm:
         """The norm of x, computed from x scaled to a largest magnitude of about 1."""
         scale = self.power_of_two(self.largest(x, layer_axis))
@@ -126,6 +131,25 @@ class ArraysBackend(Backend):
     def namespace(self, x: NativeArray) -> Any:
         return self.ops.xp
 
+    def bits(self, x: NativeArray) -> int:
+        """The number of bits of a real number, or of a part of a complex number."""
+        bits: int = 8 * x.dtype.itemsize
+        return bits // 2 if self.ops.is_complex(x) else bits
+
+    def is_in_range(self, w: NativeArray, dcdw: NativeArray, rule: Rule) -> bool:
+        """Whether a step of these arrays in double needs no scaling: see `formula.step`."""
+        if max(self.bits(w), self.bits(dcdw)) > 32:
+            return False
+        names = (*formula.NUMBERS, *formula.MOMENTUM_NUMBERS)
+        return all(self._is_moderate(getattr(rule, name)) for name in names)
+
+    def _is_moderate(self, option: Any) -> bool:
+        if isinstance(option, float):
+            return formula.is_moderate(option)
+        if isinstance(option, np.ndarray):
+            return all(map(formula.is_moderate, option.flat))
+        return self.bits(option) <= 32
+
     def step(
         self, w: NativeArray, dcdw: NativeArray, rule: Rule, velocity: NativeArray | None = None
     ) -> StepResult:
@@ -135,7 +159,9 @@ class ArraysBackend(Backend):
         wide = None if velocity is None else self.widen(velocity, w)
         ops = self.ops.over(formula.mesh_axes(rule))
         with np.errstate(all="ignore"):  # for libraries that are based on numpy
-            new = formula.step(ops, *self._widened(w, dcdw, rule), wide)
+            given = self._widened(w, dcdw, rule)
+            in_range = self.bits(given[0]) >= 64 and self.is_in_range(w, dcdw, rule)
+            new = formula.step(ops, *given, wide, in_range)
         return StepResult(
             self.narrow(new[0], w), None if velocity is None else self.narrow(new[1], velocity)
         )
