@@ -68,8 +68,7 @@ class NamespaceOps:
         return x / (2 * mantissa)
 
     def upper_half(self, x: NativeArray) -> NativeArray:
-        finfo = getattr(self.xp, "finfo", np.finfo)  # Dask has the dtypes of numpy
-        bits = 1 - round(math.log2(float(finfo(x.dtype).eps)))
+        bits = 1 - round(math.log2(float(self.xp.finfo(x.dtype).eps)))
         spread = x * (2.0 ** ((bits + 1) // 2) + 1)  # Veltkamp
         return spread - (spread - x)
 

@@ -8,9 +8,9 @@ chunk, given the norms of the whole layer. With `joint_norm`, the largest elemen
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import dask
 import dask.array as da
@@ -18,7 +18,7 @@ import numpy as np
 from dask.utils import funcname
 
 from lars_tree._backends import dask_chunks as chunks
-from lars_tree._backends.arrays import ArraysBackend, NamespaceOps
+from lars_tree._backends.arrays import ArraysBackend
 from lars_tree._backends.base import Facts, StepResult, Values, kind_of_numpy
 from lars_tree._backends.memory import NumpyArray
 from lars_tree._numerics import formula
@@ -32,7 +32,7 @@ class DaskBackend(ArraysBackend):
     """Lazy arrays; an update does not compute them."""
 
     name = "dask"
-    ops = NamespaceOps(da)
+    ops = chunks.Ops(da)
 
     def facts(self, x: da.Array) -> Facts:
         return Facts(x.shape, kind_of_numpy(x.dtype), x.dtype, None)
@@ -76,11 +76,13 @@ class DaskBackend(ArraysBackend):
         if 0 in w.shape:
             return StepResult(self.copy(w, rule.stop_gradients), velocity)
         leaf = _Leaf(w, dcdw, rule)
-        given = leaf.norms(leaf.rule) if rule.adapt else {}
+        in_range = self.is_in_range(w, dcdw, rule)
+        given = leaf.norms(leaf.rule, in_range) if rule.adapt else {}
+        if velocity is not None:
+            leaf.arrays["velocity"] = leaf.aligned(velocity)
+        both = leaf.map(partial(chunks.step, leaf.rule, in_range), **given)
         if velocity is None:
-            return StepResult(leaf.map(chunks.step, leaf.rule, **given))
-        leaf.arrays["velocity"] = leaf.aligned(velocity)
-        both = leaf.map(chunks.step, leaf.rule, **given)
+            return StepResult(both)
         return StepResult(_item(both, 0, w), _item(both, 1, velocity))
 
     def measure_leaf(self, w: da.Array, dcdw: da.Array, rule: Rule) -> Measured:
@@ -119,7 +121,7 @@ class _Leaf:
         names = (*formula.NUMBERS, *formula.MOMENTUM_NUMBERS)
         given = {name: getattr(rule, name) for name in names}
         given = {name: da.asarray(x) for name, x in given.items() if not isinstance(x, float)}
-        self.rule = rule._replace(**dict.fromkeys(given))
+        self.rule: Rule = rule._replace(**cast(Any, dict.fromkeys(given)))
         self.numbers: Arrays = {name: self.aligned(x) for name, x in given.items()}
         self.arrays: Arrays = {"w": w, "dcdw": self.aligned(dcdw), **self.numbers}
 
@@ -129,20 +131,20 @@ class _Leaf:
         wanted = tuple(own if own == (1,) else of_w for own, of_w in pairs)
         return x if x.chunks == wanted else x.rechunk(wanted)
 
-    def norms(self, rule: Rule) -> Arrays:
-        """The norms of each layer and, for a joint gradient, the largest magnitudes."""
+    def norms(self, rule: Rule, in_range: bool = False) -> Arrays:
+        """What a step needs to know of its layers: norms, and largest magnitudes for `joint`."""
         given: Arrays = {}
-        if formula.is_joint(rule):
-            found = self.map(chunks.largest, rule)
+        if formula.is_joint(rule) and not in_range:
+            found = self.map(partial(chunks.largest, rule))
             given["largest"] = self._combined(found, chunks.largest_of, chunks.largest_of)
-        squares = self.map(chunks.squares, rule, **given)
+        squares = self.map(partial(chunks.squares, rule, in_range), **given)
         return {**given, "norms": self._combined(squares, chunks.squares_of, chunks.norms_of)}
 
-    def map(self, function: Callable[..., Any], rule: Rule, **given: da.Array) -> da.Array:
+    def map(self, function: partial[Any], **given: da.Array) -> da.Array:
         """Call a function for each chunk, with what is given for its layers."""
         layers = {name: (x, self.layer) for name, x in given.items()}
         arrays = {name: (x, self.axes[self.w.ndim - x.ndim :]) for name, x in self.arrays.items()}
-        return _map(partial(function, rule), self.axes, {**arrays, **layers}, self.w)
+        return _map(function, self.axes, {**arrays, **layers}, self.w)
 
     def measured(self, given: Arrays) -> Measured:
         """The norms and ratios of each layer, from what is given for it."""
@@ -176,7 +178,7 @@ class _Leaf:
 def _map(
     function: Callable[..., Any],
     axes: tuple[int, ...],
-    arrays: dict[str, tuple[da.Array, tuple[int, ...]]],
+    arrays: Mapping[str, tuple[da.Array, tuple[int, ...]]],
     like: Any,
 ) -> da.Array:
     """Call a function for each chunk, with the chunks of the arrays, given with their axes.

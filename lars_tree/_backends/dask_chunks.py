@@ -7,7 +7,7 @@ supports these protocols, such as CuPy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,14 @@ Chunk = Any
 _MODERATE = (2.0**-200, 2.0**200)
 
 
-class _ChunkOps(NamespaceOps):
+class Ops(NamespaceOps):
+    """The functions of numpy or dask.array."""
+
+    def is_complex(self, x: Any) -> bool:
+        return bool(x.dtype.kind == "c")
+
+
+class _ChunkOps(Ops):
     """Operations on a chunk; the norms and largest magnitudes of whole layers are given.
 
     Args:
@@ -32,12 +39,17 @@ class _ChunkOps(NamespaceOps):
         norms: The results of `norms`, in the order of the calls.
     """
 
-    def __init__(self, largest: Any = (), *norms: tuple[Norm, Norm]) -> None:
+    def __init__(self, largest: Any = (), *norms: Iterable[Norm]) -> None:
         super().__init__(np)
         self._largest, self._norms = iter(largest), iter(norms)
 
     def norms(self, w: Chunk, dcdw: Chunk, layer_axis: int | None) -> tuple[Norm, Norm]:
-        return next(self._norms)
+        w_norm, dcdw_norm = next(self._norms)
+        return w_norm, dcdw_norm
+
+    def unscaled_norms(self, w: Chunk, dcdw: Chunk, layer_axis: int | None) -> tuple[Chunk, Chunk]:
+        w_norm, dcdw_norm = self.norms(w, dcdw, layer_axis)
+        return w_norm.scaled, dcdw_norm.scaled
 
     def largest(self, x: Chunk, layer_axis: int | None) -> Chunk:
         return next(self._largest)
@@ -49,7 +61,7 @@ class _ChunkOps(NamespaceOps):
         return np.where(a > b, a, b)
 
     def like(self, number: Any, x: Chunk) -> Any:
-        return number
+        return x.real.dtype.type(number) if isinstance(number, (int, float)) else number
 
     def one(self, x: Chunk) -> Any:
         return x.dtype.type(1)
@@ -76,7 +88,7 @@ def largest(rule: Rule, w: Chunk, dcdw: Chunk, **numbers: Chunk) -> Chunk:
 
 
 def _largest(x: Chunk, layer_axis: int | None) -> Chunk:
-    ops = NamespaceOps(np)
+    ops = Ops(np)
     # An empty chunk has no maximum; its sum is 0.
     return ops.largest(x, layer_axis) if x.size else ops.norm(x, layer_axis)
 
@@ -86,18 +98,20 @@ def largest_of(chunks: Any, axis: Any, keepdims: bool) -> Chunk:
 
 
 @np.errstate(all="ignore")
-def squares(rule: Rule, w: Chunk, dcdw: Chunk, largest: Any = (), **numbers: Chunk) -> Chunk:
+def squares(
+    rule: Rule, in_range: bool, w: Chunk, dcdw: Chunk, largest: Any = (), **numbers: Chunk
+) -> Chunk:
     """The sums of squares of w and of the gradient in a chunk: for both, the sum and its scale."""
     w, dcdw, rule = _widened(rule, w, dcdw, numbers)
-    dcdw, _ = formula.joint(_ChunkOps(largest), w, dcdw, rule)
-    return np.stack([_scaled_squares(x, rule.layer_axis) for x in (w, dcdw)], 1)
+    dcdw, _ = formula.joint(_ChunkOps(largest), w, dcdw, rule, in_range)
+    return np.stack([_scaled_squares(x, rule.layer_axis, in_range) for x in (w, dcdw)], 1)
 
 
-def _scaled_squares(x: Chunk, layer_axis: int | None) -> Chunk:
-    """The sum of squares of x / scale, and the scale, a power of two."""
-    ops = NamespaceOps(np)
+def _scaled_squares(x: Chunk, layer_axis: int | None, in_range: bool) -> Chunk:
+    """The sum of squares of x / scale, and the scale, a power of two: 1 if x is in range."""
+    ops = Ops(np)
     total = ops.squares(x, layer_axis)
-    if ((total > _MODERATE[0]) & (total < _MODERATE[1])).all():
+    if in_range or ((total > _MODERATE[0]) & (total < _MODERATE[1])).all():
         return np.stack([total, np.ones_like(total)])
     scale = ops.power_of_two(_largest(x, layer_axis))
     return np.stack([ops.squares(x / scale, layer_axis), scale])
@@ -127,6 +141,7 @@ def same(chunk: Chunk, axis: Any, keepdims: bool) -> Chunk:
 @np.errstate(all="ignore")
 def step(
     rule: Rule,
+    in_range: bool,
     w: Chunk,
     dcdw: Chunk,
     norms: Any = None,
@@ -137,7 +152,7 @@ def step(
     """The new weights of a chunk, or a tuple of the new weights and the new velocity."""
     wide = _widened(rule, w, dcdw, numbers)
     moving = None if velocity is None else widen(velocity)
-    new_w, new_velocity = formula.step(_ChunkOps(largest, norms), *wide, moving)
+    new_w, new_velocity = formula.step(_ChunkOps(largest, norms), *wide, moving, in_range)
     new_w = new_w.astype(w.dtype)
     return new_w if velocity is None else (new_w, new_velocity.astype(velocity.dtype))
 
