@@ -121,9 +121,10 @@ def _scaled_squares(x: Chunk, layer_axis: int | None, in_range: bool) -> Chunk:
 def squares_of(chunks: Any, axis: Any, keepdims: bool) -> Chunk:
     """Add up results of `squares`."""
     totals, scales = np.stack(list(flatten([chunks])), 1)
-    scale = np.max(np.where(totals == 0, 0, scales), axis=0)
+    scales = np.where(totals == 0, 0, scales)
+    scale = np.max(scales, axis=0)
     scale = np.where(scale == 0, 1, scale)
-    factors = scales / scale
+    factors = scales / scale  # not squared, as 0 times an infinite sum would be NaN
     return np.stack([np.sum(totals * factors * factors, axis=0), scale])
 
 
