@@ -22,11 +22,12 @@ from lars_tree._backends.arrays import ArraysBackend
 from lars_tree._backends.base import Columns, Leaf, StepResult, StepResults, Writes
 from lars_tree._backends.cpu import twin
 from lars_tree._backends.memory import NumpyArray
-from lars_tree._backends.torch import multi_tensor, sharded, stand_ins, tensors
+from lars_tree._backends.torch import differentiable, multi_tensor, sharded, stand_ins, tensors
 from lars_tree._backends.torch.addresses import NUMPY_TYPES, Address, bits, bytes_needed, view
 from lars_tree._backends.torch.reader import READER, may_read
 from lars_tree._backends.torch.shards import Shards
 from lars_tree._backends.torch.transfers import is_capturing
+from lars_tree._numerics import formula
 from lars_tree._numerics.formula import Measured
 
 if TYPE_CHECKING:
@@ -215,9 +216,25 @@ class TorchBackend(ArraysBackend):
 
     def _arrays(self, leaf: Leaf) -> StepResult:
         stops = leaf.rule.stop_gradients
+        if self._is_differentiated_eagerly(leaf):
+            numbers = self.widened_numbers(leaf.w, leaf.rule)
+            return StepResult(differentiable.step(leaf.w, leaf.dcdw, numbers))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not stops):
             new = self.step(leaf.w, leaf.dcdw, leaf.rule, leaf.velocity)
         return StepResult(*(x if x is None or not stops else x.detach() for x in new))
+
+    def _is_differentiated_eagerly(self, leaf: Leaf) -> bool:
+        """Whether `differentiable.step` supports a leaf: most leaves without momentum."""
+        w, dcdw, rule = leaf.w, leaf.dcdw, leaf.rule
+        if rule.stop_gradients or leaf.velocity is not None or rule.layer_axis is not None:
+            return False
+        if w.shape != dcdw.shape or formula.is_joint(rule) or not w.is_cpu or not w.numel():
+            return False
+        given = (w, dcdw, *(x for x in rule if isinstance(x, (Tensor, np.ndarray))))
+        if any(x.ndim for x in given[2:]) or not self.is_in_range(w, dcdw, rule):
+            return False
+        xs = [x for x in given if isinstance(x, Tensor)]
+        return all(map(_has_memory, xs)) and not any(map(_has_tangent, xs))
 
     def all_finite(self, xs: list[Tensor]) -> Any:
         flags = [sharded.whole(torch.isfinite(x.detach()).all()) for x in xs]
