@@ -169,18 +169,14 @@ class ArraysBackend(Backend):
         self, w: NativeArray, dcdw: NativeArray, rule: Rule
     ) -> tuple[NativeArray, NativeArray, Rule]:
         """The arguments in the dtype in which the step is computed; dcdw gets the shape of w."""
-        dcdw = self.ops.xp.broadcast_to(self.widen(dcdw, w), w.shape)
-        return self.widen(w, w), dcdw, self.widened_numbers(w, rule)
-
-    def widened_numbers(self, w: NativeArray, rule: Rule) -> Rule:
-        """The rule with all arrays in the dtype in which the step of w is computed."""
         names = (*formula.NUMBERS, *formula.MOMENTUM_NUMBERS)
         values = {name: getattr(rule, name) for name in names}
         numbers: dict[str, Any] = {
             name: value if isinstance(value, float) else self.widen(value, w)
             for name, value in values.items()
         }
-        return rule._replace(**numbers)
+        dcdw = self.ops.xp.broadcast_to(self.widen(dcdw, w), w.shape)
+        return self.widen(w, w), dcdw, rule._replace(**numbers)
 
     def measure_leaf(self, w: NativeArray, dcdw: NativeArray, rule: Rule) -> Measured:
         """The norms and ratios of the step of one leaf."""

@@ -227,8 +227,10 @@ def step(
     """
     dcdw, rule = joint(ops, w, dcdw, rule, in_range)
     decays = not is_zero(rule.decay_lambda)
-    if in_range:
-        gradient_coefficient, decay_coefficient = unscaled_coefficients(ops, w, dcdw, rule)
+    if rule.adapt and in_range:
+        unscaled = ops.unscaled_norms(w, dcdw, rule.layer_axis)
+        ratio = trust_ratio(*unscaled, rule, ops.where, ops.like(1, unscaled[0]))
+        gradient_coefficient, decay_coefficient = coefficients(ratio, rule)
     elif rule.adapt:
         norms = ops.norms(w, dcdw, rule.layer_axis)
         dcdw = dcdw / norms[1].scale
@@ -245,14 +247,6 @@ def step(
     if velocity is None:
         return apply_step(*terms), None
     return apply_momentum(w, velocity, increment(*terms), rule)
-
-
-def unscaled_coefficients(ops: Ops, w: Any, dcdw: Any, rule: Rule) -> tuple[Any, Any]:
-    """The coefficients of dcdw and of w in u, if no norm is out of range."""
-    if not rule.adapt:
-        return coefficients(1, rule)
-    norms = ops.unscaled_norms(w, dcdw, rule.layer_axis)
-    return coefficients(trust_ratio(*norms, rule, ops.where, ops.like(1, norms[0])), rule)
 
 
 def scaled_coefficients(

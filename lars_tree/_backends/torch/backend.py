@@ -27,7 +27,6 @@ from lars_tree._backends.torch.addresses import NUMPY_TYPES, Address, bits, byte
 from lars_tree._backends.torch.reader import READER, may_read
 from lars_tree._backends.torch.shards import Shards
 from lars_tree._backends.torch.transfers import is_capturing
-from lars_tree._numerics import formula
 from lars_tree._numerics.formula import Measured
 
 if TYPE_CHECKING:
@@ -151,7 +150,7 @@ class TorchBackend(ArraysBackend):
         elsewhere: list[tuple[Leaf, StepResult]] = []
         for i, leaf in enumerate(leaves):
             if not self._steps_in_memory(leaf):
-                results[i] = writes.result(leaf, self._arrays(leaf))
+                results[i] = writes.result(leaf, self._tracked(leaf))
                 continue
             results[i] = tensors.targets(leaf)
             if leaf.w.device.type == "cpu" and not sharded.is_sharded(leaf.w):
@@ -214,27 +213,17 @@ class TorchBackend(ArraysBackend):
             return not any(isinstance(x, Tensor) for x in options)
         return sharded.is_sharded(w) or all(x.ndim == 0 for x in options)
 
-    def _arrays(self, leaf: Leaf) -> StepResult:
+    def _tracked(self, leaf: Leaf) -> StepResult:
+        """The step by operations that autograd, torch.func and modes can follow."""
         stops = leaf.rule.stop_gradients
-        if self._is_differentiated_eagerly(leaf):
-            numbers = self.widened_numbers(leaf.w, leaf.rule)
-            return StepResult(differentiable.step(leaf.w, leaf.dcdw, numbers))
+        xs = [x for x in (leaf.w, leaf.dcdw, *leaf.rule) if isinstance(x, Tensor)]
+        is_dense = all(map(_has_memory, xs)) and not any(map(_has_tangent, xs))
+        if is_dense and not stops and differentiable.supports(leaf):
+            step = lambda *given: self.step(*given).w  # noqa: E731
+            return StepResult(differentiable.step(leaf.w, leaf.dcdw, leaf.rule, step))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not stops):
             new = self.step(leaf.w, leaf.dcdw, leaf.rule, leaf.velocity)
         return StepResult(*(x if x is None or not stops else x.detach() for x in new))
-
-    def _is_differentiated_eagerly(self, leaf: Leaf) -> bool:
-        """Whether `differentiable.step` supports a leaf: most leaves without momentum."""
-        w, dcdw, rule = leaf.w, leaf.dcdw, leaf.rule
-        if rule.stop_gradients or leaf.velocity is not None or rule.layer_axis is not None:
-            return False
-        if w.shape != dcdw.shape or formula.is_joint(rule) or not w.is_cpu or not w.numel():
-            return False
-        given = (w, dcdw, *(x for x in rule if isinstance(x, (Tensor, np.ndarray))))
-        if any(x.ndim for x in given[2:]) or not self.is_in_range(w, dcdw, rule):
-            return False
-        xs = [x for x in given if isinstance(x, Tensor)]
-        return all(map(_has_memory, xs)) and not any(map(_has_tangent, xs))
 
     def all_finite(self, xs: list[Tensor]) -> Any:
         flags = [sharded.whole(torch.isfinite(x.detach()).all()) for x in xs]

@@ -1,95 +1,151 @@
-"""Differentiable steps of CPU tensors shorter than double: operations with few temporaries.
+"""Differentiable steps of CPU tensors that are shorter than double.
 
-The norms and the step are computed in double from the elements of w and dcdw, which are all that
-autograd saves. Between them, `formula.py` computes the coefficients as 0-d tensors. The derivatives
-consist of differentiable operations, so they have derivatives of any order.
+The step is that of the native engine, with the same bits, and autograd saves only its arguments.
+The derivative is computed in double with few temporaries. Where it has to be differentiable itself,
+autograd computes it from `formula.step`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from lars_tree._backends.base import Leaf
+from lars_tree._backends.cpu import twin
+from lars_tree._backends.memory import NumpyArray
+from lars_tree._backends.torch.addresses import view
 from lars_tree._backends.torch.layers import as_real
-from lars_tree._backends.torch.tensors import TorchOps
+from lars_tree._backends.torch.stand_ins import is_functorch, is_intercepted
 from lars_tree._numerics import formula
 from lars_tree._numerics.formula import Rule
 
-
-class _Ops(TorchOps):
-    """Operations on w and dcdw themselves, and on coefficients that are 0-d tensors in double."""
-
-    def unscaled_norms(
-        self, w: Tensor, dcdw: Tensor, layer_axis: int | None
-    ) -> tuple[Tensor, Tensor]:
-        return _Norm.apply(w), _Norm.apply(dcdw)
-
-    def where(self, condition: Tensor, a: Any, b: Any) -> Tensor:
-        return torch.where(condition, a, b)
+ArraysStep = Callable[[Tensor, Tensor, Rule], Tensor]  # a step that autograd can differentiate
 
 
-_OPS = _Ops(torch)
+def supports(leaf: Leaf) -> bool:
+    """Whether `step` supports a leaf whose tensors have memory of their own, and no tangents.
 
-
-def step(w: Tensor, dcdw: Tensor, rule: Rule) -> Tensor:
-    """The weights after a step without momentum that is in range, as in `formula.step`.
-
-    The options are numbers, or 0-d tensors in double.
+    The step must have one layer and no momentum, and its norms must be in the range of double.
     """
-    gradient_coefficient, decay_coefficient = formula.unscaled_coefficients(_OPS, w, dcdw, rule)
-    keep = None if formula.is_zero(rule.decay_lambda) else 1 - decay_coefficient
-    return _Step.apply(w, dcdw, keep, -gradient_coefficient)
+    w, dcdw, rule = leaf.w, leaf.dcdw, leaf.rule
+    is_simple = not (formula.is_joint(rule) or rule.maximize or rule.layer_axis is not None)
+    if not is_simple or leaf.velocity is not None or w.shape != dcdw.shape or not w.numel():
+        return False
+    if not w.is_cpu or max(map(_bits, (w, dcdw))) > 32:
+        return False
+    options = [getattr(rule, name) for name in formula.NUMBERS]
+    return all(getattr(x, "ndim", 0) == 0 and formula.is_moderate(float(x)) for x in options)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.complex128 if x.is_complex() else torch.float64)
+def _bits(x: Tensor) -> int:
+    return torch.finfo(x.dtype).bits
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """The sum of products of two arrays, where complex numbers are pairs of real numbers."""
-    a, b = (as_real(x).double().reshape(-1) for x in (a, b))
-    return torch.dot(a, b)
-
-
-class _Norm(Function):
-    """The 2-norm; its derivative at 0 is 0."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        norm = _dot(x, x).sqrt()
-        ctx.save_for_backward(x, norm)
-        return norm
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> Tensor:
-        x, norm = ctx.saved_tensors
-        is_zero = norm == 0
-        factor = torch.where(is_zero, 0.0, slope / torch.where(is_zero, 1.0, norm))
-        return (_wide(x) * factor).to(x.dtype)
+def step(w: Tensor, dcdw: Tensor, rule: Rule, by_autograd: ArraysStep) -> Tensor:
+    """The weights after a step; see `supports`."""
+    numbers = [getattr(rule, name) for name in formula.NUMBERS]
+    new: Tensor = _Step.apply(w, dcdw, rule, by_autograd, *numbers)
+    return new
 
 
 class _Step(Function):
-    """keep * w + move * dcdw, rounded once."""
-
     @staticmethod
-    def forward(ctx: Any, w: Tensor, dcdw: Tensor, keep: Any, move: Any) -> Tensor:
-        ctx.save_for_backward(w, dcdw, keep, move)
-        new = _wide(w)
-        if keep is not None:
-            new.mul_(keep)
-        return new.add_(_wide(dcdw).mul_(move)).to(w.dtype)
+    def forward(
+        ctx: Any, w: Tensor, dcdw: Tensor, rule: Rule, by_autograd: ArraysStep, *numbers: Any
+    ) -> Tensor:
+        ctx.save_for_backward(w, dcdw, *(x if isinstance(x, Tensor) else None for x in numbers))
+        ctx.rule = rule._replace(**dict(zip(formula.NUMBERS, map(float, numbers), strict=True)))
+        ctx.by_autograd = by_autograd
+        new = torch.empty_like(w)
+        twin.update(view(w), view(dcdw), view(new), ctx.rule)
+        return new
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        w, dcdw, keep, move = ctx.saved_tensors
-        needs_w, needs_dcdw, needs_keep, needs_move = ctx.needs_input_grad
-        slope = _wide(slope)
-        return (
-            (slope if keep is None else slope * keep).to(w.dtype) if needs_w else None,
-            (slope * move).to(dcdw.dtype) if needs_dcdw else None,
-            _dot(slope, w) if needs_keep else None,
-            _dot(slope, dcdw) if needs_move else None,
-        )
+        w, dcdw, *numbers = ctx.saved_tensors
+        if torch.is_grad_enabled() or is_functorch(slope) or is_intercepted():
+            found = _by_autograd(slope, w, dcdw, numbers, ctx.rule, ctx.by_autograd)
+        else:
+            found = _derivatives(slope, w, dcdw, numbers, ctx.rule, ctx.needs_input_grad)
+        return (*found[:2], None, None, *found[2:])
+
+
+def _derivatives(
+    slope: Tensor,
+    w: Tensor,
+    dcdw: Tensor,
+    numbers: list[Tensor | None],
+    rule: Rule,
+    needed: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """The derivatives by w, dcdw and the numbers that are tensors."""
+    slope, wide_w, wide_dcdw = map(_flat, (slope, w, dcdw))
+    norms = [math.sqrt(torch.dot(x, x)) for x in (wide_w, wide_dcdw)]
+    (on_dcdw, on_w), (of_dcdw, of_w) = _coefficients(norms, rule)
+    totals = -float(torch.dot(slope, wide_dcdw)) * of_dcdw - float(torch.dot(slope, wide_w)) * of_w
+    found: list[Tensor | None] = []
+    cases = (w, wide_w, 1 - on_w), (dcdw, wide_dcdw, -on_dcdw)
+    for i, (x, wide, factor) in enumerate(cases):
+        # The derivative of the norm of x is x / norm, or 0 if the norm is 0.
+        of_norm = totals[i] / norms[i] if norms[i] else 0.0
+        total = wide.mul_(of_norm).add_(slope, alpha=factor) if needed[i] else None
+        found.append(None if total is None else _like(x, total))
+    pairs = zip(numbers, totals[2:], strict=True)
+    return found + [None if x is None else x.new_tensor(total) for x, total in pairs]
+
+
+def _coefficients(norms: list[float], rule: Rule) -> tuple[list[float], NumpyArray]:
+    """The coefficients of dcdw and w in u, and their derivatives by the norms and the numbers.
+
+    The imaginary part of f(x + ih) is h f'(x) to the last digits, for any tiny h (Squire and Trapp
+    1998, doi:10.1137/S003614459631241X).
+    """
+    values = [*norms, *(getattr(rule, name) for name in formula.NUMBERS)]
+    points = np.array(values)[:, None] + _TINY * 1j * np.eye(len(values))
+    rule = rule._replace(**dict(zip(formula.NUMBERS, points[2:], strict=True)))
+    with np.errstate(all="ignore"):
+        ratio = formula.trust_ratio(points[0], points[1], rule, np.where)
+        found = np.array(formula.coefficients(ratio, rule))
+    return found[:, 0].real.tolist(), found.imag / _TINY
+
+
+_TINY = 2.0**-300
+
+
+def _flat(x: Tensor) -> Tensor:
+    """A copy in double as a vector; complex numbers become pairs."""
+    return as_real(x).to(torch.float64, copy=True).reshape(-1)
+
+
+def _like(x: Tensor, flat: Tensor) -> Tensor:
+    if x.is_complex():
+        flat = torch.view_as_complex(flat.view(-1, 2))
+    return flat.view(x.shape).to(x.dtype)
+
+
+def _by_autograd(
+    slope: Tensor,
+    w: Tensor,
+    dcdw: Tensor,
+    numbers: list[Tensor | None],
+    rule: Rule,
+    step: ArraysStep,
+) -> list[Tensor | None]:
+    """Like `_derivatives`, as functions that can be differentiated and vectorised."""
+    with torch.enable_grad():
+        # The derivatives are partial: w may depend on dcdw, but their views do not.
+        views = [None if x is None else x.view_as(x) for x in (w, dcdw, *numbers)]
+        given = zip(formula.NUMBERS, views[2:], strict=True)
+        rule = rule._replace(**{name: x for name, x in given if x is not None})
+        new = step(views[0], views[1], rule)
+        wanted = [x for x in views if x is not None and x.requires_grad]
+    create_graph = torch.is_grad_enabled()
+    found = torch.autograd.grad(new, wanted, slope, create_graph=create_graph, allow_unused=True)
+    slopes = dict(zip(map(id, wanted), found, strict=True))
+    return [slopes.get(id(x)) for x in views]
