@@ -8,7 +8,7 @@ autograd computes it from `formula.step`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,12 @@ from lars_tree._backends.cpu import twin
 from lars_tree._backends.memory import NumpyArray
 from lars_tree._backends.torch.addresses import view
 from lars_tree._backends.torch.layers import as_real
-from lars_tree._backends.torch.stand_ins import is_functorch, is_intercepted
+from lars_tree._backends.torch.stand_ins import address, is_intercepted
 from lars_tree._numerics import formula
 from lars_tree._numerics.formula import Rule
+
+_STEP = 2.0**-300  # see `_coefficients`
+_STEPS = _STEP * 1j * np.eye(2 + len(formula.NUMBERS))
 
 ArraysStep = Callable[[Tensor, Tensor, Rule], Tensor]  # a step that autograd can differentiate
 
@@ -34,33 +37,39 @@ def supports(leaf: Leaf) -> bool:
     The step must have one layer and no momentum, and its norms must be in the range of double.
     """
     w, dcdw, rule = leaf.w, leaf.dcdw, leaf.rule
-    is_simple = not (formula.is_joint(rule) or rule.maximize or rule.layer_axis is not None)
-    if not is_simple or leaf.velocity is not None or w.shape != dcdw.shape or not w.numel():
+    if formula.is_joint(rule) or rule.layer_axis is not None or leaf.velocity is not None:
         return False
-    if not w.is_cpu or max(map(_bits, (w, dcdw))) > 32:
+    if w.shape != dcdw.shape or not w.numel() or not w.is_cpu or max(map(_bits, (w, dcdw))) > 32:
         return False
     options = [getattr(rule, name) for name in formula.NUMBERS]
-    return all(getattr(x, "ndim", 0) == 0 and formula.is_moderate(float(x)) for x in options)
+    return all(getattr(x, "ndim", 0) == 0 and formula.is_moderate(_number(x)) for x in options)
 
 
 def _bits(x: Tensor) -> int:
-    return torch.finfo(x.dtype).bits
+    bits: int = torch.finfo(x.dtype).bits
+    return bits
+
+
+def _number(x: Any) -> float:
+    return float(x.detach() if isinstance(x, Tensor) else x)
 
 
 def step(w: Tensor, dcdw: Tensor, rule: Rule, by_autograd: ArraysStep) -> Tensor:
     """The weights after a step; see `supports`."""
     numbers = [getattr(rule, name) for name in formula.NUMBERS]
-    new: Tensor = _Step.apply(w, dcdw, rule, by_autograd, *numbers)
+    new: Tensor = LarsStep.apply(w, dcdw, rule, by_autograd, *numbers)
     return new
 
 
-class _Step(Function):
+class LarsStep(Function):  # type: ignore[misc]
+    """The step of one leaf. The class names the node in graphs of autograd."""
+
     @staticmethod
     def forward(
         ctx: Any, w: Tensor, dcdw: Tensor, rule: Rule, by_autograd: ArraysStep, *numbers: Any
     ) -> Tensor:
         ctx.save_for_backward(w, dcdw, *(x if isinstance(x, Tensor) else None for x in numbers))
-        ctx.rule = rule._replace(**dict(zip(formula.NUMBERS, map(float, numbers), strict=True)))
+        ctx.rule = _with(rule, map(_number, numbers))
         ctx.by_autograd = by_autograd
         new = torch.empty_like(w)
         twin.update(view(w), view(dcdw), view(new), ctx.rule)
@@ -69,7 +78,8 @@ class _Step(Function):
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         w, dcdw, *numbers = ctx.saved_tensors
-        if torch.is_grad_enabled() or is_functorch(slope) or is_intercepted():
+        is_direct = not is_intercepted() and address(slope) is not None
+        if torch.is_grad_enabled() or not is_direct:
             found = _by_autograd(slope, w, dcdw, numbers, ctx.rule, ctx.by_autograd)
         else:
             found = _derivatives(slope, w, dcdw, numbers, ctx.rule, ctx.needs_input_grad)
@@ -107,15 +117,19 @@ def _coefficients(norms: list[float], rule: Rule) -> tuple[list[float], NumpyArr
     1998, doi:10.1137/S003614459631241X).
     """
     values = [*norms, *(getattr(rule, name) for name in formula.NUMBERS)]
-    points = np.array(values)[:, None] + _TINY * 1j * np.eye(len(values))
-    rule = rule._replace(**dict(zip(formula.NUMBERS, points[2:], strict=True)))
+    points = np.array(values)[:, None] + _STEPS
+    rule = _with(rule, points[2:])
     with np.errstate(all="ignore"):
         ratio = formula.trust_ratio(points[0], points[1], rule, np.where)
         found = np.array(formula.coefficients(ratio, rule))
-    return found[:, 0].real.tolist(), found.imag / _TINY
+    # The last column has the norms themselves: a norm of 0 would be no longer 0 in the others.
+    return found[:, -1].real.tolist(), found.imag / _STEP
 
 
-_TINY = 2.0**-300
+def _with(rule: Rule, numbers: Iterable[Any]) -> Rule:
+    """The rule with these values of `formula.NUMBERS`."""
+    named: dict[str, Any] = dict(zip(formula.NUMBERS, numbers, strict=True))
+    return rule._replace(**named)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -141,9 +155,9 @@ def _by_autograd(
     with torch.enable_grad():
         # The derivatives are partial: w may depend on dcdw, but their views do not.
         views = [None if x is None else x.view_as(x) for x in (w, dcdw, *numbers)]
-        given = zip(formula.NUMBERS, views[2:], strict=True)
-        rule = rule._replace(**{name: x for name, x in given if x is not None})
-        new = step(views[0], views[1], rule)
+        values = [getattr(rule, name) for name in formula.NUMBERS]
+        given = [old if x is None else x for x, old in zip(views[2:], values, strict=True)]
+        new = step(views[0], views[1], _with(rule, given))
         wanted = [x for x in views if x is not None and x.requires_grad]
     create_graph = torch.is_grad_enabled()
     found = torch.autograd.grad(new, wanted, slope, create_graph=create_graph, allow_unused=True)
