@@ -190,6 +190,13 @@ class ArraysBackend(Backend):
 
     def measure_leaf(self, w: NativeArray, dcdw: NativeArray, rule: Rule) -> Measured:
         """The norms and ratios of the step of one leaf."""
+        with np.errstate(all="ignore"):
+            return self.compute_norms(w, dcdw, rule, self.is_short(w, dcdw, rule))
+
+    def compute_norms(
+        self, w: NativeArray, dcdw: NativeArray, rule: Rule, is_short: bool
+    ) -> Measured:
+        """The results of `measure_leaf`."""
         axis = rule.layer_axis
         shape = () if axis is None else (w.shape[axis],)
         w, dcdw, rule = self._widened(w, dcdw, rule)
@@ -201,8 +208,7 @@ class ArraysBackend(Backend):
         if 0 in w.shape:  # no maximum exists; the norms are 0, so the ratio is 1
             zeros = ops.xp.reshape(ops.sum(abs(w), other_axes(w, axis)), shape)
             return Measured(zeros, zeros, zeros + 1, zeros + 1)
-        with np.errstate(all="ignore"):
-            measured = formula.measure(ops, w, dcdw, rule)
+        measured = formula.measure(ops, w, dcdw, rule, is_short and self.bits(w) >= 64)
         return Measured(*(ops.xp.reshape(x, shape) for x in measured))
 
     def measure(self, leaves: list[Leaf]) -> list[Measured]:

@@ -115,15 +115,12 @@ class JaxBackend(ArraysBackend):
         velocity: jax.Array | None,
         is_short: bool,
     ) -> StepResult:
-        numbers = {name: x for name, x in rule._asdict().items() if _is_argument(x)}
-        unset: dict[str, Any] = dict.fromkeys(numbers)
-        new: StepResult = _compute(w, dcdw, velocity, numbers, rule._replace(**unset), is_short)
+        new: StepResult = _compute(w, dcdw, velocity, *_split(rule), is_short)
         return new
 
-    def measure_leaf(self, w: jax.Array, dcdw: jax.Array, rule: Rule) -> Measured:
-        if jnp.iscomplexobj(w):
-            w, dcdw, rule = _as_pairs(w, dcdw, rule)
-        return super().measure_leaf(w, dcdw, rule)
+    def compute_norms(self, w: jax.Array, dcdw: jax.Array, rule: Rule, is_short: bool) -> Measured:
+        measured: Measured = _compute_norms(w, dcdw, *_split(rule), is_short)
+        return measured
 
     def measure(self, leaves: list[Leaf]) -> list[Measured]:
         dtypes = _report_dtypes([leaf.w for leaf in leaves])
@@ -193,14 +190,19 @@ class JaxBackend(ArraysBackend):
             return [_update(leaf) for leaf in leaves]
 
 
-def _is_argument(option: Any) -> bool:
-    """Whether an option is an argument of `_compute`, and not part of its code.
+def _split(rule: Rule) -> tuple[dict[str, Any], Rule]:
+    """The options that are arguments of `_compute`, and the rule without them.
 
     Numbers other than 0 and 1 are arguments, so that leaves with other numbers share the code.
     """
-    return isinstance(option, (jax.Array, np.ndarray)) or (
-        isinstance(option, float) and option not in (0, 1)
-    )
+    arguments = {name: x for name, x in rule._asdict().items() if _is_argument(x)}
+    unset: dict[str, Any] = dict.fromkeys(arguments)
+    return arguments, rule._replace(**unset)
+
+
+def _is_argument(option: Any) -> bool:
+    is_array = isinstance(option, (jax.Array, np.ndarray))
+    return is_array or (isinstance(option, float) and option not in (0, 1))
 
 
 @partial(jax.jit, static_argnames=("rule", "is_short"))
@@ -213,9 +215,7 @@ def _compute(
     is_short: bool,
 ) -> StepResult:
     """The step of a leaf, which is traced once for all leaves with these shapes and options."""
-    if rule.stop_gradients:
-        w, dcdw, velocity, numbers = jax.lax.stop_gradient((w, dcdw, velocity, numbers))
-    rule = rule._replace(**numbers)
+    (w, dcdw, velocity), rule = _arguments((w, dcdw, velocity), numbers, rule)
     step = super(JaxBackend, BACKEND).compute
     if not jnp.iscomplexobj(w):
         return step(w, dcdw, rule, velocity, is_short)
@@ -223,6 +223,24 @@ def _compute(
     return StepResult(
         *(None if x is None else jax.lax.complex(x[..., 0], x[..., 1]) for x in pairs)
     )
+
+
+@partial(jax.jit, static_argnames=("rule", "is_short"))
+def _compute_norms(
+    w: jax.Array, dcdw: jax.Array, numbers: dict[str, Any], rule: Rule, is_short: bool
+) -> Measured:
+    """Like `_compute`, for the norms and ratios of the step."""
+    (w, dcdw), rule = _arguments((w, dcdw), numbers, rule)
+    if jnp.iscomplexobj(w):
+        w, dcdw, rule = _as_pairs(w, dcdw, rule)
+    return super(JaxBackend, BACKEND).compute_norms(w, dcdw, rule, is_short)
+
+
+def _arguments(arrays: Any, numbers: dict[str, Any], rule: Rule) -> tuple[Any, Rule]:
+    """The arrays and the whole rule; they are constants for derivatives if `stop_gradients`."""
+    if rule.stop_gradients:
+        arrays, numbers = jax.lax.stop_gradient((arrays, numbers))
+    return arrays, rule._replace(**numbers)
 
 
 def _update(leaf: Leaf) -> StepResult:
@@ -296,8 +314,7 @@ def _measure(leaf: Leaf) -> Measured:
         measured = twin.measure(raw(np.asarray(w)), raw(np.asarray(dcdw)), rule)
         with jax.default_device(next(iter(w.devices()))):
             return Measured(*(jnp.asarray(x) for x in measured))
-    measured = BACKEND.measure_leaf(w, _sharded_like(dcdw, w), rule)
-    return measured if not rule.stop_gradients else Measured(*map(jax.lax.stop_gradient, measured))
+    return BACKEND.measure_leaf(w, _sharded_like(dcdw, w), rule)
 
 
 def _steps_in_cpu_memory(leaf: Leaf) -> bool:
