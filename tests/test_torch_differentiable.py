@@ -133,7 +133,10 @@ def test_derivatives_can_be_differentiated():
 
 def test_jacobians_are_vectorised():
     w, g, _ = tensors(torch.float32, (5,))
-    function = lambda w, g: lars_update(w, g, 0.1, decay_lambda=0.1, stop_gradients=False)  # noqa: E731
+
+    def function(w, g):
+        return lars_update(w, g, 0.1, decay_lambda=0.1, stop_gradients=False)
+
     rows, columns = (
         torch.autograd.functional.jacobian(function, (w, g), vectorize=vectorize)
         for vectorize in (False, True)

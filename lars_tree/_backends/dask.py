@@ -76,7 +76,7 @@ class DaskBackend(ArraysBackend):
         if 0 in w.shape:
             return StepResult(self.copy(w, rule.stop_gradients), velocity)
         leaf = _Leaf(w, dcdw, rule)
-        in_range = self.is_in_range(w, dcdw, rule)
+        in_range = self.is_short(w, dcdw, rule)
         given = leaf.norms(leaf.rule, in_range) if rule.adapt else {}
         if velocity is not None:
             leaf.arrays["velocity"] = leaf.aligned(velocity)
@@ -90,11 +90,12 @@ class DaskBackend(ArraysBackend):
         if 0 in w.shape:
             return super().measure_leaf(w, dcdw, rule)
         leaf = _Leaf(w, dcdw, rule)
-        given = leaf.norms(leaf.rule._replace(joint_norm=False))
+        in_range = self.is_short(w, dcdw, rule)
+        given = leaf.norms(leaf.rule._replace(joint_norm=False), in_range)
         if formula.is_joint(leaf.rule):
-            joint = leaf.norms(leaf.rule)
-            given |= {"joint_norms": joint["norms"], "largest": joint["largest"]}
-        return leaf.measured(given)
+            joint = leaf.norms(leaf.rule, in_range)
+            given = {**joint, "norms": given["norms"], "joint_norms": joint["norms"]}
+        return leaf.measured(given, in_range)
 
     def all_finite(self, xs: list[da.Array]) -> da.Array:
         flags = {str(i): (da.isfinite(x).all(), ()) for i, x in enumerate(xs)}
@@ -131,7 +132,7 @@ class _Leaf:
         wanted = tuple(own if own == (1,) else of_w for own, of_w in pairs)
         return x if x.chunks == wanted else x.rechunk(wanted)
 
-    def norms(self, rule: Rule, in_range: bool = False) -> Arrays:
+    def norms(self, rule: Rule, in_range: bool) -> Arrays:
         """What a step needs to know of its layers: norms, and largest magnitudes for `joint`."""
         given: Arrays = {}
         if formula.is_joint(rule) and not in_range:
@@ -146,7 +147,7 @@ class _Leaf:
         arrays = {name: (x, self.axes[self.w.ndim - x.ndim :]) for name, x in self.arrays.items()}
         return _map(function, self.axes, {**arrays, **layers}, self.w)
 
-    def measured(self, given: Arrays) -> Measured:
+    def measured(self, given: Arrays, in_range: bool) -> Measured:
         """The norms and ratios of each layer, from what is given for it."""
         numbers, axes = self.numbers.copy(), tuple(x for x in self.axes if x not in self.layer)
         rates = numbers.get("lr_before_momentum")
@@ -155,7 +156,7 @@ class _Leaf:
             numbers["lr_before_momentum"] = rates.max(axis=axes)
         arrays = {name: (x, self.layer[: x.ndim]) for name, x in {**given, **numbers}.items()}
         like = chunks.widen(self.w).real
-        all_four = _map(partial(chunks.measure, self.rule), self.layer, arrays, like)
+        all_four = _map(partial(chunks.measure, self.rule, in_range), self.layer, arrays, like)
         return Measured(*(_item(all_four, i, like) for i in range(4)))
 
     def _combined(

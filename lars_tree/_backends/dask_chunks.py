@@ -161,6 +161,7 @@ def step(
 @np.errstate(all="ignore")
 def measure(
     rule: Rule,
+    in_range: bool,
     norms: tuple[Norm, Norm],
     largest: Any = (),
     joint_norms: Any = None,
@@ -170,11 +171,13 @@ def measure(
     shape = () if rule.layer_axis is None else (-1,)
     one = norms[0].scaled.dtype.type(1)  # stands for w and dcdw, of which only the norms are used
     rule = _widened(rule, one, one, numbers)[2]
-    flat = lambda x: x.reshape(shape)  # noqa: E731
-    pairs = (
-        tuple(Norm(*map(flat, norm)) for norm in pair) for pair in (norms, joint_norms) if pair
-    )
-    return formula.measure(_ChunkOps(map(flat, largest), *pairs), one, one, rule)
+    pairs = [[_reshaped(norm, shape) for norm in pair] for pair in (norms, joint_norms) if pair]
+    ops = _ChunkOps((x.reshape(shape) for x in largest), *pairs)
+    return formula.measure(ops, one, one, rule, in_range)
+
+
+def _reshaped(norm: Norm, shape: tuple[int, ...]) -> Norm:
+    return Norm(*(x.reshape(shape) for x in norm))
 
 
 def item(index: int, items: tuple[Chunk, ...]) -> Chunk:

@@ -360,8 +360,10 @@ class Measured(NamedTuple):
     unclipped: Any
 
 
-def measure(ops: Ops, w: Any, dcdw: Any, rule: Rule) -> Measured:
+def measure(ops: Ops, w: Any, dcdw: Any, rule: Rule, in_range: bool = False) -> Measured:
     """The norms and trust ratios of `step`, in the shape that `Ops.norms` gives the norms."""
+    if in_range:
+        return _measure_in_range(ops, w, dcdw, rule)
     w_norm, dcdw_norm = ops.norms(w, dcdw, rule.layer_axis)
     g_norm = dcdw_norm.scaled * (dcdw_norm.scale / rule.grad_scale)
     if is_joint(rule):
@@ -375,3 +377,15 @@ def measure(ops: Ops, w: Any, dcdw: Any, rule: Rule) -> Measured:
         return ops.where(found == one, 1, found * (w_norm.scale / scale))
 
     return Measured(w_norm.scaled * w_norm.scale, g_norm, ratio(clip=True), ratio(clip=False))
+
+
+def _measure_in_range(ops: Ops, w: Any, dcdw: Any, rule: Rule) -> Measured:
+    w_norm, dcdw_norm = ops.unscaled_norms(w, dcdw, rule.layer_axis)
+    g_norm = dcdw_norm / rule.grad_scale
+    if is_joint(rule):
+        dcdw, rule = joint(ops, w, dcdw, rule, in_range=True)
+        _, dcdw_norm = ops.unscaled_norms(w, dcdw, rule.layer_axis)
+    one = ops.where(w_norm == 0, ops.like(1, w_norm), 1)  # in the shape of the norms
+    norms = w_norm, dcdw_norm
+    ratios = (trust_ratio(*norms, rule, ops.where, one, clip=clip) for clip in (True, False))
+    return Measured(w_norm, g_norm, *ratios)
