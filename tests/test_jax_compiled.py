@@ -14,6 +14,9 @@ from lars_tree import Container, lars_update
 from lars_tree._numerics import formula
 
 jax = need("jax")
+
+from lars_tree._backends.jax_ops import JaxOps  # noqa: E402
+
 jnp = jax.numpy
 
 OPTIMIZER = Lars(0.1, decay_lambda=1e-4, eps=1e-8)
@@ -179,6 +182,18 @@ def check(numbers, w, g, kind, joint):
     step = reference.lars(w.tolist(), g.tolist(), lr, joint_norm=joint, **options)
     error = reference.worst_error(np.asarray(new).tolist(), w.tolist(), step, "float32")
     assert error <= 1 + 1e-6, (numbers, w, g)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_powers_of_two_are_rounded_down(dtype):
+    limits = np.finfo(dtype)
+    exponents = np.arange(limits.minexp, limits.maxexp)
+    powers = np.ldexp(dtype(1), exponents)
+    with jax.enable_x64(True):
+        for factor in (1, 1.5, 2 - limits.eps):
+            actual = jax.jit(JaxOps().power_of_two)(powers * dtype(factor))
+            np.testing.assert_array_equal(actual, powers)
+        assert JaxOps().power_of_two(jnp.array([0, np.inf, np.nan], dtype)).tolist() == [1, 1, 1]
 
 
 def test_a_container_is_compiled_like_a_dict():

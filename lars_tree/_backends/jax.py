@@ -82,7 +82,8 @@ class JaxBackend(ArraysBackend):
         return jax.lax.pmin(flag.astype(jnp.int32), in_order(axes)) > 0 if axes else flag
 
     def out_fault(self, x: jax.Array) -> str | None:
-        return "a jax array, which is immutable: leave out `out` and use the returned value"
+        hint = "leave out `out` and use the returned value (jax.jit reuses memory that is donated)"
+        return f"a jax array, which is immutable: {hint}"
 
     def is_tracked(self, x: jax.Array) -> bool:
         return _is_traced(x)

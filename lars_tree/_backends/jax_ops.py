@@ -26,6 +26,15 @@ class JaxOps(NamespaceOps):
     def constant(self, x: jax.Array) -> jax.Array:
         return jax.lax.stop_gradient(x)
 
+    def round_to_power_of_two(self, x: jax.Array) -> jax.Array:
+        # `jnp.frexp` has twenty operations. A subnormal number has the smallest normal exponent.
+        limits = jnp.finfo(x.dtype)
+        bits = np.dtype(f"int{limits.bits}")
+        exponent = np.asarray(np.inf, x.dtype).view(bits)
+        x = jnp.maximum(x, limits.smallest_normal)
+        x = jax.lax.bitcast_convert_type(x, bits) & exponent
+        return jax.lax.bitcast_convert_type(x, limits.dtype)
+
     def upper_half(self, x: jax.Array) -> jax.Array:
         # This uses no arithmetic, because XLA may change results by fusing products and sums.
         limits = jnp.finfo(x.dtype)
