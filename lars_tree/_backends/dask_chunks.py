@@ -19,9 +19,9 @@ from lars_tree._numerics.formula import Measured, Norm, Rule
 
 Chunk = Any
 
-# A sum of squares in this range needs no scaling: no square overflowed, underflow did not change
-# the sum, and no coefficient of the step is out of range.
-_MODERATE = (2.0**-200, 2.0**200)
+# A sum of squares in this range is not scaled: no square overflowed, and underflow did not change
+# the sum. The norm is near enough to 1 for `formula.scaled_coefficients`.
+_MODERATE = (2.0**-64, 2.0**64)
 
 
 class Ops(NamespaceOps):
