@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from conftest import need
@@ -76,6 +78,7 @@ def test_weights(mesh, way):
 
 
 OPTIMIZER = Lars(0.1, momentum=0.5, nesterov=True, **OPTIONS)
+SIMPLE = Lars(0.1, momentum=0.5, decay_lambda=0.01)
 
 
 def one_by_one(w, g, state, step=OPTIMIZER.update):
@@ -167,3 +170,15 @@ def test_a_skipped_step_keeps_the_shardings(mesh):
         check(new, tree(0), shardings)
         check(state.velocity, {name: np.zeros(x.shape) for name, x in w.items()}, shardings)
         assert (int(state.step), int(state.skipped)) == (0, 1)
+
+
+@pytest.mark.parametrize("count", [3, 12])
+def test_all_layers_share_their_all_reduces(mesh, count):
+    """Weights that are sharded along their first axis need no other communication."""
+    rows = NamedSharding(mesh, PartitionSpec(("x", "y")))
+    w = {i: jax.device_put(jnp.ones((8, 3 + i % 2)), rows) for i in range(count)}
+    step = jax.jit(SIMPLE.update)
+    program = step.lower(w, w, SIMPLE.init(w)).compile().as_text()
+    found = re.findall(r" (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", program)
+    assert set(found) == {"all-reduce"}
+    assert len(found) <= 2

@@ -31,6 +31,11 @@ class NamespaceOps:
     def norms(self, w: NativeArray, dcdw: NativeArray, layer_axis: int | None) -> tuple[Norm, Norm]:
         return self.scaled_norm(w, layer_axis), self.scaled_norm(dcdw, layer_axis)
 
+    def unscaled_norms(
+        self, w: NativeArray, dcdw: NativeArray, layer_axis: int | None
+    ) -> tuple[NativeArray, NativeArray]:
+        return self.norm(w, layer_axis), self.norm(dcdw, layer_axis)
+
     def scaled_norm(self, x: NativeArray, layer_axis: int | None) -> Norm:
         """The norm of x, computed from x scaled to a largest magnitude of about 1."""
         scale = self.power_of_two(self.largest(x, layer_axis))
@@ -38,15 +43,21 @@ class NamespaceOps:
 
     def norm(self, x: NativeArray, layer_axis: int | None) -> NativeArray:
         """The 2-norm over all axes but layer_axis, with keepdims; its derivative at 0 is 0."""
-        squares = self.xp.real(x) ** 2 + self.xp.imag(x) ** 2 if self.is_complex(x) else x * x
-        total = self.sum(squares, _other_axes(x, layer_axis))
+        return self.root(self.squares(x, layer_axis))
+
+    def root(self, total: NativeArray) -> NativeArray:
+        """The square root, whose derivative at 0 is defined as 0."""
         positive = total > 0
         root = self.xp.sqrt(self.xp.where(positive, total, self.one(total)))
-        # The derivative of sqrt at 0 is infinite; the derivative of this expression is 0.
         return self.xp.where(positive, root, total)
 
+    def squares(self, x: NativeArray, layer_axis: int | None) -> NativeArray:
+        """The sum of squares over all axes but layer_axis, with keepdims."""
+        squares = self.xp.real(x) ** 2 + self.xp.imag(x) ** 2 if self.is_complex(x) else x * x
+        return self.sum(squares, other_axes(x, layer_axis))
+
     def largest(self, x: NativeArray, layer_axis: int | None) -> NativeArray:
-        return self.max(self.xp.abs(self.constant(x)), _other_axes(x, layer_axis))
+        return self.max(self.xp.abs(self.constant(x)), other_axes(x, layer_axis))
 
     def power_of_two(self, x: NativeArray) -> NativeArray:
         x = self.constant(x)
@@ -59,8 +70,7 @@ class NamespaceOps:
         return x / (2 * mantissa)
 
     def upper_half(self, x: NativeArray) -> NativeArray:
-        finfo = getattr(self.xp, "finfo", np.finfo)  # Dask has the dtypes of numpy
-        bits = 1 - round(math.log2(float(finfo(x.dtype).eps)))
+        bits = 1 - round(math.log2(float(self.xp.finfo(x.dtype).eps)))
         spread = x * (2.0 ** ((bits + 1) // 2) + 1)  # Veltkamp
         return spread - (spread - x)
 
@@ -101,7 +111,7 @@ class NamespaceOps:
         return self.xp.max(x, axis=axes, keepdims=True) if axes else x
 
 
-def _other_axes(x: NativeArray, layer_axis: int | None) -> tuple[int, ...]:
+def other_axes(x: NativeArray, layer_axis: int | None) -> tuple[int, ...]:
     layer_axis = None if layer_axis is None else layer_axis % x.ndim
     return tuple(axis for axis in range(x.ndim) if axis != layer_axis)
 
@@ -122,16 +132,48 @@ class ArraysBackend(Backend):
     def namespace(self, x: NativeArray) -> Any:
         return self.ops.xp
 
+    def bits(self, x: NativeArray) -> int:
+        """The number of bits of a real number, or of a part of a complex number."""
+        bits: int = 8 * x.dtype.itemsize
+        return bits // 2 if self.ops.is_complex(x) else bits
+
+    def is_short(self, w: NativeArray, dcdw: NativeArray, rule: Rule) -> bool:
+        """Whether a step of these arrays needs no scaling in double: see `formula.step`."""
+        if max(self.bits(w), self.bits(dcdw)) > 32:
+            return False
+        names = (*formula.NUMBERS, *formula.MOMENTUM_NUMBERS)
+        return all(self._is_moderate(getattr(rule, name)) for name in names)
+
+    def _is_moderate(self, option: Any) -> bool:
+        if isinstance(option, float):
+            return formula.is_moderate(option)
+        if isinstance(option, np.ndarray):
+            return all(map(formula.is_moderate, option.flat))
+        return self.bits(option) <= 32
+
     def step(
         self, w: NativeArray, dcdw: NativeArray, rule: Rule, velocity: NativeArray | None = None
     ) -> StepResult:
         """The new weights in the dtype of w, and the new velocity in the dtype of `velocity`."""
         if 0 in w.shape:
             return StepResult(self.copy(w, rule.stop_gradients), velocity)
+        with np.errstate(all="ignore"):  # for libraries that are based on numpy
+            return self.compute(w, dcdw, rule, velocity, self.is_short(w, dcdw, rule))
+
+    def compute(
+        self,
+        w: NativeArray,
+        dcdw: NativeArray,
+        rule: Rule,
+        velocity: NativeArray | None,
+        is_short: bool,
+    ) -> StepResult:
+        """The results of `step`, for arrays that are not empty."""
         wide = None if velocity is None else self.widen(velocity, w)
         ops = self.ops.over(formula.mesh_axes(rule))
-        with np.errstate(all="ignore"):  # for libraries that are based on numpy
-            new = formula.step(ops, *self._widened(w, dcdw, rule), wide)
+        given = self._widened(w, dcdw, rule)
+        in_range = is_short and self.bits(given[0]) >= 64
+        new = formula.step(ops, *given, wide, in_range)
         return StepResult(
             self.narrow(new[0], w), None if velocity is None else self.narrow(new[1], velocity)
         )
@@ -151,19 +193,25 @@ class ArraysBackend(Backend):
 
     def measure_leaf(self, w: NativeArray, dcdw: NativeArray, rule: Rule) -> Measured:
         """The norms and ratios of the step of one leaf."""
+        with np.errstate(all="ignore"):
+            return self.compute_norms(w, dcdw, rule, self.is_short(w, dcdw, rule))
+
+    def compute_norms(
+        self, w: NativeArray, dcdw: NativeArray, rule: Rule, is_short: bool
+    ) -> Measured:
+        """The results of `measure_leaf`."""
         axis = rule.layer_axis
         shape = () if axis is None else (w.shape[axis],)
         w, dcdw, rule = self._widened(w, dcdw, rule)
         ops = self.ops.over(formula.mesh_axes(rule))
         lr = rule.lr_before_momentum
         if getattr(lr, "ndim", 0):  # with trust_clip, the ratio for the largest rate is reported
-            largest = ops.max(ops.xp.broadcast_to(lr, w.shape), _other_axes(w, axis))
+            largest = ops.max(ops.xp.broadcast_to(lr, w.shape), other_axes(w, axis))
             rule = rule._replace(lr_before_momentum=largest)
         if 0 in w.shape:  # no maximum exists; the norms are 0, so the ratio is 1
-            zeros = ops.xp.reshape(ops.sum(abs(w), _other_axes(w, axis)), shape)
+            zeros = ops.xp.reshape(ops.sum(abs(w), other_axes(w, axis)), shape)
             return Measured(zeros, zeros, zeros + 1, zeros + 1)
-        with np.errstate(all="ignore"):
-            measured = formula.measure(ops, w, dcdw, rule)
+        measured = formula.measure(ops, w, dcdw, rule, is_short and self.bits(w) >= 64)
         return Measured(*(ops.xp.reshape(x, shape) for x in measured))
 
     def measure(self, leaves: list[Leaf]) -> list[Measured]:

@@ -8,6 +8,7 @@ backend is the CPU, `jax.numpy` also computes in double, whether or not jax_enab
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,43 +17,17 @@ import numpy as np
 
 from lars_tree import _native
 from lars_tree._backends import base
-from lars_tree._backends.arrays import ArraysBackend, NamespaceOps
+from lars_tree._backends.arrays import ArraysBackend
 from lars_tree._backends.base import Columns, Leaf, StepResult, StepResults, Writes
 from lars_tree._backends.cpu import twin
 from lars_tree._backends.jax_memory import copy, device_to_view, empty_like, put
+from lars_tree._backends.jax_ops import JaxOps, in_order
 from lars_tree._backends.memory import NumpyArray
 from lars_tree._backends.numpy import as_bits, raw
 from lars_tree._numerics.formula import Measured, Rule, mesh_axes
 
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
-
-
-class JaxOps(NamespaceOps):
-    """The functions of jax.numpy, with sums and maxima also over mesh axes inside `shard_map`."""
-
-    def __init__(self, axes: tuple[Any, ...] = ()) -> None:
-        super().__init__(jnp)
-        self.axes = axes
-
-    def over(self, mesh_axes: frozenset[Any]) -> JaxOps:
-        return JaxOps(_in_order(mesh_axes)) if mesh_axes else self
-
-    def constant(self, x: jax.Array) -> jax.Array:
-        return jax.lax.stop_gradient(x)
-
-    def upper_half(self, x: jax.Array) -> jax.Array:
-        # This uses no arithmetic, because XLA may change results by fusing products and sums.
-        limits = jnp.finfo(x.dtype)
-        return jax.lax.reduce_precision(x, limits.nexp, (limits.nmant + 1) // 2 - 1)
-
-    def sum(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-        x = super().sum(x, axes)
-        return jax.lax.psum(x, self.axes) if self.axes else x
-
-    def max(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-        x = super().max(x, axes)
-        return jax.lax.pmax(x, self.axes) if self.axes else x
 
 
 class JaxBackend(ArraysBackend):
@@ -104,10 +79,11 @@ class JaxBackend(ArraysBackend):
         if isinstance(flag, bool):
             return flag
         axes = self.varying(flag).union(*(mesh_axes(leaf.rule) for leaf in leaves))
-        return jax.lax.pmin(flag.astype(jnp.int32), _in_order(axes)) > 0 if axes else flag
+        return jax.lax.pmin(flag.astype(jnp.int32), in_order(axes)) > 0 if axes else flag
 
     def out_fault(self, x: jax.Array) -> str | None:
-        return "a jax array, which is immutable: leave out `out` and use the returned value"
+        hint = "leave out `out` and use the returned value (jax.jit reuses memory that is donated)"
+        return f"a jax array, which is immutable: {hint}"
 
     def is_tracked(self, x: jax.Array) -> bool:
         return _is_traced(x)
@@ -132,20 +108,20 @@ class JaxBackend(ArraysBackend):
         sharding = jax.sharding.NamedSharding(w.sharding.mesh, everywhere) if spread else w.sharding
         return _zeros((), jnp.int32, w, sharding)
 
-    def step(
-        self, w: jax.Array, dcdw: jax.Array, rule: Rule, velocity: jax.Array | None = None
+    def compute(
+        self,
+        w: jax.Array,
+        dcdw: jax.Array,
+        rule: Rule,
+        velocity: jax.Array | None,
+        is_short: bool,
     ) -> StepResult:
-        if not jnp.iscomplexobj(w):
-            return super().step(w, dcdw, rule, velocity)
-        pairs = super().step(*_as_pairs(w, dcdw, rule), _as_pair(velocity))
-        return StepResult(
-            *(None if x is None else jax.lax.complex(x[..., 0], x[..., 1]) for x in pairs)
-        )
+        new: StepResult = _compute(w, dcdw, velocity, *_split(rule), is_short)
+        return new
 
-    def measure_leaf(self, w: jax.Array, dcdw: jax.Array, rule: Rule) -> Measured:
-        if jnp.iscomplexobj(w):
-            w, dcdw, rule = _as_pairs(w, dcdw, rule)
-        return super().measure_leaf(w, dcdw, rule)
+    def compute_norms(self, w: jax.Array, dcdw: jax.Array, rule: Rule, is_short: bool) -> Measured:
+        measured: Measured = _compute_norms(w, dcdw, *_split(rule), is_short)
+        return measured
 
     def measure(self, leaves: list[Leaf]) -> list[Measured]:
         dtypes = _report_dtypes([leaf.w for leaf in leaves])
@@ -215,6 +191,59 @@ class JaxBackend(ArraysBackend):
             return [_update(leaf) for leaf in leaves]
 
 
+def _split(rule: Rule) -> tuple[dict[str, Any], Rule]:
+    """The options that are arguments of `_compute`, and the rule without them.
+
+    Numbers other than 0 and 1 are arguments, so that leaves with other numbers share the code.
+    """
+    arguments = {name: x for name, x in rule._asdict().items() if _is_argument(x)}
+    unset: dict[str, Any] = dict.fromkeys(arguments)
+    return arguments, rule._replace(**unset)
+
+
+def _is_argument(option: Any) -> bool:
+    is_array = isinstance(option, (jax.Array, np.ndarray))
+    return is_array or (isinstance(option, float) and option not in (0, 1))
+
+
+@partial(jax.jit, static_argnames=("rule", "is_short"))
+def _compute(
+    w: jax.Array,
+    dcdw: jax.Array,
+    velocity: jax.Array | None,
+    numbers: dict[str, Any],
+    rule: Rule,
+    is_short: bool,
+) -> StepResult:
+    """The step of a leaf, which is traced once for all leaves with these shapes and options."""
+    (w, dcdw, velocity), rule = _arguments((w, dcdw, velocity), numbers, rule)
+    step = super(JaxBackend, BACKEND).compute
+    if not jnp.iscomplexobj(w):
+        return step(w, dcdw, rule, velocity, is_short)
+    pairs = step(*_as_pairs(w, dcdw, rule), _as_pair(velocity), is_short)
+    return StepResult(
+        *(None if x is None else jax.lax.complex(x[..., 0], x[..., 1]) for x in pairs)
+    )
+
+
+@partial(jax.jit, static_argnames=("rule", "is_short"))
+def _compute_norms(
+    w: jax.Array, dcdw: jax.Array, numbers: dict[str, Any], rule: Rule, is_short: bool
+) -> Measured:
+    """Like `_compute`, for the norms and ratios of the step."""
+    (w, dcdw), rule = _arguments((w, dcdw), numbers, rule)
+    if jnp.iscomplexobj(w):
+        w, dcdw, rule = _as_pairs(w, dcdw, rule)
+    return super(JaxBackend, BACKEND).compute_norms(w, dcdw, rule, is_short)
+
+
+def _arguments(arrays: Any, numbers: dict[str, Any], rule: Rule) -> tuple[Any, Rule]:
+    """The arrays and the whole rule; they are constants for derivatives if `stop_gradients`."""
+    if rule.stop_gradients:
+        arrays, numbers = jax.lax.stop_gradient((arrays, numbers))
+    return arrays, rule._replace(**numbers)
+
+
 def _update(leaf: Leaf) -> StepResult:
     w, dcdw, velocity, rule = leaf.w, leaf.dcdw, leaf.velocity, leaf.rule
     if _steps_in_cpu_memory(leaf):
@@ -222,10 +251,7 @@ def _update(leaf: Leaf) -> StepResult:
         twin.update(raw(np.asarray(w)), raw(np.asarray(dcdw)), raw(new[0]), rule, *new[1:])
         return StepResult(*put(new, w.sharding, w.committed))
     dcdw, velocity = (None if x is None else _sharded_like(x, w) for x in (dcdw, velocity))
-    stepped = BACKEND.step(w, dcdw, rule, velocity)
-    if not rule.stop_gradients:
-        return stepped
-    return StepResult(*(None if x is None else jax.lax.stop_gradient(x) for x in stepped))
+    return BACKEND.step(w, dcdw, rule, velocity)
 
 
 def _axis_fault(varying: frozenset[Any], axes: frozenset[Any], rule: Rule) -> str | None:
@@ -234,7 +260,7 @@ def _axis_fault(varying: frozenset[Any], axes: frozenset[Any], rule: Rule) -> st
     Under `pmap`, `vmap` and `shard_map(check_vma=False)` JAX does not know over which axes weights
     vary.
     """
-    for name in _in_order(axes):
+    for name in in_order(axes):
         try:
             index = jax.lax.axis_index(name)
         except NameError:
@@ -268,11 +294,6 @@ def _varying_over(x: jax.Array, axes: tuple[Any, ...]) -> jax.Array:
     return jax.lax.pvary(x, axes)  # JAX 0.8
 
 
-def _in_order(axes: Iterable[Any]) -> tuple[Any, ...]:
-    """The axes in an order that is the same in all processes."""
-    return tuple(sorted(axes, key=repr))
-
-
 def _zeros(shape: tuple[int, ...], dtype: Any, w: jax.Array, sharding: Any) -> jax.Array:
     """Zeros on the devices of w, committed if w is; otherwise JAX would recompile the next step."""
     if w.committed:
@@ -294,8 +315,7 @@ def _measure(leaf: Leaf) -> Measured:
         measured = twin.measure(raw(np.asarray(w)), raw(np.asarray(dcdw)), rule)
         with jax.default_device(next(iter(w.devices()))):
             return Measured(*(jnp.asarray(x) for x in measured))
-    measured = BACKEND.measure_leaf(w, _sharded_like(dcdw, w), rule)
-    return measured if not rule.stop_gradients else Measured(*map(jax.lax.stop_gradient, measured))
+    return BACKEND.measure_leaf(w, _sharded_like(dcdw, w), rule)
 
 
 def _steps_in_cpu_memory(leaf: Leaf) -> bool:
@@ -327,7 +347,7 @@ def _sharded_like(x: jax.Array, w: jax.Array) -> jax.Array:
         return jax.device_put(x, w.sharding) if w.committed and x.sharding != w.sharding else x
     missing = BACKEND.varying(w) - BACKEND.varying(x)
     if missing:  # collectives need all operands to vary over the same axes
-        x = _varying_over(x, _in_order(missing))
+        x = _varying_over(x, in_order(missing))
     ours = jax.typeof(w).sharding
     if jax.typeof(x).sharding == ours or jax.sharding.AxisType.Explicit not in ours.mesh.axis_types:
         return x  # the compiler chooses the sharding

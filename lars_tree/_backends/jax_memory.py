@@ -22,11 +22,12 @@ _LONG = 2**16  # in bytes: below this size, a copy is faster than allocating ali
 
 
 def device_to_view(x: Any) -> Any:
-    """The CPU device of an array that can be read as a numpy array; None for all other objects.
-
-    The class of a tracer does not derive from `jax.Array`.
-    """
-    if not issubclass(type(x), jax.Array) or x.dtype not in _DTYPES_OF_KERNEL or x.ndim > MAX_AXES:
+    """The CPU device of an array that can be read as a numpy array; None for all other objects."""
+    kind = type(x)
+    # In JAX 0.8, the class of a tracer derives from `jax.Array`.
+    if not issubclass(kind, jax.Array) or issubclass(kind, jax.core.Tracer):
+        return None
+    if x.dtype not in _DTYPES_OF_KERNEL or x.ndim > MAX_AXES:
         return None
     return None if x.is_deleted() else _cpu_device(x.sharding)
 

@@ -77,6 +77,10 @@ class StandardBackend(ArraysBackend):
             return READ_ONLY_MAP
         return None
 
+    def bits(self, x: NativeArray) -> int:
+        is_integer = self.xp.isdtype(x.dtype, ("integral", "bool"))
+        return int((self.xp.iinfo if is_integer else self.xp.finfo)(x.dtype).bits)
+
     def widen(self, x: Any, w: NativeArray) -> NativeArray:
         xp = self.xp
         if not array_api_compat.is_array_api_obj(x) or isinstance(x, np.ndarray):

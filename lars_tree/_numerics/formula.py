@@ -143,6 +143,9 @@ class Ops(Protocol):
     def norms(self, w: Any, dcdw: Any, layer_axis: int | None) -> tuple[Norm, Norm]:
         """The 2-norms of w and dcdw; all axes except layer_axis are reduced to length 1."""
 
+    def unscaled_norms(self, w: Any, dcdw: Any, layer_axis: int | None) -> tuple[Any, Any]:
+        """Like `norms`, for arrays whose squares are in range; with defined derivatives at 0."""
+
     def largest(self, x: Any, layer_axis: int | None) -> Any:
         """The largest magnitude over the axes of `norms`, constant under differentiation."""
 
@@ -199,17 +202,36 @@ def norm_of_sums(ops: Ops, unscaled: Any, of_large: Any, of_small: Any) -> Norm:
     return Norm(root / power, ops.where(total == 0, 1.0, scale))
 
 
-def step(ops: Ops, w: Any, dcdw: Any, rule: Rule, velocity: Any = None) -> tuple[Any, Any]:
+# Computed in double, a step of arrays and options of at most the range of float32 never leaves the
+# range of double, in any order of operations. Options that are numbers are in range between these
+# bounds.
+MODERATE = (2.0**-100, 2.0**100)
+
+
+def is_moderate(number: float) -> bool:
+    return number == 0 or MODERATE[0] < number < MODERATE[1]
+
+
+def step(
+    ops: Ops, w: Any, dcdw: Any, rule: Rule, velocity: Any = None, in_range: bool = False
+) -> tuple[Any, Any]:
     """The weights and the velocity (None if there is none) after a step, in the precision of w.
 
     The step is valid over the whole range of exponents: arrays are scaled by powers of two, so that
     their largest elements are near 1 and no norm overflows or vanishes. The rule allows this: if w
     is divided by a, dcdw and eps by b, and decay_lambda is multiplied by a / b, then the gradient
     term of u is divided by a, like w, and the decay coefficient does not change.
+
+    With `in_range`, nothing is scaled. All arguments are then in double, but arrays were converted
+    from shorter types, and numbers are moderate: see `MODERATE`.
     """
-    dcdw, rule = joint(ops, w, dcdw, rule)
+    dcdw, rule = joint(ops, w, dcdw, rule, in_range)
     decays = not is_zero(rule.decay_lambda)
-    if rule.adapt:
+    if rule.adapt and in_range:
+        unscaled = ops.unscaled_norms(w, dcdw, rule.layer_axis)
+        ratio = trust_ratio(*unscaled, rule, ops.where, ops.like(1, unscaled[0]))
+        gradient_coefficient, decay_coefficient = coefficients(ratio, rule)
+    elif rule.adapt:
         norms = ops.norms(w, dcdw, rule.layer_axis)
         dcdw = dcdw / norms[1].scale
         coefficient, gradient_coefficient, decay_coefficient = scaled_coefficients(
@@ -247,15 +269,20 @@ def scaled_coefficients(
     )
 
 
-def joint(ops: Ops, w: Any, dcdw: Any, rule: Rule) -> tuple[Any, Rule]:
+def joint(ops: Ops, w: Any, dcdw: Any, rule: Rule, in_range: bool = False) -> tuple[Any, Rule]:
     """For `joint_norm`, the joint gradient dcdw + decay * w, and the rule without decay.
 
     The denominator is then the norm of this gradient. The sum is scaled to be near 1, so that
-    nothing overflows, and the loss scale is divided by the same factor.
+    nothing overflows, and the loss scale is divided by the same factor; with `in_range`, see
+    `step`, nothing is scaled.
     """
     if not is_joint(rule):
         return dcdw, rule
     decay = rule.decay_lambda * rule.grad_scale
+    if in_range:
+        signed = -dcdw if rule.maximize else dcdw
+        total = multiply_add(ops, signed, ops.like(decay, w), w, short=True)
+        return total, without_decay(rule)
     w_largest, dcdw_largest = (ops.largest(x, rule.layer_axis) for x in (w, dcdw))
     w_scale = ops.power_of_two(w_largest)
     decay_scale = decay * ops.where(w_largest > 0, w_scale, 0)
@@ -266,14 +293,20 @@ def joint(ops: Ops, w: Any, dcdw: Any, rule: Rule) -> tuple[Any, Rule]:
     return total, without_decay(rule)._replace(grad_scale=rule.grad_scale / scale)
 
 
-def multiply_add(ops: Ops, a: Any, b: Any, x: Any) -> Any:
+def multiply_add(ops: Ops, a: Any, b: Any, x: Any, short: bool = False) -> Any:
     """Compute a + b * x, almost as exactly as with a single rounding, even if the two terms cancel.
 
     The factors are split into halves, whose products are exact, and the rounding errors of the sums
-    are added to the sum (Dekker 1971, doi:10.1007/BF01397083).
+    are added to the sum (Dekker 1971, doi:10.1007/BF01397083). If x is `short`, it has at most half
+    of the bits of its type, and is not split.
     """
-    b_high, x_high = ops.upper_half(b), ops.upper_half(x)
-    b_low, x_low = b - b_high, x - x_high
+    b_high = ops.upper_half(b)
+    b_low = b - b_high
+    if short:
+        total, rest = two_sum(a, b_high * x)
+        return ops.finite_or(total + (rest + b_low * x), total)
+    x_high = ops.upper_half(x)
+    x_low = x - x_high
     total, rest = two_sum(a, b_high * x_high)
     near, near_rest = two_sum(total, b_high * x_low + b_low * x_high)  # this sum is exact, too
     exact = near + (near_rest + (rest + b_low * x_low))
@@ -327,8 +360,10 @@ class Measured(NamedTuple):
     unclipped: Any
 
 
-def measure(ops: Ops, w: Any, dcdw: Any, rule: Rule) -> Measured:
+def measure(ops: Ops, w: Any, dcdw: Any, rule: Rule, in_range: bool = False) -> Measured:
     """The norms and trust ratios of `step`, in the shape that `Ops.norms` gives the norms."""
+    if in_range:
+        return _measure_in_range(ops, w, dcdw, rule)
     w_norm, dcdw_norm = ops.norms(w, dcdw, rule.layer_axis)
     g_norm = dcdw_norm.scaled * (dcdw_norm.scale / rule.grad_scale)
     if is_joint(rule):
@@ -342,3 +377,15 @@ def measure(ops: Ops, w: Any, dcdw: Any, rule: Rule) -> Measured:
         return ops.where(found == one, 1, found * (w_norm.scale / scale))
 
     return Measured(w_norm.scaled * w_norm.scale, g_norm, ratio(clip=True), ratio(clip=False))
+
+
+def _measure_in_range(ops: Ops, w: Any, dcdw: Any, rule: Rule) -> Measured:
+    w_norm, dcdw_norm = ops.unscaled_norms(w, dcdw, rule.layer_axis)
+    g_norm = dcdw_norm / rule.grad_scale
+    if is_joint(rule):
+        dcdw, rule = joint(ops, w, dcdw, rule, in_range=True)
+        _, dcdw_norm = ops.unscaled_norms(w, dcdw, rule.layer_axis)
+    one = ops.where(w_norm == 0, ops.like(1, w_norm), 1)  # in the shape of the norms
+    norms = w_norm, dcdw_norm
+    ratios = (trust_ratio(*norms, rule, ops.where, one, clip=clip) for clip in (True, False))
+    return Measured(w_norm, g_norm, *ratios)

@@ -22,7 +22,7 @@ from lars_tree._backends.arrays import ArraysBackend
 from lars_tree._backends.base import Columns, Leaf, StepResult, StepResults, Writes
 from lars_tree._backends.cpu import twin
 from lars_tree._backends.memory import NumpyArray
-from lars_tree._backends.torch import multi_tensor, sharded, stand_ins, tensors
+from lars_tree._backends.torch import differentiable, multi_tensor, sharded, stand_ins, tensors
 from lars_tree._backends.torch.addresses import NUMPY_TYPES, Address, bits, bytes_needed, view
 from lars_tree._backends.torch.reader import READER, may_read
 from lars_tree._backends.torch.shards import Shards
@@ -150,7 +150,7 @@ class TorchBackend(ArraysBackend):
         elsewhere: list[tuple[Leaf, StepResult]] = []
         for i, leaf in enumerate(leaves):
             if not self._steps_in_memory(leaf):
-                results[i] = writes.result(leaf, self._arrays(leaf))
+                results[i] = writes.result(leaf, self._tracked(leaf))
                 continue
             results[i] = tensors.targets(leaf)
             if leaf.w.device.type == "cpu" and not sharded.is_sharded(leaf.w):
@@ -213,8 +213,14 @@ class TorchBackend(ArraysBackend):
             return not any(isinstance(x, Tensor) for x in options)
         return sharded.is_sharded(w) or all(x.ndim == 0 for x in options)
 
-    def _arrays(self, leaf: Leaf) -> StepResult:
+    def _tracked(self, leaf: Leaf) -> StepResult:
+        """The step by operations that autograd, torch.func and modes can follow."""
         stops = leaf.rule.stop_gradients
+        xs = [x for x in (leaf.w, leaf.dcdw, *leaf.rule) if isinstance(x, Tensor)]
+        is_dense = all(map(_has_memory, xs)) and not any(map(_has_tangent, xs))
+        if is_dense and not stops and differentiable.supports(leaf):
+            step = lambda *given: self.step(*given).w  # noqa: E731
+            return StepResult(differentiable.step(leaf.w, leaf.dcdw, leaf.rule, step))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not stops):
             new = self.step(leaf.w, leaf.dcdw, leaf.rule, leaf.velocity)
         return StepResult(*(x if x is None or not stops else x.detach() for x in new))
