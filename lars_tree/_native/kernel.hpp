@@ -158,11 +158,12 @@ inline InstructionSet best_set() {
 #ifdef LARS_X86
     __builtin_cpu_init();
     unsigned eax, ebx, ecx = 0, edx;  // not all compilers know "f16c" as a name
-    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & bit_F16C)) return baseline_set;
+    const unsigned needed = bit_FMA | bit_F16C;
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || (ecx & needed) != needed) return baseline_set;
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
         return avx512_set;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2_set;
+    if (__builtin_cpu_supports("avx2")) return avx2_set;
 #endif
     return baseline_set;
 }
