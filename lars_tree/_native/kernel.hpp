@@ -57,9 +57,8 @@ struct JointGradient {
     bool maximize;  // negates dcdw
 };
 
-const int lanes = 16;
-const int group_rows = 4;  // rows that are added at once
-const std::size_t group = group_rows * lanes;
+const std::size_t lanes = 16;
+const std::size_t group = 4 * lanes;  // four rows are added at once
 const std::size_t block = 128;  // elements that are computed before they are checked and written
 
 // A sum in about twice the precision of double: `low` collects the rounding errors of `high`.
@@ -75,8 +74,8 @@ struct LaneSums {
 
 // The pairwise sum of all lanes.
 inline Pair sum_of_lanes(LaneSums sums) {
-    for (int left = lanes / 2; left; left /= 2) {
-        for (int i = 0; i < left; ++i) {
+    for (std::size_t left = lanes / 2; left; left /= 2) {
+        for (std::size_t i = 0; i < left; ++i) {
             Pair sum = add({sums.high[2 * i], sums.low[2 * i]},
                            {sums.high[2 * i + 1], sums.low[2 * i + 1]});
             sums.high[i] = sum.high;

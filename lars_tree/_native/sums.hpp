@@ -5,29 +5,30 @@
 // lanes do the same operations, so they become vector instructions.
 
 // The product of two numbers shorter than double is exact in double, so FMA gives the same bits.
-LARS_TARGET LARS_INLINE double add_square(double x, double sum) {
 #ifdef LARS_VECTORS
-    return __builtin_fma(x, x, sum);
-#else
-    return x * x + sum;
-#endif
+LARS_TARGET LARS_INLINE void add_squares(Doubles x, double* sums) {
+    _mm256_storeu_pd(sums, _mm256_fmadd_pd(x.low, x.low, _mm256_loadu_pd(sums)));
+    _mm256_storeu_pd(sums + 4, _mm256_fmadd_pd(x.high, x.high, _mm256_loadu_pd(sums + 4)));
 }
+#else
+LARS_INLINE void add_squares(Doubles x, double* sum) { *sum += x * x; }
+#endif
 
 // Adds the squares of four rows to the lanes, row by row.
 template <class T>
-LARS_TARGET inline void add_squares(const T* rows, LaneSums& sums) {
-    for (int row = 0; row < group_rows; ++row) {
-        for (int lane = 0; lane < lanes; ++lane) {
-            sums.high[lane] = add_square(read(rows[row * lanes + lane]), sums.high[lane]);
+LARS_TARGET LARS_INLINE void add_group(const T* rows, LaneSums& sums) {
+    for (std::size_t row = 0; row < group; row += lanes) {
+        for (std::size_t lane = 0; lane < lanes; lane += width) {
+            add_squares(load(rows + row + lane), sums.high + lane);
         }
     }
 }
 
 // Squares of float64 elements are rounded. So that the error does not grow with the number of rows,
 // they are added by pairwise summation within the group, and by compensated summation to the lanes.
-LARS_TARGET inline void add_squares(const double* rows, LaneSums& sums) {
-    static_assert(group_rows == 4, "two pairs");
-    for (int lane = 0; lane < lanes; ++lane) {
+LARS_TARGET LARS_INLINE void add_group(const double* rows, LaneSums& sums) {
+    static_assert(group == 4 * lanes, "two pairs of rows");
+    for (std::size_t lane = 0; lane < lanes; ++lane) {
         const double a = rows[lane], b = rows[lanes + lane];
         const double c = rows[2 * lanes + lane], d = rows[3 * lanes + lane];
         const Pair sum = two_sum(sums.high[lane], (a * a + b * b) + (c * c + d * d));
@@ -38,10 +39,10 @@ LARS_TARGET inline void add_squares(const double* rows, LaneSums& sums) {
 
 // The last elements, which do not fill a group, are padded with zeros.
 template <class T>
-LARS_TARGET inline void add_last_squares(const T* x, std::size_t size, LaneSums& sums) {
+LARS_TARGET LARS_INLINE void add_last(const T* x, std::size_t size, LaneSums& sums) {
     T last[group] = {};
     std::memcpy(last, x, size * sizeof(T));
-    add_squares(last, sums);
+    add_group(last, sums);
 }
 
 // The sums of squares of w and of dcdw. Both are read in one loop, because memory is faster with
@@ -54,12 +55,12 @@ LARS_TARGET void sum_squares(const void* w, const void* dcdw, std::size_t size, 
     LaneSums of_w = {}, of_dcdw = {};  // local variables stay in registers
     std::size_t i = 0;
     for (; size - i >= group; i += group) {
-        add_squares(weights + i, of_w);
-        add_squares(gradients + i, of_dcdw);
+        add_group(weights + i, of_w);
+        add_group(gradients + i, of_dcdw);
     }
     if (i < size) {
-        add_last_squares(weights + i, size - i, of_w);
-        add_last_squares(gradients + i, size - i, of_dcdw);
+        add_last(weights + i, size - i, of_w);
+        add_last(gradients + i, size - i, of_dcdw);
     }
     w_sums = of_w;
     dcdw_sums = of_dcdw;
@@ -74,7 +75,7 @@ LARS_TARGET inline void sum_scaled_squares(const double* x, std::size_t size, do
         for (std::size_t i = 0; i < std::min(group, size - start); ++i) {
             scaled[i] = x[start + i] * scale * rest;
         }
-        add_squares(scaled, sums);
+        add_group(scaled, sums);
     }
 }
 
