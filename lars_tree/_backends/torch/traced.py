@@ -55,7 +55,8 @@ def results_in_place(
     values: list[Tensor] = []
     for layers, ops in zip(given, _operations(given), strict=True):
         if layers.w.numel():
-            new = formula.step(ops, layers.w, layers.dcdw, layers.rule, layers.velocity)
+            w, dcdw, velocity = layers.w, layers.dcdw, layers.velocity
+            new = formula.step(ops, w, dcdw, layers.rule, velocity, layers.is_in_range)
             outs += (out for out in layers.outs if out is not None)
             values += (x for x in new if x is not None)
     if unless is not None:
@@ -71,6 +72,7 @@ class _Layers(NamedTuple):
     Attributes:
         outs: The parameter and the buffer to write to, in their own precision.
         groups: The process groups that share the layers; None if the leaf is not sharded.
+        is_in_range: Whether the step needs no scaling: see `formula.step`.
     """
 
     w: Tensor
@@ -79,6 +81,7 @@ class _Layers(NamedTuple):
     rule: Rule
     outs: tuple[Tensor, Tensor | None]
     groups: list[Any] | None
+    is_in_range: bool
 
     @property
     def layer_count(self) -> int:
@@ -102,6 +105,7 @@ def _layers(leaf: Leaf) -> _Layers:
     wide, wide_dcdw, velocity = (
         None if x is None else BACKEND.widen(x, w) for x in (outs[0], _local(dcdw), outs[1])
     )
+    is_short = BACKEND.bits(wide) >= 64 and BACKEND.is_short(outs[0], leaf.dcdw, rule)
     names = (*formula.NUMBERS, *formula.MOMENTUM_NUMBERS)
     numbers = {name: getattr(rule, name) for name in names}
     rule = rule._replace(
@@ -109,7 +113,8 @@ def _layers(leaf: Leaf) -> _Layers:
     )
     if groups is not None:
         wide_dcdw, rule = formula.joint(_WholeNorms(None), wide, wide_dcdw, rule)
-    return _Layers(wide, wide_dcdw, velocity, rule, outs, groups)
+    is_in_range = is_short and groups is None  # the norms of `_WholeNorms` are scaled
+    return _Layers(wide, wide_dcdw, velocity, rule, outs, groups, is_in_range)
 
 
 def _local(x: Tensor) -> Tensor:
