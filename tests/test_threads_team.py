@@ -25,7 +25,7 @@ rng = np.random.default_rng(0)
 w = [rng.normal(size=n).astype(np.float32) for n in (1_000_000, 3, 700)]
 g = [x[::-1].copy() for x in w]
 def step():
-    new = lars_tree.lars_update(w, g, 0.1, decay_lambda=0.01)
+    new = lars_tree.lars_update(w, g, 0.1, decay_lambda=0.01, joint_norm=True)
     return zlib.crc32(b"".join(x.tobytes() for x in new))
 def tasks():
     return len(os.listdir("/proc/self/task"))
@@ -164,6 +164,6 @@ try:
 except RuntimeError:
     for _ in range(3):
         lars_tree.lars_update(w, g, 0.0, out=w)
-    lars_tree.lars_update(w, g, 0.1, decay_lambda=0.01, out=w)
+    lars_tree.lars_update(w, g, 0.1, decay_lambda=0.01, joint_norm=True, out=w)
     print(zlib.crc32(b"".join(x.tobytes() for x in w)) == expected)"""
     assert run(code) == ["True"]

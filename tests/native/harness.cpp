@@ -5,7 +5,7 @@
 //     g++ -std=c++17 -O2 -ffp-contract=off -pthread -I lars_tree/_native tests/native/harness.cpp
 //     ./a.out [quick] [team]
 //
-// With `team`, only the checks of threads, on the team of an OpenMP runtime. sanitize.sh builds this
+// With `team`, only threads are checked, on the team of an OpenMP runtime. sanitize.sh builds this
 // program with and without sanitizers.
 #include <dlfcn.h>
 
