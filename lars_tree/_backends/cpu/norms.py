@@ -32,10 +32,6 @@ _MAX_CHUNKS = 1 << 14
 # If a sum of squares is in this range, no square overflowed, and underflow did not change the sum.
 _SAFE_SUM = (2.0**-900, 2.0**1000)
 
-# If elements are shorter than double and options are in this range, coefficients can be computed in
-# double: they do not overflow or underflow, and their rounding errors do not change the result.
-_MODERATE = (2.0**-100, 2.0**100)
-
 # A joint gradient is scaled so that its largest element has about this exponent. The square of the
 # largest element then does not overflow, and small elements keep their digits.
 _JOINT_EXPONENT = 480
@@ -139,8 +135,8 @@ def _number_type(w: Any, dcdw: Any, rule: Rule) -> Any:
     names = (*formula.NUMBERS, *(["lr_after_momentum"] if rule.trust_clip else []))
     values = (getattr(rule, name) for name in names)
     short = _is_short(w) and _is_short(dcdw)
-    is_moderate = all(x == 0 or _MODERATE[0] < x < _MODERATE[1] for x in values)
-    return float if short and is_moderate else DoubleDouble
+    # Then coefficients in double do not overflow or underflow, and errors do not change the result.
+    return float if short and all(map(formula.is_moderate, values)) else DoubleDouble
 
 
 def _is_short(flat: Any) -> bool:
