@@ -1,4 +1,4 @@
-"""The native kernel for CPU memory; `kernel` is None if it was not built or is turned off.
+"""The native kernel for CPU memory; `kernel` is None if it was not built, or cannot be used.
 
 kernel.hpp has the arithmetic, without Python; plan.hpp binds it to Python. Only speed depends on
 the kernel: `_backends/cpu/twin.py` gives the same bits. LARS_TREE_NATIVE=0 in the environment turns
@@ -11,6 +11,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
+
 from lars_tree._native import threads
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 def _load() -> _Kernel | None:
     if os.environ.get("LARS_TREE_NATIVE") == "0":
+        return None
+    if not np.__version__.startswith("2."):  # memory.hpp has the layout of the arrays of numpy 2
         return None
     try:
         from lars_tree._native import _kernel

@@ -16,9 +16,9 @@
 // overflow or lose digits.
 //
 // The order of the sums. Arrays are cut into chunks, and chunks into rows of 16 elements. Within a
-// chunk, the squares of each of the 16 lanes are added row by row (sums.hpp): for elements shorter
-// than double, the rounding errors of at most 1,024 rows are far below the last bit of a result;
-// sums of float64 elements are compensated. Then the lanes are added by pairwise summation, and the
+// chunk, the squares of each of the 16 lanes are added row by row (sums.hpp). If neither w nor dcdw
+// is float64, rounding errors of the rows are far below the last bit of a result; otherwise both
+// sums are compensated. Then the lanes are added by pairwise summation, and the
 // chunks one after another, in about twice the precision of double. If squares of float64 elements
 // overflow or underflow, the sum is computed again from elements that are scaled by a power of two.
 //
@@ -35,6 +35,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #if defined(__GNUC__) && defined(__x86_64__)

@@ -7,8 +7,8 @@
 // without -ffast-math.
 //
 // For most types, computing in double is exact enough. float64 results that overflow are recomputed
-// from scaled inputs. Without momentum, float16 and bfloat16 are computed in float where that
-// provably gives the same bits.
+// from scaled inputs. Without momentum, bfloat16 (and float16, if the processor converts it) is
+// computed in float where that provably gives the same bits.
 
 #include "vectors.hpp"
 

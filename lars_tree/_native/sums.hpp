@@ -14,56 +14,69 @@ LARS_TARGET LARS_INLINE void add_squares(Doubles x, double* sums) {
 LARS_INLINE void add_squares(Doubles x, double* sum) { *sum += x * x; }
 #endif
 
-// Adds the squares of four rows to the lanes, row by row.
-template <class T>
-LARS_TARGET LARS_INLINE void add_group(const T* rows, LaneSums& sums) {
-    for (std::size_t row = 0; row < group; row += lanes) {
-        for (std::size_t lane = 0; lane < lanes; lane += width) {
-            add_squares(load(rows + row + lane), sums.high + lane);
+// The two ways to add four rows to the lanes. This one adds them row by row.
+struct Plain {
+    template <class T>
+    LARS_TARGET LARS_INLINE static void add_group(const T* rows, LaneSums& sums) {
+        for (std::size_t row = 0; row < group; row += lanes) {
+            for (std::size_t lane = 0; lane < lanes; lane += width) {
+                add_squares(load(rows + row + lane), sums.high + lane);
+            }
         }
     }
-}
+};
 
-// Squares of float64 elements are rounded. So that the error does not grow with the number of rows,
-// they are added by pairwise summation within the group, and by compensated summation to the lanes.
-LARS_TARGET LARS_INLINE void add_group(const double* rows, LaneSums& sums) {
-    static_assert(group == 4 * lanes, "two pairs of rows");
-    for (std::size_t lane = 0; lane < lanes; ++lane) {
-        const double a = rows[lane], b = rows[lanes + lane];
-        const double c = rows[2 * lanes + lane], d = rows[3 * lanes + lane];
-        const Pair sum = two_sum(sums.high[lane], (a * a + b * b) + (c * c + d * d));
-        sums.high[lane] = sum.high;
-        sums.low[lane] += sum.low;
+// Results in float64 show the rounding errors of a long sum. So that the error does not grow with
+// the number of rows, this adds squares by pairwise summation within the group, and by compensated
+// summation to the lanes.
+struct Compensated {
+    template <class T>
+    LARS_TARGET LARS_INLINE static void add_group(const T* rows, LaneSums& sums) {
+        static_assert(group == 4 * lanes, "two pairs of rows");
+        for (std::size_t lane = 0; lane < lanes; ++lane) {
+            const double a = read(rows[lane]), b = read(rows[lanes + lane]);
+            const double c = read(rows[2 * lanes + lane]), d = read(rows[3 * lanes + lane]);
+            const Pair sum = two_sum(sums.high[lane], (a * a + b * b) + (c * c + d * d));
+            sums.high[lane] = sum.high;
+            sums.low[lane] += sum.low;
+        }
     }
-}
+};
 
 // The last elements, which do not fill a group, are padded with zeros.
-template <class T>
+template <class Sums, class T>
 LARS_TARGET LARS_INLINE void add_last(const T* x, std::size_t size, LaneSums& sums) {
     T last[group] = {};
     std::memcpy(last, x, size * sizeof(T));
-    add_group(last, sums);
+    Sums::add_group(last, sums);
 }
 
 // The sums of squares of w and of dcdw. Both are read in one loop, because memory is faster with
 // two streams than with one.
-template <class T, class G>
-LARS_TARGET void sum_squares(const void* w, const void* dcdw, std::size_t size, LaneSums& w_sums,
-                             LaneSums& dcdw_sums) {
-    const T* weights = static_cast<const T*>(w);
-    const G* gradients = static_cast<const G*>(dcdw);
+template <class Sums, class T, class G>
+LARS_TARGET LARS_INLINE void sum_squares_by(const T* w, const G* dcdw, std::size_t size,
+                                            LaneSums& w_sums, LaneSums& dcdw_sums) {
     LaneSums of_w = {}, of_dcdw = {};  // local variables stay in registers
     std::size_t i = 0;
     for (; size - i >= group; i += group) {
-        add_group(weights + i, of_w);
-        add_group(gradients + i, of_dcdw);
+        Sums::add_group(w + i, of_w);
+        Sums::add_group(dcdw + i, of_dcdw);
     }
     if (i < size) {
-        add_last(weights + i, size - i, of_w);
-        add_last(gradients + i, size - i, of_dcdw);
+        add_last<Sums>(w + i, size - i, of_w);
+        add_last<Sums>(dcdw + i, size - i, of_dcdw);
     }
     w_sums = of_w;
     dcdw_sums = of_dcdw;
+}
+
+template <class T, class G>
+LARS_TARGET void sum_squares(const void* w, const void* dcdw, std::size_t size, LaneSums& w_sums,
+                             LaneSums& dcdw_sums) {
+    const bool is_double = std::is_same<T, double>::value || std::is_same<G, double>::value;
+    typedef typename std::conditional<is_double, Compensated, Plain>::type Sums;
+    sum_squares_by<Sums>(static_cast<const T*>(w), static_cast<const G*>(dcdw), size, w_sums,
+                         dcdw_sums);
 }
 
 // The sum of squares of x * scale * rest: a single factor could overflow.
@@ -75,7 +88,7 @@ LARS_TARGET inline void sum_scaled_squares(const double* x, std::size_t size, do
         for (std::size_t i = 0; i < std::min(group, size - start); ++i) {
             scaled[i] = x[start + i] * scale * rest;
         }
-        add_group(scaled, sums);
+        Compensated::add_group(scaled, sums);
     }
 }
 

@@ -3,7 +3,7 @@
 // In a process with an OpenMP runtime (torch brings one), the work runs on its team. The idle
 // threads of a team spin for milliseconds after each parallel region, so threads of our own would
 // compete with them for the cores. Everywhere else, threads are started for one call and joined
-// before it returns. So they are in a forked child, where the threads of a team do not exist.
+// before it returns. The same holds in a forked child, where the threads of a team do not exist.
 #pragma once
 
 #include <algorithm>
@@ -117,7 +117,8 @@ inline void run_on_threads(std::size_t threads, std::size_t max_threads, const W
         if (thread < threads) work(thread);
     };
     // A runtime that cannot start its threads ends the process. So the first call in each thread
-    // tries whether the system can start as many.
+    // tries whether the system can start as many. The trial cannot see limits that change later, or
+    // an OMP_STACKSIZE that the system does not have; operations of torch end the process then too.
     if (started >= max_threads) {
         run_on_team(openmp, of_team);
     } else if (run_on_own_threads(max_threads, of_team)) {

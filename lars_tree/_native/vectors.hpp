@@ -111,7 +111,7 @@ LARS_INLINE void store(T* out, Doubles x) {
 }
 #endif
 
-// Less than `width` elements, followed by zeros.
+// Fewer than `width` elements, followed by zeros.
 template <class T>
 struct Padded {
     Padded(const T* start, std::size_t size) { std::memcpy(x, start, size * sizeof(T)); }

@@ -1,6 +1,5 @@
 // Walks over trees, equivalent to _collect_in_python, _match_in_python and _fill in
-// _tree/structure.py.
-// _tree/nodes.py defines which objects are nodes.
+// _tree/structure.py; _tree/nodes.py defines which objects are nodes.
 //
 // Dicts (also Containers), lists and tuples are walked here. All other nodes, and nodes that are
 // too deep for the stack of a thread, are passed to the Python function. Python code may run during

@@ -71,18 +71,19 @@ class Norms(NamedTuple):
 def norms_of(w: Any, dcdw: Any, precision: Precision, rule: Rule) -> Norms:
     if not rule.adapt:
         return Norms(DoubleDouble)
-    number = _number_type(w, dcdw, rule)
-    w_norm = _norm(w, precision, number)
-    if not formula.is_joint(rule):
-        return Norms(number, w_norm, _norm(dcdw, precision, number))
+    number, is_joint = _number_type(w, dcdw, rule), formula.is_joint(rule)
+    is_short = _is_short(w) and _is_short(dcdw) and not is_joint  # a joint gradient is in double
+    w_norm = _norm(w, precision, number, is_short)
+    if not is_joint:
+        return Norms(number, w_norm, _norm(dcdw, precision, number, is_short))
     joint = JointGradient(w, dcdw, precision, rule)
     if number is float:
-        return Norms(number, w_norm, _norm(joint, precision, number), joint)
+        return Norms(number, w_norm, _norm(joint, precision, number, is_short), joint)
     scaled = joint.scaled()
     if scaled is None:  # an element is infinite or NaN
-        square, _ = _sum_of_squares(joint, precision)
+        square, _ = _sum_of_squares(joint, precision, is_short)
         return Norms(number, w_norm, DoubleDouble(math.sqrt(square)), joint)
-    norm = _from_pair(_sum_of_squares(scaled, precision)).sqrt().scaled(scaled.exponent)
+    norm = _from_pair(_sum_of_squares(scaled, precision, is_short)).sqrt().scaled(scaled.exponent)
     return Norms(number, w_norm, norm, scaled)
 
 
@@ -145,8 +146,8 @@ def _is_short(flat: Any) -> bool:
     return dtype.itemsize <= (8 if dtype.kind == "c" else 4)
 
 
-def _norm(flat: Any, precision: Precision, number: Any) -> Any:
-    total = _sum_of_squares(flat, precision)
+def _norm(flat: Any, precision: Precision, number: Any, is_short: bool) -> Any:
+    total = _sum_of_squares(flat, precision, is_short)
     if number is float:
         return math.sqrt(total[0])
     if _SAFE_SUM[0] < total[0] < _SAFE_SUM[1]:
@@ -155,7 +156,8 @@ def _norm(flat: Any, precision: Precision, number: Any) -> Any:
     if largest == 0 or not np.isfinite(largest):
         return DoubleDouble(float(largest))
     exponent = int(np.frexp(largest)[1])
-    return _from_pair(_sum_of_squares(flat, precision, -exponent)).sqrt().scaled(exponent)
+    total = _sum_of_squares(flat, precision, is_short, -exponent)
+    return _from_pair(total).sqrt().scaled(exponent)
 
 
 def _largest(flat: Any, precision: Precision) -> Any:
@@ -166,11 +168,14 @@ def _largest(flat: Any, precision: Precision) -> Any:
     return largest
 
 
-def _sum_of_squares(flat: Any, precision: Precision, exponent: int = 0) -> tuple[Any, Any]:
+def _sum_of_squares(
+    flat: Any, precision: Precision, is_short: bool, exponent: int = 0
+) -> tuple[Any, Any]:
     """Multiply the elements by 2**exponent; return the sum of squares and its rounding error.
 
     Within a chunk, rows of 16 elements are added. Then the 16 sums are added in pairs, and the sums
-    of the chunks in order. These last two steps also add up the rounding errors.
+    of the chunks in order. These last two steps also add up the rounding errors. `is_short`: all
+    arrays of the layer are shorter than double.
     """
     total = (precision(0), precision(0))
     for piece in pieces(flat):
@@ -179,7 +184,7 @@ def _sum_of_squares(flat: Any, precision: Precision, exponent: int = 0) -> tuple
             values = np.ldexp(values, exponent)
         groups = np.zeros((-(-values.size // (4 * _LANES)), 4, _LANES), precision)
         np.square(values, out=groups.reshape(-1)[: values.size])
-        high, low = _sum_of_rows(groups, _has_exact_squares(flat))
+        high, low = _sum_of_rows(groups, is_short)
         while len(high) > 1:
             high, low = _add((high[0::2], low[0::2]), (high[1::2], low[1::2]))
         total = _add(total, (high[0], low[0]))
@@ -187,18 +192,13 @@ def _sum_of_squares(flat: Any, precision: Precision, exponent: int = 0) -> tuple
     return fast_two_sum(*total) if np.isfinite(total[0]) else (total[0], precision(0))
 
 
-def _has_exact_squares(flat: Any) -> bool:
-    """Whether the squares of the elements are exact in double."""
-    return not isinstance(flat, JointGradient) and _is_short(flat)
-
-
-def _sum_of_rows(groups: Array, squares_are_exact: bool) -> tuple[Array, Array]:
+def _sum_of_rows(groups: Array, is_short: bool) -> tuple[Array, Array]:
     """The sums of the lanes, and their rounding errors; a group has four rows of 16 squares.
 
-    Exact squares are added row by row, and the errors are neglected. Otherwise each group is added
-    by pairwise summation, and the groups by compensated summation.
+    If all arrays are short, rows are added in order, and the errors are neglected. Otherwise each
+    group is added by pairwise summation, and the groups by compensated summation.
     """
-    if squares_are_exact:
+    if is_short:
         rows = groups.reshape(-1, _LANES)
         return np.add.reduce(rows, axis=0), np.zeros_like(rows[0])
     sums = (groups[:, 0] + groups[:, 1]) + (groups[:, 2] + groups[:, 3])
