@@ -1,11 +1,11 @@
 // One LARS step of many layers, distributed over threads: both passes, or one of them.
 //
-// A layer that fits into the cache of a core is updated by one thread: it makes both passes while
-// the layer is in the cache. A larger layer is updated by all threads, chunk by chunk: they sum in
-// forward order, wait until the sums are complete, and apply in backward order, because the chunks
-// that were read last are still in a cache. Each thread begins with its own range of chunks, and
-// then takes chunks that other threads have not begun. Sums are stored by chunk and added in the
-// order of the chunks, so the bits do not depend on the threads.
+// A layer of moderate size is updated by one thread: it makes both passes while the layer is in a
+// cache. A larger layer is updated by all threads, chunk by chunk: they sum in forward order, wait
+// until the sums are complete, and apply in backward order, because the chunks that were read last
+// are still in a cache. Each thread begins with its own range of chunks, and then takes chunks that
+// other threads have not begun. Sums are stored by chunk and added in the order of the chunks, so
+// the bits do not depend on the threads.
 //
 // team.hpp has the threads.
 #pragma once
@@ -41,8 +41,10 @@ private:
     std::fenv_t before;
 };
 
-// Layers of at most this size are updated by one thread: their arrays fit into the cache of a core.
-const std::size_t max_whole_size = 1 << 17;
+// Layers of at most this size are updated by one thread, so that threads that read and threads that
+// write take turns: memory is then faster. If there are many threads, the limit is lower, so that
+// no thread has much more work than the others.
+const std::size_t max_whole_size = 1 << 19, least_whole_size = 1 << 17;
 
 // The next chunk in the initial range of one thread.
 struct ChunkCounter {
@@ -76,19 +78,29 @@ public:
     Step(const Layer* layers, std::size_t count, std::size_t max_threads, InstructionSet set,
          Passes passes, Norms* norms, bool bounds)
         : layers(layers), loops(loops_for(set)), passes(passes), norms(norms), bounds(bounds) {
-        std::size_t longest = 0;
+        std::size_t longest = 0, elements = 0;
+        for (std::size_t i = 0; i < count; ++i) elements += layers[i].size;
+        // Starting more threads than this would take more time than they save.
+        threads = std::min(max_threads, 1 + elements / (2 * least_whole_size));
+        const std::size_t limit =
+            std::min(max_whole_size, std::max(least_whole_size, elements / (8 * threads)));
+        std::size_t in_batch = batch_size;
         for (std::size_t i = 0; i < count; ++i) {
-            elements += layers[i].size;
-            bool is_large = layers[i].size > max_whole_size;
-            (is_large ? large : small).push_back(i);
-            if (is_large) longest = std::max(longest, chunks(layers[i].size));
+            if (layers[i].size > limit) {
+                large.push_back(i);
+                longest = std::max(longest, chunks(layers[i].size));
+            } else {
+                // A batch has several small layers, or ends with a larger one.
+                if (in_batch >= batch_size) batches.push_back(small.size()), in_batch = 0;
+                small.push_back(i);
+                in_batch += 1 + layers[i].size / min_chunk;
+            }
             if (layers[i].rule->is_joint()) {
                 joint_size =
                     std::max(joint_size, std::min(layers[i].size, chunk_size(layers[i].size)));
             }
         }
-        // Starting more threads than this would take more time than they save.
-        threads = std::min(max_threads, 1 + elements / (2 * max_whole_size));
+        batches.push_back(small.size());
         progress.reset(new Progress[large.size()]);
         for (std::size_t i = 0; i < large.size(); ++i) {
             progress[i].to_sum.reset(new ChunkCounter[threads]);
@@ -104,10 +116,8 @@ public:
         for (std::size_t i = 0; i < large.size(); ++i) {
             step_in_chunks(large[i], progress[i], thread);
         }
-        const std::size_t batch = 8;
-        for (std::size_t start; (start = next_small.fetch_add(batch)) < small.size();) {
-            const std::size_t end = std::min(start + batch, small.size());
-            for (std::size_t i = start; i < end; ++i) {
+        for (std::size_t batch; (batch = next_batch.fetch_add(1)) + 1 < batches.size();) {
+            for (std::size_t i = batches[batch]; i < batches[batch + 1]; ++i) {
                 if (i + 2 < small.size()) prefetch(layers[small[i + 2]]);
                 step_whole(small[i], thread);
             }
@@ -317,16 +327,17 @@ private:
 
     const Layer* layers;
     const Loops& loops;
-    std::vector<std::size_t> large, small;
+    static const std::size_t batch_size = 8;
+    std::vector<std::size_t> large, small;  // the indices of layers
+    std::vector<std::size_t> batches;       // the first index in `small` of each batch, and its end
     const Passes passes;
     Norms* const norms;
     const bool bounds;
-    std::size_t elements = 0;
     std::unique_ptr<Progress[]> progress;
     std::vector<Sums> sums;
     std::vector<double> joint_buffers;  // the joint gradient of one chunk for each thread
     std::size_t joint_size = 0;
-    std::atomic<std::size_t> next_small{0};
+    std::atomic<std::size_t> next_batch{0};
 };
 
 // Whether all results of a layer are finite; computes them in scratch memory.

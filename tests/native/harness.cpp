@@ -286,15 +286,15 @@ class Model {
 public:
     explicit Model(unsigned seed) {
         const std::size_t chunk = min_chunk;
-        add(max_whole_size + 1, float32, float32, moderate, 0);
-        add(3 * max_whole_size + 777, bfloat16, bfloat16, moderate, 1);
+        add(least_whole_size + 1, float32, float32, moderate, 0);
+        add(3 * least_whole_size + 777, bfloat16, bfloat16, moderate, 1);
         // The squares overflow, so the elements are scaled and summed again.
-        add(2 * max_whole_size + 5, float64, float64, largest_ones, 2);
-        add(max_whole_size + chunk, float16, float32, moderate, 3);  // adapt is off
-        add(6 * max_whole_size + 333, bfloat16, bfloat16, moderate, 2);
-        add(max_whole_size + chunk - 1, float64, float32, any, 1);
-        add(2 * max_whole_size, float32, float64, any, 4);
-        add(max_whole_size, float32, bfloat16, moderate, 0);  // the largest size for one thread
+        add(2 * least_whole_size + 5, float64, float64, largest_ones, 2);
+        add(least_whole_size + chunk, float16, float32, moderate, 3);  // adapt is off
+        add(6 * least_whole_size + 333, bfloat16, bfloat16, moderate, 2);
+        add(least_whole_size + chunk - 1, float64, float32, any, 1);
+        add(2 * least_whole_size, float32, float64, any, 4);
+        add(least_whole_size, float32, bfloat16, moderate, 0);  // the largest size for one thread
         for (std::size_t i = 0; i < 240; ++i) {
             add(i * i % 401, all_formats[i % 4], all_formats[i / 4 % 4],
                 static_cast<Range>(i % ranges), i % rule_count);
