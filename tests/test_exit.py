@@ -168,7 +168,14 @@ def test_a_thread_that_is_ended_inside_a_call_into_python_unwinds_nothing():
 HARMLESS = {
     *("PyBool_FromLong", "PyDict_Check", "PyDict_Next", "PyDict_Size", "PyErr_ExceptionMatches"),
     *("PyErr_Occurred", "PyEval_SaveThread", "PyFloat_AsDouble", "PyFloat_Check"),
-    *("PyIter_Check", "PyList_Check", "PyList_CheckExact", "PyList_GetItem", "PyList_Size", "PyLong_FromLong"),
+    *(
+        "PyIter_Check",
+        "PyList_Check",
+        "PyList_CheckExact",
+        "PyList_GetItem",
+        "PyList_Size",
+        "PyLong_FromLong",
+    ),
     *("PySequence_Size", "PyTuple_Check", "PyTuple_CheckExact", "PyTuple_GetItem", "PyTuple_Size"),
     *("PyType_GetSlot", "PyUnicode_Check", "PyUnicode_CompareWithASCIIString", "Py_NewRef"),
     *("Py_TYPE", "Py_XNewRef"),

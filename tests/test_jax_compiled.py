@@ -44,6 +44,40 @@ def move(w, g):
     return OPTIMIZER.update(w, g, OPTIMIZER.init(w))[0]
 
 
+def scanned(function):
+    return lambda w: jax.lax.scan(lambda w, _: (function(w), None), w, None, 2)[0]
+
+
+TRANSFORMED = {
+    "jit": jax.jit,
+    "checkpoint": jax.checkpoint,
+    "scan": scanned,
+    "cond": lambda function: lambda w: jax.lax.cond(w.sum() > 0, function, lambda w: w, w),
+}
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_a_traced_step_can_be_differentiated_twice(name, x64):
+    """JAX differentiates it after it was traced; without empty caches, it may reuse other steps."""
+    jax.clear_caches()
+    w, g = map(jnp.asarray, (array(0, (3, 4)), array(1, (3, 4))))
+
+    def loss(step):
+        return lambda w: (step(w) ** 2).sum()
+
+    def step(w):
+        return lars_update(w, g, 0.1, decay_lambda=0.01, stop_gradients=False)
+
+    with jax.enable_x64(x64):
+        traced = TRANSFORMED[name](step)
+        first, second = jax.grad(loss(traced))(w), jax.hessian(loss(traced))(w)
+        jax.clear_caches()
+        plain = loss(lambda w: step(step(w))) if name == "scan" else loss(step)
+        np.testing.assert_allclose(first, jax.grad(plain)(w), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(second, jax.hessian(plain)(w), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("step", [update, move])
 def test_each_further_leaf_adds_one_equation(step):
     def equations(count):

@@ -138,7 +138,7 @@ class ArraysBackend(Backend):
         return bits // 2 if self.ops.is_complex(x) else bits
 
     def is_short(self, w: NativeArray, dcdw: NativeArray, rule: Rule) -> bool:
-        """Whether a step of these arrays needs no scaling in double: see `formula.step`."""
+        """Whether a step that is computed in double needs no scaling: see `formula.step`."""
         if max(self.bits(w), self.bits(dcdw)) > 32:
             return False
         names = (*formula.NUMBERS, *formula.MOMENTUM_NUMBERS)

@@ -69,12 +69,13 @@ def _squared_norms(
     is the one that is usually sharded.
     """
     first, others = axes[:1], axes[1:]
-    sums = _sum_together((w * w, dcdw * dcdw), others)
-    if jax.device_count() == 1:
-        one, other = _sum_together(sums, first)
-    else:
-        one, other = (jnp.sum(x, first) for x in sums)
-    return jnp.expand_dims(one, axes), jnp.expand_dims(other, axes)
+    with jax.enable_x64(True):
+        sums = _sum_together((w * w, dcdw * dcdw), others)
+        if jax.device_count() == 1:
+            one, other = _sum_together(sums, first)
+        else:
+            one, other = (jnp.sum(x, first) for x in sums)
+        return jnp.expand_dims(one, axes), jnp.expand_dims(other, axes)
 
 
 def _sum_together(pair: tuple[Any, Any], axes: tuple[int, ...]) -> tuple[Any, Any]:
@@ -85,9 +86,15 @@ def _sum_together(pair: tuple[Any, Any], axes: tuple[int, ...]) -> tuple[Any, An
 
 
 def _derivative(axes: tuple[int, ...], primals: Any, tangents: Any) -> Any:
-    sums = _squared_norms(axes, *primals)
-    pairs = zip(primals, tangents, strict=True)
-    return sums, tuple(2 * jnp.sum(x * dx, axes, keepdims=True) for x, dx in pairs)
+    """The sums and their derivatives.
+
+    JAX calls this after the step was traced, outside of the context in which 64 bits are enabled,
+    and cannot differentiate a reduction of several arrays twice within a scan.
+    """
+    with jax.enable_x64(True):
+        sums = tuple(jnp.sum(x * x, axes, keepdims=True) for x in primals)
+        pairs = zip(primals, tangents, strict=True)
+        return sums, tuple(2 * jnp.sum(x * dx, axes, keepdims=True) for x, dx in pairs)
 
 
 _squared_norms.defjvp(_derivative)
