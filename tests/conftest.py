@@ -129,7 +129,10 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make Triton interpret kernels, unless there is a GPU to run them."""
     need_triton()
     patch_language_once(monkeypatch)
-    with interpreting(), warnings.catch_warnings():
+    # By `monkeypatch`, so that tests that change the variable with it leave it as it was.
+    if not need("torch").cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with warnings.catch_warnings():
         # The interpreter computes with numpy, which warns about overflow and invalid values.
         warnings.filterwarnings("ignore", ".* encountered in ", RuntimeWarning)
         yield
