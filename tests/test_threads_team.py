@@ -165,5 +165,8 @@ except RuntimeError:
     for _ in range(3):
         lars_tree.lars_update(w, g, 0.0, out=w)
     lars_tree.lars_update(w, g, 0.1, decay_lambda=0.01, joint_norm=True, out=w)
-    print(zlib.crc32(b"".join(x.tobytes() for x in w)) == expected)"""
+    found = 0
+    for x in w:
+        found = zlib.crc32(x, found)  # copies nothing
+    print(found == expected)"""
     assert run(code) == ["True"]
