@@ -53,30 +53,25 @@ LARS_TARGET LARS_INLINE void add_last(const T* x, std::size_t size, LaneSums& su
 
 // The sums of squares of w and of dcdw. Both are read in one loop, because memory is faster with
 // two streams than with one.
-template <class Sums, class T, class G>
-LARS_TARGET LARS_INLINE void sum_squares_by(const T* w, const G* dcdw, std::size_t size,
-                                            LaneSums& w_sums, LaneSums& dcdw_sums) {
-    LaneSums of_w = {}, of_dcdw = {};  // local variables stay in registers
-    std::size_t i = 0;
-    for (; size - i >= group; i += group) {
-        Sums::add_group(w + i, of_w);
-        Sums::add_group(dcdw + i, of_dcdw);
-    }
-    if (i < size) {
-        add_last<Sums>(w + i, size - i, of_w);
-        add_last<Sums>(dcdw + i, size - i, of_dcdw);
-    }
-    w_sums = of_w;
-    dcdw_sums = of_dcdw;
-}
-
 template <class T, class G>
 LARS_TARGET void sum_squares(const void* w, const void* dcdw, std::size_t size, LaneSums& w_sums,
                              LaneSums& dcdw_sums) {
     const bool is_double = std::is_same<T, double>::value || std::is_same<G, double>::value;
     typedef typename std::conditional<is_double, Compensated, Plain>::type Sums;
-    sum_squares_by<Sums>(static_cast<const T*>(w), static_cast<const G*>(dcdw), size, w_sums,
-                         dcdw_sums);
+    const T* weights = static_cast<const T*>(w);
+    const G* gradients = static_cast<const G*>(dcdw);
+    LaneSums of_w = {}, of_dcdw = {};  // local variables stay in registers
+    std::size_t i = 0;
+    for (; size - i >= group; i += group) {
+        Sums::add_group(weights + i, of_w);
+        Sums::add_group(gradients + i, of_dcdw);
+    }
+    if (i < size) {
+        add_last<Sums>(weights + i, size - i, of_w);
+        add_last<Sums>(gradients + i, size - i, of_dcdw);
+    }
+    w_sums = of_w;
+    dcdw_sums = of_dcdw;
 }
 
 // The sum of squares of x * scale * rest: a single factor could overflow.
