@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import CI, need
+from native_steps import NO_MORE_THREADS
 
 import lars_tree
 from lars_tree import OptionError, _native, get_num_threads, lars_update, set_num_threads
@@ -294,19 +295,13 @@ print(step() == expected)"""
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit exists on Linux only")
 def test_one_thread_does_the_work_if_no_other_can_start():
     code = f"""{STEP}
-import resource
 lars_tree.set_num_threads(1)  # the system keeps the stacks of ended threads
 expected = step()
 lars_tree.set_num_threads(8)
-pages = int(open("/proc/self/statm").read().split()[0])
-resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 7 * 2**20,) * 2)
-try:
-    threading.Thread(target=print).start()
-    print("the limit does not hold")
-except RuntimeError:
-    lars_tree.lars_update(w, g, 0.1, decay_lambda=0.01, out=w)
-    import zlib
-    print(zlib.crc32(b"".join(x.tobytes() for x in w)) == expected)"""
+{NO_MORE_THREADS}
+import zlib
+lars_tree.lars_update(w, g, 0.1, decay_lambda=0.01, out=w)
+print(checksum(w) == expected)"""
     assert run(code) == "True"
 
 
