@@ -169,15 +169,26 @@ def _ms(seconds: float) -> str:
 
 
 def _dtypes(results: Results) -> list[Row]:
-    columns = [(tree, library) for tree in results.dtypes for library in LIBRARIES]
-    rows = [["", *(f"{TITLES[tree]}, {library}" for tree, library in columns)]]
+    return _by_dtype(
+        {
+            f"{TITLES[tree]}, {library}": (times, library)
+            for tree, times in results.dtypes.items()
+            for library in LIBRARIES
+        }
+    )
+
+
+def _momentum_dtypes(results: Results) -> list[Row]:
+    times = results.momentum_dtypes
+    return _by_dtype({name: (times, name) for name in (OPTIMIZER, OURS_LARS)} if times else {})
+
+
+def _by_dtype(columns: dict[str, tuple[Seconds, str]]) -> list[Row]:
+    """A row for each dtype; a column has times by "name dtype", and the name."""
+    rows = [["", *columns]]
     for dtype in DTYPES:
-        row = [dtype]
-        for tree, library in columns:
-            times = results.dtypes[tree]
-            seconds = times[f"{library} {dtype}"]
-            row.append(f"{_ms(seconds)} ({seconds / times[f'{library} float32']:.2f})")
-        rows.append(row)
+        pairs = ((x[f"{name} {dtype}"], x[f"{name} float32"]) for x, name in columns.values())
+        rows.append([dtype, *(f"{_ms(time)} ({time / base:.2f})" for time, base in pairs)])
     return rows if columns else []
 
 
@@ -199,18 +210,6 @@ def _threads(results: Results) -> list[Row]:
         return f"{_ms(values[n])} ({values[1] / values[n]:.2f})"
 
     return _by_number(results.threads, TITLES.__getitem__, cell)
-
-
-def _momentum_dtypes(results: Results) -> list[Row]:
-    times, names = results.momentum_dtypes, (OPTIMIZER, OURS_LARS)
-    rows = [["", *names]]
-    for dtype in DTYPES:
-        row = [dtype]
-        for name in names if times else ():
-            seconds = times[f"{name} {dtype}"]
-            row.append(f"{_ms(seconds)} ({seconds / times[f'{name} float32']:.2f})")
-        rows.append(row)
-    return rows if times else []
 
 
 def _groups(results: Results, section: str) -> list[Row]:

@@ -120,16 +120,15 @@ def momentum_dtypes(plan: Plan, results: Results) -> None:
     from lars_tree.torch import Lars as TorchLars
 
     flats = weights_and_gradients(TREES["resnet"]())
-    options = {"weight_decay": DECAY, "trust_coefficient": TRUST}
     steps: dict[str, Callable[[], Any]] = {}
     for dtype in DTYPES:
         w, g = (container(flat, "numpy", dtype) for flat in flats)
-        opt = Lars(LR, MOMENTUM, **options)
+        opt = Lars(LR, MOMENTUM, **odd.OPTIONS)
         steps[f"lars_tree.Lars, numpy {dtype}"] = partial(opt.update, w, g, opt.init(w), out=w)
         w, g = (container(flat, "torch", dtype) for flat in flats)
         for x, dx in zip(w.leaves(), g.leaves(), strict=True):
             x.requires_grad_().grad = dx
-        steps[f"{OPTIMIZER} {dtype}"] = TorchLars(w.leaves(), LR, MOMENTUM, **options).step
+        steps[f"{OPTIMIZER} {dtype}"] = TorchLars(w.leaves(), LR, MOMENTUM, **odd.OPTIONS).step
     results.momentum_dtypes = measure.medians(steps, plan.few)
 
 
