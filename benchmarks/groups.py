@@ -29,8 +29,8 @@ class Group:
             repeats the steps without other work.
         module: A library that all steps need.
         variables: Environment variables; with them, the group is measured in a fresh process.
-        arguments: Arguments of a Python that runs another program, which prints the seconds of
-            each step as JSON; the number of rounds is added to them.
+        arguments: The command line of another program for Python, without the number of rounds,
+            which is appended. It prints the seconds of each step as JSON.
     """
 
     title: str

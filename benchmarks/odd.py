@@ -97,7 +97,7 @@ def _jax() -> Steps:
     w, g = ({path: jnp.asarray(x) for path, x in flat.items()} for flat in _small())
     values, step = list(_small()[0].values()), _out_of_place(w, g)
     return {
-        "making the arrays": lambda: jax.block_until_ready([jnp.asarray(x) for x in values]),
+        "creating the arrays": lambda: jax.block_until_ready([jnp.asarray(x) for x in values]),
         "eager step": lambda: jax.block_until_ready(list(step().values())),
     }
 
@@ -133,7 +133,7 @@ GROUPS = [
         ORDINARY,
         dict.fromkeys(NONFINITE, 1.8) | {"trust_ratios": 0.7},
     ),
-    Group("1,000 JAX arrays", _jax, "making the arrays", {"eager step": 1.5}, "jax"),
+    Group("1,000 JAX arrays", _jax, "creating the arrays", {"eager step": 1.5}, "jax"),
     Group(
         "1,000 parameters, torch.Lars",
         _torch,

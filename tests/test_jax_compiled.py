@@ -59,7 +59,7 @@ TRANSFORMED = {
 @pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_a_traced_step_can_be_differentiated_twice(name, x64):
-    """JAX differentiates it after it was traced; without empty caches, it may reuse other steps."""
+    """JAX differentiates a step after tracing it. A cached trace would hide an error."""
     jax.clear_caches()
     w, g = map(jnp.asarray, (array(0, (3, 4)), array(1, (3, 4))))
 
@@ -173,8 +173,8 @@ def test_the_derivatives_are_those_of_a_scaled_step(device_count, options):
 
 
 NUMBERS = ("lr", "decay_lambda", "trust_coefficient", "eps", "grad_scale")
-# For options of each type: exponents of numbers that XLA does not flush to zero, and the number of
-# cases to test.
+# By the type of the options: the largest exponent at which XLA does not flush numbers to zero, and
+# the number of cases to test.
 EXTREMES = {"float32": (126, 150), "float64": (960, 150), "number": (960, 20)}
 
 

@@ -18,9 +18,9 @@
 // The order of the sums. Arrays are cut into chunks, and chunks into rows of 16 elements. Within a
 // chunk, the squares of each of the 16 lanes are added row by row (sums.hpp). If neither w nor dcdw
 // is float64, rounding errors of the rows are far below the last bit of a result; otherwise both
-// sums are compensated. Then the lanes are added by pairwise summation, and the
-// chunks one after another, in about twice the precision of double. If squares of float64 elements
-// overflow or underflow, the sum is computed again from elements that are scaled by a power of two.
+// sums are compensated. Then the lanes are added by pairwise summation, and the chunks one after
+// another, in about twice the precision of double. If squares of float64 elements overflow or
+// underflow, the sum is computed again from elements that are scaled by a power of two.
 //
 // This order does not depend on threads, the instruction set or alignment, and
 // _backends/cpu/norms.py adds in the same order, so the norms are always bit-identical.
@@ -157,7 +157,7 @@ enum InstructionSet { baseline_set, avx2_set, avx512_set };
 inline InstructionSet best_set() {
 #ifdef LARS_X86
     __builtin_cpu_init();
-    unsigned eax, ebx, ecx = 0, edx;  // not all compilers know "f16c" as a name
+    unsigned eax, ebx, ecx = 0, edx;  // older compilers cannot ask for F16C by name
     const unsigned needed = bit_FMA | bit_F16C;
     if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || (ecx & needed) != needed) return baseline_set;
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&

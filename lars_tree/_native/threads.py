@@ -1,4 +1,4 @@
-"""The number of threads of the kernel: set by the user, the environment, torch or the cores."""
+"""The number of threads of the kernel: from the user, the environment, torch, or the cores."""
 
 from __future__ import annotations
 

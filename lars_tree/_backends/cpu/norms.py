@@ -141,7 +141,7 @@ def _number_type(w: Any, dcdw: Any, rule: Rule) -> Any:
 
 
 def _is_short(flat: Any) -> bool:
-    """Whether the elements, or their real and imaginary parts, are shorter than double."""
+    """Whether the elements (or their real and imaginary parts) have fewer bits than float64."""
     dtype = dtype_of(flat)
     return dtype.itemsize <= (8 if dtype.kind == "c" else 4)
 
