@@ -7,8 +7,10 @@ stderr; 130 for Ctrl-C.
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,21 +32,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # some keys may not be encodable
             stream.reconfigure(errors="backslashreplace")
     try:
-        status: int = commands.main(argv, "lars-tree", standalone_mode=False)
+        given = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+        status: int = commands.main(given, "lars-tree", standalone_mode=False)
     except click.exceptions.Abort:  # Ctrl-C
         return 130
     except click.UsageError as error:
         return _fail(error.ctx.command_path if error.ctx else "lars-tree", error.format_message())
     except click.ClickException as error:
         return _fail("lars-tree", error.format_message())
+    except OSError as error:  # other errors of files were turned into a UsageError
+        _discard_stdout()
+        return _fail("lars-tree", f"{error.filename or 'standard output'}: {error.strerror}")
     return status
 
 
 def _fail(name: str, message: str) -> int:
     headline, *lines = message.splitlines()
     rest = "; ".join(line.strip() for line in lines)
-    sys.stderr.write(f"{name}: {headline}{': ' if rest else ''}{rest}\n")
+    with suppress(OSError, AttributeError):  # stderr is full, closed or None
+        sys.stderr.write(f"{name}: {headline}{': ' if rest else ''}{rest}\n")
     return 2
+
+
+def _discard_stdout() -> None:
+    """Discard the text that could not be written; otherwise Python writes it again at exit."""
+    with suppress(OSError, AttributeError):  # stdout is not a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -149,7 +149,6 @@ def test_values_out_of_range_exit_with_2_and_one_line(name, value, libraries, ca
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], r"lars-tree: Missing command\."),
         (["shw"], r"lars-tree: .*'shw'.*"),
         (["--what"], r"lars-tree: .*--what.*"),
         (["demo", "--what"], r"lars-tree demo: .*--what.*"),

@@ -89,7 +89,7 @@ def test_a_file_is_updated_to_the_same_bits_as_its_tree(seed, names, suffixes, t
     files = [tmp_path / (name + suffix) for name, suffix in zip("wgo", suffixes, strict=True)]
     io.save(files[0], w, metadata={"step": "9"})
     io.save(files[1], g)
-    arguments = [*files[:2], "--lr", 0.3, "-o", files[2]]
+    arguments = [*files[:2], "--lr", 0.3, "--broadcast", "-o", files[2]]
     for name in names:
         option = "--" + name.replace("_", "-")
         arguments += [option] if name == "trust_clip" else [option, OPTIONS[name]]
@@ -119,7 +119,8 @@ def test_a_gradient_prefix_applies_to_all_leaves_below(tmp_path):
     g = {"a": np.array(0.5), "d": np.ones(2)}
     io.save(tmp_path / "w.npz", w)
     io.save(tmp_path / "g.npz", g)
-    run(tmp_path / "w.npz", tmp_path / "g.npz", "--lr", 0.1, "-o", tmp_path / "o.npz")
+    files = [tmp_path / "w.npz", tmp_path / "g.npz", "-o", tmp_path / "o.npz"]
+    run(*files, "--lr", 0.1, "--broadcast")
     assert_same_bits(io.load(tmp_path / "o.npz"), lars_update(w, g, 0.1))
 
 
@@ -170,15 +171,35 @@ def test_json_describes_the_output(files, capsys):
         "leaves": 4,
         "parameters": 26,
         "bytes": 26 * 4 - 4,
+        "moved": ["encoder/kernel", "encoder/bias", "head/kernel", "head/bias"],
+        "unchanged": [],
+        "kept": [],
+        "skipped": [],
     }
 
 
 BAD_GRADIENTS = {
-    "a misspelt key": ({"encoder": "bais"}, "missing 'bias'; unexpected 'bais' (did you mean 'bia"),
-    "a missing node": ({"head": None}, "missing 'head'"),
-    "a wrong shape": (np.ones((4, 3), "f4"), "encoder/kernel: expected a shape that broadcasts to"),
-    "integers": (np.ones((3, 4), "i4"), "encoder/kernel: expected float16, bfloat16, float32"),
-    "complex numbers": (np.ones((3, 4), "c8"), "encoder/kernel: expected real as in w (float32)"),
+    "a misspelt key": (
+        {"encoder": "bais"},
+        "g.safetensors does not match w.safetensors (--keep-missing keeps weights that have no "
+        "gradient): encoder/bias: expected a gradient, got none; "
+        "encoder/bais: not in w.safetensors (did you mean 'encoder.bias'?)",
+    ),
+    "a missing node": ({"head": None}, "head/bias: expected a gradient, got none"),
+    "a wrong shape": (np.ones((4, 3), "f4"), "encoder/kernel: expected shape (3, 4), got (4, 3)"),
+    "a smaller shape": (
+        np.ones(4, "f4"),
+        "g.safetensors has gradients of another shape than w.saf",
+    ),
+    "integers": (np.ones((3, 4), "i4"), "g.safetensors is not floating point: encoder/kernel: exp"),
+    "complex numbers": (
+        np.ones((3, 4), "c8"),
+        "g.safetensors and w.safetensors mix real and complex numbers: encoder/kernel: expected",
+    ),
+    "NaN": (
+        np.full((3, 4), np.nan, "f4"),
+        "g.safetensors would make weights that are not finite: encoder/kernel: expected finite",
+    ),
 }
 
 
@@ -204,10 +225,18 @@ BAD_OPTIONS = [
     (["--lr", "1", "--grad-scale", "0"], "grad_scale: expected a finite number > 0, got 0.0"),
     (["--lr", "1", "--lr-for", "*=-1"], "*: expected a finite number >= 0, got -1.0"),
     (["--lr", "1", "--lr-for", "*=-1", "--lr-for", "**=1"], "expected a finite number >= 0"),
-    (["--lr", "1", "--lr-for", "encoder"], "expected PATTERN=RATE, got 'encoder'"),
-    (["--lr", "1", "--lr-for", "*=x"], "expected PATTERN=RATE, got '*=x'"),
+    (["--lr", "1", "--lr-for", "encoder"], "expected PATTERN=VALUE, got 'encoder'"),
+    (["--lr", "1", "--lr-for", "*=x"], "expected PATTERN=VALUE, got '*=x'"),
+    (["--lr", "1", "--decay-for", "*.bias=-1"], "decay_lambda has an invalid value: *.bias: exp"),
     (["--lr", "1", "--lr-for", "hed/bias=1"], "got 'hed/bias' (did you mean 'head/bias'?)"),
-    (["--lr", "1", "--no-adapt", "bias"], "no_adapt matches no leaf: expected a pattern of paths"),
+    (["--lr", "1", "--lr-for", "*.bais=1"], "got '*.bais' (did you mean '*.bias'?)"),
+    (["--lr", "1", "--no-adapt", "h*.kernl"], "got 'h*.kernl' (did you mean 'h*.kernel'?)"),
+    (
+        ["--lr", "1", "--no-adapt", "bias"],
+        "--no-adapt matches no leaf of w.safetensors: expected a"
+        " pattern of paths or names, got 'bias' (did you mean '*/bias'?)",
+    ),
+    (["--lr", "1", "--decay-for", "x=1"], "--decay-for matches no leaf of w.safetensors: expected"),
     ([], "Missing option '--lr'"),
 ]
 
@@ -219,7 +248,7 @@ def test_bad_options_change_nothing(options, message, files, capsys):
 
 BAD_FILES = [
     (["w.safetensors", "no.npz"], ["--in-place"], "no.npz: No such file or directory"),
-    (FILES, ["-o", "no/o.safetensors"], "no: No such file or directory"),
+    (FILES, ["-o", "no/o.safetensors"], "update: no/o.safetensors: No such file or directory"),
     (FILES, ["-o", "o.txt"], "expected a name that ends in .safetensors or .npz"),
     (FILES, ["-o", "o.npz"], "head/bias: npz has no bfloat16"),
     (FILES, ["-o", "o.npz", "--in-place"], "expected one of -o OUT and --in-place"),
