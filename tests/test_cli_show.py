@@ -19,7 +19,7 @@ bfloat16 = need("ml_dtypes").bfloat16
 for library in ("click", "rich", "safetensors"):
     need(library)
 
-from lars_tree._commands.diff import Change, compared  # noqa: E402
+from lars_tree._commands.diff import compared  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -51,23 +51,62 @@ def as_json(capsys, *arguments, status=0):
     return json.loads(out, parse_constant=refuse)
 
 
-def test_show_lists_the_leaves(capsys):
-    io.save("w.safetensors", W, metadata={"step": "1"})
+def test_show_lists_the_leaves_and_the_metadata(capsys):
+    metadata = {"step": "1", "a\tb": "x" * 300}
+    io.save("w.safetensors", W, metadata=metadata)
     assert printed(capsys, "show", "w.safetensors") == (
         "w.safetensors: 3 leaves, 18 parameters, 72 bytes\n"
         "  encoder/kernel  float32 (3, 4)\n"
         "  encoder/bias    bfloat16 (4,)\n"
         "  blocks/0/w      float64 (2,)\n"
         "  blocks/1        None\n"
+        "metadata:\n"
+        "  step    1\n"
+        f"  'a\\tb'  {'x' * 100}...{'x' * 100}\n"
     )
     found = as_json(capsys, "show", "w.safetensors")
-    assert found["metadata"] == {"step": "1"}
+    assert found["metadata"] == metadata
     assert (found["leaves"], found["parameters"], found["bytes"]) == (3, 18, 72)
     assert found["tree"][1:] == [
         {"path": "encoder/bias", "shape": [4], "dtype": "bfloat16", "parameters": 4, "bytes": 8},
         {"path": "blocks/0/w", "shape": [2], "dtype": "float64", "parameters": 2, "bytes": 16},
         {"path": "blocks/1", "shape": None, "dtype": None, "parameters": 0, "bytes": 0},
     ]
+
+
+@pytest.mark.parametrize("patterns", [["blocks", "*.kernel"], ["*/kernel", "blocks.*", "*w"]])
+def test_show_lists_the_leaves_that_match(patterns, capsys):
+    io.save("w.safetensors", W)
+    assert printed(capsys, "show", "w.safetensors", *patterns) == (
+        "w.safetensors: 3 leaves, 18 parameters, 72 bytes; "
+        "shown: 2 leaves, 14 parameters, 64 bytes\n"
+        "  encoder/kernel  float32 (3, 4)\n"
+        "  blocks/0/w      float64 (2,)\n"
+        "  blocks/1        None\n"
+    )
+    found = as_json(capsys, "show", "w.safetensors", *patterns)
+    assert found["shown"] == {"leaves": 2, "parameters": 14, "bytes": 64}
+    assert found["leaves"] == 3
+    assert len(found["tree"]) == 3
+
+
+def test_show_sums_up_the_leaves_below_a_depth(capsys):
+    io.save(
+        "w.npz", {"a": {"x": np.ones(2), "y": {"z": np.ones(3), "u": np.ones(1)}}, "b": np.ones(4)}
+    )
+    header = "w.npz: 4 leaves, 10 parameters, 80 bytes\n"
+    assert printed(capsys, "show", "w.npz", "--depth", 1) == (
+        f"{header}  a/*  3 leaves, 6 parameters, 48 bytes\n  b    float64 (4,)\n"
+    )
+    assert printed(capsys, "show", "w.npz", "--depth", 2) == (
+        f"{header}  a/x    float64 (2,)\n"
+        "  a/y/*  2 leaves, 4 parameters, 32 bytes\n  b      float64 (4,)\n"
+    )
+    assert printed(capsys, "show", "w.npz", "--depth", 3) == printed(capsys, "show", "w.npz")
+    found = as_json(capsys, "show", "w.npz", "--depth", 1)
+    assert found["tree"][0] == {"path": "a/*", "leaves": 3, "parameters": 6, "bytes": 48}
+    part = printed(capsys, "show", "w.npz", "a/*", "--depth", 1)
+    assert part.splitlines()[1:] == ["  a/*  3 leaves, 6 parameters, 48 bytes"]
 
 
 def test_show_reads_no_elements(capsys):
@@ -115,7 +154,9 @@ def test_show_with_gradients_prints_the_layer_table(grads, capsys):
 def test_show_checks_patterns(capsys):
     io.save("w.npz", {"a": np.ones(2)})
     assert main(["show", "w.npz", "--grads", "w.npz", "--lr-for", "b=1"]) == 2
-    assert capsys.readouterr().err.startswith("lars-tree show: lr_for matches no leaf")
+    assert capsys.readouterr().err.startswith("lars-tree show: --lr-for matches no leaf of w.npz")
+    assert main(["show", "w.npz", "b"]) == 2
+    assert capsys.readouterr().err.startswith("lars-tree show: PATTERN matches no leaf of w.npz")
 
 
 def test_keys_that_a_terminal_cannot_encode():
@@ -126,17 +167,6 @@ def test_keys_that_a_terminal_cannot_encode():
     assert done.stdout.decode("ascii").splitlines()[1:] == [
         f"  {name}  float64 (2,)" for name in (r"\u043a\u043b\u044e\u0447    ", r"'a/b\nc'")
     ]
-
-
-@pytest.mark.parametrize("arguments", [["show", "w.npz"], ["--help"]])
-def test_a_closed_pipe_is_not_an_error(arguments):
-    io.save("w.npz", {"a": np.ones(1)})
-    reader, writer = os.pipe()
-    os.close(reader)
-    command = [sys.executable, "-m", "lars_tree", *arguments]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (1, b"")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
@@ -151,20 +181,53 @@ def test_equal_files_do_not_differ(suffix, capsys):
 
 
 def test_diff_reports_how_much_each_leaf_changed(capsys):
-    w = {"a": np.array([1.0, 2, 4]), "b": {"c": np.ones((2, 3), "f4"), "d": np.zeros(4, bfloat16)}}
-    new = {"a": np.array([1.0, 2.5, 5]), "b": {"c": w["b"]["c"], "d": np.array([0, 0, 3, 0], "f4")}}
+    w = {"a": np.array([1.0, 2, 2]), "b": {"c": np.ones((2, 3), "f4"), "d": np.zeros(4, bfloat16)}}
+    new = {"a": np.array([1.0, 2.5, 2]), "b": {"c": w["b"]["c"], "d": np.array([0, 4, 3, 0], "f4")}}
+    w["e"], new["e"] = np.array([nan, 1, 2, 3, nan]), np.array([0, nan, 2, nan, nan])
     io.save("a.safetensors", w)
     io.save("b.npz", new)
     assert printed(capsys, "diff", "a.safetensors", "b.npz", status=1) == (
-        "2 of 3 leaves that both have differ\n"
-        "  a    2 of 3 elements differ, by up to 0.25 of |a|\n"
+        "3 of 4 leaves that both have differ\n"
+        "  a    1 of 3 elements differ, |b - a| / |a| = 0.1667\n"
         "  b/d  bfloat16 (4,) in A, float32 (4,) in B; "
-        "1 of 4 elements differ, by up to inf of |a|\n"
+        "2 of 4 elements differ, |b - a| = 5, |a| = 0\n"
+        "  e    1 NaN in A only; 2 NaN in B only\n"
     )
     found = as_json(capsys, "diff", "a.safetensors", "b.npz", status=1)
-    assert [leaf["largest_relative_change"] for leaf in found["leaves"]] == [0.25, 0, "Infinity"]
-    assert [leaf["changed"] for leaf in found["leaves"]] == [2, 0, 1]
     assert not found["equal"]
+    leaves = {leaf["path"]: leaf for leaf in found["leaves"]}
+    assert [leaves[x]["relative_change"] for x in ("a", "b/c", "b/d", "e")] == [
+        pytest.approx(1 / 6), 0, "Infinity", 0
+    ]  # fmt: skip
+    numbers = ("changed", "change_norm", "a_norm", "nan_in_a_only", "nan_in_b_only")
+    assert [leaves["b/d"][name] for name in numbers] == [2, 5, 0, 0, 0]
+    assert [leaves["e"][name] for name in numbers[:2]] == [0, 0]
+    assert [leaves["e"][name] for name in numbers[3:]] == [1, 2]
+
+
+def test_files_with_nothing_in_common(capsys):
+    io.save("a.npz", {"encoder": {"w": np.ones(2)}})
+    io.save("b.npz", {"model": {"encoder": {"w": np.ones(2)}}})
+    out = printed(capsys, "diff", "a.npz", "b.npz", status=1)
+    assert out.startswith("a.npz and b.npz have no leaf in common\n  /  missing 'encoder'; unexp")
+
+
+@pytest.mark.parametrize("collide", [False, True])
+def test_diff_compares_names_whatever_the_structure(collide, capsys):
+    """A file of `io.save` records that the names of a state_dict are keys; others do not."""
+    from safetensors.numpy import save_file
+
+    flat = {"0.weight": np.ones((2, 3)), "0.bias": np.zeros(2), "1.0.w": np.full(3, 2.0)}
+    if collide:
+        flat["0"] = np.ones(1)
+        io.save("a.safetensors", flat)
+    else:
+        save_file(flat, "a.safetensors")
+    io.save("b.safetensors", flat)
+    assert printed(capsys, "diff", "a.safetensors", "b.safetensors") == ""
+    io.save("b.safetensors", flat | {"1.0.w": np.full(3, 3.0)})
+    out = printed(capsys, "diff", "a.safetensors", "b.safetensors", status=1)
+    assert "3 of 3 elements differ, |b - a| / |a| = 0.5\n" in out
 
 
 @pytest.mark.parametrize(
@@ -198,28 +261,37 @@ def test_diff_of_a_missing_file_is_an_error(capsys):
 @pytest.mark.parametrize(
     ("a", "b", "expected"),
     [
-        (np.array([1.0, nan]), np.array([1.0, 2.0]), (1, nan)),
-        (np.array([nan, 1.0, 1.0]), np.array([0.0, 1.0, 3.0]), (2, nan)),
-        (np.array([0.0, 1.0]), np.array([1e-300, 1.0]), (1, inf)),
-        (np.array([1e308]), np.array([-1e307]), (1, 1.1)),
-        (np.array([1 + 1j, 2]), np.array([1 - 1j, 2]), (1, 2 / 2**0.5)),
-        (np.array([True, False]), np.array([False, False]), (1, 1)),
-        (np.array([200], "u1"), np.array([100], "u1"), (1, 0.5)),
-        (np.array([2**62], "i8"), np.array([2**62 + 1], "i8"), (1, 0)),
-        (np.array([1, 2], "f4"), np.array([1, 2]), (0, 0)),
-        (np.array([1, 2], bfloat16), np.array([1, 3], "f2"), (1, 0.5)),
+        (np.array([1.0, nan]), np.array([1.0, 2.0]), (0, 0, (1, 0))),
+        (np.array([nan, 1.0, 1.0]), np.array([nan, 1.0, nan]), (0, 0, (0, 1))),
+        (np.array([0.0, 1.0]), np.array([3.0, 5.0]), (2, 5, (0, 0))),
+        (np.array([0.0, 0.0]), np.array([-0.0, 1.0]), (1, inf, (0, 0))),
+        (np.array([3e300, 4e300]), np.array([3e300, 9e300]), (1, 1, (0, 0))),
+        (np.array([3e-310, 4e-310]), np.array([3e-310, 9e-310]), (1, 1, (0, 0))),
+        (np.array([1.0, 1.0]), np.array([inf, 1.0]), (1, inf, (0, 0))),
+        (np.array([inf, 1.0]), np.array([inf, 2.0]), (1, 0, (0, 0))),
+        (np.array([inf, 1.0]), np.array([-inf, 1.0]), (1, nan, (0, 0))),
+        (np.array([3 + 4j, 0]), np.array([3 + 4j, 10]), (1, 2, (0, 0))),
+        (np.array([True, False]), np.array([False, False]), (1, 1, (0, 0))),
+        (np.array([200], "u1"), np.array([100], "u1"), (1, 0.5, (0, 0))),
+        (np.array([2**62], "i8"), np.array([2**62 + 1], "i8"), (1, 0, (0, 0))),
+        (np.array([1, 2], "f4"), np.array([1, 2]), (0, 0, (0, 0))),
+        (np.array([0, 2], bfloat16), np.array([0, 3], "f2"), (1, 0.5, (0, 0))),
+        (np.zeros((0, 2)), np.zeros((0, 2)), (0, 0, (0, 0))),
     ],
 )
 def test_relative_changes(a, b, expected):
-    count, largest = compared(a, b)
-    assert count == expected[0]
-    assert largest == pytest.approx(expected[1], nan_ok=True, rel=1e-15)
+    change = compared(a, b)
+    assert (change.changed, change.nan) == expected[::2]
+    assert change.relative == pytest.approx(expected[1], nan_ok=True, rel=1e-15)
+    assert bool(change.text(a.size)) == bool(change.changed or any(change.nan))
 
 
-def test_changes_are_counted_over_all_blocks(monkeypatch):
+def test_changes_are_summed_over_all_blocks(monkeypatch):
     rng = np.random.default_rng(0)
     a = rng.standard_normal((7, 9))
     b = np.where(rng.random(a.shape) < 0.5, a, rng.standard_normal(a.shape))
     monkeypatch.setattr("lars_tree._commands.diff._BLOCK", 4)
-    expected = Change(int(np.sum(a != b)), float(np.max(np.abs(b - a) / np.abs(a))))
-    assert compared(a, b) == expected
+    change = compared(a, b)
+    assert change.changed == np.sum(a != b)
+    assert change.size == pytest.approx(np.linalg.norm(b - a), rel=1e-14)
+    assert change.norm == pytest.approx(np.linalg.norm(a), rel=1e-14)

@@ -296,7 +296,28 @@ def test_gradients_of_another_shape_need_an_option(capsys):
     refused([*arguments, "--broadcast"], "g.safetensors does not broadcast to w.saf", capsys)
 
 
+def test_a_gradient_of_a_node_applies_to_all_leaves_below():
+    w = {"a": {"b": np.ones(3), "c": np.full(2, 2.0)}, "d": np.ones(2)}
+    g = {"a": np.array(0.5), "d": np.ones(2)}
+    save(w, g)
+    run(*FILES, "--lr", 0.1, "--broadcast", "-o", "o.npz")
+    assert_same_bits(io.load("o.npz"), lars_update(w, g, 0.1))
+
+
 # ---- Patterns
+
+
+def test_patterns_select_rates_and_adaptation():
+    g = gradients()
+    save(weights(), g)
+    more = ["--lr-for", "*=0.5", "--lr-for", "enc*=0.25", "--lr-for", "*/k?rnel=2"]
+    more += ["--no-adapt", "*/bias", "--keep-missing"]
+    run(*FILES, "--lr", 0.1, *more, "-o", "o.safetensors")
+    rates = {"kernel": 2.0, "bias": 0.25}
+    rates = {"encoder": {"l0": rates, "count": 1}, "head": {"kernel": 2.0, "bias": 0.5}}
+    adapt = weights().map(lambda path, _: path[-1] == "kernel", with_path=True)
+    given = {"encoder": {**g.encoder, "count": None}, "head": g.head}
+    assert_same_bits(io.load("o.safetensors"), lars_update(weights(), given, rates, adapt=adapt))
 
 
 SELECTED = [

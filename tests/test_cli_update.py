@@ -114,16 +114,6 @@ def test_numpy_files_of_any_memory_order_and_byte_order(tmp_path):
     assert np.count_nonzero(found.a != w["a"]) == w["a"].size
 
 
-def test_a_gradient_prefix_applies_to_all_leaves_below(tmp_path):
-    w = {"a": {"b": np.ones(3), "c": np.full(2, 2.0)}, "d": np.ones(2)}
-    g = {"a": np.array(0.5), "d": np.ones(2)}
-    io.save(tmp_path / "w.npz", w)
-    io.save(tmp_path / "g.npz", g)
-    files = [tmp_path / "w.npz", tmp_path / "g.npz", "-o", tmp_path / "o.npz"]
-    run(*files, "--lr", 0.1, "--broadcast")
-    assert_same_bits(io.load(tmp_path / "o.npz"), lars_update(w, g, 0.1))
-
-
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     """w.safetensors and g.safetensors in the working directory, and the trees in them."""
@@ -140,15 +130,6 @@ def files(tmp_path, monkeypatch):
 
 
 FILES = ["w.safetensors", "g.safetensors"]
-
-
-def test_patterns_select_rates_and_adaptation(files):
-    w, g = files
-    arguments = ["--lr-for", "*=0.5", "--lr-for", "enc*=0.25", "--lr-for", "*/k?rnel=2"]
-    run(*FILES, "--lr", 0.1, *arguments, "--no-adapt", "*/bias", "-o", "o.safetensors")
-    rates = {"encoder": {"kernel": 2.0, "bias": 0.25}, "head": {"kernel": 2.0, "bias": 0.5}}
-    adapt = w.map(lambda path, _: path[-1] == "kernel", with_path=True)
-    assert_same_bits(io.load("o.safetensors"), lars_update(w, g, rates, adapt=adapt))
 
 
 def test_in_place_replaces_the_weights(files):
