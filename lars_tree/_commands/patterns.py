@@ -8,22 +8,21 @@ from fnmatch import translate
 from itertools import islice
 
 from lars_tree import errors
-from lars_tree._files import names
 
 _WILDCARDS = re.compile(r"[*?\[]")
 
 
-def matching(option: str, pattern: str, paths: Sequence[errors.Path], file: str) -> list[int]:
-    """The indices of the leaves that match; an OptionError if there are none.
+def matching(option: str, pattern: str, names: Sequence[str], file: str) -> list[int]:
+    """The indices of the leaves, given by name, that match; an OptionError if there are none.
 
     '.' and '/' are the same, '*' matches both. A pattern that matches a node selects all leaves
     below it.
 
-    >>> paths = [("encoder", "kernel"), ("encoder", "bias"), ("head", "bias")]
-    >>> [matching("--lr-for", text, paths, "") for text in ("*.bias", "*/bias", "encoder")]
+    >>> names = ["encoder.kernel", "encoder.bias", "head.bias"]
+    >>> [matching("--lr-for", text, names, "") for text in ("*.bias", "*/bias", "encoder")]
     [[1, 2], [1, 2], [0, 1]]
     """
-    texts = [_normal(names.join(path)) for path in paths]
+    texts = list(map(_normal, names))
     found = _found(pattern, texts)
     if not found:
         text = f"{option} matches no leaf of {file}: expected a pattern of paths or names, "

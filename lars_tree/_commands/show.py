@@ -20,11 +20,12 @@ def tree(file: str, patterns: Sequence[str], depth: int | None) -> Output:
     with formats.opened(file) as stored:
         leaves = list(structure.walk(stored.tree))
         metadata = {k: text for k, text in stored.metadata.items() if k != formats.STRUCTURE}
-    shown = [leaves[i] for i in _selected(patterns, [path for path, _ in leaves], file)]
-    totals, parts = (show.totals(x for _, x in each)._asdict() for each in (leaves, shown))
+    named = [names.join(path) for path, _ in leaves]
+    shown = [(*leaves[i], named[i]) for i in _selected(patterns, named, file)]
+    totals, part = (show.totals(x for _, x, *_ in xs)._asdict() for xs in (leaves, shown))
     header = f"{file}: {show.summary(x for _, x in leaves)}"
     if patterns:
-        header += f"; shown: {show.summary(x for _, x in shown)}"
+        header += f"; shown: {show.summary(x for _, x, _ in shown)}"
     rows = _rows(shown, depth)
     lines = columns(
         [(k, show.summary(x) if isinstance(x, list) else show.leaf(x)) for k, x in rows.items()]
@@ -32,22 +33,22 @@ def tree(file: str, patterns: Sequence[str], depth: int | None) -> Output:
     if metadata:
         lines += ["metadata:", *columns([(one_line(k), one_line(x)) for k, x in metadata.items()])]
     described = [_described(path, x) for path, x in rows.items()]
-    record = {"file": file, **totals, "shown": parts, "metadata": metadata, "tree": described}
+    record = {"file": file, **totals, "shown": part, "metadata": metadata, "tree": described}
     return Output("\n".join([header, *lines]), record)
 
 
-def _selected(patterns: Sequence[str], paths: list[errors.Path], file: str) -> list[int]:
+def _selected(patterns: Sequence[str], named: list[str], file: str) -> list[int]:
     """The indices of the leaves that match one of the patterns; without patterns, of all leaves."""
     if not patterns:
-        return list(range(len(paths)))
-    return sorted({i for pattern in patterns for i in matching("PATTERN", pattern, paths, file)})
+        return list(range(len(named)))
+    return sorted({i for pattern in patterns for i in matching("PATTERN", pattern, named, file)})
 
 
-def _rows(leaves: list[tuple[errors.Path, Any]], depth: int | None) -> dict[str, Any]:
+def _rows(leaves: list[tuple[errors.Path, Any, str]], depth: int | None) -> dict[str, Any]:
     """The leaves by path; those below the depth in lists, by the pattern that selects them."""
     rows: dict[str, Any] = {}
-    for path, x in leaves:
-        keys = names.join(path).split(".")
+    for path, x, name in leaves:
+        keys = name.split(".")
         if depth is None or len(keys) <= depth:
             rows[errors.path_string(path)] = x
         else:
@@ -70,7 +71,7 @@ def _described(path: str, x: Any) -> dict[str, Any]:
 def table(file: str, patterns: Sequence[str], grads: str, options: dict[str, Any]) -> Output:
     """The table of the layers for a step with these gradients and options."""
     step = prepare(file, read(file), grads, read(grads), **options)
-    selected = [i for i in _selected(patterns, step.paths, file) if step.ws[i] is not None]
+    selected = [i for i in _selected(patterns, step.names, file) if step.ws[i] is not None]
     sizes = [0 if w is None else w.nbytes for w in step.ws]
     records: list[dict[str, Any]] = []
     with (

@@ -17,7 +17,8 @@ from lars_tree._core.advance import matched
 from lars_tree._core.execute import checked
 from lars_tree._core.native import Native
 from lars_tree._core.options import DEFAULTS, check
-from lars_tree._files import formats, names, npz
+from lars_tree._files import formats, npz
+from lars_tree._files.names import join
 from lars_tree._tree import structure
 from lars_tree.container import Container
 
@@ -39,6 +40,7 @@ class Step(NamedTuple):
     """The arguments of `lars_update`, each with one value for each leaf.
 
     Attributes:
+        names: The names of the leaves in the file.
         ws: The weights, or arrays with their dtypes and shapes.
         gs: The gradients; None for a leaf that is not updated.
         columns: The values of lr, decay_lambda and adapt.
@@ -47,6 +49,7 @@ class Step(NamedTuple):
     """
 
     paths: list[errors.Path]
+    names: list[str]
     ws: list[Any]
     gs: list[Any]
     columns: dict[str, list[Any]]
@@ -102,20 +105,25 @@ def prepare(
         for values in (given, dict(more)):
             check({name: values})  # even if no leaf uses the value
     paths = [path for path, _ in structure.walk(w)]
-    patterns = {
-        ("lr", "--lr-for"): lr_for,
-        ("decay_lambda", "--decay-for"): decay_for,
-        ("adapt", "--no-adapt"): [(pattern, False) for pattern in no_adapt],
+    ws = structure.leaves(w)
+    named = list(map(join, paths))
+    columns: dict[str, list[Any]] = {
+        "lr": [lr] * len(ws),
+        "decay_lambda": [decay_lambda] * len(ws),
+        "adapt": [True] * len(ws),
     }
-    columns = {"lr": [lr] * len(paths), "decay_lambda": [decay_lambda] * len(paths)}
-    columns["adapt"] = [True] * len(paths)
-    for (name, option), pairs in patterns.items():
+    patterns = [
+        ("lr", "--lr-for", lr_for),
+        ("decay_lambda", "--decay-for", decay_for),
+        ("adapt", "--no-adapt", [(pattern, False) for pattern in no_adapt]),
+    ]
+    for name, option, pairs in patterns:
         for pattern, value in pairs:
-            for i in matching(option, pattern, paths, weights):
+            for i in matching(option, pattern, named, weights):
                 columns[name][i] = value
     words = errors.Words(w=weights, dcdw=grads)
-    gs = _gradients(w, g, words, keep_missing, broadcast)
-    step = Step(paths, _dense(structure.leaves(w)), _dense(gs), columns, shared, words)
+    step = Step(paths, named, _dense(ws), [], columns, shared, words)
+    step = step._replace(gs=_dense(_gradients(step, g, keep_missing, broadcast)))
     if not broadcast:
         _refuse_other_shapes(step)
     step.check()
@@ -127,38 +135,38 @@ def _dense(arrays: list[Any]) -> list[Any]:
     return [None if x is None else np.asarray(x) for x in arrays]
 
 
-def _gradients(
-    w: Any, g: Any, words: errors.Words, keep_missing: bool, broadcast: bool
-) -> list[Any]:
-    """The gradient of each leaf of w, matched by name.
+def _gradients(step: Step, g: Any, keep_missing: bool, broadcast: bool) -> list[Any]:
+    """The gradient in the tree g for each leaf, matched by name.
 
     None in the gradients applies to all leaves below it; with `broadcast`, an array does so too.
     """
-    given = {names.join(path): (path, leaf) for path, leaf in structure.walk(g)}
+    given = {join(path): (path, leaf) for path, leaf in structure.walk(g)}
     found: list[Any] = []
     used: set[str] = set()
     missing: dict[str, errors.Path] = {}
     faults: dict[errors.Path, str] = {}
-    for path, weight in structure.walk(w):
-        name = next((name for name in _prefixes(path) if name in given), None)
-        if name is None:
-            if weight is not None:
-                missing[names.join(path)] = path
+    for path, name, w in zip(step.paths, step.names, step.ws, strict=True):
+        source = name
+        while source and source not in given:  # look for a node above
+            source = source.rpartition(".")[0]
+        where, gradient = given.get(source, (None, None))
+        if where is None:
+            if w is not None:
+                missing[name] = path
             found.append(None)
             continue
-        used.add(name)
-        where, gradient = given[name]
-        is_exact = name == names.join(path)
-        if gradient is not None and not (is_exact or broadcast):
+        used.add(source)
+        if gradient is not None and source == name and w is None:
+            faults[where] = f"expected None, got {errors.describe(gradient)}"
+        elif gradient is not None and source != name and not broadcast:
             text = f"expected a gradient for each leaf below it, got {errors.describe(gradient)}"
             faults[where] = f"{text} (--broadcast)"
-        elif gradient is not None and weight is None and is_exact:
-            faults[where] = f"expected None, got {errors.describe(gradient)}"
-        found.append(None if weight is None else gradient)
-    for name, (path, _) in given.items():
-        if name not in used:
-            faults[path] = f"not in {words.w}{errors.did_you_mean(name, missing)}"
-    headline = f"{words.dcdw} does not match {words.w}"
+        found.append(None if w is None else gradient)
+    unknown = [name for name in given if name not in used]
+    for i, name in enumerate(unknown):
+        hint = errors.did_you_mean(name, missing) if i < errors.MOST_LINES else ""
+        faults[given[name][0]] = f"not in {step.words.w}{hint}"
+    headline = f"{step.words.dcdw} does not match {step.words.w}"
     if missing and not keep_missing:
         faults = dict.fromkeys(missing.values(), "expected a gradient, got none") | faults
         headline += " (--keep-missing keeps weights that have no gradient)"
@@ -167,12 +175,6 @@ def _gradients(
     if faults:
         raise errors.error(errors.StructureError, "dcdw", headline, faults.items())
     return found
-
-
-def _prefixes(path: errors.Path) -> Iterator[str]:
-    """The name of a leaf, then the names of the nodes above it, up to the root."""
-    for end in range(len(path), 0, -1):
-        yield names.join(path[:end])
 
 
 def _refuse_other_shapes(step: Step) -> None:

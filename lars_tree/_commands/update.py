@@ -19,7 +19,7 @@ from lars_tree._commands.output import Output, progress
 from lars_tree._commands.step import Step, can_map, groups, prepare, read
 from lars_tree._core import nonfinite
 from lars_tree._display import show
-from lars_tree._files import formats, names
+from lars_tree._files import formats
 from lars_tree._files.arrays import Array, Entry
 from lars_tree._files.replacing import replacing
 from lars_tree._tree import structure
@@ -37,7 +37,7 @@ def update(weights: str, grads: str, out: str, choice: str, options: dict[str, A
         _refuse_inputs(out, weights, w, grads, g)
         step = prepare(weights, w, grads, g, **options)
         results = _Results(step, stored.entries, choice, is_mapped)
-        formats.check(format_, stored.entries, dict(zip(results.names, step.paths, strict=True)))
+        formats.check(format_, stored.entries, dict(zip(step.names, step.paths, strict=True)))
         with _naming(out), replacing(out) as file:
             size = sum(results.sizes)
             with progress(size, "update") as advance:
@@ -64,7 +64,6 @@ class _Results:
     def __init__(
         self, step: Step, stored: Mapping[str, Entry], choice: str, is_mapped: bool
     ) -> None:
-        self.names = [names.join(path) for path in step.paths]
         self.sizes = [0 if w is None else w.nbytes for w in step.ws]
         self.kept = [i for i, g in enumerate(step.gs) if g is None and step.ws[i] is not None]
         self.moved: list[int] = []
@@ -85,16 +84,16 @@ class _Results:
 
     def entries(self, advance: Callable[[int], None]) -> dict[str, Entry]:
         """The entries to write. Reading an entry calls `advance` with its size in bytes."""
-        indices = {name: i for i, name in enumerate(self.names)}
+        indices = {name: i for i, name in enumerate(self.step.names)}
         return {
-            name: entry._replace(read=partial(self._read, indices[name], advance))
-            for name, entry in self._stored.items()
+            name: Entry(dtype, shape, partial(self._read, indices[name], advance))
+            for name, (dtype, shape, _) in self._stored.items()
         }
 
     def _read(self, i: int, advance: Callable[[int], None]) -> Array:
         advance(self.sizes[i])
         if i not in self._group:
-            return self._stored[self.names[i]].fetch()
+            return self._stored[self.step.names[i]].fetch()
         if i not in self._ready:
             self._compute(self._group[i])
         return self._ready.pop(i)
@@ -104,7 +103,7 @@ class _Results:
         if self._is_mapped:
             ws = [step.ws[i] for i in group]
         else:
-            ws = [self._stored[self.names[i]].fetch() for i in group]
+            ws = [self._stored[self.step.names[i]].fetch() for i in group]
         gs, lr, options = step.arguments(group)
         options["nonfinite"] = self._nonfinite
         new: list[Array] = ws
