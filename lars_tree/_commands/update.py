@@ -37,17 +37,17 @@ def update(weights: str, grads: str, out: str, choice: str, options: dict[str, A
         _refuse_inputs(out, weights, w, grads, g)
         step = prepare(weights, w, grads, g, **options)
         results = _Results(step, stored.entries, choice, is_mapped)
-        formats.check(format_, stored.entries, dict(zip(step.names, step.paths, strict=True)))
-        with _naming(out), replacing(out) as file:
-            size = sum(results.sizes)
-            with progress(size, "update") as advance:
-                format_.write(file, results.entries(advance), stored.metadata)
-            if results.bad and choice == "raise":
-                raise nonfinite.error(results.bad, lambda: step.paths, step.words)
-            if results.bad:  # "skip"
-                file.seek(0)
-                file.truncate()
-                format_.write(file, stored.entries, stored.metadata)
+        with _naming(out):
+            formats.check(format_, stored.entries, dict(zip(step.names, step.paths, strict=True)))
+            with replacing(out) as file:
+                with progress(sum(results.sizes), "update") as advance:
+                    format_.write(file, results.entries(advance), stored.metadata)
+                if results.bad and choice == "raise":
+                    raise nonfinite.error(results.bad, lambda: step.paths, step.words)
+                if results.bad:  # "skip"
+                    file.seek(0)
+                    file.truncate()
+                    format_.write(file, stored.entries, stored.metadata)
         return _output(weights, grads, out, results)
 
 
@@ -149,9 +149,13 @@ def _is_same_file(a: str, b: str) -> bool:
 
 @contextmanager
 def _naming(out: str) -> Iterator[None]:
-    """Let an OSError name the file as the user did, instead of the temporary file."""
+    """Let errors of writing name the file as the user did, instead of a temporary file or none."""
     try:
         yield
+    except errors.LarsTreeError as error:
+        if error.argument == "tree":  # the tree cannot be written in this format
+            error.args = (f"{out}: {error}",)
+        raise
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), out) from error
 
