@@ -322,6 +322,7 @@ def test_patterns_select_rates_and_adaptation():
 
 SELECTED = [
     (["encoder.l0", "encoder/l0", "encoder/l0/*", "encoder.l0.*", "*l0*"], ["kernel", "bias"]),
+    (["*.l0.bias", "*/l0/bias", "*.encoder.l0.bias", "*/encoder/*/bias"], ["bias"]),
     (["enc*.kernel", "enc*/kernel", "encoder.?0.kernel", "e*[0-9]/kernel"], ["kernel"]),
 ]
 

@@ -15,8 +15,8 @@ _WILDCARDS = re.compile(r"[*?\[]")
 def matching(option: str, pattern: str, names: Sequence[str], file: str) -> list[int]:
     """The indices of the leaves, given by name, that match; an OptionError if there are none.
 
-    '.' and '/' are the same, '*' matches both. A pattern that matches a node selects all leaves
-    below it.
+    '.' and '/' are the same, '*' matches both, and a leading '*/' may match nothing. A pattern that
+    matches a node selects all leaves below it.
 
     >>> names = ["encoder.kernel", "encoder.bias", "head.bias"]
     >>> [matching("--lr-for", text, names, "") for text in ("*.bias", "*/bias", "encoder")]
@@ -37,7 +37,12 @@ def _normal(text: str) -> str:
 
 def _found(pattern: str, texts: Sequence[str]) -> list[int]:
     pattern = _normal(pattern)
-    matches = re.compile(f"{translate(pattern)}|{translate(pattern + '/*')}").match
+    patterns = [pattern]
+    rest = pattern.lstrip("*")
+    if rest != pattern and rest.startswith("/"):
+        patterns.append(rest[1:])
+    alternatives = [translate(text) for x in patterns for text in (x, f"{x}/*")]
+    matches = re.compile("|".join(alternatives)).match
     return [i for i, text in enumerate(texts) if matches(text)]
 
 

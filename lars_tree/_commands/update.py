@@ -45,8 +45,7 @@ def update(weights: str, grads: str, out: str, choice: str, options: dict[str, A
                 if results.bad and choice == "raise":
                     raise nonfinite.error(results.bad, lambda: step.paths, step.words)
                 if results.bad:  # "skip"
-                    file.seek(0)
-                    file.truncate()
+                    file.seek(0)  # the old weights take as many bytes
                     format_.write(file, stored.entries, stored.metadata)
         return _output(weights, grads, out, results)
 
