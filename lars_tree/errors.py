@@ -130,10 +130,19 @@ def error(
 
 def file_error(file: object, text: str, name: str | None = None) -> LarsTreeError:
     """A FileError about a file, or about the entry `name` of this file."""
-    path = () if name is None else (name,)
-    line = tuple(map(shortened, path)), shortened(text)
-    exception = error(FileError, "path", f"path {str(file)!r} cannot be read", [line])
-    exception.paths = (path,)
+    return file_faults(file, [(name, text)])
+
+
+def file_faults(file: object, faults: Iterable[tuple[str | None, str]]) -> LarsTreeError:
+    """A FileError about entries of a file, given by name; None is the file itself."""
+    faults = list(faults)
+    paths: list[Path] = [() if name is None else (name,) for name, _ in faults]
+    lines = [
+        (tuple(shortened(str(key)) for key in path), shortened(text))
+        for path, (_, text) in zip(paths, faults, strict=True)
+    ]
+    exception = error(FileError, "path", f"path {str(file)!r} cannot be read", lines)
+    exception.paths = tuple(paths)
     return exception
 
 

@@ -20,7 +20,7 @@ def valid(path):
         "d": [np.array(7, np.int64), None, np.ones((2, 2), np.float16, order="F")],
         "e": np.empty((0, 3), np.uint8),
     }
-    io.save(path, tree, metadata={"step": "1"})
+    io.save(tree, path, metadata={"step": "1"})
     return path.read_bytes()
 
 

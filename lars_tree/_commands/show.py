@@ -15,7 +15,7 @@ from lars_tree._tree import structure
 
 def tree(file: str) -> Output:
     """The arrays in the file, without reading their elements."""
-    with formats.opened(file) as stored:
+    with formats.opened(file, to_list=True) as stored:
         leaves = [(errors.path_string(path), x) for path, x in structure.walk(stored.tree)]
         metadata = {k: text for k, text in stored.metadata.items() if k != formats.STRUCTURE}
     lines = columns([(path, show.leaf(x)) for path, x in leaves])

@@ -24,7 +24,7 @@ from lars_tree.update import lars_update
 
 def update(weights: str, grads: str, out: str, options: dict[str, Any]) -> Output:
     """Write the new weights to `out`, which may be `weights` or `grads`."""
-    format_ = formats.find(out)
+    format_ = formats.find_to_write(out)
     with formats.opened(weights) as w:
         g = read(grads)
         lr, options = for_leaves(w.tree, **options)
@@ -35,7 +35,7 @@ def update(weights: str, grads: str, out: str, options: dict[str, Any]) -> Outpu
         if format_ is npz:
             new = io.load(weights)
             lars_update(new, g, lr, **options, out=new)
-            io.save(out, new, metadata=io.metadata(weights))
+            io.save(new, out, metadata=io.metadata(weights))
         else:
             with replacing(out) as file:
                 format_.write(file, w.entries, w.metadata)

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby, islice
+from math import prod
 from types import NoneType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +23,19 @@ if TYPE_CHECKING:
     from rich.tree import Tree
 
 _MOST_LINES = 40
+
+
+@dataclass(frozen=True)
+class Listed:
+    """An array in a file that can be shown but not read, because numpy does not have its dtype."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
 
 
 class Totals(NamedTuple):
@@ -50,8 +64,11 @@ class _Sizes:
             xs = list(run)
             self.present += [cls is not NoneType] * len(xs)
             backend = _backends.find(xs[0])
-            zeros = [0] * len(xs)
-            parameters, sizes = (zeros, zeros) if backend is None else backend.sizes(xs)
+            if cls is Listed:
+                parameters, sizes = [x.size for x in xs], [x.nbytes for x in xs]
+            else:
+                zeros = [0] * len(xs)
+                parameters, sizes = (zeros, zeros) if backend is None else backend.sizes(xs)
             self.parameters += parameters
             self.bytes += sizes
 
@@ -62,6 +79,8 @@ class _Sizes:
 def leaf(x: Any) -> str:
     """A short description of a leaf or node; for an array, its dtype and shape."""
     x = unwrap(x)
+    if isinstance(x, Listed):
+        return f"{x.dtype} {x.shape}"
     backend = _backends.find(x)
     if backend is None:
         return reprlib.repr(x) if structure.is_leaf(x) else errors.describe(x)
