@@ -171,13 +171,13 @@ def load(
         raise errors.error(errors.OptionError, "library", text, [])
     found = {}
     with formats.find(path).opened(path) as view:
-        arrays.check_supported(path, view, library)
+        arrays.check_supported(view.path, view, library)
         for name in view.names:
             if library == "torch" and not isinstance(view, npz.View):
                 found[name] = arrays.fill_torch(view.size(name), partial(view.read, name))
             else:
                 found[name] = _FROM_NUMPY[library](view.read(name))
-        return formats.tree(path, found, view.metadata, Container, flat=flat)
+        return formats.tree(view.path, found, view.metadata, Container, flat=flat)
 
 
 def open(  # noqa: A001
@@ -219,6 +219,8 @@ def open(  # noqa: A001
     format_ = formats.find(path)
     if format_ is npz:
         raise errors.file_error(path, "expected a .safetensors file: an .npz cannot be mapped")
+    if format_ is sharded:
+        path = sharded.index_path(path)
     found, strings = format_.mapped(path, mode)
     return formats.tree(path, found, strings, Container, flat=flat)
 
@@ -235,7 +237,7 @@ def metadata(path: Path) -> dict[str, str]:
     """
     with formats.find(path).opened(path) as view:
         strings = dict(view.metadata)
-        with formats.file_errors(path):
+        with formats.file_errors(view.path):
             names.check(view.names, strings.pop(formats.STRUCTURE, None))
     return strings
 

@@ -96,6 +96,7 @@ def opened(path: Path, *, to_list: bool = False) -> Iterator[Stored]:
     objects without an entry, and names that collide are not split.
     """
     with find(path).opened(path) as view:
+        path = view.path
         if not to_list:
             arrays.check_supported(path, view)
         entries: dict[str, Entry] = {}

@@ -49,8 +49,11 @@ def is_pickled(path: str) -> bool:
     return suffix(path) == f"it {PICKLED}"
 
 
-def content(path: str) -> str | None:
-    """What the file is, from its content; None if it cannot be read or recognized."""
+def content(path: str, *, is_text: bool = False) -> str | None:
+    """What the file is, from its content; None if it cannot be read or recognized.
+
+    With `is_text`, the file is expected to be a text, but not a web page or a pointer.
+    """
     try:
         with open(path, "rb") as file:
             start = file.read(_LENGTH)
@@ -59,13 +62,13 @@ def content(path: str) -> str | None:
             elif _is_header(start):
                 found = _header(start, os.fstat(file.fileno()).st_size)
             else:
-                found = _start(start)
+                found = _start(start, is_text)
     except OSError:
         return None
     return found and f"it {found}"
 
 
-def _start(start: bytes) -> str | None:
+def _start(start: bytes, is_text: bool) -> str | None:
     if not start:
         return "is empty: download or save it again"
     for begin, text in _STARTS.items():
@@ -77,15 +80,17 @@ def _start(start: bytes) -> str | None:
         return PICKLED
     if 0x80 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF):  # a map
         return _SUFFIXES[(".msgpack",)]
-    return _text(start)
+    return _text(start, is_text)
 
 
-def _text(start: bytes) -> str | None:
+def _text(start: bytes, is_text: bool) -> str | None:
     text = start.decode("utf-8", "ignore").strip()
     if not text.isprintable() and not all(x.isprintable() or x.isspace() for x in text):
         return None
     if text.lower().startswith(("<!doctype html", "<html", "<?xml")):
         return "is a web page, such as the error page of a failed download: download it again"
+    if is_text:
+        return None
     if '"weight_map"' in text:
         return "is the index of a sharded checkpoint: its name must end in .safetensors.index.json"
     line = text[:60] + ("..." if len(text) > 60 else "")

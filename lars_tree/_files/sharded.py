@@ -161,7 +161,7 @@ def _parsed(name: str, file: BinaryIO) -> Index:
     except names.TwiceError as error:
         raise errors.file_error(name, "the index has this name twice", error.name) from None
     except ValueError as error:
-        text = recognize.content(name) or f"its index cannot be read: {error}"
+        text = recognize.content(name, is_text=True) or f"its index cannot be read: {error}"
         raise errors.file_error(name, text) from None
 
 
