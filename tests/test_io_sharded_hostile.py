@@ -199,7 +199,7 @@ def test_a_structure_that_does_not_match_is_refused(checkpoint):
     content = mapping(GOOD, metadata={"lars_tree.structure": '["dict"]'})
     (checkpoint / INDEX).write_bytes(content)
     for read in (io.load, io.open):
-        with pytest.raises(FileError, match="the structure lacks 'a.b', 'c', 'd'") as caught:
+        with pytest.raises(FileError, match=r"the structure lacks 'a\.b', 'c', 'd'") as caught:
             read(checkpoint)
         assert INDEX in str(caught.value)
     assert list(io.load(checkpoint, flat=True)) == ["a.b", "c", "d"]

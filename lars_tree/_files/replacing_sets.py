@@ -106,7 +106,9 @@ def _replace(
                 _give_rights(path, new_mode, old)
             _give_rights(new_index, new_mode, [] if status is None else [target])
             listed = dict(zip(names, map(abandoned.identity, paths), strict=True))
-            listed |= {os.path.basename(path): abandoned.identity(path) for path in old}
+            for path in old:
+                with suppress(FileNotFoundError):
+                    listed[os.path.basename(path)] = abandoned.identity(path)
             journal.write(abandoned.journal_text(listed))
             journal.flush()
             os.fsync(journal.fileno())
@@ -154,16 +156,17 @@ def _free_names(target: str, count: int, is_locked: bool) -> list[str]:
 
 def _give_rights(path: str, new_mode: int, old: Sequence[str]) -> None:
     """Give a file the rights that all old files give, or `new_mode` if there are none."""
-    statuses = [status for status in map(replacing.status, old) if status is not None]
-    owners = {(x.st_uid, x.st_gid, replacing.acl(y)) for x, y in zip(statuses, old, strict=True)}
+    # Without locks, another writer may have removed old files: their rights are unknown.
+    found = [(x, status) for x in old if (status := replacing.status(x)) is not None]
+    owners = {(status.st_uid, status.st_gid, replacing.acl(x)) for x, status in found}
     most = 0o777 if len(owners) <= 1 else 0o700
-    for status in statuses:
+    for _, status in found:
         most &= stat.S_IMODE(status.st_mode)
     with locking.descriptor(path, os.O_RDWR) as file:
-        if statuses:
-            replacing.give_rights(file, new_mode, old[0], statuses[0], most)
+        if found:
+            replacing.give_rights(file, new_mode, *found[0], most)
         else:
-            replacing.give_rights(file, new_mode, path, None)
+            replacing.give_rights(file, 0o600 if old else new_mode, path, None)
         os.fsync(file)
 
 
