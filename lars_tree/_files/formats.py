@@ -29,7 +29,7 @@ def find(path: Path) -> Any:
     name = os.fsdecode(path)
     format_ = _found(name)
     if format_ is None:
-        known = recognize.misnamed(name) or recognize.content(name) or recognize.suffix(name)
+        known = recognize.content(name) or recognize.suffix(name)
         if index.is_pickled(name):
             known = f"it lists files whose content {recognize.PICKLED}"
         raise _unsupported(path, known or _EXPECTED)

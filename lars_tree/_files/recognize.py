@@ -58,14 +58,20 @@ def content(path: str, *, is_text: bool = False) -> str | None:
         with open(path, "rb") as file:
             start = file.read(_LENGTH)
             if start[:4] == b"PK\x03\x04":
-                found = _archive(file)
+                found = _archive(file) or _misnamed(path, ".npz")
             elif _is_header(start):
-                found = _header(start, os.fstat(file.fileno()).st_size)
+                size = os.fstat(file.fileno()).st_size
+                found = _header(start, size) or _misnamed(path, ".safetensors")
             else:
                 found = _start(start, is_text)
     except OSError:
         return None
     return found and f"it {found}"
+
+
+def _misnamed(path: str, suffix: str) -> str | None:
+    """What to do with a file whose content belongs to another suffix."""
+    return None if path.endswith(suffix) else f"is a file of the format {suffix}: rename it"
 
 
 def _start(start: bytes, is_text: bool) -> str | None:
@@ -122,17 +128,3 @@ def _archive(file: Any) -> str | None:
 
 def _are_arrays(members: Iterable[str]) -> bool:
     return all(name.endswith(".npy") for name in members)
-
-
-def misnamed(path: str) -> str | None:
-    """What to do with a file whose content is of a known format, but not its suffix."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(_LENGTH)
-            if _is_header(start) and _header(start, os.fstat(file.fileno()).st_size) is None:
-                return "it is a .safetensors file: rename it"
-            if start[:4] == b"PK\x03\x04" and _archive(file) is None:
-                return "it is an .npz file: rename it"
-    except OSError:
-        pass
-    return None
