@@ -342,4 +342,4 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path):
         text=True,
         check=True,
     )
-    assert result.stdout == "files need safetensors: pip install 'lars-tree[io]'\n"
+    assert result.stdout == "lars_tree.io needs safetensors: pip install 'lars-tree[io]'\n"

@@ -194,11 +194,8 @@ def mapped(path: Path, mode: Literal["r", "r+"]) -> tuple[dict[str, Array], dict
 
 
 def _check(path: Path) -> None:
-    try:
+    with errors.requiring("lars_tree.io", "'lars-tree[io]'"):
         from safetensors import SafetensorError, safe_open
-    except ModuleNotFoundError as error:
-        text = "files need safetensors: pip install 'lars-tree[io]'"
-        raise ModuleNotFoundError(text, name=error.name) from None
 
     try:
         with safe_open(os.fspath(path), framework="np"):
