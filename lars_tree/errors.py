@@ -9,7 +9,8 @@ from __future__ import annotations
 import operator
 import reprlib
 from collections import UserList
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -29,6 +30,11 @@ __all__ = [
     "StateError",
     "StructureError",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 Path = tuple[Hashable, ...]
 
@@ -117,24 +123,48 @@ def error(
     kind: type[LarsTreeError],
     argument: str,
     headline: str,
-    lines: Iterable[Line],
+    lines: Iterable[Line] = (),
     shown: Callable[[Path], str] = path_string,
+    *,
+    paths: Iterable[Path] | None = None,
 ) -> LarsTreeError:
-    """An exception of this kind; the message is a headline and one line per path."""
+    """An exception of this kind; the message is a headline and one line per path.
+
+    `paths` are given only if they are not those of the lines.
+    """
     lines = list(lines)
     exception = kind(message(argument, headline, lines, shown))
     exception.argument = argument
-    exception.paths = tuple(path for path, _ in lines)
+    exception.paths = tuple(path for path, _ in lines) if paths is None else tuple(paths)
     return exception
 
 
 def file_error(file: object, text: str, name: str | None = None) -> LarsTreeError:
     """A FileError about a file, or about the entry `name` of this file."""
-    path = () if name is None else (name,)
-    line = tuple(map(shortened, path)), shortened(text)
-    exception = error(FileError, "path", f"path {str(file)!r} cannot be read", [line])
-    exception.paths = (path,)
-    return exception
+    return file_faults(file, [(name, text)])
+
+
+def file_faults(file: object, faults: Iterable[tuple[str | None, str]]) -> LarsTreeError:
+    """A FileError about entries of a file, given by name; None is the file itself."""
+    faults = list(faults)
+    paths: list[Path] = [() if name is None else (name,) for name, _ in faults]
+    lines = [
+        (tuple(shortened(str(key)) for key in path), shortened(text))
+        for path, (_, text) in zip(paths, faults, strict=True)
+    ]
+    headline = f"path {str(file)!r} cannot be read"
+    return error(FileError, "path", headline, lines, paths=paths)
+
+
+@contextmanager
+def requiring(user: str, packages: str) -> Iterator[None]:
+    """Make the error for a missing library say what needs it, and how to install it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        library = str(error.name).partition(".")[0]
+        text = f"{user} needs {library}: pip install {packages}"
+        raise ModuleNotFoundError(text, name=library) from None
 
 
 def shortened(text: str, most: int = 1000) -> str:
@@ -150,7 +180,7 @@ def whole_number(argument: str, x: Any, least: int) -> int:
         number = None
     if number is None or number < least:
         text = f"{argument}: expected a whole number >= {least}, got {x!r}"
-        raise error(OptionError, argument, text, [])
+        raise error(OptionError, argument, text)
     return number
 
 

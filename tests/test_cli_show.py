@@ -53,7 +53,7 @@ def as_json(capsys, *arguments, status=0):
 
 def test_show_lists_the_leaves_and_the_metadata(capsys):
     metadata = {"step": "1", "a\tb": "x" * 300}
-    io.save("w.safetensors", W, metadata=metadata)
+    io.save(W, "w.safetensors", metadata=metadata)
     assert printed(capsys, "show", "w.safetensors") == (
         "w.safetensors: 3 leaves, 18 parameters, 72 bytes\n"
         "  encoder/kernel  float32 (3, 4)\n"
@@ -76,7 +76,7 @@ def test_show_lists_the_leaves_and_the_metadata(capsys):
 
 @pytest.mark.parametrize("patterns", [["blocks", "*.kernel"], ["*/kernel", "blocks.*", "*w"]])
 def test_show_lists_the_leaves_that_match(patterns, capsys):
-    io.save("w.safetensors", W)
+    io.save(W, "w.safetensors")
     assert printed(capsys, "show", "w.safetensors", *patterns) == (
         "w.safetensors: 3 leaves, 18 parameters, 72 bytes; "
         "shown: 2 leaves, 14 parameters, 64 bytes\n"
@@ -92,7 +92,7 @@ def test_show_lists_the_leaves_that_match(patterns, capsys):
 
 def test_show_sums_up_the_leaves_below_a_depth(capsys):
     io.save(
-        "w.npz", {"a": {"x": np.ones(2), "y": {"z": np.ones(3), "u": np.ones(1)}}, "b": np.ones(4)}
+        {"a": {"x": np.ones(2), "y": {"z": np.ones(3), "u": np.ones(1)}}, "b": np.ones(4)}, "w.npz"
     )
     header = "w.npz: 4 leaves, 10 parameters, 80 bytes\n"
     assert printed(capsys, "show", "w.npz", "--depth", 1) == (
@@ -119,7 +119,7 @@ def test_show_reads_no_elements(capsys):
 
 
 def test_show_lists_all_leaves_of_a_large_tree(capsys):
-    io.save("w.npz", {str(i): np.ones(1) for i in range(500)})
+    io.save({str(i): np.ones(1) for i in range(500)}, "w.npz")
     lines = printed(capsys, "show", "w.npz").splitlines()
     assert len(lines) == 501
     lines = printed(capsys, "show", "w.npz", "--grads", "w.npz").splitlines()
@@ -132,8 +132,8 @@ def test_show_with_gradients_prints_the_layer_table(grads, capsys):
     w = {"encoder": W.encoder.to_dict(), "head": np.array([3.0, 4.0]), "kept": np.ones(2, "f4")}
     g = {"encoder": {"kernel": np.ones((3, 4)), "bias": np.full(4, 2.0)}, "head": 1e-3 * np.ones(2)}
     g["kept"] = None
-    io.save("w.safetensors", w)
-    io.save(grads, g)
+    io.save(w, "w.safetensors")
+    io.save(g, grads)
     options = ["--lr", 0.3, "--decay-lambda", 0.1, "--trust-clip", "--lr-for", "head=2"]
     arguments = ["show", "w.safetensors", "--grads", grads, *options, "--no-adapt", "*/kernel"]
     rates = {"encoder": 0.3, "head": 2.0, "kept": 0.3}
@@ -152,7 +152,7 @@ def test_show_with_gradients_prints_the_layer_table(grads, capsys):
 
 
 def test_show_checks_patterns(capsys):
-    io.save("w.npz", {"a": np.ones(2)})
+    io.save({"a": np.ones(2)}, "w.npz")
     assert main(["show", "w.npz", "--grads", "w.npz", "--lr-for", "b=1"]) == 2
     assert capsys.readouterr().err.startswith("lars-tree show: --lr-for matches no leaf of w.npz")
     assert main(["show", "w.npz", "b"]) == 2
@@ -160,7 +160,7 @@ def test_show_checks_patterns(capsys):
 
 
 def test_keys_that_a_terminal_cannot_encode():
-    io.save("w.npz", {"ключ": np.ones(2), "a/b\nc": np.ones(2)})
+    io.save({"ключ": np.ones(2), "a/b\nc": np.ones(2)}, "w.npz")
     command = [sys.executable, "-m", "lars_tree", "show", "w.npz"]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, env=environment, capture_output=True, check=True)
@@ -172,8 +172,8 @@ def test_keys_that_a_terminal_cannot_encode():
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
 def test_equal_files_do_not_differ(suffix, capsys):
     w = {"a": np.array([nan, 0.0, inf]), "b": {"c": np.ones((2, 3), "f4"), "d": np.zeros((0, 2))}}
-    io.save(f"a{suffix}", w, metadata={"step": "1"})
-    io.save("b.safetensors", {"b": dict(reversed(w["b"].items())), "a": w["a"] * [1, -1, 1]})
+    io.save(w, f"a{suffix}", metadata={"step": "1"})
+    io.save({"b": dict(reversed(w["b"].items())), "a": w["a"] * [1, -1, 1]}, "b.safetensors")
     assert printed(capsys, "diff", f"a{suffix}", "b.safetensors") == ""
     found = as_json(capsys, "diff", f"a{suffix}", "b.safetensors")
     assert found["equal"]
@@ -184,8 +184,8 @@ def test_diff_reports_how_much_each_leaf_changed(capsys):
     w = {"a": np.array([1.0, 2, 2]), "b": {"c": np.ones((2, 3), "f4"), "d": np.zeros(4, bfloat16)}}
     new = {"a": np.array([1.0, 2.5, 2]), "b": {"c": w["b"]["c"], "d": np.array([0, 4, 3, 0], "f4")}}
     w["e"], new["e"] = np.array([nan, 1, 2, 3, nan]), np.array([0, nan, 2, nan, nan])
-    io.save("a.safetensors", w)
-    io.save("b.npz", new)
+    io.save(w, "a.safetensors")
+    io.save(new, "b.npz")
     assert printed(capsys, "diff", "a.safetensors", "b.npz", status=1) == (
         "3 of 4 leaves that both have differ\n"
         "  a    1 of 3 elements differ, |b - a| / |a| = 0.1667\n"
@@ -206,8 +206,8 @@ def test_diff_reports_how_much_each_leaf_changed(capsys):
 
 
 def test_files_with_nothing_in_common(capsys):
-    io.save("a.npz", {"encoder": {"w": np.ones(2)}})
-    io.save("b.npz", {"model": {"encoder": {"w": np.ones(2)}}})
+    io.save({"encoder": {"w": np.ones(2)}}, "a.npz")
+    io.save({"model": {"encoder": {"w": np.ones(2)}}}, "b.npz")
     out = printed(capsys, "diff", "a.npz", "b.npz", status=1)
     assert out.startswith("a.npz and b.npz have no leaf in common\n  /  missing 'encoder'; unexp")
 
@@ -220,12 +220,12 @@ def test_diff_compares_names_whatever_the_structure(collide, capsys):
     flat = {"0.weight": np.ones((2, 3)), "0.bias": np.zeros(2), "1.0.w": np.full(3, 2.0)}
     if collide:
         flat["0"] = np.ones(1)
-        io.save("a.safetensors", flat)
+        io.save(flat, "a.safetensors")
     else:
         save_file(flat, "a.safetensors")
-    io.save("b.safetensors", flat)
+    io.save(flat, "b.safetensors")
     assert printed(capsys, "diff", "a.safetensors", "b.safetensors") == ""
-    io.save("b.safetensors", flat | {"1.0.w": np.full(3, 3.0)})
+    io.save(flat | {"1.0.w": np.full(3, 3.0)}, "b.safetensors")
     out = printed(capsys, "diff", "a.safetensors", "b.safetensors", status=1)
     assert "3 of 3 elements differ, |b - a| / |a| = 0.5\n" in out
 
@@ -246,14 +246,14 @@ def test_diff_reports_where_the_structure_differs(other, line, capsys):
     def filled(node):
         return Container(node).map(lambda n: np.ones(n) if isinstance(n, int) else n)
 
-    io.save("a.npz", filled({"a": {"bias": 0, "kernel": 1}, "b": 2}))
-    io.save("b.npz", filled(other))
+    io.save(filled({"a": {"bias": 0, "kernel": 1}, "b": 2}), "a.npz")
+    io.save(filled(other), "b.npz")
     assert line in printed(capsys, "diff", "a.npz", "b.npz", status=1)
     assert not as_json(capsys, "diff", "a.npz", "b.npz", status=1)["equal"]
 
 
 def test_diff_of_a_missing_file_is_an_error(capsys):
-    io.save("a.npz", {"a": np.ones(1)})
+    io.save({"a": np.ones(1)}, "a.npz")
     assert main(["diff", "a.npz", "b.npz"]) == 2
     assert capsys.readouterr() == ("", "lars-tree diff: b.npz: No such file or directory\n")
 

@@ -28,8 +28,8 @@ def _here(tmp_path, monkeypatch):
 
 
 def save(w, g):
-    io.save(FILES[0], w)
-    io.save(FILES[1], g)
+    io.save(w, FILES[0])
+    io.save(g, FILES[1])
 
 
 def record(capsys, *arguments, status=0):
@@ -102,7 +102,7 @@ def test_a_state_dict_is_updated_with_the_gradients_of_its_parameters(flat, caps
     grads = {name: p.grad for name, p in model.named_parameters()}
     torch_files.save_file(model.state_dict(), FILES[0])
     if flat:  # `io.save` records that the names are keys
-        io.save(FILES[1], grads)
+        io.save(grads, FILES[1])
     else:
         torch_files.save_file(grads, FILES[1])
     options = ["--lr", 0.1, "--decay-lambda", 1e-2]
@@ -197,8 +197,8 @@ def test_new_weights_that_are_not_finite(suffix, _groups, capsys):  # noqa: PT01
     g = gradients()
     g["encoder", "l0", "bias"][1] = np.nan
     g["head", "kernel"][0, 0] = np.inf
-    io.save(files[0], weights(), metadata={"step": "1"})
-    io.save(files[1], g)
+    io.save(weights(), files[0], metadata={"step": "1"})
+    io.save(g, files[1])
     arguments = ["update", *files[:2], "--lr", "0.1", "--keep-missing"]
     message = f"{files[1]} would make weights that are not finite: encoder/l0/bias: expected"
     for where in (["-o", files[2]], ["--in-place"], ["--in-place", "--nonfinite", "raise"]):
@@ -254,10 +254,34 @@ def test_out_may_be_the_weights_but_no_other_input(how, capsys):
 
 
 def test_weights_that_are_their_own_gradients_are_not_replaced(capsys):
-    io.save(FILES[0], gradients())
+    io.save(gradients(), FILES[0])
     refused(["update", FILES[0], FILES[0], "--lr", "1", "--in-place"], "out is an input", capsys)
     run(FILES[0], FILES[0], "--lr", 0.5, "-o", "o.safetensors")
     assert_same_bits(io.load("o.safetensors"), gradients() * 0.5)
+
+
+def test_sharded_checkpoints_are_read_like_files_and_not_written(capsys):
+    os.mkdir("w")
+    os.mkdir("g")
+    for tree, folder in ((weights(), "w"), (gradients(), "g")):
+        io.save(tree, f"{folder}/model.safetensors.index.json", max_shard_size=80)
+    arguments = ["--lr", "0.1", "--keep-missing"]
+    for files in [("w", "g"), ("w/model.safetensors.index.json", "g/model.safetensors.index.json")]:
+        run(*files, *arguments, "-o", "o.safetensors")
+        assert_same_bits(io.load("o.safetensors"), expected(gradients()))
+        found = record(capsys, "show", files[0], "--grads", files[1], *arguments)["layers"]
+        assert len(found) == 5
+        assert record(capsys, "diff", files[0], "o.safetensors", status=1)["structure"] == []
+        for folder in ("w", "g"):
+            shard = sorted(x for x in os.listdir(folder) if x.endswith("s"))[0]
+            assert "-of-" in shard
+            link = linked("link", f"{folder}/{shard}")
+            for out in (f"{folder}/{shard}", link):
+                assert main(["update", *files, *arguments, "-o", out]) == 2
+                assert "out is an input" in capsys.readouterr().err
+            os.unlink(link)
+        assert main(["update", *files, *arguments, "--in-place"]) == 2
+        assert "expected a single file, got a sharded checkpoint" in capsys.readouterr().err
 
 
 def test_a_full_disk_changes_nothing_and_the_error_names_the_file(capsys):

@@ -25,7 +25,7 @@ UPDATE = ["update", "w.npz", "w.npz", "--lr", "1", "-o", "o.npz"]
 @pytest.fixture(autouse=True)
 def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    io.save("w.npz", {"a": np.ones(1), "b": np.ones(3)})
+    io.save({"a": np.ones(1), "b": np.ones(3)}, "w.npz")
 
 
 def run(arguments, **more):
@@ -108,7 +108,7 @@ WORK = [
 
 @pytest.mark.parametrize(("arguments", "status"), WORK)
 def test_a_terminal_shows_progress(arguments, status):
-    io.save("g.npz", {"a": np.full(1, 2.0), "b": np.ones(3)})
+    io.save({"a": np.full(1, 2.0), "b": np.ones(3)}, "g.npz")
     text, found = seen(arguments)
     assert found == status
     assert text.startswith("\r")
@@ -126,7 +126,7 @@ def test_a_terminal_shows_progress(arguments, status):
 def test_nothing_shows_progress_without_a_terminal(
     arguments, status, more, is_terminal, environment
 ):
-    io.save("g.npz", {"a": np.full(1, 2.0), "b": np.ones(3)})
+    io.save({"a": np.full(1, 2.0), "b": np.ones(3)}, "g.npz")
     assert seen([*arguments, *more], is_terminal, **environment) == ("", status)
 
 
@@ -136,7 +136,7 @@ def test_fast_work_shows_no_progress():
 
 
 def test_an_error_ends_the_progress_bar():
-    io.save("g.npz", {"a": np.ones(1), "b": np.full(3, np.nan)})
+    io.save({"a": np.ones(1), "b": np.full(3, np.nan)}, "g.npz")
     text, status = seen(WORK[0][0])
     assert status == 2
     assert "lars-tree update: g.npz would make weights that are not finite: b" in text

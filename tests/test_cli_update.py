@@ -87,8 +87,8 @@ def test_a_file_is_updated_to_the_same_bits_as_its_tree(seed, names, suffixes, t
     dtypes = DTYPES if ".npz" not in suffixes else [x for x in DTYPES if x != bfloat16]
     w, g = trees(np.random.default_rng(seed), dtypes)
     files = [tmp_path / (name + suffix) for name, suffix in zip("wgo", suffixes, strict=True)]
-    io.save(files[0], w, metadata={"step": "9"})
-    io.save(files[1], g)
+    io.save(w, files[0], metadata={"step": "9"})
+    io.save(g, files[1])
     arguments = [*files[:2], "--lr", 0.3, "--broadcast", "-o", files[2]]
     for name in names:
         option = "--" + name.replace("_", "-")
@@ -124,8 +124,8 @@ def files(tmp_path, monkeypatch):
         head={"kernel": random((4, 2), "f4", rng), "bias": random((2,), bfloat16, rng)},
     )
     g = w.map(lambda x: random(x.shape, x.dtype, rng))
-    io.save("w.safetensors", w)
-    io.save("g.safetensors", g)
+    io.save(w, "w.safetensors")
+    io.save(g, "g.safetensors")
     return w, g
 
 
@@ -195,7 +195,7 @@ def test_bad_gradients_change_nothing(fault, where, files, capsys):
         del g["head"]
     else:
         g["encoder"]["kernel"] = change
-    io.save("g.safetensors", g)
+    io.save(g, "g.safetensors")
     refused(["update", *FILES, "--lr", "0.1", *where], message, capsys)
 
 
@@ -251,8 +251,8 @@ def test_files_that_cannot_be_read_or_written_change_nothing(files_, where, mess
 def test_a_corrupt_leaf_changes_nothing(files, capsys):
     """An array in an archive is checked only when it is read, after other leaves were written."""
     w = {"a": np.ones(9, "f4"), "b": np.ones(9, "f4")}
-    io.save("w.npz", w)
-    io.save("g.npz", w)
+    io.save(w, "w.npz")
+    io.save(w, "g.npz")
     data = bytearray(Path("w.npz").read_bytes())
     end = data.rindex(np.ones(9, "f4").tobytes())
     data[end] ^= 1
@@ -277,8 +277,8 @@ def big_files(directory, leaves, size):
     """Write weights and gradients whose leaves have equal elements, and a small old output file."""
     for name, value in (("w", 2.0), ("g", 1.0)):
         x = np.full(size, value, "f4")
-        io.save(directory / f"{name}.safetensors", {f"l{i}": x for i in range(leaves)})
-    io.save(directory / "o.safetensors", {"old": np.ones(3)})
+        io.save({f"l{i}": x for i in range(leaves)}, directory / f"{name}.safetensors")
+    io.save({"old": np.ones(3)}, directory / "o.safetensors")
 
 
 ARGUMENTS = ["update", *FILES, "--lr", "0.5", "-o", "o.safetensors"]

@@ -27,7 +27,7 @@ def test_state_dict(tmp_path):
     lars_update(
         w, w.map(lambda x: torch.ones_like(x) if x.is_floating_point() else None), 0.5, out=w
     )
-    io.save(tmp_path / "w.safetensors", w)
+    io.save(w, tmp_path / "w.safetensors")
     other = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
     loaded = io.load(tmp_path / "w.safetensors", library="torch")
     assert not other.load_state_dict(io.to_state_dict(loaded)).missing_keys
@@ -44,7 +44,7 @@ def test_a_run_continues_from_a_saved_state(file):
     w = Container(a=np.array([3.0, 4.0]), b=[np.ones(2, np.float32)])
     g, opt = w.map(np.ones_like), Lars(0.1)
     w, state = opt.update(w, g, opt.init(w))
-    io.save(file, {"w": w, "state": state})
+    io.save({"w": w, "state": state}, file)
     loaded = io.load(file)
     assert_identical(loaded.state, state)
     expected, actual = opt.update(w, g, state), opt.update(loaded.w, g, loaded.state)
@@ -61,7 +61,7 @@ def test_a_run_of_torch_continues_in_torch(dtype, tmp_path):
     state = opt.init(w)
     for _ in range(3):
         w, state = opt.update(w, g, state)
-    io.save(tmp_path / "run.safetensors", {"w": w, "state": state})
+    io.save({"w": w, "state": state}, tmp_path / "run.safetensors")
     loaded = io.load(tmp_path / "run.safetensors", library="torch")
     assert_identical([loaded.w, loaded.state], [w, state])
     expected = opt.update(w, g, state)

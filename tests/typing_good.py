@@ -123,7 +123,7 @@ def reports_and_files() -> None:
     history.record(ratios)
     assert_type(history.ratios["kernel"], np.ndarray[Any, Any])
     assert_type(report.layer_table(w, w, 0.1), report.LayerTable)
-    io.save("weights.safetensors", w, metadata={"step": "1"})
+    io.save(w, "weights.safetensors", metadata={"step": "1"})
     assert_type(io.load("weights.safetensors", library="torch"), lt.Container)
     assert_type(io.open("weights.safetensors", "r+"), lt.Container)
     assert_type(io.to_state_dict(w), dict[str, Any])

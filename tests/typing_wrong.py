@@ -68,7 +68,7 @@ param_groups(model, weight_decay="1e-4")  # error
 param_groups(model.parameters())  # error
 
 # Files and reports.
-io.save("w.npz", [np.ones(2)])  # error
+io.save([np.ones(2)], "w.npz")  # error
 io.load("w.npz", library="tensorflow")  # error
 io.open("w.safetensors", "w")  # error
 report.ScalarCallback(print)  # error

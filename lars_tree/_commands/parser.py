@@ -30,7 +30,8 @@ _LIBRARIES = {"cli": ("ml_dtypes", "safetensors"), "demo": ("sklearn",)}  # requ
 def commands() -> None:
     """Layer-wise Adaptive Rate Scaling over trees of weights.
 
-    FILEs are .safetensors or .npz. After an error the exit status is 2, and nothing was written.
+    FILEs are .safetensors or .npz, or sharded checkpoints (an index, or a folder that has one),
+    which are only read. After an error the exit status is 2, and nothing was written.
     """
 
 

@@ -17,7 +17,7 @@ from lars_tree._tree import structure
 
 def tree(file: str, patterns: Sequence[str], depth: int | None) -> Output:
     """The arrays in the file, without reading their elements, and its metadata."""
-    with formats.opened(file) as stored:
+    with formats.opened(file, to_list=True) as stored:
         leaves = list(structure.walk(stored.tree))
         metadata = {k: text for k, text in stored.metadata.items() if k != formats.STRUCTURE}
     named = [names.join(path) for path, _ in leaves]

@@ -95,7 +95,8 @@ def dtype_named(name: str) -> np.dtype[Any] | None:
     try:
         return np.dtype(name)
     except TypeError:
-        import ml_dtypes
+        with errors.requiring(f"dtype {name}", "'lars-tree[io]'"):
+            import ml_dtypes
 
         scalar = getattr(ml_dtypes, name, None)
         return None if scalar is None else np.dtype(scalar)
@@ -115,6 +116,33 @@ def _to_numpy(x: Any, dtype: np.dtype[Any]) -> Array:
     return memory.reshape(-1).view(dtype).reshape(memory.shape)
 
 
+def _unsupported(dtype: np.dtype[Any], library: str) -> str | None:
+    """Why a library cannot hold an array of this dtype without a change; None if it can."""
+    if library == "torch":
+        import torch
+
+        return None if hasattr(torch, dtype.name) else f"torch has no {dtype}: load it as numpy"
+    if library == "jax":
+        from jax.dtypes import canonicalize_dtype
+
+        if canonicalize_dtype(dtype.newbyteorder("=")) != dtype:
+            return f"{dtype} is disabled in JAX: set jax_enable_x64, or load it as numpy"
+    return None
+
+
+def check_supported(path: object, view: Any, library: str = "numpy") -> None:
+    """Raise a FileError that names each array whose dtype the library does not have."""
+    faults = []
+    for name in view.names:
+        text = view.unsupported(name)
+        if text is None and library != "numpy":
+            text = _unsupported(view.dtype_and_shape(name)[0], library)
+        if text:
+            faults.append((name, text))
+    if faults:
+        raise errors.file_faults(path, faults)
+
+
 def fill_torch(size: int, fill: Callable[[Array], Array]) -> Any:
     """A tensor of this many bytes, allocated by torch; `fill` writes them and returns the array.
 
@@ -125,14 +153,11 @@ def fill_torch(size: int, fill: Callable[[Array], Array]) -> Any:
     tensor = torch.empty(size, dtype=torch.uint8)
     bytes_ = (ctypes.c_uint8 * size).from_address(tensor.data_ptr())
     x = fill(np.ctypeslib.as_array(bytes_) if size else np.empty(0, np.uint8))
-    dtype = getattr(torch, x.dtype.name, None)
-    if dtype is None:
-        raise ValueError(f"torch has no {x.dtype}: load it as numpy")
-    return tensor.view(dtype).reshape(x.shape)
+    return tensor.view(getattr(torch, x.dtype.name)).reshape(x.shape)
 
 
 def to_torch(x: Array) -> Any:
-    """A tensor with the same elements; a ValueError if torch does not have the dtype."""
+    """A tensor with the same elements."""
 
     def fill(memory: Array) -> Array:
         elements: Array = memory.view(x.dtype.newbyteorder("=")).reshape(x.shape)
@@ -143,11 +168,7 @@ def to_torch(x: Array) -> Any:
 
 
 def to_jax(x: Array) -> Any:
-    """A JAX array with the same elements; a ValueError if JAX would round them."""
+    """A JAX array with the same elements."""
     import jax.numpy as jnp
-    from jax.dtypes import canonicalize_dtype
 
-    dtype = x.dtype.newbyteorder("=")
-    if canonicalize_dtype(dtype) != dtype:
-        raise ValueError(f"{dtype} is disabled in JAX: set jax_enable_x64, or load it as numpy")
-    return jnp.asarray(x.astype(dtype, copy=False))
+    return jnp.asarray(x.astype(x.dtype.newbyteorder("="), copy=False))
