@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import need
 
-from lars_tree import Container, io, report
+from lars_tree import Container, io, lars_update, report
 from lars_tree.cli import main
 
 bfloat16 = need("ml_dtypes").bfloat16
@@ -295,3 +295,32 @@ def test_changes_are_summed_over_all_blocks(monkeypatch):
     assert change.changed == np.sum(a != b)
     assert change.size == pytest.approx(np.linalg.norm(b - a), rel=1e-14)
     assert change.norm == pytest.approx(np.linalg.norm(a), rel=1e-14)
+
+
+@pytest.mark.parametrize("arguments", [["diff"], ["update", "--lr=1", "-o", "o.safetensors"]])
+def test_dtypes_that_numpy_does_not_have_are_refused(arguments, capsys):
+    text = b'{"w":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}}'
+    with open("w.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text + b"\0")
+    assert "  w  F4 (2,)\n" in printed(capsys, "show", "w.safetensors")
+    assert main([*arguments, "w.safetensors", "w.safetensors"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "path 'w.safetensors' cannot be read: w: " in err
+    assert not os.path.exists("o.safetensors")
+
+
+def test_names_of_which_one_is_the_beginning_of_another(capsys):
+    from safetensors.numpy import save_file
+
+    w, g = ({"a": x, "a.b": 2 * x} for x in (np.ones(2), np.array([0.0, 1.0])))
+    save_file(w, "w.safetensors")
+    save_file(g, "g.safetensors")
+    arguments = ["w.safetensors", "g.safetensors", "--lr", 0.1, "--lr-for", "a.b=0.5"]
+    printed(capsys, "update", *arguments, "-o", "o.safetensors")
+    new = lars_update(w, g, {"a": 0.1, "a.b": 0.5})
+    assert io.load("o.safetensors", flat=True) == new
+    layers = as_json(capsys, "show", "w.safetensors", "--grads", "g.safetensors")["layers"]
+    assert [layer["path"] for layer in layers] == ["a", "a.b"]
+    changed = as_json(capsys, "diff", "w.safetensors", "o.safetensors", status=1)["leaves"]
+    assert [(leaf["path"], leaf["changed"]) for leaf in changed] == [("a", 1), ("a.b", 1)]

@@ -33,7 +33,11 @@ def can_map(file: str) -> bool:
 
 def read(file: str) -> Container:
     """Map a file, or load it if its format cannot be mapped."""
-    return io.open(file) if can_map(file) else io.load(file)
+    read = io.open if can_map(file) else io.load
+    try:
+        return read(file)
+    except errors.FileError:  # the names may collide
+        return read(file, flat=True)
 
 
 class Step(NamedTuple):

@@ -31,7 +31,7 @@ _BLOCK = 1 << 16  # the number of bytes compared at a time
 def update(weights: str, grads: str, out: str, choice: str, options: dict[str, Any]) -> Output:
     """Write the new weights to `out`, which may be `weights`. `choice` is the option nonfinite."""
     format_ = formats.find_to_write(out)
-    with formats.opened(weights) as stored:
+    with formats.opened(weights, to_list=True) as stored:  # names may collide
         is_mapped = can_map(weights)
         w, g = read(weights) if is_mapped else stored.tree, read(grads)
         _refuse_inputs(out, weights, w, grads, g)
