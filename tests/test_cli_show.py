@@ -263,6 +263,7 @@ def test_diff_of_a_missing_file_is_an_error(capsys):
     [
         (np.array([1.0, nan]), np.array([1.0, 2.0]), (0, 0, (1, 0))),
         (np.array([nan, 1.0, 1.0]), np.array([nan, 1.0, nan]), (0, 0, (0, 1))),
+        (np.array([nan, 3.0, 4.0]), np.array([nan, 3.0, 9.0]), (1, 1, (0, 0))),
         (np.array([0.0, 1.0]), np.array([3.0, 5.0]), (2, 5, (0, 0))),
         (np.array([0.0, 0.0]), np.array([-0.0, 1.0]), (1, inf, (0, 0))),
         (np.array([3e300, 4e300]), np.array([3e300, 9e300]), (1, 1, (0, 0))),
