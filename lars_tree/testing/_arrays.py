@@ -47,15 +47,14 @@ def check_known(argument: str, x: Any, known: Sequence[str]) -> None:
         raise refused(argument, f"expected one of {expected}, got {x!r}{hint}")
 
 
-def check_dtype(argument: str, dtype: Any) -> None:
-    """Raise an OptionError unless arrays of this dtype can be made."""
+def check_dtype(argument: str, dtype: Any, known: Sequence[str] = (*FORMATS, *COMPLEX)) -> str:
+    """The name of a dtype; an OptionError unless it is one of the `known` names."""
     try:
-        known = name_of(dtype) in (*FORMATS, *COMPLEX)
+        name = name_of(dtype)
     except TypeError:  # not a dtype
-        known = False
-    if not known:
-        text = f"expected a floating-point or complex dtype such as 'float32', got {dtype!r}"
-        raise refused(argument, text)
+        name = dtype
+    check_known(argument, name, known)
+    return name
 
 
 def name_of(dtype: Any) -> str:

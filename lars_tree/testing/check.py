@@ -236,7 +236,10 @@ def _domain(
     if shapes is None:
         shapes = SHAPES
     elif not isinstance(shapes, st.SearchStrategy):
-        shapes = st.sampled_from(_sequence("shapes", shapes, "shapes such as [(2, 3), ()]"))
+        for x in _sequence("shapes", shapes, "shapes such as [(2, 3), ()]"):
+            if not isinstance(x, tuple) or not all(isinstance(n, int) and n >= 0 for n in x):
+                raise refused("shapes", f"expected tuples such as (2, 3), got {x!r}")
+        shapes = st.sampled_from(list(shapes))
     rule = ExactRule(trust_coefficient, eps, joint_norm)
     bounds = ULP if ulp is None else dict.fromkeys(ULP, ulp)
     return Domain(library, names, node_types, nested, key_order, shapes, rule, bounds, **further)
@@ -247,12 +250,7 @@ def _dtype_names(dtypes: Sequence[Any] | None, library: str) -> list[str]:
     if dtypes is None:
         return known
     given = _sequence("dtypes", dtypes, 'dtypes such as ["float32"]')
-    for x in given:
-        _arrays.check_dtype("dtypes", x)
-    names = [_arrays.name_of(x) for x in given]
-    for name in names:
-        _arrays.check_known("dtypes", name, known)
-    return names
+    return [_arrays.check_dtype("dtypes", x, known) for x in given]
 
 
 def _sequence(argument: str, xs: Any, expected: str) -> list[Any]:
