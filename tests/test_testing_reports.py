@@ -12,6 +12,7 @@ from hypothesis import settings
 from test_testing_laws import QUICK, broken, forgotten_decay, layer_by_layer, plain_sgd
 
 from lars_tree import Container, OptionError, lars_update
+from lars_tree._tree.structure import leaves
 from lars_tree.testing import (
     LAWS,
     RULE_LAWS,
@@ -131,7 +132,7 @@ def test_pytest_shows_no_lines_of_this_package(tmp_path):
 @pytest.mark.parametrize("values", [dict, Container])
 def test_the_example_shows_values_in_every_node(values):
     def fails_for_arrays(w, dcdw, lr):
-        assert not list(w)
+        assert not leaves(w)
         return w
 
     with pytest.raises(LawError) as caught:
@@ -143,10 +144,7 @@ def test_the_example_shows_values_in_every_node(values):
             settings=settings(derandomize=True, max_examples=40, print_blob=False),
         )
     shown = "{'a': array(0.125)}" if values is dict else "Container({'a': array(0.125)})"
-    empty = "{'a': {}}" if values is dict else "Container({'a': Container({})})"
-    text = str(caught.value)
-    assert f"({shown}, {shown})" in text or f"({empty}, {empty})" in text
-    assert "parameters" not in text
+    assert f"({shown}, {shown})" in " ".join(str(caught.value).split())
 
 
 def make(bad):

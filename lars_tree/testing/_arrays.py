@@ -7,7 +7,10 @@ made.
 
 from __future__ import annotations
 
+import pickle
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
@@ -172,6 +175,13 @@ def with_first(x: Any, value: float) -> Any:
 def copied(tree: Any) -> Any:
     """The tree with copies of its arrays, in the memory layouts of the originals."""
     return structure.rebuild(tree, [_copy(x) for x in structure.leaves(tree)])
+
+
+def pickled(x: Any) -> Any:
+    """The object after pickling and unpickling it; float64 arrays of JAX keep their dtype."""
+    jax, data = sys.modules.get("jax"), pickle.dumps(x)
+    with nullcontext() if jax is None else jax.enable_x64(True):
+        return pickle.loads(data)  # noqa: S301  # our own bytes
 
 
 def _copy(x: Any) -> Any:

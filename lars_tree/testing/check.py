@@ -327,7 +327,7 @@ _FLAT = "Every law is broken. If the function takes only flat dicts, check it wi
 def _law_error(
     subject: Any, broken: dict[str, Exception], laws: dict[str, Law], nested: bool
 ) -> LawError:
-    name = getattr(subject, "__name__", None) or repr(subject)
+    name = _function(subject).__name__
     plural = "a law" if len(broken) == 1 else f"{len(broken)} laws"
     parts = [f"{name} breaks {plural}"]
     if nested and len(broken) == len(laws) > 1:

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def _our_torch() -> Any:
 
 
 def _timm() -> Any:
-    need("timm")
+    if find_spec("timm") is None:  # to import all of it would need torchvision
+        need("timm")
     from benchmarks.contestants import timm_lars
 
     return for_torch(timm_lars(), trust_coeff=1.0, eps=0.0, always_adapt=True)
