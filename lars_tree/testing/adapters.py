@@ -57,7 +57,10 @@ def for_torch(cls: Any, **options: Any) -> Adapter:
             `weight_decay` and `nesterov` by name, as far as the laws that are checked set them.
         **options: Further options of the class.
     """
-    make = lambda lr, **changed: _TorchOptimizer(cls, {**options, **changed, "lr": lr})  # noqa: E731
+
+    def make(lr: float, **changed: Any) -> Optimizer:
+        return _TorchOptimizer(cls, {**options, **changed, "lr": lr})
+
     return Adapter(make, "torch", "torch", cls)
 
 
@@ -72,7 +75,8 @@ def for_optax(transform: Callable[..., Any], **options: Any) -> Adapter:
     >>> w
     {'a': Array([2.25], dtype=float32)}
 
-    JAX returns dicts with sorted keys: use `check_optimizer_laws(..., key_order=False)`.
+    JAX returns dicts with sorted keys: use `check_optimizer_laws(..., key_order=False)`. If an
+    update is None, its weights stay unchanged, as in equinox.
 
     Args:
         transform: The function, such as `optax.lars`: it takes the rate, then `momentum`,
@@ -80,7 +84,10 @@ def for_optax(transform: Callable[..., Any], **options: Any) -> Adapter:
             rate is a number, and each new rate calls the function again.
         **options: Further options of the function.
     """
-    make = lambda lr, **changed: _OptaxOptimizer(transform(lr, **{**options, **changed}))  # noqa: E731
+
+    def make(lr: float, **changed: Any) -> Optimizer:
+        return _OptaxOptimizer(transform(lr, **{**options, **changed}))
+
     return Adapter(make, "jax", "paper", transform)
 
 
@@ -134,8 +141,10 @@ class _OptaxOptimizer:
 
     def update(self, w: Any, dcdw: Any, state: Any) -> tuple[Any, Any]:
         import jax
-        import optax  # type: ignore[import-untyped]
+
+        def applied(u: Any, x: Any) -> Any:
+            return x if u is None else (x + u).astype(x.dtype)
 
         with jax.enable_x64(True):
             updates, state = self._transform.update(dcdw, state, w)
-            return optax.apply_updates(w, updates), state
+            return jax.tree.map(applied, updates, w, is_leaf=lambda u: u is None), state

@@ -1,16 +1,12 @@
-"""Check an update function or an optimizer against the laws, and report every broken law."""
+"""Check an update function or an optimizer against the laws; `failures.py` writes the report."""
 
 from __future__ import annotations
 
 import inspect
 import re
-import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
-from traceback import walk_tb
 from typing import Any, TypedDict, Unpack
 
 import hypothesis
@@ -26,6 +22,7 @@ from lars_tree.testing import _arrays
 from lars_tree.testing._arrays import refused
 from lars_tree.testing.adapters import Adapter
 from lars_tree.testing.exact import Convention, ExactRule
+from lars_tree.testing.failures import function_of, report
 from lars_tree.testing.laws import LAWS, OPTIMIZER_LAWS, Law
 from lars_tree.testing.trial import Domain, Optimizer, Trial, Update, first_step
 
@@ -66,7 +63,21 @@ class Arguments(TypedDict, total=False):
 
 
 def check_update_laws(
-    update: Update, *, laws: Sequence[Law] = LAWS, **arguments: Unpack[Arguments]
+    update: Update,
+    *,
+    laws: Sequence[Law] = LAWS,
+    exclude: Mapping[str, str] | None = None,
+    library: _arrays.Library | None = None,
+    dtypes: Sequence[Any] | None = None,
+    node_types: Sequence[type] = (dict, list, tuple, Container),
+    nested: bool = True,
+    key_order: bool = True,
+    shapes: Shapes | None = None,
+    trust_coefficient: float = 1.0,
+    eps: float = 0.0,
+    joint_norm: bool = False,
+    ulp: float | None = None,
+    settings: hypothesis.settings | None = None,
 ) -> None:
     """Check an update function against the laws of LARS, and report every law that it breaks.
 
@@ -116,6 +127,8 @@ def check_update_laws(
         ModuleNotFoundError: The library is not installed.
     """
     __tracebackhide__ = True
+    given = locals()
+    arguments = {name: given[name] for name in Arguments.__annotations__}
     if isinstance(update, Adapter):
         raise refused(
             "update",
@@ -185,7 +198,16 @@ def check_optimizer_laws(
         return lambda data: Trial(update, data, domain, optimizer)
 
     further = {"convention": chosen, "momentum": momentum}
-    _check(optimizer, laws, trials, further, arguments)
+    unknown = arguments.keys() - Arguments.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"check_optimizer_laws() got an unexpected argument {min(unknown)!r}")
+    _check(optimizer, laws, trials, further, {**_DEFAULTS, **arguments})
+
+
+_DEFAULTS = {
+    name: inspect.signature(check_update_laws).parameters[name].default
+    for name in Arguments.__annotations__
+}
 
 
 def _check(
@@ -193,38 +215,37 @@ def _check(
     laws: Sequence[Law],
     trials: Callable[[Domain], Make],
     further: dict[str, Any],
-    arguments: Arguments,
+    arguments: dict[str, Any],
 ) -> None:
     """Check the laws on trials of an update function or optimizer, the `subject`."""
     __tracebackhide__ = True
-    unknown = arguments.keys() - Arguments.__annotations__.keys()
-    if unknown:
-        raise TypeError(f"unexpected argument {sorted(unknown)[0]!r}")
     if not callable(subject):
         raise refused("update", f"expected a function, got {subject!r}")
-    chosen = _chosen(laws, arguments.get("exclude"))
+    settings = arguments.pop("settings")
+    chosen = _chosen(laws, arguments.pop("exclude"))
     domain = _domain(further, **arguments)
-    make, settings = trials(domain), arguments.get("settings")
+    make = trials(domain)
     found = {name: _error(name, law, make, settings) for name, law in chosen.items()}
     broken = {name: error for name, error in found.items() if error is not None}
     if broken:
-        raise _law_error(subject, broken, chosen, domain.nested)
+        error = LawError(report(subject, broken, chosen, nested=domain.nested))
+        error.laws = broken
+        raise error
 
 
 def _domain(
     further: dict[str, Any],
     *,
-    library: _arrays.Library | None = None,
-    dtypes: Sequence[Any] | None = None,
-    node_types: Sequence[type] = (dict, list, tuple, Container),
-    nested: bool = True,
-    key_order: bool = True,
-    shapes: Shapes | None = None,
-    trust_coefficient: float = 1.0,
-    eps: float = 0.0,
-    joint_norm: bool = False,
-    ulp: float | None = None,
-    **_: Any,
+    library: _arrays.Library | None,
+    dtypes: Sequence[Any] | None,
+    node_types: Sequence[type],
+    nested: bool,
+    key_order: bool,
+    shapes: Shapes | None,
+    trust_coefficient: float,
+    eps: float,
+    joint_norm: bool,
+    ulp: float | None,
 ) -> Domain:
     library = library or "numpy"
     _arrays.check_known("library", library, _arrays.LIBRARIES)
@@ -270,7 +291,7 @@ def _chosen(laws: Any, exclude: Any) -> dict[str, Law]:
         text = 'expected the reasons by the names of laws, such as {"is_exact": "float32 sums"}'
         raise refused("exclude", f"{text}, got {exclude!r}")
     excluded = dict(exclude or {})
-    names = [_function(law).__name__ for law in laws]
+    names = [function_of(law).__name__ for law in laws]
     # The laws of the package too, so that one `exclude` serves for several checks.
     known = {*names, *(law.__name__ for law in (*LAWS, *OPTIMIZER_LAWS))}
     for name, reason in excluded.items():
@@ -287,13 +308,6 @@ def _chosen(laws: Any, exclude: Any) -> dict[str, Law]:
     if not chosen:
         raise refused("exclude", "all laws are excluded")
     return chosen
-
-
-def _function(x: Any) -> Any:
-    """The function in a partial, or the class of a callable object: what has a name and a file."""
-    while isinstance(x, partial):
-        x = x.func
-    return x if hasattr(x, "__name__") else type(x)
 
 
 def _error(
@@ -317,61 +331,3 @@ def _error(
     except Exception as error:  # an exception of any type breaks the law
         return error
     return None
-
-
-# Every example of hypothesis starts with these lines.
-_HEADER = re.compile(r"^[^\n]*\(\n\s*data=data\(\.\.\.\),\n\)\n?")
-_FLAT = "Every law is broken. If the function takes only flat dicts, check it with nested=False."
-
-
-def _law_error(
-    subject: Any, broken: dict[str, Exception], laws: dict[str, Law], nested: bool
-) -> LawError:
-    name = _function(subject).__name__
-    plural = "a law" if len(broken) == 1 else f"{len(broken)} laws"
-    parts = [f"{name} breaks {plural}"]
-    if nested and len(broken) == len(laws) > 1:
-        parts.append(_FLAT)
-    for law, error in broken.items():
-        doc = (_function(laws[law]).__doc__ or "").strip().partition("\n")[0]
-        kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-        notes = [_HEADER.sub("", note) for note in getattr(error, "__notes__", [])]
-        where = _where(error, subject, laws[law])
-        body = "\n".join(filter(None, [doc, where, f"{kind}{error}", *notes]))
-        parts.append(f"{law}\n{textwrap.indent(body, '  ')}")
-    error = LawError("\n\n".join(parts))
-    error.laws = broken
-    return error
-
-
-def _where(error: Exception, subject: Any, law: Law) -> str:
-    """The line of the user's code that raised the error, or else where the subject is defined."""
-    frames = list(_users_frames(error))
-    own = {code.co_filename for code in map(_code, (subject, law)) if code}
-    for filename, line, function in [x for x in frames if x[0] in own] or frames[-1:]:
-        where = filename, line, function  # the innermost is the last
-    if not frames:
-        code = _code(subject)
-        if code is None:
-            return ""
-        where = code.co_filename, code.co_firstlineno, code.co_name
-    return 'File "{}", line {}, in {}'.format(*where)
-
-
-_LIBRARIES = [str(Path(module.__file__ or "").parent) for module in (errors, hypothesis)]
-
-
-def _users_frames(error: Exception) -> Iterator[tuple[str, int, str]]:
-    """File, line and function of the frames outside of this package and hypothesis."""
-    for frame, line in walk_tb(error.__traceback__):
-        filename = frame.f_code.co_filename
-        if not filename.startswith(tuple(_LIBRARIES)):
-            yield filename, line, frame.f_code.co_name
-
-
-def _code(x: Any) -> Any:
-    function = inspect.unwrap(_function(x))
-    if isinstance(function, type):  # a class of optimizers, or that of a callable object
-        methods = vars(function)
-        function = methods.get("__call__", methods.get("__init__"))
-    return getattr(function, "__code__", None)

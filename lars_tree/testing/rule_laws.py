@@ -44,19 +44,23 @@ def is_linear_in_the_rate(trial: Trial) -> None:
     """Four times the rate gives four times the step."""
     w, dcdw = trial.pair()
     rate = trial.draw(RATES, "lr")
-    one, four = trial(w, dcdw, rate), trial(w, dcdw, 4 * rate)
-    old, new = as_numbers(w), as_numbers(one)
-    steps = mapped(lambda x, y: 4 * (x - y), old, new)
-    expected = mapped(lambda x, u: x - u, old, steps)
-    scale = mapped(lambda x, u: np.maximum(abs(x), abs(u)), old, steps)
-    trial.assert_close(four, w, expected, scale, 2 * FORMULA_ULP)
+    _assert_linear(trial, w, dcdw, rate, 4 * rate)
 
 
 def does_not_round_the_rate(trial: Trial) -> None:
     """The rate has the precision of the weights: it is not rounded to a shorter format."""
     w, dcdw = trial.pair()
-    rate = trial.draw(LONG_NUMBERS, "lr")
-    trial.assert_rule(trial(w, dcdw, rate), w, dcdw, rate, 0.0, FORMULA_ULP)
+    _assert_linear(trial, w, dcdw, 0.5, trial.draw(LONG_NUMBERS, "lr"))
+
+
+def _assert_linear(trial: Trial, w: Any, dcdw: Any, rate: float, other: float) -> None:
+    """Assert that the steps of two rates are proportional to the rates."""
+    first, second = trial(w, dcdw, rate), trial(w, dcdw, other)
+    old, new = as_numbers(w), as_numbers(first)
+    steps = mapped(lambda x, y: other / rate * (x - y), old, new)
+    expected = mapped(lambda x, u: x - u, old, steps)
+    scale = mapped(lambda x, u: np.maximum(abs(x), abs(u)), old, steps)
+    trial.assert_close(second, w, expected, scale, 2 * FORMULA_ULP)
 
 
 def does_not_round_the_decay(trial: Trial) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from hypothesis import strategies as st
 
@@ -115,7 +115,8 @@ class Trial:
 
     def steps(self, *, missing: bool = False) -> tuple[Any, list[Any]]:
         """Weights and the gradients of two or three steps, as in `runs`."""
-        return self.draw(self.domain.runs[missing], "w, [dcdw, ...]")  # type: ignore[no-any-return]
+        w, gradients = self.draw(self.domain.runs[missing], "w, [dcdw, ...]")
+        return w, gradients
 
     def run(self, w: Any, **options: Any) -> Run:
         """A run of the optimizer that starts with copies of these weights.
@@ -181,6 +182,17 @@ class Optimizer(Protocol):
         """The new weights and the new state. `state` itself may be modified."""
 
 
+@runtime_checkable
+class Saving(Protocol):
+    """What an optimizer may have in addition, if pickling its state is not how it is saved."""
+
+    def save(self, state: Any) -> Any:
+        """What has to be stored to continue with this state."""
+
+    def load(self, w: Any, saved: Any) -> Any:
+        """The state for these weights from what `save` returned."""
+
+
 class Run:
     """A run of an optimizer.
 
@@ -215,8 +227,8 @@ class Run:
         old, state = self._optimizer(lr), self._state.pop()
         self._optimizers.clear()
         new = self._optimizer(lr)
-        if hasattr(old, "save"):
-            self._state.append(new.load(_arrays.copied(self.w), old.save(state)))  # type: ignore[attr-defined]
+        if isinstance(old, Saving) and isinstance(new, Saving):
+            self._state.append(new.load(_arrays.copied(self.w), old.save(state)))
         else:
             self._state.append(_arrays.pickled(state))
 
