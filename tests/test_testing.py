@@ -218,11 +218,11 @@ def test_unusual_keys_are_made():
         made.update(key for path, _ in structure.walk(tree) for key in path)
 
     collect()
-    assert made >= {"a", 0, -1, *testing.strategies.ODD_KEYS}
+    assert made >= {"a", 0, -1, *testing.trees.ODD_KEYS}
     assert any(isinstance(key, str) and len(key) > 2 and not key.isascii() for key in made)
 
 
-@pytest.mark.parametrize("cls", testing.strategies.NODE_TYPES, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", testing.trees.NODE_TYPES, ids=lambda cls: cls.__name__)
 def test_nodes_of_each_type_are_made(cls):
     assert example(testing.nests(st.just(1)), lambda tree: type(tree) is cls and len(tree) > 1)
     inner = least(
