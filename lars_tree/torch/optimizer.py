@@ -33,7 +33,7 @@ from lars_tree._core.writes import Writes
 from lars_tree._numerics.formula import Rule
 from lars_tree.errors import LarsTreeError
 from lars_tree.torch.groups import param_groups, refuse_flat
-from lars_tree.torch.options import NAMES, check
+from lars_tree.torch.options import NAMES, can_compile, check
 from lars_tree.torch.rows import ParameterRows, engines, gather
 
 if TYPE_CHECKING:
@@ -77,8 +77,9 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
     Args:
         params: Parameters, named parameters or parameter groups. A group may override each of the
             options below. `param_groups` makes the groups of the usual recipes.
-        lr: The rate: a number or a tensor with one element.
-        momentum: The factor of the buffer; 0 for no buffer.
+        lr: The rate. This and the other numbers may be tensors with one element. `torch.compile`
+            then does not compile again when they change, but cannot check their values.
+        momentum: The factor of the buffer; the number 0 for no buffer.
         dampening: Scales d by 1 - dampening in each step except the first.
         weight_decay: Weight decay, in the ratio and in the step.
         nesterov: Nesterov momentum; needs momentum > 0 and dampening 0.
@@ -121,13 +122,13 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         self,
         params: ParamsT,
         lr: float | Tensor = 1.0,
-        momentum: float = 0.9,
-        dampening: float = 0.0,
-        weight_decay: float = 0.0,
+        momentum: float | Tensor = 0.9,
+        dampening: float | Tensor = 0.0,
+        weight_decay: float | Tensor = 0.0,
         nesterov: bool = False,
         *,
-        trust_coefficient: float = 0.001,
-        eps: float = 1e-8,
+        trust_coefficient: float | Tensor = 0.001,
+        eps: float | Tensor = 1e-8,
         trust_clip: bool = False,
         joint_norm: bool = False,
         adapt: bool | Literal["decayed"] = True,
@@ -269,6 +270,9 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
     def _step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         if any(group["nonfinite"] != "propagate" for group in self.param_groups):
             self._step_if_finite(grad_scale, found_inf)
+            return
+        if torch.compiler.is_compiling() and not all(map(can_compile, self.param_groups)):
+            self._step_uncompiled(grad_scale, found_inf)
             return
         inputs = gather(self, grad_scale, may_skip=found_inf is not None)
         if found_inf is not None and not inputs.device_can_skip:

@@ -24,12 +24,12 @@ class GroupOptions(TypedDict, total=False):
     """The options of a parameter group; `torch.Lars` documents them."""
 
     lr: float | Tensor
-    momentum: float
-    dampening: float
-    weight_decay: float
+    momentum: float | Tensor
+    dampening: float | Tensor
+    weight_decay: float | Tensor
     nesterov: bool
-    trust_coefficient: float
-    eps: float
+    trust_coefficient: float | Tensor
+    eps: float | Tensor
     trust_clip: bool
     joint_norm: bool
     adapt: bool | Literal["decayed"]
@@ -81,10 +81,15 @@ def check(
     axis = options["layer_axis"]
     if axis is not None and not _is_index(axis):
         raise _error(group, f"Invalid layer_axis: expected an axis or None, got {axis!r}")
-    if options["dampening"] > 1:
-        text = f"Invalid dampening: expected a number from 0 to 1, got {options['dampening']}"
+    momentum, dampening = (
+        None if isinstance(x, Tensor) and not (waits or x.is_cpu) else x
+        for x in (options["momentum"], options["dampening"])
+    )
+    if dampening is not None and dampening > 1:
+        text = f"Invalid dampening: expected a number from 0 to 1, got {dampening}"
         raise _error(group, text)
-    if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
+    dampens = dampening is not None and dampening != 0
+    if options["nesterov"] and (dampens or (momentum is not None and momentum <= 0)):
         raise _error(group, "Nesterov momentum requires a momentum and zero dampening")
     if options["foreach"] and options["fused"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
@@ -128,7 +133,7 @@ def _error(group: str, text: str) -> ValueError:
 
 def rule(group: dict[str, Any], grad_scale: Any, is_first: bool) -> Rule:
     """The rule for parameters of a checked group; the first step is not dampened."""
-    moves, axis = group["momentum"] != 0, group["layer_axis"]
+    moves, axis = may_be_nonzero(group["momentum"]), group["layer_axis"]
     numbers = {name: _float_or_tensor(group[key]) for name, key in _NUMBERS.items()}
     lr, dampening = numbers.pop("lr"), numbers.pop("dampening")
     if not isinstance(lr, Tensor):
@@ -152,6 +157,21 @@ def _float_or_tensor(x: Any) -> Any:
         return float(x)
     is_known = x.is_cpu and not torch.compiler.is_compiling()
     return float(x) if is_known else x.reshape(())
+
+
+def may_be_nonzero(x: Any) -> bool:
+    """False for the number 0. A tensor is not read: this could wait for a device."""
+    return isinstance(x, Tensor) or bool(x != 0)
+
+
+def can_compile(group: dict[str, Any]) -> bool:
+    """Whether `torch.compile` can trace a step of the group, which reads no values of tensors.
+
+    False also for tensors of a wrong shape, which `check` refuses.
+    """
+    tensors = [group[name] for name in _NUMBERS.values() if isinstance(group[name], Tensor)]
+    reads = group["adapt"] == "decayed" and isinstance(group["weight_decay"], Tensor)
+    return not reads and all(x.numel() == 1 for x in tensors)
 
 
 def adapts(group: dict[str, Any]) -> bool:

@@ -75,7 +75,7 @@ class ParameterRows:
         group, scale = self.groups[number], self.grad_scale
         # Only this engine can skip a step on the device. The skipped step leaves new buffers
         # behind, so the next step would be dampened although it is the first that is applied.
-        is_undampened = is_first and group["dampening"] != 0
+        is_undampened = is_first and options.may_be_nonzero(group["dampening"])
         self.device_can_skip &= is_for_engine and not is_undampened
         scale = scale if is_for_engine or scale is None else float(scale)
         return options.rule(group, scale, is_first)
@@ -196,7 +196,7 @@ def gather(optimizer: Optimizer, grad_scale: Any, may_skip: bool = False) -> Par
             name = f"param_groups[{number}]"
             options.check(group, name, waits=False, first_rate=first_rate)
             refuse_flattened_since(group, number)
-        moves = group["momentum"] != 0
+        moves = options.may_be_nonzero(group["momentum"])
         always = compiling or asks_for_engine(group)
         rule, was_for_engine, was_first = None, False, False
         for index, p in enumerate(group["params"]):
