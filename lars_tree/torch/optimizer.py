@@ -31,10 +31,11 @@ from lars_tree._core.options import CALLED_ELSEWHERE, check_names, with_hints
 from lars_tree._core.types import NonFinite
 from lars_tree._core.writes import Writes
 from lars_tree._numerics.formula import Rule
+from lars_tree._report.measure import measure_columns
 from lars_tree.errors import LarsTreeError
 from lars_tree.torch.groups import param_groups, refuse_flat
 from lars_tree.torch.options import NAMES, can_compile, check
-from lars_tree.torch.rows import ParameterRows, engines, gather
+from lars_tree.torch.rows import ParameterRows, engines, gather, to_measure
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -158,6 +159,31 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
     def engine(self) -> str:
         """The names of the engines that update the parameters, separated by commas."""
         return ", ".join(sorted(engines(self)))
+
+    def trust_ratios(self, *, grad_scale: float | Tensor = 1.0) -> dict[str, Tensor | None]:
+        """The trust ratio of each parameter by name, with the options of its group.
+
+        >>> kernel, bias = (torch.nn.Parameter(torch.tensor([3.0, 4.0])) for _ in range(2))
+        >>> others = {"params": [("bias", bias)], "adapt": False}
+        >>> opt = Lars([{"params": [("kernel", kernel)]}, others], 0.1, trust_coefficient=0.5)
+        >>> kernel.grad = bias.grad = torch.tensor([0.0, 10.0])
+        >>> {name: ratio.item() for name, ratio in opt.trust_ratios().items()}
+        {'kernel': 0.24999999975, 'bias': 1.0}
+
+        Call it between `backward` and `step`, for DTensors in all processes. It does not wait for
+        devices. A ratio is 1 if the group does not adapt, and None without a gradient. Groups
+        without names give positions. With `layer_axis`, a parameter has a vector of ratios.
+
+        Args:
+            grad_scale: The loss scale that the gradients still carry, `scaler.get_scale()`.
+
+        Raises:
+            LeafError: No parameter has a gradient.
+            LarsTreeError: As in `step`.
+        """
+        columns, caller = to_measure(self, grad_scale)
+        found = zip(caller.paths(), measure_columns(columns, caller), strict=True)
+        return {str(*path): x.measured.ratio if x.measured else None for path, x in found}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as in `torch.optim.Optimizer`.

@@ -21,6 +21,7 @@ from lars_tree._backends.torch.reader import may_read
 from lars_tree._backends.torch.sharded import shard_of
 from lars_tree._backends.torch.stand_ins import TENSOR_TYPES
 from lars_tree._core.execute import Caller
+from lars_tree._core.options import check as check_options
 from lars_tree._numerics.formula import Rule, is_joint
 from lars_tree.torch import options
 from lars_tree.torch.groups import name_of, refuse_flattened_since
@@ -178,6 +179,34 @@ def engines(optimizer: Optimizer) -> set[str]:
             row = fused_row(layer, may_fuse(group))
             found.add(Foreach.name if row is None else Fused.name)
     return found
+
+
+def to_measure(optimizer: Optimizer, grad_scale: Any = 1.0) -> tuple[Columns, Caller]:
+    """All parameters with the rules of a step without momentum, for a report.
+
+    The path of a parameter is its name, or its position where it has no name of its own.
+    """
+    check_options({"grad_scale": grad_scale})
+    params: list[Tensor] = []
+    rules: list[Rule] = []
+    paths: dict[errors.Path, None] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        first_rate = group.get("initial_lr", optimizer.defaults["lr"])
+        options.check(group, f"param_groups[{number}]", waits=False, first_rate=first_rate)
+        refuse_flattened_since(group, number)
+        rule = options.rule({**group, "momentum": 0.0}, grad_scale, is_first=False)
+        for index, p in enumerate(group["params"]):
+            path = (name_of(group, number, index),)
+            paths[(name_of({}, number, index),) if path in paths else path] = None
+            params.append(p)
+            rules.append(rule)
+    grads = [p.grad for p in params]
+    if all(grad is None for grad in grads):
+        headline = "no parameter has a gradient: call backward() before, and zero_grad() after"
+        lines = [(path, "expected a gradient, got None") for path in paths]
+        raise errors.error(errors.LeafError, TORCH_WORDS.dcdw, headline, lines)
+    columns = Columns(params, grads, None, rules)
+    return columns, Caller(lambda: list(paths), same_shapes=True, words=TORCH_WORDS)
 
 
 def gather(optimizer: Optimizer, grad_scale: Any, may_skip: bool = False) -> ParameterRows:
