@@ -191,7 +191,7 @@ def test_errors_have_the_terms_of_torch():
 def test_an_invalid_scale_is_refused(scale):
     opt = Lars([parameter()], 0.1)
     for read in (Lars.trust_ratios, report.trust_ratios, report.layer_table):
-        with pytest.raises(OptionError, match="grad_scale: expected a .*number") as error:
+        with pytest.raises(OptionError, match=r"grad_scale: expected a .*number") as error:
             read(opt, grad_scale=scale)
         assert error.value.argument == "grad_scale"
 
