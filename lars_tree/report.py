@@ -69,7 +69,8 @@ def trust_ratios(w: Any, dcdw: Any = _NOT_GIVEN, lr: Any = _NOT_GIVEN, /, **opti
     >>> trust_ratios(np.array([[3.0, 4.0], [0.0, 1.0]]), 1.0, 0.1, layer_axis=0) * 2**0.5
     array([5., 1.])
 
-    A `lars_tree.torch.Lars` may take the place of w, dcdw and lr: see `Lars.trust_ratios`.
+    A `lars_tree.torch.Lars`, also as wrapped by Accelerate, may take the place of w, dcdw and lr:
+    see `Lars.trust_ratios`.
 
     The arguments and their defaults are those of `lars_update`. `lr` has an effect only with
     `trust_clip`; if it is an array, its largest element is used. `nonfinite` has no effect.
@@ -121,9 +122,9 @@ def layer_table(
     `to_markdown()` returns it as Markdown, and `records` can be made a data frame. The steps are
     computed one array at a time; then the function waits for all values.
 
-    A `lars_tree.torch.Lars` may take the place of w, dcdw and lr, between `backward` and `step`.
-    The table then has its parameters, with the options of their groups and without momentum;
-    `grad_scale` is the loss scale that the gradients still carry.
+    A `lars_tree.torch.Lars`, also as wrapped by Accelerate, may take the place of w, dcdw and lr,
+    between `backward` and `step`. The table then has its parameters, with the options of their
+    groups and without momentum; `grad_scale` is the loss scale that the gradients still carry.
 
     The arguments and their defaults are those of `lars_update`; `nonfinite` and `stop_gradients`
     have no effect. Nothing is modified.
@@ -175,13 +176,15 @@ def _optimizer(
 ) -> Optimizer | None:
     """The torch optimizer that was given in the place of w, dcdw and lr, if there is one."""
     torch = sys.modules.get("lars_tree.torch")
-    is_optimizer = torch is not None and isinstance(w, torch.Lars)
     given = [x is not _NOT_GIVEN for x in (dcdw, lr)]
-    if is_optimizer:
+    # Accelerate, and so Hugging Face's Trainer, wraps the optimizer.
+    found = (x for x in (w, getattr(w, "optimizer", None)) if torch and isinstance(x, torch.Lars))
+    optimizer: Optimizer | None = next(found, None)
+    if optimizer is not None:
         if any(given) or options.keys() - {"grad_scale"}:
             text = "takes no other arguments with an optimizer, except grad_scale"
             raise TypeError(f"{function} {text}: its groups have gradients, rates and options")
-        return w  # type: ignore[no-any-return]
+        return optimizer
     if not all(given):
         raise TypeError(f"{function} needs w, dcdw and lr, or a lars_tree.torch.Lars")
     return None

@@ -163,6 +163,8 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
     def trust_ratios(self, *, grad_scale: float | Tensor = 1.0) -> dict[str, Tensor | None]:
         """The trust ratio of each parameter by name, with the options of its group.
 
+        >>> import torch
+        >>> from lars_tree.torch import Lars
         >>> kernel, bias = (torch.nn.Parameter(torch.tensor([3.0, 4.0])) for _ in range(2))
         >>> others = {"params": [("bias", bias)], "adapt": False}
         >>> opt = Lars([{"params": [("kernel", kernel)]}, others], 0.1, trust_coefficient=0.5)
@@ -171,15 +173,14 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         {'kernel': 0.24999999975, 'bias': 1.0}
 
         Call it between `backward` and `step`, for DTensors in all processes. It does not wait for
-        devices. A ratio is 1 if the group does not adapt, and None without a gradient. Groups
-        without names give positions. With `layer_axis`, a parameter has a vector of ratios.
+        devices. A ratio is 1 if the group does not adapt, and None without a gradient. Without
+        names, the keys are positions. With `layer_axis`, a parameter has a vector of ratios.
 
         Args:
             grad_scale: The loss scale that the gradients still carry, `scaler.get_scale()`.
 
         Raises:
-            LeafError: No parameter has a gradient.
-            LarsTreeError: As in `step`.
+            LarsTreeError: As in `step`; or no parameter has a gradient.
         """
         columns, caller = to_measure(self, grad_scale)
         found = zip(caller.paths(), measure_columns(columns, caller), strict=True)
