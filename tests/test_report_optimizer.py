@@ -178,9 +178,11 @@ def test_errors_have_the_terms_of_torch():
     p, q = parameter(), parameter()
     opt = Lars([("p", p), ("q", q)], 0.1)
     q.grad = q.grad.to_sparse()
-    with pytest.raises(LarsTreeError, match=r"p.grad .*\n  q: expected dense data") as error:
+    with pytest.raises(
+        LarsTreeError, match=r"sparse gradients\n  q: make the gradient .*dense"
+    ) as error:
         opt.trust_ratios()
-    assert error.value.paths == (("q",),)
+    assert (error.value.argument, error.value.paths) == ("p.grad", (("q",),))
     q.grad = None
     opt.param_groups[0]["eps"] = -1.0
     with pytest.raises(ValueError, match=r"param_groups\[0\]: Invalid eps"):

@@ -1,6 +1,6 @@
 """Checks the options of `torch.Lars`, and converts the options of a group to a `Rule`.
 
-Errors are ValueError, as in torch's own optimizers, not OptionError.
+An OptionError is a ValueError, as torch's own optimizers raise.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lars_tree import errors
 from lars_tree._core.options import finite_number
 from lars_tree._core.types import NonFinite
 from lars_tree._numerics.formula import Rule
-from lars_tree.errors import did_you_mean
 
 
 class GroupOptions(TypedDict, total=False):
@@ -62,7 +62,7 @@ _ROUNDING = 1e-12
 def check(
     options: dict[str, Any], group: str = "", *, waits: bool = True, first_rate: Any = 0.0
 ) -> None:
-    """Raise ValueError, naming the option and the group, if a value is invalid.
+    """Raise OptionError, naming the option and the group, if a value is invalid.
 
     Raise RuntimeError, as torch does, if both `foreach` and `fused` are True. Unless `waits`,
     values of tensors on a device are not checked. A rate may be negative if -rate is within the
@@ -76,21 +76,23 @@ def check(
         if not (isinstance(x, (bool, str, NoneType)) and x in choices):
             *others, last = map(repr, choices)
             expected = f"{', '.join(others)} or {last}"
-            hint = did_you_mean(x, choices)
-            raise _error(group, f"Invalid {name}: expected {expected}, got {x!r}{hint}")
+            hint = errors.did_you_mean(x, choices)
+            raise _error(name, group, f"Invalid {name}: expected {expected}, got {x!r}{hint}")
     axis = options["layer_axis"]
     if axis is not None and not _is_index(axis):
-        raise _error(group, f"Invalid layer_axis: expected an axis or None, got {axis!r}")
+        text = f"Invalid layer_axis: expected an axis or None, got {axis!r}"
+        raise _error("layer_axis", group, text)
     momentum, dampening = (
         None if isinstance(x, Tensor) and not (waits or x.is_cpu) else x
         for x in (options["momentum"], options["dampening"])
     )
     if dampening is not None and dampening > 1:
         text = f"Invalid dampening: expected a number from 0 to 1, got {dampening}"
-        raise _error(group, text)
+        raise _error("dampening", group, text)
     dampens = dampening is not None and dampening != 0
     if options["nesterov"] and (dampens or (momentum is not None and momentum <= 0)):
-        raise _error(group, "Nesterov momentum requires a momentum and zero dampening")
+        text = "Nesterov momentum requires a momentum and zero dampening"
+        raise _error("nesterov", group, text)
     if options["foreach"] and options["fused"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
@@ -103,7 +105,8 @@ def _check_array(name: str, x: Any, group: str, waits: bool, first_rate: Any) ->
     number = x
     if isinstance(x, Tensor):
         if x.numel() != 1:
-            raise _error(group, f"Tensor {name} must be 1-element, got shape {tuple(x.shape)}")
+            text = f"Tensor {name} must be 1-element, got shape {tuple(x.shape)}"
+            raise _error(name, group, text)
         is_real = not (x.is_complex() or x.dtype == torch.bool or x.is_meta)
         if is_real and not (waits or x.is_cpu):
             return
@@ -116,7 +119,7 @@ def _check_array(name: str, x: Any, group: str, waits: bool, first_rate: Any) ->
         size = finite_number(-number)  # type: ignore[operator]  # Number declares no operators
         if size is not None and size <= _ROUNDING * float(first_rate):
             return
-    raise _error(group, f"Invalid {name}: expected a finite number >= 0, got {x!r}")
+    raise _error(name, group, f"Invalid {name}: expected a finite number >= 0, got {x!r}")
 
 
 def _is_index(x: Any) -> bool:
@@ -127,8 +130,11 @@ def _is_index(x: Any) -> bool:
     return not isinstance(x, (bool, np.bool_))
 
 
-def _error(group: str, text: str) -> ValueError:
-    return ValueError(f"{group}: {text}" if group else text)
+def _error(argument: str, group: str, text: str) -> errors.OptionError:
+    """An OptionError, which is a ValueError, in the words of torch's own optimizers."""
+    error = errors.OptionError(f"{group}: {text}" if group else text)
+    error.argument, error.paths = argument, ((group,),) if group else ()
+    return error
 
 
 def rule(group: dict[str, Any], grad_scale: Any, is_first: bool) -> Rule:

@@ -181,6 +181,16 @@ def engines(optimizer: Optimizer) -> set[str]:
     return found
 
 
+class _SparseError(errors.LeafError, RuntimeError):
+    """A gradient is sparse, for which torch's own optimizers raise RuntimeError."""
+
+
+def _sparse_error(name: str) -> errors.LarsTreeError:
+    headline = "Lars does not support sparse gradients"
+    hint = f"make the gradient of {name} dense, as by torch.nn.Embedding(sparse=False)"
+    return errors.error(_SparseError, TORCH_WORDS.dcdw, headline, [((name,), hint)])
+
+
 def to_measure(optimizer: Optimizer, grad_scale: Any = 1.0) -> tuple[Columns, Caller]:
     """All parameters with the rules of a step without momentum, for a report.
 
@@ -198,6 +208,8 @@ def to_measure(optimizer: Optimizer, grad_scale: Any = 1.0) -> tuple[Columns, Ca
         for index, p in enumerate(group["params"]):
             path = (name_of(group, number, index),)
             paths[(name_of({}, number, index),) if path in paths else path] = None
+            if p.grad is not None and p.grad.layout is not torch.strided:
+                raise _sparse_error(name_of(group, number, index))
             params.append(p)
             rules.append(rule)
     grads = [p.grad for p in params]
@@ -233,9 +245,7 @@ def gather(optimizer: Optimizer, grad_scale: Any, may_skip: bool = False) -> Par
             if grad is None:
                 continue
             if grad.layout is not strided:
-                name = name_of(group, number, index)
-                text = f"Lars does not support sparse gradients: make the gradient of {name} dense"
-                raise RuntimeError(text)
+                raise _sparse_error(name_of(group, number, index))
             buffer = get_state(p, no_state).get("momentum_buffer") if moves else None
             is_first = moves and buffer is None
             if is_first:
