@@ -283,6 +283,7 @@ def test_a_row_has_the_norms_and_the_step_of_the_update(library, options):
         "ratio": pytest.approx(ratio, rel=1e-6),
         "relative_step": pytest.approx(np.linalg.norm(step) / np.linalg.norm(w), rel=1e-6),
         "clipped": options.get("trust_coefficient") == 10,
+        "adapted": True,
     }
 
 
@@ -299,6 +300,7 @@ def test_rows_are_layers_not_arrays():
         "parameters": 2,
         **dict.fromkeys(("w_norm", "g_norm", "ratio", "relative_step")),
         "clipped": False,
+        "adapted": True,
     }
 
 

@@ -35,8 +35,8 @@ class LayerTable:
 
     Attributes:
         records: One dict for each layer, ready for a data frame: `path`, `shape`, `dtype`,
-            `parameters`, `w_norm`, `g_norm`, `ratio`, `relative_step` and `clipped`. Norms, ratio
-            and step are None for a layer without a gradient.
+            `parameters`, `w_norm`, `g_norm`, `ratio`, `relative_step`, `clipped` and `adapted`.
+            Norms, ratio and step are None for a layer without a gradient.
     """
 
     def __init__(self, records: list[dict[str, Any]]) -> None:
@@ -124,6 +124,8 @@ def _cell(record: dict[str, Any], key: str) -> str:
     if key == "parameters":
         return f"{value:,}"
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    if key == "ratio" and not record["adapted"]:
+        return f"{text} (not adapted)"
     return f"{text} (clipped)" if key == "ratio" and record["clipped"] else text
 
 
