@@ -142,9 +142,11 @@ def _leaves(columns: base.Columns, caller: Caller, indices: Iterable[int]) -> li
             continue
         backend, rule = _backends.find(x), columns.rules[index]
         if backend is None:
-            if dcdw is not None or (writes and out is not x):
-                text = f"expected an array, got {errors.describe(x)}"
-                non_arrays["w"].append((caller.paths()[index], text))
+            is_kept = dcdw is None and (out is x or not writes) and not checks.is_module(x)
+            # A tree may have leaves of other types; a single leaf would make the call pointless.
+            if not is_kept or (len(columns.ws) == 1 and caller.paths() == [()]):
+                line = (caller.paths()[index], checks.instead_of_array(x))
+                non_arrays["w"].append(line)
         elif writes and out is None:
             non_arrays["out"].append((caller.paths()[index], "expected an array, got None"))
         elif moves and velocity is None and _needs_velocity(backend, x, rule, dcdw):
