@@ -141,7 +141,7 @@ class _Level:
         if not matching and DEFAULT in self.given:
             matching = [DEFAULT]
         if not matching:
-            lines.append((path, self._uncovered(name)))
+            lines.append((path, self._uncovered(path)))
         elif any(_is_node(self.given[key]) for key in matching):
             key = next(key for key in matching if _is_node(self.given[key]))
             text = f"expected one value for {key!r}, got {errors.describe(self.given[key])}"
@@ -153,8 +153,8 @@ class _Level:
         else:
             values[i] = self.given[matching[0]]
 
-    def _uncovered(self, name: str) -> str:
-        if not name:
+    def _uncovered(self, path: Path) -> str:
+        if path == self.path:
             return f"expected one value, got keys {errors.enumerated(self.given, shown=repr)}"
         where = f" of {errors.path_string(self.path)}" if self.path else ""
         return f"no key matches it: add the key '*' for all other leaves{where}"
