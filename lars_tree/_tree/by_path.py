@@ -12,11 +12,10 @@ below that node. Otherwise the key of the nearest node and all matching patterns
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from fnmatch import translate
 from functools import lru_cache
-from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 from lars_tree import errors
 from lars_tree._tree import nodes, structure
@@ -72,13 +71,6 @@ def resolve(
     return values
 
 
-class _Literal(NamedTuple):
-    """The key of a leaf or of the nearest node above it, and the number of its path's keys."""
-
-    key: str
-    depth: int
-
-
 class _Level:
     """One mapping, for the leaves below the node at `path`."""
 
@@ -87,88 +79,89 @@ class _Level:
         pairs = list(nodes.children(given))
         self.given = {str(key): value for key, value in pairs}
         self.is_ambiguous = len(self.given) < len(pairs)
+        self.inner = {key for key, value in self.given.items() if not structure.is_leaf(value)}
 
     def fill(self, indices: list[int], values: list[Any], lines: list[Line]) -> None:
         """Set the values of the leaves at these indices, or append to `lines` what is wrong."""
         if self.is_ambiguous:
             lines.append((self.path, "expected keys with different names, got two with the same"))
             return
-        names = {i: self._names(self.rows[i][0]) for i in indices}
-        literals = {i: self._literals(names[i]) for i in indices}
-        found = {literal.key for of_leaf in literals.values() for literal in of_leaf}
-        patterns: dict[str, Callable[[str], Any]] = {
-            key: _matcher(key, self.sep)
-            for key in self.given
-            if key not in found and key != DEFAULT and is_pattern(key)
-        }
-        inner: dict[_Literal, list[int]] = {}
-        for i in indices:
-            name = names[i][-1] if names[i] else ""
-            matching = [key for key, match in patterns.items() if match(name)]
-            found.update(matching)
-            nearest = literals[i][-1] if literals[i] else None
-            if nearest is not None and _is_node(self.given[nearest.key]):
-                inner.setdefault(nearest, []).append(i)
-                continue
-            if nearest is not None and nearest.depth == len(names[i]):
-                matching = [nearest.key]
-            elif nearest is not None:
-                matching.append(nearest.key)
-            self._choose(i, name, matching, values, lines)
-        self._refuse_unused(found, names, lines)
-        for literal, below in inner.items():
-            path = self.rows[below[0]][0][: len(self.path) + literal.depth]
-            _Level(self.given[literal.key], self.rows, path, self.sep).fill(below, values, lines)
-
-    def _names(self, path: Path) -> list[str]:
-        """The paths, below this level, of all nodes above a leaf and of the leaf itself."""
-        keys = map(str, path[len(self.path) :])
-        return list(accumulate(keys, lambda parent, key: f"{parent}{self.sep}{key}"))
-
-    def _literals(self, names: list[str]) -> list[_Literal]:
-        return [
-            _Literal(name, depth)
-            for depth, name in enumerate(names, 1)
-            if name in self.given and name != DEFAULT
+        used = {DEFAULT}
+        named = [(i, *self._nearest(i, used)) for i in indices]
+        patterns = [
+            (key, _matcher(key, self.sep))
+            for key in sorted(self.given)
+            if key not in used and is_pattern(key)
         ]
+        known: dict[tuple[str, ...], Any] = {}
+        below: dict[tuple[str, int], list[int]] = {}
+        for index, name, nearest, depth in named:
+            keys = [key for key, match in patterns if match(name)]
+            used.update(keys)
+            path, leaf = self.rows[index]
+            if nearest in self.inner:
+                below.setdefault((nearest, depth), []).append(index)
+                continue
+            if nearest is not None:
+                keys = [nearest] if nearest == name else [*keys, nearest]
+            keys = keys or ([DEFAULT] if DEFAULT in self.given else [])
+            if leaf is None:
+                continue
+            if tuple(keys) not in known:
+                fault = self._fault(path, name, keys)
+                if fault:
+                    lines.append((path, fault))
+                    continue
+                known[tuple(keys)] = self.given[keys[0]]
+            values[index] = known[tuple(keys)]
+        self._refuse_unused(used, indices, lines)
+        for (key, depth), those in below.items():
+            node = self.rows[those[0]][0][: len(self.path) + depth]
+            _Level(self.given[key], self.rows, node, self.sep).fill(those, values, lines)
 
-    def _choose(
-        self, i: int, name: str, matching: list[str], values: list[Any], lines: list[Line]
-    ) -> None:
-        path, leaf = self.rows[i]
-        if leaf is None:
-            return
-        if not matching and DEFAULT in self.given:
-            matching = [DEFAULT]
-        if not matching:
-            lines.append((path, self._uncovered(path)))
-        elif any(_is_node(self.given[key]) for key in matching):
-            key = next(key for key in matching if _is_node(self.given[key]))
-            text = f"expected one value for {key!r}, got {errors.describe(self.given[key])}"
-            lines.append((path, text))
-        elif not all(_equal(self.given[matching[0]], self.given[key]) for key in matching):
-            found = ", ".join(f"{key!r}: {_shown(self.given[key])}" for key in sorted(matching))
-            text = f"expected one value, got {found}: add a key for {name!r} itself"
-            lines.append((path, text))
-        else:
-            values[i] = self.given[matching[0]]
+    def _nearest(self, index: int, used: set[str]) -> tuple[str, str | None, int]:
+        """The name of a leaf, and the key and depth of the nearest node; adds keys to `used`.
 
-    def _uncovered(self, path: Path) -> str:
-        if path == self.path:
+        The nearest node is the leaf itself, or the lowest node above it, that has a key.
+        """
+        name, nearest, depth = "", None, 0
+        for i, name in enumerate(self._names(index), 1):
+            if name in self.given and name != DEFAULT:
+                nearest, depth = name, i
+                used.add(name)
+        return name, nearest, depth
+
+    def _names(self, index: int) -> Iterator[str]:
+        """The names of the nodes above a leaf and of the leaf itself, below the path of this."""
+        name = None
+        for key in self.rows[index][0][len(self.path) :]:
+            name = f"{key!s}" if name is None else f"{name}{self.sep}{key!s}"
+            yield name
+
+    def _fault(self, path: Path, name: str, keys: list[str]) -> str:
+        """Why these matching keys give no value to a leaf; "" if they do."""
+        found = [self.given[key] for key in keys]
+        if not keys and path == self.path:
             return f"expected one value, got keys {errors.enumerated(self.given, shown=repr)}"
-        where = f" of {errors.path_string(self.path)}" if self.path else ""
-        return f"no key matches it: add the key '*' for all other leaves{where}"
+        if not keys:
+            where = f" of {errors.path_string(self.path)}" if self.path else ""
+            return f"no key matches it: add the key '*' for all other leaves{where}"
+        for key in keys:
+            if key in self.inner:
+                return f"expected one value for {key!r}, got {errors.describe(self.given[key])}"
+        if all(_equal(found[0], value) for value in found):
+            return ""
+        shown = ", ".join(f"{key!r}: {_shown(self.given[key])}" for key in sorted(keys))
+        return f"expected one value, got {shown}: add a key for {name!r} itself"
 
-    def _refuse_unused(
-        self, found: set[str], names: Mapping[int, list[str]], lines: list[Line]
-    ) -> None:
-        known: list[str] | None = None
-        for key in self.given:
-            if key not in found and key != DEFAULT:
-                if known is None:
-                    known = list(dict.fromkeys(name for row in names.values() for name in row))
-                hint = errors.did_you_mean(key, known)
-                lines.append(((*self.path, key), f"this key matches no leaf{hint}"))
+    def _refuse_unused(self, used: set[str], indices: list[int], lines: list[Line]) -> None:
+        unused = [key for key in self.given if key not in used]
+        if not unused:
+            return
+        names = list(dict.fromkeys(name for i in indices for name in self._names(i)))
+        for key in unused:
+            hint = errors.did_you_mean(key, names)
+            lines.append(((*self.path, key), f"this key matches no leaf{hint}"))
 
 
 @lru_cache(maxsize=256)
@@ -182,16 +175,14 @@ def _matcher(pattern: str, sep: str) -> Callable[[str], Any]:
     return re.compile("|".join(alternatives)).match
 
 
-def _is_node(value: Any) -> bool:
-    return not structure.is_leaf(value)
-
-
 def _equal(x: Any, y: Any) -> bool:
     """Whether two values are the same. Arrays are compared by identity, as they may be traced."""
     if x is y:
         return True
-    simple = (bool, int, float, str, frozenset)
-    return isinstance(x, simple) and isinstance(y, simple) and x == y
+    simple = (int, float, str, frozenset)
+    if isinstance(x, bool) or isinstance(y, bool) or not isinstance(x, simple):
+        return False
+    return isinstance(y, simple) and x == y
 
 
 def _shown(value: Any) -> str:
