@@ -22,6 +22,7 @@ from lars_tree import (
     lars_update,
     report,
 )
+from lars_tree._core.options import DEFAULTS, resolve
 from lars_tree._tree import by_path
 from lars_tree.schedules import Constant, Polynomial
 from lars_tree.testing import assert_identical, shuffled
@@ -369,6 +370,13 @@ def test_a_function_gets_the_path_and_the_leaf_of_all_weights_once():
     rows = [(p, x) for p, x in zip(w.paths(), w.leaves(), strict=True) if x is not None]
     assert [path for path, _ in seen] == [path for path, _ in rows]
     assert all(x is y for (_, x), (_, y) in zip(seen, rows, strict=True))
+
+
+def test_leaves_with_equal_results_of_a_function_share_a_rule():
+    """Rules are made once for all leaves with the same values, as with a tree of values."""
+    w = rng_tree(1)
+    rules = resolve(w, {**DEFAULTS, "lr": lambda path, leaf: 0.1 * len(path)}, 4)
+    assert len({id(rule) for rule in rules}) == 1
 
 
 def test_a_function_of_one_array_gets_an_empty_path():
