@@ -18,7 +18,7 @@ import numpy as np
 
 from lars_tree import _backends, errors
 from lars_tree._backends.wrapper import rewrapped, unwrap
-from lars_tree._core.options import DEFAULTS, StepOptions, check_names
+from lars_tree._core.options import DEFAULTS, StepOptions, with_hints
 from lars_tree._core.types import Numbers
 from lars_tree._numerics.formula import Measured
 from lars_tree._report.history import TrustHistory, TrustRatioWarning, warn
@@ -56,6 +56,7 @@ def trust_ratios(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOption
 def trust_ratios(optimizer: Optimizer, /, *, grad_scale: Any = 1.0) -> dict[str, Any]: ...
 
 
+@with_hints
 def trust_ratios(w: Any, dcdw: Any = _NOT_GIVEN, lr: Any = _NOT_GIVEN, /, **options: Any) -> Any:
     """The trust ratios that `lars_update` uses for the same arguments.
 
@@ -92,7 +93,7 @@ def trust_ratios(w: Any, dcdw: Any = _NOT_GIVEN, lr: Any = _NOT_GIVEN, /, **opti
     optimizer = _optimizer("trust_ratios()", w, dcdw, lr, options)
     if optimizer is not None:
         return optimizer.trust_ratios(**options)
-    given = _given("trust_ratios()", lr, options)
+    given = {**DEFAULTS, "lr": lr, **options}
     ratios = [
         None if report.measured is None else rewrapped(report.measured.ratio, report.w)
         for report in measure(w, dcdw, given)
@@ -108,6 +109,7 @@ def layer_table(
 def layer_table(optimizer: Optimizer, /, *, grad_scale: Any = 1.0) -> LayerTable: ...
 
 
+@with_hints
 def layer_table(
     w: Any, dcdw: Any = _NOT_GIVEN, lr: Any = _NOT_GIVEN, /, **options: Any
 ) -> LayerTable:
@@ -146,7 +148,7 @@ def layer_table(
         matched, caller = to_measure(optimizer, **options)
         reports, paths = measure_columns(matched, caller, with_steps=True), caller.paths()
     else:
-        reports = measure(w, dcdw, _given("layer_table()", lr, options), with_steps=True)
+        reports = measure(w, dcdw, {**DEFAULTS, "lr": lr, **options}, with_steps=True)
         paths = structure.paths(w, len(reports))
     numbers = [x for report in reports for x in (*(report.measured or ()), report.step_norm)]
     values = iter(fetch("w", [x for x in numbers if x is not None]))
@@ -192,11 +194,6 @@ def _optimizer(
     if not all(given):
         raise TypeError(f"{function} needs w, dcdw and lr, or a lars_tree.torch.Lars")
     return None
-
-
-def _given(function: str, lr: Numbers, options: dict[str, Any]) -> dict[str, Any]:
-    check_names(options, function=function)
-    return {**DEFAULTS, "lr": lr, **options}
 
 
 _NO_STEP = {**dict.fromkeys(("w_norm", "g_norm", "ratio", "relative_step")), "clipped": False}

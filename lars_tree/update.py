@@ -46,8 +46,17 @@ def lars_update(
     >>> lars_update(w, g, 0.1, adapt={"kernel": False, "bias": True}).kernel      # plain SGD
     array([3., 3.])
 
+    >>> lars_update(w, g, 0.1, adapt={"*bias": True, "*": False}).kernel          # by path
+    array([3., 3.])
+    >>> lars_update(w, g, 0.1, adapt=lambda path, leaf: leaf.size < 2).kernel
+    array([3., 3.])
+
     Every argument except w and out takes one value for all leaves, or a Container or dict that is a
-    prefix of w: a value at an inner node applies to all leaves below it. Keys match by name.
+    prefix of w: a value at an inner node applies to all leaves below it. Keys match by name. lr and
+    the options also take a function of (path, leaf), where the path is a tuple of keys; or a
+    mapping of paths and patterns, with "*" for all other leaves, as in {"*/bias": False, "*": True}
+    or {"head": 1.0, "*": 0.1}. In patterns, * also matches "/", and a leading */ also matches
+    nothing. The most exact key decides, whatever the order; keys that disagree are an error.
 
     On the CPU the result is computed in at least double precision and rounded once; it does not
     depend on the tree, on threads, or on whether numpy, torch or JAX owns the memory.
@@ -130,6 +139,7 @@ class Updatable:
         self, dcdw: Any, lr: Numbers, /, *, out: T, **options: Unpack[StepOptions]
     ) -> T: ...
 
+    @with_hints
     def lars_update(
         self,
         dcdw: Any,

@@ -13,6 +13,10 @@ from lars_tree.torch import Lars, param_groups
 Weights = dict[str, NDArray[np.float64]]
 
 
+def is_matrix(path: tuple[str, ...], leaf: NDArray[np.float64]) -> bool:
+    return leaf.ndim == 2 and path[-1] != "embedding"
+
+
 def gradients(w: Weights) -> Weights:
     return {name: 2 * x for name, x in w.items()}
 
@@ -29,6 +33,8 @@ def dict_of_arrays() -> None:
         w, g, 0.1, adapt={"kernel": True, "bias": False}, layer_axis={"kernel": 0, "bias": None}
     )
     lt.lars_update(w, g, torch.tensor(0.1), nonfinite={"kernel": "raise", "bias": "propagate"})
+    lt.lars_update(w, g, {"*bias": 1, "*": 0.1}, adapt={"*bias": False, "*": True})
+    lt.lars_update(w, g, lambda path, x: 0.1 if path[-1] == "bias" else 1, adapt=is_matrix)
 
 
 def other_trees() -> None:
@@ -78,6 +84,9 @@ def optimizer() -> None:
         w, state = opt.update(w, gradients(w), state)
     assert_type(opt.update(w, gradients(w), state), tuple[Weights, lt.Container])
     assert_type(opt.update(w, gradients(w), state, out=w), tuple[Weights, lt.Container])
+    new, state = opt.update(w, gradients(w), state, grad_scale=1024.0, lr=schedule, adapt=is_matrix)
+    assert_type(opt == lt.Lars(0.1), bool)
+    assert_type({opt: new}[opt], Weights)
     lt.Lars({"kernel": schedule, "bias": lambda step: 0.1 / (step + 1)}, {"kernel": 0.9, "bias": 0})
     assert_type(schedule(3), float)
     assert_type(schedule(np.int64(3)), float)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lars_tree import errors
-from lars_tree._core.options import finite_number
 from lars_tree._core.types import NonFinite
+from lars_tree._core.values import finite_number
 from lars_tree._numerics.formula import Rule
 
 
