@@ -131,7 +131,7 @@ class Lars:
             checks.check_weights(arrays, lambda: structure.paths(w, len(arrays)))
         except RecursionError:
             raise structure.explained({"w": w}) from None
-        first = next((x for x in arrays if x is not None), np.empty(0))
+        first = next((x for x in arrays if _backends.find(x) is not None), np.empty(0))
         backend = _backends.find(first)
         assert backend is not None
         state = Container(step=backend.counter(first), skipped=backend.counter(first))

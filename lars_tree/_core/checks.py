@@ -53,7 +53,8 @@ def check_apart(rows: list[Row], paths: Paths, words: Words = WORDS) -> None:
 def check_weights(leaves: list[Any], paths: Paths) -> None:
     """Check weights without gradients.
 
-    None and arrays that are not floating point are allowed, because they are never updated.
+    None, arrays that are not floating point, and objects that are no data, such as functions, are
+    allowed, because they are never updated.
     """
     faults = ((index, _unfit(Operand(x))) for index, x in enumerate(leaves) if x is not None)
     _raise([(index, fault) for index, fault in faults if fault], paths, WORDS)
@@ -68,7 +69,7 @@ def _raise(found: list[tuple[int, Fault]], paths: Paths, words: Words) -> None:
 
 def _unfit(w: Operand) -> Fault | None:
     if w.backend is None:
-        return _not_an_array("w", w, WORDS)
+        return _not_an_array("w", w, WORDS) if errors.is_data(w.x) else None
     fault = _faulty("w", w, WORDS)
     if not fault and getattr(w.facts.dtype, "hasobject", False):
         return _unusable("w", w, WORDS)
@@ -92,8 +93,7 @@ def _fault(row: Row, same_shapes: bool, words: Words) -> Fault | None:
 
 def _not_an_array(argument: str, x: Operand, words: Words) -> Fault:
     headline = f"{words.name(argument)} holds something that is not an array"
-    text = f"expected an array, got {errors.describe(x.x)}"
-    return Fault(errors.LeafError, argument, headline, text)
+    return Fault(errors.LeafError, argument, headline, errors.not_an_array(x.x))
 
 
 def _faulty(argument: str, x: Operand, words: Words) -> Fault | None:

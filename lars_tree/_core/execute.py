@@ -143,8 +143,7 @@ def _leaves(columns: base.Columns, caller: Caller, indices: Iterable[int]) -> li
         backend, rule = _backends.find(x), columns.rules[index]
         if backend is None:
             if dcdw is not None or (writes and out is not x):
-                text = f"expected an array, got {errors.describe(x)}"
-                non_arrays["w"].append((caller.paths()[index], text))
+                non_arrays["w"].append((caller.paths()[index], errors.not_an_array(x)))
         elif writes and out is None:
             non_arrays["out"].append((caller.paths()[index], "expected an array, got None"))
         elif moves and velocity is None and _needs_velocity(backend, x, rule, dcdw):
