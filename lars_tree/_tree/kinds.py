@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict, UserString, defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from lars_tree import errors
 from lars_tree._tree import registered
+from lars_tree._tree.registered import Reading
 
 Node = Any
 
@@ -52,7 +53,7 @@ def kind_of(node: Node) -> int:
         kind = _KINDS_OF_TEMPORARY.get(cls)
     if kind is None:
         kind, is_final = _new_kind(node)
-        if kind in (ITEMS, KEYED, SEQUENCE) or kind >= REGISTERED:
+        if not _COMPUTED and (kind in (ITEMS, KEYED, SEQUENCE) or kind >= REGISTERED):
             _COMPUTED.append(True)
         if is_final:
             (KINDS if is_permanent(cls) else _KINDS_OF_TEMPORARY)[cls] = kind
@@ -72,9 +73,13 @@ def _new_kind(node: Node) -> tuple[int, bool]:
         return kind, kind != LEAF or cls.__module__ == "builtins"
     if kind in (LEAF, ATTRS):
         return REGISTERED + library, True
-    # A mapping or sequence that is registered without keys for its children has keys of its own.
     reading = registered.read(node, library)
-    return (kind if reading.keys is None else REGISTERED + library), bool(reading.children)
+    if reading.keys is not None:
+        return REGISTERED + library, bool(reading.children)
+    # A mapping or sequence that is registered without keys for its children has keys of its own,
+    # but only if its children are those of the library.
+    names = registered.names(reading.children, own_children(node, kind))
+    return (kind if names is None else REGISTERED + library), False
 
 
 def may_make_children() -> bool:
@@ -123,3 +128,25 @@ def inherits(cls: type, names: Iterable[str], *bases: type) -> bool:
         if provider not in bases and MAKE not in vars(provider):
             return False
     return True
+
+
+def own_children(node: Node, kind: int) -> Iterable[tuple[Hashable, Any]]:
+    """The (key, child) pairs of a node of one of our own kinds."""
+    if kind in (PLAIN_DICT, ITEMS):  # via the type: a key named "items" may hide the method
+        return type(node).items(node)  # type: ignore[no-any-return]
+    if kind == SEQUENCE:
+        return enumerate(node)
+    if kind == NAMEDTUPLE:
+        return zip(type(node)._fields, node, strict=True)
+    if kind == ATTRS:
+        return [(field.name, getattr(node, field.name)) for field in type(node).__attrs_attrs__]
+    return [(key, node[key]) for key in node] if kind == KEYED else ()
+
+
+def read(node: Node, kind: int) -> Reading:
+    """A node as a library has registered it."""
+    reading = registered.read(node, kind - REGISTERED)
+    own = own_kind(type(node)) if reading.keys is None else LEAF
+    if own == LEAF:
+        return reading
+    return reading._replace(keys=registered.names(reading.children, own_children(node, own)))

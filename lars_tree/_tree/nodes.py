@@ -20,12 +20,9 @@ from lars_tree._tree import kinds, registered
 from lars_tree._tree.kinds import (
     ATTRS,
     BUILT_IN,
-    ITEMS,
-    KEYED,
     LEAF,
     MAKE,
     NAMEDTUPLE,
-    PLAIN_DICT,
     READING,
     REGISTERED,
     SEQUENCE,
@@ -41,27 +38,21 @@ Items = Mapping[Any, Any] | Iterable[tuple[Hashable, Any]]
 def children(node: Node) -> Iterable[tuple[Hashable, Any]]:
     """The (key, child) pairs of a node; a key is a mapping's key, an index or a field name."""
     kind = kind_of(node)
-    if kind >= REGISTERED:
-        return registered.read(node, kind - REGISTERED).pairs()
-    return _children(node, kind)
+    return kinds.own_children(node, kind) if kind < REGISTERED else kinds.read(node, kind).pairs()
 
 
 def items(mapping: Node) -> Iterable[tuple[Hashable, Any]]:
     """The items of a mapping, even if a library has registered other children."""
     kind = kind_of(mapping)
-    return _children(mapping, kind if kind < REGISTERED else kinds.own_kind(type(mapping)))
+    own_kind = kind if kind < REGISTERED else kinds.own_kind(type(mapping))
+    return kinds.own_children(mapping, own_kind)
 
 
-def _children(node: Node, kind: int) -> Iterable[tuple[Hashable, Any]]:
-    if kind in (PLAIN_DICT, ITEMS):  # via the type: a key named "items" may hide the method
-        return type(node).items(node)  # type: ignore[no-any-return]
-    if kind == SEQUENCE:
-        return enumerate(node)
-    if kind == NAMEDTUPLE:
-        return zip(type(node)._fields, node, strict=True)
-    if kind == ATTRS:
-        return [(field.name, getattr(node, field.name)) for field in type(node).__attrs_attrs__]
-    return [(key, node[key]) for key in node] if kind == KEYED else ()
+def has_static_items(mapping: Node) -> bool:
+    """Whether a library has registered some items of a mapping as static data, not as children."""
+    if kind_of(mapping) < REGISTERED:
+        return False
+    return len(list(items(mapping))) > len(list(children(mapping)))
 
 
 class CannotRebuild(Exception):
@@ -159,9 +150,14 @@ class _Plan(NamedTuple):
 _PLANS: WeakKeyDictionary[type, _Plan] = WeakKeyDictionary()
 
 
-def _plan(cls: type, kind: int) -> _Plan:
-    if kind >= REGISTERED:
+def _plan(node: Node) -> _Plan:
+    if kind_of(node) >= REGISTERED:
         return _Plan([_unflattened], False)
+    cls = type(node)
+    return _PLANS.get(cls) or _PLANS.setdefault(cls, _own_plan(cls))
+
+
+def _own_plan(cls: type) -> _Plan:
     if issubclass(cls, (dict, list, tuple)):
         # A class that overrides `__setitem__` may store more than the items.
         writes = inherits(cls, ("__setitem__", "append", "extend"), *BUILT_IN)
@@ -177,7 +173,7 @@ def _plan(cls: type, kind: int) -> _Plan:
 def _checked(node: Node, before: Pairs, pairs: Pairs) -> Node:
     """The first correct result of an attempt that leaves the old node unchanged."""
     cls = type(node)
-    plan = _PLANS.get(cls) or _PLANS.setdefault(cls, _plan(cls, kind_of(node)))
+    plan = _plan(node)
     reason = f"a new {cls.__name__} would not hold what is put in"
     if not plan.attempts:
         reason = f"a {cls.__name__} shows several mappings as one"
@@ -204,7 +200,7 @@ def _checked(node: Node, before: Pairs, pairs: Pairs) -> Node:
 
 
 def _unflattened(node: Node, pairs: Pairs) -> Node:
-    reading = registered.read(node, kind_of(node) - REGISTERED)
+    reading = kinds.read(node, kind_of(node))
     return reading.make([value for _, value in pairs])
 
 
@@ -308,9 +304,7 @@ def _keeps_old_child(new: Node, before: Pairs, pairs: Pairs) -> bool:
 
 def may_be_equal(a: Node, b: Node) -> bool:
     """Whether two nodes may be equal: dicts of any class, or the same class and static data."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return True
     kind = kind_of(a)
-    if type(a) is not type(b) or kind < REGISTERED:
-        return type(a) is type(b)
-    return registered.equal(*(registered.read(x, kind - REGISTERED).static for x in (a, b)))
+    if type(a) is type(b) and kind >= REGISTERED:
+        return registered.equal(*(kinds.read(x, kind).static for x in (a, b)))
+    return type(a) is type(b) or (isinstance(a, dict) and isinstance(b, dict))

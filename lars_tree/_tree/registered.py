@@ -7,7 +7,8 @@ is not entered, whatever it is. `_tree/kinds.py` decides which nodes are read he
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple
 
 Node = Any
@@ -75,6 +76,18 @@ def equal(a: Any, b: Any) -> bool:
         return bool(a == b)
     except Exception:  # arrays, and classes of users
         return False
+
+
+def names(children: list[Any], pairs: Iterable[tuple[Hashable, Any]]) -> list[Hashable] | None:
+    """The keys of these children among (key, child) pairs; None if they are not all found."""
+    held = list(pairs)
+    keys: dict[int, deque[Hashable]] = defaultdict(deque)
+    for key, child in held:
+        keys[id(child)].append(key)
+    try:
+        return [keys[id(child)].popleft() for child in children]
+    except IndexError:
+        return None
 
 
 def _are_unique(keys: list[Hashable]) -> bool:
