@@ -254,13 +254,12 @@ def describe(node: Any) -> str:
 def not_an_array(x: Any) -> str:
     """The message for an object where an array is expected, with what to do instead."""
     found = describe(x) if _shape(x) is None else f"{_with_package(type(x))} of shape {_shape(x)}"
-    methods = (name for name in _CONVERSIONS if callable(getattr(type(x), name, None)))
-    method = next(methods, None)
-    hint = "" if method is None else f": {_CONVERSIONS[method]}"
+    hints = _CONVERSIONS | {"__dataclass_fields__": "register its class as a pytree, as JAX can"}
+    hint = next((f": {text}" for name, text in hints.items() if hasattr(type(x), name)), "")
     return f"expected an array, got {found}{hint}"
 
 
-# What to do with an object that has such a method.
+# What to do with data that has such a method.
 _CONVERSIONS = {
     "to_numpy": "convert it with .to_numpy()",
     "toarray": "convert it with .toarray()",
@@ -294,8 +293,9 @@ def _shape(x: Any) -> tuple[Any, ...] | None:
 
 def _with_package(cls: type) -> str:
     """The name of a class with its public module: 'a pandas.DataFrame'."""
-    parts = takewhile(lambda part: not part.startswith("_"), cls.__module__.split("."))
-    name = ".".join([*parts, cls.__name__])
+    module = "" if cls.__module__ == "builtins" else str(cls.__module__)
+    public = takewhile(lambda part: part and not part.startswith("_"), module.split("."))
+    name = ".".join([*public, cls.__name__])
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 

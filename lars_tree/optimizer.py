@@ -54,8 +54,8 @@ class Lars:
     pytrees.
 
     A velocity has the dtype of its weights, or float32 if they are float16 or bfloat16. Leaves that
-    are not floating point are never updated and have no velocity (None). The state is a Container
-    and can be saved like weights: `step` counts the steps, `skipped` the steps that
+    are not floating point, or no arrays, are never updated and have no velocity (None). The state
+    is a Container and can be saved like weights: `step` counts the steps, `skipped` the steps that
     nonfinite="skip" skipped, and `velocity` is a tree like w. If momentum is the number 0, there is
     no velocity, and each step gives the same results as `lars_update`, bit for bit.
 
@@ -123,7 +123,8 @@ class Lars:
 
         Raises:
             StructureError: w contains itself, or has a node that cannot be rebuilt.
-            LarsTreeError: w cannot be updated: a leaf is not an array, or has no data.
+            LarsTreeError: w cannot be updated: a leaf is an array without data, or holds data that
+                must become an array first, such as a data frame.
         """
         try:
             leaves = structure.leaves(w)
