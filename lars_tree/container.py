@@ -125,7 +125,7 @@ class Container(Updatable, Arithmetic, dict[Any, Any]):
 
     def update(self, mapping: Any = (), /, **keys: Any) -> None:
         """Write all items of a mapping or of (key, value) pairs. Keys are never paths."""
-        items = dict(nodes.children(mapping) if isinstance(mapping, Mapping) else mapping)
+        items = dict(nodes.items(mapping) if isinstance(mapping, Mapping) else mapping)
         whole = mapping if isinstance(mapping, Mapping) else items
         with structure.explaining({"mapping": whole, "keys": keys}):
             converted = structure.rebuilding(

@@ -11,7 +11,7 @@ import reprlib
 from collections import UserList
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import islice, takewhile
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -273,13 +273,56 @@ def describe(node: Any) -> str:
         return f"{article} {name} with keys {keys}" if keys else f"an empty {name}"
     if issubclass(type(node), (list, tuple, UserList)):
         return f"{article} {name} of {counted(len(node), 'item')}"
+    shape = _shape(node)
+    if shape is None:
+        return f"{article} {name}"
+    if is_array_type(type(node)):
+        return f"an array of shape {shape}"
+    return f"{_with_package(type(node))} of shape {shape}"
+
+
+def not_an_array(x: Any) -> str:
+    """The message for an object where an array is expected, with what to do instead."""
+    found = describe(x) if _shape(x) is None else f"{_with_package(type(x))} of shape {_shape(x)}"
+    hint = next((f": {text}" for name, text in _HINTS.items() if hasattr(type(x), name)), "")
+    return f"expected an array, got {found}{hint}"
+
+
+# What to do with an object whose class has such an attribute.
+_HINTS = {
+    "to_numpy": "convert it with .to_numpy()",
+    "toarray": "convert it with .toarray()",
+    "todense": "convert it with .todense()",
+    "__array__": "convert it with numpy.asarray",
+    "named_parameters": "give dict(model.named_parameters()), or use lars_tree.torch.Lars",
+    "__dataclass_fields__": "register its class as a pytree, for example with JAX",
+    "__call__": "select the arrays, for example with equinox.filter",
+}
+
+
+def is_array_type(cls: type) -> bool:
+    """Whether the objects of a class are arrays by one of the protocols for arrays."""
+    return any(hasattr(cls, f"__{name}__") for name in _ARRAY_PROTOCOLS)
+
+
+# Data frames and sparse matrices have none of these methods.
+_ARRAY_PROTOCOLS = ("array_namespace", "dlpack", "array_function")
+
+
+def _shape(x: Any) -> tuple[Any, ...] | None:
     try:
-        shape = getattr(node, "shape", None)
+        shape = getattr(x, "shape", None)
     except Exception:  # a lazy parameter, or a weak proxy of a deleted object
-        shape = None
-    if isinstance(shape, tuple):
-        return f"an array of shape {tuple(shape)}"
-    return f"{article} {name}"
+        return None
+    return tuple(shape) if isinstance(shape, tuple) else None
+
+
+def _with_package(cls: type) -> str:
+    """The name of a class with its public module: 'a pandas.DataFrame'."""
+    module = "" if cls.__module__ == "builtins" else str(cls.__module__)
+    public = takewhile(lambda part: part and not part.startswith("_"), module.split("."))
+    name = ".".join([*public, cls.__name__])
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:

@@ -63,10 +63,11 @@ def lars_update(
 
     Args:
         w: Weights: floating-point or complex arrays of any shape in any tree (Container, dict,
-            list, tuple, namedtuple, attrs), or one array; None is a leaf without weights. Never
-            modified, unless `out` is w.
+            list, tuple, namedtuple, attrs, any class that is registered as a pytree), or one array;
+            None is a leaf without weights. Never modified, unless `out` is w.
         dcdw: Gradient of the cost, in units of cost per weight: arrays that broadcast to the arrays
-            of w, of the same library and device. None leaves the weights below it unchanged.
+            of w, of the same library and device. None leaves what is below it unchanged, also
+            leaves that are not arrays, such as the functions in a module of equinox.
         lr: Learning rate >= 0. It has no unit if ratio is not 1, because the units of cost and
             weights then cancel. May be an array that broadcasts to the weights.
         decay_lambda: Weight decay >= 0, in cost per weight squared.

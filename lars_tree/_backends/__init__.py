@@ -17,7 +17,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from lars_tree._backends.base import Backend
-from lars_tree._tree.nodes import is_permanent
+from lars_tree._tree.kinds import is_permanent
 
 # The module that defines the type, the name of the type, the module of the backend.
 _TABLE = [

@@ -55,7 +55,7 @@ def check(leaves: Mapping[str, tuple[Path, Any]]) -> dict[str, Entry]:
 def _fault(x: Any) -> str | None:
     backend = _backends.find(x)
     if backend is None:
-        return f"expected an array, got {errors.describe(x)}"
+        return errors.not_an_array(x)
     fault = backend.fault(x)
     if fault:
         return f"expected dense data, got {fault}"

@@ -130,11 +130,10 @@ def _is_index(x: Any) -> bool:
     return not isinstance(x, (bool, np.bool_))
 
 
-def _error(argument: str, group: str, text: str) -> errors.OptionError:
+def _error(argument: str, group: str, text: str) -> errors.LarsTreeError:
     """An OptionError, which is a ValueError, in the words of torch's own optimizers."""
-    error = errors.OptionError(f"{group}: {text}" if group else text)
-    error.argument, error.paths = argument, ((group,),) if group else ()
-    return error
+    headline, paths = (f"{group}: {text}", [(group,)]) if group else (text, [])
+    return errors.error(errors.OptionError, argument, headline, paths=paths)
 
 
 def rule(group: dict[str, Any], grad_scale: Any, is_first: bool) -> Rule:
