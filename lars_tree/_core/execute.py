@@ -131,7 +131,8 @@ def checked(
 
 def _leaves(columns: base.Columns, caller: Caller, indices: Iterable[int]) -> list[base.Leaf]:
     """The leaves whose weights are arrays, unwrapped; raises if another array is missing."""
-    rows = [(index, *map(unwrap, columns.row(index))) for index in indices]
+    found = ((index, *map(unwrap, columns.row(index))) for index in indices)
+    rows = [(i, x, None if _backends.is_float0(g) else g, *others) for i, x, g, *others in found]
     if any(x is None and any(y is not None for y in row) for _, x, *row in rows):
         caller.refuse_extra()
     leaves: list[base.Leaf] = []
@@ -140,20 +141,18 @@ def _leaves(columns: base.Columns, caller: Caller, indices: Iterable[int]) -> li
     for index, x, dcdw, out, velocity in rows:
         if x is None:
             continue
-        gradient = None if _backends.is_float0(dcdw) else dcdw
         backend, rule = _backends.find(x), columns.rules[index]
         if backend is None:
-            if gradient is not None or (writes and out is not x):
+            if dcdw is not None or (writes and out is not x):
                 text = f"expected an array, got {errors.describe(x)}"
                 non_arrays["w"].append((caller.paths()[index], text))
         elif writes and out is None:
             non_arrays["out"].append((caller.paths()[index], "expected an array, got None"))
-        elif moves and velocity is None and _needs_velocity(backend, x, rule, gradient):
+        elif moves and velocity is None and _needs_velocity(backend, x, rule, dcdw):
             non_arrays["state"].append((caller.paths()[index], "expected a velocity, got None"))
         else:
             is_number = issubclass(type(dcdw), (int, float, complex)) and type(dcdw) is not bool
-            if is_number:
-                gradient = backend.full(_machine_number(dcdw), x)
+            gradient = backend.full(_machine_number(dcdw), x) if is_number else dcdw
             leaves.append(base.Leaf(index, x, gradient, out, rule, backend, velocity))
     for argument, lines in non_arrays.items():
         if lines:
