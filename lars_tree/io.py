@@ -93,7 +93,8 @@ def load(path: Path, *, library: Literal["numpy", "torch", "jax"] = "numpy") -> 
     Args:
         path: A name that ends in .safetensors or .npz.
         library: The library of the arrays: "numpy" (with the bfloat16 and float8 of ml_dtypes),
-            "torch" (in CPU memory) or "jax".
+            "torch" (in CPU memory) or "jax". Without jax_enable_x64, JAX has no 64-bit arrays; then
+            an int64 of shape (), such as the counters of a state that numpy saved, becomes int32.
 
     Returns:
         A Container, in the order of the file. Names are split at '.', unless `save` recorded

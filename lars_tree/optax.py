@@ -185,7 +185,9 @@ def _differences(new: Any, old: Any, dcdw: Any) -> Any:
         structure.broadcast("dcdw", old, dcdw),
         strict=True,
     )
-    updates = [None if g is None else rewrapped(_difference(*map(unwrap, xs)), g) for *xs, g in rows]
+    updates = [
+        None if g is None else rewrapped(_difference(*map(unwrap, xs)), g) for *xs, g in rows
+    ]
     return structure.rebuild(old, updates, "w")
 
 

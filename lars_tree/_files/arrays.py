@@ -149,6 +149,12 @@ def to_jax(x: Array) -> Any:
     from jax.dtypes import canonicalize_dtype
 
     dtype = x.dtype.newbyteorder("=")
-    if canonicalize_dtype(dtype) != dtype:
-        raise ValueError(f"{dtype} is disabled in JAX: set jax_enable_x64, or load it as numpy")
+    usual = canonicalize_dtype(dtype)
+    if usual != dtype:
+        shorter = x.astype(usual)
+        # A counter that numpy saved as int64: `Lars.init` makes an int32 of JAX.
+        if x.shape != () or dtype.kind not in "iu" or shorter != x:
+            text = f"{dtype} is disabled in JAX: set jax_enable_x64, or load it as numpy"
+            raise ValueError(text)
+        return jnp.asarray(shorter)
     return jnp.asarray(x.astype(dtype, copy=False))
