@@ -256,6 +256,28 @@ def test_differentiation_through_a_step():
     assert float(jax.grad(after)(0.1)) == pytest.approx(-7.0)
 
 
+def test_strict_promotion_of_dtypes():
+    w, g = tree(0, "bfloat16"), tree(1, "bfloat16")
+    tx = optax.inject_hyperparams(lars, hyperparam_dtype=jnp.float32)(0.1, nonfinite="skip")
+    wanted, _ = expected(np.float32(0.1), w=w, gradients=[g])
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        same(run(tx, w, [g], jit=True)[0], wanted)
+
+
+def test_sharded_weights_inside_shard_map():
+    spec = jax.sharding.PartitionSpec
+    mesh = jax.make_mesh((len(jax.devices()),), ("x",))
+    rows = jax.sharding.NamedSharding(mesh, spec("x"))
+    w, g = jax.device_put((jnp.arange(16.0).reshape(8, 2), jnp.ones((8, 2))), rows)
+    tx = lars(0.1, axis_name="x", **UNIT)
+    states = LarsState(spec(), spec(), spec("x"))
+    specs = (spec("x"), states, spec("x"))
+    step = jax.shard_map(tx.update, mesh=mesh, in_specs=specs, out_specs=specs[:2])
+    updates, _ = jax.jit(step)(g, tx.init(w), w)
+    wanted, _ = lars(0.1, **UNIT).update(g, tx.init(w), w)
+    np.testing.assert_allclose(updates, wanted, rtol=1e-5)
+
+
 # Trees and leaves
 
 
