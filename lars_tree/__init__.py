@@ -40,7 +40,7 @@ __all__ += errors.__all__
 
 # The public modules that need only numpy, and those that need another library. All of them are
 # imported at their first use.
-_MODULES, _MODULES_OF_EXTRAS = {"errors", "io", "report"}, {"testing", "torch"}
+_MODULES, _MODULES_OF_EXTRAS = {"errors", "io", "report"}, {"optax", "testing", "torch"}
 
 
 def __dir__() -> list[str]:
@@ -55,6 +55,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from lars_tree import io as io
+    from lars_tree import optax as optax
     from lars_tree import report as report
     from lars_tree import testing as testing
     from lars_tree import torch as torch

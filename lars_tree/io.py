@@ -155,7 +155,8 @@ def load(
         path: A name that ends in .safetensors or .npz; the index of a sharded checkpoint, such as
             'model.safetensors.index.json', or a directory that contains one.
         library: The library of the arrays: "numpy" (with the bfloat16 and float8 of ml_dtypes),
-            "torch" (in CPU memory) or "jax".
+            "torch" (in CPU memory) or "jax". Without jax_enable_x64, JAX has no 64-bit arrays; then
+            an int64 of shape (), such as the counters of a state that numpy saved, becomes int32.
         flat: Do not split the names: the Container has one level, with the names in the file as
             keys. This also loads files in which one name is the beginning of another.
 
@@ -181,7 +182,8 @@ def load(
             if library == "torch" and not isinstance(view, npz.View):
                 found[name] = arrays.fill_torch(view.size(name), partial(view.read, name))
             else:
-                found[name] = _FROM_NUMPY[library](view.read(name))
+                with formats.file_errors(view.path, name):
+                    found[name] = _FROM_NUMPY[library](view.read(name))
         return formats.tree(view.path, found, view.metadata, Container, flat=flat)
 
 

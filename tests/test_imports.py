@@ -23,6 +23,7 @@ HEAVY = {
     "optree",
     "hypothesis",
     "matplotlib",
+    "optax",
     "rich",
     "safetensors",
     "sklearn",
@@ -37,6 +38,7 @@ LAYERS = [
     "__init__",
     "testing",
     "io",
+    "optax",
     "optimizer",
     "report",
     "torch",
@@ -157,7 +159,7 @@ def test_the_version_is_that_of_the_metadata(monkeypatch):
 
 
 def test_modules_are_imported_at_their_first_use():
-    for name in ("io", "report", "testing", "torch"):
+    for name in ("io", "optax", "report", "testing", "torch"):
         need(f"lars_tree.{name}")
         full = f"lars_tree.{name}"
         code = f"import lars_tree as lt, sys; print({full!r} in sys.modules, lt.{name}.__name__)"
@@ -168,6 +170,7 @@ def test_modules_are_imported_at_their_first_use():
     ("hidden", "use", "hint"),
     [
         ("torch", "lt.torch", "lars_tree.torch needs torch: pip install torch"),
+        ("optax", "lt.optax", "lars_tree.optax needs optax: pip install optax"),
         (
             "hypothesis",
             "lt.testing",
@@ -196,7 +199,9 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(hidden, us
     assert printed(code) == f"{hint} | {hidden}"
 
 
-@pytest.mark.parametrize("name", ["errors", "io", "report", "schedules", "testing", "torch"])
+@pytest.mark.parametrize(
+    "name", ["errors", "io", "optax", "report", "schedules", "testing", "torch"]
+)
 def test_public_modules_list_only_public_names(name):
     module = need(f"lars_tree.{name}")
     assert sorted(dir(module)) == sorted(module.__all__)

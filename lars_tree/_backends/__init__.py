@@ -48,6 +48,11 @@ def find(x: Any) -> Backend | None:
     return backend
 
 
+def is_float0(x: Any) -> bool:
+    """Whether x is what `jax.grad(allow_int=True)` returns for integers: it has no elements."""
+    return find(x) is not None and getattr(x.dtype, "names", None) == ("float0",)
+
+
 def _look_up(x: Any) -> Backend | None:
     for module, name, ours in _TABLE:
         # The attribute is missing while the library is still being imported.

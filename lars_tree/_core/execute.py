@@ -131,7 +131,8 @@ def checked(
 
 def _leaves(columns: base.Columns, caller: Caller, indices: Iterable[int]) -> list[base.Leaf]:
     """The leaves whose weights are arrays, unwrapped; raises if another array is missing."""
-    rows = [(index, *map(unwrap, columns.row(index))) for index in indices]
+    found = ((index, *map(unwrap, columns.row(index))) for index in indices)
+    rows = [(i, x, None if _backends.is_float0(g) else g, *others) for i, x, g, *others in found]
     if any(x is None and any(y is not None for y in row) for _, x, *row in rows):
         caller.refuse_extra()
     leaves: list[base.Leaf] = []

@@ -116,8 +116,11 @@ def _to_numpy(x: Any, dtype: np.dtype[Any]) -> Array:
     return memory.reshape(-1).view(dtype).reshape(memory.shape)
 
 
-def _unsupported(dtype: np.dtype[Any], library: str) -> str | None:
-    """Why a library cannot hold an array of this dtype without a change; None if it can."""
+_DISABLED = "is disabled in JAX: set jax_enable_x64, or load it as numpy"
+
+
+def _unsupported(dtype: np.dtype[Any], shape: tuple[int, ...], library: str) -> str | None:
+    """Why a library cannot hold an array of this dtype without a change; None if it may."""
     if library == "torch":
         import torch
 
@@ -125,8 +128,9 @@ def _unsupported(dtype: np.dtype[Any], library: str) -> str | None:
     if library == "jax":
         from jax.dtypes import canonicalize_dtype
 
-        if canonicalize_dtype(dtype.newbyteorder("=")) != dtype:
-            return f"{dtype} is disabled in JAX: set jax_enable_x64, or load it as numpy"
+        is_counter = shape == () and dtype.kind in "iu"  # `to_jax` looks at its value
+        if canonicalize_dtype(dtype.newbyteorder("=")) != dtype and not is_counter:
+            return f"{dtype} {_DISABLED}"
     return None
 
 
@@ -136,7 +140,8 @@ def check_supported(path: object, view: Any, library: str = "numpy") -> None:
     for name in view.names:
         text = view.unsupported(name)
         if text is None and library != "numpy":
-            text = _unsupported(view.dtype_and_shape(name)[0], library)
+            dtype, shape = view.dtype_and_shape(name)
+            text = _unsupported(dtype, shape, library)
         if text:
             faults.append((name, text))
     if faults:
@@ -168,7 +173,14 @@ def to_torch(x: Array) -> Any:
 
 
 def to_jax(x: Array) -> Any:
-    """A JAX array with the same elements."""
-    import jax.numpy as jnp
+    """A JAX array with the same elements; a ValueError for a number that JAX cannot hold.
 
-    return jnp.asarray(x.astype(x.dtype.newbyteorder("="), copy=False))
+    A counter that numpy saved as int64 becomes an int32, as `Lars.init` makes it of JAX arrays.
+    """
+    import jax.numpy as jnp
+    from jax.dtypes import canonicalize_dtype
+
+    shorter = x.astype(canonicalize_dtype(x.dtype.newbyteorder("=")), copy=False)
+    if x.dtype.kind in "iu" and x.shape == () and shorter != x:
+        raise ValueError(f"{x.dtype} {_DISABLED}")
+    return jnp.asarray(shorter)

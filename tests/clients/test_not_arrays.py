@@ -63,7 +63,7 @@ OBJECTS = {
     "module of torch": (
         lambda: need("torch").nn.Linear(2, 3),
         "a Linear",
-        "dict(model.named_parameters())",
+        "or use lars_tree.torch.Lars",
     ),
 }
 
@@ -107,7 +107,7 @@ def test_a_structure_error_names_the_type(example):
 
 def test_a_file_and_an_array_name_the_type(tmp_path):
     with pytest.raises(LeafError, match=r"a: expected an array, got a pandas.DataFrame of shape"):
-        io.save(tmp_path / "w.npz", Container(a=data_frame()))
+        io.save(Container(a=data_frame()), tmp_path / "w.npz")
     with pytest.raises(LeafError, match=r"got a pandas.DataFrame of shape \(2, 3\)"):
         Array(data_frame())
 
