@@ -13,7 +13,7 @@ from lars_tree import LarsTreeError
 
 torch = need("torch")
 
-from test_torch_optimizer import model  # noqa: E402
+from test_torch_optimizer import model, train  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn.utils import parametrizations, parametrize  # noqa: E402
 
@@ -63,10 +63,47 @@ def tied():
     return net
 
 
-def listing(names, inside=False):
+def listing(names, inside=False, method="no_weight_decay"):
     net = module(token=(1, 1, 4), kernel=(4, 4))
-    net.no_weight_decay = lambda: names
+    setattr(net, method, lambda: names)
     return nn.ModuleDict({"backbone": net}) if inside else net
+
+
+class Vit(nn.Module):
+    """Lists parameters as timm's vision transformers do, with one that the model does not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.ones(1, 5, 4))
+        self.cls_token = nn.Parameter(torch.ones(1, 1, 4))
+        self.dist_token = None
+        self.blocks = nn.Sequential(nn.Linear(4, 4, bias=False))
+
+    def forward(self, x):
+        return self.blocks(x)
+
+    @torch.jit.ignore
+    def no_weight_decay(self):
+        return {"pos_embed", "cls_token", "dist_token"}
+
+
+class Fourier(nn.Module):
+    """Lists parameters by a pattern, as timm's Xcit does; a part of the model lists one more."""
+
+    def __init__(self):
+        super().__init__()
+        self.pos_embed = nn.Conv2d(4, 4, 1, bias=False)
+        self.pos_embedding = nn.Parameter(torch.ones(4, 4))
+        self.blocks = nn.Sequential(listing({"token"}))
+
+    def no_weight_decay(self):
+        return {"pos_embed.*"}
+
+
+def marked(net, name):
+    """Mark a parameter as Mamba does."""
+    net.get_parameter(name)._no_weight_decay = True
+    return net
 
 
 CASES = {
@@ -125,6 +162,24 @@ CASES = {
     "tied": (tied(), ["0.weight"]),
     "listed by the model": (listing({"token"}), ["token"]),
     "listed by a part": (listing({"token"}, inside=True), ["backbone.token"]),
+    "a vision transformer": (Vit(), ["pos_embed", "cls_token"]),
+    "a vision transformer, inside": (nn.Sequential(Vit()), ["0.pos_embed", "0.cls_token"]),
+    "a vision transformer, scripted": (scripted(Vit()), ["pos_embed", "cls_token"]),
+    "a vision transformer, compiled": (
+        torch.compile(Vit(), backend="eager"),
+        ["_orig_mod.pos_embed", "_orig_mod.cls_token"],
+    ),
+    "listed by a pattern": (Fourier(), ["pos_embed.weight", "blocks.0.token"]),
+    "listed by a pattern, inside": (
+        nn.Sequential(Fourier()),
+        ["0.pos_embed.weight", "0.blocks.0.token"],
+    ),
+    "listed by nobody": (listing({}), []),
+    "listed by a keyword": (
+        listing({"oke"}, inside=True, method="no_weight_decay_keywords"),
+        ["backbone.token"],
+    ),
+    "marked": (marked(module(token=(1, 1, 4), kernel=(4, 4)), "token"), ["token"]),
     "not listed": (module(token=(1, 1, 4)), []),
     "by axes": (module(a=(), b=(4,), c=(1, 4)), ["a", "b"]),
 }
@@ -134,6 +189,14 @@ CASES = {
 def test_parameters_excluded_from_adaptation_and_decay(case):
     net, expected = CASES[case]
     assert excluded(net) == expected
+
+
+@pytest.mark.parametrize("returned", ["token", None, [b"token"]])
+def test_a_list_that_is_no_list_of_names_is_refused(returned):
+    with pytest.raises(LarsTreeError, match="expected a collection of names, got") as caught:
+        param_groups(listing(returned, inside=True))
+    assert caught.value.argument == "model"
+    assert caught.value.paths == (("backbone", "no_weight_decay"),)
 
 
 def test_stacked_layers_have_one_axis_more():
@@ -152,6 +215,61 @@ def test_a_predicate_replaces_the_usual_rules():
     assert excluded(net, exclude=lambda name, p: name == "1.weight") == ["1.weight"]
     (only,) = param_groups(net, exclude=lambda name, p: True)
     assert len(only["params"]) == 4
+
+
+def test_the_rate_of_excluded_parameters_makes_the_trust_coefficient_irrelevant():
+    """LARS with coefficients of 1 and 1/1024 takes the same steps, bit for bit."""
+
+    def trained(trust_coefficient, lr):
+        net = model()
+        groups = param_groups(net, weight_decay=0.1, excluded_lr=lr * trust_coefficient)
+        train(net, Lars(groups, lr, trust_coefficient=trust_coefficient, eps=0.0))
+        return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+    assert torch.equal(trained(1.0, 2**-6), trained(2**-10, 2**4))
+    assert not torch.equal(trained(1.0, 2**-6), trained(2**-10, 2**3))
+
+
+@pytest.mark.parametrize("optimizer", [Lars, torch.optim.SGD, torch.optim.Adam])
+def test_schedulers_keep_the_ratio_of_both_rates(optimizer):
+    def made():
+        opt = optimizer(param_groups(model(), excluded_lr=0.5), lr=2.0)
+        assert [g["lr"] for g in opt.param_groups] == [2.0, 0.5]
+        return opt
+
+    def rates(opt, schedule):
+        found = []
+        for _ in range(4):
+            opt.step()
+            schedule.step()
+            found.append(tuple(g["lr"] for g in opt.param_groups))
+        return found
+
+    schedulers = torch.optim.lr_scheduler
+    for scheduler in (
+        lambda opt: schedulers.LambdaLR(opt, lambda step: (step + 1) / 5),
+        lambda opt: schedulers.StepLR(opt, 2),
+        lambda opt: schedulers.LinearLR(opt, total_iters=3),
+        lambda opt: schedulers.CosineAnnealingLR(opt, 5),
+        lambda opt: schedulers.OneCycleLR(
+            opt, [g["lr"] for g in opt.param_groups], total_steps=6, cycle_momentum=False
+        ),
+    ):
+        opt = made()
+        found = rates(opt, scheduler(opt))
+        assert len({rate for rate, _ in found}) > 1
+        assert all(excluded == pytest.approx(rate / 4) for rate, excluded in found)
+
+
+def test_the_rate_of_excluded_parameters_is_saved_and_checked():
+    opt = Lars(param_groups(model(), excluded_lr=0.5), lr=2.0)
+    again = Lars(param_groups(model()), lr=1.0)
+    again.load_state_dict(opt.state_dict())
+    assert [g["lr"] for g in again.param_groups] == [2.0, 0.5]
+    with pytest.raises(ValueError, match=r"param_groups\[1\]: Invalid lr"):
+        Lars(param_groups(model(), excluded_lr=-1.0))
+    (only,) = param_groups(model(), exclude=lambda name, p: False, lr=2.0, excluded_lr=0.5)
+    assert only["lr"] == 2.0
 
 
 def test_groups_hold_parameters_or_pairs_with_their_names():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from fnmatch import translate
 from typing import Any, Unpack
 
 import torch
@@ -27,6 +28,7 @@ def param_groups(
     model: Module,
     *,
     exclude: Callable[[str, Tensor], bool] | None = None,
+    excluded_lr: float | Tensor | None = None,
     named: bool = False,
     **options: Unpack[GroupOptions],
 ) -> list[dict[str, Any]]:
@@ -45,22 +47,40 @@ def param_groups(
 
     These parameters are excluded from decay and adaptation: those of norm layers (torch's, and
     classes whose names end in Norm, Norm2d and the like) and of PReLU; the magnitudes of
-    weight_norm; parameters named bias; parameters that the model's `no_weight_decay()` lists, as
-    in timm; and parameters with at most one axis, not counting `layer_axis`.
+    weight_norm; parameters named bias; parameters with at most one axis, not counting `layer_axis`;
+    and parameters that the model or a part of it lists as parameters without weight decay: see
+    `no_weight_decay` below.
+
+    Excluded parameters take SGD steps. Without `excluded_lr` they take them at the rate of all
+    others, as in the published recipes, which is too much if this rate is in the tens:
+
+    >>> lr, trust_coefficient = 30.0, 0.001
+    >>> groups = param_groups(model, lr=lr, excluded_lr=lr * trust_coefficient)
+    >>> [group["lr"] for group in groups]
+    [30.0, 0.03]
 
     Args:
         model: The model. Each parameter that requires a gradient is in one group.
         exclude: A function that replaces these rules: exclude(name, parameter) returns whether to
             exclude the parameter.
+        excluded_lr: The rate of the excluded parameters; None: the rate of all others. We recommend
+            lr * trust_coefficient: see "Does it train?" in the docs. Schedulers that scale the rate
+            of each group keep the ratio of both rates; `OneCycleLR` needs a list of two rates.
         named: True: the groups contain (name, parameter) pairs, so that errors and states show the
             names. False: the groups contain only parameters, as some frameworks require.
         **options: Options of `Lars` for all groups.
+
+    `no_weight_decay`, the convention of timm: a module may have a method `no_weight_decay()` that
+    returns names of parameters, relative to the module, such as {"pos_embed", "cls_token"}, or
+    patterns of `fnmatch` for them. As in Swin, `no_weight_decay_keywords()` returns parts of such
+    names. As in Mamba, a parameter may have a true attribute `_no_weight_decay`.
 
     Returns:
         The nonempty groups, the adapted parameters first.
 
     Raises:
         TypeError: `model` is not a module; an option is not one of `Lars`.
+        OptionError: `no_weight_decay()` does not return a collection of strings.
         ValueError: A lazy parameter has no shape yet.
         LeafError: A parameter is flattened or partitioned, as by FSDP1 and DeepSpeed's ZeRO.
     """
@@ -85,6 +105,8 @@ def param_groups(
         {"params": adapted, **options},
         {"params": excluded, **options, "weight_decay": 0.0, "adapt": False, "layer_axis": None},
     ]
+    if excluded_lr is not None:
+        groups[1]["lr"] = excluded_lr
     if not named:
         for group in groups:
             group["params"] = [p for _, p in group["params"]]
@@ -99,6 +121,8 @@ _KERNELS = (
 # Modules whose parameters are excluded, whatever their shapes.
 _NORMS = (_NormBase, torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.RMSNorm, torch.nn.PReLU)
 _NORM_NAME = re.compile(r"norm(alization)?(act)?(\d+d)?(act)?$", re.IGNORECASE)
+# Methods that list parameters without decay, with the pattern for a name that they return.
+_NO_DECAY = {"no_weight_decay": "{}", "no_weight_decay_keywords": "*{}*"}
 _BIAS_NAME = re.compile(r"(^|_)bias$|^bias_")  # torch has bias_k and bias_ih_l0
 
 
@@ -114,13 +138,33 @@ def _usually_excluded(model: Module, most_axes: int) -> Iterator[Tensor]:
         is_norm = _is_norm(owner)
         for name, p in _own_parameters(module).items():
             is_bias = _BIAS_NAME.search(used_as or name)
-            if p.ndim <= most_axes or is_norm or is_bias or _is_magnitude(module, name):
+            is_listed = getattr(p, "_no_weight_decay", False)  # as in Mamba
+            if p.ndim <= most_axes or is_norm or is_bias or is_listed:
                 yield p
-        listed = getattr(module, "no_weight_decay", None)
-        if callable(listed):
-            names = set(listed())
+            elif _is_magnitude(module, name):
+                yield p
+        matches = _listed(path, module)
+        if matches:
             every = module.named_parameters(remove_duplicate=False)
-            yield from (p for name, p in every if name in names)
+            yield from (p for name, p in every if matches(name))
+
+
+def _listed(path: str, module: Module) -> Callable[[str], Any] | None:
+    """A function that says whether the module lists the name as a parameter without decay."""
+    patterns: list[str] = []
+    for method, pattern in _NO_DECAY.items():
+        function = getattr(module, method, None)
+        if callable(function):
+            returned = function()
+            is_one = isinstance(returned, str) or not isinstance(returned, Iterable)
+            names = [returned] if is_one else list(returned)
+            if is_one or not all(isinstance(name, str) for name in names):
+                text = f"expected a collection of names, got {errors.enumerated(names, shown=repr)}"
+                line = ((*path.split("."), method) if path else (method,), text)
+                headline = f"{method}() of the model or of a part of it does not return names"
+                raise errors.error(errors.OptionError, "model", headline, [line])
+            patterns += [pattern.format(name) for name in names]
+    return re.compile("|".join(map(translate, patterns))).match if patterns else None
 
 
 def _own_parameters(module: Module) -> dict[str, Tensor]:
