@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -38,7 +39,7 @@ from lars_tree.torch import Lars, param_groups
 
 TRAIN, VALIDATION = 4000, 500  # images; the other 500 are for testing
 MOMENTUM, DECAY, WARMUP = 0.9, 5e-4, 0.1
-CHUNK = 500  # images
+PART = 500  # images that are processed at once; batch norm uses the statistics of such a part
 PACKAGES = ["numpy", "torch", "mlxtend"]
 # The rates of excluded parameters, relative to the rate of all others, at coefficient 0.001.
 FACTORS = (1.0, 0.1, 0.01, 0.001, 0.0001, 0.0)
@@ -52,6 +53,7 @@ class Contestant(NamedTuple):
 
     make: Make
     centre: int
+    at_all_batches: bool = True  # False: only at the smallest and at the largest batch size
 
 
 def _lars(trust: float, **options: bool) -> Make:
@@ -61,8 +63,8 @@ def _lars(trust: float, **options: bool) -> Make:
 CONTESTANTS = {
     "LARS 1": Contestant(_lars(1.0), -6),
     "LARS 0.001": Contestant(_lars(0.001), 4),
-    "LARS 1, joint norm": Contestant(_lars(1.0, joint_norm=True), -6),
-    "LARC 0.02": Contestant(_lars(0.02, trust_clip=True), -2),
+    "LARS 1, joint norm": Contestant(_lars(1.0, joint_norm=True), -6, False),
+    "LARC 0.02": Contestant(_lars(0.02, trust_clip=True), -2, False),
     "SGD": Contestant(lambda groups, rate: SGD(groups, rate, MOMENTUM), -2),
     "Adam": Contestant(Adam, -8),
 }
@@ -77,7 +79,7 @@ class Plan:
     tuning: tuple[int, ...] = (0, 1)  # seeds that choose the rate
     candidates: int = 3  # rates
     extra: int = 6  # the most further rates, tried while the best rate is at the edge
-    refined: tuple[int, ...] = (2000, TRAIN)  # batch sizes at which rates in between are tried too
+    refined: tuple[int, ...] = (TRAIN,)  # batch sizes at which rates in between are tried
     seeds: tuple[int, ...] = tuple(range(10, 15))  # of the reported accuracies
     further: tuple[int, ...] = tuple(range(15, 30))  # further such seeds at the largest batch size
 
@@ -138,10 +140,11 @@ def load() -> Data:
 def network(norm: bool) -> nn.Sequential:
     """Three convolutions, with batch norm or without, and two linear layers."""
     layers: list[nn.Module] = []
-    for inputs, outputs in [(1, 16), (16, 32), (32, 32)]:
-        layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=not norm)]
+    shapes = [(1, 16, 4, 4, 0), (16, 32, 3, 2, 1), (32, 32, 3, 2, 1)]
+    for inputs, outputs, size, stride, padding in shapes:
+        layers += [nn.Conv2d(inputs, outputs, size, stride, padding, bias=not norm)]
         layers += [nn.BatchNorm2d(outputs)] * norm + [nn.ReLU()]
-    layers += [nn.Flatten(), nn.Linear(32 * 4 * 4, 64), nn.ReLU(), nn.Linear(64, 10)]
+    layers += [nn.Flatten(), nn.Linear(32 * 2 * 2, 64), nn.ReLU(), nn.Linear(64, 10)]
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
 
@@ -162,10 +165,9 @@ def fit(
         for _ in range(epochs):
             for picked in torch.randperm(len(labels)).split(cell.batch):
                 optimizer.zero_grad()
-                # Without batch norm, the sum over parts that fit into the cache is the gradient.
-                for part in picked.split(len(picked) if cell.norm else CHUNK):
-                    sum_of_losses = cross_entropy(model(images[part]), labels[part], reduction="sum")
-                    (sum_of_losses / len(picked)).backward()
+                for part in picked.split(PART):
+                    loss = cross_entropy(model(images[part]), labels[part], reduction="sum")
+                    (loss / len(picked)).backward()
                 optimizer.step()
                 schedule.step()
                 seen, steps = seen + len(picked), steps + 1
@@ -244,17 +246,16 @@ class Log:
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self._path = path
-        self._runs: dict[str, Run] = {}
         settings = json.loads(json.dumps(settings))  # as read from a file
         if not path.exists():
             self._append(settings)
         first, *lines = path.read_text().splitlines(keepends=True)
         if json.loads(first) != settings:
             raise ValueError(f"{path}: made with {first.strip()}, not {json.dumps(settings)}")
-        for line in lines:
-            if line.endswith("\n"):  # the last line may be incomplete after a crash
-                what, run = json.loads(line)
-                self._runs[what] = Run(*run)
+        if lines and not lines[-1].endswith("\n"):  # incomplete because of a crash
+            lines.pop()
+            os.truncate(path, sum(len(line.encode()) for line in [first, *lines]))
+        self._runs = {what: Run(*run) for what, run in map(json.loads, lines)}
 
     def run(self, what: str, compute: Callable[[], Run]) -> Run:
         """Return the logged run; if there is none, make the run and log it."""
@@ -307,34 +308,50 @@ class Lab:
         return self._log.run(f"{what}, seed {seed}", compute)
 
 
-def _do(plan: Plan, path: Path, task: tuple[str, Any]) -> Any:
+def cells(plan: Plan) -> list[Cell]:
+    """All cells, those with large batches first."""
+    ends = min(plan.batches), max(plan.batches)
+    return [
+        Cell(name, norm, batch)
+        for batch, norm, name in product(sorted(plan.batches)[::-1], (False, True), CONTESTANTS)
+        if CONTESTANTS[name].at_all_batches or batch in ends
+    ]
+
+
+def in_processes(plan: Plan, path: Path, calls: list[tuple[str, Any]], jobs: int) -> None:
+    """Make and log the runs of calls, which are names of methods of `Lab` and their arguments."""
+    Lab(plan, path)  # makes the file, so that the processes do not
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        list(pool.map(partial(_in_process, plan, path), calls))
+
+
+def _in_process(plan: Plan, path: Path, call: tuple[str, Any]) -> None:
+    _use_one_thread()
+    name, arguments = call
+    getattr(Lab(plan, path), name)(*arguments)
+    sys.stderr.write(f"{name} {arguments}\n")
+
+
+def _use_one_thread() -> None:
     torch.set_num_threads(1)
     lars_tree.set_num_threads(1)
-    name, arguments = task
-    done = getattr(Lab(plan, path), name)(*arguments)
-    sys.stderr.write(f"{name} {arguments}\n")
-    return done
 
 
 def experiment(plan: Plan, path: Path, jobs: int = 1) -> Results:
-    """Tune, score, and vary the rate of excluded parameters; in this order, large batches first."""
-    settings = [(norm, batch) for batch in sorted(plan.batches)[::-1] for norm in (False, True)]
-    cells = [Cell(name, *x) for x, name in product(settings, CONTESTANTS)]
-    extended = {max(plan.batches): plan.seeds + plan.further}
-    tasks: list[tuple[str, Any]] = [("tuned", (cell,)) for cell in cells]
-    tasks += [("scored", (cell, plan.seeds)) for cell in cells]
-    tasks += [("by_factor", x) for x in settings]
-    tasks += [("scored", (cell, extended.get(cell.batch, plan.seeds))) for cell in cells]
+    """Tune and score all cells, and vary the rate of excluded parameters."""
+    smallest, largest = min(plan.batches), max(plan.batches)
+    every = cells(plan)
+    seeds = {x: plan.seeds + plan.further * (x.batch == largest) for x in every}
+    settings = list(product((False, True), (smallest, largest)))
     if jobs > 1:
-        Lab(plan, path)  # makes the file, so that the processes do not
-        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-            list(pool.map(partial(_do, plan, path), tasks))
-    done = {(name, *x): _do(plan, path, (name, x)) for name, x in tasks}
+        in_processes(plan, path, [("scored", (x, seeds[x])) for x in every], jobs)
+        in_processes(plan, path, [("by_factor", x) for x in settings], jobs)
+    lab = Lab(plan, path)
     return Results(
         plan,
-        {cell: done["tuned", cell] for cell in cells},
-        {cell: done["scored", cell, extended.get(cell.batch, plan.seeds)] for cell in cells},
-        {Cell("LARS 0.001", *x): done["by_factor", *x] for x in settings},
+        {cell: lab.tuned(cell) for cell in every},
+        {cell: lab.scored(cell, seeds[cell]) for cell in every},
+        {Cell("LARS 0.001", *x): lab.by_factor(*x) for x in settings},
     )
 
 
@@ -349,6 +366,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     options = parser.parse_args(arguments)
 
+    _use_one_thread()
     quick = {"batches": (500, TRAIN), "tuning": (0,), "extra": 0, "refined": (), "further": ()}
     plan = Plan(epochs=1, seeds=(10, 11), **quick) if options.quick else Plan()
     path = options.resume or Path(mkdtemp(prefix="lars_tree_training_")) / "runs.jsonl"
