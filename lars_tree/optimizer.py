@@ -18,8 +18,15 @@ from lars_tree._backends.base import FLOATING
 from lars_tree._backends.wrapper import unwrap
 from lars_tree._core import checks, counters, locks
 from lars_tree._core.advance import advance
-from lars_tree._core.options import DEFAULTS, SharedOptions, check, check_names
+from lars_tree._core.options import (
+    DEFAULTS,
+    OptimizerOptions,
+    SharedOptions,
+    check,
+    check_names,
+)
 from lars_tree._core.types import Flags, Numbers, Rates, Schedule, T
+from lars_tree._core.values import comparable, hashed
 from lars_tree._numerics.float_environment import in_default_floats
 from lars_tree._numerics.formula import is_zero
 from lars_tree._tree import nodes, structure
@@ -51,7 +58,8 @@ class Lars:
 
     `opt.update(w, g, state, out=w)` works in place: it writes to the weights and to the arrays of
     the state, and allocates nothing. Under `jax.jit` and `lax.scan`, weights and state are ordinary
-    pytrees.
+    pytrees. Optimizers with equal options are equal and have the same hash, so a `Lars` can be a
+    static argument of `jax.jit`.
 
     A velocity has the dtype of its weights, or float32 if they are float16 or bfloat16. Leaves that
     are not floating point are never updated and have no velocity (None). The state is a Container
@@ -69,8 +77,9 @@ class Lars:
         eps: As in `lars_update`. The default keeps the step small if a gradient is 0 except for
             rounding errors.
         stop_gradients: As in `lars_update`; False keeps the autograd graph of the velocity too.
-        **options: The further options of `lars_update`. All options except `lr` are the same for
-            all steps; each may be a Container or dict that is a prefix of w.
+        **options: The further options of `lars_update`. Each option may give its values by path,
+            as in `lars_update`. A function is a schedule for `lr`, and a function of (path, leaf)
+            for all other options.
 
     Raises:
         OptionError: An option has an invalid value.
@@ -108,6 +117,19 @@ class Lars:
         ]
         return f"Lars({', '.join([_on_one_line(self.lr), *shown])})"
 
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        return self is other or self._comparable() == other._comparable()
+
+    def __hash__(self) -> int:
+        return hash((type(self), hashed(self._comparable())))
+
+    def _comparable(self) -> dict[str, Any]:
+        options = {"lr": self.lr, **self.options}
+        values = {name: comparable(name, x) for name, x in options.items()}
+        return {**values, "has velocity": self._has_velocity}
+
     def init(self, w: Any) -> Container:
         """The state before the first step, with velocities of zeros.
 
@@ -141,17 +163,40 @@ class Lars:
 
     @overload
     def update(
-        self, w: T, dcdw: Any, state: dict[str, Any], out: None = None
+        self,
+        w: T,
+        dcdw: Any,
+        state: dict[str, Any],
+        out: None = None,
+        **overrides: Unpack[OptimizerOptions],
     ) -> tuple[T, Container]: ...
     @overload
-    def update(self, w: T, dcdw: Any, state: State, out: T) -> tuple[T, State]: ...
+    def update(
+        self, w: T, dcdw: Any, state: State, out: T, **overrides: Unpack[OptimizerOptions]
+    ) -> tuple[T, State]: ...
 
-    def update(self, w: Any, dcdw: Any, state: dict[str, Any], out: Any = None) -> tuple[Any, Any]:
+    def update(
+        self,
+        w: Any,
+        dcdw: Any,
+        state: dict[str, Any],
+        out: Any = None,
+        **overrides: Unpack[OptimizerOptions],
+    ) -> tuple[Any, Any]:
         """Take one step and return the new weights and the new state.
 
         With `out`, a lock is held until all results are written, so that steps of several threads
-        run one after another. Schedules are called under this lock: they may call `update`, but
-        must not wait for an update of another thread.
+        run one after another. Schedules and functions of paths are called under this lock: they may
+        call `update`, but must not wait for an update of another thread.
+
+        >>> w, g = np.array([3.0, 4.0]), np.array([0.8, 0.6])
+        >>> opt = Lars(0.1, trust_coefficient=1.0, eps=0.0)
+        >>> opt.update(w, g, opt.init(w))[0]                # ratio 5: a step of 0.5 * g
+        array([2.6, 3.7])
+        >>> opt.update(w, 1024 * g, opt.init(w), grad_scale=1024.0)[0]
+        array([2.6, 3.7])
+        >>> opt.update(w, g, opt.init(w), lr=0.2)[0]
+        array([2.2, 3.4])
 
         Args:
             w: The weights.
@@ -159,15 +204,20 @@ class Lars:
             state: The result of `init` or of the last `update`.
             out: The tree to write the new weights to, often w itself. The state is then written in
                 place too, and returned.
+            **overrides: Options of `Lars`, for this step instead of those of the optimizer. An
+                optimizer with momentum 0 has no velocity, so its momentum must stay 0.
 
         Raises:
             StateError, StructureError: The state does not match w. Nothing was written.
             LarsTreeError: As in `lars_update`. Nothing was written.
         """
+        if overrides:
+            self._check_overrides(overrides)
         self._check_state(state)
         with nullcontext() if out is None else locks.writing(lambda: counters.spans(state)):
             counters.check(state, written=out is not None)
-            options = {"lr": _rates(self.lr, state["step"]), **self.options}
+            given: dict[str, Any] = {"lr": self.lr, **self.options, **overrides}
+            options = {**given, "lr": _rates(given["lr"], state["step"])}
             new_w, new = advance(w, dcdw, out, options, state)
         if out is not None:
             return new_w, state
@@ -176,6 +226,15 @@ class Lars:
     @property
     def _has_velocity(self) -> bool:
         return not is_zero(self.options["momentum"])
+
+    def _check_overrides(self, overrides: OptimizerOptions) -> None:
+        check_names(overrides, OptimizerOptions.__annotations__, function="Lars.update()")
+        momentum = overrides.get("momentum", 0)
+        if not (self._has_velocity or is_zero(momentum)):
+            text = "expected 0, because the state of a Lars with momentum=0 has no velocity, got"
+            line = ((), f"{text} {_on_one_line(momentum)}")
+            headline = "momentum cannot be changed for one step"
+            raise errors.error(errors.OptionError, "momentum", headline, [line])
 
     def _check_state(self, state: Any) -> None:
         names = ["step", "skipped", *(["velocity"] if self._has_velocity else [])]

@@ -17,7 +17,7 @@ import numpy as np
 
 from lars_tree import _backends, errors
 from lars_tree._backends.wrapper import rewrapped, unwrap
-from lars_tree._core.options import DEFAULTS, StepOptions, check_names
+from lars_tree._core.options import DEFAULTS, StepOptions, with_hints
 from lars_tree._core.types import Numbers
 from lars_tree._numerics.formula import Measured
 from lars_tree._report.history import TrustHistory, TrustRatioWarning, warn
@@ -44,6 +44,7 @@ def trust_ratios(w: Tree, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptio
 def trust_ratios(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptions]) -> Any: ...
 
 
+@with_hints
 def trust_ratios(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptions]) -> Any:
     """The trust ratios that `lars_update` uses for the same arguments.
 
@@ -74,7 +75,7 @@ def trust_ratios(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOption
     Raises:
         LarsTreeError: As in `lars_update`.
     """
-    given = _given("trust_ratios()", lr, options)
+    given = {**DEFAULTS, "lr": lr, **options}
     ratios = [
         None if report.measured is None else rewrapped(report.measured.ratio, report.w)
         for report in measure(w, dcdw, given)
@@ -82,6 +83,7 @@ def trust_ratios(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOption
     return structure.rebuild(w, ratios, "w")
 
 
+@with_hints
 def layer_table(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptions]) -> LayerTable:
     """A table of the layers of w and of the step that `lars_update` would take.
 
@@ -107,7 +109,7 @@ def layer_table(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptions
     Warns:
         TrustRatioWarning: Names the layers whose ratio is 0, not finite, or clipped.
     """
-    given = _given("layer_table()", lr, options)
+    given = {**DEFAULTS, "lr": lr, **options}
     reports = measure(w, dcdw, given, with_steps=True)
     numbers = [x for report in reports for x in (*(report.measured or ()), report.step_norm)]
     values = iter(fetch("w", [x for x in numbers if x is not None]))
@@ -132,11 +134,6 @@ def layer_table(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptions
             faults += [(layer, text) for text in _faults(measured)]
     warn("some layers have odd trust ratios", faults)
     return LayerTable(records)
-
-
-def _given(function: str, lr: Numbers, options: StepOptions) -> dict[str, Any]:
-    check_names(options, function=function)
-    return {**DEFAULTS, "lr": lr, **options}
 
 
 _NO_STEP = {**dict.fromkeys(("w_norm", "g_norm", "ratio", "relative_step")), "clipped": False}

@@ -23,8 +23,8 @@ import numpy as np
 
 from lars_tree import _backends
 from lars_tree._backends.base import Values
-from lars_tree._core.options import finite_number
 from lars_tree._core.types import AnyArray
+from lars_tree._core.values import finite_number
 from lars_tree.errors import OptionError, whole_number
 
 __all__ = ["Constant", "Cosine", "Polynomial"]

@@ -130,6 +130,7 @@ class Updatable:
         self, dcdw: Any, lr: Numbers, /, *, out: T, **options: Unpack[StepOptions]
     ) -> T: ...
 
+    @with_hints
     def lars_update(
         self,
         dcdw: Any,

@@ -16,7 +16,8 @@ from lars_tree import LarsTreeError, NonFiniteError, _backends, lars_update
 from lars_tree._backends.base import Leaf, Sharding, StepResult
 from lars_tree._core import checks, nonfinite
 from lars_tree._core.operands import with_operands
-from lars_tree._core.options import DEFAULTS, finite_number
+from lars_tree._core.options import DEFAULTS
+from lars_tree._core.values import finite_number
 from lars_tree._numerics.formula import Rule
 from lars_tree.errors import WORDS, Words
 

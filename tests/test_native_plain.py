@@ -249,7 +249,7 @@ def prefixes(draw, tree):
 def walked(tree, prefix, exact):
     found = structure.leaves(tree)
     values = []
-    matched = structure._match(tree, prefix, values, exact)
+    matched = structure.match(tree, prefix, values, exact)
     new = structure.rebuild(tree, range(len(found)))
     return found, matched, values if matched else None, new, types_of_nodes(new)
 

@@ -1,7 +1,7 @@
 """All checks of the arrays of an update, made before the first byte is written.
 
 Each private function checks one property of one leaf and returns the first fault. The structure
-is checked in `_tree/structure.py`, the values of options in `_core/options.py`.
+is checked in `_tree/structure.py`, the values of options in `_core/values.py`.
 """
 
 from __future__ import annotations
@@ -92,8 +92,19 @@ def _fault(row: Row, same_shapes: bool, words: Words) -> Fault | None:
 
 def _not_an_array(argument: str, x: Operand, words: Words) -> Fault:
     headline = f"{words.name(argument)} holds something that is not an array"
-    text = f"expected an array, got {errors.describe(x.x)}"
-    return Fault(errors.LeafError, argument, headline, text)
+    return Fault(errors.LeafError, argument, headline, instead_of_array(x.x))
+
+
+def is_module(x: Any) -> bool:
+    """Whether x is a torch module. Its parameters are not leaves, so they would not be updated."""
+    return callable(getattr(type(x), "named_parameters", None))
+
+
+def instead_of_array(x: Any) -> str:
+    text = f"expected an array, got {errors.describe(x)}"
+    if is_module(x):
+        text += ": give dict(model.named_parameters()), or use lars_tree.torch.Lars"
+    return text
 
 
 def _faulty(argument: str, x: Operand, words: Words) -> Fault | None:

@@ -1,27 +1,23 @@
 """Checks the options of the rule, and resolves them to one `Rule` for each leaf.
 
-Every option is one value or a tree of values that is a prefix of the weights. This module checks
-the values without the weights; `_core/checks.py` compares them with the arrays.
+Every option is one value; or a tree of values that is a prefix of the weights; or gives its values
+by path: a function of (path, leaf), or a mapping with patterns (`_tree/by_path.py`). This module
+checks the values without the weights; `_core/checks.py` compares them with the arrays.
 """
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import wraps
 from inspect import signature
-from numbers import Complex, Number, Real
 from typing import Any, TypedDict, TypeVar, cast
 
-import numpy as np
-
 from lars_tree import _backends, errors
-from lars_tree._backends.base import Kind, Values
 from lars_tree._backends.wrapper import unwrap
-from lars_tree._core.types import Axes, Flags, MeshAxes, NonFinites, Numbers
+from lars_tree._core.types import Axes, Flags, MeshAxes, NonFinites, Numbers, Rates
+from lars_tree._core.values import CHECKS, Invalid, readable
 from lars_tree._numerics.formula import Rule
-from lars_tree._tree import nodes, structure
+from lars_tree._tree import by_path, structure
 
 
 class SharedOptions(TypedDict, total=False):
@@ -47,6 +43,18 @@ class StepOptions(Options, total=False):
     """All keywords of `lars_update` except `out`."""
 
     decay_lambda: Numbers
+    stop_gradients: Flags
+
+
+class OptimizerOptions(SharedOptions, total=False):
+    """The options of `Lars`."""
+
+    lr: Rates
+    momentum: Numbers
+    nesterov: Flags
+    weight_decay: Numbers
+    trust_coefficient: Numbers
+    eps: Numbers
     stop_gradients: Flags
 
 
@@ -81,25 +89,20 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _UNKNOWN = object()
 
 
-class _Invalid(Exception):
-    """An invalid value of an option; the message says what was expected."""
-
-
 def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
     """Check all options, and return the rule of each of the `count` leaves, in leaf order."""
-    keep_graph = any(value is not True for value in structure.leaves(options["stop_gradients"]))
     shared: dict[str, Any] = {}
     columns: dict[str, list[Any]] = {}
+    stop = options["stop_gradients"]
+    if stop is not True:
+        _add("stop_gradients", tree, stop, False, shared, columns)
+    keep_graph = False in columns.get("stop_gradients", [shared.get("stop_gradients")])
     for name, value in options.items():
         default, checked = _KNOWN.get((name, type(value)), (_UNKNOWN, None))
         if default is not _UNKNOWN and value == default:  # the usual case
             shared[_FIELDS.get(name, name)] = checked
-            continue
-        given = _readable(name, value)
-        if structure.is_leaf(given):
-            shared[_FIELDS.get(name, name)] = _checked(name, [((), given)], keep_graph)[0]
-        else:
-            columns[name] = _column(name, tree, given, keep_graph)
+        elif name != "stop_gradients":
+            _add(name, tree, value, keep_graph, shared, columns)
     if not columns:
         return [Rule(**shared)] * count
     if any(len(column) != count for column in columns.values()):
@@ -121,24 +124,93 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
     return rules
 
 
+def _add(
+    name: str,
+    tree: Any,
+    value: Any,
+    keep_graph: bool,
+    shared: dict[str, Any],
+    columns: dict[str, list[Any]],
+) -> None:
+    """Check an option, and add it to the values for all leaves or to the columns."""
+    given = readable(name, value)
+    if _is_function(given):
+        columns[name] = _called(name, tree, given, keep_graph)
+    elif not structure.is_leaf(given):
+        columns[name] = _column(name, tree, given, keep_graph)
+    else:
+        shared[_FIELDS.get(name, name)] = _checked(name, [((), given)], keep_graph)[0]
+
+
 def _column(name: str, tree: Any, given: Any, keep_graph: bool) -> list[Any]:
-    """The value of a prefix for each leaf of the tree; each distinct value is checked once."""
-    values = structure.leaves(given)
+    """The value for each leaf of the tree; each distinct value is checked once."""
     known: dict[int, Any] = {id(None): None}  # allowed at leaves without weights
+    found: list[Any] = []
     try:
-        for value in values:
+        for value in structure.leaves(given):
             if id(value) not in known:
-                known[id(value)] = _CHECKS[name](unwrap(value), keep_graph)
-        return [known[id(value)] for value in structure.broadcast(name, tree, given)]
-    except (_Invalid, KeyError):  # KeyError: a node creates new values at each reading
-        checked = _checked(name, list(structure.walk(given)), keep_graph)
-        return structure.broadcast(name, tree, given, values=checked)
+                known[id(value)] = CHECKS[name](unwrap(value), keep_graph)
+        if structure.match(tree, given, found, exact=False):
+            return [known[id(value)] for value in found]
+    except (Invalid, KeyError, RuntimeError):  # all explained below
+        pass  # KeyError: a node creates new values at each reading
+    checked = _checked(name, list(structure.walk(given)), keep_graph)
+    if not by_path.has_patterns(given):
+        try:
+            return structure.broadcast(name, tree, given, values=checked)
+        except errors.StructureError as error:
+            if "missing" in str(error) and "unexpected" not in str(error):
+                error.args = (f"{error}\n  for all other leaves, add the key '*'",)
+            raise
+    values = structure.for_reading(given, checked)
+    return by_path.resolve(name, values, list(structure.walk(tree)))
+
+
+def _is_function(given: Any) -> bool:
+    return callable(given) and structure.is_leaf(given)
+
+
+def _called(name: str, tree: Any, function: Callable[..., Any], keep_graph: bool) -> list[Any]:
+    """The values that a function of (path, leaf) returns; None for leaves that are None."""
+    rows = list(structure.walk(tree))
+    values = []
+    for path, leaf in rows:
+        if leaf is None:
+            continue
+        try:
+            values.append((path, readable(name, function(path, leaf))))
+        except Exception as error:
+            if isinstance(error, TypeError) and not _takes_path_and_leaf(function):
+                text = f"expected a function of (path, leaf), got {_shown(function)}"
+                if name == "lr":
+                    text += ": a schedule needs the number of the step, as in lr=schedule(step)"
+                raise _error(name, [((), text)]) from error
+            error.add_note(f"{name} at {errors.path_string(path) or 'w'}")
+            raise
+    # Equal numbers become one object, because leaves with the same objects share a Rule.
+    floats: dict[float, float] = {}
+    checked = (
+        floats.setdefault(x, x) if type(x) is float else x
+        for x in _checked(name, values, keep_graph)
+    )
+    return [None if leaf is None else next(checked) for _, leaf in rows]
+
+
+def _takes_path_and_leaf(function: Callable[..., Any]) -> bool:
+    try:
+        signature(function).bind((), None)
+    except TypeError:
+        return False
+    except ValueError:  # the signature is unknown, as for some builtins
+        pass
+    return True
 
 
 def check(options: dict[str, Any]) -> None:
     """Check the values of options when there are no weights yet."""
     for name, given in options.items():
-        _checked(name, list(structure.walk(_readable(name, given))), keep_graph=False)
+        if not _is_function(given):
+            _checked(name, list(structure.walk(readable(name, given))), keep_graph=False)
 
 
 def check_names(
@@ -147,19 +219,37 @@ def check_names(
     """Raise a TypeError for an unknown keyword, as Python does, but with a hint."""
     for name in options.keys() - set(known):
         elsewhere = CALLED_ELSEWHERE.get(name, "")
-        is_known = elsewhere in known
-        hint = f" (it is {elsewhere!r} here)" if is_known else errors.did_you_mean(name, known)
+        hint = f" (it is {elsewhere!r} here)" if elsewhere in known else ""
+        if not hint and name in OptimizerOptions.__annotations__ and "momentum" not in known:
+            hint = " (it is an option of the optimizers, such as Lars)"
+        hint = hint or errors.did_you_mean(name, known)
         raise TypeError(f"{function} got an unexpected keyword argument {name!r}{hint}")
 
 
 def with_hints(function: Function) -> Function:
-    """Decorator: the TypeError for an unknown keyword suggests a known keyword."""
-    known = signature(function).parameters
+    """Decorator: the TypeError for an unknown keyword suggests what to write instead."""
+    parameters = signature(function).parameters
+    positional: list[str] = []
+    known: set[str] = set()
+    for name, parameter in parameters.items():
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            positional.append(name)
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            known |= DEFAULTS.keys()
+        else:
+            known.add(name)
+    is_method = next(iter(parameters)) == "self"
 
     @wraps(function)
     def checked(*arguments: Any, **keywords: Any) -> Any:
-        if not keywords.keys() <= known.keys():
-            check_names(keywords, known, function=f"{function.__qualname__}()")
+        if not keywords.keys() <= known:
+            owner = f"{type(arguments[0]).__name__}." if is_method else ""
+            called = f"{owner}{function.__name__}"
+            for name in positional:
+                if name in keywords:
+                    example = f"{function.__name__}({', '.join(positional[is_method:])})"
+                    raise TypeError(f"{called}() takes {name!r} only by position: {example}")
+            check_names(keywords, known, function=f"{called}()")
         return function(*arguments, **keywords)
 
     return cast(Function, checked)
@@ -173,8 +263,8 @@ def _checked(name: str, values: list[tuple[errors.Path, Any]], keep_graph: bool)
             checked.append(None)  # allowed at leaves without weights
             continue
         try:
-            checked.append(_CHECKS[name](unwrap(value), keep_graph))
-        except _Invalid as invalid:
+            checked.append(CHECKS[name](unwrap(value), keep_graph))
+        except Invalid as invalid:
             faults.append((path, f"expected {invalid}, got {_shown(value)}"))
     if faults:
         raise _error(name, faults)
@@ -210,151 +300,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 and "\n" not in text else errors.describe(value)
 
 
-def _number(value: Any, keep_graph: bool) -> Any:
-    number = _rate(value, keep_graph)
-    if getattr(number, "shape", ()) != ():
-        raise _Invalid("a number")
-    return number
-
-
-def _positive(value: Any, keep_graph: bool) -> Any:
-    known = _number(value, False)  # a float if the value can be read
-    if isinstance(known, float) and known == 0:
-        raise _Invalid("a finite number > 0")
-    return _number(value, keep_graph)
-
-
-def finite_number(x: Any) -> float | None:
-    """The number as a float, or None if it is not a finite real number >= 0.
-
-    Python and numpy numbers, decimals and fractions are numbers; bools and arrays are not.
-    """
-    if type(x) is not float:  # usually x is a float
-        kind = type(x)  # x.__class__ may claim another type
-        # decimal.Decimal is a Number, but neither Real nor Complex.
-        is_real = issubclass(kind, Real) or (
-            issubclass(kind, Number) and not issubclass(kind, Complex)
-        )
-        if not is_real or issubclass(kind, (bool, np.timedelta64)):
-            return None
-        try:
-            x = float(x)
-        except (OverflowError, ValueError):  # out of the range of double; a signalling NaN
-            return None
-    return abs(x) if 0 <= x < math.inf else None  # never -0.0
-
-
-def _rate(value: Any, keep_graph: bool) -> Any:
-    """A float, a numpy array, or the given array if it is not in CPU memory or keeps its graph."""
-    number = finite_number(value)
-    if number is not None:
-        return number
-    wanted = "a finite number >= 0"
-    backend = _backends.find(value)
-    if backend is None or backend.fault(value):
-        raise _Invalid(wanted)
-    facts = backend.facts(value)
-    if facts.kind not in (Kind.REAL, Kind.INTEGER):
-        raise _Invalid(wanted)
-    if backend.values(value) is not Values.CPU:
-        return value
-    with np.errstate(over="ignore"):  # a long double out of the range of double becomes inf
-        numbers = np.ascontiguousarray(backend.to_numpy(value), np.float64).reshape(facts.shape)
-    if not (np.isfinite(numbers) & (numbers >= 0)).all():
-        raise _Invalid(wanted + " in every element" if facts.shape else wanted)
-    if keep_graph and backend.is_tracked(value):
-        return value
-    return float(numbers) if numbers.shape == () else numbers
-
-
-def _is(value: Any, *classes: type) -> bool:
-    """Like isinstance, but for type(value), because `value.__class__` may be another type."""
-    return issubclass(type(value), classes)
-
-
-def _flag(value: Any, keep_graph: bool) -> bool:
-    if not _is(value, bool, np.bool_):
-        raise _Invalid("True or False")
-    return bool(value)
-
-
-_NONFINITE = ("propagate", "raise", "skip")
-
-
-def _nonfinite(value: Any, keep_graph: bool) -> Any:
-    if not _is(value, str) or value not in _NONFINITE:
-        hint = errors.did_you_mean(value, _NONFINITE)
-        raise _Invalid("'propagate', 'raise' or 'skip'" + hint)
-    return _NONFINITE[_NONFINITE.index(value)]  # never a numpy str, which counts as an array
-
-
-def _axis(value: Any, keep_graph: bool) -> int | None:
-    if value is None:
-        return None
-    if _is(value, bool, np.bool_):
-        raise _Invalid("an axis or None")
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise _Invalid("an axis or None") from None
-
-
-class _Tuple:
-    """A tuple of mesh axis names, which is a leaf and not a node."""
-
-    def __init__(self, items: tuple[Any, ...]) -> None:
-        self.items = items
-
-    def __repr__(self) -> str:
-        return repr(self.items)
-
-
-def _readable(name: str, given: Any) -> Any:
-    """An option as a tree whose leaves are its values."""
-    return _with_tuples_as_leaves(given) if name == "axis_name" else given
-
-
-def _with_tuples_as_leaves(node: Any) -> Any:
-    """Copy an option tree; its tuples become leaves."""
-    if type(node) is tuple:
-        return _Tuple(node)
-    if structure.is_leaf(node):
-        return node
-    new = {key: _with_tuples_as_leaves(child) for key, child in nodes.children(node)}
-    return list(new.values()) if isinstance(node, list) else new
-
-
-def _mesh_axes(value: Any, keep_graph: bool) -> frozenset[Any] | None:
-    if value is None:
-        return None
-    names = value.items if isinstance(value, _Tuple) else (value,)
-    if not all(map(_is_axis_name, names)):
-        raise _Invalid("the name of a mesh axis, a tuple of names, or None")
-    return frozenset(names or ((),))
-
-
-def _is_axis_name(x: Any) -> bool:
-    """Whether x may name a mesh axis in JAX, where None is no name and integers are array axes."""
-    if isinstance(x, tuple):
-        return not x  # () means that no other mesh axis is summed over
-    is_other = x is None or isinstance(x, int) or _backends.find(x) is not None
-    return isinstance(x, Hashable) and not is_other
-
-
-_NUMBERS = ("decay_lambda", "weight_decay", "trust_coefficient", "eps", "momentum", "dampening")
-_FLAGS = ("adapt", "trust_clip", "joint_norm", "stop_gradients", "nesterov", "maximize")
-_CHECKS: dict[str, Callable[[Any, bool], Any]] = {
-    "lr": _rate,
-    "grad_scale": _positive,
-    "nonfinite": _nonfinite,
-    "layer_axis": _axis,
-    "axis_name": _mesh_axes,
-    **dict.fromkeys((*_NUMBERS, "lr_after_momentum"), _number),
-    **dict.fromkeys(_FLAGS, _flag),
-}
-
 # The defaults by name and type, each with its checked value. In signatures, the default decay is 0.
 _KNOWN: dict[tuple[str, type], tuple[Any, Any]] = {
-    (name, type(default)): (default, _CHECKS[name](default, False))
+    (name, type(default)): (default, CHECKS[name](default, False))
     for name, default in [*DEFAULTS.items(), ("decay_lambda", 0), ("weight_decay", 0)]
 }

@@ -54,14 +54,17 @@ else:  # `typing.get_type_hints` would look for the name in the modules that use
 # The type that mypy infers for a dict whose values are numbers and dicts.
 MixedDict: TypeAlias = dict[str, object]
 
+# A function of the path and the leaf. (Path parameters of any type are accepted.)
+ByPath: TypeAlias = Callable[[Any, Any], Value | None]
+
 Number: TypeAlias = SupportsFloat | AnyArray
 Schedule: TypeAlias = Callable[[Any], Any]
 
-Numbers: TypeAlias = PerLeaf[Number] | MixedDict
+Numbers: TypeAlias = PerLeaf[Number] | MixedDict | ByPath[Number]
 Rates: TypeAlias = PerLeaf[Number | Schedule] | MixedDict
-Flags: TypeAlias = PerLeaf[bool | np.bool_] | MixedDict
-Axes: TypeAlias = PerLeaf[SupportsIndex | None] | MixedDict
+Flags: TypeAlias = PerLeaf[bool | np.bool_] | MixedDict | ByPath[bool | np.bool_]
+Axes: TypeAlias = PerLeaf[SupportsIndex | None] | MixedDict | ByPath[SupportsIndex]
 MeshAxes: TypeAlias = PerLeaf[Hashable] | MixedDict
 
 NonFinite: TypeAlias = Literal["propagate", "raise", "skip"]
-NonFinites: TypeAlias = PerLeaf[NonFinite]
+NonFinites: TypeAlias = PerLeaf[NonFinite] | ByPath[NonFinite]

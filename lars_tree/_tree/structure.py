@@ -238,7 +238,7 @@ def broadcast(
     found: list[Leaf] = []
     try:
         given = prefix if values is None else for_reading(prefix, values)
-        if _match(tree, given, found, exact):
+        if match(tree, given, found, exact):
             return found
         lines = list(differences(tree, prefix, exact, at))
     except RecursionError:
@@ -249,7 +249,7 @@ def broadcast(
     raise errors.error(errors.StructureError, argument, headline, lines)
 
 
-def _match(tree: Tree, prefix: Tree, found: list[Leaf], exact: bool) -> bool:
+def match(tree: Tree, prefix: Tree, found: list[Leaf], exact: bool) -> bool:
     """Whether `prefix` is a prefix of the tree. Appends the value for each leaf to `found`."""
     kernel = _native.in_use()
     if kernel is None:

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lars_tree._core.options import finite_number
 from lars_tree._core.types import NonFinite
+from lars_tree._core.values import finite_number
 from lars_tree._numerics.formula import Rule
 from lars_tree.errors import did_you_mean
 

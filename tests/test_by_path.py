@@ -1,0 +1,419 @@
+"""Options by path: functions of (path, leaf), and mappings with patterns."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from fnmatch import fnmatchcase
+
+import numpy as np
+import pytest
+from conftest import need, to_library, to_numpy, unit_lars
+from hypothesis import given
+from hypothesis import strategies as st
+from test_laws import PREFIXED, build, rng_tree
+
+from lars_tree import (
+    Array,
+    Container,
+    Lars,
+    OptionError,
+    StructureError,
+    _native,
+    lars_update,
+    report,
+)
+from lars_tree._tree import by_path
+from lars_tree.schedules import Constant, Polynomial
+from lars_tree.testing import assert_identical, shuffled
+
+Pair = namedtuple("Pair", "kernel bias")
+
+ONE = np.array([3.0, 4.0])
+
+
+def model():
+    """Weights with every kind of node, None, and a bias at the root."""
+    layer = {"kernel": ONE, "bias": ONE / 2}
+    return Container(
+        encoder={"l0": layer, "l1": dict(layer), "norm": {"scale": ONE, "frozen": None}},
+        blocks=[Pair(ONE, ONE), (ONE,)],
+        bias=ONE,
+    )
+
+
+PATHS = ["/".join(map(str, path)) for path in model().paths()]
+NODES = sorted({name[:i] for name in PATHS for i, x in enumerate(name) if x == "/"} | set(PATHS))
+PATTERNS = [
+    "*/bias",
+    "**/bias",
+    "*kernel",
+    "enc*",
+    "blocks/?",
+    "blocks/[0]",
+    "encoder/l[!1]",
+    "*/norm",
+]
+
+
+def rates(given):
+    """The rate of each leaf: an update of ONE by the gradient 1 with adapt=False."""
+    w = model()
+    new = lars_update(w, 1.0, given, adapt=False)
+    return {
+        name: None if x is None else round(float((x - y)[0]), 6)
+        for name, x, y in zip(PATHS, w.leaves(), new.leaves(), strict=True)
+    }
+
+
+# ---- Patterns
+
+
+def stands_for(given, name, keys=""):
+    """The value of one leaf in a mapping, by the rules of the documentation; None if refused."""
+    if name in given:
+        return given[name]
+    parents = [x for x in given if name.startswith(f"{x}/")]
+    values = {given[max(parents, key=len)]} if parents else set()
+    ancestors = [name, *(name[:i] for i, x in enumerate(name) if x == "/")]
+    for pattern in given:
+        if pattern not in NODES and pattern != "*":
+            short = pattern.lstrip("*").removeprefix("/") if pattern[:1] == "*" else pattern
+            either = {pattern, short} if pattern.lstrip("*")[:1] == "/" else {pattern}
+            if any(fnmatchcase(x, p) for x in ancestors for p in either):
+                values.add(given[pattern])
+    values = values or {given.get("*")}
+    return values.pop() if len(values) == 1 else None
+
+
+@given(
+    mapping=st.dictionaries(st.sampled_from([*NODES, *PATTERNS]), st.sampled_from([0.1, 0.2])),
+    default=st.sampled_from([None, 0.3, 0.3, 0.3]),
+    data=st.data(),
+)
+def test_a_mapping_stands_for_a_full_tree(mapping, default, data):
+    mapping |= {} if default is None else {"*": default}
+    leaves = zip(PATHS, model().leaves(), strict=True)
+    expected = {name: stands_for(mapping, name) for name, leaf in leaves if leaf is not None}
+    is_prefix = not any(by_path.is_pattern(key) for key in mapping)
+    unused = [
+        key
+        for key in mapping
+        if not any(stands_for({key: 1.0}, name) for name in PATHS) and key != "*"
+    ]
+    mapping = data.draw(shuffled(mapping))
+    if None in expected.values() or unused or (is_prefix and any("/" in key for key in mapping)):
+        with pytest.raises(StructureError) as caught:
+            rates(mapping)
+        if not is_prefix:
+            wrong = {name for name, value in expected.items() if value is None} | set(unused)
+            assert {"/".join(map(str, path)) for path in caught.value.paths} == wrong
+    else:
+        assert rates(mapping) == expected | {"encoder/norm/frozen": None}
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "rate"),
+    [
+        ({"*/bias": 0.1, "*": 1}, "encoder/l0/bias", 0.1),
+        ({"*/bias": 0.1, "*": 1}, "bias", 0.1),  # a leading */ matches no parents, too
+        ({"*/bias": 0.1, "*": 1}, "blocks/0/bias", 0.1),  # the field of a namedtuple
+        ({"*/bias": 0.1, "*": 1}, "encoder/l0/kernel", 1),
+        ({"encoder": 0.1, "*": 1}, "encoder/l0/bias", 0.1),
+        ({"encoder": 0.1, "encoder/l0": 0.2, "*": 1}, "encoder/l0/bias", 0.2),
+        ({"encoder": 0.1, "encoder/l0": 0.2, "*": 1}, "encoder/l1/bias", 0.1),
+        ({"encoder/l?": 0.2, "*": 1}, "encoder/l1/bias", 0.2),  # a pattern may match a node
+        ({"blocks/1": 0.2, "*": 1}, "blocks/1/0", 0.2),
+        ({"blocks": [0.1, 0.2], "*": 1}, "blocks/1/0", 0.2),
+        ({"encoder": {"*/bias": 0.1, "*": 0.2}, "*": 1}, "encoder/l0/bias", 0.1),
+        ({"encoder": {"*/bias": 0.1, "*": 0.2}, "*": 1}, "bias", 1),
+        ({"encoder": {"*/bias": 0.1, "*": 0.2}, "*/bias": 0.3, "*": 1}, "encoder/l1/bias", 0.1),
+        (
+            {"encoder": {"*/bias": 0.1, "*": 0.2}, "blocks": 0.3, "bias": 0.4},
+            "encoder/l0/bias",
+            0.1,
+        ),
+        ({"encoder/l0/bias": 0.1, "*/bias": 0.2, "*": 1}, "encoder/l0/bias", 0.1),
+        ({"encoder": 0.2, "*/bias": 0.2, "*": 1}, "encoder/l0/bias", 0.2),  # they agree
+        (Container({"*/bias": 0.1, "*": 1}), "bias", 0.1),
+    ],
+)
+def test_which_key_decides(given, name, rate):
+    assert rates(given)[name] == rate
+
+
+@pytest.mark.parametrize(
+    ("given", "lines"),
+    [
+        (
+            {"*/bias": 0.1, "*kernel": 1, "blocks/1": 1},
+            ["encoder/norm/scale: no key matches it: add the key '*' for all other leaves"],
+        ),
+        ({"*/bais": 0.1, "*": 1}, ["'*/bais': this key matches no leaf (did you mean 'bias'?)"]),
+        (
+            {"encodr/l0": 0.1, "*": 1},
+            ["'encodr/l0': this key matches no leaf (did you mean 'encoder/l0'?)"],
+        ),
+        (
+            {"*/l0/*": 0.1, "*kernel": 0.2, "*": 1},
+            [
+                "encoder/l0/kernel: expected one value, got '*/l0/*': 0.1, '*kernel': 0.2: "
+                "add a key for 'encoder/l0/kernel' itself"
+            ],
+        ),
+        (
+            {"encoder/l0": 0.1, "encoder": 0.2, "*/l0/bias": 0.3, "*": 1},
+            [
+                "encoder/l0/bias: expected one value, got '*/l0/bias': 0.3, 'encoder/l0': 0.1: "
+                "add a key for 'encoder/l0/bias' itself"
+            ],
+        ),
+        (
+            {"encoder": {"l?": 0.1}, "*": 1},
+            [
+                "encoder/norm/scale: no key matches it: "
+                "add the key '*' for all other leaves of encoder"
+            ],
+        ),
+        (
+            {"encoder": {"*/bais": 0.1, "*": 0.2}, "*": 1},
+            ["encoder/'*/bais': this key matches no leaf (did you mean 'l1/bias'?)"],
+        ),
+        (
+            {"enc*": {"*": 0.1}, "bias": 1, "blocks": 1},
+            [
+                f"{name}: expected one value for 'enc*', got a dict with keys '*'"
+                for name in PATHS
+                if name.startswith("enc") and "frozen" not in name
+            ],
+        ),
+        (
+            {"bias": {"x": 0.1}, "*": 1},
+            ["bias: expected one value, got keys 'x'", "bias/x: this key matches no leaf"],
+        ),
+        (
+            {"blocks": {0: 0.1, "0": 0.2, "*": 1}, "*": 1},
+            ["blocks: expected keys with different names, got two with the same"],
+        ),
+    ],
+)
+def test_what_is_refused(given, lines):
+    with pytest.raises(StructureError) as caught:
+        rates(given)
+    assert str(caught.value).splitlines() == ["lr does not match w", *(f"  {x}" for x in lines)]
+    assert caught.value.argument == "lr"
+    assert len(caught.value.paths) == len(lines)
+
+
+def test_a_partial_mapping_without_a_default_suggests_one():
+    with pytest.raises(StructureError) as caught:
+        rates({"encoder": 0.1, "bias": 1})
+    assert str(caught.value) == (
+        "lr does not match w\n  lr: missing 'blocks'\n  for all other leaves, add the key '*'"
+    )
+
+
+def test_keys_with_characters_of_patterns_are_keys_first():
+    w = {"layer[0]": ONE, "layer0": ONE, "*": ONE}
+    new = lars_update(w, 1.0, {"layer[0]": 0.1, "layer0": 0.2, "*": 0.3}, adapt=False)
+    assert [round(float(x[0]), 6) for x in new.values()] == [2.9, 2.8, 2.7]  # an exact prefix
+    new = lars_update(w, 1.0, {"layer[0]": 0.1, "*": 0.3}, adapt=False)
+    assert [round(float(x[0]), 6) for x in new.values()] == [2.9, 2.7, 2.7]
+
+
+def test_the_values_of_a_mapping_are_checked_even_if_no_leaf_uses_them():
+    with pytest.raises(OptionError, match=r"\*: expected a finite number >= 0, got -1"):
+        rates({"encoder": 0.1, "blocks": 0.1, "bias": 0.1, "*": -1})
+    with pytest.raises(OptionError, match=r"'\*/bias': expected True or False, got 1") as caught:
+        Lars(0.1, adapt={"*/bias": 1, "*": True})
+    assert (caught.value.argument, caught.value.paths) == ("adapt", (("*/bias",),))
+
+
+def test_one_array_takes_the_default():
+    assert lars_update(ONE, 1.0, {"*": 0.1}, adapt=False)[0] == 2.9
+    with pytest.raises(StructureError, match=r"'\*/bias': this key matches no leaf"):
+        lars_update(ONE, 1.0, {"*/bias": 1.0, "*": 0.1})
+
+
+def test_names_with_another_separator():
+    rows = [(tuple(name.split(".")), 1) for name in ("0.weight", "0.bias", "1.weight", "bias")]
+    values = by_path.resolve(
+        "adapt", {"*.bias": False, "1": 2, "*": True}, rows, sep=".", to="model"
+    )
+    assert values == [True, False, 2, False]
+    with pytest.raises(StructureError) as caught:
+        by_path.resolve("adapt", {"*.bias": False, "*/bias": 1}, rows, sep=".", to="model")
+    assert str(caught.value).splitlines()[:2] == [
+        "adapt does not match model",
+        "  0.weight: no key matches it: add the key '*' for all other leaves",
+    ]
+
+
+# ---- The same bits as a full tree
+
+
+def given_as(form, first, second):
+    """An option that is `first` below "encoder" and `second` elsewhere, and the full tree."""
+    full = Container(head=[second, second], encoder={"bias": first, "kernel": first})
+    forms = {
+        "patterns": {"enc*": first, "head/[01]": second},
+        "node and default": {"*": second, "encoder": first},
+        "inner patterns": {"encoder": {"k*": first, "*": first}, "head": second},
+        "function": lambda path, leaf: first if path[0] == "encoder" else second,
+    }
+    return forms[form], full
+
+
+FORMS = ["patterns", "node and default", "inner patterns", "function"]
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", PREFIXED)
+def test_every_option_by_path_equals_the_full_tree(name, form, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(_native, "kernel", None)
+    given, full = given_as(form, *PREFIXED[name])
+    w, g = rng_tree(1), rng_tree(2) * 0.1
+    for update in (lars_update, report.trust_ratios):
+
+        def result(value, update=update):
+            options = {"decay_lambda": 0.1, name: value}
+            return update(w, g, options.pop("lr", 0.1), **options)
+
+        assert_identical(result(given), result(full))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "name",
+    {*PREFIXED, "momentum", "nesterov"} - {"lr"},
+)
+def test_every_option_of_Lars_by_path_equals_the_full_tree(name, form):
+    values = PREFIXED | {"momentum": (0.5, 0.0), "nesterov": (True, False)}
+    given, full = given_as(form, *values[name])
+    w, g = rng_tree(1), rng_tree(2) * 0.1
+    results = []
+    for value in (given, full):
+        opt = unit_lars(0.1, **({"decay_lambda": 0.1} | {name: value}))
+        new, state = opt.update(w, g, opt.init(w))
+        results.append([*opt.update(new, g, state)])
+    assert_identical(*results)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_library(form, library):
+    given, full = given_as(form, True, False)
+    w, g = (rng_tree(seed).map(lambda x: to_library(library.name, x)) for seed in (1, 2))
+    new, expected = (lars_update(w, g, 0.1, adapt=value).map(to_numpy) for value in (given, full))
+    assert_identical(new, expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_compiled_by_jax(form):
+    jax = need("jax")
+    given, full = given_as(form, True, False)
+    w, g = (rng_tree(seed).map(jax.numpy.asarray) for seed in (1, 2))
+    new, expected = (
+        jax.jit(lambda w, g, v=value: lars_update(w, g, 0.1, adapt=v))(w, g)
+        for value in (given, full)
+    )
+    assert_identical(new, expected)
+
+
+@pytest.mark.parametrize("form", FORMS[:3])
+def test_a_schedule_may_be_a_value_of_a_mapping(form):
+    w, g = rng_tree(1), rng_tree(2)
+    results = []
+    for lr in given_as(form, Polynomial(1.0, 10), 0.5):
+        opt = Lars(lr)
+        new, state = opt.update(w, g, opt.init(w))
+        results.append([*opt.update(new, g, state)])
+    assert_identical(*results)
+
+
+def test_axis_names_and_layer_axes_by_path():
+    """None is a value of these options. The values of `axis_name` may be tuples."""
+    w, g = rng_tree(1), rng_tree(2)
+    expected = lars_update(w, g, 0.1, layer_axis={"encoder": 0, "head": None})
+    for axis in ({"encoder": 0, "*": None}, lambda path, x: 0 if path[0] == "encoder" else None):
+        assert_identical(lars_update(w, g, 0.1, layer_axis=axis), expected)
+    with pytest.raises(OptionError) as refused:
+        lars_update(w, g, 0.1, axis_name={"encoder": ("x", "y"), "head": None})
+    for names in (
+        {"encoder": ("x", "y"), "*": None},
+        lambda path, leaf: ("x", "y") if path[0] == "encoder" else None,
+    ):
+        with pytest.raises(OptionError) as caught:
+            lars_update(w, g, 0.1, axis_name=names)
+        assert str(caught.value) == str(refused.value)
+
+
+def test_rates_that_autograd_tracks_keep_their_graph_by_path():
+    torch = need("torch")
+    w = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([3.0, 4.0])}
+    lr = torch.tensor(0.1, requires_grad=True)
+    for stop in ({"a": False, "*": True}, lambda path, leaf: path != ("a",), {"*": False}):
+        new = lars_update(w, w, {"*": lr}, stop_gradients=stop)
+        assert new["a"].requires_grad
+    assert not lars_update(w, w, {"*": lr}, stop_gradients={"*": True})["a"].requires_grad
+
+
+# ---- Functions
+
+
+def test_a_function_gets_the_path_and_the_leaf_of_all_weights_once():
+    w = model()
+    w["wrapped"] = Array(ONE)
+    seen = []
+    lars_update(w, 1.0, lambda path, leaf: seen.append((path, leaf)) or 0.1)
+    rows = [(p, x) for p, x in zip(w.paths(), w.leaves(), strict=True) if x is not None]
+    assert [path for path, _ in seen] == [path for path, _ in rows]
+    assert all(x is y for (_, x), (_, y) in zip(seen, rows, strict=True))
+
+
+def test_a_function_of_one_array_gets_an_empty_path():
+    new = lars_update(ONE, 1.0, lambda path, leaf: 0.1 + len(path), adapt=False)
+    assert new[0] == 2.9
+
+
+@pytest.mark.parametrize("value", [-1, "fast", {"a": 1}, None])
+def test_an_invalid_result_of_a_function_is_refused_with_its_path(value):
+    w = model()
+    before = w.leaves()[0].tobytes()
+    with pytest.raises(OptionError) as caught:
+        lars_update(w, 1.0, lambda path, leaf: 0.1 if path[-1] != "bias" else value, out=w)
+    assert caught.value.argument == "lr"
+    assert caught.value.paths == tuple(path for path in w.paths() if path[-1] == "bias")
+    assert w.leaves()[0].tobytes() == before
+
+
+def test_an_exception_in_a_function_gets_the_path_as_a_note():
+    def fails(path, leaf):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        lars_update(model(), 1.0, 0.1, adapt=fails)
+    assert caught.value.__notes__ == ["adapt at encoder/l0/kernel"]
+    with pytest.raises(TypeError) as wrong:
+        lars_update(ONE, 1.0, 0.1, adapt=lambda path, leaf: path + 1)
+    assert wrong.value.__notes__ == ["adapt at w"]
+
+
+def test_a_function_with_other_parameters_is_refused():
+    with pytest.raises(
+        OptionError, match=r"adapt: expected a function of \(path, leaf\), got a function"
+    ):
+        lars_update(model(), 1.0, 0.1, adapt=lambda path: True)
+    with pytest.raises(OptionError, match="a schedule needs the number of the step") as caught:
+        lars_update(model(), 1.0, Constant(0.1))
+    assert caught.value.argument == "lr"
+
+
+def test_shapes_decide():
+    """The usual recipe: vectors are neither adapted nor decayed."""
+    w, g = build(np.ones), build(lambda shape: np.full(shape, 0.5))
+    is_kernel = lambda path, x: x.ndim > 1  # noqa: E731
+    full = w.map(lambda x: x.ndim > 1)
+    expected = lars_update(w, g, 0.1, adapt=full, decay_lambda=0.1 * full)
+    new = lars_update(w, g, 0.1, adapt=is_kernel, decay_lambda=lambda p, x: 0.1 * (x.ndim > 1))
+    assert_identical(new, expected)
