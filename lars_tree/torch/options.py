@@ -5,10 +5,11 @@ Errors are ValueError, as in torch's own optimizers, not OptionError.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from numbers import Number
 from operator import index
 from types import NoneType
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -19,25 +20,29 @@ from lars_tree._core.values import finite_number
 from lars_tree._numerics.formula import Rule
 from lars_tree.errors import did_you_mean
 
+Value = TypeVar("Value")
+# A value for all parameters, or values by the name of the parameter, see `param_groups`.
+ByName: TypeAlias = Value | Mapping[str, Any] | Callable[[str, Tensor], Value]
+
 
 class GroupOptions(TypedDict, total=False):
-    """The options of a parameter group; `torch.Lars` documents them."""
+    """The options of `param_groups`; `torch.Lars` documents them."""
 
-    lr: float | Tensor
-    momentum: float
-    dampening: float
-    weight_decay: float
-    nesterov: bool
-    trust_coefficient: float
-    eps: float
-    trust_clip: bool
-    joint_norm: bool
-    adapt: bool | Literal["decayed"]
-    foreach: bool | None
-    maximize: bool
-    layer_axis: int | None
-    nonfinite: NonFinite
-    fused: bool | None
+    lr: ByName[float | Tensor]
+    momentum: ByName[float]
+    dampening: ByName[float]
+    weight_decay: ByName[float]
+    nesterov: ByName[bool]
+    trust_coefficient: ByName[float]
+    eps: ByName[float]
+    trust_clip: ByName[bool]
+    joint_norm: ByName[bool]
+    adapt: ByName[bool | Literal["decayed"]]
+    foreach: ByName[bool | None]
+    maximize: ByName[bool]
+    layer_axis: ByName[int | None]
+    nonfinite: ByName[NonFinite]
+    fused: ByName[bool | None]
 
 
 NAMES = tuple(GroupOptions.__annotations__)
