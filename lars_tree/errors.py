@@ -254,24 +254,20 @@ def describe(node: Any) -> str:
 def not_an_array(x: Any) -> str:
     """The message for an object where an array is expected, with what to do instead."""
     found = describe(x) if _shape(x) is None else f"{_with_package(type(x))} of shape {_shape(x)}"
-    hints = _CONVERSIONS | {"__dataclass_fields__": "register its class as a pytree, as JAX can"}
-    hint = next((f": {text}" for name, text in hints.items() if hasattr(type(x), name)), "")
+    hint = next((f": {text}" for name, text in _HINTS.items() if hasattr(type(x), name)), "")
     return f"expected an array, got {found}{hint}"
 
 
-# What to do with data that has such a method.
-_CONVERSIONS = {
+# What to do with an object whose class has such an attribute.
+_HINTS = {
     "to_numpy": "convert it with .to_numpy()",
     "toarray": "convert it with .toarray()",
     "todense": "convert it with .todense()",
     "__array__": "convert it with numpy.asarray",
     "named_parameters": "give dict(model.named_parameters())",
+    "__dataclass_fields__": "register its class as a pytree, for example with JAX",
+    "__call__": "select the arrays, for example with equinox.filter",
 }
-
-
-def is_data(x: Any) -> bool:
-    """Whether an object that is not an array holds data, like a data frame or a torch module."""
-    return _shape(x) is not None or any(hasattr(type(x), name) for name in _CONVERSIONS)
 
 
 def is_array_type(cls: type) -> bool:

@@ -54,8 +54,8 @@ class Lars:
     pytrees.
 
     A velocity has the dtype of its weights, or float32 if they are float16 or bfloat16. Leaves that
-    are not floating point, or no arrays, are never updated and have no velocity (None). The state
-    is a Container and can be saved like weights: `step` counts the steps, `skipped` the steps that
+    are not floating point are never updated and have no velocity (None). The state is a Container
+    and can be saved like weights: `step` counts the steps, `skipped` the steps that
     nonfinite="skip" skipped, and `velocity` is a tree like w. If momentum is the number 0, there is
     no velocity, and each step gives the same results as `lars_update`, bit for bit.
 
@@ -123,8 +123,9 @@ class Lars:
 
         Raises:
             StructureError: w contains itself, or has a node that cannot be rebuilt.
-            LarsTreeError: w cannot be updated: a leaf is an array without data, or holds data that
-                must become an array first, such as a data frame.
+            LarsTreeError: w cannot be updated: a leaf is not an array, or has no data. A model with
+                other leaves needs None in their place: `opt.init(equinox.filter(model,
+                equinox.is_array))`. `update` takes the whole model.
         """
         try:
             leaves = structure.leaves(w)
@@ -132,7 +133,7 @@ class Lars:
             checks.check_weights(arrays, lambda: structure.paths(w, len(arrays)))
         except RecursionError:
             raise structure.explained({"w": w}) from None
-        first = next((x for x in arrays if _backends.find(x) is not None), np.empty(0))
+        first = next((x for x in arrays if x is not None), np.empty(0))
         backend = _backends.find(first)
         assert backend is not None
         state = Container(step=backend.counter(first), skipped=backend.counter(first))

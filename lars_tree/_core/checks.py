@@ -53,8 +53,7 @@ def check_apart(rows: list[Row], paths: Paths, words: Words = WORDS) -> None:
 def check_weights(leaves: list[Any], paths: Paths) -> None:
     """Check weights without gradients.
 
-    None, arrays that are not floating point, and objects that are no data, such as functions, are
-    allowed, because they are never updated.
+    None and arrays that are not floating point are allowed, because they are never updated.
     """
     faults = ((index, _unfit(Operand(x))) for index, x in enumerate(leaves) if x is not None)
     _raise([(index, fault) for index, fault in faults if fault], paths, WORDS)
@@ -69,7 +68,7 @@ def _raise(found: list[tuple[int, Fault]], paths: Paths, words: Words) -> None:
 
 def _unfit(w: Operand) -> Fault | None:
     if w.backend is None:
-        return _not_an_array("w", w, WORDS) if errors.is_data(w.x) else None
+        return _not_an_array("w", w, WORDS)
     fault = _faulty("w", w, WORDS)
     if not fault and getattr(w.facts.dtype, "hasobject", False):
         return _unusable("w", w, WORDS)

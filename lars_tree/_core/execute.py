@@ -143,10 +143,7 @@ def _leaves(columns: base.Columns, caller: Caller, indices: Iterable[int]) -> li
         backend, rule = _backends.find(x), columns.rules[index]
         if backend is None:
             if dcdw is not None:
-                text = errors.not_an_array(x)
-                if callable(x) and not errors.is_data(x):
-                    text += f": give None in {caller.words.dcdw}, as equinox.filter_grad does"
-                non_arrays["w"].append((caller.paths()[index], text))
+                non_arrays["w"].append((caller.paths()[index], errors.not_an_array(x)))
             elif writes and out is not x:
                 text = f"expected the same object as in {caller.words.w}: it is not an array"
                 non_arrays["out"].append((caller.paths()[index], text))
