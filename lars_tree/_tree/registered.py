@@ -99,7 +99,7 @@ def _are_unique(keys: list[Hashable]) -> bool:
 
 def _key(entry: Any) -> Hashable:
     """The key in an entry of a path of JAX or torch: a mapping's key, an index or a name."""
-    for name in ("key", "idx", "name"):
+    for name in ("name", "key", "idx"):
         if hasattr(entry, name):
             return getattr(entry, name)  # type: ignore[no-any-return]
     return entry  # type: ignore[no-any-return]
