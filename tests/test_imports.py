@@ -19,6 +19,7 @@ HEAVY = {
     "torch",
     "jax",
     "dask",
+    "flax",
     "optree",
     "hypothesis",
     "matplotlib",
