@@ -9,7 +9,8 @@ from __future__ import annotations
 import operator
 import reprlib
 from collections import UserList
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice, takewhile
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -29,6 +30,11 @@ __all__ = [
     "StateError",
     "StructureError",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 Path = tuple[Hashable, ...]
 
@@ -117,14 +123,19 @@ def error(
     kind: type[LarsTreeError],
     argument: str,
     headline: str,
-    lines: Iterable[Line],
+    lines: Iterable[Line] = (),
     shown: Callable[[Path], str] = path_string,
+    *,
+    paths: Iterable[Path] | None = None,
 ) -> LarsTreeError:
-    """An exception of this kind; the message is a headline and one line per path."""
+    """An exception of this kind; the message is a headline and one line per path.
+
+    `paths` are given only if they are not those of the lines.
+    """
     lines = list(lines)
     exception = kind(message(argument, headline, lines, shown))
     exception.argument = argument
-    exception.paths = tuple(path for path, _ in lines)
+    exception.paths = tuple(path for path, _ in lines) if paths is None else tuple(paths)
     return exception
 
 
@@ -132,9 +143,19 @@ def file_error(file: object, text: str, name: str | None = None) -> LarsTreeErro
     """A FileError about a file, or about the entry `name` of this file."""
     path = () if name is None else (name,)
     line = tuple(map(shortened, path)), shortened(text)
-    exception = error(FileError, "path", f"path {str(file)!r} cannot be read", [line])
-    exception.paths = (path,)
-    return exception
+    headline = f"path {str(file)!r} cannot be read"
+    return error(FileError, "path", headline, [line], paths=[path])
+
+
+@contextmanager
+def requiring(user: str, packages: str) -> Iterator[None]:
+    """Make the error for a missing library say what needs it, and how to install it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        library = str(error.name).partition(".")[0]
+        text = f"{user} needs {library}: pip install {packages}"
+        raise ModuleNotFoundError(text, name=library) from None
 
 
 def shortened(text: str, most: int = 1000) -> str:
@@ -150,7 +171,7 @@ def whole_number(argument: str, x: Any, least: int) -> int:
         number = None
     if number is None or number < least:
         text = f"{argument}: expected a whole number >= {least}, got {x!r}"
-        raise error(OptionError, argument, text, [])
+        raise error(OptionError, argument, text)
     return number
 
 
@@ -254,8 +275,10 @@ def describe(node: Any) -> str:
 def not_an_array(x: Any) -> str:
     """The message for an object where an array is expected, with what to do instead."""
     found = describe(x) if _shape(x) is None else f"{_with_package(type(x))} of shape {_shape(x)}"
-    hint = next((f": {text}" for name, text in _HINTS.items() if hasattr(type(x), name)), "")
-    return f"expected an array, got {found}{hint}"
+    hint = next((text for name, text in _HINTS.items() if hasattr(type(x), name)), "")
+    if not hint and _is_function(x):
+        hint = "select the arrays, for example with equinox.filter"
+    return f"expected an array, got {found}" + (f": {hint}" if hint else "")
 
 
 # What to do with an object whose class has such an attribute.
@@ -266,7 +289,6 @@ _HINTS = {
     "__array__": "convert it with numpy.asarray",
     "named_parameters": "give dict(model.named_parameters())",
     "__dataclass_fields__": "register its class as a pytree, for example with JAX",
-    "__call__": "select the arrays, for example with equinox.filter",
 }
 
 
@@ -285,6 +307,13 @@ def _shape(x: Any) -> tuple[Any, ...] | None:
     except Exception:  # a lazy parameter, or a weak proxy of a deleted object
         return None
     return tuple(shape) if isinstance(shape, tuple) else None
+
+
+def _is_function(x: Any) -> bool:
+    try:
+        return callable(x) and hasattr(x, "__name__")
+    except Exception:  # a weak proxy of a deleted object
+        return False
 
 
 def _with_package(cls: type) -> str:

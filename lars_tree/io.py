@@ -18,6 +18,11 @@ from lars_tree.container import Container
 
 __all__ = ["from_state_dict", "load", "metadata", "open", "save", "to_state_dict"]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 _FROM_NUMPY: dict[str, Callable[[Any], Any]] = {
     "numpy": lambda x: x,
     "torch": arrays.to_torch,

@@ -38,6 +38,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 @overload
 def trust_ratios(w: Tree, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptions]) -> Tree: ...
 @overload

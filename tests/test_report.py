@@ -341,10 +341,12 @@ def test_the_table_as_text_and_markdown():
     assert re.search(r"a/kernel.*34\.64.*69\.28.*0\.5", console.export_text())
 
 
-def test_only_the_text_of_a_long_table_is_cut():
+def test_a_long_table_is_cut_where_it_is_shown():
     table = layer_table({f"l{i}": np.ones(1) for i in range(100)}, 1.0, 0.1)
     lines = repr(table).splitlines()
-    assert (len(lines), lines[-1]) == (63, "  ... and 40 more")
+    assert (len(lines), lines[-1]) == (63, "  ... and 40 more; `records` has all")
+    page = table._repr_html_()
+    assert (page.count("<tr>"), "... and 40 more" in page) == (61, True)
     assert len(table.to_markdown().splitlines()) == 102
     assert repr(layer_table({}, 1.0, 0.1)).splitlines()[0] == "0 layers, 0 parameters"
 

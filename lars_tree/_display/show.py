@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.tree import Tree
 
 _MOST_LINES = 40
+_UNITS = ("kB", "MB", "GB", "TB", "PB", "EB")
 
 
 class Totals(NamedTuple):
@@ -84,10 +85,12 @@ def _counted(total: Totals) -> str:
 
 
 def _size(count: int) -> str:
-    power = min(3, (len(str(count)) - 1) // 3)
-    if not power:
+    if count < 1000:
         return errors.counted(count, "byte")
-    return f"{count / 1000**power:,.4g} {('kB', 'MB', 'GB')[power - 1]}"
+    size, unit = count / 1000, 0
+    while round(size, 1) >= 1000 and unit < len(_UNITS) - 1:  # 999,999 bytes are 1 MB
+        size, unit = size / 1000, unit + 1
+    return f"{size:.4g} {_UNITS[unit]}"
 
 
 def text(container: Any) -> str:

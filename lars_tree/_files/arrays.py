@@ -95,7 +95,8 @@ def dtype_named(name: str) -> np.dtype[Any] | None:
     try:
         return np.dtype(name)
     except TypeError:
-        import ml_dtypes
+        with errors.requiring(f"dtype {name}", "'lars-tree[io]'"):
+            import ml_dtypes
 
         scalar = getattr(ml_dtypes, name, None)
         return None if scalar is None else np.dtype(scalar)

@@ -83,7 +83,8 @@ def write(file: BinaryIO, entries: dict[str, Entry], metadata: dict[str, str]) -
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     if len(text) > _LONGEST_HEADER:
-        raise errors.StructureError(f"tree has too many names: a header of {len(text)} bytes")
+        headline = f"tree has too many names: a header of {len(text)} bytes"
+        raise errors.error(errors.StructureError, "tree", headline, paths=[()])
     file.write(len(text).to_bytes(8, "little"))
     file.write(text)
     for name in order:

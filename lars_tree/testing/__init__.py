@@ -5,11 +5,10 @@ by leaf (`assertions.py`), and `check_update_laws` checks any update function ag
 (`laws.py`, `check.py`). The tests of this package use these tools.
 """
 
-try:
+from lars_tree.errors import requiring
+
+with requiring("lars_tree.testing", "'lars-tree[testing]'"):
     import hypothesis as _  # noqa: F401
-except ModuleNotFoundError as error:
-    hint = "lars_tree.testing needs hypothesis: pip install 'lars-tree[testing]'"
-    raise ModuleNotFoundError(hint, name=error.name) from None
 
 from lars_tree.testing.assertions import assert_close_ulp, assert_identical
 from lars_tree.testing.check import LawError, check_update_laws
@@ -46,3 +45,7 @@ __all__ = [
     "shuffled",
     "weights_and_gradients",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
