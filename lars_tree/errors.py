@@ -284,8 +284,10 @@ def describe(node: Any) -> str:
 def not_an_array(x: Any) -> str:
     """The message for an object where an array is expected, with what to do instead."""
     found = describe(x) if _shape(x) is None else f"{_with_package(type(x))} of shape {_shape(x)}"
-    hint = next((f": {text}" for name, text in _HINTS.items() if hasattr(type(x), name)), "")
-    return f"expected an array, got {found}{hint}"
+    hint = next((text for name, text in _HINTS.items() if hasattr(type(x), name)), "")
+    if not hint and _is_function(x):
+        hint = "select the arrays, for example with equinox.filter"
+    return f"expected an array, got {found}" + (f": {hint}" if hint else "")
 
 
 # What to do with an object whose class has such an attribute.
@@ -296,7 +298,6 @@ _HINTS = {
     "__array__": "convert it with numpy.asarray",
     "named_parameters": "give dict(model.named_parameters()), or use lars_tree.torch.Lars",
     "__dataclass_fields__": "register its class as a pytree, for example with JAX",
-    "__call__": "select the arrays, for example with equinox.filter",
 }
 
 
@@ -315,6 +316,13 @@ def _shape(x: Any) -> tuple[Any, ...] | None:
     except Exception:  # a lazy parameter, or a weak proxy of a deleted object
         return None
     return tuple(shape) if isinstance(shape, tuple) else None
+
+
+def _is_function(x: Any) -> bool:
+    try:
+        return callable(x) and hasattr(x, "__name__")
+    except Exception:  # a weak proxy of a deleted object
+        return False
 
 
 def _with_package(cls: type) -> str:

@@ -20,6 +20,7 @@ HEAVY = {
     "torch",
     "jax",
     "dask",
+    "flax",
     "optree",
     "hypothesis",
     "matplotlib",

@@ -229,6 +229,13 @@ def test_positions_match_only_if_the_static_data_is_equal():
     assert values(lars_update(w, {"x": make(G, G, "a, b")}, 0.1)) == [NEW, NEW]
 
 
+@pytest.mark.parametrize("name", ["jax class", "torch class", "optree class"])
+def test_positions_match_if_the_static_data_is_the_same_array(name):
+    w = REGISTERED[name][0]()(W, W, (W, "names"))
+    g = tree_map(name)(lambda x: G, w)
+    assert values(lars_update(w, g, 0.1)) == [NEW, NEW]
+
+
 def test_positions_are_integers():
     path = Container(x=jax_class()(W, G)).paths()[1]
     assert path == ("x", 1)

@@ -11,6 +11,8 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple
 
+from lars_tree import errors
+
 Node = Any
 
 
@@ -64,7 +66,7 @@ class Position(int):
         return int.__repr__(self)
 
     def __repr__(self) -> str:
-        return f"{self} of {self.static}"
+        return f"{self} of {errors.shortened(str(self.static), 100)}"
 
     def __reduce__(self) -> Any:  # static data often cannot be pickled
         return int, (int(self),)
