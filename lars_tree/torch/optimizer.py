@@ -109,7 +109,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         engine: The engines that update the parameters, such as "fused"; see "GPUs" in the docs.
 
     Raises:
-        ValueError: An option has an invalid value, or there are no parameters.
+        OptionError: An option has an invalid value. ValueError: There are no parameters.
         LeafError: A parameter is flattened or partitioned, as by FSDP1 and DeepSpeed's ZeRO.
 
     Source: You, Gitman, Ginsburg (2017), arXiv:1708.03888, Algorithm 1.
@@ -190,7 +190,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         """Add a parameter group, as in `torch.optim.Optimizer`.
 
         Raises:
-            ValueError: An option has an invalid value.
+            OptionError: An option has an invalid value.
             TypeError: A key is another package's name for an option of Lars.
             LeafError: A parameter is flattened, as by FSDP1.
         """
@@ -277,8 +277,8 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
             The result of the closure.
 
         Raises:
-            RuntimeError: A gradient is sparse.
-            ValueError: An option of a group has an invalid value.
+            RuntimeError: A gradient is sparse. It is also a LeafError.
+            OptionError: An option of a group has an invalid value.
             LarsTreeError: Parameters, gradients or buffers differ in shape, dtype or device, share
                 memory, or are read-only. Nothing was written. (On accelerators, shared memory is
                 detected only if two parameters start at the same address.)
