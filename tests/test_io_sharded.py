@@ -214,7 +214,7 @@ def test_an_old_index_cannot_make_us_remove_other_files(tmp_path):
     listed = {name: name for name in precious} | {"up": "../model-00001-of-00001.safetensors"}
     up = tmp_path.parent / "model-00001-of-00001.safetensors"
     up.write_bytes(b"up")
-    for names in (precious, listed):
+    for names in ([precious[0]], [precious[1]], [precious[2]], precious, listed):
         text = json.dumps({"weight_map": {name: name for name in names}})
         (tmp_path / INDEX).write_text(text)
         io.save(W, tmp_path)
