@@ -23,6 +23,7 @@ from lars_tree import (
     lars_update,
 )
 from lars_tree._files import index
+from lars_tree.cli import main
 
 need("ml_dtypes")
 package = need("safetensors.numpy")
@@ -299,6 +300,17 @@ def test_metadata_of_other_programs(tmp_path):
     del content["metadata"]
     (tmp_path / INDEX).write_text(json.dumps(content))
     assert io.load(tmp_path) == W
+
+
+def test_show_lists_a_checkpoint(tmp_path, capsys):
+    need("click")
+    io.save(W, tmp_path, max_shard_size=48, metadata={"step": "7"})
+    assert main(["show", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["leaves"], found["parameters"], found["bytes"]) == (3, 13, 92)
+    assert found["metadata"] == {"step": "7"}
+    io.save(W, tmp_path / "w.safetensors")
+    assert main(["diff", str(tmp_path), str(tmp_path / "w.safetensors")]) == 0
 
 
 def test_errors_of_shards_have_argument_and_paths(tmp_path):

@@ -175,9 +175,33 @@ def test_a_file_that_only_has_the_name_of_a_killed_writers_shard_is_kept(what, t
     elif os.geteuid() != 0:
         pytest.skip("only root can give files away")
     else:
-        os.chown(journal, 1234, 1234)
+        os.chown(staged, 1234, 1234)
     save(tmp_path, 1)
     assert shard.read_bytes() == b"of another program"
+
+
+def test_a_link_is_not_a_staged_set(tmp_path):
+    """What a link leads to is not removed, even if it looks like a staged set."""
+    others, directory = tmp_path / "others", tmp_path / "checkpoint"
+    others.mkdir()
+    directory.mkdir()
+    for name in (abandoned.JOURNAL, abandoned.INDEX, "0", "precious"):
+        (others / name).write_bytes(b"{}")
+    (directory / ".lars_tree-0.set").symlink_to(others)
+    save(directory, 0)
+    assert len(listed(others)) == 4
+
+
+def test_only_the_files_of_a_staged_set_are_removed(tmp_path):
+    staged = tmp_path / ".lars_tree-0.set"
+    staged.mkdir()
+    for name in (abandoned.JOURNAL, abandoned.INDEX, abandoned.MODE, "0", "17", "precious"):
+        (staged / name).write_bytes(b"{}")
+    save(tmp_path, 0)
+    assert listed(staged) == ["precious"]
+    (staged / "precious").unlink()
+    save(tmp_path, 0)
+    assert not staged.exists()
 
 
 JOURNALS = {
