@@ -351,7 +351,7 @@ def test_invalid_arguments_of_strategies_are_refused_at_once(make, text):
 
 
 def test_a_drawn_dtype_is_checked_too():
-    with pytest.raises(OptionError, match="dtype: expected one of 'float64', .*, got 'int32'"):
+    with pytest.raises(OptionError, match="got 'int32'"):
         example(testing.arrays(st.just("int32"), (1,)))
 
 
