@@ -129,6 +129,8 @@ def check_update_laws(
     __tracebackhide__ = True
     given = locals()
     arguments = {name: given[name] for name in Arguments.__annotations__}
+    if not callable(update):
+        raise refused("update", f"expected a function of (w, dcdw, lr), got {update!r}")
     if isinstance(update, Adapter):
         raise refused(
             "update",
@@ -188,6 +190,9 @@ def check_optimizer_laws(
         ModuleNotFoundError: The library is not installed.
     """
     __tracebackhide__ = True
+    if not callable(optimizer):
+        text = "expected a function that makes an optimizer, such as lars_tree.Lars"
+        raise refused("optimizer", f"{text}, got {optimizer!r}")
     adapted = optimizer if isinstance(optimizer, Adapter) else None
     chosen = convention or (adapted.convention if adapted else "paper")
     _arrays.check_known("convention", chosen, ["paper", "torch"])
@@ -220,8 +225,6 @@ def _check(
 ) -> None:
     """Check the laws on trials of an update function or optimizer, the `subject`."""
     __tracebackhide__ = True
-    if not callable(subject):
-        raise refused("update", f"expected a function, got {subject!r}")
     settings = arguments.pop("settings")
     chosen = _chosen(laws, arguments.pop("exclude"))
     domain = _domain(further, **arguments)
