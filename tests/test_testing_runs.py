@@ -322,6 +322,16 @@ def test_for_optax_passes_options_and_rates():
     assert second["b"].tolist() == [2.5 - 1.5]
 
 
+def test_adapters_take_classes_and_functions():
+    torch, optax = need("torch"), need("optax")
+    with pytest.raises(ValueError, match=r"cls: expected a class such as .*, got a SGD") as caught:
+        for_torch(torch.optim.SGD([torch.zeros(1)]))
+    assert caught.value.argument == "cls"
+    with pytest.raises(ValueError, match="transform: expected a function of the rate") as caught:
+        for_optax(optax.lars(0.1))
+    assert caught.value.argument == "transform"
+
+
 def test_an_update_function_is_not_an_optimizer():
     torch = need("torch")
     with pytest.raises(ValueError, match=r"update: .*: use check_optimizer_laws"):

@@ -42,6 +42,13 @@ def refused(argument: str, text: str) -> errors.LarsTreeError:
     return errors.error(errors.OptionError, argument, f"{argument}: {text}", [])
 
 
+def items(argument: str, xs: Any, expected: str) -> list[Any]:
+    """The items of a list or tuple; an OptionError for anything else, and if there are none."""
+    if not isinstance(xs, (list, tuple)) or not xs:
+        raise refused(argument, f"expected a list of {expected}, got {xs!r}")
+    return list(xs)
+
+
 def check_known(argument: str, x: Any, known: Sequence[str]) -> None:
     """Raise an OptionError unless x is one of the `known` names."""
     if x not in known:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lars_tree import errors
 from lars_tree._tree import structure
-from lars_tree.testing._arrays import Library
+from lars_tree.testing._arrays import Library, refused
 from lars_tree.testing.exact import Convention
 from lars_tree.testing.trial import Optimizer, matched
 
@@ -56,7 +57,11 @@ def for_torch(cls: Any, **options: Any) -> Adapter:
         cls: The class, or a function with the same arguments: parameters, then `lr`, `momentum`,
             `weight_decay` and `nesterov` by name, as far as the laws that are checked set them.
         **options: Further options of the class.
+
+    Raises:
+        OptionError: A ValueError: `cls` is an optimizer, not a class.
     """
+    _check_callable("cls", cls, "a class such as torch.optim.SGD")
 
     def make(lr: float, **changed: Any) -> Optimizer:
         return _TorchOptimizer(cls, {**options, **changed, "lr": lr})
@@ -83,12 +88,21 @@ def for_optax(transform: Callable[..., Any], **options: Any) -> Adapter:
             `weight_decay` and `nesterov` by name, as far as the laws that are checked set them. A
             rate is a number, and each new rate calls the function again.
         **options: Further options of the function.
+
+    Raises:
+        OptionError: A ValueError: `transform` is a transformation, not a function.
     """
+    _check_callable("transform", transform, "a function of the rate such as optax.lars")
 
     def make(lr: float, **changed: Any) -> Optimizer:
         return _OptaxOptimizer(transform(lr, **{**options, **changed}))
 
     return Adapter(make, "jax", "paper", transform)
+
+
+def _check_callable(argument: str, x: Any, expected: str) -> None:
+    if not callable(x):
+        raise refused(argument, f"expected {expected}, got {errors.describe(x)}")
 
 
 class _TorchOptimizer:

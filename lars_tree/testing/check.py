@@ -18,8 +18,8 @@ from hypothesis.extra import numpy as hnp
 
 from lars_tree import errors
 from lars_tree.container import Container
-from lars_tree.testing import _arrays
-from lars_tree.testing._arrays import refused
+from lars_tree.testing import _arrays, trees
+from lars_tree.testing._arrays import items, refused
 from lars_tree.testing.adapters import Adapter
 from lars_tree.testing.exact import Convention, ExactRule
 from lars_tree.testing.failures import function_of, report
@@ -129,6 +129,8 @@ def check_update_laws(
     __tracebackhide__ = True
     given = locals()
     arguments = {name: given[name] for name in Arguments.__annotations__}
+    if not callable(update):
+        raise refused("update", f"expected a function of (w, dcdw, lr), got {update!r}")
     if isinstance(update, Adapter):
         raise refused(
             "update",
@@ -158,7 +160,8 @@ def check_optimizer_laws(
     >>> from hypothesis import settings
     >>> from lars_tree.testing import MOMENTUM_LAWS, STATE_LAWS, check_optimizer_laws, for_torch
     >>> quick = settings(max_examples=5, derandomize=True)
-    >>> check_optimizer_laws(Lars, trust_coefficient=0.001, eps=1e-8, settings=quick)
+    >>> rule = {"trust_coefficient": 0.001, "eps": 1e-8}
+    >>> check_optimizer_laws(Lars, laws=STATE_LAWS + MOMENTUM_LAWS, settings=quick, **rule)
     >>> check_optimizer_laws(for_torch(torch.optim.SGD), laws=STATE_LAWS, settings=quick)
     >>> try:
     ...     check_optimizer_laws(
@@ -187,6 +190,9 @@ def check_optimizer_laws(
         ModuleNotFoundError: The library is not installed.
     """
     __tracebackhide__ = True
+    if not callable(optimizer):
+        text = "expected a function that makes an optimizer, such as lars_tree.Lars"
+        raise refused("optimizer", f"{text}, got {optimizer!r}")
     adapted = optimizer if isinstance(optimizer, Adapter) else None
     chosen = convention or (adapted.convention if adapted else "paper")
     _arrays.check_known("convention", chosen, ["paper", "torch"])
@@ -219,8 +225,6 @@ def _check(
 ) -> None:
     """Check the laws on trials of an update function or optimizer, the `subject`."""
     __tracebackhide__ = True
-    if not callable(subject):
-        raise refused("update", f"expected a function, got {subject!r}")
     settings = arguments.pop("settings")
     chosen = _chosen(laws, arguments.pop("exclude"))
     domain = _domain(further, **arguments)
@@ -251,13 +255,11 @@ def _domain(
     _arrays.check_known("library", library, _arrays.LIBRARIES)
     import_module(library)  # raises an error, and breaks no law, if it is missing
     names = _dtype_names(dtypes, library)
-    for x in _sequence("node_types", node_types, "types such as [dict, list]"):
-        if not isinstance(x, type):
-            raise refused("node_types", f"expected types such as [dict, list], got {x!r}")
+    trees.check_node_types(node_types)
     if shapes is None:
         shapes = SHAPES
     elif not isinstance(shapes, st.SearchStrategy):
-        for x in _sequence("shapes", shapes, "shapes such as [(2, 3), ()]"):
+        for x in items("shapes", shapes, "shapes such as [(2, 3), ()]"):
             if not isinstance(x, tuple) or not all(isinstance(n, int) and n >= 0 for n in x):
                 raise refused("shapes", f"expected tuples such as (2, 3), got {x!r}")
         shapes = st.sampled_from(list(shapes))
@@ -270,21 +272,14 @@ def _dtype_names(dtypes: Sequence[Any] | None, library: str) -> list[str]:
     known = _arrays.names_for(library)
     if dtypes is None:
         return known
-    given = _sequence("dtypes", dtypes, 'dtypes such as ["float32"]')
+    given = items("dtypes", dtypes, 'dtypes such as ["float32"]')
     return [_arrays.check_dtype("dtypes", x, known) for x in given]
-
-
-def _sequence(argument: str, xs: Any, expected: str) -> list[Any]:
-    """The items of a list or tuple; an error for anything else, and if there are none."""
-    if not isinstance(xs, (list, tuple)) or not xs:
-        raise refused(argument, f"expected a list of {expected}, got {xs!r}")
-    return list(xs)
 
 
 def _chosen(laws: Any, exclude: Any) -> dict[str, Law]:
     """The laws that are not excluded, by name; the second of a name is called 'name (2)'."""
     example = "laws such as LAWS"
-    for law in _sequence("laws", laws, example):
+    for law in items("laws", laws, example):
         if not callable(law):
             raise refused("laws", f"expected functions such as those of LAWS, got {law!r}")
     if not isinstance(exclude, (Mapping, type(None))):

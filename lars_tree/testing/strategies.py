@@ -68,7 +68,7 @@ def _groups(
     """Tuples of arrays with one dtype and library; `shapes` draws the list of their shapes."""
     if not isinstance(library, st.SearchStrategy):
         _arrays.check_known("library", library, _arrays.LIBRARIES)
-    for layout in layouts:
+    for layout in _arrays.items("layouts", layouts, 'layouts such as ["C"]'):
         _arrays.check_known("layouts", layout, _arrays.LAYOUTS)
     if dtype is not None and not isinstance(dtype, st.SearchStrategy):
         _arrays.check_dtype("dtype", dtype)
@@ -142,6 +142,12 @@ def layers(
 ) -> Strategy:
     """Tuples (w, dcdw) of arrays of one dtype and library: one layer and its gradient.
 
+    >>> from hypothesis import find
+    >>> from lars_tree.testing import layers
+    >>> w, dcdw = find(layers("float32", (2,)), lambda pair: pair[0].any())
+    >>> w.dtype, dcdw.shape
+    (dtype('float32'), (2,))
+
     With `broadcast`, the gradient may have fewer axes than w, and broadcasts to it. `shape` is the
     shape of w. `gradients` is the number of gradients in a tuple: (w, dcdw, dcdw, ...). The other
     arguments have the same meaning as in `arrays()`, with the same errors.
@@ -168,6 +174,11 @@ OPTIONS = {
 
 def options(*names: str) -> Strategy:
     """Keyword arguments of `lars_update`: any of the named options, with one value for all leaves.
+
+    >>> from hypothesis import find
+    >>> from lars_tree.testing import options
+    >>> find(options("eps", "adapt"), lambda given: len(given) == 2)
+    {'eps': 0.0, 'adapt': True}
 
     Args:
         *names: Any of "decay_lambda", "trust_coefficient", "eps", "adapt", "trust_clip",

@@ -35,13 +35,27 @@ ODD_KEYS = (
 
 
 def keys() -> Strategy:
-    """Keys of dicts, also unusual keys: '', '/', '.', names of methods, any text, small ints."""
+    """Keys of dicts, also unusual keys: '', '/', '.', names of methods, any text, small ints.
+
+    >>> from hypothesis import find
+    >>> from lars_tree.testing import keys
+    >>> find(keys(), lambda key: isinstance(key, int) and key < 0)
+    -1
+    """
     return (
         st.sampled_from("abc")
         | st.sampled_from(ODD_KEYS)
         | st.text(max_size=3)
         | st.integers(-1, 3)
     )
+
+
+def check_node_types(node_types: Any) -> None:
+    """Raise an OptionError unless this is a list of types."""
+    for cls in _arrays.items("node_types", node_types, "types such as [dict, list]"):
+        if not isinstance(cls, type):
+            text = f"expected types such as [dict, list], got {cls!r}"
+            raise _arrays.refused("node_types", text)
 
 
 def nests(
@@ -54,14 +68,23 @@ def nests(
 ) -> Strategy:
     """Trees of any structure, including empty trees and bare leaves.
 
+    >>> from hypothesis import find, strategies as st
+    >>> from lars_tree.testing import nests
+    >>> find(nests(st.just(1), node_types=[dict, list]), lambda tree: isinstance(tree, list))
+    []
+
     Args:
         leaves: A strategy for the leaves; None means `arrays()`.
         keys: A strategy for the keys of dicts; None means `keys()`.
         node_types: Types of the nodes: dict, list, tuple, subclasses, namedtuples, attrs classes.
         max_leaves: The approximate maximum number of leaves.
         tied: Whether one object may be the leaf at several paths.
+
+    Raises:
+        OptionError: A ValueError: `node_types` is not a list of types.
     """
     known = _keys() if keys is None else keys
+    check_node_types(node_types)
 
     def nodes(children: Strategy) -> Strategy:
         return st.one_of([_node(cls, known, children) for cls in node_types])
@@ -214,7 +237,13 @@ def _with_gaps(row: tuple[Any, ...]) -> Strategy:
 
 
 def shuffled(tree: Any) -> Strategy:
-    """The same tree with the keys of its dicts in any order."""
+    """The same tree with the keys of its dicts in any order.
+
+    >>> from hypothesis import find
+    >>> from lars_tree.testing import shuffled
+    >>> find(shuffled({"a": 1, "b": [2]}), lambda tree: list(tree)[0] == "b")
+    {'b': [2], 'a': 1}
+    """
     return _rebuilt(tree, None)
 
 

@@ -83,6 +83,14 @@ class Trial:
     modifies its arguments breaks only the law `leaves_its_inputs_alone`. For an optimizer, the
     function is the first step of a run, and `run` makes further steps.
 
+    >>> from lars_tree.testing import Trial, check_update_laws
+    >>> def goes_downhill(trial: Trial) -> None:
+    ...     w, dcdw = trial.pair()
+    ...     rate = trial.draw(st.floats(0, 1), "lr")
+    ...     new = trial(w, dcdw, rate)
+    ...     assert all(((w[key] - new[key]) * dcdw[key] >= 0).all() for key in w)
+    >>> check_update_laws(lars_update, laws=[goes_downhill], nested=False)
+
     Attributes:
         update: The function itself.
         domain: The arrays and trees that the function is tried on.
@@ -194,7 +202,17 @@ class Saving(Protocol):
 
 
 class Run:
-    """A run of an optimizer.
+    """A run of an optimizer, which `Trial.run` starts.
+
+    >>> from functools import partial
+    >>> from lars_tree.testing import Run
+    >>> w, g = {"a": np.array([3.0, 4.0])}, {"a": np.array([0.0, 10.0])}
+    >>> run = Run(partial(Lars, trust_coefficient=1.0, eps=0.0), w, {"momentum": 0.5})
+    >>> run.step(g, lr=0.1)["a"]                # ratio 5 / 10: a step of 0.05 * [0, 10]
+    array([3. , 3.5])
+    >>> run.resume()
+    >>> run.step({"a": None})["a"], run.step({"a": np.zeros(2)})["a"]   # half of the first step
+    (array([3. , 3.5]), array([3.  , 3.25]))
 
     Attributes:
         w: The weights after the last step.
