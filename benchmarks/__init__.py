@@ -4,5 +4,6 @@
 `memory.py` measure; `sections.py`, `odd.py` and `shards.py` define the measurements. `targets.py`
 has the targets; `report.py` and `plots.py` show the results. Three separate programs are `gpu.py`,
 which measures on a GPU (with `gpu_steps.py` and `device.py`), `training.py`, an experiment on
-accuracy, and `pictures.py`, which draws the pictures of docs/reports.md.
+accuracy (reported by `training_page.py`), and `pictures.py`, which draws the pictures of
+docs/reports.md.
 """

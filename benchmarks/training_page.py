@@ -96,7 +96,7 @@ def _findings(results: Results, norm: bool) -> list[str]:
 
     losses = (
         f"{name} {lost(name):.1f} (to {mean[Cell(name, norm, last)]:.1f}%)"
-        for name in sorted(CONTESTANTS, key=lost)
+        for name in sorted((x for x in CONTESTANTS if CONTESTANTS[x].at_all_batches), key=lost)
     )
     title = NORMS[norm].capitalize()
     lines = [f"{title}, points lost from batch {first:,} to {last:,}: {', '.join(losses)}."]

@@ -97,7 +97,13 @@ def optimizer() -> None:
 
 def torch_loop() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
-    groups = param_groups(model, weight_decay=1e-4, nonfinite="skip")
+    groups = param_groups(model, weight_decay=1e-4, nonfinite="skip", excluded_lr=0.1)
+    groups = param_groups(
+        model,
+        lr={"0": 0.5, "*.weight": 1.0, "*": torch.tensor(2.0)},
+        weight_decay=lambda name, p: 1e-4 if name.startswith("2.") else 0.0,
+        excluded_lr={"0": 0.05, "*": 0.1},
+    )
     opt = Lars(groups, lr=0.1, momentum=0.9, adapt="decayed")
     scheduler = torch.optim.lr_scheduler.StepLR(opt, step_size=2)
 

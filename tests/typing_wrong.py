@@ -69,6 +69,8 @@ Lars(model.parameters(), adapt="decay")  # error
 Lars(model.parameters(), weight_decy=1e-4)  # error
 Lars(model.parameters()).step(0.1)  # error
 param_groups(model, weight_decay="1e-4")  # error
+param_groups(model, momentum=lambda name, p: "high")  # error
+param_groups(model, excluded_lr="1e-4")  # error
 param_groups(model.parameters())  # error
 
 # Files and reports.
