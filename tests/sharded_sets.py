@@ -29,6 +29,7 @@ def tree(value):
 
 
 def save(directory, value):
+    """Save a set; numbers of 3, 2 and 1 shards take turns."""
     io.save(tree(value), directory, max_shard_size=24 * (1 + int(value) % 3))
 
 

@@ -23,6 +23,7 @@ from lars_tree import (
     lars_update,
 )
 from lars_tree._files import index
+from lars_tree.cli import main
 
 need("ml_dtypes")
 package = need("safetensors.numpy")
@@ -214,7 +215,7 @@ def test_an_old_index_cannot_make_us_remove_other_files(tmp_path):
     listed = {name: name for name in precious} | {"up": "../model-00001-of-00001.safetensors"}
     up = tmp_path.parent / "model-00001-of-00001.safetensors"
     up.write_bytes(b"up")
-    for names in (precious, listed):
+    for names in ([precious[0]], [precious[1]], [precious[2]], precious, listed):
         text = json.dumps({"weight_map": {name: name for name in names}})
         (tmp_path / INDEX).write_text(text)
         io.save(W, tmp_path)
@@ -299,6 +300,17 @@ def test_metadata_of_other_programs(tmp_path):
     del content["metadata"]
     (tmp_path / INDEX).write_text(json.dumps(content))
     assert io.load(tmp_path) == W
+
+
+def test_show_lists_a_checkpoint(tmp_path, capsys):
+    need("click")
+    io.save(W, tmp_path, max_shard_size=48, metadata={"step": "7"})
+    assert main(["show", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["leaves"], found["parameters"], found["bytes"]) == (3, 13, 92)
+    assert found["metadata"] == {"step": "7"}
+    io.save(W, tmp_path / "w.safetensors")
+    assert main(["diff", str(tmp_path), str(tmp_path / "w.safetensors")]) == 0
 
 
 def test_errors_of_shards_have_argument_and_paths(tmp_path):

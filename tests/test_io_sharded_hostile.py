@@ -247,7 +247,7 @@ def test_a_set_that_is_replaced_while_it_is_opened(checkpoint, monkeypatch):
             if len(calls) == number:
                 io.save({"y": np.ones(2), "x": np.ones(2)}, checkpoint, max_shard_size=16)
                 # Once more, so that the shards have the first names again.
-                io.save({"y": np.full(2, 2), "x": np.full(2, 2)}, checkpoint, max_shard_size=16)
+                io.save({"x": np.full(2, 2), "y": np.full(2, 2)}, checkpoint, max_shard_size=16)
             return opened(*arguments)
 
         monkeypatch.setattr(sharded.safetensors, "opened", replaced_first)

@@ -78,38 +78,42 @@ def test_a_kill_at_any_moment_leaves_the_old_set_or_the_new(tmp_path):
     assert left > 0
 
 
-# Each forked child ends without any cleanup at the next line of the package's file modules.
+# Each forked child ends without any cleanup at the next line of the modules that rename files. All
+# sets have the same number of shards, so that their names could collide.
 EVERY_LINE = """if 1:
     import os, sys
     from lars_tree import io
-    from lars_tree._files import abandoned
     sys.path.insert(0, sys.argv[2])
     from sharded_sets import FILES, found, listed, save, used
 
     directory = sys.argv[1]
     os.fsync = lambda file: None  # it takes most of the time
+    names = ("abandoned", "index", "locking", "replacing", "replacing_sets", "sharded")
+    files = {os.path.join(FILES, f"{name}.py") for name in names}
 
     def end_at(line):
         lines = iter(range(line, -1, -1))
         def trace(frame, event, arg):
-            if not frame.f_code.co_filename.startswith(FILES):
+            if frame.f_code.co_filename not in files:
                 return None
             if event == "line" and next(lines) == 0:
                 os._exit(9)
             return trace
         sys.settrace(trace)
 
-    value, line, seen, status = 0.0, 0, set(), 9
+    value, line, complete, seen = 1.0, 0, 0, set()
     save(directory, value)
-    while status:
+    while complete < 3:
         child = os.fork()
         if child == 0:
             end_at(line)
-            save(directory, value + 1)
+            save(directory, value + 3)
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, 9)
+        complete += status == 0
         after = found(directory)
-        assert after in (value, value + 1), (line, value, after)
+        assert after == value + 3 if status == 0 else after in (value, value + 3), (line, after)
         extra = set(listed(directory)) - set(used(directory))
         seen.add((after > value, bool(extra)))
         if extra and line % 2:
@@ -117,7 +121,7 @@ EVERY_LINE = """if 1:
             os.unlink(os.path.join(directory, "other.npz"))
             assert listed(directory) == used(directory), (line, listed(directory))
             assert found(directory) == after
-        value, line = value + 2, line + 1
+        value, line = value + 6, line + 1
         save(directory, value)
         assert listed(directory) == used(directory), (line, listed(directory))
         assert found(directory) == value
@@ -171,9 +175,33 @@ def test_a_file_that_only_has_the_name_of_a_killed_writers_shard_is_kept(what, t
     elif os.geteuid() != 0:
         pytest.skip("only root can give files away")
     else:
-        os.chown(journal, 1234, 1234)
+        os.chown(staged, 1234, 1234)
     save(tmp_path, 1)
     assert shard.read_bytes() == b"of another program"
+
+
+def test_a_link_is_not_a_staged_set(tmp_path):
+    """What a link leads to is not removed, even if it looks like a staged set."""
+    others, directory = tmp_path / "others", tmp_path / "checkpoint"
+    others.mkdir()
+    directory.mkdir()
+    for name in (abandoned.JOURNAL, abandoned.INDEX, "0", "precious"):
+        (others / name).write_bytes(b"{}")
+    (directory / ".lars_tree-0.set").symlink_to(others)
+    save(directory, 0)
+    assert len(listed(others)) == 4
+
+
+def test_only_the_files_of_a_staged_set_are_removed(tmp_path):
+    staged = tmp_path / ".lars_tree-0.set"
+    staged.mkdir()
+    for name in (abandoned.JOURNAL, abandoned.INDEX, abandoned.MODE, "0", "17", "precious"):
+        (staged / name).write_bytes(b"{}")
+    save(tmp_path, 0)
+    assert listed(staged) == ["precious"]
+    (staged / "precious").unlink()
+    save(tmp_path, 0)
+    assert not staged.exists()
 
 
 JOURNALS = {
@@ -345,7 +373,7 @@ def test_ctrl_c_at_any_line_leaves_one_complete_set(exists, tmp_path, monkeypatc
         for name in [] if exists else listed(tmp_path):
             os.unlink(tmp_path / name)
         if exists:
-            save(tmp_path, 2)
+            save(tmp_path, 4)
         if not interrupted_at(line, FILES, lambda: save(tmp_path, 1)):
             break
         is_new = (tmp_path / INDEX).exists() and found(tmp_path) == 1

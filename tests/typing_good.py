@@ -124,6 +124,8 @@ def reports_and_files() -> None:
     assert_type(history.ratios["kernel"], np.ndarray[Any, Any])
     assert_type(report.layer_table(w, w, 0.1), report.LayerTable)
     io.save(w, "weights.safetensors", metadata={"step": "1"})
+    io.save(w, "model.safetensors.index.json", max_shard_size="5GB")
+    io.load("model.safetensors.index.json", flat=True)
     assert_type(io.load("weights.safetensors", library="torch"), lt.Container)
     assert_type(io.open("weights.safetensors", "r+"), lt.Container)
     assert_type(io.to_state_dict(w), dict[str, Any])

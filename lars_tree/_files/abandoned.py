@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from contextlib import suppress
 
 from lars_tree._files import index, locking, names
 
 PREFIX = ".lars_tree-"
 TEMPORARY, STAGED = ".tmp", ".set"
-JOURNAL = "journal"
+JOURNAL, INDEX, MODE = "journal", "index", "mode"  # in a staged set; shards are numbered
 
 
 def remove(directory: str) -> None:
@@ -45,13 +46,16 @@ def remove_file(path: str) -> None:
 def _remove_set(staged: str) -> None:
     if locking.fcntl is None:  # Windows: whether the writer is running is unknown
         return
+    status = os.lstat(staged)
+    # A link could lead to the files of others, and another user could list files of others.
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        return
     with suppress(OSError):
         os.rmdir(staged)  # only if it is empty: the writer was killed before it had a journal
         return
     journal = os.path.join(staged, JOURNAL)
     with locking.descriptor(journal, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK) as file:
-        is_ours = os.fstat(file).st_uid == os.geteuid()  # others may list files that are not theirs
-        if is_ours and locking.lock(file, wait=False) and locking.is_at(journal, file):
+        if locking.lock(file, wait=False) and locking.is_at(journal, file):
             with locking.locked_directory(os.path.dirname(staged)):
                 settle(staged)
 
@@ -72,7 +76,7 @@ def settle(staged: str) -> None:
                     os.unlink(path)
     with suppress(FileNotFoundError):
         for name in os.listdir(staged):
-            if name != JOURNAL:
+            if name.isdigit() or name in (INDEX, MODE):
                 os.unlink(os.path.join(staged, name))
         os.unlink(journal)
     with suppress(FileNotFoundError):

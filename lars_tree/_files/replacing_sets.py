@@ -18,9 +18,7 @@ from typing import BinaryIO
 
 from lars_tree import errors
 from lars_tree._files import abandoned, index, locking, replacing
-from lars_tree._files.abandoned import JOURNAL, PREFIX, STAGED
-
-_INDEX, _MODE = "index", "mode"
+from lars_tree._files.abandoned import INDEX, JOURNAL, MODE, PREFIX, STAGED
 
 Write = Callable[[BinaryIO], None]
 
@@ -92,14 +90,14 @@ def _replace(
 ) -> None:
     directory = os.path.dirname(target)
     with _journal(staged) as journal:
-        new_mode = replacing.mode_of_new_file(os.path.join(staged, _MODE))
+        new_mode = replacing.mode_of_new_file(os.path.join(staged, MODE))
         paths = [os.path.join(staged, str(i)) for i in range(len(shards))]
         for path, write in zip(paths, shards, strict=True):
             _write(path, write)
         with locking.locked_directory(directory) as is_locked:
             old = _old_shards(target)
             names = _free_names(target, len(shards), is_locked)
-            new_index = os.path.join(staged, _INDEX)
+            new_index = os.path.join(staged, INDEX)
             _write(new_index, partial(_write_text, index_text(names)))
             status = replacing.status(target)
             for path in paths:
