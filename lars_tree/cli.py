@@ -1,13 +1,12 @@
 """The `lars-tree` command: entry point, errors, exit status. `_commands/parser.py` has its options.
 
 The exit status is 0 for success; 1 if `diff` finds differences; 2 for an error, with one line on
-stderr; 130 for Ctrl-C.
+stderr; 130 for Ctrl-C. docs/command.md lists them for users.
 """
 
 from __future__ import annotations
 
 import io
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -41,7 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         return _fail("lars-tree", error.format_message())
     except OSError as error:  # other errors of files were turned into a UsageError
-        _discard_stdout()
         return _fail("lars-tree", f"{error.filename or 'standard output'}: {error.strerror}")
     return status
 
@@ -52,12 +50,6 @@ def _fail(name: str, message: str) -> int:
     with suppress(OSError, AttributeError):  # stderr is full, closed or None
         sys.stderr.write(f"{name}: {headline}{': ' if rest else ''}{rest}\n")
     return 2
-
-
-def _discard_stdout() -> None:
-    """Discard the text that could not be written; otherwise Python writes it again at exit."""
-    with suppress(OSError, AttributeError):  # stdout is not a file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
