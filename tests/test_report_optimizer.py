@@ -80,10 +80,10 @@ def test_parameters_that_are_not_adapted_have_the_ratio_1_and_are_marked():
     assert adapted == {name: name in ("0.weight", "2.weight") for name in ratios}
     assert all((ratios[name] == 1) is not is_adapted for name, is_adapted in adapted.items())
     lines = {line.split()[0]: line for line in repr(table).splitlines()[2:]}
-    assert {name: "1 (not adapted)" in line for name, line in lines.items()} == {
+    assert {name: "1 (SGD)" in line for name, line in lines.items()} == {
         name: not is_adapted for name, is_adapted in adapted.items()
     }
-    assert table.to_markdown().count("1 (not adapted)") == 4
+    assert table.to_markdown().count("1 (SGD)") == 4
 
 
 def test_a_parameter_without_a_gradient_has_no_ratio():

@@ -33,6 +33,8 @@ _COLUMNS = [
 class LayerTable:
     """The layers of a tree in a table, for a terminal, a notebook, rich and Markdown.
 
+    The ratio of a layer that is not adapted is shown as "1 (SGD)".
+
     Attributes:
         records: One dict for each layer, ready for a data frame: `path`, `shape`, `dtype`,
             `parameters`, `w_norm`, `g_norm`, `ratio`, `relative_step`, `clipped` and `adapted`.
@@ -125,7 +127,7 @@ def _cell(record: dict[str, Any], key: str) -> str:
         return f"{value:,}"
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     if key == "ratio" and not record["adapted"]:
-        return f"{text} (not adapted)"
+        return f"{text} (SGD)"
     return f"{text} (clipped)" if key == "ratio" and record["clipped"] else text
 
 
