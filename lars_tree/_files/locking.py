@@ -40,7 +40,7 @@ def descriptor(name: str, flags: int) -> Iterator[int]:
     held: list[int] = []
     try:
         try:
-            held.extend(map(os.open, [name], [flags | os.O_CLOEXEC]))
+            held.extend(map(os.open, [name], [flags | getattr(os, "O_CLOEXEC", 0)]))
             yield held[0]
         finally:
             _close(held)
