@@ -340,7 +340,10 @@ def experiment(plan: Plan, path: Path, jobs: int = 1) -> Results:
     """Tune and score all cells, and vary the rate of excluded parameters."""
     largest = max(plan.batches)
     every = cells(plan)
-    seeds = {x: plan.seeds + plan.further * (x.batch == largest) for x in every}
+    seeds = {
+        x: plan.seeds + plan.further * (x.batch == largest and CONTESTANTS[x.name].at_all_batches)
+        for x in every
+    }
     settings = [(norm, largest) for norm in (False, True)]
     if jobs > 1:
         in_processes(plan, path, [("scored", (x, seeds[x])) for x in every], jobs)

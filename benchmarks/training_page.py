@@ -109,9 +109,9 @@ def _findings(results: Results, norm: bool) -> list[str]:
     }
     verdict = "confirmed" if kept[RECIPE] > kept["SGD"] else "not confirmed"
     lines.append(
-        f"{title}, **{RECIPE}** keeps the accuracy of batch {first:,} up to batch "
-        f"{kept[RECIPE]:,}, SGD up to {kept['SGD']:,}. The claim of the paper, that LARS keeps the "
-        f"accuracy at batch sizes where SGD loses it, is {verdict}."
+        f"{title}, of the batch sizes tried, **{RECIPE}** keeps the accuracy of batch {first:,} up "
+        f"to {kept[RECIPE]:,}, SGD up to {kept['SGD']:,}. The claim of the paper in this strict "
+        f"sense, that LARS keeps the accuracy where SGD loses it, is {verdict}."
     )
     return lines
 
