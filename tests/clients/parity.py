@@ -1,6 +1,6 @@
 """The tables of the documentation that compare us with other packages.
 
-Every cell is computed by the installed packages. `python tests/clients/parity.py` prints the pages
+Every cell is computed by the installed packages. `python -m tests.clients.parity` prints the pages
 with these tables, and `--write` writes them; test_parity.py checks that nothing would change.
 """
 
@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from parity_behaviour import behaviour, names
-from parity_steps import Table, rule, steps
+from tests.clients.parity_behaviour import behaviour, names
+from tests.clients.parity_steps import Table, rule, steps
 
 DOCS = Path(__file__).parents[2] / "docs"
 

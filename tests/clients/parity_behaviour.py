@@ -10,11 +10,11 @@ import numpy as np
 import optax
 import torch
 from jax import numpy as jnp
-from parity_steps import NONE, RUNS, Case, Table, Timm, ivy, number
 from pytorch_optimizer import LARS
 
 import lars_tree as lt
 from lars_tree.torch import Lars
+from tests.clients.parity_steps import NONE, RUNS, Case, Table, Timm, ivy, number
 
 
 def shared_memory(optimizer: Any) -> str:

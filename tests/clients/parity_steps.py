@@ -10,11 +10,12 @@ import numpy as np
 import optax
 import torch
 from jax import numpy as jnp
-from peers import ivy_with_numpy, timm_lars
 from pytorch_optimizer import LARS
 
 import lars_tree as lt
+from benchmarks.contestants import timm_lars
 from lars_tree.torch import Lars
+from tests.clients.peers import ivy_with_numpy
 
 jax.config.update("jax_enable_x64", True)
 Timm, ivy = timm_lars(), ivy_with_numpy()

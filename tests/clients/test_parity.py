@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import need, need_installed
-from peers import timm_lars
 
 import lars_tree as lt
+from benchmarks.contestants import timm_lars
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_tables_are_those_that_the_packages_give():
     need_installed("ivy", "jax", "optax", "pytorch_optimizer", "timm", "torch")
-    script = Path(__file__).with_name("parity.py")
-    found = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
-    pages = "".join((DOCS / name).read_text() for name in ("coming-from.md", "rule.md"))
+    command = [sys.executable, "-m", "tests.clients.parity"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    pages = "".join((ROOT / "docs" / name).read_text() for name in ("coming-from.md", "rule.md"))
     assert found.stdout.splitlines() == pages.splitlines()
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from conftest import need, need_installed
-from peers import ivy_with_numpy, timm_lars
+from peers import ivy_with_numpy
 
 import lars_tree as lt
+from benchmarks.contestants import timm_lars
 from lars_tree import schedules
 
 STEPS = 60
