@@ -51,7 +51,7 @@ def test_every_option_by_path_equals_the_full_tree(name, form, native, monkeypat
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "name",
-    {*PREFIXED, "momentum", "nesterov"} - {"lr"},
+    sorted({*PREFIXED, "momentum", "nesterov"} - {"lr"}),
 )
 def test_every_option_of_Lars_by_path_equals_the_full_tree(name, form):
     values = PREFIXED | {"momentum": (0.5, 0.0), "nesterov": (True, False)}
