@@ -146,6 +146,8 @@ def test_the_suffix_tells_what_a_file_is_if_its_content_does_not(tmp_path):
         "m.gguf": "is GGUF",
         "m.npy": "is one array",
         "pytorch_model.bin.index.json": "it lists files whose content is pickled",
+        "tf_model.h5.index.json": "it lists files whose content is HDF5",
+        "flax_model.msgpack.index.json": "it lists files whose content is msgpack",
         "m.txt": "expected a name that ends in .safetensors or .npz, or for a sharded checkpoint",
         "m": "expected a name that ends in .safetensors or .npz, or for a sharded checkpoint",
     }

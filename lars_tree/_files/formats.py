@@ -29,11 +29,15 @@ def find(path: Path) -> Any:
     name = os.fsdecode(path)
     format_ = _found(name)
     if format_ is None:
-        known = recognize.content(name) or recognize.suffix(name)
-        if index.is_pickled(name):
-            known = f"it lists files whose content {recognize.PICKLED}"
-        raise _unsupported(path, known or _EXPECTED)
+        raise _unsupported(path, _recognized(name) or _EXPECTED)
     return format_
+
+
+def _recognized(name: str) -> str | None:
+    listed, file = index.other_format(name), recognize.suffix(name)
+    if listed:
+        return f"it lists files whose content {listed}"
+    return recognize.content(name) or (file and f"it {file}")
 
 
 def find_to_write(path: Path) -> Any:

@@ -61,8 +61,10 @@ def _without_index(inside: list[str], found: list[str]) -> str:
     text = "it is a directory without an index (*.safetensors.index.json)"
     if files:
         return f"{text}: give the path of a file in it, such as {files[0]!r}"
-    pickled = [x for x in inside if index.is_pickled(x) or recognize.is_pickled(x)]
-    return f"{text}: {pickled[0]!r} {recognize.PICKLED}" if pickled else text
+    for x in inside:
+        if known := index.other_format(x) or recognize.suffix(x):
+            return f"{text}: {x!r} {known}"
+    return text
 
 
 def write(path: str, entries: dict[str, Entry], metadata: dict[str, str], most: int) -> None:
