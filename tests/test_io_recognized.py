@@ -328,6 +328,17 @@ def test_a_path_that_is_not_a_path_is_refused(path):
     assert caught.value.argument == "path"
 
 
+@pytest.mark.parametrize("name", [b"w.safetensors", b"w.npz", b"w.safetensors.index.json", b"."])
+def test_paths_of_bytes(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for value in (1.0, 2.0):
+        io.save({"a": np.full(2, value)}, name, metadata={"k": "v"})
+        assert list(io.load(name).a) == [value, value]
+        assert io.metadata(name) == {"k": "v"}
+        if name != b"w.npz":
+            assert list(io.open(name).a) == [value, value]
+
+
 def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path):
     io.save(W, tmp_path / "w.safetensors")
     code = """if 1:

@@ -198,7 +198,7 @@ def _check(path: Path) -> None:
         from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(os.fspath(path), framework="np"):
+        with safe_open(os.fsdecode(path), framework="np"):
             pass
     except SafetensorError as error:
         name = os.fsdecode(path)
