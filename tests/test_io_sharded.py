@@ -334,7 +334,7 @@ def test_show_lists_a_checkpoint(tmp_path, capsys):
     assert main(["show", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["leaves"], found["parameters"], found["bytes"]) == (3, 13, 92)
-    assert found["metadata"] == {"step": "7"}
+    assert found["metadata"] == {"format": "pt", "step": "7"}
     io.save(W, tmp_path / "w.safetensors")
     assert main(["diff", str(tmp_path), str(tmp_path / "w.safetensors")]) == 0
 

@@ -27,13 +27,9 @@ _MOST_BYTES = 1 << 24
 _MOST_LEAVES = 1000
 
 
-def can_map(file: str) -> bool:
-    return formats.find(file) is not npz
-
-
 def read(file: str) -> Container:
     """Map a file, or load it if its format cannot be mapped."""
-    read = io.open if can_map(file) else io.load
+    read = io.load if formats.find(file) is npz else io.open
     try:
         return read(file)
     except errors.FileError:  # the names may collide
