@@ -89,7 +89,7 @@ class _Level:
         used = {DEFAULT}
         named = [(i, *self._nearest(i, used)) for i in indices]
         patterns = [
-            (key, _matcher(key, self.sep))
+            (key, matcher(key, self.sep))
             for key in sorted(self.given)
             if key not in used and is_pattern(key)
         ]
@@ -165,7 +165,7 @@ class _Level:
 
 
 @lru_cache(maxsize=256)
-def _matcher(pattern: str, sep: str) -> Callable[[str], Any]:
+def matcher(pattern: str, sep: str) -> Callable[[str], Any]:
     """A function that says whether the pattern matches the path of a leaf or of a node above it."""
     patterns = [pattern]
     rest = pattern.lstrip("*")
