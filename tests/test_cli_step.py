@@ -301,6 +301,15 @@ def test_patterns_are_paths_or_names(pattern, keys, flat):
     assert_same_bits(io.load("o.safetensors"), wanted.to_flat(".") if flat else wanted)
 
 
+def test_a_name_with_brackets_selects_itself():
+    w = {"a[0]": np.ones(2), "a0": np.ones(2), "b[x]": {"c": np.ones(2)}}
+    save(w, w)
+    rates = ["--lr-for", "a[0]=2", "--lr-for", "b[x]=4"]
+    run(*FILES, "--lr", 0, *rates, "-o", "o.safetensors")
+    rates = {"a[0]": 2.0, "a0": 0.0, "b[x]": 4.0}
+    assert_same_bits(io.load("o.safetensors"), lars_update(Container(w), w, rates))
+
+
 def test_the_last_pattern_counts_for_decay_as_for_rates():
     save(weights(), gradients())
     more = ["--decay-for", "*=0.5", "--decay-for", "head=0", "--decay-for", "head.bias=2"]

@@ -14,7 +14,7 @@ def matching(option: str, pattern: str, names: Sequence[str], file: str) -> list
     """The indices of the leaves, given by name, that match; an OptionError if there are none.
 
     '.' and '/' are the same; otherwise patterns are those of `by_path`. A pattern that matches a
-    node selects all leaves below it.
+    node selects all leaves below it. The name of a leaf or node selects only this leaf or node.
 
     >>> names = ["encoder.kernel", "encoder.bias", "head.bias"]
     >>> [matching("--lr-for", text, names, "") for text in ("*.bias", "*/bias", "encoder")]
@@ -34,8 +34,10 @@ def _normal(text: str) -> str:
 
 
 def _found(pattern: str, texts: Sequence[str]) -> list[int]:
-    matches = by_path.matcher(_normal(pattern), "/")
-    return [i for i, text in enumerate(texts) if matches(text)]
+    pattern = _normal(pattern)
+    named = [i for i, text in enumerate(texts) if f"{text}/".startswith(f"{pattern}/")]
+    matches = by_path.matcher(pattern, "/")
+    return named or [i for i, text in enumerate(texts) if matches(text)]
 
 
 def _hint(pattern: str, texts: Sequence[str]) -> str:
