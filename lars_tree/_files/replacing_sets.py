@@ -29,8 +29,8 @@ def replace_set(
     """Write shards and their index, which replace the index at `path` and its shards.
 
     `index_text` returns the content of the index for the names of the shards. Rights are preserved
-    as in `replacing.replacing`; if the old shards have different rights, each new shard gets only
-    those that all of them gave.
+    as in `replacing.replacing`; if the shards of the old index have different rights, each new
+    shard gets only those that all of them gave.
 
     Raises:
         FileError: a single file with the same stem is there, or the index is a link to another
