@@ -38,16 +38,35 @@ __all__ = [
 ]
 __all__ += errors.__all__
 
+# The public modules that need only numpy, and those that need another library. All of them are
+# imported at their first use.
+_MODULES, _MODULES_OF_EXTRAS = {"errors", "io", "report"}, {"optax", "testing", "torch"}
+
 
 def __dir__() -> list[str]:
-    """Public names only, without the modules that define them, such as `update`."""
-    modules = {"errors", "io", "report", "testing", "torch"}
-    return sorted([*__all__, "__version__", *(modules & globals().keys())])
+    """Public names only, without the modules that define them, such as `update`.
+
+    Modules that need another library are listed once they are imported, because tools read each
+    name that is listed.
+    """
+    imported = _MODULES_OF_EXTRAS & globals().keys()
+    return sorted({*__all__, "__version__", *_MODULES, *imported})
 
 
-if not TYPE_CHECKING:  # with a __getattr__, a type checker would accept any name
+if TYPE_CHECKING:
+    from lars_tree import io as io
+    from lars_tree import optax as optax
+    from lars_tree import report as report
+    from lars_tree import testing as testing
+    from lars_tree import torch as torch
 
-    def __getattr__(name: str) -> str:
+else:  # with a __getattr__, a type checker would accept any name
+
+    def __getattr__(name: str) -> object:
+        if name in _MODULES | _MODULES_OF_EXTRAS:
+            from importlib import import_module
+
+            return import_module(f"lars_tree.{name}")
         if name != "__version__":
             raise AttributeError(f"module 'lars_tree' has no attribute {name!r}")
         from importlib.metadata import PackageNotFoundError, version  # slow to import

@@ -92,7 +92,8 @@ class Container(Updatable, Arithmetic, dict[Any, Any]):
 
     def __getattr__(self, name: str) -> Any:
         if paths.is_special(name):
-            raise PathAttributeError(f"no attribute {name!r}; a key is read as w[{name!r}]")
+            text = f"no attribute {name!r}; a key is read as w[{name!r}]"
+            raise errors.error(PathAttributeError, "name", text, paths=[(name,)])
         if dict.__contains__(self, name):
             return dict.__getitem__(self, name)
         raise paths.missing_error(PathAttributeError, self, (name,))
@@ -110,17 +111,21 @@ class Container(Updatable, Arithmetic, dict[Any, Any]):
     def _refuse_method(self, name: str) -> None:
         if hasattr(type(self), name) or paths.is_special(name):
             text = f"{name!r} is an attribute of Container itself: write w[{name!r}] for the key"
-            raise PathAttributeError(text)
+            raise errors.error(PathAttributeError, "name", text, paths=[(name,)])
 
     def __dir__(self) -> list[str]:
         names = (key for key in self if isinstance(key, str) and key.isidentifier())
         return [*super().__dir__(), *names]
 
+    def _ipython_key_completions_(self) -> list[str]:
+        """The names that IPython and notebooks offer after `w['`: keys and paths, nodes first."""
+        return paths.completions(self)
+
     # Methods of dict that must convert mappings or return Containers
 
     def update(self, mapping: Any = (), /, **keys: Any) -> None:
         """Write all items of a mapping or of (key, value) pairs. Keys are never paths."""
-        items = dict(nodes.children(mapping) if isinstance(mapping, Mapping) else mapping)
+        items = dict(nodes.items(mapping) if isinstance(mapping, Mapping) else mapping)
         whole = mapping if isinstance(mapping, Mapping) else items
         with structure.explaining({"mapping": whole, "keys": keys}):
             converted = structure.rebuilding(
@@ -166,6 +171,26 @@ class Container(Updatable, Arithmetic, dict[Any, Any]):
         new.update(other)
         return new
 
+    @conversion.explain_cycles
+    def merge(self, other: Mapping[Any, Any], /) -> Self:
+        """The leaves of both trees; where both have a leaf, that of `other`.
+
+        Mappings are merged key by key at every depth, whereas `|` replaces whole values at the top.
+        Lists, tuples and leaves are replaced.
+
+        >>> Container(a={"b": 1, "c": 2}).merge({"a": {"b": 3}, "d": 4}).to_dict()
+        {'a': {'b': 3, 'c': 2}, 'd': 4}
+
+        Raises:
+            StructureError: `other` is not a mapping, or contains itself.
+        """
+        if not isinstance(other, Mapping):
+            text = f"expected a mapping, got {errors.describe(other)}"
+            raise errors.error(errors.StructureError, "other", f"other: {text}", paths=[()])
+        new = self.copy()
+        paths.merge(new, Container.copy(conversion.convert("other", other, type(self))))
+        return new
+
     def __ror__(self, other: Any) -> Self:
         return type(self)(other) | self if isinstance(other, Mapping) else NotImplemented
 
@@ -191,10 +216,18 @@ class Container(Updatable, Arithmetic, dict[Any, Any]):
 
         >>> Container(a=1, b={"c": 2}).unflatten([3, 4]).to_dict()
         {'a': 3, 'b': {'c': 4}}
+
+        JAX, torch and optree sort the keys of a Container: their leaves are in another order. Put
+        these back with their own function, such as
+        `jax.tree.unflatten(jax.tree.structure(w), leaves)`, which restores the order of the keys.
+
+        Raises:
+            StructureError: the number of leaves differs.
         """
         leaves, count = list(leaves), len(structure.leaves(self))
         if len(leaves) != count:
-            raise errors.StructureError(f"expected {count} leaves, got {len(leaves)}")
+            text = f"expected {count} leaves, got {len(leaves)}"
+            raise errors.error(errors.StructureError, "leaves", text, paths=[()])
         return structure.rebuild(self, leaves, "self")
 
     @conversion.explain_cycles

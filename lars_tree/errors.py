@@ -9,8 +9,9 @@ from __future__ import annotations
 import operator
 import reprlib
 from collections import UserList
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice, takewhile
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -29,6 +30,11 @@ __all__ = [
     "StateError",
     "StructureError",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 Path = tuple[Hashable, ...]
 
@@ -117,24 +123,48 @@ def error(
     kind: type[LarsTreeError],
     argument: str,
     headline: str,
-    lines: Iterable[Line],
+    lines: Iterable[Line] = (),
     shown: Callable[[Path], str] = path_string,
+    *,
+    paths: Iterable[Path] | None = None,
 ) -> LarsTreeError:
-    """An exception of this kind; the message is a headline and one line per path."""
+    """An exception of this kind; the message is a headline and one line per path.
+
+    `paths` are given only if they are not those of the lines.
+    """
     lines = list(lines)
     exception = kind(message(argument, headline, lines, shown))
     exception.argument = argument
-    exception.paths = tuple(path for path, _ in lines)
+    exception.paths = tuple(path for path, _ in lines) if paths is None else tuple(paths)
     return exception
 
 
 def file_error(file: object, text: str, name: str | None = None) -> LarsTreeError:
     """A FileError about a file, or about the entry `name` of this file."""
-    path = () if name is None else (name,)
-    line = tuple(map(shortened, path)), shortened(text)
-    exception = error(FileError, "path", f"path {str(file)!r} cannot be read", [line])
-    exception.paths = (path,)
-    return exception
+    return file_faults(file, [(name, text)])
+
+
+def file_faults(file: object, faults: Iterable[tuple[str | None, str]]) -> LarsTreeError:
+    """A FileError about entries of a file, given by name; None is the file itself."""
+    faults = list(faults)
+    paths: list[Path] = [() if name is None else (name,) for name, _ in faults]
+    lines = [
+        (tuple(shortened(str(key)) for key in path), shortened(text))
+        for path, (_, text) in zip(paths, faults, strict=True)
+    ]
+    headline = f"path {str(file)!r} cannot be read"
+    return error(FileError, "path", headline, lines, paths=paths)
+
+
+@contextmanager
+def requiring(user: str, packages: str) -> Iterator[None]:
+    """Make the error for a missing library say what needs it, and how to install it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        library = str(error.name).partition(".")[0]
+        text = f"{user} needs {library}: pip install {packages}"
+        raise ModuleNotFoundError(text, name=library) from None
 
 
 def shortened(text: str, most: int = 1000) -> str:
@@ -150,7 +180,7 @@ def whole_number(argument: str, x: Any, least: int) -> int:
         number = None
     if number is None or number < least:
         text = f"{argument}: expected a whole number >= {least}, got {x!r}"
-        raise error(OptionError, argument, text, [])
+        raise error(OptionError, argument, text)
     return number
 
 
@@ -243,13 +273,64 @@ def describe(node: Any) -> str:
         return f"{article} {name} with keys {keys}" if keys else f"an empty {name}"
     if issubclass(type(node), (list, tuple, UserList)):
         return f"{article} {name} of {counted(len(node), 'item')}"
+    shape = _shape(node)
+    if shape is None:
+        return f"{article} {name}"
+    if is_array_type(type(node)):
+        return f"an array of shape {shape}"
+    return f"{_with_package(type(node))} of shape {shape}"
+
+
+def not_an_array(x: Any) -> str:
+    """The message for an object where an array is expected, with what to do instead."""
+    found = describe(x) if _shape(x) is None else f"{_with_package(type(x))} of shape {_shape(x)}"
+    hint = next((text for name, text in _HINTS.items() if hasattr(type(x), name)), "")
+    if not hint and _is_function(x):
+        hint = "select the arrays, for example with equinox.filter"
+    return f"expected an array, got {found}" + (f": {hint}" if hint else "")
+
+
+# What to do with an object whose class has such an attribute.
+_HINTS = {
+    "to_numpy": "convert it with .to_numpy()",
+    "toarray": "convert it with .toarray()",
+    "todense": "convert it with .todense()",
+    "__array__": "convert it with numpy.asarray",
+    "named_parameters": "give dict(model.named_parameters()), or use lars_tree.torch.Lars",
+    "__dataclass_fields__": "register its class as a pytree, for example with JAX",
+}
+
+
+def is_array_type(cls: type) -> bool:
+    """Whether the objects of a class are arrays by one of the protocols for arrays."""
+    return any(hasattr(cls, f"__{name}__") for name in _ARRAY_PROTOCOLS)
+
+
+# Data frames and sparse matrices have none of these methods.
+_ARRAY_PROTOCOLS = ("array_namespace", "dlpack", "array_function")
+
+
+def _shape(x: Any) -> tuple[Any, ...] | None:
     try:
-        shape = getattr(node, "shape", None)
+        shape = getattr(x, "shape", None)
     except Exception:  # a lazy parameter, or a weak proxy of a deleted object
-        shape = None
-    if isinstance(shape, tuple):
-        return f"an array of shape {tuple(shape)}"
-    return f"{article} {name}"
+        return None
+    return tuple(shape) if isinstance(shape, tuple) else None
+
+
+def _is_function(x: Any) -> bool:
+    try:
+        return callable(x) and hasattr(x, "__name__")
+    except Exception:  # a weak proxy of a deleted object
+        return False
+
+
+def _with_package(cls: type) -> str:
+    """The name of a class with its public module: 'a pandas.DataFrame'."""
+    module = "" if cls.__module__ == "builtins" else str(cls.__module__)
+    public = takewhile(lambda part: part and not part.startswith("_"), module.split("."))
+    name = ".".join([*public, cls.__name__])
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Trees in files: safetensors, and numpy's .npz without pickle.
+"""Trees in files: safetensors, also sharded, and numpy's .npz without pickle.
 
 Other programs can read the files: each array is stored under the keys of its path, joined by '.'.
 Saving replaces a file atomically; loading runs no code and refuses malformed files.
@@ -6,17 +6,23 @@ Saving replaces a file atomically; loading runs no code and refuses malformed fi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
 from lars_tree import errors
 from lars_tree._backends.wrapper import unwrap
-from lars_tree._files import arrays, formats, names, npz, safetensors
+from lars_tree._files import arrays, formats, index, names, npz, sharded
 from lars_tree._files.replacing import Path, replacing
 from lars_tree.container import Container
 
 __all__ = ["from_state_dict", "load", "metadata", "open", "save", "to_state_dict"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 _FROM_NUMPY: dict[str, Callable[[Any], Any]] = {
     "numpy": lambda x: x,
@@ -25,11 +31,17 @@ _FROM_NUMPY: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def save(path: Path, tree: Mapping[Any, Any], *, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a tree of arrays to a .safetensors or .npz file.
+def save(
+    tree: Mapping[Any, Any],
+    path: Path,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    max_shard_size: int | str | None = None,
+) -> None:
+    r"""Write a tree of arrays to a .safetensors or .npz file, or to a sharded checkpoint.
 
     >>> w = Container(encoder={"kernel": np.ones((2, 3)), "bias": np.zeros(3)}, head=np.ones(3))
-    >>> save("w.safetensors", w, metadata={"step": "100"})
+    >>> save(w, "w.safetensors", metadata={"step": "100"})
     >>> load("w.safetensors")
     Container: 3 leaves, 12 parameters, 96 bytes
       encoder/kernel  float64 (2, 3)
@@ -38,10 +50,24 @@ def save(path: Path, tree: Mapping[Any, Any], *, metadata: Mapping[str, str] | N
     >>> metadata("w.safetensors")
     {'step': '100'}
 
+    If `path` is an index or a directory, the tree is split into shards as Hugging Face does it:
+
+    >>> os.mkdir("checkpoint")
+    >>> save(w, "checkpoint", max_shard_size=72)
+    >>> print(*sorted(os.listdir("checkpoint")), sep="\n")
+    model-00001-of-00002.safetensors
+    model-00002-of-00002.safetensors
+    model.safetensors.index.json
+    >>> load("checkpoint") == w
+    True
+
     An old file is replaced atomically: its path always leads to the complete old or new file, even
     after a crash or a kill. The new file is synced before it is renamed. No other user can open the
     temporary file; if the process is killed, the next save in the same directory removes the file.
     Permissions, owner, group, extended attributes and ACL are preserved if the system allows it.
+    The same holds for a sharded checkpoint: its index always leads to the complete old or new set.
+    The old shards are removed after the index was replaced. While shards with the usual names
+    exist, the new names get a random part, as in 'model-5f0c9a1e-00001-of-00002.safetensors'.
 
     Leaves may be arrays of any library, on any device, in any memory order, or an `Array`. They are
     copied to contiguous CPU memory one at a time. Each leaf is written in full, so tied weights are
@@ -49,54 +75,100 @@ def save(path: Path, tree: Mapping[Any, Any], *, metadata: Mapping[str, str] | N
     cannot be restored from the names, so they are recorded in the metadata.
 
     Args:
-        path: A name that ends in .safetensors or .npz. If it is a link, its target is replaced.
         tree: A Container or dict of arrays, dicts, lists and tuples. Other mappings are loaded as
             Containers.
-        metadata: Strings by name, stored in the file.
+        path: A name that ends in .safetensors or .npz; if it is a link, its target is replaced. For
+            a sharded checkpoint, a name that ends in .safetensors.index.json, or an existing
+            directory, in which the index is 'model.safetensors.index.json'.
+        metadata: Strings by name, stored in the file or in the index.
+        max_shard_size: The most bytes of arrays in a shard: a number, or a string such as "500MB"
+            or "2GiB". An array that is larger gets its own shard. By default "5GB". Only for a
+            sharded checkpoint.
 
     Raises:
         StructureError: two leaves have the same name; a key is neither str nor int; a node is not a
             mapping, list or tuple (a namedtuple, for example); the tree has more than 100 levels.
         LeafError, DtypeError: a leaf is not an array, or the format does not have its dtype:
-            safetensors has no complex128, .npz no bfloat16.
-        OptionError: a name or value in metadata is not a string.
-        FileError: the name ends in neither .safetensors nor .npz.
+            safetensors has no complex128, .npz no bfloat16. Also LeafError: `tree` and `path` are
+            in the wrong order.
+        OptionError: a name or value in metadata is not a string; max_shard_size is not a size, or
+            is given for a single file.
+        FileError: the name has another suffix; the index is a link to another directory, or next to
+            a single file with the same stem, which other programs would still load.
         OSError: the file cannot be written. The old file is unchanged, unless the message says that
             the new file is in place but its directory could not be synced.
     """
-    format_ = formats.find(path)
+    _check_order(tree, path)
+    is_sharded = formats.is_sharded(path)
+    format_ = sharded if is_sharded else formats.find_to_write(path)
+    if max_shard_size is not None and not is_sharded:
+        text = f"max_shard_size is for an index or a directory, got the path {str(path)!r}"
+        raise errors.error(errors.OptionError, "max_shard_size", text, [])
+    most = index.parsed_size(index.DEFAULT_SIZE if max_shard_size is None else max_shard_size)
     leaves, structure = names.flatten(tree)
     entries = arrays.check(leaves)
     formats.check(format_, entries, {name: where for name, (where, _) in leaves.items()})
-    strings = _checked(metadata)
+    strings = _checked(metadata, index.TOTAL_SIZE if is_sharded else None)
     if structure is not None:
         strings[formats.STRUCTURE] = structure
+    if is_sharded:
+        name = os.fsdecode(path)
+        target = os.path.join(name, index.DEFAULT) if os.path.isdir(name) else name
+        sharded.write(target, entries, strings, most)
+        return
     with replacing(path) as file:
         format_.write(file, entries, strings)
 
 
-def load(path: Path, *, library: Literal["numpy", "torch", "jax"] = "numpy") -> Container:
-    """Read a .safetensors or .npz file, written by any program.
+def _check_order(tree: Any, path: Any) -> None:
+    """Refuse arguments that are not a tree and a path, and those in the order (path, tree)."""
+    is_name = isinstance(path, (str, bytes, os.PathLike))
+    if is_name and not isinstance(tree, (str, bytes, os.PathLike)):
+        return
+    if not is_name and isinstance(tree, (str, bytes, os.PathLike)):
+        headline = "save(tree, path): the arguments are in the old order"
+        line = ((), f"expected a Container or dict, got the path {os.fspath(tree)!r}")
+        raise errors.error(errors.LeafError, "tree", headline, [line])
+    if not is_name:
+        line = ((), f"expected a str or a path, got {errors.describe(path)}")
+        raise errors.error(errors.LeafError, "path", "path is not the name of a file", [line])
 
-    >>> save("w.npz", {"layers": [{"w": np.ones(2)}, {"w": np.zeros(2)}]})
+
+def load(
+    path: Path,
+    *,
+    library: Literal["numpy", "torch", "jax"] = "numpy",
+    flat: bool = False,
+) -> Container:
+    """Read a .safetensors or .npz file or a sharded checkpoint, written by any program.
+
+    >>> save({"layers": [{"w": np.ones(2)}, {"w": np.zeros(2)}]}, "w.npz")
     >>> load("w.npz").to_dict()
     {'layers': [{'w': array([1., 1.])}, {'w': array([0., 0.])}]}
+    >>> list(load("w.npz", flat=True))
+    ['layers.0.w', 'layers.1.w']
 
     No code in the file is run. Sizes are checked before memory is allocated, so the memory used
     is at most the length of the file, or 1032 times that length for a compressed .npz.
 
     Args:
-        path: A name that ends in .safetensors or .npz.
+        path: A name that ends in .safetensors or .npz; the index of a sharded checkpoint, such as
+            'model.safetensors.index.json', or a directory that contains one.
         library: The library of the arrays: "numpy" (with the bfloat16 and float8 of ml_dtypes),
-            "torch" (in CPU memory) or "jax".
+            "torch" (in CPU memory) or "jax". Without jax_enable_x64, JAX has no 64-bit arrays; then
+            an int64 of shape (), such as the counters of a state that numpy saved, becomes int32.
+        flat: Do not split the names: the Container has one level, with the names in the file as
+            keys. This also loads files in which one name is the beginning of another.
 
     Returns:
-        A Container, in the order of the file. Names are split at '.', unless `save` recorded
-        another structure: a saved state_dict keeps its flat names.
+        A Container, in the order of the file or index. Unless `flat`, names are split at '.', if
+        `save` did not record another structure: a saved state_dict keeps its flat names.
 
     Raises:
-        FileError: the file is malformed, names collide (leaves 'a' and 'a.b'), the tree has more
-            than 100 levels, or the library does not support the dtype of an array.
+        FileError: the file is malformed or of another kind, names collide (leaves 'a' and 'a.b'),
+            the tree has more than 100 levels, or the library does not support the dtype of an
+            array. Also: an index names a file outside of its directory, a shard is missing, or
+            index and shards do not list the same arrays.
         OptionError: the library is unknown.
         OSError: the file cannot be opened.
     """
@@ -105,20 +177,22 @@ def load(path: Path, *, library: Literal["numpy", "torch", "jax"] = "numpy") -> 
         raise errors.error(errors.OptionError, "library", text, [])
     found = {}
     with formats.find(path).opened(path) as view:
+        arrays.check_supported(view.path, view, library)
         for name in view.names:
-            with formats.file_errors(path, name):
-                if library == "torch" and isinstance(view, safetensors.View):
-                    size = view.records[name].size
-                    found[name] = arrays.fill_torch(size, partial(view.read, name))
-                else:
+            if library == "torch" and not isinstance(view, npz.View):
+                found[name] = arrays.fill_torch(view.size(name), partial(view.read, name))
+            else:
+                with formats.file_errors(view.path, name):
                     found[name] = _FROM_NUMPY[library](view.read(name))
-        return formats.tree(path, found, view.metadata, Container)
+        return formats.tree(view.path, found, view.metadata, Container, flat=flat)
 
 
-def open(path: Path, mode: Literal["r", "r+"] = "r") -> Container:  # noqa: A001
-    """Map a .safetensors file: a Container of `np.memmap` leaves. No elements are read yet.
+def open(  # noqa: A001
+    path: Path, mode: Literal["r", "r+"] = "r", *, flat: bool = False
+) -> Container:
+    """Map .safetensors files: a Container of `np.memmap` leaves. No elements are read yet.
 
-    >>> save("w.safetensors", {"w": np.array([3.0, 4.0]), "step": np.array(0)})
+    >>> save({"w": np.array([3.0, 4.0]), "step": np.array(0)}, "w.safetensors")
     >>> w = open("w.safetensors", "r+")
     >>> _ = Container(w=w.w).lars_update({"w": np.array([0.0, 10.0])}, 0.1, out={"w": w.w})
     >>> load("w.safetensors").w                              # ratio 5 / 10: in the file
@@ -130,30 +204,39 @@ def open(path: Path, mode: Literal["r", "r+"] = "r") -> Container:  # noqa: A001
     system reclaims them when memory is short.
 
     Changes reach the disk when the system writes them back, or when `flush()` of any leaf is
-    called, which flushes the whole file. The file is changed in place: unlike with `save`, after a
-    crash of the machine only some of the changes may be on disk. Do not truncate a mapped file:
-    reading it would then kill the process.
+    called, which flushes the whole file (of a sharded checkpoint, the shard of the leaf). The file
+    is changed in place: unlike with `save`, after a crash of the machine only some of the changes
+    may be on disk. Do not truncate a mapped file: reading it would then kill the process.
 
     Args:
-        path: A name that ends in .safetensors.
+        path: A name that ends in .safetensors; the index of a sharded checkpoint, or a directory
+            that contains one.
         mode: "r": the leaves are read-only. "r+": writing to a leaf writes to the file.
+        flat: Do not split the names, as in `load`.
 
     Raises:
         FileError: the file is malformed or not a .safetensors file, or neither numpy nor ml_dtypes
-            has the dtype of an array.
+            has the dtype of an array. Also the errors of a sharded checkpoint that `load` has.
         OptionError: the mode is unknown.
-        OSError: the file cannot be opened.
+        OSError: the file cannot be opened. Each shard takes one file descriptor.
     """
     if mode not in ("r", "r+"):
         text = f"mode is unknown: expected 'r' or 'r+', got {mode!r}"
         raise errors.error(errors.OptionError, "mode", text, [])
-    if formats.find(path) is npz:
+    format_ = formats.find(path)
+    if format_ is npz:
         raise errors.file_error(path, "expected a .safetensors file: an .npz cannot be mapped")
-    return formats.tree(path, *safetensors.mapped(path, mode), Container)
+    if format_ is sharded:
+        path = sharded.index_path(path)
+    found, strings = format_.mapped(path, mode)
+    return formats.tree(path, found, strings, Container, flat=flat)
 
 
 def metadata(path: Path) -> dict[str, str]:
     """The metadata given to `save`, or written by another program.
+
+    For a sharded checkpoint, this is the metadata of the index without total_size. Values that are
+    not strings, as other programs write them, are returned as JSON.
 
     Raises:
         FileError: the file is malformed.
@@ -161,7 +244,7 @@ def metadata(path: Path) -> dict[str, str]:
     """
     with formats.find(path).opened(path) as view:
         strings = dict(view.metadata)
-        with formats.file_errors(path):
+        with formats.file_errors(view.path):
             names.check(view.names, strings.pop(formats.STRUCTURE, None))
     return strings
 
@@ -201,13 +284,13 @@ def to_state_dict(tree: Any) -> dict[str, Any]:
     return {name: unwrap(leaf) for name, (_, leaf) in names.flatten(tree)[0].items()}
 
 
-def _checked(metadata: Mapping[str, str] | None) -> dict[str, str]:
+def _checked(metadata: Mapping[str, str] | None, reserved: str | None) -> dict[str, str]:
     strings = dict(metadata or {})
     for pair in strings.items():
         if not all(isinstance(x, str) and names.is_text(x) for x in pair):
             text = f"metadata is not made of strings: expected a str name and value, got {pair!r}"
             raise errors.error(errors.OptionError, "metadata", text, [])
-    if formats.STRUCTURE in strings:
-        text = f"metadata has the name {formats.STRUCTURE!r}, which is reserved for `save`"
+    for name in {formats.STRUCTURE, reserved} & strings.keys():
+        text = f"metadata has the name {name!r}, which is reserved for `save`"
         raise errors.error(errors.OptionError, "metadata", text, [])
     return strings

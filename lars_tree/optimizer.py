@@ -145,7 +145,9 @@ class Lars:
 
         Raises:
             StructureError: w contains itself, or has a node that cannot be rebuilt.
-            LarsTreeError: w cannot be updated: a leaf is not an array, or has no data.
+            LarsTreeError: w cannot be updated: a leaf is not an array, or has no data. A model with
+                other leaves needs None in their place: `opt.init(equinox.filter(model,
+                equinox.is_array))`. `update` takes the whole model.
         """
         try:
             leaves = structure.leaves(w)

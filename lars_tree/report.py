@@ -8,10 +8,11 @@ only showing the numbers waits for the device. matplotlib and rich are imported 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from math import prod
-from typing import Any, Protocol, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, Unpack, overload
 
 import numpy as np
 
@@ -22,11 +23,16 @@ from lars_tree._core.types import Numbers
 from lars_tree._numerics.formula import Measured
 from lars_tree._report.history import TrustHistory, TrustRatioWarning, warn
 from lars_tree._report.layer_table import LayerTable
-from lars_tree._report.measure import fetch, layer_paths, measure, unreadable
+from lars_tree._report.measure import fetch, layer_paths, measure, measure_columns, unreadable
 from lars_tree._tree import structure
 from lars_tree.container import Container
 
+if TYPE_CHECKING:
+    from lars_tree.torch import Lars as Optimizer
+
 Tree = TypeVar("Tree", bound=Container)
+
+_NOT_GIVEN: Any = object()
 
 __all__ = [
     "LayerTable",
@@ -38,14 +44,20 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 @overload
 def trust_ratios(w: Tree, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptions]) -> Tree: ...
 @overload
 def trust_ratios(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptions]) -> Any: ...
+@overload
+def trust_ratios(optimizer: Optimizer, /, *, grad_scale: Any = 1.0) -> dict[str, Any]: ...
 
 
 @with_hints
-def trust_ratios(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptions]) -> Any:
+def trust_ratios(w: Any, dcdw: Any = _NOT_GIVEN, lr: Any = _NOT_GIVEN, /, **options: Any) -> Any:
     """The trust ratios that `lars_update` uses for the same arguments.
 
     For each array of w, with g = dcdw / grad_scale,
@@ -62,6 +74,9 @@ def trust_ratios(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOption
     >>> trust_ratios(np.array([[3.0, 4.0], [0.0, 1.0]]), 1.0, 0.1, layer_axis=0) * 2**0.5
     array([5., 1.])
 
+    A `lars_tree.torch.Lars`, also as wrapped by Accelerate, may take the place of w, dcdw and lr:
+    see `Lars.trust_ratios`.
+
     The arguments and their defaults are those of `lars_update`. `lr` has an effect only with
     `trust_clip`; if it is an array, its largest element is used. `nonfinite` has no effect.
     `stop_gradients=False` keeps the autograd graph of the ratios. Nothing is modified.
@@ -75,6 +90,9 @@ def trust_ratios(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOption
     Raises:
         LarsTreeError: As in `lars_update`.
     """
+    optimizer = _optimizer("trust_ratios()", w, dcdw, lr, options)
+    if optimizer is not None:
+        return optimizer.trust_ratios(**options)
     given = {**DEFAULTS, "lr": lr, **options}
     ratios = [
         None if report.measured is None else rewrapped(report.measured.ratio, report.w)
@@ -83,8 +101,18 @@ def trust_ratios(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOption
     return structure.rebuild(w, ratios, "w")
 
 
+@overload
+def layer_table(
+    w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptions]
+) -> LayerTable: ...
+@overload
+def layer_table(optimizer: Optimizer, /, *, grad_scale: Any = 1.0) -> LayerTable: ...
+
+
 @with_hints
-def layer_table(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptions]) -> LayerTable:
+def layer_table(
+    w: Any, dcdw: Any = _NOT_GIVEN, lr: Any = _NOT_GIVEN, /, **options: Any
+) -> LayerTable:
     """A table of the layers of w and of the step that `lars_update` would take.
 
     >>> w = Container(kernel=np.array([3.0, 4.0]), bias=np.array([0.0]))
@@ -100,6 +128,10 @@ def layer_table(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptions
     `to_markdown()` returns it as Markdown, and `records` can be made a data frame. The steps are
     computed one array at a time; then the function waits for all values.
 
+    A `lars_tree.torch.Lars`, also as wrapped by Accelerate, may take the place of w, dcdw and lr,
+    between `backward` and `step`. The table then has its parameters, with the options of their
+    groups and without momentum; `grad_scale` is the loss scale that the gradients still carry.
+
     The arguments and their defaults are those of `lars_update`; `nonfinite` and `stop_gradients`
     have no effect. Nothing is modified.
 
@@ -109,20 +141,28 @@ def layer_table(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptions
     Warns:
         TrustRatioWarning: Names the layers whose ratio is 0, not finite, or clipped.
     """
-    given = {**DEFAULTS, "lr": lr, **options}
-    reports = measure(w, dcdw, given, with_steps=True)
+    optimizer = _optimizer("layer_table()", w, dcdw, lr, options)
+    if optimizer is not None:
+        from lars_tree.torch.rows import to_measure
+
+        matched, caller = to_measure(optimizer, **options)
+        reports, paths = measure_columns(matched, caller, with_steps=True), caller.paths()
+    else:
+        reports = measure(w, dcdw, {**DEFAULTS, "lr": lr, **options}, with_steps=True)
+        paths = structure.paths(w, len(reports))
     numbers = [x for report in reports for x in (*(report.measured or ()), report.step_norm)]
     values = iter(fetch("w", [x for x in numbers if x is not None]))
     records: list[dict[str, Any]] = []
     faults: list[errors.Line] = []
-    for path, report in zip(structure.paths(w, len(reports)), reports, strict=True):
+    for path, report in zip(paths, reports, strict=True):
         x, axis = unwrap(report.w), report.rule.layer_axis
         backend = _backends.find(x)
         if backend is None:
             continue
         shape, dtype = tuple(backend.facts(x).shape), str(backend.facts(x).dtype)
         if report.measured is None:
-            records.append(_record(path, shape, dtype, _NO_STEP))
+            step = {**_NO_STEP, "adapted": report.rule.adapt}
+            records.append(_record(path, shape, dtype, step))
             continue
         columns = np.stack(list(islice(values, 5)), axis=-1)
         if axis is not None:
@@ -130,10 +170,30 @@ def layer_table(w: Any, dcdw: Any, lr: Numbers, /, **options: Unpack[StepOptions
         layers = layer_paths(path, columns.shape[:-1])
         for layer, (*row, step_norm) in zip(layers, columns.reshape(-1, 5).tolist(), strict=True):
             measured = Measured(*row)
-            records.append(_record(layer, shape, dtype, _step_fields(measured, step_norm)))
+            step = {**_step_fields(measured, step_norm), "adapted": report.rule.adapt}
+            records.append(_record(layer, shape, dtype, step))
             faults += [(layer, text) for text in _faults(measured)]
     warn("some layers have odd trust ratios", faults)
     return LayerTable(records)
+
+
+def _optimizer(
+    function: str, w: Any, dcdw: Any, lr: Any, options: dict[str, Any]
+) -> Optimizer | None:
+    """The torch optimizer that was given in the place of w, dcdw and lr, if there is one."""
+    torch = sys.modules.get("lars_tree.torch")
+    given = [x is not _NOT_GIVEN for x in (dcdw, lr)]
+    # Accelerate, and so Hugging Face's Trainer, wraps the optimizer.
+    found = (x for x in (w, getattr(w, "optimizer", None)) if torch and isinstance(x, torch.Lars))
+    optimizer: Optimizer | None = next(found, None)
+    if optimizer is not None:
+        if any(given) or options.keys() - {"grad_scale"}:
+            text = "takes no other arguments with an optimizer, except grad_scale"
+            raise TypeError(f"{function} {text}: its groups have gradients, rates and options")
+        return optimizer
+    if not all(given):
+        raise TypeError(f"{function} needs w, dcdw and lr, or a lars_tree.torch.Lars")
+    return None
 
 
 _NO_STEP = {**dict.fromkeys(("w_norm", "g_norm", "ratio", "relative_step")), "clipped": False}

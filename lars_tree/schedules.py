@@ -21,13 +21,17 @@ from typing import Any, TypeVar, overload
 
 import numpy as np
 
-from lars_tree import _backends
+from lars_tree import _backends, errors
 from lars_tree._backends.base import Values
 from lars_tree._core.types import AnyArray
 from lars_tree._core.values import finite_number
-from lars_tree.errors import OptionError, whole_number
 
 __all__ = ["Constant", "Cosine", "Polynomial"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 A = TypeVar("A", bound=AnyArray)
 
@@ -42,18 +46,20 @@ class _Schedule:
             x = getattr(self, field.name)
             number: float | None
             if field.name.endswith("_steps"):
-                number = whole_number(field.name, x, least=0)
+                number = errors.whole_number(field.name, x, least=0)
             else:
                 number = finite_number(x)
             if number is None:
-                raise OptionError(f"{field.name}: expected a finite number >= 0, got {x!r}")
+                text = f"{field.name}: expected a finite number >= 0, got {x!r}"
+                raise errors.error(errors.OptionError, field.name, text)
             # Python numbers, unlike numpy scalars, do not change the dtype of a step. (The class is
             # frozen, so a normal assignment would raise.)
             object.__setattr__(self, field.name, x if type(x) is int else number)
         warmup_steps, total_steps = self.warmup_steps, getattr(self, "total_steps", None)
         if total_steps is not None and (total_steps < 1 or total_steps < warmup_steps):
-            text = f"expected at least 1 and warmup_steps ({warmup_steps}), got {total_steps}"
-            raise OptionError(f"total_steps: {text}")
+            least = f"at least 1 and warmup_steps ({warmup_steps})"
+            text = f"total_steps: expected {least}, got {total_steps}"
+            raise errors.error(errors.OptionError, "total_steps", text)
 
     @overload
     def __call__(self, step: float | np.number[Any]) -> float: ...

@@ -46,18 +46,28 @@ def lars_update(
     >>> lars_update(w, g, 0.1, adapt={"kernel": False, "bias": True}).kernel      # plain SGD
     array([3., 3.])
 
+    >>> lars_update(w, g, 0.1, adapt={"*bias": True, "*": False}).kernel          # by path
+    array([3., 3.])
+    >>> lars_update(w, g, 0.1, adapt=lambda path, leaf: leaf.size < 2).kernel
+    array([3., 3.])
+
     Every argument except w and out takes one value for all leaves, or a Container or dict that is a
-    prefix of w: a value at an inner node applies to all leaves below it. Keys match by name.
+    prefix of w: a value at an inner node applies to all leaves below it. Keys match by name. lr and
+    the options also take a function of (path, leaf), where the path is a tuple of keys; or a
+    mapping of paths and patterns, with "*" for all other leaves, as in {"*/bias": False, "*": True}
+    or {"head": 1.0, "*": 0.1}. In patterns, * also matches "/", and a leading */ also matches
+    nothing. The most exact key decides, whatever the order; keys that disagree are an error.
 
     On the CPU the result is computed in at least double precision and rounded once; it does not
     depend on the tree, on threads, or on whether numpy, torch or JAX owns the memory.
 
     Args:
         w: Weights: floating-point or complex arrays of any shape in any tree (Container, dict,
-            list, tuple, namedtuple, attrs), or one array; None is a leaf without weights. Never
-            modified, unless `out` is w.
+            list, tuple, namedtuple, attrs, any class that is registered as a pytree), or one array;
+            None is a leaf without weights. Never modified, unless `out` is w.
         dcdw: Gradient of the cost, in units of cost per weight: arrays that broadcast to the arrays
-            of w, of the same library and device. None leaves the weights below it unchanged.
+            of w, of the same library and device. None leaves what is below it unchanged, also
+            leaves that are not arrays, such as the functions in a module of equinox.
         lr: Learning rate >= 0. It has no unit if ratio is not 1, because the units of cost and
             weights then cancel. May be an array that broadcasts to the weights.
         decay_lambda: Weight decay >= 0, in cost per weight squared.

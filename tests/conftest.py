@@ -71,6 +71,13 @@ def need(module: str) -> Any:
     return pytest.importorskip(module, reason=f"{module} is not installed")
 
 
+def need_installed(*modules: str) -> None:
+    """Like `need`, but does not import the modules: some packages cannot be imported whole."""
+    for module in modules:
+        if find_spec(module) is None:
+            (pytest.fail if CI else pytest.skip)(f"{module} is not installed")
+
+
 def need_program(name: str) -> str:
     """Return the path of a program. If it is not installed, skip the test, or fail on CI."""
     path = shutil.which(name)

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from lars_tree.report import layer_table, trust_ratios
+from lars_tree.torch import Lars
 
 
 def options(leaves):
@@ -17,6 +18,17 @@ def options(leaves):
         "adapt": {name: leaf.adapt for name, leaf in leaves.items()},
         "layer_axis": {name: leaf.layer_axis for name, leaf in leaves.items()},
     }
+
+
+def optimizer(w, dcdw, leaves):
+    """An optimizer of these leaves with the same options, for the same gradients."""
+    groups = []
+    for name, leaf in leaves.items():
+        p = torch.nn.Parameter(w[name])
+        grad = dcdw[name]
+        p.grad = torch.full_like(p, grad) if isinstance(grad, float) else grad
+        groups.append({"params": [(name, p)], "adapt": leaf.adapt, "layer_axis": leaf.layer_axis})
+    return Lars(groups, weight_decay=0.01, trust_coefficient=1.0, eps=0.0)
 
 
 def measure(world):
@@ -36,6 +48,9 @@ def measure(world):
             ]
             off = max(abs(a - b) / (b or 1) for a, b in zip(*steps, strict=True) if b < 1e300)
             bits = [x.tolist() for x in numbers.values()]
+            by_name = optimizer(w, dcdw, leaves).trust_ratios()
+            assert known.keys() == {name for name, x in by_name.items() if x is not None}
+            assert all(torch.equal(by_name[name], found[name]) for name in known)
             yield f"{tree}, {kind}", {"error": max(errors), "off": off, "bits": gathered(bits)}
     mesh = DeviceMesh("cpu", list(range(world // 2)))
     leaves = {name: MIXED[name] for name in ("rows", "layers_across")}

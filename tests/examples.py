@@ -42,7 +42,7 @@ NOT_RUN = {
 
 # Packages with which the pages compare lars_tree. No extra installs them, so if one is
 # missing, even on CI, the rest of the page is skipped.
-PEERS = {"ivy", "optax", "pytorch_optimizer", "timm"}
+PEERS = {"ivy", "pytorch_optimizer", "timm"}
 
 
 class Block(NamedTuple):

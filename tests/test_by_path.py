@@ -1,4 +1,4 @@
-"""Options by path: functions of (path, leaf), and mappings with patterns."""
+"""Options as mappings of paths and patterns: which key decides, and what is refused."""
 
 from __future__ import annotations
 
@@ -7,24 +7,18 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 import pytest
-from conftest import need, to_library, to_numpy, unit_lars
 from hypothesis import given
 from hypothesis import strategies as st
-from test_laws import PREFIXED, build, rng_tree
 
 from lars_tree import (
-    Array,
     Container,
     Lars,
     OptionError,
     StructureError,
-    _native,
     lars_update,
-    report,
 )
 from lars_tree._tree import by_path
-from lars_tree.schedules import Constant, Polynomial
-from lars_tree.testing import assert_identical, shuffled
+from lars_tree.testing import shuffled
 
 Pair = namedtuple("Pair", "kernel bias")
 
@@ -68,7 +62,7 @@ def rates(given):
 # ---- Patterns
 
 
-def stands_for(given, name, keys=""):
+def stands_for(given, name):
     """The value of one leaf in a mapping, by the rules of the documentation; None if refused."""
     if name in given:
         return given[name]
@@ -246,174 +240,3 @@ def test_names_with_another_separator():
         "adapt does not match model",
         "  0.weight: no key matches it: add the key '*' for all other leaves",
     ]
-
-
-# ---- The same bits as a full tree
-
-
-def given_as(form, first, second):
-    """An option that is `first` below "encoder" and `second` elsewhere, and the full tree."""
-    full = Container(head=[second, second], encoder={"bias": first, "kernel": first})
-    forms = {
-        "patterns": {"enc*": first, "head/[01]": second},
-        "node and default": {"*": second, "encoder": first},
-        "inner patterns": {"encoder": {"k*": first, "*": first}, "head": second},
-        "function": lambda path, leaf: first if path[0] == "encoder" else second,
-    }
-    return forms[form], full
-
-
-FORMS = ["patterns", "node and default", "inner patterns", "function"]
-
-
-@pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", PREFIXED)
-def test_every_option_by_path_equals_the_full_tree(name, form, native, monkeypatch):
-    if not native:
-        monkeypatch.setattr(_native, "kernel", None)
-    given, full = given_as(form, *PREFIXED[name])
-    w, g = rng_tree(1), rng_tree(2) * 0.1
-    for update in (lars_update, report.trust_ratios):
-
-        def result(value, update=update):
-            options = {"decay_lambda": 0.1, name: value}
-            return update(w, g, options.pop("lr", 0.1), **options)
-
-        assert_identical(result(given), result(full))
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(
-    "name",
-    {*PREFIXED, "momentum", "nesterov"} - {"lr"},
-)
-def test_every_option_of_Lars_by_path_equals_the_full_tree(name, form):
-    values = PREFIXED | {"momentum": (0.5, 0.0), "nesterov": (True, False)}
-    given, full = given_as(form, *values[name])
-    w, g = rng_tree(1), rng_tree(2) * 0.1
-    results = []
-    for value in (given, full):
-        opt = unit_lars(0.1, **({"decay_lambda": 0.1} | {name: value}))
-        new, state = opt.update(w, g, opt.init(w))
-        results.append([*opt.update(new, g, state)])
-    assert_identical(*results)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_every_library(form, library):
-    given, full = given_as(form, True, False)
-    w, g = (rng_tree(seed).map(lambda x: to_library(library.name, x)) for seed in (1, 2))
-    new, expected = (lars_update(w, g, 0.1, adapt=value).map(to_numpy) for value in (given, full))
-    assert_identical(new, expected)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_compiled_by_jax(form):
-    jax = need("jax")
-    given, full = given_as(form, True, False)
-    w, g = (rng_tree(seed).map(jax.numpy.asarray) for seed in (1, 2))
-    new, expected = (
-        jax.jit(lambda w, g, v=value: lars_update(w, g, 0.1, adapt=v))(w, g)
-        for value in (given, full)
-    )
-    assert_identical(new, expected)
-
-
-@pytest.mark.parametrize("form", FORMS[:3])
-def test_a_schedule_may_be_a_value_of_a_mapping(form):
-    w, g = rng_tree(1), rng_tree(2)
-    results = []
-    for lr in given_as(form, Polynomial(1.0, 10), 0.5):
-        opt = Lars(lr)
-        new, state = opt.update(w, g, opt.init(w))
-        results.append([*opt.update(new, g, state)])
-    assert_identical(*results)
-
-
-def test_axis_names_and_layer_axes_by_path():
-    """None is a value of these options. The values of `axis_name` may be tuples."""
-    w, g = rng_tree(1), rng_tree(2)
-    expected = lars_update(w, g, 0.1, layer_axis={"encoder": 0, "head": None})
-    for axis in ({"encoder": 0, "*": None}, lambda path, x: 0 if path[0] == "encoder" else None):
-        assert_identical(lars_update(w, g, 0.1, layer_axis=axis), expected)
-    with pytest.raises(OptionError) as refused:
-        lars_update(w, g, 0.1, axis_name={"encoder": ("x", "y"), "head": None})
-    for names in (
-        {"encoder": ("x", "y"), "*": None},
-        lambda path, leaf: ("x", "y") if path[0] == "encoder" else None,
-    ):
-        with pytest.raises(OptionError) as caught:
-            lars_update(w, g, 0.1, axis_name=names)
-        assert str(caught.value) == str(refused.value)
-
-
-def test_rates_that_autograd_tracks_keep_their_graph_by_path():
-    torch = need("torch")
-    w = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([3.0, 4.0])}
-    lr = torch.tensor(0.1, requires_grad=True)
-    for stop in ({"a": False, "*": True}, lambda path, leaf: path != ("a",), {"*": False}):
-        new = lars_update(w, w, {"*": lr}, stop_gradients=stop)
-        assert new["a"].requires_grad
-    assert not lars_update(w, w, {"*": lr}, stop_gradients={"*": True})["a"].requires_grad
-
-
-# ---- Functions
-
-
-def test_a_function_gets_the_path_and_the_leaf_of_all_weights_once():
-    w = model()
-    w["wrapped"] = Array(ONE)
-    seen = []
-    lars_update(w, 1.0, lambda path, leaf: seen.append((path, leaf)) or 0.1)
-    rows = [(p, x) for p, x in zip(w.paths(), w.leaves(), strict=True) if x is not None]
-    assert [path for path, _ in seen] == [path for path, _ in rows]
-    assert all(x is y for (_, x), (_, y) in zip(seen, rows, strict=True))
-
-
-def test_a_function_of_one_array_gets_an_empty_path():
-    new = lars_update(ONE, 1.0, lambda path, leaf: 0.1 + len(path), adapt=False)
-    assert new[0] == 2.9
-
-
-@pytest.mark.parametrize("value", [-1, "fast", {"a": 1}, None])
-def test_an_invalid_result_of_a_function_is_refused_with_its_path(value):
-    w = model()
-    before = w.leaves()[0].tobytes()
-    with pytest.raises(OptionError) as caught:
-        lars_update(w, 1.0, lambda path, leaf: 0.1 if path[-1] != "bias" else value, out=w)
-    assert caught.value.argument == "lr"
-    assert caught.value.paths == tuple(path for path in w.paths() if path[-1] == "bias")
-    assert w.leaves()[0].tobytes() == before
-
-
-def test_an_exception_in_a_function_gets_the_path_as_a_note():
-    def fails(path, leaf):
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError) as caught:
-        lars_update(model(), 1.0, 0.1, adapt=fails)
-    assert caught.value.__notes__ == ["adapt at encoder/l0/kernel"]
-    with pytest.raises(TypeError) as wrong:
-        lars_update(ONE, 1.0, 0.1, adapt=lambda path, leaf: path + 1)
-    assert wrong.value.__notes__ == ["adapt at w"]
-
-
-def test_a_function_with_other_parameters_is_refused():
-    with pytest.raises(
-        OptionError, match=r"adapt: expected a function of \(path, leaf\), got a function"
-    ):
-        lars_update(model(), 1.0, 0.1, adapt=lambda path: True)
-    with pytest.raises(OptionError, match="a schedule needs the number of the step") as caught:
-        lars_update(model(), 1.0, Constant(0.1))
-    assert caught.value.argument == "lr"
-
-
-def test_shapes_decide():
-    """The usual recipe: vectors are neither adapted nor decayed."""
-    w, g = build(np.ones), build(lambda shape: np.full(shape, 0.5))
-    is_kernel = lambda path, x: x.ndim > 1  # noqa: E731
-    full = w.map(lambda x: x.ndim > 1)
-    expected = lars_update(w, g, 0.1, adapt=full, decay_lambda=0.1 * full)
-    new = lars_update(w, g, 0.1, adapt=is_kernel, decay_lambda=lambda p, x: 0.1 * (x.ndim > 1))
-    assert_identical(new, expected)

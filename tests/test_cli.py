@@ -149,7 +149,6 @@ def test_values_out_of_range_exit_with_2_and_one_line(name, value, libraries, ca
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], r"lars-tree: Missing command\."),
         (["shw"], r"lars-tree: .*'shw'.*"),
         (["--what"], r"lars-tree: .*--what.*"),
         (["demo", "--what"], r"lars-tree demo: .*--what.*"),
@@ -174,14 +173,30 @@ def test_version(module):
     assert (done.stdout, done.stderr) == (f"lars-tree {__version__}\n", "")
 
 
-def test_help_lists_the_subcommands_and_explains_completion(capsys):
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], []])
+def test_help_lists_the_subcommands_and_explains_completion(arguments, monkeypatch, capsys):
     need("click")
-    assert main(["--help"]) == 0
-    out = capsys.readouterr().out
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
     assert set(re.findall(r"^  (\w+)  +[A-Z].*[A-Za-z]\.$", out, re.MULTILINE)) == {
         "demo", "diff", "show", "update"
     }  # fmt: skip
     assert "_LARS_TREE_COMPLETE=bash_source" in out
+    monkeypatch.setattr(sys, "argv", ["lars-tree", *arguments])
+    assert main() == 0
+    assert capsys.readouterr() == (out, "")
+
+
+@pytest.mark.parametrize("command", ["demo", "diff", "show", "update"])
+def test_the_help_of_each_subcommand(command, capsys):
+    need("click")
+    assert main([command, "-h"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"Usage: lars-tree {command} [OPTIONS]")
+    assert "--json " in out
+    assert main([command, "--help"]) == 0
+    assert capsys.readouterr().out == out
 
 
 def test_completion():

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from conftest import need
 
-from lars_tree import Container, io, report
+from lars_tree import Container, io, lars_update, report
 from lars_tree.cli import main
 
 bfloat16 = need("ml_dtypes").bfloat16
 for library in ("click", "rich", "safetensors"):
     need(library)
 
-from lars_tree._commands.diff import Change, compared  # noqa: E402
+from lars_tree._commands.diff import compared  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -51,23 +51,62 @@ def as_json(capsys, *arguments, status=0):
     return json.loads(out, parse_constant=refuse)
 
 
-def test_show_lists_the_leaves(capsys):
-    io.save("w.safetensors", W, metadata={"step": "1"})
+def test_show_lists_the_leaves_and_the_metadata(capsys):
+    metadata = {"step": "1", "a\tb": "x" * 300}
+    io.save(W, "w.safetensors", metadata=metadata)
     assert printed(capsys, "show", "w.safetensors") == (
         "w.safetensors: 3 leaves, 18 parameters, 72 bytes\n"
         "  encoder/kernel  float32 (3, 4)\n"
         "  encoder/bias    bfloat16 (4,)\n"
         "  blocks/0/w      float64 (2,)\n"
         "  blocks/1        None\n"
+        "metadata:\n"
+        "  step    1\n"
+        f"  'a\\tb'  {'x' * 100}...{'x' * 100}\n"
     )
     found = as_json(capsys, "show", "w.safetensors")
-    assert found["metadata"] == {"step": "1"}
+    assert found["metadata"] == metadata
     assert (found["leaves"], found["parameters"], found["bytes"]) == (3, 18, 72)
     assert found["tree"][1:] == [
         {"path": "encoder/bias", "shape": [4], "dtype": "bfloat16", "parameters": 4, "bytes": 8},
         {"path": "blocks/0/w", "shape": [2], "dtype": "float64", "parameters": 2, "bytes": 16},
         {"path": "blocks/1", "shape": None, "dtype": None, "parameters": 0, "bytes": 0},
     ]
+
+
+@pytest.mark.parametrize("patterns", [["blocks", "*.kernel"], ["*/kernel", "blocks.*", "*w"]])
+def test_show_lists_the_leaves_that_match(patterns, capsys):
+    io.save(W, "w.safetensors")
+    assert printed(capsys, "show", "w.safetensors", *patterns) == (
+        "w.safetensors: 3 leaves, 18 parameters, 72 bytes; "
+        "shown: 2 leaves, 14 parameters, 64 bytes\n"
+        "  encoder/kernel  float32 (3, 4)\n"
+        "  blocks/0/w      float64 (2,)\n"
+        "  blocks/1        None\n"
+    )
+    found = as_json(capsys, "show", "w.safetensors", *patterns)
+    assert found["shown"] == {"leaves": 2, "parameters": 14, "bytes": 64}
+    assert found["leaves"] == 3
+    assert len(found["tree"]) == 3
+
+
+def test_show_sums_up_the_leaves_below_a_depth(capsys):
+    io.save(
+        {"a": {"x": np.ones(2), "y": {"z": np.ones(3), "u": np.ones(1)}}, "b": np.ones(4)}, "w.npz"
+    )
+    header = "w.npz: 4 leaves, 10 parameters, 80 bytes\n"
+    assert printed(capsys, "show", "w.npz", "--depth", 1) == (
+        f"{header}  a/*  3 leaves, 6 parameters, 48 bytes\n  b    float64 (4,)\n"
+    )
+    assert printed(capsys, "show", "w.npz", "--depth", 2) == (
+        f"{header}  a/x    float64 (2,)\n"
+        "  a/y/*  2 leaves, 4 parameters, 32 bytes\n  b      float64 (4,)\n"
+    )
+    assert printed(capsys, "show", "w.npz", "--depth", 3) == printed(capsys, "show", "w.npz")
+    found = as_json(capsys, "show", "w.npz", "--depth", 1)
+    assert found["tree"][0] == {"path": "a/*", "leaves": 3, "parameters": 6, "bytes": 48}
+    part = printed(capsys, "show", "w.npz", "a/*", "--depth", 1)
+    assert part.splitlines()[1:] == ["  a/*  3 leaves, 6 parameters, 48 bytes"]
 
 
 def test_show_reads_no_elements(capsys):
@@ -80,7 +119,7 @@ def test_show_reads_no_elements(capsys):
 
 
 def test_show_lists_all_leaves_of_a_large_tree(capsys):
-    io.save("w.npz", {str(i): np.ones(1) for i in range(500)})
+    io.save({str(i): np.ones(1) for i in range(500)}, "w.npz")
     lines = printed(capsys, "show", "w.npz").splitlines()
     assert len(lines) == 501
     lines = printed(capsys, "show", "w.npz", "--grads", "w.npz").splitlines()
@@ -93,8 +132,8 @@ def test_show_with_gradients_prints_the_layer_table(grads, capsys):
     w = {"encoder": W.encoder.to_dict(), "head": np.array([3.0, 4.0]), "kept": np.ones(2, "f4")}
     g = {"encoder": {"kernel": np.ones((3, 4)), "bias": np.full(4, 2.0)}, "head": 1e-3 * np.ones(2)}
     g["kept"] = None
-    io.save("w.safetensors", w)
-    io.save(grads, g)
+    io.save(w, "w.safetensors")
+    io.save(g, grads)
     options = ["--lr", 0.3, "--decay-lambda", 0.1, "--trust-clip", "--lr-for", "head=2"]
     arguments = ["show", "w.safetensors", "--grads", grads, *options, "--no-adapt", "*/kernel"]
     rates = {"encoder": 0.3, "head": 2.0, "kept": 0.3}
@@ -113,13 +152,15 @@ def test_show_with_gradients_prints_the_layer_table(grads, capsys):
 
 
 def test_show_checks_patterns(capsys):
-    io.save("w.npz", {"a": np.ones(2)})
+    io.save({"a": np.ones(2)}, "w.npz")
     assert main(["show", "w.npz", "--grads", "w.npz", "--lr-for", "b=1"]) == 2
-    assert capsys.readouterr().err.startswith("lars-tree show: lr_for matches no leaf")
+    assert capsys.readouterr().err.startswith("lars-tree show: --lr-for matches no leaf of w.npz")
+    assert main(["show", "w.npz", "b"]) == 2
+    assert capsys.readouterr().err.startswith("lars-tree show: PATTERN matches no leaf of w.npz")
 
 
 def test_keys_that_a_terminal_cannot_encode():
-    io.save("w.npz", {"ключ": np.ones(2), "a/b\nc": np.ones(2)})
+    io.save({"ключ": np.ones(2), "a/b\nc": np.ones(2)}, "w.npz")
     command = [sys.executable, "-m", "lars_tree", "show", "w.npz"]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, env=environment, capture_output=True, check=True)
@@ -128,22 +169,11 @@ def test_keys_that_a_terminal_cannot_encode():
     ]
 
 
-@pytest.mark.parametrize("arguments", [["show", "w.npz"], ["--help"]])
-def test_a_closed_pipe_is_not_an_error(arguments):
-    io.save("w.npz", {"a": np.ones(1)})
-    reader, writer = os.pipe()
-    os.close(reader)
-    command = [sys.executable, "-m", "lars_tree", *arguments]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (1, b"")
-
-
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
 def test_equal_files_do_not_differ(suffix, capsys):
     w = {"a": np.array([nan, 0.0, inf]), "b": {"c": np.ones((2, 3), "f4"), "d": np.zeros((0, 2))}}
-    io.save(f"a{suffix}", w, metadata={"step": "1"})
-    io.save("b.safetensors", {"b": dict(reversed(w["b"].items())), "a": w["a"] * [1, -1, 1]})
+    io.save(w, f"a{suffix}", metadata={"step": "1"})
+    io.save({"b": dict(reversed(w["b"].items())), "a": w["a"] * [1, -1, 1]}, "b.safetensors")
     assert printed(capsys, "diff", f"a{suffix}", "b.safetensors") == ""
     found = as_json(capsys, "diff", f"a{suffix}", "b.safetensors")
     assert found["equal"]
@@ -151,20 +181,53 @@ def test_equal_files_do_not_differ(suffix, capsys):
 
 
 def test_diff_reports_how_much_each_leaf_changed(capsys):
-    w = {"a": np.array([1.0, 2, 4]), "b": {"c": np.ones((2, 3), "f4"), "d": np.zeros(4, bfloat16)}}
-    new = {"a": np.array([1.0, 2.5, 5]), "b": {"c": w["b"]["c"], "d": np.array([0, 0, 3, 0], "f4")}}
-    io.save("a.safetensors", w)
-    io.save("b.npz", new)
+    w = {"a": np.array([1.0, 2, 2]), "b": {"c": np.ones((2, 3), "f4"), "d": np.zeros(4, bfloat16)}}
+    new = {"a": np.array([1.0, 2.5, 2]), "b": {"c": w["b"]["c"], "d": np.array([0, 4, 3, 0], "f4")}}
+    w["e"], new["e"] = np.array([nan, 1, 2, 3, nan]), np.array([0, nan, 2, nan, nan])
+    io.save(w, "a.safetensors")
+    io.save(new, "b.npz")
     assert printed(capsys, "diff", "a.safetensors", "b.npz", status=1) == (
-        "2 of 3 leaves that both have differ\n"
-        "  a    2 of 3 elements differ, by up to 0.25 of |a|\n"
+        "3 of 4 leaves that both have differ\n"
+        "  a    1 of 3 elements differ, |b - a| / |a| = 0.1667\n"
         "  b/d  bfloat16 (4,) in A, float32 (4,) in B; "
-        "1 of 4 elements differ, by up to inf of |a|\n"
+        "2 of 4 elements differ, |b - a| = 5, |a| = 0\n"
+        "  e    1 NaN in A only; 2 NaN in B only\n"
     )
     found = as_json(capsys, "diff", "a.safetensors", "b.npz", status=1)
-    assert [leaf["largest_relative_change"] for leaf in found["leaves"]] == [0.25, 0, "Infinity"]
-    assert [leaf["changed"] for leaf in found["leaves"]] == [2, 0, 1]
     assert not found["equal"]
+    leaves = {leaf["path"]: leaf for leaf in found["leaves"]}
+    assert [leaves[x]["relative_change"] for x in ("a", "b/c", "b/d", "e")] == [
+        pytest.approx(1 / 6), 0, "Infinity", 0
+    ]  # fmt: skip
+    numbers = ("changed", "change_norm", "a_norm", "nan_in_a_only", "nan_in_b_only")
+    assert [leaves["b/d"][name] for name in numbers] == [2, 5, 0, 0, 0]
+    assert [leaves["e"][name] for name in numbers[:2]] == [0, 0]
+    assert [leaves["e"][name] for name in numbers[3:]] == [1, 2]
+
+
+def test_files_with_nothing_in_common(capsys):
+    io.save({"encoder": {"w": np.ones(2)}}, "a.npz")
+    io.save({"model": {"encoder": {"w": np.ones(2)}}}, "b.npz")
+    out = printed(capsys, "diff", "a.npz", "b.npz", status=1)
+    assert out.startswith("a.npz and b.npz have no leaf in common\n  /  missing 'encoder'; unexp")
+
+
+@pytest.mark.parametrize("collide", [False, True])
+def test_diff_compares_names_whatever_the_structure(collide, capsys):
+    """A file of `io.save` records that the names of a state_dict are keys; others do not."""
+    from safetensors.numpy import save_file
+
+    flat = {"0.weight": np.ones((2, 3)), "0.bias": np.zeros(2), "1.0.w": np.full(3, 2.0)}
+    if collide:
+        flat["0"] = np.ones(1)
+        io.save(flat, "a.safetensors")
+    else:
+        save_file(flat, "a.safetensors")
+    io.save(flat, "b.safetensors")
+    assert printed(capsys, "diff", "a.safetensors", "b.safetensors") == ""
+    io.save(flat | {"1.0.w": np.full(3, 3.0)}, "b.safetensors")
+    out = printed(capsys, "diff", "a.safetensors", "b.safetensors", status=1)
+    assert "3 of 3 elements differ, |b - a| / |a| = 0.5\n" in out
 
 
 @pytest.mark.parametrize(
@@ -183,14 +246,14 @@ def test_diff_reports_where_the_structure_differs(other, line, capsys):
     def filled(node):
         return Container(node).map(lambda n: np.ones(n) if isinstance(n, int) else n)
 
-    io.save("a.npz", filled({"a": {"bias": 0, "kernel": 1}, "b": 2}))
-    io.save("b.npz", filled(other))
+    io.save(filled({"a": {"bias": 0, "kernel": 1}, "b": 2}), "a.npz")
+    io.save(filled(other), "b.npz")
     assert line in printed(capsys, "diff", "a.npz", "b.npz", status=1)
     assert not as_json(capsys, "diff", "a.npz", "b.npz", status=1)["equal"]
 
 
 def test_diff_of_a_missing_file_is_an_error(capsys):
-    io.save("a.npz", {"a": np.ones(1)})
+    io.save({"a": np.ones(1)}, "a.npz")
     assert main(["diff", "a.npz", "b.npz"]) == 2
     assert capsys.readouterr() == ("", "lars-tree diff: b.npz: No such file or directory\n")
 
@@ -198,28 +261,67 @@ def test_diff_of_a_missing_file_is_an_error(capsys):
 @pytest.mark.parametrize(
     ("a", "b", "expected"),
     [
-        (np.array([1.0, nan]), np.array([1.0, 2.0]), (1, nan)),
-        (np.array([nan, 1.0, 1.0]), np.array([0.0, 1.0, 3.0]), (2, nan)),
-        (np.array([0.0, 1.0]), np.array([1e-300, 1.0]), (1, inf)),
-        (np.array([1e308]), np.array([-1e307]), (1, 1.1)),
-        (np.array([1 + 1j, 2]), np.array([1 - 1j, 2]), (1, 2 / 2**0.5)),
-        (np.array([True, False]), np.array([False, False]), (1, 1)),
-        (np.array([200], "u1"), np.array([100], "u1"), (1, 0.5)),
-        (np.array([2**62], "i8"), np.array([2**62 + 1], "i8"), (1, 0)),
-        (np.array([1, 2], "f4"), np.array([1, 2]), (0, 0)),
-        (np.array([1, 2], bfloat16), np.array([1, 3], "f2"), (1, 0.5)),
+        (np.array([1.0, nan]), np.array([1.0, 2.0]), (0, 0, (1, 0))),
+        (np.array([nan, 1.0, 1.0]), np.array([nan, 1.0, nan]), (0, 0, (0, 1))),
+        (np.array([nan, 3.0, 4.0]), np.array([nan, 3.0, 9.0]), (1, 1, (0, 0))),
+        (np.array([0.0, 1.0]), np.array([3.0, 5.0]), (2, 5, (0, 0))),
+        (np.array([0.0, 0.0]), np.array([-0.0, 1.0]), (1, inf, (0, 0))),
+        (np.array([3e300, 4e300]), np.array([3e300, 9e300]), (1, 1, (0, 0))),
+        (np.array([3e-310, 4e-310]), np.array([3e-310, 9e-310]), (1, 1, (0, 0))),
+        (np.array([1.0, 1.0]), np.array([inf, 1.0]), (1, inf, (0, 0))),
+        (np.array([inf, 1.0]), np.array([inf, 2.0]), (1, 0, (0, 0))),
+        (np.array([inf, 1.0]), np.array([-inf, 1.0]), (1, nan, (0, 0))),
+        (np.array([3 + 4j, 0]), np.array([3 + 4j, 10]), (1, 2, (0, 0))),
+        (np.array([True, False]), np.array([False, False]), (1, 1, (0, 0))),
+        (np.array([200], "u1"), np.array([100], "u1"), (1, 0.5, (0, 0))),
+        (np.array([2**62], "i8"), np.array([2**62 + 1], "i8"), (1, 0, (0, 0))),
+        (np.array([1, 2], "f4"), np.array([1, 2]), (0, 0, (0, 0))),
+        (np.array([0, 2], bfloat16), np.array([0, 3], "f2"), (1, 0.5, (0, 0))),
+        (np.zeros((0, 2)), np.zeros((0, 2)), (0, 0, (0, 0))),
     ],
 )
 def test_relative_changes(a, b, expected):
-    count, largest = compared(a, b)
-    assert count == expected[0]
-    assert largest == pytest.approx(expected[1], nan_ok=True, rel=1e-15)
+    change = compared(a, b)
+    assert (change.changed, change.nan) == expected[::2]
+    assert change.relative == pytest.approx(expected[1], nan_ok=True, rel=1e-15)
+    assert bool(change.text(a.size)) == bool(change.changed or any(change.nan))
 
 
-def test_changes_are_counted_over_all_blocks(monkeypatch):
+def test_changes_are_summed_over_all_blocks(monkeypatch):
     rng = np.random.default_rng(0)
     a = rng.standard_normal((7, 9))
     b = np.where(rng.random(a.shape) < 0.5, a, rng.standard_normal(a.shape))
     monkeypatch.setattr("lars_tree._commands.diff._BLOCK", 4)
-    expected = Change(int(np.sum(a != b)), float(np.max(np.abs(b - a) / np.abs(a))))
-    assert compared(a, b) == expected
+    change = compared(a, b)
+    assert change.changed == np.sum(a != b)
+    assert change.size == pytest.approx(np.linalg.norm(b - a), rel=1e-14)
+    assert change.norm == pytest.approx(np.linalg.norm(a), rel=1e-14)
+
+
+@pytest.mark.parametrize("arguments", [["diff"], ["update", "--lr=1", "-o", "o.safetensors"]])
+def test_dtypes_that_numpy_does_not_have_are_refused(arguments, capsys):
+    text = b'{"w":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}}'
+    with open("w.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text + b"\0")
+    assert "  w  F4 (2,)\n" in printed(capsys, "show", "w.safetensors")
+    assert main([*arguments, "w.safetensors", "w.safetensors"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "path 'w.safetensors' cannot be read: w: " in err
+    assert not os.path.exists("o.safetensors")
+
+
+def test_names_of_which_one_is_the_beginning_of_another(capsys):
+    from safetensors.numpy import save_file
+
+    w, g = ({"a": x, "a.b": 2 * x} for x in (np.ones(2), np.array([0.0, 1.0])))
+    save_file(w, "w.safetensors")
+    save_file(g, "g.safetensors")
+    arguments = ["w.safetensors", "g.safetensors", "--lr", 0.1, "--lr-for", "a.b=0.5"]
+    printed(capsys, "update", *arguments, "-o", "o.safetensors")
+    new = lars_update(w, g, {"a": 0.1, "a.b": 0.5})
+    assert io.load("o.safetensors", flat=True) == new
+    layers = as_json(capsys, "show", "w.safetensors", "--grads", "g.safetensors")["layers"]
+    assert [layer["path"] for layer in layers] == ["a", "a.b"]
+    changed = as_json(capsys, "diff", "w.safetensors", "o.safetensors", status=1)["leaves"]
+    assert [(leaf["path"], leaf["changed"]) for leaf in changed] == [("a", 1), ("a.b", 1)]

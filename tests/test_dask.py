@@ -108,6 +108,21 @@ def test_momentum_is_that_of_the_whole_array(dtype, nesterov):
     assert_close(states[0].velocity, states[1].velocity)
 
 
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+@pytest.mark.parametrize("chunks", [1, 2, 4, -1])
+def test_the_results_have_the_chunks_of_the_weights(chunks, nonfinite):
+    """Also the velocity, if that of a saved state has other chunks, and with other operands."""
+    xs = arrays((7, 5), np.float32, count=3)
+    w, g, v = (da.from_array(x, chunks=n) for x, n in zip(xs, (3, chunks, chunks), strict=True))
+    options = {"nonfinite": nonfinite, "decay_lambda": 0.1}
+    opt, opt_of_numpy = Lars(da.full((7, 5), 0.1, chunks=chunks), **options), Lars(0.1, **options)
+    new, state = opt.update(w, g, {**opt.init(w), "velocity": v})
+    assert new.chunks == state.velocity.chunks == w.chunks
+    expected = opt_of_numpy.update(*xs[:2], {**opt_of_numpy.init(xs[0]), "velocity": xs[2]})
+    assert_close(new, expected[0])
+    assert_close(state.velocity, expected[1].velocity)
+
+
 def test_options_may_be_lazy_and_rates_may_have_a_shape():
     w, g = arrays((6, 5), np.float32)
     rates = np.linspace(0, 1, 5)

@@ -52,7 +52,7 @@ TAKE_A_TREE = {
     "operator": ("self", lambda tree: unconverted(tree) + tree),
     "diff": ("self", lambda tree: unconverted(tree).diff(tree)),
     "allclose": ("self", lambda tree: unconverted(tree).allclose(tree)),
-    "save": ("tree", lambda tree: io.save("x.npz", tree)),
+    "save": ("tree", lambda tree: io.save(tree, "x.npz")),
     "to_state_dict": ("tree", io.to_state_dict),
     "w": ("w", lambda tree: lars_update(tree, 1.0, 0.1)),
     "dcdw": ("w", lambda tree: lars_update(tree, tree, 0.1)),

@@ -26,8 +26,9 @@ NAMES = {"np": np, "lt": lars_tree} | {name: getattr(lars_tree, name) for name i
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if "torch" in name:
-        need("torch")
+    for library in ("optax", "torch"):
+        if library in name:
+            need(library)
     module = importlib.import_module(name)
     assert doctest.testmod(module, extraglobs=NAMES, optionflags=FLAGS).failed == 0
 

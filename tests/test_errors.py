@@ -5,22 +5,29 @@ After each refused call, the bytes of w, dcdw and out are unchanged.
 
 from __future__ import annotations
 
+import ast
+import operator
+from pathlib import Path
+
 import numpy as np
 import pytest
 from conftest import need
 from faults import check, drop, numpy_call, ones, option, other_w_and_out, put, rename, tie
 from numpy.lib.stride_tricks import as_strided
 
+import lars_tree
 from lars_tree import (
     BackendError,
     Container,
     DtypeError,
+    LarsTreeError,
     LeafError,
     NonFiniteError,
     OptionError,
     OutError,
     ShapeError,
     StructureError,
+    errors,
     lars_update,
 )
 
@@ -219,3 +226,49 @@ def test_w_dcdw_and_lr_are_positional_only_and_options_keyword_only():
         lars_update(w=np.ones(2), dcdw=np.ones(2), lr=0.1)
     with pytest.raises(TypeError):
         lars_update(np.ones(2), np.ones(2), 0.1, 0.5)
+
+
+def directly_made(source):
+    """The calls that make an error of the package without its argument and paths."""
+    names = {*errors.__all__, "kind"}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", None) in names:
+            yield node.func.attr
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) in names:
+            yield node.func.id
+
+
+def test_all_errors_are_made_with_their_argument_and_paths():
+    package = Path(errors.__file__).parent
+    found = {
+        str(path.relative_to(package)): list(directly_made(path.read_text()))
+        for path in package.rglob("*.py")
+    }
+    assert {name: calls for name, calls in found.items() if calls} == {"errors.py": ["kind"]}
+
+
+W = Container({"a": {"b": 1, "c/d": 2, 0: 3, "0": 4}})
+
+
+@pytest.mark.parametrize(
+    ("call", "argument", "paths"),
+    [
+        (lambda: W["a", "x"], "key", [("a", "x")]),
+        (lambda: W[()], "key", [()]),
+        (lambda: W.a.x, "key", [("x",)]),
+        (lambda: W.__missing_method__, "name", [("__missing_method__",)]),
+        (lambda: setattr(W, "items", 1), "name", [("items",)]),
+        (lambda: operator.setitem(W, ("a", "b", "x"), 1), "key", [("a", "b", "x")]),
+        (lambda: W.unflatten([]), "leaves", [()]),
+        (lambda: W.merge([1]), "other", [()]),
+        (lambda: W.to_flat(), "sep", [("a", "c/d")]),
+        (lambda: W.to_flat("."), "sep", [("a", 0), ("a", "0")]),
+        (lambda: lars_tree.schedules.Constant(-1), "rate", []),
+        (lambda: lars_tree.schedules.Cosine(1, 2, 3), "total_steps", []),
+        (lambda: lars_tree.set_num_threads(0), "n", []),
+    ],
+)
+def test_errors_have_their_argument_and_paths(call, argument, paths):
+    with pytest.raises(LarsTreeError) as caught:
+        call()
+    assert (caught.value.argument, caught.value.paths) == (argument, tuple(paths))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import warnings
@@ -260,6 +261,16 @@ def test_plot_draws_on_the_given_axes():
     ax = figure.subplots()
     assert axes_of(recorded(), ax) is ax
     assert axes_of(recorded()).figure is not figure
+
+
+def test_a_notebook_shows_the_figure_of_new_axes():
+    picture = axes_of(recorded())._repr_png_()
+    image = need("matplotlib.image").imread(io.BytesIO(picture))
+    assert image.shape[0] > 300
+    assert image.std() > 0.05  # something is drawn
+    assert not hasattr(
+        axes_of(recorded(), need("matplotlib.figure").Figure().subplots()), "_repr_png_"
+    )
 
 
 def test_pyplot_is_not_imported():

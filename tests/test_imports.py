@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from conftest import need
 
 import lars_tree
 
@@ -19,9 +20,11 @@ HEAVY = {
     "torch",
     "jax",
     "dask",
+    "flax",
     "optree",
     "hypothesis",
     "matplotlib",
+    "optax",
     "rich",
     "safetensors",
     "sklearn",
@@ -36,6 +39,7 @@ LAYERS = [
     "__init__",
     "testing",
     "io",
+    "optax",
     "optimizer",
     "report",
     "torch",
@@ -55,12 +59,16 @@ LAYERS = [
 ]
 
 
-def imported_by(code):
-    code += "\nimport sys; print(*sys.modules)"
+def printed(code):
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    return {name.partition(".")[0] for name in result.stdout.split()}
+    return result.stdout.strip()
+
+
+def imported_by(code):
+    names = printed(f"{code}\nimport sys; print(*sys.modules)").split()
+    return {name.partition(".")[0] for name in names}
 
 
 def test_importing_the_package_loads_nothing_heavy():
@@ -149,6 +157,55 @@ def test_the_version_is_that_of_the_metadata(monkeypatch):
     assert lars_tree.__version__ == metadata.version("lars-tree")
     monkeypatch.setattr(metadata, "version", Mock(side_effect=metadata.PackageNotFoundError))
     assert lars_tree.__version__ == "0.0.0+unknown"
+
+
+def test_modules_are_imported_at_their_first_use():
+    for name in ("io", "optax", "report", "testing", "torch"):
+        need(f"lars_tree.{name}")
+        full = f"lars_tree.{name}"
+        code = f"import lars_tree as lt, sys; print({full!r} in sys.modules, lt.{name}.__name__)"
+        assert printed(code) == f"False {full}"
+
+
+@pytest.mark.parametrize(
+    ("hidden", "use", "hint"),
+    [
+        ("torch", "lt.torch", "lars_tree.torch needs torch: pip install torch"),
+        ("optax", "lt.optax", "lars_tree.optax needs optax: pip install optax"),
+        (
+            "hypothesis",
+            "lt.testing",
+            "lars_tree.testing needs hypothesis: pip install 'lars-tree[testing]'",
+        ),
+        (
+            "matplotlib",
+            "lt.report.TrustHistory().plot()",
+            "TrustHistory.plot needs matplotlib: pip install 'lars-tree[report]'",
+        ),
+        (
+            "ml_dtypes",
+            "from lars_tree._files.arrays import dtype_named; dtype_named('bfloat16')",
+            "dtype bfloat16 needs ml_dtypes: pip install 'lars-tree[io]'",
+        ),
+    ],
+)
+def test_a_missing_library_is_named_with_the_command_that_installs_it(hidden, use, hint):
+    code = f"""if 1:
+        import sys, lars_tree as lt
+        sys.modules[{hidden!r}] = None
+        try:
+            {use}
+        except ModuleNotFoundError as error:
+            print(error, "|", error.name)"""
+    assert printed(code) == f"{hint} | {hidden}"
+
+
+@pytest.mark.parametrize(
+    "name", ["errors", "io", "optax", "report", "schedules", "testing", "torch"]
+)
+def test_public_modules_list_only_public_names(name):
+    module = need(f"lars_tree.{name}")
+    assert sorted(dir(module)) == sorted(module.__all__)
 
 
 def test_there_are_no_other_names():

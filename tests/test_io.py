@@ -69,7 +69,7 @@ def test_every_dtype_and_shape_comes_back(dtype, tmp_path):
         if suffix == ".npz" and dtype.isbuiltin == 2:
             continue
         path = tmp_path / f"w{suffix}"
-        io.save(path, w)
+        io.save(w, path)
         assert_same(io.load(path), w)
         if suffix == ".safetensors":
             assert_same(io.open(path).map(np.asarray), w)
@@ -104,14 +104,14 @@ def test_every_layout_comes_back(layout, dtype, suffix, tmp_path):
     given = LAYOUTS[layout](numbers((3, 4), dtype))
     x = given.data if layout == "Array" else np.asarray(given)
     before = x.tobytes()
-    io.save(path, {"x": given, "y": x[0]})
+    io.save({"x": given, "y": x[0]}, path)
     assert_same(io.load(path), Container(x=x.astype(dtype), y=x[0].astype(dtype)))
     assert x.tobytes() == before
 
 
 def test_loaded_arrays_have_dtypes_that_the_native_kernel_supports(file):
     """The kernel refuses dtypes with an explicit byte order, although they equal native dtypes."""
-    io.save(file, {name: np.ones(2, name) for name in ("float16", "float32", "float64")})
+    io.save({name: np.ones(2, name) for name in ("float16", "float32", "float64")}, file)
     for read in READ[file.suffix]:
         assert {x.dtype.byteorder for x in read(file).leaves()} == {"="}
 
@@ -119,15 +119,15 @@ def test_loaded_arrays_have_dtypes_that_the_native_kernel_supports(file):
 def test_a_mapped_file_can_be_saved_to_itself(tmp_path):
     path = tmp_path / "w.safetensors"
     w = Container(a=np.arange(5.0), b=np.ones((2, 2), np.float32))
-    io.save(path, w)
+    io.save(w, path)
     mapped = io.open(path, "r+")
-    io.save(path, {"b": mapped.b, "a": mapped.a[::-1]})
+    io.save({"b": mapped.b, "a": mapped.a[::-1]}, path)
     assert_same(io.load(path), Container(b=w.b, a=w.a[::-1]))
 
 
 def test_libraries(library, file):
     w = {"a": to_library(library.name, np.arange(6.0).reshape(2, 3)), "b": {}}
-    io.save(file, w)
+    io.save(w, file)
     assert_same(io.load(file), Container(a=np.arange(6.0).reshape(2, 3), b={}))
 
 
@@ -136,7 +136,7 @@ def test_loading_for_a_library(name, file):
     need(name)
     w = Container(a=np.arange(6, dtype=np.float32).reshape(2, 3), n=np.array(3, np.int32), e=[])
     w["bits"], w["empty"] = np.array([True, False]), np.empty((0, 2), np.float16)
-    io.save(file, w)
+    io.save(w, file)
     loaded = io.load(file, library=name)
     kind = {"torch": "Tensor", "jax": "ArrayImpl"}[name]
     assert {type(x).__name__ for x in loaded.leaves()} == {kind}
@@ -161,7 +161,7 @@ def test_torch(tmp_path):
         "bool": torch.tensor([True, False]),
     }
     resizable = base.untyped_storage().resizable()
-    io.save(path, w)
+    io.save(w, path)
     assert base.untyped_storage().resizable() is resizable is True
     assert path.stat().st_size < 3000  # only the elements of a view are written
     for loaded in (io.load(path, library="torch"), need("safetensors.torch").load_file(path)):
@@ -179,15 +179,15 @@ def test_torch(tmp_path):
 def test_jax_arrays_are_not_rounded(tmp_path):
     jax = need("jax")
     path = tmp_path / "w.safetensors"
-    io.save(path, {"a": {"b": np.ones(2)}})
+    io.save({"a": {"b": np.ones(2)}}, path)
     with pytest.raises(FileError, match=r"a\.b: float64 is disabled in JAX: set jax_enable_x64"):
         io.load(path, library="jax")
     with jax.enable_x64(True):
         assert io.load(path, library="jax").a.b.dtype == np.float64
-    io.save(path, {"w": jax.numpy.ones((2, 2), jax.numpy.bfloat16)})
+    io.save({"w": jax.numpy.ones((2, 2), jax.numpy.bfloat16)}, path)
     assert io.load(path, library="jax").w.dtype == jax.numpy.bfloat16
     with pytest.raises(LeafError, match="w: expected elements, got an array that is traced"):
-        jax.jit(lambda x: io.save(path, {"w": x}))(np.ones(2))
+        jax.jit(lambda x: io.save({"w": x}, path))(np.ones(2))
 
 
 keys = st.one_of(st.text(st.sampled_from("ab.1/_é\\"), max_size=3), st.integers(-2, 11))
@@ -212,7 +212,7 @@ def test_a_tree_comes_back_or_is_refused(suffix, tree, metadata, tmp_path_factor
     path = tmp_path_factory.getbasetemp() / f"tree{suffix}"
     names = [io.names.join(p) for p, x in _walk(tree) if x is not None]
     try:
-        io.save(path, tree, metadata=metadata)
+        io.save(tree, path, metadata=metadata)
     except StructureError:
         assert len(set(names)) < len(names)
         return
@@ -271,9 +271,9 @@ REFUSED = [
 
 @pytest.mark.parametrize(("tree", "kind", "text"), REFUSED)
 def test_trees_that_would_not_come_back_are_refused(tree, kind, text, file):
-    io.save(file, {"old": np.ones(1)})
+    io.save({"old": np.ones(1)}, file)
     with pytest.raises(kind, match=text) as caught:
-        io.save(file, tree)
+        io.save(tree, file)
     assert (type(caught.value), caught.value.argument) == (kind, "tree")
     assert_same(io.load(file), Container(old=np.ones(1)))
     assert os.listdir(file.parent) == [file.name]
@@ -281,26 +281,26 @@ def test_trees_that_would_not_come_back_are_refused(tree, kind, text, file):
 
 def test_dtypes_and_names_that_a_format_lacks_are_refused(tmp_path):
     with pytest.raises(DtypeError, match=r"a/b: safetensors has no complex128: save it as \.npz$"):
-        io.save(tmp_path / "w.safetensors", {"a": {"b": np.ones(1, complex)}})
+        io.save({"a": {"b": np.ones(1, complex)}}, tmp_path / "w.safetensors")
     with pytest.raises(DtypeError, match=r"a: npz has no bfloat16: save it as \.safetensors$"):
-        io.save(tmp_path / "w.npz", {"a": np.ones(1, ml_dtypes.bfloat16)})
+        io.save({"a": np.ones(1, ml_dtypes.bfloat16)}, tmp_path / "w.npz")
     with pytest.raises(DtypeError, match=r"a: safetensors has no int4$"):  # .npz has no int4 either
-        io.save(tmp_path / "w.safetensors", {"a": np.ones(1, ml_dtypes.int4)})
+        io.save({"a": np.ones(1, ml_dtypes.int4)}, tmp_path / "w.safetensors")
     with pytest.raises(StructureError, match="cannot be a name"):
-        io.save(tmp_path / "w.npz", {"a\0b": np.ones(1)})
+        io.save({"a\0b": np.ones(1)}, tmp_path / "w.npz")
     with pytest.raises(
         FileError, match=r"'.*w\.pt' has an unsupported suffix\n  path: expected a name that"
     ):
-        io.save(tmp_path / "w.pt", {})
+        io.save({}, tmp_path / "w.pt")
     assert os.listdir(tmp_path) == []
 
 
 def test_tensors_without_elements_are_refused(file):
     torch = need("torch")
     with pytest.raises(LeafError, match="a: expected dense data, got a tensor on the meta device"):
-        io.save(file, {"a": torch.ones(2, device="meta")})
+        io.save({"a": torch.ones(2, device="meta")}, file)
     with pytest.raises(LeafError, match="a: expected dense data, got a sparse"):
-        io.save(file, {"a": torch.ones(2).to_sparse()})
+        io.save({"a": torch.ones(2).to_sparse()}, file)
 
 
 @pytest.mark.parametrize(
@@ -308,11 +308,11 @@ def test_tensors_without_elements_are_refused(file):
 )
 def test_metadata_must_be_strings(metadata, file):
     with pytest.raises(OptionError, match="metadata"):
-        io.save(file, {}, metadata=metadata)
+        io.save({}, file, metadata=metadata)
 
 
 def test_arguments(file):
-    io.save(file, {})
+    io.save({}, file)
     assert_same(io.load(str(file)), Container())
     assert io.metadata(file) == {}
     with pytest.raises(OptionError, match=r"library is unknown: expected .* got 'keras'"):
@@ -327,7 +327,7 @@ def test_links_stay_links(file):
     real = file.with_name(f"real{file.suffix}")
     file.symlink_to(real)  # `real` does not exist yet
     for value in (1.0, 2.0):
-        io.save(file, {"a": np.array(value)})
+        io.save({"a": np.array(value)}, file)
         assert file.is_symlink()
         assert io.load(real).a == value
     assert sorted(os.listdir(file.parent)) == sorted([file.name, real.name])

@@ -61,13 +61,13 @@ def refused(path, content):
 @pytest.mark.parametrize("leaf", [np.ones(1), None, {}, [], ()], ids=repr)
 def test_100_levels_come_back_and_101_are_refused(kind, leaf, path):
     tree = deep(kind, DEEPEST, leaf)
-    io.save(path, tree, metadata={"a": "b"})
+    io.save(tree, path, metadata={"a": "b"})
     assert_same(io.load(path), Container(tree))
     assert io.metadata(path) == {"a": "b"}
     if path.suffix == ".safetensors":
         assert_same(io.open(path).map(np.array), Container(tree))
     with pytest.raises(StructureError, match="expected at most 100 levels") as caught:
-        io.save(path, deep(kind, DEEPEST + 1, leaf))
+        io.save(deep(kind, DEEPEST + 1, leaf), path)
     assert caught.value.argument == "tree"
     assert [len(x) for x in caught.value.paths] == [DEEPEST + 1]
     assert_same(io.load(path), Container(tree))
@@ -75,7 +75,7 @@ def test_100_levels_come_back_and_101_are_refused(kind, leaf, path):
 
 def test_far_too_deep_trees_are_refused_without_a_recursion_error(path):
     with pytest.raises(StructureError, match="expected at most 100 levels"):
-        io.save(path, deep("list", 5_000, None))
+        io.save(deep("list", 5_000, None), path)
     with pytest.raises(StructureError, match="expected at most 100 levels"):
         io.to_state_dict(deep("dict", 5_000, np.ones(1)))
 
@@ -84,7 +84,7 @@ def test_a_tree_that_holds_itself_twice_is_refused(path):
     tree = {}
     tree["a"] = tree["b"] = tree
     with pytest.raises(StructureError, match="tree contains itself"):
-        io.save(path, tree)
+        io.save(tree, path)
 
 
 def test_depth_does_not_depend_on_the_stack_of_the_caller(path):
@@ -94,14 +94,14 @@ def test_depth_does_not_depend_on_the_stack_of_the_caller(path):
         return call() if frames == 0 else at(frames - 1, call)
 
     frames = sys.getrecursionlimit() // 2
-    at(frames, lambda: io.save(path, tree))
+    at(frames, lambda: io.save(tree, path))
     assert at(frames, lambda: io.load(path)).num_leaves() == 1
     with pytest.raises(StructureError, match="expected at most 100 levels"):
-        at(frames, lambda: io.save(path, {"a": tree}))
+        at(frames, lambda: io.save({"a": tree}, path))
 
 
 def test_a_valid_file_is_not_called_malformed_if_the_stack_is_nearly_full(path):
-    io.save(path, deep("dict of dots", DEEPEST, np.ones(1)))
+    io.save(deep("dict of dots", DEEPEST, np.ones(1)), path)
 
     def at(frames, call):
         return call() if frames == 0 else at(frames - 1, call)
@@ -125,7 +125,7 @@ def test_names_are_split_to_the_same_depth(tmp_path):
 
 def test_a_flat_name_may_have_any_number_of_dots(path):
     tree = {".".join("a" * 400): np.ones(1)}
-    io.save(path, tree)
+    io.save(tree, path)
     assert_same(io.load(path), Container(tree))
 
 
@@ -184,5 +184,5 @@ def test_long_names_take_memory_in_proportion(case, tmp_path):
 def test_many_nodes_for_few_leaves_come_back(path):
     """The file records the structure, because splitting the names may not create so many nodes."""
     tree = {f"{i}": deep("dict", 50, np.ones(1)) for i in range(30)}
-    io.save(path, tree)
+    io.save(tree, path)
     assert_same(io.load(path), Container(tree))

@@ -14,6 +14,7 @@ import pytest
 from conftest import need
 
 from lars_tree import Container, FileError, io
+from lars_tree._files import formats
 
 need("ml_dtypes")
 need("safetensors")
@@ -173,16 +174,16 @@ def test_unusual_but_valid_files(tmp_path):
 def test_a_file_that_is_replaced_while_it_is_opened(tmp_path, monkeypatch):
     """safetensors opens the path itself, and must check the same file that is read."""
     path, other = tmp_path / "w.safetensors", tmp_path / "other.safetensors"
-    io.save(path, {"a": np.zeros(9)})
-    io.save(other, {"b": np.ones(2)})
-    check = io.safetensors._check
+    io.save({"a": np.zeros(9)}, path)
+    io.save({"b": np.ones(2)}, other)
+    check = formats.safetensors._check
 
     def replaced_first(name):
         if other.exists():
             other.rename(path)
         check(name)
 
-    monkeypatch.setattr(io.safetensors, "_check", replaced_first)
+    monkeypatch.setattr(formats.safetensors, "_check", replaced_first)
     assert io.load(path) == Container(b=np.ones(2))
 
 
@@ -342,7 +343,7 @@ def test_numpy_and_lars_tree_read_the_files_of_each_other(tmp_path):
         loaded = io.load(path)
         assert np.array_equal(loaded.a.b, w["a.b"])
         assert np.array_equal(loaded.c, w["c"])
-    io.save(path, w, metadata={"x": "y"})
+    io.save(w, path, metadata={"x": "y"})
     with np.load(path) as theirs:
         assert np.array_equal(theirs["a.b"], w["a.b"])
         assert json.loads(str(theirs["__metadata__"]))["x"] == "y"

@@ -15,7 +15,7 @@ from conftest import interrupted_at, need
 
 import lars_tree
 from lars_tree import Container, io
-from lars_tree._files import replacing
+from lars_tree._files import abandoned, locking, replacing
 
 need("ml_dtypes")
 need("safetensors")
@@ -58,7 +58,7 @@ KILLING = """if 1:
     times = []
     for _ in range(5):
         start = time.perf_counter()
-        io.save(path, tree(0.0))
+        io.save(tree(0.0), path)
         times.append(time.perf_counter() - start)
     random.seed(kills)
     old = new = left = 0
@@ -66,7 +66,7 @@ KILLING = """if 1:
         before = value()
         child = os.fork()
         if child == 0:
-            io.save(path, tree(before + 1))
+            io.save(tree(before + 1), path)
             os._exit(0)
         time.sleep(random.uniform(0, 1.5 * sorted(times)[2]))
         os.kill(child, signal.SIGKILL)
@@ -76,7 +76,7 @@ KILLING = """if 1:
         old, new = old + (after == before), new + (after > before)
         assert strays() <= 1, "strays of earlier kills were not cleared"
         left += strays()
-    io.save(path, tree(0.0))
+    io.save(tree(0.0), path)
     assert strays() == 0
     print(old, new, left)"""
 
@@ -97,7 +97,7 @@ CROWD = """if 1:
     path, value, count = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
     for _ in range(count):
         if value:
-            io.save(path, {"a": np.full(9, value), "b": [np.full((2, 2), value)]})
+            io.save({"a": np.full(9, value), "b": [np.full((2, 2), value)]}, path)
         else:
             w = io.load(path)
             assert len({float(x) for leaf in w.leaves() for x in leaf.flat}) == 1
@@ -107,7 +107,7 @@ CROWD = """if 1:
 
 def test_concurrent_saves_and_loads(tmp_path):
     path = tmp_path / "w.safetensors"
-    io.save(path, {"a": np.ones(9), "b": [np.ones((2, 2))]})
+    io.save({"a": np.ones(9), "b": [np.ones((2, 2))]}, path)
     environment = os.environ | {"PYTHONPATH": str(Path(lars_tree.__file__).parents[1])}
     processes = [
         subprocess.Popen(
@@ -128,8 +128,8 @@ def test_concurrent_saves_and_loads(tmp_path):
 def test_the_temporary_file_of_a_running_save_is_kept(tmp_path):
     path = tmp_path / "w.safetensors"
     with replacing.replacing(path) as file:
-        io.save(tmp_path / "other.safetensors", {"a": np.ones(1)})
-        run("import sys; from lars_tree import io; io.save(sys.argv[1], {})", tmp_path / "x.npz")
+        io.save({"a": np.ones(1)}, tmp_path / "other.safetensors")
+        run("import sys; from lars_tree import io; io.save({}, sys.argv[1])", tmp_path / "x.npz")
         assert Path(file.name).exists()
         file.write(b"whole")
     assert path.read_bytes() == b"whole"
@@ -138,18 +138,18 @@ def test_the_temporary_file_of_a_running_save_is_kept(tmp_path):
 
 def test_a_temporary_file_removed_before_it_is_locked_is_created_again(tmp_path, monkeypatch):
     made = []
-    lock = replacing._lock
+    lock = locking.lock
 
     def late(file, *, wait):
         if wait:
             made.append(sorted(tmp_path.iterdir()))
             if len(made) == 1:
-                replacing._remove_if_abandoned(str(made[0][0]))  # as another writer might do
+                abandoned.remove_file(str(made[0][0]))  # as another writer might do
                 assert not made[0][0].exists()
         return lock(file, wait=wait)
 
-    monkeypatch.setattr(replacing, "_lock", late)
-    io.save(tmp_path / "w.npz", {"a": np.ones(1)})
+    monkeypatch.setattr(locking, "lock", late)
+    io.save({"a": np.ones(1)}, tmp_path / "w.npz")
     assert len(made) == 2
     assert os.listdir(tmp_path) == ["w.npz"]
 
@@ -158,15 +158,15 @@ def test_a_temporary_file_renamed_by_its_writer_is_not_removed(tmp_path, monkeyp
     """The writer renames the file while another process has opened but not yet locked it."""
     stray, target = tmp_path / ".lars_tree-0.tmp", tmp_path / "w.npz"
     stray.write_bytes(b"new")
-    lock = replacing._lock
+    lock = locking.lock
 
     def renamed_first(file, *, wait):
         stray.rename(target)
         stray.write_bytes(b"of another saver")
         return lock(file, wait=wait)
 
-    monkeypatch.setattr(replacing, "_lock", renamed_first)
-    replacing._remove_if_abandoned(str(stray))
+    monkeypatch.setattr(locking, "lock", renamed_first)
+    abandoned.remove_file(str(stray))
     assert target.read_bytes() == b"new"
     assert stray.read_bytes() == b"of another saver"
 
@@ -177,7 +177,7 @@ def test_only_regular_files_are_removed_as_temporary_files(tmp_path):
     os.symlink(tmp_path / "precious", tmp_path / names[0])
     os.mkfifo(tmp_path / names[1])
     os.mkdir(tmp_path / names[2])
-    io.save(tmp_path / "w.npz", {})
+    io.save({}, tmp_path / "w.npz")
     assert (tmp_path / "precious").read_text() == "kept"
     assert (tmp_path / names[2]).is_dir()
 
@@ -197,21 +197,21 @@ def test_the_content_is_synced_before_the_rename(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", replaced)
-    io.save(tmp_path / "w.safetensors", {"a": np.ones(3)})
+    io.save({"a": np.ones(3)}, tmp_path / "w.safetensors")
     assert done == [(tmp_path / "w.safetensors").stat().st_size, "renamed", "directory"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, ZeroDivisionError])
 def test_an_exception_leaves_only_the_old_file(error, tmp_path, monkeypatch):
     path = tmp_path / "w.safetensors"
-    io.save(path, {"a": np.ones(3)})
+    io.save({"a": np.ones(3)}, path)
 
     def fail(entry):
         raise error
 
     monkeypatch.setattr(io.arrays.Entry, "fetch", fail)
     with pytest.raises(error):
-        io.save(path, {"a": np.zeros(3)})
+        io.save({"a": np.zeros(3)}, path)
     monkeypatch.undo()
     assert io.load(path) == Container(a=np.ones(3))
     assert os.listdir(tmp_path) == [path.name]
@@ -222,8 +222,8 @@ def test_ctrl_c_at_any_line_leaves_no_temporary_file(tmp_path):
     path, line, seen = tmp_path / "w.safetensors", 0, set()
     folder = str(Path(replacing.__file__).parent)
     while True:
-        io.save(path, {"a": np.ones(3)})
-        if not interrupted_at(line, folder, lambda: io.save(path, {"a": np.zeros(3)})):
+        io.save({"a": np.ones(3)}, path)
+        if not interrupted_at(line, folder, lambda: io.save({"a": np.zeros(3)}, path)):
             break
         assert os.listdir(tmp_path) == [path.name], line
         seen.add(io.load(path).a.any())
@@ -240,10 +240,10 @@ def test_a_full_disk_leaves_only_the_old_file(tmp_path):
         for size in (0, 100, 5000, 1 << 20):
             for suffix in (".safetensors", ".npz"):
                 path = sys.argv[1] + suffix
-                io.save(path, {"a": np.ones(1)})
+                io.save({"a": np.ones(1)}, path)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
                 try:
-                    io.save(path, {"a": np.ones(1 << 18), "b": np.ones(3)})
+                    io.save({"a": np.ones(1 << 18), "b": np.ones(3)}, path)
                 except OSError as error:
                     assert error.errno == 27, error
                 else:
@@ -261,37 +261,37 @@ def test_only_regular_files_are_replaced(tmp_path):
     device.symlink_to(os.devnull)
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(IsADirectoryError):
-        io.save(directory, {})
+        io.save({}, directory)
     for path in (pipe, device):
         with pytest.raises(OSError, match="not a regular file"):
-            io.save(path, {})
+            io.save({}, path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        io.save(tmp_path / "nowhere" / "w.npz", {})
+        io.save({}, tmp_path / "nowhere" / "w.npz")
     with pytest.raises(NotADirectoryError):
-        io.save(pipe / "w.npz", {})
+        io.save({}, pipe / "w.npz")
     assert sorted(os.listdir(tmp_path)) == before
     assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
 
 
 def test_a_read_only_file_is_not_replaced(tmp_path, monkeypatch):
     path = tmp_path / "w.npz"
-    io.save(path, {"a": np.ones(1)})
+    io.save({"a": np.ones(1)}, path)
     path.chmod(0o444)
     # Root can write to any file, so os.access is patched to answer as for an ordinary user.
     monkeypatch.setattr(os, "access", lambda name, mode: bool(os.stat(name).st_mode & 0o222))
     with pytest.raises(PermissionError):
-        io.save(path, {})
+        io.save({}, path)
     assert io.load(path) == Container(a=np.ones(1))
     assert os.listdir(tmp_path) == [path.name]
 
 
 def test_a_name_of_maximal_length(tmp_path):
     path = tmp_path / ("w" * 251 + ".npz")
-    io.save(path, {"a": np.ones(1)})
+    io.save({"a": np.ones(1)}, path)
     assert os.listdir(tmp_path) == [path.name]
 
 
 def test_a_relative_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    io.save("w.npz", {"a": np.ones(1)})
+    io.save({"a": np.ones(1)}, "w.npz")
     assert os.listdir() == ["w.npz"]

@@ -1,8 +1,9 @@
-"""A valid file with a few changed bytes is loaded, or raises FileError."""
+"""A valid file or index with a few changed bytes is loaded, or raises FileError."""
 
 from __future__ import annotations
 
 import io as memory
+import os
 import zipfile
 
 import numpy as np
@@ -20,7 +21,7 @@ def valid(path):
         "d": [np.array(7, np.int64), None, np.ones((2, 2), np.float16, order="F")],
         "e": np.empty((0, 3), np.uint8),
     }
-    io.save(path, tree, metadata={"step": "1"})
+    io.save(tree, path, metadata={"step": "1"})
     return path.read_bytes()
 
 
@@ -88,6 +89,37 @@ def test_a_mutated_file_loads_or_is_refused(suffix, where, tmp_path):
             else:
                 outcomes.add("loaded")
                 assert read is io.metadata or found.num_bytes() <= len(new)
+
+    check()
+    assert outcomes == {"loaded", "refused"}
+
+
+@pytest.mark.parametrize("where", ["index", "header of a shard"])
+def test_a_mutated_sharded_checkpoint_loads_or_is_refused(where, tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    valid(index)
+    assert len(os.listdir(tmp_path)) == 2
+    shard = tmp_path / "model-00001-of-00001.safetensors"
+    io.save({"f": {"g": np.ones(3)}}, tmp_path / "a.safetensors")
+    path = index if where == "index" else shard
+    content, outcomes = path.read_bytes(), set()
+
+    @example(changes=[("set", 0.0, b"", 1)])
+    @given(changes=mutations)
+    def check(changes):
+        if where == "index":
+            path.write_bytes(mutated(content, changes))
+        else:
+            path.write_bytes(mutated_inside(content, changes, ".safetensors"))
+        size = sum(os.stat(file).st_size for file in tmp_path.iterdir())
+        for read in (io.load, io.metadata, io.open):
+            try:
+                found = read(index)
+            except FileError as error:
+                outcomes.add("refused" if str(tmp_path) in str(error) else error)
+            else:
+                outcomes.add("loaded")
+                assert read is io.metadata or found.num_bytes() <= size
 
     check()
     assert outcomes == {"loaded", "refused"}

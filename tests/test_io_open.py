@@ -22,7 +22,7 @@ def test_updates_are_written_to_the_mapped_file(tmp_path):
     path = tmp_path / "w.safetensors"
     w = Container(a=np.array([3.0, 4.0]), n=[np.ones((2, 3), np.float32)], z=np.empty((0, 2)))
     w["b"] = np.array([1, 2, 3], ml_dtypes.bfloat16)
-    io.save(path, w, metadata={"kept": "yes"})
+    io.save(w, path, metadata={"kept": "yes"})
     mapped = io.open(path, "r+")
     assert {type(x) for x in mapped.leaves() if x.size} == {np.memmap}
     g = w.map(np.ones_like)
@@ -36,7 +36,7 @@ def test_updates_are_written_to_the_mapped_file(tmp_path):
 def test_counters_are_mapped_too(tmp_path):
     path = tmp_path / "s.safetensors"
     w, opt = Container(a=np.array([3.0, 4.0])), Lars(0.1)
-    io.save(path, {"w": w, "state": opt.init(w)})
+    io.save({"w": w, "state": opt.init(w)}, path)
     mapped = io.open(path, "r+")
     for _ in range(2):
         opt.update(mapped.w, {"a": np.ones(2)}, mapped.state, out=mapped.w)
@@ -45,14 +45,14 @@ def test_counters_are_mapped_too(tmp_path):
 
 def test_a_file_opened_for_reading_is_read_only(tmp_path):
     path = tmp_path / "w.safetensors"
-    io.save(path, {"a": {"b": np.ones(2)}})
+    io.save({"a": {"b": np.ones(2)}}, path)
     before = path.read_bytes()
     path.chmod(0o444)
     mapped = io.open(path)
     with pytest.raises(OutError, match=r"a/b: .*read-only"):
         lars_update(mapped, 1.0, 0.1, out=mapped)
     assert path.read_bytes() == before
-    io.save(path.with_suffix(".npz"), mapped)
+    io.save(mapped, path.with_suffix(".npz"))
     with pytest.raises(FileError, match=r"an .npz cannot be mapped"):
         io.open(path.with_suffix(".npz"))
 
@@ -118,9 +118,9 @@ def test_unaligned_arrays_are_updated(tmp_path):
 def test_a_mapped_file_may_be_replaced(tmp_path):
     """The mapped leaves still show the old file."""
     path = tmp_path / "w.safetensors"
-    io.save(path, {"a": np.ones(3)})
+    io.save({"a": np.ones(3)}, path)
     old = io.open(path, "r+")
-    io.save(path, {"a": np.zeros(3)})
+    io.save({"a": np.zeros(3)}, path)
     old.a[...] = 5
     assert io.load(path) == Container(a=np.zeros(3))
     assert np.array_equal(old.a, [5, 5, 5])
@@ -129,6 +129,6 @@ def test_a_mapped_file_may_be_replaced(tmp_path):
 def test_saved_arrays_are_aligned(tmp_path):
     path = tmp_path / "w.safetensors"
     w = Container(a=np.ones(3, "u1"), b=np.ones(5), c=np.ones(3, "f2"), d=np.ones(1, "f4"))
-    io.save(path, w)
+    io.save(w, path)
     assert all(x.flags.aligned for x in io.open(path).leaves())
     assert_same(io.load(path), w)  # in the order of the tree

@@ -15,7 +15,7 @@ import pytest
 from conftest import need, traced
 
 from lars_tree import Container, io
-from lars_tree._files import replacing
+from lars_tree._files import abandoned, locking, replacing
 
 need("ml_dtypes")
 need("safetensors")
@@ -53,7 +53,7 @@ def mode(path):
 
 
 def saved(path, tree=None):
-    io.save(path, {"a": np.ones(3)} if tree is None else tree)
+    io.save({"a": np.ones(3)} if tree is None else tree, path)
     assert os.listdir(path.parent) == [path.name]
 
 
@@ -155,7 +155,7 @@ def test_no_other_group_gains_a_right(before, after, path, monkeypatch):
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(os, "fchown", refused)
-    monkeypatch.setattr(replacing, "_status", lambda target: other)
+    monkeypatch.setattr(replacing, "status", lambda target: other)
     saved(path)
     assert mode(path) == after
 
@@ -174,7 +174,7 @@ def test_a_user_without_privilege_replaces_a_file_of_another(open_directory):
             os.setgroups([])
             os.setgid(1234)
             os.setuid(1234)
-            io.save(path, {"a": np.zeros(3)})
+            io.save({"a": np.zeros(3)}, path)
             status = 0
         finally:
             os._exit(status)
@@ -214,7 +214,7 @@ def test_only_the_owner_has_rights_if_the_acl_cannot_be_copied(fails, path, monk
         status = os.stat(path)
         other = os.stat_result([*status[:5], status.st_gid + 1, *status[6:10]])
         monkeypatch.setattr(os, "fchown", refused)
-        monkeypatch.setattr(replacing, "_status", lambda target: other)
+        monkeypatch.setattr(replacing, "status", lambda target: other)
     saved(path)
     assert mode(path) == 0o600
     with pytest.raises(OSError, match="No data"):
@@ -242,7 +242,7 @@ def test_a_hard_link_leads_to_the_old_file(path):
     saved(path)
     other = path.with_name(f"other{path.suffix}")
     os.link(path, other)
-    io.save(path, {"a": np.zeros(3)})
+    io.save({"a": np.zeros(3)}, path)
     assert io.load(other) == Container(a=np.ones(3))
     assert io.load(path) == Container(a=np.zeros(3))
 
@@ -259,7 +259,7 @@ def test_if_the_directory_cannot_be_synced_the_new_file_is_in_place(fails, path,
 
     monkeypatch.setattr(os, fails, broken)
     with pytest.raises(OSError, match="the new file is in place, but may not survive") as caught:
-        io.save(path, {"a": np.zeros(3)})
+        io.save({"a": np.zeros(3)}, path)
     assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(path))
     monkeypatch.undo()
     assert io.load(path) == Container(a=np.zeros(3))
@@ -274,18 +274,20 @@ def test_if_the_file_cannot_be_synced_the_old_file_is_in_place(path, monkeypatch
 
     monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(OSError, match=r"Input/output error$"):
-        io.save(path, {"a": np.zeros(3)})
+        io.save({"a": np.zeros(3)}, path)
     assert io.load(path) == Container(a=np.ones(3))
     assert os.listdir(path.parent) == [path.name]
 
 
+FILES = {x.__file__ for x in (abandoned, locking, replacing)}
+
+
 def interrupted_at(opcode, call):
-    """Make a call with Ctrl-C at one opcode of `replacing.py`; False if it runs fewer opcodes."""
+    """Make a call with Ctrl-C at one opcode of `FILES`; False if it runs fewer opcodes."""
     opcodes = iter(range(opcode, -1, -1))
-    file = replacing.__file__
 
     def trace(frame, event, arg):
-        if frame.f_code.co_filename != file:
+        if frame.f_code.co_filename not in FILES:
             return None
         frame.f_trace_opcodes = True
         if event == "opcode" and next(opcodes, None) == 0:
@@ -303,12 +305,12 @@ def test_ctrl_c_at_any_opcode_leaves_no_descriptor_and_no_file(exists, tmp_path,
     monkeypatch.setattr(os, "fsync", lambda file: None)  # fsync takes most of the time
     path, stray, opcode = tmp_path / "w.safetensors", tmp_path / ".lars_tree-0.tmp", 0
     while True:
-        io.save(path, {"a": np.ones(1)})
+        io.save({"a": np.ones(1)}, path)
         if not exists:
             path.unlink()
         stray.touch()
         before = len(os.listdir("/proc/self/fd"))
-        if not interrupted_at(opcode, lambda: io.save(path, {"a": np.zeros(1)})):
+        if not interrupted_at(opcode, lambda: io.save({"a": np.zeros(1)}, path)):
             break
         assert len(os.listdir("/proc/self/fd")) == before, opcode
         assert set(os.listdir(tmp_path)) <= {path.name, stray.name}, opcode

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import need, to_numpy
 
-from lars_tree import Container, lars_update
+from lars_tree import Container, Lars, lars_update, report
 
 jax = need("jax")
 jnp = jax.numpy
@@ -126,3 +126,27 @@ def test_skip_is_decided_inside_jit():
     fine = update(w, w)
     assert fine["a"].tolist() == pytest.approx([0.9, 0.9])
     assert update(w, {"a": jnp.ones(2), "b": jnp.array([1.0, jnp.nan])})["a"].tolist() == [1, 1]
+
+
+def test_float0_gradients_leave_integers_as_they_are():
+    """`jax.grad(allow_int=True)` gives float0 for integers, as numpy arrays or as tracers."""
+    w = {"a": jnp.array([3.0, 4.0]), "i": jnp.array([1, 2])}
+
+    def gradients(w):
+        return jax.grad(lambda w: 0.1 * (w["a"] ** 2).sum() + 0.0 * w["i"].sum(), allow_int=True)(w)
+
+    g, opt = gradients(w), Lars(0.1, nonfinite="skip")
+    assert g["i"].dtype == jax.dtypes.float0
+    expected = lars_update(w["a"], g["a"], 0.1)
+    assert lars_update(w, g, 0.1)["a"].tolist() == expected.tolist()
+    steps = [opt.update, jax.jit(lambda w, _, state: opt.update(w, gradients(w), state))]
+    for step in steps:
+        new, state = step(w, g, opt.init(w))
+        assert (new["i"].tolist(), new["i"].dtype) == ([1, 2], w["i"].dtype)
+        assert state.velocity.i is None
+        assert int(state.step) == 1
+        assert new["a"].tolist() != w["a"].tolist()
+    assert report.trust_ratios(w, g, 0.1)["i"] is None
+    w = jax.tree.map(np.array, w)
+    assert lars_update(w, {"a": np.asarray(g["a"]), "i": g["i"]}, 0.1, out=w) is w
+    assert (w["a"].tolist(), w["i"].tolist()) == (expected.tolist(), [1, 2])

@@ -95,3 +95,12 @@ def test_mismatches_of_many_keys_take_linear_time():
     assert not hasattr(w, "b")
     with pytest.raises(PathKeyError, match=r"no 'b': there is 'a0', .* and 99995 more"):
         w["b"]
+
+
+def test_all_paths_that_strings_can_name_are_completed():
+    w = Container({"a": {"b": [np.ones(1), {"c": 1}], 0: 1}, "a/x": 2, ("t",): 3, "deep/er": {}})
+    names = w._ipython_key_completions_()
+    assert names == ["a", "a/x", "deep/er", "a/b", "a/0", "a/b/0", "a/b/1", "a/b/1/c"]
+    assert all(name in w for name in names)
+    w["a"]["again"] = w
+    assert len(w._ipython_key_completions_()) < 10_000

@@ -364,3 +364,13 @@ def test_tied_weights_stay_tied_in_a_file():
     loaded = torch.load(file, weights_only=True)
     loaded.a[0] = 5.0
     assert loaded.b.c[0] == 5.0
+
+
+def test_leaves_in_the_order_of_another_library_are_put_back_by_it(pytree):
+    """Its order is that of the sorted keys; the keys of the Container keep their order."""
+    w = Container(b=1, a={"d": 2, "c": 3})
+    leaves, structure_of, _ = pytree
+    assert leaves(w) == [3, 2, 1]
+    again = structure_of(w).unflatten(leaves(w))
+    assert again == w
+    assert (list(again), list(again.a)) == (["b", "a"], ["d", "c"])

@@ -283,6 +283,7 @@ def test_a_row_has_the_norms_and_the_step_of_the_update(library, options):
         "ratio": pytest.approx(ratio, rel=1e-6),
         "relative_step": pytest.approx(np.linalg.norm(step) / np.linalg.norm(w), rel=1e-6),
         "clipped": options.get("trust_coefficient") == 10,
+        "adapted": True,
     }
 
 
@@ -299,6 +300,7 @@ def test_rows_are_layers_not_arrays():
         "parameters": 2,
         **dict.fromkeys(("w_norm", "g_norm", "ratio", "relative_step")),
         "clipped": False,
+        "adapted": True,
     }
 
 
@@ -341,10 +343,12 @@ def test_the_table_as_text_and_markdown():
     assert re.search(r"a/kernel.*34\.64.*69\.28.*0\.5", console.export_text())
 
 
-def test_only_the_text_of_a_long_table_is_cut():
+def test_a_long_table_is_cut_where_it_is_shown():
     table = layer_table({f"l{i}": np.ones(1) for i in range(100)}, 1.0, 0.1)
     lines = repr(table).splitlines()
-    assert (len(lines), lines[-1]) == (63, "  ... and 40 more")
+    assert (len(lines), lines[-1]) == (63, "  ... and 40 more; `records` has all")
+    page = table._repr_html_()
+    assert (page.count("<tr>"), "... and 40 more" in page) == (61, True)
     assert len(table.to_markdown().splitlines()) == 102
     assert repr(layer_table({}, 1.0, 0.1)).splitlines()[0] == "0 layers, 0 parameters"
 

@@ -211,3 +211,22 @@ def test_a_table_escapes_its_keys():
     assert "<b>" not in table._repr_html_()
     assert r"\<b\>\|\`\*\_\[x\]" in table.to_markdown()
     assert any(key in line for line in rich_lines(table))
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 bytes"),
+        (1, "1 byte"),
+        (999, "999 bytes"),
+        (1000, "1 kB"),
+        (999_949, "999.9 kB"),
+        (999_999, "1 MB"),
+        (10**9 - 1, "1 GB"),
+        (50 * 10**12, "50 TB"),
+        (2**63 - 1, "9.223 EB"),
+    ],
+)
+def test_sizes_have_the_largest_unit_that_fits(count, text):
+    w = Container(a=np.broadcast_to(np.zeros(1, np.uint8), count))
+    assert repr(w).splitlines()[0].endswith(f"parameter{'s' * (count != 1)}, {text}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from conftest import need, to_numpy
 
-from lars_tree import BackendError, lars_update
+from lars_tree import BackendError, Container, LeafError, _backends, lars_update
 
 xp = need("array_api_strict")
 
@@ -41,3 +44,33 @@ def test_an_unknown_object_is_not_taken_for_an_array():
 
     with pytest.raises(TypeError, match="expected an array, got"):
         lars_update(Pretender(), np.ones(2), 0.1)
+
+
+def test_array_api_compat_is_missing(monkeypatch):
+    """Errors name the leaf and the command; a Container that holds the array is shown."""
+    from lars_tree._backends import standard
+
+    w = Container(a=xp.asarray([3.0, 4.0]))
+    monkeypatch.setattr(standard, "array_api_compat", None)
+    monkeypatch.setattr(standard, "_BACKENDS", {})
+    monkeypatch.setattr(_backends, "_CACHE", {type(None): None})
+    with pytest.raises(
+        LeafError, match=r"a: .* of array_api_strict, .* pip install array-api-compat"
+    ):
+        w.lars_update(w, 0.1)
+    assert "a  Array that cannot be used" in repr(w)
+
+
+def test_array_api_compat_is_looked_for_at_the_first_use():
+    """Without it, the module of the backend can still be imported."""
+    code = """if 1:
+        import sys
+        sys.modules["array_api_compat"] = None
+        import array_api_strict as xp, lars_tree as lt
+        try:
+            lt.Lars(0.1).init({"a": xp.ones(2)})
+        except lt.LeafError as error:
+            print(error)"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "a: expected dense data" in result.stdout, result.stderr
+    assert "pip install array-api-compat" in result.stdout

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
 
 import lars_tree.testing as testing
-from lars_tree import Array, Container, lars_update
+from lars_tree import Array, Container, OptionError, lars_update
 from lars_tree._tree import structure
 from lars_tree.testing import assert_identical
 
@@ -218,11 +218,11 @@ def test_unusual_keys_are_made():
         made.update(key for path, _ in structure.walk(tree) for key in path)
 
     collect()
-    assert made >= {"a", 0, -1, *testing.strategies.ODD_KEYS}
+    assert made >= {"a", 0, -1, *testing.trees.ODD_KEYS}
     assert any(isinstance(key, str) and len(key) > 2 and not key.isascii() for key in made)
 
 
-@pytest.mark.parametrize("cls", testing.strategies.NODE_TYPES, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", testing.trees.NODE_TYPES, ids=lambda cls: cls.__name__)
 def test_nodes_of_each_type_are_made(cls):
     assert example(testing.nests(st.just(1)), lambda tree: type(tree) is cls and len(tree) > 1)
     inner = least(
@@ -327,6 +327,16 @@ def test_options_are_those_of_the_update():
             lambda: testing.arrays(layouts=["c"]),
             "layouts: expected one of 'C', 'F', 'reversed', 'gaps'",
         ),
+        (
+            lambda: testing.arrays(layouts="gaps"),
+            "layouts: expected a list of layouts .*, got 'gaps'",
+        ),
+        (lambda: testing.nests(node_types=dict), "node_types: expected a list of types"),
+        (lambda: testing.nests(node_types=["dict"]), "node_types: expected types .*, got 'dict'"),
+        (lambda: testing.arrays("int64"), "dtype: expected one of 'float64', .*, got 'int64'"),
+        (lambda: testing.layers("bool"), "dtype: expected one of"),
+        (lambda: testing.arrays(np.longdouble), "dtype: expected one of"),
+        (lambda: testing.arrays("float23"), r"got 'float23' \(did you mean 'float32'\?\)"),
         (lambda: testing.layers(layouts=["gap"]), r"got 'gap' \(did you mean 'gaps'\?\)"),
         (
             lambda: testing.options("eps", "decay"),
@@ -335,8 +345,14 @@ def test_options_are_those_of_the_update():
     ],
 )
 def test_invalid_arguments_of_strategies_are_refused_at_once(make, text):
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(OptionError, match=text) as caught:
         make()
+    assert caught.value.argument in ("library", "layouts", "names", "node_types", "dtype")
+
+
+def test_a_drawn_dtype_is_checked_too():
+    with pytest.raises(OptionError, match="got 'int32'"):
+        example(testing.arrays(st.just("int32"), (1,)))
 
 
 @given(testing.weights_and_gradients())

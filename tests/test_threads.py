@@ -57,12 +57,19 @@ def test_the_number_is_the_one_set_or_the_default():
     assert get_num_threads() == default >= 1
 
 
-@pytest.mark.parametrize("n", [0, -1, 1.0, True, "2", np.int64(2), [1]])
+@pytest.mark.parametrize("n", [0, -1, 1.0, True, "2", np.float64(2), np.True_, [1]])
 def test_invalid_numbers_of_threads_are_refused(n):
     set_num_threads(2)
-    with pytest.raises(OptionError, match="whole number of threads >= 1 or None, got"):
+    with pytest.raises(OptionError, match="n: expected a whole number >= 1, got") as caught:
         set_num_threads(n)
+    assert caught.value.argument == "n"
     assert get_num_threads() == 2
+
+
+def test_an_integer_of_numpy_is_a_number_of_threads():
+    set_num_threads(np.int64(2))
+    assert get_num_threads() == 2
+    assert type(get_num_threads()) is int
 
 
 @pytest.mark.parametrize("n", [10**9, 2**63, 10**30])

@@ -70,8 +70,11 @@ def test_invalid_options_are_refused(options, says):
     assert len(opt.param_groups) == 1
     opt.add_param_group({"params": [parameter()]})
     opt.param_groups[1].update(options)
-    with pytest.raises(ValueError, match=rf"^param_groups\[1\]: .*{says}"):
+    with pytest.raises(ValueError, match=rf"^param_groups\[1\]: .*{says}") as error:
         opt.step()
+    assert isinstance(error.value, LarsTreeError)
+    assert error.value.argument in options
+    assert error.value.paths == (("param_groups[1]",),)
     assert [p.tolist() for group in opt.param_groups for p in group["params"]] == [W, W]
     assert not opt.state
 
@@ -91,8 +94,10 @@ def test_parameters_that_torch_refuses_are_refused():
 def test_sparse_gradients_are_refused(engine):
     p, q = parameter(), parameter()
     q.grad = q.grad.to_sparse()
-    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
-        Lars([p, q], **engine).step()
+    with pytest.raises(RuntimeError, match="does not support sparse gradients") as error:
+        Lars([("p", p), ("q", q)], **engine).step()
+    assert isinstance(error.value, LarsTreeError)
+    assert (error.value.argument, error.value.paths) == ("p.grad", (("q",),))
     assert p.tolist() == W
 
 

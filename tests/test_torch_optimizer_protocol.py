@@ -1,7 +1,6 @@
-"""lars_tree.torch.Lars does what Lightning, Accelerate and timm expect of an optimizer.
+"""lars_tree.torch.Lars does what trainers and torch's own tools expect of an optimizer.
 
-Lightning and Accelerate are not installed here. The tests make the same calls as the source code of
-these frameworks. The optimizer was also run by hand in both frameworks.
+The tests make the calls of Lightning, Accelerate and timm; tests/clients trains with them.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ torch = need("torch")
 
 from test_torch_optimizer import W, model, parameter, same, train  # noqa: E402
 
-from lars_tree.torch import Lars  # noqa: E402
+from lars_tree.torch import Lars, param_groups  # noqa: E402
 
 # ---- Fused or not
 
@@ -232,3 +231,89 @@ def test_a_gradient_of_another_shape_is_refused(foreach, momentum, steps):
     with pytest.raises(ValueError, match=r"expected .*\(3, 4\).*, got .*\(4,\)"):
         opt.step()
     assert p.unique().tolist() == [1]
+
+
+# ---- Tools of torch around the optimizer
+
+
+def test_gradients_may_be_set_to_zero_instead_of_none():
+    results = []
+    for to_none in (True, False):
+        net = model()
+        opt = Lars(param_groups(net, weight_decay=0.1), 0.5)
+        for _ in range(3):
+            opt.zero_grad(set_to_none=to_none)
+            net(torch.ones(2, 5)).square().sum().backward()
+            opt.step()
+        results.append([p.detach() for p in net.parameters()])
+    assert same(*results)
+
+
+def test_averages_of_weights_follow_the_steps():
+    net = model(dtype=torch.float64)
+    opt = Lars(net.parameters(), 0.5)
+    swa, ema = (
+        torch.optim.swa_utils.AveragedModel(net, **options)
+        for options in ({}, {"multi_avg_fn": torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)})
+    )
+    seen = []
+    for _ in range(3):
+        seen.append(train(net, opt, 1))
+        swa.update_parameters(net)
+        ema.update_parameters(net)
+    assert not same(seen[0], seen[1])
+    for average, factors in ((swa, (1 / 3, 1 / 3, 1 / 3)), (ema, (0.25, 0.25, 0.5))):
+        for p, *xs in zip(average.module.parameters(), *seen, strict=True):
+            torch.testing.assert_close(
+                p.detach(), sum(f * x for f, x in zip(factors, xs, strict=True))
+            )
+
+
+@pytest.mark.parametrize("make", [float, torch.tensor])
+def test_a_plateau_reduces_the_rate_and_swa_anneals_it(make):
+    net = model()
+    opt = Lars(net.parameters(), make(0.5))
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(opt, factor=0.5, patience=0)
+    for loss in (1.0, 2.0):
+        train(net, opt, 1)
+        plateau.step(loss)
+    assert float(opt.param_groups[0]["lr"]) == 0.25
+    train(net, opt, 2, torch.optim.swa_utils.SWALR(opt, 0.125, anneal_epochs=1))
+    assert float(opt.param_groups[0]["lr"]) == 0.125
+
+
+def test_steps_in_the_backward_pass_equal_steps_after_it():
+    nets = [model() for _ in range(2)]
+    after = Lars(nets[0].parameters(), 0.5)
+    each = {p: Lars([p], 0.5) for p in nets[1].parameters()}
+
+    def step(p):
+        each[p].step()
+        p.grad = None
+
+    for p in each:
+        p.register_post_accumulate_grad_hook(step)
+    for _ in range(3):
+        after.zero_grad()
+        for net in nets:
+            net(torch.ones(2, 5)).square().sum().backward()
+        after.step()
+    assert same(*(net.parameters() for net in nets))
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_states_of_distributed_checkpoints(flatten):
+    """They have names, and tensor options; torch makes the state to load by a step with lr 0."""
+    tools = need("torch.distributed.checkpoint.state_dict")
+    options = tools.StateDictOptions(flatten_optimizer_state_dict=flatten)
+    net = model()
+    opt = Lars(param_groups(net, weight_decay=0.1), torch.tensor(0.5), torch.tensor(0.5))
+    train(net, opt, 2)
+    weights, state = copy.deepcopy(tools.get_state_dict(net, opt, options=options))
+    other = model(1)
+    again = Lars(param_groups(other), torch.tensor(0.1), torch.tensor(0.9))
+    tools.set_state_dict(
+        other, again, model_state_dict=weights, optim_state_dict=state, options=options
+    )
+    assert again.param_groups[0]["momentum"] == 0.5
+    assert same(train(net, opt, 2), train(other, again, 2))

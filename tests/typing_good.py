@@ -13,6 +13,10 @@ from lars_tree.torch import Lars, param_groups
 Weights = dict[str, NDArray[np.float64]]
 
 
+def is_matrix(path: tuple[str, ...], leaf: NDArray[np.float64]) -> bool:
+    return leaf.ndim == 2 and path[-1] != "embedding"
+
+
 def gradients(w: Weights) -> Weights:
     return {name: 2 * x for name, x in w.items()}
 
@@ -29,6 +33,8 @@ def dict_of_arrays() -> None:
         w, g, 0.1, adapt={"kernel": True, "bias": False}, layer_axis={"kernel": 0, "bias": None}
     )
     lt.lars_update(w, g, torch.tensor(0.1), nonfinite={"kernel": "raise", "bias": "propagate"})
+    lt.lars_update(w, g, {"*bias": 1, "*": 0.1}, adapt={"*bias": False, "*": True})
+    lt.lars_update(w, g, lambda path, x: 0.1 if path[-1] == "bias" else 1, adapt=is_matrix)
 
 
 def other_trees() -> None:
@@ -78,6 +84,9 @@ def optimizer() -> None:
         w, state = opt.update(w, gradients(w), state)
     assert_type(opt.update(w, gradients(w), state), tuple[Weights, lt.Container])
     assert_type(opt.update(w, gradients(w), state, out=w), tuple[Weights, lt.Container])
+    new, state = opt.update(w, gradients(w), state, grad_scale=1024.0, lr=schedule, adapt=is_matrix)
+    assert_type(opt == lt.Lars(0.1), bool)
+    assert_type({opt: new}[opt], Weights)
     lt.Lars({"kernel": schedule, "bias": lambda step: 0.1 / (step + 1)}, {"kernel": 0.9, "bias": 0})
     assert_type(schedule(3), float)
     assert_type(schedule(np.int64(3)), float)
@@ -129,7 +138,9 @@ def reports_and_files() -> None:
     history.record(ratios)
     assert_type(history.ratios["kernel"], np.ndarray[Any, Any])
     assert_type(report.layer_table(w, w, 0.1), report.LayerTable)
-    io.save("weights.safetensors", w, metadata={"step": "1"})
+    io.save(w, "weights.safetensors", metadata={"step": "1"})
+    io.save(w, "model.safetensors.index.json", max_shard_size="5GB")
+    io.load("model.safetensors.index.json", flat=True)
     assert_type(io.load("weights.safetensors", library="torch"), lt.Container)
     assert_type(io.open("weights.safetensors", "r+"), lt.Container)
     assert_type(io.to_state_dict(w), dict[str, Any])

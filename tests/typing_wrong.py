@@ -26,6 +26,8 @@ lt.lars_update(w, w, 0.1, decay_lambda="1e-4")  # error
 lt.lars_update(w, w, 0.1, weight_decay=1e-4)  # error
 lt.lars_update(w, w, 0.1, adapt="decayed")  # error
 lt.lars_update(w, w, 0.1, trust_clip=1)  # error
+lt.lars_update(w, w, 0.1, trust_clip=lambda path: True)  # error
+lt.lars_update(w, w, 0.1, trust_clip=lambda path, x: "yes")  # error
 lt.lars_update(w, w, 0.1, layer_axis="rows")  # error
 lt.lars_update(w=w, dcdw=w, lr=0.1)  # error
 tree.lars_update(w, "fast")  # error
@@ -55,6 +57,8 @@ lt.schedules.Polynomial("high", total_steps=100)  # error
 opt = lt.Lars(0.1)
 opt.update(w, w)  # error
 opt.update(w, w, "state")  # error
+opt.update(w, w, opt.init(w), grad_scale="large")  # error
+opt.update(w, w, opt.init(w), decay_lambda=0.1)  # error
 _ = opt.update(w, w, opt.init(w))[0].kernel  # error
 _ = opt.update(w, w, opt.init(w))[1].velocity.kernel
 Lars(model, lr=0.1)  # error
@@ -70,7 +74,7 @@ param_groups(model, excluded_lr="1e-4")  # error
 param_groups(model.parameters())  # error
 
 # Files and reports.
-io.save("w.npz", [np.ones(2)])  # error
+io.save([np.ones(2)], "w.npz")  # error
 io.load("w.npz", library="tensorflow")  # error
 io.open("w.safetensors", "w")  # error
 report.ScalarCallback(print)  # error

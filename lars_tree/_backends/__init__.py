@@ -17,7 +17,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from lars_tree._backends.base import Backend
-from lars_tree._tree.nodes import is_permanent
+from lars_tree._tree.kinds import is_permanent
 
 # The module that defines the type, the name of the type, the module of the backend.
 _TABLE = [
@@ -46,6 +46,11 @@ def find(x: Any) -> Backend | None:
     backend = _look_up(x)
     (_CACHE if is_permanent(cls) else _CACHE_OF_OTHERS)[cls] = backend
     return backend
+
+
+def is_float0(x: Any) -> bool:
+    """Whether x is what `jax.grad(allow_int=True)` returns for integers: it has no elements."""
+    return find(x) is not None and getattr(x.dtype, "names", None) == ("float0",)
 
 
 def _look_up(x: Any) -> Backend | None:

@@ -188,6 +188,10 @@ class ArraysBackend(Backend):
             name: value if isinstance(value, float) else self.widen(value, w)
             for name, value in values.items()
         }
+        lr = numbers["lr_before_momentum"]
+        if 0 < getattr(lr, "ndim", 0) < w.ndim:  # libraries may refuse operands of other ranks
+            ones = (1,) * (w.ndim - lr.ndim)
+            numbers["lr_before_momentum"] = self.ops.xp.reshape(lr, (*ones, *lr.shape))
         dcdw = self.ops.xp.broadcast_to(self.widen(dcdw, w), w.shape)
         return self.widen(w, w), dcdw, rule._replace(**numbers)
 

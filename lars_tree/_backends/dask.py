@@ -101,6 +101,10 @@ class DaskBackend(ArraysBackend):
         flags = {str(i): (da.isfinite(x).all(), ()) for i, x in enumerate(xs)}
         return _map(chunks.all_of, (), flags, np.empty((), bool))
 
+    def choose(self, flag: Any, a: da.Array, b: da.Array) -> da.Array:
+        # `da.where` would unify the chunks of all operands.
+        return super().choose(flag, a, b.rechunk(a.chunks))
+
 
 Arrays = dict[str, da.Array]
 

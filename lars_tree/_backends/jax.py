@@ -304,9 +304,8 @@ def _zeros(shape: tuple[int, ...], dtype: Any, w: jax.Array, sharding: Any) -> j
 
 def _report_dtypes(ws: list[jax.Array]) -> list[Any]:
     """float64 if x64 is enabled or w is double, else float32, because JAX would warn of float64."""
-    usual = jnp.zeros(()).dtype
-    with jax.enable_x64(True):
-        return [jnp.promote_types(usual, jnp.finfo(w.dtype).dtype) for w in ws]
+    usual = jnp.finfo(jnp.zeros(()).dtype).bits
+    return [np.dtype(f"float{max(usual, jnp.finfo(w.dtype).bits)}") for w in ws]
 
 
 def _measure(leaf: Leaf) -> Measured:

@@ -1,15 +1,23 @@
-"""Any library that follows the array API standard, such as CuPy, through array-api-compat."""
+"""Any library that follows the array API standard, such as CuPy, through array-api-compat.
+
+If array-api-compat is missing, or an array lacks something that the standard requires, the array
+has a fault, so that errors name its path and a Container that holds it can be shown.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-import array_api_compat
 import numpy as np
 
 from lars_tree._backends.arrays import ArraysBackend, NamespaceOps
 from lars_tree._backends.base import Backend, Facts, Kind, NativeArray, Values
 from lars_tree._backends.memory import READ_ONLY_MAP, NumpyArray, is_mapped_read_only, span
+
+try:
+    import array_api_compat
+except ModuleNotFoundError:
+    array_api_compat = None
 
 _KINDS = {
     "real floating": Kind.REAL,
@@ -36,6 +44,15 @@ class StandardBackend(ArraysBackend):
     def __init__(self, xp: Any) -> None:
         self.xp, self.ops = xp, StandardOps(xp)
         self.name = xp.__name__.removeprefix("array_api_compat.")
+
+    def fault(self, x: NativeArray) -> str | None:
+        if array_api_compat is None:
+            needs = "which needs array-api-compat: pip install array-api-compat"
+            return f"an array of {self.name}, {needs}"
+        if not hasattr(x, "device"):  # MLX
+            text = "which has no `device` and so does not follow the array API standard"
+            return f"an array of {self.name}, {text}: convert it with numpy.asarray"
+        return None
 
     def facts(self, x: NativeArray) -> Facts:
         kinds = (kind for name, kind in _KINDS.items() if self.xp.isdtype(x.dtype, name))
@@ -107,7 +124,8 @@ _BACKENDS: dict[str, StandardBackend] = {}
 def backend_of(x: Any) -> Backend | None:
     """The backend for the namespace of x; None if x only claims to have a namespace."""
     try:
-        xp = array_api_compat.array_namespace(x)
+        is_missing = array_api_compat is None
+        xp = x.__array_namespace__() if is_missing else array_api_compat.array_namespace(x)
         return _BACKENDS.setdefault(xp.__name__, StandardBackend(xp))
     except Exception:  # the method of an unknown class may raise anything
         return None

@@ -1,12 +1,12 @@
 """`lars-tree demo`: train a small network on images of digits, with LARS and with plain SGD.
 
 The forward and backward passes are written in numpy. All weights are in one Container, which one
-call of `lars_update` per step updates in place. This module uses only the public API.
+call of `lars_update` per step updates in place. Apart from the progress bar, this module uses only
+the public API.
 """
 
 from __future__ import annotations
 
-import sys
 import warnings
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lars_tree import report
+from lars_tree._commands.output import progress
 from lars_tree.container import Container
 
 Floats = npt.NDArray[np.float64]
@@ -107,8 +108,6 @@ def train(
 
     The seed determines the initial weights and the order of the images.
     """
-    import click
-
     rng = np.random.default_rng(seed)
     w = initial_weights(rng)
     kernels = w.map(lambda path, _: path[-1] == "kernel", with_path=True)
@@ -118,8 +117,8 @@ def train(
     }
     count = len(digits.labels)
     label = f"{'LARS' if lars else 'SGD'}, rate {rate:g}"
-    with click.progressbar(range(epochs), label=label, file=sys.stderr) as progress:
-        for epoch in progress:
+    with progress(epochs, label) as advance:
+        for epoch in range(epochs):
             order = rng.permutation(count)
             for start in range(0, count, batch):
                 picked = order[start : start + batch]
@@ -128,6 +127,7 @@ def train(
                 if epoch == epochs - 1 and start + batch >= count:
                     layers = report.layer_table(w, g, lr, **options)
                 w.lars_update(g, lr, out=w, **options)
+            advance(1)
     return Trained(rate, accuracy(w, digits), accuracy(w, held_out), layers)
 
 

@@ -22,7 +22,7 @@ _LIBRARIES = {"cli": ("ml_dtypes", "safetensors"), "demo": ("sklearn",)}  # requ
 
 
 @click.group(
-    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     epilog="To complete commands, options and files in your shell, add the output of "
     "_LARS_TREE_COMPLETE=bash_source lars-tree (or zsh_source, fish_source) to its startup file.",
 )
@@ -30,7 +30,8 @@ _LIBRARIES = {"cli": ("ml_dtypes", "safetensors"), "demo": ("sklearn",)}  # requ
 def commands() -> None:
     """Layer-wise Adaptive Rate Scaling over trees of weights.
 
-    FILEs are .safetensors or .npz. After an error the exit status is 2, and nothing was written.
+    FILEs are .safetensors or .npz, or sharded checkpoints (an index, or a folder that has one),
+    which are only read. After an error the exit status is 2, and nothing was written.
     """
 
 
@@ -42,8 +43,14 @@ def _subcommand(extra: str) -> Callable[[Callable[..., Output]], click.Command]:
         def run(as_json: bool, **arguments: Any) -> int:
             output = _run(function, extra, arguments)
             text = output.as_json() if as_json else output.text
-            if text:
-                click.echo(text, sys.stdout)
+            try:
+                if text:
+                    click.echo(text, sys.stdout)
+            except OSError as error:
+                written = f"; {output.written} was written" if output.written else ""
+                raise OSError(
+                    error.errno, f"{error.strerror}{written}", "standard output"
+                ) from None
             return output.status
 
         option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -64,16 +71,20 @@ def _run(function: Callable[..., Output], extra: str, arguments: dict[str, Any])
     except OSError as error:
         text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         raise click.UsageError(text, context) from None
-    except (errors.LarsTreeError, MemoryError, RecursionError) as error:
+    except (errors.LarsTreeError, RecursionError) as error:
         raise click.UsageError(str(error) or type(error).__name__, context) from None
+    except MemoryError as error:
+        files = ", ".join(str(x) for x in arguments.values() if isinstance(x, str))
+        text = f"{files}: not enough memory{f': {error}' if str(error) else ''}"
+        raise click.UsageError(text, context) from None
 
 
-def _pattern_and_rate(text: str) -> tuple[str, float]:
-    pattern, _, rate = text.rpartition("=")
+def _pattern_and_value(text: str) -> tuple[str, float]:
+    pattern, _, value = text.rpartition("=")
     try:
-        return pattern, float(rate)
+        return pattern, float(value)
     except ValueError:
-        raise click.BadParameter(f"expected PATTERN=RATE, got {text!r}") from None
+        raise click.BadParameter(f"expected PATTERN=VALUE, got {text!r}") from None
 
 
 _SHARED = {
@@ -100,19 +111,34 @@ def _step_options(**lr: Any) -> Callable[[Any], Any]:
             for name, default in DEFAULTS.items()
             if name in _SHARED
         ),
-        click.option(
-            "--lr-for",
-            type=_pattern_and_rate,
-            multiple=True,
-            metavar="PATTERN=RATE",
-            help="Rate of the leaves that match, such as 'encoder/*=0.1'. Repeatable; the last "
-            "match counts. * also matches /.",
+        *(
+            click.option(
+                f"--{name}-for",
+                type=_pattern_and_value,
+                multiple=True,
+                metavar="PATTERN=VALUE",
+                help=text,
+            )
+            for name, text in (
+                ("lr", "Rate of the leaves that match, such as 'encoder.*=0.1'. Repeatable."),
+                ("decay", "Weight decay of the leaves that match, such as '*.bias=0'. Repeatable."),
+            )
         ),
         click.option(
             "--no-adapt",
             multiple=True,
             metavar="PATTERN",
-            help="Leaves updated by plain SGD (ratio 1), such as '*/bias'. Repeatable.",
+            help="Leaves updated by plain SGD (ratio 1), such as '*.bias'. Repeatable.",
+        ),
+        click.option(
+            "--keep-missing",
+            is_flag=True,
+            help="Leave weights that have no gradient, such as buffers, unchanged.",
+        ),
+        click.option(
+            "--broadcast",
+            is_flag=True,
+            help="Repeat gradients that are smaller than their weights, or that are for a node.",
         ),
     ]
 
@@ -126,40 +152,58 @@ def _step_options(**lr: Any) -> Callable[[Any], Any]:
 
 @_subcommand("cli")
 @click.argument("file", type=click.Path())
+@click.argument("patterns", nargs=-1)
+@click.option("--depth", type=click.IntRange(1), help="Show one line for all leaves below a level.")
 @click.option("--grads", type=click.Path(), help="Show the table of a step with these gradients.")
 @_step_options(default=1.0)
-def show(file: str, grads: str | None, **options: Any) -> Output:
+def show(
+    file: str, patterns: tuple[str, ...], depth: int | None, grads: str | None, **options: Any
+) -> Output:
     """Show the tree in FILE, or with --grads the table of its layers.
 
-    The table shows the step that `update` would take with the same options. Without --grads the
-    other options have no effect.
+    PATTERNS select leaves, such as 'encoder.*'. The table shows the step that `update` would take
+    with the same options. Without --grads the options of a step have no effect.
     """
     from lars_tree._commands import show
 
-    return show.tree(file) if grads is None else show.table(file, grads, options)
+    if grads is None:
+        return show.tree(file, patterns, depth)
+    if depth is not None:
+        raise click.UsageError("expected one of --depth and --grads")
+    return show.table(file, patterns, grads, options)
 
 
 @_subcommand("cli")
 @click.argument("weights", type=click.Path())
 @click.argument("grads", type=click.Path())
 @_step_options(required=True)
+@click.option(
+    "--nonfinite",
+    type=click.Choice(["raise", "skip", "propagate"]),
+    default="raise",
+    help="If new weights would be NaN or infinite: write nothing, write the old weights, or write "
+    "NaN and infinity.",
+)
 @click.option("-o", "--out", type=click.Path(), help="The file of the new weights.")
 @click.option("--in-place", is_flag=True, help="Replace WEIGHTS by the new weights.")
-def update(weights: str, grads: str, out: str | None, in_place: bool, **options: Any) -> Output:
+def update(
+    weights: str, grads: str, nonfinite: str, out: str | None, in_place: bool, **options: Any
+) -> Output:
     """Take one LARS step on the weights in a file.
 
-    GRADS has the gradients. Messages refer to WEIGHTS as w and to GRADS as dcdw.
+    GRADS has the gradients, under the same names. In PATTERNs, '.' and '/' are the same and '*'
+    matches both; a pattern of a node selects all leaves below it; the last match counts.
 
-    The weights are copied to a temporary file beside OUT and updated there; then the file is
-    renamed. A kill at any moment leaves the complete old or new file. --in-place does the same for
-    WEIGHTS, and needs disk space for a copy. .safetensors files are mapped and may be larger than
-    memory; .npz files are loaded. Metadata is kept.
+    The new weights are written to a temporary file beside OUT; then the file is renamed. A kill at
+    any moment leaves the complete old or new file. --in-place does the same for WEIGHTS, and needs
+    disk space for a copy. .safetensors files are mapped and may be larger than memory; gradients
+    in .npz files are loaded. Metadata is kept.
     """
     from lars_tree._commands import update
 
     if (out is not None) == in_place:
         raise click.UsageError("expected one of -o OUT and --in-place")
-    return update.update(weights, grads, weights if out is None else out, options)
+    return update.update(weights, grads, weights if out is None else out, nonfinite, options)
 
 
 @_subcommand("cli")
@@ -168,8 +212,8 @@ def update(weights: str, grads: str, out: str | None, in_place: bool, **options:
 def diff(a: str, b: str) -> Output:
     """Compare the trees in two files.
 
-    Compares keys, shapes, dtypes and elements, and reports the largest |b - a| / |a|. Ignores
-    metadata and the order of keys. The exit status is 0 if the trees are equal, 1 if they differ.
+    Compares names, shapes, dtypes and elements, and reports |b - a| / |a| for each leaf. Ignores
+    metadata and the order of names. The exit status is 0 if the trees are equal, 1 if they differ.
     """
     from lars_tree._commands import diff
 

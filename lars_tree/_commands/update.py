@@ -1,48 +1,179 @@
 """`lars-tree update`: one LARS step on the weights in a file.
 
-The weights are copied to a temporary file beside OUT and updated there through a memory map; then
-the file is renamed. An .npz file cannot be mapped: it is loaded, updated in memory, and saved.
+The new weights are computed while they are written, a few leaves at a time, to a temporary file
+beside OUT; then the file is renamed. A kill at any moment leaves the complete old or new file.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-from lars_tree import io
-from lars_tree._commands.output import Output
-from lars_tree._commands.rates import for_leaves, read
-from lars_tree._core.advance import matched
-from lars_tree._core.execute import checked
-from lars_tree._core.options import DEFAULTS
+import numpy as np
+
+from lars_tree import errors
+from lars_tree._commands.output import Output, progress
+from lars_tree._commands.step import Step, can_map, groups, prepare, read
+from lars_tree._core import nonfinite
 from lars_tree._display import show
-from lars_tree._files import formats, names, npz, safetensors
+from lars_tree._files import formats
+from lars_tree._files.arrays import Array, Entry
 from lars_tree._files.replacing import replacing
 from lars_tree._tree import structure
-from lars_tree.container import Container
 from lars_tree.update import lars_update
 
+_BLOCK = 1 << 16  # the number of bytes compared at a time
 
-def update(weights: str, grads: str, out: str, options: dict[str, Any]) -> Output:
-    """Write the new weights to `out`, which may be `weights` or `grads`."""
-    format_ = formats.find(out)
-    with formats.opened(weights) as w:
-        g = read(grads)
-        lr, options = for_leaves(w.tree, **options)
-        # Raise all errors of lars_update before the weights are copied.
-        checked(*matched(w.tree, g, {**DEFAULTS, **options, "lr": lr}))
-        paths = {names.join(path): path for path, _ in structure.walk(w.tree)}
-        formats.check(format_, w.entries, paths)
-        if format_ is npz:
-            new = io.load(weights)
-            lars_update(new, g, lr, **options, out=new)
-            io.save(out, new, metadata=io.metadata(weights))
-        else:
+
+def update(weights: str, grads: str, out: str, choice: str, options: dict[str, Any]) -> Output:
+    """Write the new weights to `out`, which may be `weights`. `choice` is the option nonfinite."""
+    format_ = formats.find_to_write(out)
+    with formats.opened(weights, to_list=True) as stored:  # names may collide
+        is_mapped = can_map(weights)
+        w, g = read(weights) if is_mapped else stored.tree, read(grads)
+        _refuse_inputs(out, weights, w, grads, g)
+        step = prepare(weights, w, grads, g, **options)
+        results = _Results(step, stored.entries, choice, is_mapped)
+        with _naming(out):
+            formats.check(format_, stored.entries, dict(zip(step.names, step.paths, strict=True)))
             with replacing(out) as file:
-                format_.write(file, w.entries, w.metadata)
-                file.flush()
-                new = formats.tree(file.name, *safetensors.mapped(file.name, "r+"), Container)
-                lars_update(new, g, lr, **options, out=new)
-                del new  # Windows does not rename a mapped file
-        blanks = structure.leaves(w.tree)
-    record = {"weights": weights, "gradients": grads, "out": out, **show.totals(blanks)._asdict()}
-    return Output(f"{out}: {show.summary(blanks)}", record)
+                with progress(sum(results.sizes), "update") as advance:
+                    format_.write(file, results.entries(advance), stored.metadata)
+                if results.bad and choice == "raise":
+                    raise nonfinite.error(results.bad, lambda: step.paths, step.words)
+                if results.bad:  # "skip"
+                    file.seek(0)  # the old weights take as many bytes
+                    format_.write(file, stored.entries, stored.metadata)
+        return _output(weights, grads, out, results)
+
+
+class _Results:
+    """The new weights, computed in groups when they are read.
+
+    Attributes:
+        step: The arguments of the step.
+        moved, unchanged: The indices of the leaves that have a gradient and that changed or not.
+        kept: The indices of the leaves that have no gradient.
+        bad: The indices of the leaves that would not be finite.
+    """
+
+    def __init__(
+        self, step: Step, stored: Mapping[str, Entry], choice: str, is_mapped: bool
+    ) -> None:
+        self.sizes = [0 if w is None else w.nbytes for w in step.ws]
+        self.kept = [i for i, g in enumerate(step.gs) if g is None and step.ws[i] is not None]
+        self.moved: list[int] = []
+        self.unchanged: list[int] = []
+        self.bad: list[int] = []
+        self.step, self._stored, self._is_mapped = step, stored, is_mapped
+        self._nonfinite = "propagate" if choice == "propagate" else "raise"
+        self._ready: dict[int, Array] = {}
+        self._group: dict[int, list[int]] = {}
+        # Formats write leaves in the order of the file, but may write large dtypes first.
+        by_dtype: dict[int, list[int]] = {}
+        for i, g in enumerate(step.gs):
+            if g is not None:
+                by_dtype.setdefault(step.ws[i].dtype.itemsize, []).append(i)
+        for indices in by_dtype.values():
+            for group in groups(indices, self.sizes):
+                self._group |= dict.fromkeys(group, group)
+
+    def entries(self, advance: Callable[[int], None]) -> dict[str, Entry]:
+        """The entries to write. Reading an entry calls `advance` with its size in bytes."""
+        indices = {name: i for i, name in enumerate(self.step.names)}
+        return {
+            name: Entry(dtype, shape, partial(self._read, indices[name], advance))
+            for name, (dtype, shape, _) in self._stored.items()
+        }
+
+    def _read(self, i: int, advance: Callable[[int], None]) -> Array:
+        advance(self.sizes[i])
+        if i not in self._group:
+            return self._stored[self.step.names[i]].fetch()
+        if i not in self._ready:
+            self._compute(self._group[i])
+        return self._ready.pop(i)
+
+    def _compute(self, group: list[int]) -> None:
+        step = self.step
+        if self._is_mapped:
+            ws = [step.ws[i] for i in group]
+        else:
+            ws = [self._stored[self.step.names[i]].fetch() for i in group]
+        gs, lr, options = step.arguments(group)
+        options["nonfinite"] = self._nonfinite
+        new: list[Array] = ws
+        try:
+            new = lars_update(ws, gs, lr, **options)
+        except errors.NonFiniteError as error:
+            self.bad += [i for place, i in enumerate(group) if (place,) in error.paths]
+        for i, w, result in zip(group, ws, new, strict=True):
+            (self.unchanged if _is_same(w, result) else self.moved).append(i)
+            self._ready[i] = result
+
+
+def _is_same(a: Array, b: Array) -> bool:
+    """Whether two arrays have the same bytes; reads only as much as it needs."""
+    x, y = (np.asarray(array).reshape(-1).view(np.uint8) for array in (a, b))
+    starts = range(0, x.size, _BLOCK)
+    return all(x[i : i + _BLOCK].tobytes() == y[i : i + _BLOCK].tobytes() for i in starts)
+
+
+def _refuse_inputs(out: str, weights: str, w: Any, grads: str, g: Any) -> None:
+    """Refuse to replace the file of the gradients, or one of several files of the weights."""
+    inputs = _files(grads, g)
+    if not _is_same_file(out, weights):
+        inputs |= _files(weights, w)
+    for file in sorted(inputs):
+        if _is_same_file(out, file):
+            text = f"out is an input: expected another file than {file}, got {out}"
+            raise errors.error(errors.OptionError, "out", text, [])
+
+
+def _files(name: str, tree: Any) -> set[str]:
+    """The files of one input: the given name, and the files that the leaves map."""
+    mapped = {x.filename for x in structure.leaves(tree) if isinstance(x, np.memmap)}
+    return {name, *(str(x) for x in mapped if x is not None)}
+
+
+def _is_same_file(a: str, b: str) -> bool:
+    try:
+        return os.path.samefile(a, b)
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _naming(out: str) -> Iterator[None]:
+    """Let errors of writing name the file as the user did, instead of a temporary file or none."""
+    try:
+        yield
+    except errors.LarsTreeError as error:
+        if error.argument == "tree":  # the tree cannot be written in this format
+            error.args = (f"{out}: {error}",)
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), out) from error
+
+
+def _output(weights: str, grads: str, out: str, results: _Results) -> Output:
+    ws, paths = results.step.ws, results.step.paths
+    skipped, moved, unchanged = results.bad, results.moved, results.unchanged
+    if skipped:
+        moved, unchanged = [], [*moved, *unchanged]
+    parts = [f"{len(moved):,} moved"]
+    if unchanged:
+        parts.append(f"{len(unchanged):,} unchanged by the step")
+    if results.kept:
+        parts.append(f"{len(results.kept):,} kept without a gradient")
+    if skipped:
+        bad = errors.enumerated(errors.path_string(paths[i]) for i in sorted(skipped))
+        parts.append(f"step skipped, because new weights would not be finite: {bad}")
+    lists = {"moved": moved, "unchanged": unchanged, "kept": results.kept, "skipped": skipped}
+    record = {"weights": weights, "gradients": grads, "out": out, **show.totals(ws)._asdict()}
+    record |= {k: [errors.path_string(paths[i]) for i in sorted(x)] for k, x in lists.items()}
+    text = f"{out}: {show.summary(ws)}; {', '.join(parts)}"
+    return Output(text, record, written=out)

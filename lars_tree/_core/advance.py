@@ -14,7 +14,7 @@ from lars_tree._core.counters import NAMES, counted
 from lars_tree._core.execute import Caller, Result, execute
 from lars_tree._core.options import resolve
 from lars_tree._core.types import T
-from lars_tree._tree import nodes, structure
+from lars_tree._tree import kinds, structure
 
 State = dict[str, Any]
 
@@ -59,7 +59,7 @@ def _matched(
     rules = resolve(w, options, len(ws))
     if any(x is not None and len(x) != len(ws) for x in (dcdws, outs, velocities)):
         raise structure.changed()
-    if outs is not None and nodes.may_make_children():
+    if outs is not None and kinds.may_make_children():
         _refuse_new_children(w, "out", out, outs)
         if velocities is not None:
             _refuse_new_children(w, "state", given["velocity"], velocities, ("velocity",))

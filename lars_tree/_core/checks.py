@@ -92,19 +92,12 @@ def _fault(row: Row, same_shapes: bool, words: Words) -> Fault | None:
 
 def _not_an_array(argument: str, x: Operand, words: Words) -> Fault:
     headline = f"{words.name(argument)} holds something that is not an array"
-    return Fault(errors.LeafError, argument, headline, instead_of_array(x.x))
+    return Fault(errors.LeafError, argument, headline, errors.not_an_array(x.x))
 
 
 def is_module(x: Any) -> bool:
     """Whether x is a torch module. Its parameters are not leaves, so they would not be updated."""
     return callable(getattr(type(x), "named_parameters", None))
-
-
-def instead_of_array(x: Any) -> str:
-    text = f"expected an array, got {errors.describe(x)}"
-    if is_module(x):
-        text += ": give dict(model.named_parameters()), or use lars_tree.torch.Lars"
-    return text
 
 
 def _faulty(argument: str, x: Operand, words: Words) -> Fault | None:

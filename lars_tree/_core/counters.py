@@ -97,10 +97,12 @@ def _sharing(counter: Any, others: list[Operand]) -> list[int]:
 
 def counted(counter: Any, name: str, taken: Any) -> Any:
     """The new value of a counter; `taken` is a bool or a bool array."""
-    if isinstance(taken, bool):
-        count = unwrap(counter) + int(taken is (name == "step"))
-    else:
-        count = unwrap(counter) + (taken if name == "step" else ~taken)
+    backend, old = _backends.find(taken), unwrap(counter)
+    if backend is None:  # a bool of Python
+        count = old + int(taken is (name == "step"))
+    else:  # `choose`, because libraries that do not promote dtypes cannot add a bool to a number
+        counts = old + 1, old
+        count = backend.choose(taken, *(counts if name == "step" else counts[::-1]))
     return rewrapped(np.asarray(count) if isinstance(count, np.generic) else count, counter)
 
 

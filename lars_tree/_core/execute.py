@@ -131,21 +131,20 @@ def checked(
 
 def _leaves(columns: base.Columns, caller: Caller, indices: Iterable[int]) -> list[base.Leaf]:
     """The leaves whose weights are arrays, unwrapped; raises if another array is missing."""
-    rows = [(index, *map(unwrap, columns.row(index))) for index in indices]
+    found = ((index, *map(unwrap, columns.row(index))) for index in indices)
+    rows = [(i, x, None if _backends.is_float0(g) else g, *others) for i, x, g, *others in found]
     if any(x is None and any(y is not None for y in row) for _, x, *row in rows):
         caller.refuse_extra()
     leaves: list[base.Leaf] = []
-    kept: list[tuple[int, Any]] = []
-    refused: list[tuple[int, Any]] = []
-    non_arrays: dict[str, list[errors.Line]] = {"out": [], "state": []}
+    others: list[tuple[int, Any, Any, Any]] = []
+    non_arrays: dict[str, list[errors.Line]] = {"w": [], "out": [], "state": []}
     writes, moves = columns.outs is not None, columns.velocities is not None
     for index, x, dcdw, out, velocity in rows:
         if x is None:
             continue
         backend, rule = _backends.find(x), columns.rules[index]
         if backend is None:
-            is_kept = dcdw is None and (out is x or not writes) and not checks.is_module(x)
-            (kept if is_kept else refused).append((index, x))
+            others.append((index, x, dcdw, out if writes else x))
         elif writes and out is None:
             non_arrays["out"].append((caller.paths()[index], "expected an array, got None"))
         elif moves and velocity is None and _needs_velocity(backend, x, rule, dcdw):
@@ -154,10 +153,15 @@ def _leaves(columns: base.Columns, caller: Caller, indices: Iterable[int]) -> li
             is_number = issubclass(type(dcdw), (int, float, complex)) and type(dcdw) is not bool
             gradient = backend.full(_machine_number(dcdw), x) if is_number else dcdw
             leaves.append(base.Leaf(index, x, gradient, out, rule, backend, velocity))
-    if kept and not any(_backends.find(unwrap(x)) for x in columns.ws):
-        refused += kept  # w is not a tree of arrays, such as a model of an unknown library
-    of_w = [(caller.paths()[i], checks.instead_of_array(x)) for i, x in refused]
-    for argument, lines in {"w": of_w, **non_arrays}.items():
+    # Without any array, w is not a tree of weights, but for example a model.
+    keeps = bool(others) and any(_backends.find(unwrap(x)) for x in columns.ws)
+    for index, x, dcdw, out in others:
+        if dcdw is not None or not keeps or checks.is_module(x):
+            non_arrays["w"].append((caller.paths()[index], errors.not_an_array(x)))
+        elif out is not x:
+            text = f"expected the same object as in {caller.words.w}: it is not an array"
+            non_arrays["out"].append((caller.paths()[index], text))
+    for argument, lines in non_arrays.items():
         if lines:
             headline = f"{caller.words.name(argument)} holds something that is not an array"
             raise caller.words.error(errors.LeafError, argument, headline, lines)

@@ -11,7 +11,7 @@ from lars_tree import _backends
 from lars_tree._backends.base import Kind, Values, is_bfloat16
 from lars_tree._backends.wrapper import unwrap
 from lars_tree._display import show
-from lars_tree._tree import structure
+from lars_tree._tree import nodes, structure
 from lars_tree.errors import Line
 
 Array = np.ndarray[Any, Any]
@@ -44,13 +44,8 @@ def _equal_elements(x: Array, y: Array) -> bool:
 def _matches(a: Any, b: Any, test: Test) -> bool:
     return all(
         what == "order" or (what == "leaves" and _leaf_matches(x, y, test))
-        for _, x, y, what in structure.side_by_side(a, b, _may_be_equal)
+        for _, x, y, what in structure.side_by_side(a, b, nodes.may_be_equal)
     )
-
-
-def _may_be_equal(a: Any, b: Any) -> bool:
-    """Whether two nodes may be equal: dicts of any class, or nodes of the same class."""
-    return type(a) is type(b) or (isinstance(a, dict) and isinstance(b, dict))
 
 
 def _leaf_matches(a: Any, b: Any, test: Test) -> bool:
@@ -86,11 +81,13 @@ def _is_comparable(dtype: Any) -> bool:
 
 def differences(a: Any, b: Any) -> Iterator[Line]:
     """The paths at which two trees differ, each with a description of both sides."""
-    for path, x, y, what in structure.side_by_side(a, b, _may_be_equal):
+    for path, x, y, what in structure.side_by_side(a, b, nodes.may_be_equal):
         if what == "missing":
             yield path, "only there" if x is structure.MISSING else "only here"
         elif what == "nodes":
-            yield path, f"{show.leaf(x)} here, {show.leaf(y)} there"
+            here, there = show.leaf(x), show.leaf(y)
+            other = " with other static data" if here == there else ""
+            yield path, f"{here} here, {there}{other} there"
         elif what == "leaves" and not _leaf_matches(x, y, _equal_elements):
             yield path, _leaf_difference(x, y)
 

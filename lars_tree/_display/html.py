@@ -52,8 +52,10 @@ def tree(container: Any) -> str:
         return _scoped(f"<div>{escape(show.text(container))}</div>")
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: Sequence[bool]) -> str:
-    """A table. `texts` says which columns are text. Text is aligned to the left."""
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], texts: Sequence[bool], below: str
+) -> str:
+    """A table. `texts` says which columns are text: aligned to the left. `below` is a last line."""
     classes = [' class="text"' if is_text else "" for is_text in texts]
 
     def line(cells: Sequence[str], tag: str) -> str:
@@ -61,8 +63,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: Sequence[bo
         return "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for cell, kind in pairs)
 
     body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
+    more = f"<div><i>{escape(below)}</i></div>" if below else ""
     return _scoped(
-        f"<table><thead><tr>{line(head, 'th')}</tr></thead><tbody>{body}</tbody></table>"
+        f"<table><thead><tr>{line(head, 'th')}</tr></thead><tbody>{body}</tbody></table>{more}"
     )
 
 

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby, islice
+from math import prod
 from types import NoneType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +23,20 @@ if TYPE_CHECKING:
     from rich.tree import Tree
 
 _MOST_LINES = 40
+_UNITS = ("kB", "MB", "GB", "TB", "PB", "EB")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """An array in a file that can be shown but not read, because numpy does not have its dtype."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
 
 
 class Totals(NamedTuple):
@@ -50,8 +65,11 @@ class _Sizes:
             xs = list(run)
             self.present += [cls is not NoneType] * len(xs)
             backend = _backends.find(xs[0])
-            zeros = [0] * len(xs)
-            parameters, sizes = (zeros, zeros) if backend is None else backend.sizes(xs)
+            if cls is Listed:
+                parameters, sizes = [x.size for x in xs], [x.nbytes for x in xs]
+            else:
+                zeros = [0] * len(xs)
+                parameters, sizes = (zeros, zeros) if backend is None else backend.sizes(xs)
             self.parameters += parameters
             self.bytes += sizes
 
@@ -62,6 +80,8 @@ class _Sizes:
 def leaf(x: Any) -> str:
     """A short description of a leaf or node; for an array, its dtype and shape."""
     x = unwrap(x)
+    if isinstance(x, Listed):
+        return f"{x.dtype} {x.shape}"
     backend = _backends.find(x)
     if backend is None:
         return reprlib.repr(x) if structure.is_leaf(x) else errors.describe(x)
@@ -84,10 +104,12 @@ def _counted(total: Totals) -> str:
 
 
 def _size(count: int) -> str:
-    power = min(3, (len(str(count)) - 1) // 3)
-    if not power:
+    if count < 1000:
         return errors.counted(count, "byte")
-    return f"{count / 1000**power:,.4g} {('kB', 'MB', 'GB')[power - 1]}"
+    size, unit = count / 1000, 0
+    while round(size, 1) >= 1000 and unit < len(_UNITS) - 1:  # 999,999 bytes are 1 MB
+        size, unit = size / 1000, unit + 1
+    return f"{size:.4g} {_UNITS[unit]}"
 
 
 def text(container: Any) -> str:

@@ -55,7 +55,7 @@ def check(leaves: Mapping[str, tuple[Path, Any]]) -> dict[str, Entry]:
 def _fault(x: Any) -> str | None:
     backend = _backends.find(x)
     if backend is None:
-        return f"expected an array, got {errors.describe(x)}"
+        return errors.not_an_array(x)
     fault = backend.fault(x)
     if fault:
         return f"expected dense data, got {fault}"
@@ -95,7 +95,8 @@ def dtype_named(name: str) -> np.dtype[Any] | None:
     try:
         return np.dtype(name)
     except TypeError:
-        import ml_dtypes
+        with errors.requiring(f"dtype {name}", "'lars-tree[io]'"):
+            import ml_dtypes
 
         scalar = getattr(ml_dtypes, name, None)
         return None if scalar is None else np.dtype(scalar)
@@ -115,6 +116,38 @@ def _to_numpy(x: Any, dtype: np.dtype[Any]) -> Array:
     return memory.reshape(-1).view(dtype).reshape(memory.shape)
 
 
+_DISABLED = "is disabled in JAX: set jax_enable_x64, or load it as numpy"
+
+
+def _unsupported(dtype: np.dtype[Any], shape: tuple[int, ...], library: str) -> str | None:
+    """Why a library cannot hold an array of this dtype without a change; None if it may."""
+    if library == "torch":
+        import torch
+
+        return None if hasattr(torch, dtype.name) else f"torch has no {dtype}: load it as numpy"
+    if library == "jax":
+        from jax.dtypes import canonicalize_dtype
+
+        is_counter = shape == () and dtype.kind in "iu"  # `to_jax` looks at its value
+        if canonicalize_dtype(dtype.newbyteorder("=")) != dtype and not is_counter:
+            return f"{dtype} {_DISABLED}"
+    return None
+
+
+def check_supported(path: object, view: Any, library: str = "numpy") -> None:
+    """Raise a FileError that names each array whose dtype the library does not have."""
+    faults = []
+    for name in view.names:
+        text = view.unsupported(name)
+        if text is None and library != "numpy":
+            dtype, shape = view.dtype_and_shape(name)
+            text = _unsupported(dtype, shape, library)
+        if text:
+            faults.append((name, text))
+    if faults:
+        raise errors.file_faults(path, faults)
+
+
 def fill_torch(size: int, fill: Callable[[Array], Array]) -> Any:
     """A tensor of this many bytes, allocated by torch; `fill` writes them and returns the array.
 
@@ -125,14 +158,11 @@ def fill_torch(size: int, fill: Callable[[Array], Array]) -> Any:
     tensor = torch.empty(size, dtype=torch.uint8)
     bytes_ = (ctypes.c_uint8 * size).from_address(tensor.data_ptr())
     x = fill(np.ctypeslib.as_array(bytes_) if size else np.empty(0, np.uint8))
-    dtype = getattr(torch, x.dtype.name, None)
-    if dtype is None:
-        raise ValueError(f"torch has no {x.dtype}: load it as numpy")
-    return tensor.view(dtype).reshape(x.shape)
+    return tensor.view(getattr(torch, x.dtype.name)).reshape(x.shape)
 
 
 def to_torch(x: Array) -> Any:
-    """A tensor with the same elements; a ValueError if torch does not have the dtype."""
+    """A tensor with the same elements."""
 
     def fill(memory: Array) -> Array:
         elements: Array = memory.view(x.dtype.newbyteorder("=")).reshape(x.shape)
@@ -143,11 +173,14 @@ def to_torch(x: Array) -> Any:
 
 
 def to_jax(x: Array) -> Any:
-    """A JAX array with the same elements; a ValueError if JAX would round them."""
+    """A JAX array with the same elements; a ValueError for a number that JAX cannot hold.
+
+    A counter that numpy saved as int64 becomes an int32, as `Lars.init` makes it of JAX arrays.
+    """
     import jax.numpy as jnp
     from jax.dtypes import canonicalize_dtype
 
-    dtype = x.dtype.newbyteorder("=")
-    if canonicalize_dtype(dtype) != dtype:
-        raise ValueError(f"{dtype} is disabled in JAX: set jax_enable_x64, or load it as numpy")
-    return jnp.asarray(x.astype(dtype, copy=False))
+    shorter = x.astype(canonicalize_dtype(x.dtype.newbyteorder("=")), copy=False)
+    if x.dtype.kind in "iu" and x.shape == () and shorter != x:
+        raise ValueError(f"{x.dtype} {_DISABLED}")
+    return jnp.asarray(shorter)

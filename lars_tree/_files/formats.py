@@ -11,23 +11,54 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lars_tree import errors
-from lars_tree._files import names, npz, safetensors
+from lars_tree._files import arrays, index, names, npz, recognize, safetensors, sharded
 from lars_tree._files.arrays import Entry
 from lars_tree._files.replacing import Path
 
 _FORMATS: dict[str, Any] = {".safetensors": safetensors, ".npz": npz}
 STRUCTURE = "lars_tree.structure"  # the metadata key for the structure of the tree
 
+_EXPECTED = (
+    "expected a name that ends in .safetensors or .npz, or for a sharded checkpoint "
+    "an index (.safetensors.index.json) or an existing directory"
+)
+
 
 def find(path: Path) -> Any:
-    """The module that reads and writes files with this suffix; a FileError if there is none."""
-    suffix = os.path.splitext(os.fspath(path))[1]
-    if suffix not in _FORMATS:
-        lines = [((), "expected a name that ends in .safetensors or .npz")]
-        raise errors.error(
-            errors.FileError, "path", f"path {str(path)!r} has an unsupported suffix", lines
-        )
-    return _FORMATS[suffix]
+    """The module that reads files with this name; a FileError if there is none."""
+    name = os.fsdecode(path)
+    format_ = _found(name)
+    if format_ is None:
+        known = recognize.content(name) or recognize.suffix(name)
+        if index.is_pickled(name):
+            known = f"it lists files whose content {recognize.PICKLED}"
+        raise _unsupported(path, known or _EXPECTED)
+    return format_
+
+
+def find_to_write(path: Path) -> Any:
+    """The module that writes a single file with this name; a FileError if there is none."""
+    if is_sharded(path):
+        raise _unsupported(path, "expected a single file, got a sharded checkpoint")
+    format_ = _found(os.fsdecode(path))
+    if format_ is None:
+        raise _unsupported(path, _EXPECTED)
+    return format_
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether this is the path of an index or of a directory."""
+    return _found(os.fsdecode(path)) is sharded
+
+
+def _found(name: str) -> Any:
+    format_ = _FORMATS.get(os.path.splitext(name)[1])
+    return format_ or (sharded if index.is_index(name) or os.path.isdir(name) else None)
+
+
+def _unsupported(path: Path, text: str) -> errors.LarsTreeError:
+    headline = f"path {str(path)!r} has an unsupported suffix"
+    return errors.error(errors.FileError, "path", headline, [((), text)])
 
 
 def check(format_: Any, entries: Mapping[str, Entry], paths: Mapping[str, errors.Path]) -> None:
@@ -58,16 +89,29 @@ class Stored(NamedTuple):
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Stored]:
-    """Open a file and check everything but the elements."""
+def opened(path: Path, *, to_list: bool = False) -> Iterator[Stored]:
+    """Open a file and check everything but the elements.
+
+    With `to_list`, more files are accepted: leaves of a dtype that numpy does not have are `Listed`
+    objects without an entry, and names that collide are not split.
+    """
     with find(path).opened(path) as view:
-        entries, blanks = {}, {}
+        path = view.path
+        if not to_list:
+            arrays.check_supported(path, view)
+        entries: dict[str, Entry] = {}
+        blanks: dict[str, Any] = {}
         for name in view.names:
+            if view.unsupported(name):
+                blanks[name] = view.listed(name)
+                continue
             dtype, shape = view.dtype_and_shape(name)
             entries[name] = Entry(dtype, shape, partial(view.read, name))
-            with file_errors(path):
+            with file_errors(path, name):
                 blanks[name] = np.broadcast_to(np.empty((), dtype), shape)
-        yield Stored(tree(path, blanks, view.metadata, dict), entries, view.metadata)
+        metadata = view.metadata
+        flat = to_list and STRUCTURE not in metadata and names.collide(blanks)
+        yield Stored(tree(path, blanks, metadata, dict, flat=flat), entries, metadata)
 
 
 def tree(
@@ -75,8 +119,15 @@ def tree(
     leaves: Mapping[str, Any],
     metadata: Mapping[str, str],
     make: Callable[[], names.Dict],
+    *,
+    flat: bool = False,
 ) -> names.Dict:
-    """The tree of the leaves in a file; `make` makes its dicts."""
+    """The tree of the leaves in a file, or one dict with their names; `make` makes its dicts."""
+    if flat:
+        found = make()
+        for name, leaf in leaves.items():
+            dict.__setitem__(found, name, leaf)
+        return found
     with file_errors(path):
         return names.unflatten(leaves, metadata.get(STRUCTURE), make)
 

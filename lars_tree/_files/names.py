@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
 from lars_tree import errors
@@ -153,6 +153,13 @@ def check(names: Iterable[str], text: str | None) -> None:
                 raise ValueError(f"{name!r} has more than {DEEPEST} levels")
 
 
+def collide(names: Collection[str]) -> bool:
+    """Whether a name is the beginning of another, such as 'a' of 'a.b'."""
+    known = set(names)
+    starts = (name[: match.start()] for name in names for match in re.finditer(r"\.", name))
+    return any(start in known for start in starts)
+
+
 def _split(leaves: Mapping[str, Any], make: Callable[[], Dict]) -> Dict:
     tree = make()
     count, most = 1, _most_nodes(len(leaves))
@@ -160,7 +167,10 @@ def _split(leaves: Mapping[str, Any], make: Callable[[], Dict]) -> Dict:
         try:
             count += put_new(tree, tuple(name.split(".")), leaf)
         except errors.PathKeyError:
-            text = f"{name!r} collides with another name: one is the beginning of the other"
+            text = (
+                f"{name!r} collides with another name: one is the beginning of the other. "
+                "Load it with flat=True"
+            )
             raise ValueError(text) from None
         if count > most:
             raise ValueError(f"its names have more than {most} nodes for {len(leaves)} leaves")

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from lars_tree import errors
-from lars_tree._files import names
+from lars_tree._files import names, recognize
 from lars_tree._files.arrays import Array, Entry, is_extension, little_endian
 from lars_tree._files.replacing import Path
 
@@ -71,6 +71,9 @@ class View(NamedTuple):
                 return metadata
         raise errors.file_error(self.path, "expected a JSON object of strings", names.RESERVED)
 
+    def unsupported(self, name: str) -> None:
+        """Numpy arrays can hold each array of an .npz file."""
+
     def dtype_and_shape(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
         """The little-endian dtype and the shape of an array."""
         with self._member(name) as (shape, _, dtype, _):
@@ -121,7 +124,8 @@ def opened(path: Path) -> Iterator[View]:
             archive = zipfile.ZipFile(file)
             members = _members(archive, os.fstat(file.fileno()).st_size)
         except Exception as error:  # the parser raises errors of many kinds
-            raise errors.file_error(path, f"not a readable zip archive: {error}") from error
+            text = recognize.content(os.fsdecode(path)) or f"not a readable zip archive: {error}"
+            raise errors.file_error(path, text) from error
         yield View(path, archive, members)
 
 

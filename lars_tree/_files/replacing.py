@@ -17,18 +17,13 @@ import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-fcntl: Any
-try:
-    import fcntl
-except ImportError:  # Windows, where an open file can be neither removed nor renamed
-    fcntl = None
+from lars_tree._files import abandoned, locking
+from lars_tree._files.abandoned import PREFIX, TEMPORARY
 
 Path = str | os.PathLike[str]
 
-_PREFIX, _SUFFIX = ".lars_tree-", ".tmp"
 _ACL = "system.posix_acl_access"
 # The ACL is copied separately. The other attributes depend on the old content or grant it
 # privileges.
@@ -49,19 +44,19 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     target = os.path.realpath(path)
     directory = os.path.dirname(target)
-    is_new = _status(target) is None
-    _remove_abandoned_files(directory)
-    name = os.path.join(directory, f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}")
+    is_new = status(target) is None
+    abandoned.remove(directory)
+    name = os.path.join(directory, f"{PREFIX}{secrets.token_hex(8)}{TEMPORARY}")
     file = None
     try:  # begins before the file is created, because Ctrl-C may come at any moment
-        new_mode = _mode_of_new_file(name) if is_new else 0o600
-        file = _locked_file(name)
+        new_mode = mode_of_new_file(name) if is_new else 0o600
+        file = locking.locked_file(name)
         yield file
         file.flush()
         # The status is read again, because the permissions may have changed meanwhile.
-        _give_rights(file.fileno(), new_mode, target, _status(target))
+        give_rights(file.fileno(), new_mode, target, status(target))
         os.fsync(file.fileno())
-        if fcntl is None:
+        if locking.fcntl is None:
             file.close()
         os.replace(name, target)
     except BaseException:
@@ -71,15 +66,22 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with suppress(FileNotFoundError):
             os.unlink(name)
         raise
-    try:
+    with in_place(target):
         file.close()
-        _sync(directory)
+        locking.sync(directory)
+
+
+@contextmanager
+def in_place(target: str) -> Iterator[None]:
+    """Make an OSError say that the new file has replaced the old."""
+    try:
+        yield
     except OSError as error:
         text = f"{error.strerror}: the new file is in place, but may not survive a power failure"
         raise OSError(error.errno, text, target) from error
 
 
-def _status(target: str) -> os.stat_result | None:
+def status(target: str) -> os.stat_result | None:
     """The status of the target; None if it does not exist, an OSError if it cannot be replaced."""
     try:
         status = os.stat(target)
@@ -94,92 +96,7 @@ def _status(target: str) -> os.stat_result | None:
     return status
 
 
-def _locked_file(name: str) -> BinaryIO:
-    """A new file that no other user can open, locked so that no other writer removes it."""
-    while True:
-        # `open` and its opener are C code, so Ctrl-C cannot interrupt between os.open and the
-        # creation of the file object, where it would leak the descriptor.
-        file: BinaryIO = open(name, "x+b", opener=partial(os.open, mode=0o600))  # noqa: SIM115
-        # Another writer may have locked and removed the file first.
-        if _lock(file.fileno(), wait=True) is None or _is_at(name, file.fileno()):
-            return file
-        file.close()
-
-
-def _remove_abandoned_files(directory: str) -> None:
-    with os.scandir(directory) as entries:
-        names = [x.path for x in entries if x.name.startswith(_PREFIX) and x.name.endswith(_SUFFIX)]
-    for name in names:
-        # Ignore files of other users, and files that are already gone.
-        with suppress(OSError):
-            _remove_if_abandoned(name)
-
-
-def _remove_if_abandoned(name: str) -> None:
-    if fcntl is None:
-        os.unlink(name)
-        return
-    with _descriptor(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK) as file:
-        # The writer may have renamed the file in the meantime: check the name again.
-        if _lock(file, wait=False) and _is_at(name, file):
-            os.unlink(name)
-
-
-@contextmanager
-def _descriptor(name: str, flags: int) -> Iterator[int]:
-    """A file descriptor that is closed exactly once, even if Ctrl-C comes.
-
-    Only C code adds the descriptor to the list and removes it, so Ctrl-C cannot interrupt that.
-    """
-    held: list[int] = []
-    try:
-        try:
-            held.extend(map(os.open, [name], [flags | os.O_CLOEXEC]))
-            yield held[0]
-        finally:
-            _close(held)
-    finally:  # if Ctrl-C came at the start of the inner `finally`
-        _close(held)
-
-
-def _close(held: list[int]) -> None:
-    if held:
-        list(map(os.close, map(list.pop, [held])))
-
-
-def _lock(file: int, *, wait: bool) -> bool | None:
-    """Lock an open file; False if another process has the lock, None if locks are unsupported."""
-    if fcntl is None:
-        return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
-
-
-def _is_at(name: str, file: int) -> bool:
-    """Whether the open file still has this name."""
-    try:
-        return os.path.samestat(os.fstat(file), os.stat(name, follow_symlinks=False))
-    except FileNotFoundError:
-        return False
-
-
-def _sync(directory: str) -> None:
-    if fcntl is None:
-        return
-    with _descriptor(directory, os.O_RDONLY) as file:
-        try:
-            os.fsync(file)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not all file systems support it
-                raise
-
-
-def _mode_of_new_file(name: str) -> int:
+def mode_of_new_file(name: str) -> int:
     """The permissions of a new file in this directory, found by creating a file with this name.
 
     The umask can be read only by setting it for all threads, and a default ACL overrides it.
@@ -191,11 +108,13 @@ def _mode_of_new_file(name: str) -> int:
     return mode
 
 
-def _give_rights(file: int, new_mode: int, target: str, old: os.stat_result | None) -> None:
+def give_rights(
+    file: int, new_mode: int, target: str, old: os.stat_result | None, most: int = 0o777
+) -> None:
     """Give the open file the rights of the target, or `new_mode` if the target does not exist.
 
-    The group comes first, because the ACL and the permissions depend on it. The owner comes last,
-    because only the owner can change permissions.
+    `most` limits the permissions of the target. The group comes first, because the ACL and the
+    permissions depend on it. The owner comes last, because only the owner can change permissions.
     """
     if not hasattr(os, "fchown"):
         return
@@ -206,7 +125,7 @@ def _give_rights(file: int, new_mode: int, target: str, old: os.stat_result | No
         os.fchown(file, -1, old.st_gid)
     same_group = os.fstat(file).st_gid == old.st_gid
     same_acl = _copy_attributes(file, target, same_group)
-    os.fchmod(file, _permitted(old.st_mode, same_group, same_acl))
+    os.fchmod(file, most & _permitted(old.st_mode, same_group, same_acl))
     with suppress(OSError):
         os.fchown(file, old.st_uid, -1)
 
@@ -231,16 +150,16 @@ def _copy_attributes(file: int, target: str, same_group: bool) -> bool:
         for name in set(os.listxattr(target)) - _NOT_COPIED:
             with suppress(OSError):  # some namespaces are reserved for root
                 os.setxattr(file, name, os.getxattr(target, name))
-    acl = _acl(target)
+    old_acl = acl(target)
     with suppress(OSError):
-        if acl is None:  # remove an ACL inherited from the directory
+        if old_acl is None:  # remove an ACL inherited from the directory
             os.removexattr(file, _ACL)
         elif same_group:
-            os.setxattr(file, _ACL, acl)
-    return _acl(file) == acl and (acl is None or same_group)
+            os.setxattr(file, _ACL, old_acl)
+    return acl(file) == old_acl and (old_acl is None or same_group)
 
 
-def _acl(file: int | str) -> bytes | None:
+def acl(file: int | str) -> bytes | None:
     """The POSIX ACL of a file, or None."""
     try:
         return os.getxattr(file, _ACL)

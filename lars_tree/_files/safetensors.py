@@ -21,7 +21,8 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import numpy as np
 
 from lars_tree import errors
-from lars_tree._files import names
+from lars_tree._display.show import Listed
+from lars_tree._files import arrays, names, recognize
 from lars_tree._files.arrays import Array, Entry, dtype_named, little_endian
 from lars_tree._files.replacing import Path
 
@@ -82,12 +83,18 @@ def write(file: BinaryIO, entries: dict[str, Entry], metadata: dict[str, str]) -
         header[name] = {"dtype": _short(dtype), "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    if len(text) > _LONGEST_HEADER:
-        raise errors.StructureError(f"tree has too many names: a header of {len(text)} bytes")
+    check_length("a header", len(text), _LONGEST_HEADER)
     file.write(len(text).to_bytes(8, "little"))
     file.write(text)
     for name in order:
         file.write(entries[name].fetch().reshape(-1).view(np.uint8).data)
+
+
+def check_length(what: str, length: int, most: int) -> None:
+    """Raise a StructureError if a text with all names is too long."""
+    if length > most:
+        fault = f"expected {what} of at most {most:,} bytes, got {length:,}"
+        raise errors.error(errors.StructureError, "tree", "tree has too many names", [((), fault)])
 
 
 class Record(NamedTuple):
@@ -102,8 +109,8 @@ class Record(NamedTuple):
 class View(NamedTuple):
     """An open file with a valid header; the arrays are in the order of the header.
 
-    Its methods raise a FileError if elements are invalid or missing, or if numpy does not support
-    the dtype or shape.
+    `read` and `of_map` raise a FileError if elements are invalid or missing, or if numpy does not
+    support the shape. The dtype must be supported.
     """
 
     path: Path
@@ -115,14 +122,28 @@ class View(NamedTuple):
     def names(self) -> Iterable[str]:
         return self.records
 
+    def size(self, name: str) -> int:
+        """The number of bytes of an array."""
+        return self.records[name].size
+
+    def unsupported(self, name: str) -> str | None:
+        """Why numpy arrays cannot hold an array; None if they can."""
+        dtype = self.records[name].dtype
+        if _dtype(dtype) is not None:
+            return None
+        return f"numpy and ml_dtypes have no {dtype}: read it with safetensors.safe_open"
+
     def dtype_and_shape(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
         """The little-endian dtype and the shape of an array."""
         record = self.records[name]
         dtype = _dtype(record.dtype)
-        if dtype is None:
-            text = f"numpy and ml_dtypes have no {record.dtype}"
-            raise errors.file_error(self.path, text, name)
+        assert dtype is not None
         return dtype, record.shape
+
+    def listed(self, name: str) -> Listed:
+        """An array with an unsupported dtype, as it is shown."""
+        record = self.records[name]
+        return Listed(record.dtype, record.shape, record.size)
 
     def read(self, name: str, memory: Array | None = None) -> Array:
         """Read an array into memory of its size, by default into new memory."""
@@ -134,9 +155,14 @@ class View(NamedTuple):
             raise errors.file_error(self.path, "it was truncated while it was read", name)
         if record.dtype == "BOOL" and memory.size and memory.max() > 1:
             raise errors.file_error(self.path, "expected bools of 0 or 1", name)
-        return self.array(name, memory)
+        return self._array(name, memory)
 
-    def array(self, name: str, memory: Array) -> Array:
+    def of_map(self, name: str, memory: Array) -> Array:
+        """The array of this name, as a view of the memory map of the file."""
+        record = self.records[name]
+        return self._array(name, memory[record.start : record.start + record.size])
+
+    def _array(self, name: str, memory: Array) -> Array:
         """The array of this name, as a view of memory that contains its bytes."""
         dtype, shape = self.dtype_and_shape(name)
         try:
@@ -162,22 +188,42 @@ def opened(path: Path, mode: str = "rb") -> Iterator[View]:
 def mapped(path: Path, mode: Literal["r", "r+"]) -> tuple[dict[str, Array], dict[str, str]]:
     """All arrays by name, as views of one memory map of the file, and the metadata."""
     with opened(path, f"{mode}b") as view:
+        arrays.check_supported(path, view)
         memory = np.memmap(view.file, np.uint8, mode)
-        found = {
-            name: view.array(name, memory[record.start : record.start + record.size])
-            for name, record in view.records.items()
-        }
-        return found, view.metadata
+        return {name: view.of_map(name, memory) for name in view.names}, view.metadata
 
 
 def _check(path: Path) -> None:
-    from safetensors import SafetensorError, safe_open
+    with errors.requiring("lars_tree.io", "'lars-tree[io]'"):
+        from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(os.fspath(path), framework="np"):
             pass
     except SafetensorError as error:
-        raise errors.file_error(path, str(error)) from error
+        name = os.fsdecode(path)
+        text = recognize.content(name) or _wrong_length(name) or str(error)
+        raise errors.file_error(path, text) from error
+
+
+def _wrong_length(name: str) -> str | None:
+    """The difference between the length of a file and that in its valid header, if there is one."""
+    try:
+        with open(name, "rb") as file:
+            start, size = (
+                8 + int.from_bytes(file.read(8), "little"),
+                os.fstat(file.fileno()).st_size,
+            )
+            if start > min(size, _LONGEST_HEADER):
+                return None
+            header = names.parsed(file.read(start - 8).decode())
+            header.pop(names.RESERVED, None)
+            end = start + max(int(x["data_offsets"][1]) for x in header.values())
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return None
+    if end > size:
+        return f"it is cut off: its arrays end at byte {end:,}, but it has {size:,} bytes"
+    return f"it has {size - end:,} bytes after its arrays" if end < size else None
 
 
 def _parsed(path: Path, file: BufferedReader) -> tuple[dict[str, Record], dict[str, str]]:

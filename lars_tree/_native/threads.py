@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from lars_tree.errors import OptionError
+from lars_tree import errors
 
 _VARIABLE = "LARS_TREE_NUM_THREADS"
 _chosen: int | None = None
@@ -33,9 +33,7 @@ def set_num_threads(n: int | None) -> None:
         OptionError: n is not a whole number >= 1.
     """
     global _chosen
-    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
-        raise OptionError(f"expected a whole number of threads >= 1 or None, got {n!r}")
-    _chosen = n
+    _chosen = None if n is None else errors.whole_number("n", n, least=1)
 
 
 def get_num_threads() -> int:
@@ -52,7 +50,8 @@ def get_num_threads() -> int:
 def _own_variable() -> int | None:
     text = os.environ.get(_VARIABLE)
     if text is not None and (not text.isdecimal() or int(text) < 1):
-        raise OptionError(f"{_VARIABLE}: expected a whole number >= 1, got {text!r}")
+        headline = f"{_VARIABLE}: expected a whole number >= 1, got {text!r}"
+        raise errors.error(errors.OptionError, _VARIABLE, headline)
     return int(text) if text is not None else None
 
 

@@ -1,5 +1,5 @@
 // Walks over trees, equivalent to _collect_in_python, _match_in_python and _fill in
-// _tree/structure.py; _tree/nodes.py defines which objects are nodes.
+// _tree/structure.py; _tree/kinds.py defines which objects are nodes.
 //
 // Dicts (also Containers), lists and tuples are walked here. All other nodes, and nodes that are
 // too deep for the stack of a thread, are passed to the Python function. Python code may run during
@@ -11,7 +11,7 @@
 
 namespace lars {
 
-// Kinds of nodes, with their numbers in _tree/nodes.py.
+// Kinds of nodes, with their numbers in _tree/kinds.py.
 enum Kind { leaf_kind = 0, plain_dict_kind = 1 };
 
 // The number of levels that are walked here. They need 10 KB of the stack of a thread, which may be

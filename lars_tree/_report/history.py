@@ -126,11 +126,11 @@ class TrustHistory:
         """Draw the ratios over the steps: a line for each layer, or a heat map for many layers.
 
         Args:
-            ax: The axes to draw on; by default those of a new figure outside pyplot. To save it,
-                call `history.plot().figure.savefig(path)`.
+            ax: The axes to draw on; by default those of a new figure outside pyplot, which a
+                notebook shows. To save it, call `history.plot().figure.savefig(path)`.
 
         Returns:
-            The axes. Needs matplotlib.
+            The axes. Needs matplotlib: `pip install 'lars-tree[report]'`.
 
         Warns:
             TrustRatioWarning: Names the layers with a ratio that is 0 or not finite at some step,

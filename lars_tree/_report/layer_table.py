@@ -33,10 +33,12 @@ _COLUMNS = [
 class LayerTable:
     """The layers of a tree in a table, for a terminal, a notebook, rich and Markdown.
 
+    The ratio of a layer that is not adapted is shown as "1 (SGD)".
+
     Attributes:
         records: One dict for each layer, ready for a data frame: `path`, `shape`, `dtype`,
-            `parameters`, `w_norm`, `g_norm`, `ratio`, `relative_step` and `clipped`. Norms, ratio
-            and step are None for a layer without a gradient.
+            `parameters`, `w_norm`, `g_norm`, `ratio`, `relative_step`, `clipped` and `adapted`.
+            Norms, ratio and step are None for a layer without a gradient.
     """
 
     def __init__(self, records: list[dict[str, Any]]) -> None:
@@ -52,10 +54,8 @@ class LayerTable:
         return self.to_text(_MOST_LINES)
 
     def to_text(self, most: int | None = None) -> str:
-        """The table as text, with all layers or the first `most` lines."""
-        cells = self._cells()
-        lines = [_HEAD, *cells[:most]]
-        rest = len(cells) + 1 - len(lines)
+        """The table as text, with all layers or the first `most` layers."""
+        lines = [_HEAD, *self._cells(most)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         shown = [
             "  ".join(
@@ -64,20 +64,23 @@ class LayerTable:
             ).rstrip()
             for line in lines
         ]
-        more = [f"... and {rest:,} more"] if rest > 0 else []
-        return "\n".join([self._title(), *(f"  {line}" for line in [*shown, *more])])
+        below = filter(None, [self._more(most)])
+        return "\n".join([self._title(), *(f"  {line}" for line in [*shown, *below])])
 
     def _repr_html_(self) -> str:
         from lars_tree._display import html
 
-        return html.table(_HEAD, self._cells(), [column.is_text for column in _COLUMNS])
+        is_text = [column.is_text for column in _COLUMNS]
+        return html.table(_HEAD, self._cells(_MOST_LINES), is_text, self._more(_MOST_LINES))
 
     def __rich__(self) -> Any:
         from rich import box
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=self._title(), box=box.SIMPLE_HEAD)
+        table = Table(
+            title=self._title(), box=box.SIMPLE_HEAD, caption=self._more(_MOST_LINES) or None
+        )
         for column in _COLUMNS:
             is_path = column.key == "path"  # only paths wrap in a narrow terminal
             table.add_column(
@@ -86,7 +89,7 @@ class LayerTable:
                 overflow="fold",
                 no_wrap=not is_path,
             )
-        for cells in self._cells():
+        for cells in self._cells(_MOST_LINES):
             table.add_row(*map(Text, cells))  # rich would parse plain strings as markup
         return table
 
@@ -102,8 +105,15 @@ class LayerTable:
         layers = errors.counted(len(self.records), "layer")
         return f"{layers}, {errors.counted(parameters, 'parameter')}"
 
-    def _cells(self) -> list[list[str]]:
-        return [[_cell(record, column.key) for column in _COLUMNS] for record in self.records]
+    def _cells(self, most: int | None = None) -> list[list[str]]:
+        """The rows of the table: all, or the first `most`."""
+        shown = self.records[:most]
+        return [[_cell(record, column.key) for column in _COLUMNS] for record in shown]
+
+    def _more(self, most: int | None) -> str:
+        """The line below a table of at most `most` layers."""
+        hidden = len(self) - len(self.records[:most])
+        return f"... and {hidden:,} more; `records` has all" if hidden else ""
 
 
 _HEAD = [column.head for column in _COLUMNS]
@@ -116,6 +126,8 @@ def _cell(record: dict[str, Any], key: str) -> str:
     if key == "parameters":
         return f"{value:,}"
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    if key == "ratio" and not record["adapted"]:
+        return f"{text} (SGD)"
     return f"{text} (clipped)" if key == "ratio" and record["clipped"] else text
 
 

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lars_tree import _backends, errors
-from lars_tree._backends.base import Leaf, Values, grouped
+from lars_tree._backends.base import Columns, Leaf, Values, grouped
 from lars_tree._backends.wrapper import unwrap
 from lars_tree._core.advance import matched
-from lars_tree._core.execute import checked
+from lars_tree._core.execute import Caller, checked
 from lars_tree._core.native import Native
 from lars_tree._core.writes import Writes
 from lars_tree._numerics.formula import Measured, Rule
@@ -37,7 +37,11 @@ def measure(
     Does not wait for a device, and works under `jax.jit`. With `with_steps`, also computes the
     norms of the steps, one leaf at a time.
     """
-    columns, caller = matched(w, dcdw, options)
+    return measure_columns(*matched(w, dcdw, options), with_steps)
+
+
+def measure_columns(columns: Columns, caller: Caller, with_steps: bool = False) -> list[LeafReport]:
+    """As `measure`, for arguments of `execute`."""
     native = Native(columns, measures=True)
     leaves = [row.leaf for row in checked(columns, caller, native.rest)[0]]
     found = native.measured()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from lars_tree import errors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,8 +25,8 @@ _DASHES = ["-", "--"]
 
 def draw(steps: Floats, ratios: dict[str, Floats], ax: Axes | None) -> Axes:
     """Draw lines for few layers, a heat map for many; only finite ratios > 0 are drawn."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    with errors.requiring("TrustHistory.plot", "'lars-tree[report]'"):
+        from matplotlib.ticker import MaxNLocator
 
     shown = {
         name: np.where(np.isfinite(column) & (column > 0), column, np.nan)
@@ -32,12 +35,27 @@ def draw(steps: Floats, ratios: dict[str, Floats], ax: Axes | None) -> Axes:
     is_map = len(shown) > _MOST_LINES
     if ax is None:
         height = min(9.0, max(4.0, 1.2 + 0.2 * len(shown))) if is_map else 4.0
-        ax = Figure(figsize=(8.0, height), layout="constrained").subplots()
+        ax = _new_axes(height)
     (_heat_map if is_map else _lines)(ax, steps, shown)
     ax.set_xlabel("step")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.set_title("Trust ratios", loc="left")
     return ax
+
+
+def _new_axes(height: float) -> Axes:
+    """The axes of a new figure. A notebook shows the figure if a cell ends with these axes."""
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    class FigureAxes(Axes):
+        def _repr_png_(self) -> bytes:
+            picture = BytesIO()
+            figure.savefig(picture, format="png", bbox_inches="tight")
+            return picture.getvalue()
+
+    figure = Figure(figsize=(8.0, height), layout="constrained")
+    return figure.add_subplot(axes_class=FigureAxes)
 
 
 def _lines(ax: Axes, steps: Floats, ratios: dict[str, Floats]) -> None:

@@ -42,9 +42,10 @@ def convert_node(value: Any, cls: type) -> Any:
     """The value with its mappings, also in lists and tuples, converted to this Container class."""
     if structure.is_leaf(value) or nodes.is_container(value):
         return value
-    if isinstance(value, Mapping):
-        keys = [key for key, _ in nodes.children(value)]
-        children = nodes.map_children(value, convert_node, cls)
+    if isinstance(value, Mapping) and not nodes.has_static_items(value):
+        pairs = list(nodes.items(value))
+        children = nodes.map_pairs(pairs, convert_node, cls)
+        keys = [key for key, _ in pairs]
         return nodes.container(cls, zip(keys, children, strict=True))
     if isinstance(value, (list, tuple)):
         items = nodes.map_children(value, convert_node, cls)

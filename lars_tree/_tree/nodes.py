@@ -1,123 +1,58 @@
 """One node of a tree: how its children are read, and how it is rebuilt with other children.
 
-Only this module knows the kinds of nodes; `_tree/structure.py` walks over them. A node is read
-through the same methods that its user would call, and is never changed. To rebuild a node, at most
-two attempts are made; a result is accepted only if it is a new object of the same type that has the
-new children. The check is omitted for dict, list, tuple and Container themselves.
+`_tree/kinds.py` decides how the nodes of a class are read, and `_tree/structure.py` walks over
+nodes. A node is read through the same methods that its user would call, or as a library has
+registered it, and is never changed. To rebuild a node, at most two attempts are made; a result is
+accepted only if it is a new object of the same type that has the new children. The check is omitted
+for dict, list, tuple and Container themselves.
 """
 
 from __future__ import annotations
 
 import copy
-import sys
-from collections import ChainMap, OrderedDict, UserString, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections import ChainMap, OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from lars_tree import errors
+from lars_tree._tree import kinds, registered
+from lars_tree._tree.kinds import (
+    ATTRS,
+    BUILT_IN,
+    LEAF,
+    MAKE,
+    NAMEDTUPLE,
+    READING,
+    REGISTERED,
+    SEQUENCE,
+    inherits,
+    kind_of,
+)
 
 Node = Any
 Pairs = list[tuple[Hashable, Any]]
 Items = Mapping[Any, Any] | Iterable[tuple[Hashable, Any]]
 
-# PLAIN_DICT nodes are read by dict's own methods, and by the kernel. ITEMS nodes are read by their
-# method `items`. KEYED nodes are read key by key, because they have no `items` of their own.
-LEAF, PLAIN_DICT, ITEMS, KEYED, SEQUENCE, NAMEDTUPLE, ATTRS = range(7)
-
-# The kinds of classes that are never freed. The kernel reads this dict too.
-KINDS: dict[type, int] = {
-    type(None): LEAF,
-    list: SEQUENCE,
-    tuple: SEQUENCE,
-    dict: PLAIN_DICT,
-}
-_KINDS_OF_TEMPORARY: WeakKeyDictionary[type, int] = WeakKeyDictionary()
-
-# Not empty after the first node whose class may compute its children each time it is read.
-_COMPUTED: list[bool] = []
-
-# The class method that makes a Container of (key, child) pairs without converting the children.
-MAKE = "_lars_tree_make"
-
-_DICTS = (dict, OrderedDict, defaultdict)
-_BUILT_IN = (*_DICTS, list, tuple)
-_READING = ("__iter__", "__len__", "__getitem__", "keys", "values", "items")
-
-
-def kind_of(node: Node) -> int:
-    """The kind of a node; LEAF if it is not a node."""
-    cls = type(node)
-    kind = KINDS.get(cls)
-    if kind is None:
-        kind = _KINDS_OF_TEMPORARY.get(cls)
-    if kind is None:
-        kind = _classify(cls)
-        if kind in (ITEMS, KEYED, SEQUENCE):
-            _COMPUTED.append(True)
-        (KINDS if is_permanent(cls) else _KINDS_OF_TEMPORARY)[cls] = kind
-    return kind
-
-
-def may_make_children() -> bool:
-    """Whether any node seen so far may make new children whenever it is read."""
-    return bool(_COMPUTED)
-
-
-def is_permanent(cls: type) -> bool:
-    """Whether the class is found in its module, so that a cache may keep it alive.
-
-    Other classes, such as those that a function or a notebook cell makes, must not be kept alive.
-    """
-    if cls.__module__ == "__main__":
-        return False
-    found: Any = sys.modules.get(cls.__module__)
-    for name in cls.__qualname__.split("."):
-        found = getattr(found, "__dict__", {}).get(name)
-    return found is cls
-
-
-def _classify(cls: type) -> int:
-    if issubclass(cls, dict):
-        if _inherits(cls, _READING, dict):
-            return PLAIN_DICT
-        # dict.items ignores a `__getitem__` or `__iter__` that the class defines.
-        by_key = _inherits(cls, ("items",), *_DICTS) and not _inherits(cls, _READING, *_DICTS)
-        return KEYED if by_key else ITEMS
-    if issubclass(cls, (str, bytes, bytearray, memoryview, range, UserString)):
-        return LEAF  # sequences, but not of children
-    if hasattr(cls, "__attrs_attrs__"):
-        return ATTRS
-    if issubclass(cls, tuple) and hasattr(cls, "_fields"):
-        return NAMEDTUPLE
-    if issubclass(cls, (list, tuple, Sequence)):
-        return SEQUENCE
-    if issubclass(cls, Mapping):
-        return ITEMS if hasattr(cls, "items") else KEYED
-    return LEAF
-
-
-def _inherits(cls: type, names: Iterable[str], *bases: type) -> bool:
-    """Whether `bases` or Container classes define every method in `names` that the class has."""
-    for name in names:
-        provider = next((base for base in cls.__mro__ if name in vars(base)), bases[0])
-        if provider not in bases and MAKE not in vars(provider):
-            return False
-    return True
-
 
 def children(node: Node) -> Iterable[tuple[Hashable, Any]]:
     """The (key, child) pairs of a node; a key is a mapping's key, an index or a field name."""
     kind = kind_of(node)
-    if kind in (PLAIN_DICT, ITEMS):  # via the type: a key named "items" may hide the method
-        return type(node).items(node)  # type: ignore[no-any-return]
-    if kind == SEQUENCE:
-        return enumerate(node)
-    if kind == NAMEDTUPLE:
-        return zip(type(node)._fields, node, strict=True)
-    if kind == ATTRS:
-        return [(field.name, getattr(node, field.name)) for field in type(node).__attrs_attrs__]
-    return [(key, node[key]) for key in node] if kind == KEYED else ()
+    return kinds.own_children(node, kind) if kind < REGISTERED else kinds.read(node, kind).pairs()
+
+
+def items(mapping: Node) -> Iterable[tuple[Hashable, Any]]:
+    """The items of a mapping, even if a library has registered other children."""
+    kind = kind_of(mapping)
+    own_kind = kind if kind < REGISTERED else kinds.own_kind(type(mapping))
+    return kinds.own_children(mapping, own_kind)
+
+
+def has_static_items(mapping: Node) -> bool:
+    """Whether a library has registered some items of a mapping as static data, not as children."""
+    if kind_of(mapping) < REGISTERED:
+        return False
+    return len(list(items(mapping))) > len(list(children(mapping)))
 
 
 class CannotRebuild(Exception):
@@ -136,12 +71,19 @@ class CannotRebuild(Exception):
 
 
 def map_children(node: Node, convert: Callable[[Any, Any], Any], argument: Any = None) -> list[Any]:
-    """convert(child, argument) for each child; the key of the child is added to a CannotRebuild.
+    """convert(child, argument) for each child; the key of the child is added to a CannotRebuild."""
+    return map_pairs(children(node), convert, argument)
+
+
+def map_pairs(
+    pairs: Iterable[tuple[Hashable, Any]], convert: Callable[[Any, Any], Any], argument: Any
+) -> list[Any]:
+    """Like `map_children`, for (key, child) pairs.
 
     Only one argument is passed, because *arguments would use too much C stack in deep trees.
     """
     values = []
-    for key, child in children(node):
+    for key, child in pairs:
         try:
             values.append(convert(child, argument))
         except CannotRebuild as error:
@@ -208,11 +150,18 @@ class _Plan(NamedTuple):
 _PLANS: WeakKeyDictionary[type, _Plan] = WeakKeyDictionary()
 
 
-def _plan(cls: type) -> _Plan:
+def _plan(node: Node) -> _Plan:
+    if kind_of(node) >= REGISTERED:
+        return _Plan([_unflattened], False)
+    cls = type(node)
+    return _PLANS.get(cls) or _PLANS.setdefault(cls, _own_plan(cls))
+
+
+def _own_plan(cls: type) -> _Plan:
     if issubclass(cls, (dict, list, tuple)):
         # A class that overrides `__setitem__` may store more than the items.
-        writes = _inherits(cls, ("__setitem__", "append", "extend"), *_BUILT_IN)
-        reads = _inherits(cls, _READING, *_BUILT_IN) and not hasattr(cls, "__copy__")
+        writes = inherits(cls, ("__setitem__", "append", "extend"), *BUILT_IN)
+        reads = inherits(cls, READING, *BUILT_IN) and not hasattr(cls, "__copy__")
         attempts: list[Attempt] = [_refilled, _constructed]
         return _Plan(attempts if writes else attempts[::-1], writes and reads)
     if issubclass(cls, ChainMap):
@@ -224,7 +173,7 @@ def _plan(cls: type) -> _Plan:
 def _checked(node: Node, before: Pairs, pairs: Pairs) -> Node:
     """The first correct result of an attempt that leaves the old node unchanged."""
     cls = type(node)
-    plan = _PLANS.get(cls) or _PLANS.setdefault(cls, _plan(cls))
+    plan = _plan(node)
     reason = f"a new {cls.__name__} would not hold what is put in"
     if not plan.attempts:
         reason = f"a {cls.__name__} shows several mappings as one"
@@ -234,8 +183,10 @@ def _checked(node: Node, before: Pairs, pairs: Pairs) -> Node:
             new = attempt(node, pairs)
             if plan.sure and not getattr(new, "__dict__", None):
                 return new
-            correct = new is not node and type(new) is cls and _holds(new, pairs)
-            correct = correct and not _keeps_old_child(new, before, pairs)
+            correct = (new is not node or not pairs) and type(new) is cls and _holds(new, pairs)
+            # A library restores the attributes of a registered node that are not children.
+            as_registered = attempt is _unflattened
+            correct = correct and (as_registered or not _keeps_old_child(new, before, pairs))
         except (MemoryError, RecursionError):
             raise
         except Exception as error:  # the class may raise anything
@@ -246,6 +197,11 @@ def _checked(node: Node, before: Pairs, pairs: Pairs) -> Node:
         if correct:
             return new
     raise CannotRebuild(reason)
+
+
+def _unflattened(node: Node, pairs: Pairs) -> Node:
+    reading = kinds.read(node, kind_of(node))
+    return reading.make([value for _, value in pairs])
 
 
 def _constructed(node: Node, pairs: Pairs) -> Node:
@@ -344,3 +300,11 @@ def _keeps_old_child(new: Node, before: Pairs, pairs: Pairs) -> bool:
     kept = {id(value) for _, value in pairs}
     gone = {id(x) for _, x in before if not isinstance(x, _IMMUTABLE)} - kept
     return any(id(value) in gone for value in attributes.values())
+
+
+def may_be_equal(a: Node, b: Node) -> bool:
+    """Whether two nodes may be equal: dicts of any class, or the same class and static data."""
+    kind = kind_of(a)
+    if type(a) is type(b) and kind >= REGISTERED:
+        return registered.equal(*(kinds.read(x, kind).static for x in (a, b)))
+    return type(a) is type(b) or (isinstance(a, dict) and isinstance(b, dict))

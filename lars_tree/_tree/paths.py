@@ -13,7 +13,7 @@ from typing import Any
 from lars_tree import errors
 from lars_tree._tree import nodes, structure
 from lars_tree._tree.structure import MISSING
-from lars_tree.errors import LarsTreeError, Path, PathKeyError, path_string
+from lars_tree.errors import LarsTreeError, Path, PathKeyError, StructureError, path_string
 
 _INDEX = re.compile("0|[1-9][0-9]{0,17}")
 
@@ -65,13 +65,32 @@ def _child(node: Any, key: Any) -> tuple[Any, Any]:
     return key, dict.get(items, key, MISSING)
 
 
+_MOST_COMPLETIONS, _DEEPEST_COMPLETIONS = 10_000, 100
+
+
+def completions(root: dict[Any, Any]) -> list[str]:
+    """The strings that name nodes and leaves of a tree, the shortest paths first."""
+    found: list[str] = []
+    level: list[tuple[str, Any]] = [("", root)]
+    for _ in range(_DEEPEST_COMPLETIONS):  # a tree may contain itself
+        below: list[tuple[str, Any]] = []
+        for prefix, node in level:
+            for key, child in nodes.children(node):
+                name = f"{prefix}{key}"
+                if isinstance(key, (str, int)) and find(root, name) is child:
+                    found.append(name)
+                    below += [] if structure.is_leaf(child) else [(f"{name}/", child)]
+        level = below if len(found) < _MOST_COMPLETIONS else []
+    return found[:_MOST_COMPLETIONS]
+
+
 def put(root: dict[Any, Any], path: Path, value: Any) -> None:
     """Write a value at a path and create the missing parents."""
     if dict.__contains__(root, path):
         dict.__setitem__(root, path, value)
         return
     if not path:
-        raise PathKeyError("an empty path names no key")
+        raise _empty_path(PathKeyError)
     parent, depth = _parent(root, path)
     key, child = _child(parent, path[depth])
     can_set = isinstance(parent, dict) or (isinstance(parent, list) and child is not MISSING)
@@ -85,6 +104,16 @@ def put(root: dict[Any, Any], path: Path, value: Any) -> None:
         dict.__setitem__(parent, key, value)  # parent[key] may read a tuple as a path
     else:
         parent[key] = value
+
+
+def merge(root: dict[Any, Any], other: dict[Any, Any]) -> None:
+    """Write the items of `other` into `root`; where both have a Container, merge these two."""
+    for key, value in dict.items(other):
+        mine: Any = dict.get(root, key)
+        if nodes.is_container(mine) and nodes.is_container(value):
+            merge(mine, value)
+        else:
+            dict.__setitem__(root, key, value)
 
 
 def remove(root: dict[Any, Any], key: Any) -> None:
@@ -103,36 +132,41 @@ def remove(root: dict[Any, Any], key: Any) -> None:
 
 def _unreachable(path: Path, depth: int, node: Any) -> LarsTreeError:
     where = path_string(path[:depth])
-    error = PathKeyError(f"cannot change {path_string(path)}: {where} is {errors.describe(node)}")
-    error.paths = (path,)
-    return error
+    text = f"cannot change {path_string(path)}: {where} is {errors.describe(node)}"
+    return errors.error(PathKeyError, "key", text, paths=[path])
+
+
+def _empty_path(kind: type[LarsTreeError]) -> LarsTreeError:
+    return errors.error(kind, "key", "an empty path names no key", paths=[()])
 
 
 def missing_error(kind: type[LarsTreeError], root: Any, path: Path) -> LarsTreeError:
     """The error for a missing path; it names the first missing key and the keys that exist."""
     if not path:
-        return kind("an empty path names no key")
+        return _empty_path(kind)
     parent, depth = _parent(root, path)
     known = [key for key, _ in nodes.children(parent)]
     where = f" in {path_string(path[:depth])}" if depth else ""
     there = f"there is {errors.enumerated(known, shown=repr)}" if known else "it is empty"
     found = "that is a leaf" if structure.is_leaf(parent) else there
     hint = errors.did_you_mean(path[depth], known)
-    error = kind(f"no {path_string(path[depth : depth + 1])!r}{where}: {found}{hint}")
-    error.paths = (path,)
-    return error
+    text = f"no {path_string(path[depth : depth + 1])!r}{where}: {found}{hint}"
+    return errors.error(kind, "key", text, paths=[path])
 
 
 def flat(root: dict[Any, Any], sep: str) -> dict[str, Any]:
     """The leaves by name; an empty node counts as a leaf and becomes an empty Container."""
     found: dict[str, Any] = {}
+    paths: dict[str, Path] = {}
     for path, node in structure.walk(root, empty_nodes=True):
         if any(sep in str(key) for key in path):
             text = f"a key of {path_string(path)} holds the separator {sep!r}"
-            raise errors.StructureError(text)
+            raise errors.error(StructureError, "sep", text, paths=[path])
         name = sep.join(map(str, path))
         if name in found:
-            raise errors.StructureError(f"two leaves have the name {name!r}")
+            text = f"two leaves have the name {name!r}"
+            raise errors.error(StructureError, "sep", text, paths=[paths[name], path])
+        paths[name] = path
         found[name] = node if structure.is_leaf(node) else type(root)()
     return found
 

@@ -1,4 +1,4 @@
-"""Registers Container and Array as pytree nodes of JAX, torch and optree.
+"""Registers Container and Array as pytree nodes of JAX, torch and optree, and with Flax's files.
 
 None of these libraries is imported: the types are registered at once with a library that is already
 imported, otherwise right after its import. dm-tree needs no registration: it treats a Container
@@ -94,6 +94,19 @@ def _register_with_optree(cls: type, optree: Any) -> None:
     )
 
 
+def _register_with_flax(cls: type, serialization: Any) -> None:
+    """Let `flax.serialization` save and restore a Container as it does a dict."""
+
+    def restore(target: Any, state: dict[str, Any]) -> Any:
+        return cls._lars_tree_make(  # type: ignore[attr-defined]
+            serialization.from_state_dict(dict(dict.items(target)), state)
+        )
+
+    serialization.register_serialization_state(
+        cls, lambda node: serialization.to_state_dict(dict(dict.items(node))), restore
+    )
+
+
 def register(cls: type) -> None:
     """Register a Container type with each library, now or after the import of the library.
 
@@ -103,6 +116,7 @@ def register(cls: type) -> None:
     when_imported("jax", partial(hook, _register_with_jax))
     when_imported("torch", partial(hook, _register_with_torch))
     when_imported("optree", partial(hook, _register_with_optree))
+    when_imported("flax.serialization", partial(hook, _register_with_flax))
 
 
 def _register_if_alive(
@@ -133,7 +147,15 @@ def register_wrapper(cls: type, data: str) -> None:
             cls, flatten, unflatten, namespace=optree.registry.__GLOBAL_NAMESPACE
         )
 
+    def with_flax(serialization: Any) -> None:
+        serialization.register_serialization_state(
+            cls,
+            lambda node: getattr(node, data),
+            lambda _, state: unflatten(None, [state]),
+        )
+
     when_imported("jax", lambda jax: jax.tree_util.register_pytree_node(cls, flatten, unflatten))
+    when_imported("flax.serialization", with_flax)
     when_imported("torch", with_torch)
     when_imported("optree", with_optree)
 

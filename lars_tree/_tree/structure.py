@@ -1,8 +1,7 @@
 """Trees of values: walk, match by key, broadcast a prefix, rebuild. Does not depend on arrays.
 
-`_tree/nodes.py` defines what a node is, how its children are read, and how it is rebuilt. Every
-other object, including None, is a leaf. Only Python's recursion limit bounds the depth of a tree:
-no walk recurses on the C stack.
+`_tree/nodes.py` reads and rebuilds one node. Every object that is not a node, including None, is a
+leaf. Only Python's recursion limit bounds the depth: no walk recurses on the C stack.
 
 Matching first runs a fast pass that stops at the first difference. Only if that fails does a slow
 pass list all differences. `_native/walk.hpp` implements the fast walks for dicts, lists and tuples.
@@ -17,7 +16,8 @@ from typing import Any, Literal, TypeVar
 
 from lars_tree import _native, errors
 from lars_tree._tree import nodes
-from lars_tree._tree.nodes import KINDS, LEAF, PLAIN_DICT, SEQUENCE, children, kind_of
+from lars_tree._tree.kinds import KINDS, LEAF, PLAIN_DICT, SEQUENCE, kind_of
+from lars_tree._tree.nodes import children
 from lars_tree.errors import Line, Path
 
 Tree = Any

@@ -7,7 +7,10 @@ made.
 
 from __future__ import annotations
 
+import pickle
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +25,8 @@ Array = np.ndarray[Any, Any]
 Library = Literal["numpy", "torch", "jax"]
 LIBRARIES: tuple[Library, ...] = ("numpy", "torch", "jax")
 LAYOUTS = ("C", "F", "reversed", "gaps")
+FORMATS = ("float64", "float32", "float16", "bfloat16")
+COMPLEX = ("complex64", "complex128")
 
 
 class Format(NamedTuple):
@@ -32,12 +37,34 @@ class Format(NamedTuple):
     largest: int
 
 
+def refused(argument: str, text: str) -> errors.LarsTreeError:
+    """The error for an argument with an invalid value."""
+    return errors.error(errors.OptionError, argument, f"{argument}: {text}", [])
+
+
+def items(argument: str, xs: Any, expected: str) -> list[Any]:
+    """The items of a list or tuple; an OptionError for anything else, and if there are none."""
+    if not isinstance(xs, (list, tuple)) or not xs:
+        raise refused(argument, f"expected a list of {expected}, got {xs!r}")
+    return list(xs)
+
+
 def check_known(argument: str, x: Any, known: Sequence[str]) -> None:
-    """Raise a ValueError unless x is one of the `known` names."""
+    """Raise an OptionError unless x is one of the `known` names."""
     if x not in known:
         expected = errors.enumerated(map(repr, known), most=len(known))
         hint = errors.did_you_mean(x, known)
-        raise ValueError(f"{argument}: expected one of {expected}, got {x!r}{hint}")
+        raise refused(argument, f"expected one of {expected}, got {x!r}{hint}")
+
+
+def check_dtype(argument: str, dtype: Any, known: Sequence[str] = (*FORMATS, *COMPLEX)) -> str:
+    """The name of a dtype; an OptionError unless it is one of the `known` names."""
+    try:
+        name = name_of(dtype)
+    except TypeError:  # not a dtype
+        name = dtype
+    check_known(argument, name, known)
+    return name
 
 
 def name_of(dtype: Any) -> str:
@@ -64,7 +91,7 @@ def format_of(name: str) -> Format:
 
 def names_for(library: str) -> list[str]:
     """The formats of a library; numpy has bfloat16 if ml_dtypes is installed."""
-    every = ["float64", "float32", "float16", "bfloat16"]
+    every = list(FORMATS)
     return every if library != "numpy" or find_spec("ml_dtypes") else every[:3]
 
 
@@ -138,9 +165,30 @@ def times(x: Any, factor: float) -> Any:
         return x * factor
 
 
+def with_first(x: Any, value: float) -> Any:
+    """A copy of the array in which the first element has this value; x itself if it is empty."""
+    new = _copy(x)
+    if 0 in x.shape:
+        return x
+    if isinstance(new, np.ndarray) or _is_tensor(new):
+        new[(0,) * len(x.shape)] = value
+        return new
+    import jax
+
+    with jax.enable_x64(True):
+        return new.at[(0,) * len(x.shape)].set(value)
+
+
 def copied(tree: Any) -> Any:
     """The tree with copies of its arrays, in the memory layouts of the originals."""
     return structure.rebuild(tree, [_copy(x) for x in structure.leaves(tree)])
+
+
+def pickled(x: Any) -> Any:
+    """The object after pickling and unpickling it; float64 arrays of JAX keep their dtype."""
+    jax, data = sys.modules.get("jax"), pickle.dumps(x)
+    with nullcontext() if jax is None else jax.enable_x64(True):
+        return pickle.loads(data)  # noqa: S301  # our own bytes
 
 
 def _copy(x: Any) -> Any:
@@ -156,6 +204,17 @@ def _copy(x: Any) -> Any:
         storage = x.detach().untyped_storage().clone()
         return x.new_empty(0).set_(storage, x.storage_offset(), x.size(), x.stride())
     return x
+
+
+def share_memory(x: Any, y: Any) -> bool:
+    """Whether two arrays overlap in memory; False for immutable arrays, such as those of JAX."""
+    a, b = (_memory(unwrap(z)) for z in (x, y))
+    return a is not None and b is not None and bool(np.may_share_memory(a, b))
+
+
+def _memory(x: Any) -> Array | None:
+    backend = _backends.find(x)
+    return None if backend is None else backend.memory(x)
 
 
 def _is_tensor(x: Any) -> bool:

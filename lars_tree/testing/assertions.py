@@ -46,25 +46,32 @@ def assert_identical(actual: Any, expected: Any, *, check_type: bool = True) -> 
     Raises:
         AssertionError: Names every path that differs.
     """
+    __tracebackhide__ = True
     with structure.explaining({"actual": actual, "expected": expected}):
         _raise("actual is not identical to expected", differences(actual, expected, check_type))
 
 
 def _raise(headline: str, lines: Iterator[Line]) -> None:
+    __tracebackhide__ = True
     found = list(lines)
     if found:
         raise AssertionError(errors.message("actual", headline, found))
 
 
 def differences(
-    actual: Any, expected: Any, check_type: bool, values: bool = True
+    actual: Any, expected: Any, check_type: bool, values: bool = True, order: bool = True
 ) -> Iterator[Line]:
-    """The paths at which two trees differ, and how; without `values`, elements are not compared."""
+    """The paths at which two trees differ, and how.
+
+    Without `values`, elements are not compared; without `order`, keys may have any order.
+    """
     same_type = lambda x, y: type(x) is type(y)  # noqa: E731
     for path, wanted, found, what in structure.side_by_side(expected, actual, same_type):
         text = ""
         if what == "leaves":
             text = _leaf_difference(found, wanted, check_type, values)
+        elif what == "order" and not order:
+            continue
         elif what == "order":
             keys = [[key for key, _ in nodes.children(node)] for node in (wanted, found)]
             orders = [errors.enumerated(each, shown=repr) for each in keys]
@@ -192,6 +199,7 @@ def assert_close_ulp(
     Raises:
         AssertionError: Names every path that differs, and the worst element of each array.
     """
+    __tracebackhide__ = True
     with structure.explaining({"actual": actual, "expected": expected}):
         mismatch = list(structure.differences(expected, actual, exact=True))
     if mismatch:

@@ -1,23 +1,19 @@
-"""Hypothesis strategies for arrays, layers with their gradients, options, and trees.
+"""Hypothesis strategies for arrays, layers with their gradients, and options.
 
-Values shrink to the simplest: float64 zeros in C order, a bare leaf or an empty dict, key 'a',
-keys in their original order. If a strategy is given for an argument such as `dtype`, the value is
-drawn anew for each example, as in `hypothesis.extra.numpy`.
+Values shrink to the simplest: float64 zeros in C order. If a strategy is given for an argument such
+as `dtype`, the value is drawn anew for each example, as in `hypothesis.extra.numpy`.
+`testing/trees.py` makes trees of these arrays.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lars_tree._tree import nodes, structure
-from lars_tree._tree.nodes import is_container, replace_children, with_items
-from lars_tree.container import Container
 from lars_tree.testing import _arrays
 
 Strategy = st.SearchStrategy[Any]
@@ -56,9 +52,10 @@ def arrays(
             layout that the library lacks is ignored: torch lacks "reversed", JAX has only "C".
 
     Raises:
-        ValueError: The library or a layout is unknown.
+        OptionError: A ValueError: the dtype is not floating point or complex, or the library or a
+            layout is unknown.
     """
-    shapes = _strategy(SHAPES if shape is None else shape).map(lambda shape: [shape])
+    shapes = strategy(SHAPES if shape is None else shape).map(lambda shape: [shape])
     return _groups(dtype, shapes, elements, library, layouts).map(lambda found: found[0])
 
 
@@ -71,18 +68,22 @@ def _groups(
     """Tuples of arrays with one dtype and library; `shapes` draws the list of their shapes."""
     if not isinstance(library, st.SearchStrategy):
         _arrays.check_known("library", library, _arrays.LIBRARIES)
-    for layout in layouts:
+    for layout in _arrays.items("layouts", layouts, 'layouts such as ["C"]'):
         _arrays.check_known("layouts", layout, _arrays.LAYOUTS)
+    if dtype is not None and not isinstance(dtype, st.SearchStrategy):
+        _arrays.check_dtype("dtype", dtype)
 
     def make(draw: Draw) -> tuple[Any, ...]:
-        name = draw(_strategy(library))
-        kind = draw(_strategy(st.sampled_from(_arrays.names_for(name)) if dtype is None else dtype))
+        name = draw(strategy(library))
+        kind = draw(strategy(st.sampled_from(_arrays.names_for(name)) if dtype is None else dtype))
+        _arrays.check_dtype("dtype", kind)
         return tuple(_array(draw, kind, x, elements, name, layouts) for x in draw(shapes))
 
     return drawn(make)
 
 
-def _strategy(value: Any) -> Strategy:
+def strategy(value: Any) -> Strategy:
+    """The strategy itself, or one that always gives this value."""
     return value if isinstance(value, st.SearchStrategy) else st.just(value)
 
 
@@ -137,18 +138,26 @@ def layers(
     library: _arrays.Library | Strategy = "numpy",
     layouts: Sequence[str] = _arrays.LAYOUTS,
     broadcast: bool = False,
+    gradients: int = 1,
 ) -> Strategy:
-    """Pairs (w, dcdw) of arrays of one dtype and library: one layer and its gradient.
+    """Tuples (w, dcdw) of arrays of one dtype and library: one layer and its gradient.
+
+    >>> from hypothesis import find
+    >>> from lars_tree.testing import layers
+    >>> w, dcdw = find(layers("float32", (2,)), lambda pair: pair[0].any())
+    >>> w.dtype, dcdw.shape
+    (dtype('float32'), (2,))
 
     With `broadcast`, the gradient may have fewer axes than w, and broadcasts to it. `shape` is the
-    shape of w. The other arguments have the same meaning as in `arrays()`, with the same errors.
+    shape of w. `gradients` is the number of gradients in a tuple: (w, dcdw, dcdw, ...). The other
+    arguments have the same meaning as in `arrays()`, with the same errors.
     """
 
-    def pairs(shape: tuple[int, ...]) -> Strategy:
+    def rows(shape: tuple[int, ...]) -> Strategy:
         parts = [shape, shape[1:], ()] if broadcast else [shape]
-        return st.sampled_from([(shape, part) for part in parts])
+        return st.sampled_from([(shape, *[part] * gradients) for part in parts])
 
-    shapes = _strategy(SHAPES if shape is None else shape).flatmap(pairs)
+    shapes = strategy(SHAPES if shape is None else shape).flatmap(rows)
     return _groups(dtype, shapes, elements, library, layouts)
 
 
@@ -166,201 +175,18 @@ OPTIONS = {
 def options(*names: str) -> Strategy:
     """Keyword arguments of `lars_update`: any of the named options, with one value for all leaves.
 
+    >>> from hypothesis import find
+    >>> from lars_tree.testing import options
+    >>> find(options("eps", "adapt"), lambda given: len(given) == 2)
+    {'eps': 0.0, 'adapt': True}
+
     Args:
         *names: Any of "decay_lambda", "trust_coefficient", "eps", "adapt", "trust_clip",
             "joint_norm" and "grad_scale". Without names, all options can be drawn.
 
     Raises:
-        ValueError: A name is not one of these.
+        OptionError: A ValueError: a name is not one of these.
     """
     for name in names:
         _arrays.check_known("names", name, list(OPTIONS))
     return st.fixed_dictionaries({}, optional={name: OPTIONS[name] for name in names or OPTIONS})
-
-
-# Trees
-
-
-class Layer(NamedTuple):
-    """A namedtuple: one of the node types of `nests`."""
-
-    kernel: Any
-    bias: Any
-
-
-NODE_TYPES = (dict, Container, list, tuple, OrderedDict, defaultdict, Layer)
-
-ODD_KEYS = (
-    *("", "/", ".", "a/b", "a.b", " ", "0", "items", "keys", "map", "__class__", "<b>", "\n"),
-    *("ü", "数", "\N{SNOWMAN}"),
-)
-
-
-def keys() -> Strategy:
-    """Keys of dicts, also unusual keys: '', '/', '.', names of methods, any text, small ints."""
-    return (
-        st.sampled_from("abc")
-        | st.sampled_from(ODD_KEYS)
-        | st.text(max_size=3)
-        | st.integers(-1, 3)
-    )
-
-
-def nests(
-    leaves: Strategy | None = None,
-    *,
-    keys: Strategy | None = None,
-    node_types: Sequence[type] = NODE_TYPES,
-    max_leaves: int = 6,
-    tied: bool = False,
-) -> Strategy:
-    """Trees of any structure, including empty trees and bare leaves.
-
-    Args:
-        leaves: A strategy for the leaves; None means `arrays()`.
-        keys: A strategy for the keys of dicts; None means `keys()`.
-        node_types: Types of the nodes: dict, list, tuple, subclasses, namedtuples, attrs classes.
-        max_leaves: The approximate maximum number of leaves.
-        tied: Whether one object may be the leaf at several paths.
-    """
-    known = _keys() if keys is None else keys
-
-    def nodes(children: Strategy) -> Strategy:
-        return st.one_of([_node(cls, known, children) for cls in node_types])
-
-    made = st.recursive(arrays() if leaves is None else leaves, nodes, max_leaves=max_leaves)
-    return made.flatmap(_tied) if tied else made
-
-
-_keys, _layers = keys, layers  # for functions whose arguments have these names
-
-
-def _node(cls: type, keys: Strategy, children: Strategy) -> Strategy:
-    if issubclass(cls, dict):
-        make: Any = (lambda items: cls(list, items)) if issubclass(cls, defaultdict) else cls
-        return st.dictionaries(keys, children, max_size=3).map(make)
-    fields = getattr(cls, "_fields", getattr(cls, "__attrs_attrs__", None))
-    if fields is not None:
-        return st.tuples(*[children] * len(fields)).map(lambda values: cls(*values))
-    return st.lists(children, max_size=3).map(cls)
-
-
-@st.composite
-def _tied(draw: Draw, tree: Any) -> Any:
-    found = structure.leaves(tree)
-    indices = [draw(st.just(i) | st.integers(0, i)) for i in range(len(found))]
-    return structure.rebuild(tree, [found[i] for i in indices])
-
-
-def containers(
-    leaves: Strategy | None = None,
-    *,
-    keys: Strategy | None = None,
-    max_leaves: int = 6,
-    tied: bool = False,
-) -> Strategy:
-    """Containers of Containers, lists and tuples.
-
-    >>> from hypothesis import find
-    >>> from lars_tree.testing import containers
-    >>> len(find(containers(), lambda w: len(w.leaves()) > 1).leaves())
-    2
-
-    The arguments are as in `nests`.
-    """
-    types = (Container, list, tuple)
-    flat = arrays() if leaves is None else leaves
-    inner = nests(leaves, keys=keys, node_types=types, max_leaves=max_leaves)
-    known = _keys() if keys is None else keys
-    # Flat and nested roots, because hypothesis does not reliably shrink nested trees to flat trees.
-    roots = [st.dictionaries(known, values, max_size=3) for values in (flat, inner)]
-    made = st.one_of(roots).map(Container)
-    return made.flatmap(_tied) if tied else made
-
-
-class _Pair:
-    """A layer and its gradient, as one leaf."""
-
-    def __init__(self, pair: tuple[Any, Any]) -> None:
-        self.w, self.dcdw = pair
-
-
-def weights_and_gradients(
-    layers: Strategy | None = None,
-    *,
-    library: _arrays.Library | Strategy = "numpy",
-    keys: Strategy | None = None,
-    node_types: Sequence[type] = NODE_TYPES,
-    max_leaves: int = 6,
-    tied: bool = False,
-    shuffle_keys: bool = False,
-) -> Strategy:
-    """Pairs (w, dcdw) of trees of the same structure, as `lars_update` takes them.
-
-    >>> from hypothesis import find
-    >>> from lars_tree.testing import weights_and_gradients
-    >>> find(weights_and_gradients(node_types=[dict]), lambda pair: isinstance(pair[0], dict))
-    ({}, {})
-
-    `layers` is a strategy for the pairs of arrays; without it, pairs are drawn from
-    `layers(library=library)`, and in some pairs the gradient or both arrays are None. `library`
-    is as in `arrays`. With `shuffle_keys`, the dicts of dcdw may have their keys in another order
-    than in w. The other arguments are as in `nests`; tied weights cannot be updated in place.
-    """
-    if layers is None:
-        some = _layers(library=library)
-        layers = some | some.map(lambda pair: (pair[0], None)) | st.just((None, None))
-    pairs = layers.map(_Pair)
-    trees = nests(pairs, keys=keys, node_types=node_types, max_leaves=max_leaves, tied=tied)
-
-    def make(draw: Draw) -> tuple[Any, Any]:
-        tree = draw(trees)
-        leaves = structure.leaves(tree)
-        w = structure.rebuild(tree, [pair.w for pair in leaves])
-        dcdw = structure.rebuild(tree, [pair.dcdw for pair in leaves])
-        return w, draw(shuffled(dcdw)) if shuffle_keys else dcdw
-
-    return drawn(make)
-
-
-def shuffled(tree: Any) -> Strategy:
-    """The same tree with the keys of its dicts in any order."""
-    return _rebuilt(tree, None)
-
-
-@st.composite
-def _rebuilt(draw: Draw, node: Any, cut: Strategy | None) -> Any:
-    """The node with its keys in any order. Values of `cut` replace its leaves and some subtrees."""
-    if cut is not None and (structure.is_leaf(node) or not draw(st.booleans())):
-        return draw(cut)
-    if structure.is_leaf(node):
-        return node
-    children = [draw(_rebuilt(child, cut)) for _, child in nodes.children(node)]
-    return _reordered(draw, replace_children(node, children))
-
-
-def _reordered(draw: Draw, node: Any) -> Any:
-    """A dict or Container with its keys in any order; other nodes unchanged."""
-    cls = type(node)
-    if cls not in (dict, OrderedDict, defaultdict) and not is_container(node):
-        return node
-    items = dict(draw(st.permutations(list(nodes.children(node)))))
-    if cls is defaultdict:
-        return defaultdict(node.default_factory, items)
-    return OrderedDict(items) if cls is OrderedDict else with_items(node, items)
-
-
-def prefixes_of(tree: Any, values: Strategy | None = None) -> Strategy:
-    """Prefixes of a tree: values replace its leaves and some subtrees; keys are in any order.
-
-    >>> from hypothesis import find, strategies as st
-    >>> from lars_tree.testing import prefixes_of
-    >>> w = {"encoder": {"kernel": 1, "bias": 2}, "head": 3}
-    >>> find(prefixes_of(w, st.floats(0, 1)), lambda lr: isinstance(lr, dict))
-    {'encoder': 0.0, 'head': 0.0}
-
-    Args:
-        tree: The tree.
-        values: A strategy for the values; None means integers.
-    """
-    return _rebuilt(tree, st.integers(0, 9) if values is None else values)

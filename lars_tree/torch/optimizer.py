@@ -31,10 +31,11 @@ from lars_tree._core.options import CALLED_ELSEWHERE, check_names, with_hints
 from lars_tree._core.types import NonFinite
 from lars_tree._core.writes import Writes
 from lars_tree._numerics.formula import Rule
+from lars_tree._report.measure import measure_columns
 from lars_tree.errors import LarsTreeError
 from lars_tree.torch.groups import param_groups, refuse_flat
-from lars_tree.torch.options import NAMES, check
-from lars_tree.torch.rows import ParameterRows, engines, gather
+from lars_tree.torch.options import NAMES, can_compile, check
+from lars_tree.torch.rows import ParameterRows, engines, gather, to_measure
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -77,8 +78,9 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
     Args:
         params: Parameters, named parameters or parameter groups. A group may override each of the
             options below. `param_groups` makes the groups of the usual recipes.
-        lr: The rate: a number or a tensor with one element.
-        momentum: The factor of the buffer; 0 for no buffer.
+        lr: The rate. This and the other numbers may be tensors with one element. `torch.compile`
+            then does not compile again when they change, but cannot check their values.
+        momentum: The factor of the buffer; the number 0 for no buffer.
         dampening: Scales d by 1 - dampening in each step except the first.
         weight_decay: Weight decay, in the ratio and in the step.
         nesterov: Nesterov momentum; needs momentum > 0 and dampening 0.
@@ -107,7 +109,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         engine: The engines that update the parameters, such as "fused"; see "GPUs" in the docs.
 
     Raises:
-        ValueError: An option has an invalid value, or there are no parameters.
+        OptionError: An option has an invalid value. ValueError: There are no parameters.
         LeafError: A parameter is flattened or partitioned, as by FSDP1 and DeepSpeed's ZeRO.
 
     Source: You, Gitman, Ginsburg (2017), arXiv:1708.03888, Algorithm 1.
@@ -121,13 +123,13 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         self,
         params: ParamsT,
         lr: float | Tensor = 1.0,
-        momentum: float = 0.9,
-        dampening: float = 0.0,
-        weight_decay: float = 0.0,
+        momentum: float | Tensor = 0.9,
+        dampening: float | Tensor = 0.0,
+        weight_decay: float | Tensor = 0.0,
         nesterov: bool = False,
         *,
-        trust_coefficient: float = 0.001,
-        eps: float = 1e-8,
+        trust_coefficient: float | Tensor = 0.001,
+        eps: float | Tensor = 1e-8,
         trust_clip: bool = False,
         joint_norm: bool = False,
         adapt: bool | Literal["decayed"] = True,
@@ -158,11 +160,37 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         """The names of the engines that update the parameters, separated by commas."""
         return ", ".join(sorted(engines(self)))
 
+    def trust_ratios(self, *, grad_scale: float | Tensor = 1.0) -> dict[str, Tensor | None]:
+        """The trust ratio of each parameter by name, with the options of its group.
+
+        >>> import torch
+        >>> from lars_tree.torch import Lars
+        >>> kernel, bias = (torch.nn.Parameter(torch.tensor([3.0, 4.0])) for _ in range(2))
+        >>> others = {"params": [("bias", bias)], "adapt": False}
+        >>> opt = Lars([{"params": [("kernel", kernel)]}, others], 0.1, trust_coefficient=0.5)
+        >>> kernel.grad = bias.grad = torch.tensor([0.0, 10.0])
+        >>> {name: round(ratio.item(), 6) for name, ratio in opt.trust_ratios().items()}
+        {'kernel': 0.25, 'bias': 1.0}
+
+        Call it between `backward` and `step`, for DTensors in all processes. It does not wait for
+        devices. A ratio is 1 if the group does not adapt, and None without a gradient. Without
+        names, the keys are positions. With `layer_axis`, a parameter has a vector of ratios.
+
+        Args:
+            grad_scale: The loss scale that the gradients still carry, `scaler.get_scale()`.
+
+        Raises:
+            LarsTreeError: As in `step`; or no parameter has a gradient.
+        """
+        columns, caller = to_measure(self, grad_scale)
+        found = zip(caller.paths(), measure_columns(columns, caller), strict=True)
+        return {str(*path): x.measured.ratio if x.measured else None for path, x in found}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as in `torch.optim.Optimizer`.
 
         Raises:
-            ValueError: An option has an invalid value.
+            OptionError: An option has an invalid value.
             TypeError: A key is another package's name for an option of Lars.
             LeafError: A parameter is flattened, as by FSDP1.
         """
@@ -249,8 +277,8 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
             The result of the closure.
 
         Raises:
-            RuntimeError: A gradient is sparse.
-            ValueError: An option of a group has an invalid value.
+            RuntimeError: A gradient is sparse. It is also a LeafError.
+            OptionError: An option of a group has an invalid value.
             LarsTreeError: Parameters, gradients or buffers differ in shape, dtype or device, share
                 memory, or are read-only. Nothing was written. (On accelerators, shared memory is
                 detected only if two parameters start at the same address.)
@@ -269,6 +297,9 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
     def _step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         if any(group["nonfinite"] != "propagate" for group in self.param_groups):
             self._step_if_finite(grad_scale, found_inf)
+            return
+        if torch.compiler.is_compiling() and not all(map(can_compile, self.param_groups)):
+            self._step_uncompiled(grad_scale, found_inf)
             return
         inputs = gather(self, grad_scale, may_skip=found_inf is not None)
         if found_inf is not None and not inputs.device_can_skip:

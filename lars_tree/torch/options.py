@@ -1,6 +1,6 @@
 """Checks the options of `torch.Lars`, and converts the options of a group to a `Rule`.
 
-Errors are ValueError, as in torch's own optimizers, not OptionError.
+An OptionError is a ValueError, as torch's own optimizers raise.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lars_tree import errors
 from lars_tree._core.types import NonFinite
 from lars_tree._core.values import finite_number
 from lars_tree._numerics.formula import Rule
-from lars_tree.errors import did_you_mean
 
 Value = TypeVar("Value")
 # A value for all parameters, or values by the name of the parameter, see `param_groups`.
@@ -29,12 +29,12 @@ class GroupOptions(TypedDict, total=False):
     """The options of `param_groups`; `torch.Lars` documents them."""
 
     lr: ByName[float | Tensor]
-    momentum: ByName[float]
-    dampening: ByName[float]
-    weight_decay: ByName[float]
+    momentum: ByName[float | Tensor]
+    dampening: ByName[float | Tensor]
+    weight_decay: ByName[float | Tensor]
     nesterov: ByName[bool]
-    trust_coefficient: ByName[float]
-    eps: ByName[float]
+    trust_coefficient: ByName[float | Tensor]
+    eps: ByName[float | Tensor]
     trust_clip: ByName[bool]
     joint_norm: ByName[bool]
     adapt: ByName[bool | Literal["decayed"]]
@@ -67,7 +67,7 @@ _ROUNDING = 1e-12
 def check(
     options: dict[str, Any], group: str = "", *, waits: bool = True, first_rate: Any = 0.0
 ) -> None:
-    """Raise ValueError, naming the option and the group, if a value is invalid.
+    """Raise OptionError, naming the option and the group, if a value is invalid.
 
     Raise RuntimeError, as torch does, if both `foreach` and `fused` are True. Unless `waits`,
     values of tensors on a device are not checked. A rate may be negative if -rate is within the
@@ -81,16 +81,23 @@ def check(
         if not (isinstance(x, (bool, str, NoneType)) and x in choices):
             *others, last = map(repr, choices)
             expected = f"{', '.join(others)} or {last}"
-            hint = did_you_mean(x, choices)
-            raise _error(group, f"Invalid {name}: expected {expected}, got {x!r}{hint}")
+            hint = errors.did_you_mean(x, choices)
+            raise _error(name, group, f"Invalid {name}: expected {expected}, got {x!r}{hint}")
     axis = options["layer_axis"]
     if axis is not None and not _is_index(axis):
-        raise _error(group, f"Invalid layer_axis: expected an axis or None, got {axis!r}")
-    if options["dampening"] > 1:
-        text = f"Invalid dampening: expected a number from 0 to 1, got {options['dampening']}"
-        raise _error(group, text)
-    if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
-        raise _error(group, "Nesterov momentum requires a momentum and zero dampening")
+        text = f"Invalid layer_axis: expected an axis or None, got {axis!r}"
+        raise _error("layer_axis", group, text)
+    momentum, dampening = (
+        None if isinstance(x, Tensor) and not (waits or x.is_cpu) else x
+        for x in (options["momentum"], options["dampening"])
+    )
+    if dampening is not None and dampening > 1:
+        text = f"Invalid dampening: expected a number from 0 to 1, got {dampening}"
+        raise _error("dampening", group, text)
+    dampens = dampening is not None and dampening != 0
+    if options["nesterov"] and (dampens or (momentum is not None and momentum <= 0)):
+        text = "Nesterov momentum requires a momentum and zero dampening"
+        raise _error("nesterov", group, text)
     if options["foreach"] and options["fused"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
@@ -103,7 +110,8 @@ def _check_array(name: str, x: Any, group: str, waits: bool, first_rate: Any) ->
     number = x
     if isinstance(x, Tensor):
         if x.numel() != 1:
-            raise _error(group, f"Tensor {name} must be 1-element, got shape {tuple(x.shape)}")
+            text = f"Tensor {name} must be 1-element, got shape {tuple(x.shape)}"
+            raise _error(name, group, text)
         is_real = not (x.is_complex() or x.dtype == torch.bool or x.is_meta)
         if is_real and not (waits or x.is_cpu):
             return
@@ -116,7 +124,7 @@ def _check_array(name: str, x: Any, group: str, waits: bool, first_rate: Any) ->
         size = finite_number(-number)  # type: ignore[operator]  # Number declares no operators
         if size is not None and size <= _ROUNDING * float(first_rate):
             return
-    raise _error(group, f"Invalid {name}: expected a finite number >= 0, got {x!r}")
+    raise _error(name, group, f"Invalid {name}: expected a finite number >= 0, got {x!r}")
 
 
 def _is_index(x: Any) -> bool:
@@ -127,13 +135,15 @@ def _is_index(x: Any) -> bool:
     return not isinstance(x, (bool, np.bool_))
 
 
-def _error(group: str, text: str) -> ValueError:
-    return ValueError(f"{group}: {text}" if group else text)
+def _error(argument: str, group: str, text: str) -> errors.LarsTreeError:
+    """An OptionError, which is a ValueError, in the words of torch's own optimizers."""
+    headline, paths = (f"{group}: {text}", [(group,)]) if group else (text, [])
+    return errors.error(errors.OptionError, argument, headline, paths=paths)
 
 
 def rule(group: dict[str, Any], grad_scale: Any, is_first: bool) -> Rule:
     """The rule for parameters of a checked group; the first step is not dampened."""
-    moves, axis = group["momentum"] != 0, group["layer_axis"]
+    moves, axis = may_be_nonzero(group["momentum"]), group["layer_axis"]
     numbers = {name: _float_or_tensor(group[key]) for name, key in _NUMBERS.items()}
     lr, dampening = numbers.pop("lr"), numbers.pop("dampening")
     if not isinstance(lr, Tensor):
@@ -157,6 +167,21 @@ def _float_or_tensor(x: Any) -> Any:
         return float(x)
     is_known = x.is_cpu and not torch.compiler.is_compiling()
     return float(x) if is_known else x.reshape(())
+
+
+def may_be_nonzero(x: Any) -> bool:
+    """False for the number 0. A tensor is not read: this could wait for a device."""
+    return isinstance(x, Tensor) or bool(x != 0)
+
+
+def can_compile(group: dict[str, Any]) -> bool:
+    """Whether `torch.compile` can trace a step of the group, which reads no values of tensors.
+
+    False also for tensors of a wrong shape, which `check` refuses.
+    """
+    tensors = [group[name] for name in _NUMBERS.values() if isinstance(group[name], Tensor)]
+    reads = group["adapt"] == "decayed" and isinstance(group["weight_decay"], Tensor)
+    return not reads and all(x.numel() == 1 for x in tensors)
 
 
 def adapts(group: dict[str, Any]) -> bool:

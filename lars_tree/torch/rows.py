@@ -21,6 +21,7 @@ from lars_tree._backends.torch.reader import may_read
 from lars_tree._backends.torch.sharded import shard_of
 from lars_tree._backends.torch.stand_ins import TENSOR_TYPES
 from lars_tree._core.execute import Caller
+from lars_tree._core.options import check as check_options
 from lars_tree._numerics.formula import Rule, is_joint
 from lars_tree.torch import options
 from lars_tree.torch.groups import name_of, refuse_flattened_since
@@ -75,7 +76,7 @@ class ParameterRows:
         group, scale = self.groups[number], self.grad_scale
         # Only this engine can skip a step on the device. The skipped step leaves new buffers
         # behind, so the next step would be dampened although it is the first that is applied.
-        is_undampened = is_first and group["dampening"] != 0
+        is_undampened = is_first and options.may_be_nonzero(group["dampening"])
         self.device_can_skip &= is_for_engine and not is_undampened
         scale = scale if is_for_engine or scale is None else float(scale)
         return options.rule(group, scale, is_first)
@@ -180,6 +181,46 @@ def engines(optimizer: Optimizer) -> set[str]:
     return found
 
 
+class _SparseError(errors.LeafError, RuntimeError):
+    """A gradient is sparse, for which torch's own optimizers raise RuntimeError."""
+
+
+def _sparse_error(name: str) -> errors.LarsTreeError:
+    headline = "Lars does not support sparse gradients"
+    hint = f"make the gradient of {name} dense, as by torch.nn.Embedding(sparse=False)"
+    return errors.error(_SparseError, TORCH_WORDS.dcdw, headline, [((name,), hint)])
+
+
+def to_measure(optimizer: Optimizer, grad_scale: Any = 1.0) -> tuple[Columns, Caller]:
+    """All parameters with the rules of a step without momentum, for a report.
+
+    The path of a parameter is its name, or its position where it has no name of its own.
+    """
+    check_options({"grad_scale": grad_scale})
+    params: list[Tensor] = []
+    rules: list[Rule] = []
+    paths: dict[errors.Path, None] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        first_rate = group.get("initial_lr", optimizer.defaults["lr"])
+        options.check(group, f"param_groups[{number}]", waits=False, first_rate=first_rate)
+        refuse_flattened_since(group, number)
+        rule = options.rule({**group, "momentum": 0.0}, grad_scale, is_first=False)
+        for index, p in enumerate(group["params"]):
+            path = (name_of(group, number, index),)
+            paths[(name_of({}, number, index),) if path in paths else path] = None
+            if p.grad is not None and p.grad.layout is not torch.strided:
+                raise _sparse_error(name_of(group, number, index))
+            params.append(p)
+            rules.append(rule)
+    grads = [p.grad for p in params]
+    if all(grad is None for grad in grads):
+        headline = "no parameter has a gradient: call backward() before, and zero_grad() after"
+        lines = [(path, "expected a gradient, got None") for path in paths]
+        raise errors.error(errors.LeafError, TORCH_WORDS.dcdw, headline, lines)
+    columns = Columns(params, grads, None, rules)
+    return columns, Caller(lambda: list(paths), same_shapes=True, words=TORCH_WORDS)
+
+
 def gather(optimizer: Optimizer, grad_scale: Any, may_skip: bool = False) -> ParameterRows:
     """Collect the inputs of a step from all groups, and check the options of the groups."""
     found = ParameterRows(optimizer.param_groups, grad_scale)
@@ -196,7 +237,7 @@ def gather(optimizer: Optimizer, grad_scale: Any, may_skip: bool = False) -> Par
             name = f"param_groups[{number}]"
             options.check(group, name, waits=False, first_rate=first_rate)
             refuse_flattened_since(group, number)
-        moves = group["momentum"] != 0
+        moves = options.may_be_nonzero(group["momentum"])
         always = compiling or asks_for_engine(group)
         rule, was_for_engine, was_first = None, False, False
         for index, p in enumerate(group["params"]):
@@ -204,9 +245,7 @@ def gather(optimizer: Optimizer, grad_scale: Any, may_skip: bool = False) -> Par
             if grad is None:
                 continue
             if grad.layout is not strided:
-                name = name_of(group, number, index)
-                text = f"Lars does not support sparse gradients: make the gradient of {name} dense"
-                raise RuntimeError(text)
+                raise _sparse_error(name_of(group, number, index))
             buffer = get_state(p, no_state).get("momentum_buffer") if moves else None
             is_first = moves and buffer is None
             if is_first:

@@ -1,0 +1,63 @@
+"""Patterns that select leaves by path ('encoder/*') or by the names in a file ('encoder.*')."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fnmatch import translate
+from itertools import islice
+
+from lars_tree import errors
+
+_WILDCARDS = re.compile(r"[*?\[]")
+
+
+def matching(option: str, pattern: str, names: Sequence[str], file: str) -> list[int]:
+    """The indices of the leaves, given by name, that match; an OptionError if there are none.
+
+    '.' and '/' are the same, '*' matches both, and a leading '*/' may match nothing. A pattern that
+    matches a node selects all leaves below it.
+
+    >>> names = ["encoder.kernel", "encoder.bias", "head.bias"]
+    >>> [matching("--lr-for", text, names, "") for text in ("*.bias", "*/bias", "encoder")]
+    [[1, 2], [1, 2], [0, 1]]
+    """
+    texts = list(map(_normal, names))
+    found = _found(pattern, texts)
+    if not found:
+        text = f"{option} matches no leaf of {file}: expected a pattern of paths or names, "
+        text += f"got {pattern!r}{_hint(pattern, texts)}"
+        raise errors.error(errors.OptionError, option, text, [])
+    return found
+
+
+def _normal(text: str) -> str:
+    return text.replace(".", "/")
+
+
+def _found(pattern: str, texts: Sequence[str]) -> list[int]:
+    pattern = _normal(pattern)
+    patterns = [pattern]
+    rest = pattern.lstrip("*")
+    if rest != pattern and rest.startswith("/"):
+        patterns.append(rest[1:])
+    alternatives = [translate(text) for x in patterns for text in (x, f"{x}/*")]
+    matches = re.compile("|".join(alternatives)).match
+    return [i for i, text in enumerate(texts) if matches(text)]
+
+
+def _hint(pattern: str, texts: Sequence[str]) -> str:
+    """Suggest known keys instead of misspelt ones, and '*/' before a pattern of the last keys."""
+    import difflib  # imported late, because only errors need it
+
+    keys = dict.fromkeys(key for text in texts for key in text.split("/"))
+    known = list(islice(keys, errors.MOST_CANDIDATES))
+    parts = re.split(r"([./])", pattern)
+    for i, key in enumerate(parts[::2]):
+        if key not in keys and not _WILDCARDS.search(key):
+            parts[2 * i] = next(iter(difflib.get_close_matches(key, known, n=1)), key)
+    spelt = "".join(parts)
+    for candidate in (spelt, f"*{'.' if '.' in pattern else '/'}{spelt}"):
+        if _found(candidate, texts):
+            return f" (did you mean {candidate!r}?)"
+    return ""
