@@ -64,7 +64,7 @@ CONTESTANTS = {
     "LARS 1": Contestant(_lars(1.0), -6),
     "LARS 0.001": Contestant(_lars(0.001), 4),
     "LARS 1, joint norm": Contestant(_lars(1.0, joint_norm=True), -6, False),
-    "LARC 0.02": Contestant(_lars(0.02, trust_clip=True), -2, False),
+    "LARC 0.02": Contestant(_lars(0.02, trust_clip=True), 4, False),
     "SGD": Contestant(lambda groups, rate: SGD(groups, rate, MOMENTUM), -2),
     "Adam": Contestant(Adam, -8),
 }
