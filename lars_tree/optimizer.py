@@ -69,7 +69,9 @@ class Lars:
 
     Args:
         lr: The rate, as in `lars_update`; or a schedule, a function from the number of the step
-            (the first is 0) to the rate, as in `lars_tree.schedules`. A tree can contain both.
+            (the first is 0) to the rate, as in `lars_tree.schedules`. A tree can contain both. A
+            callable node, such as a module, is a tree of rates if it is a prefix of w, and a
+            schedule otherwise.
         momentum: The factor of the velocity, a number >= 0.
         nesterov: Nesterov momentum: the second formula for w.
         weight_decay: Weight decay: the decay_lambda of `lars_update`.
@@ -219,7 +221,7 @@ class Lars:
         with nullcontext() if out is None else locks.writing(lambda: counters.spans(state)):
             counters.check(state, written=out is not None)
             given: dict[str, Any] = {"lr": self.lr, **self.options, **overrides}
-            options = {**given, "lr": _rates(given["lr"], state["step"])}
+            options = {**given, "lr": _rates(given["lr"], state["step"], w)}
             new_w, new = advance(w, dcdw, out, options, state)
         if out is not None:
             return new_w, state
@@ -274,21 +276,31 @@ def _on_one_line(x: Any) -> str:
     return " ".join(repr(x.to_dict() if isinstance(x, Container) else x).split())
 
 
-def _rates(lr: Any, step: Any) -> Any:
+def _rates(lr: Any, step: Any, w: Any) -> Any:
     step = schedules.value(unwrap(step))
-    return _without_schedules(lr, lambda schedule: _rate(schedule, step))
+    return _without_schedules(lr, lambda schedule: _rate(schedule, step), w)
 
 
 @in_default_floats
 def _rate(schedule: Schedule, step: Any) -> Any:
-    return schedule(step)
+    try:
+        return schedule(step)
+    except Exception as error:
+        reason = "" if structure.is_leaf(schedule) else ", because it is not a prefix of w"
+        error.add_note(f"lr was called as a schedule, a function of the step{reason}")
+        raise
 
 
-def _without_schedules(lr: Any, rate: Callable[[Any], Any]) -> Any:
-    """Replace each schedule of a tree by rate(schedule). A callable node is a schedule too."""
-    if callable(lr):
+def _without_schedules(lr: Any, rate: Callable[[Any], Any], w: Any = None) -> Any:
+    """Replace each schedule of a tree by rate(schedule).
+
+    A callable node is a schedule unless it is a prefix of the weights at the same place.
+    """
+    is_leaf = structure.is_leaf(lr)
+    if callable(lr) and (is_leaf or not structure.match(w, lr, [], exact=False)):
         return rate(lr)
-    if structure.is_leaf(lr):
+    if is_leaf:
         return lr
-    new = [_without_schedules(child, rate) for _, child in nodes.children(lr)]
+    weights = {} if structure.is_leaf(w) else dict(nodes.children(w))
+    new = [_without_schedules(x, rate, weights.get(key)) for key, x in nodes.children(lr)]
     return nodes.replace_for_reading(lr, new)

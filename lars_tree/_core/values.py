@@ -171,20 +171,32 @@ def comparable(name: str, given: Any) -> Any:
     """An option as nested dicts, which are equal if the options have the same effect.
 
     Numbers and arrays in CPU memory are compared by value; arrays on accelerators, traced arrays
-    and arrays that autograd tracks by identity; functions by their own `==`.
+    and arrays that autograd tracks by identity; functions by their own `==`; callable nodes, whose
+    other data matters too if they are schedules, by class and their own `==` or by identity.
     """
     return _comparable(name, readable(name, given))
 
 
 def _comparable(name: str, node: Any) -> Any:
-    if not structure.is_leaf(node):
-        return {key: _comparable(name, child) for key, child in nodes.children(node)}
-    if node is None or callable(node):
+    is_leaf = structure.is_leaf(node)
+    if node is None or (is_leaf and callable(node)):
         return node
+    if callable(node):
+        return type(node), node if _is_hashable(node) else id(node)
+    if not is_leaf:
+        return {key: _comparable(name, child) for key, child in nodes.children(node)}
     value = CHECKS[name](unwrap(node), True)
     if isinstance(value, np.ndarray):
         return value.shape, value.tobytes()
     return value if _backends.find(value) is None else (type(value), id(value))
+
+
+def _is_hashable(x: Any) -> bool:
+    try:
+        hash(x)
+    except TypeError:
+        return False
+    return True
 
 
 def hashed(options: Any) -> int:

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from conftest import need, unit_lars
 
-from lars_tree import Container, Lars, LeafError, StructureError, lars_update, report
+from lars_tree import (
+    Container,
+    Lars,
+    LeafError,
+    OptionError,
+    StructureError,
+    _native,
+    lars_update,
+    report,
+)
 from lars_tree._tree import structure
 
 
@@ -137,6 +146,104 @@ def test_options_by_prefix_for_a_module(jax, eqx, mlp, eqx_gradient):
         lambda w, g, adapt: lars_update(w, g, 0.1, adapt=adapt), arrays, eqx_gradient, is_weight
     )
     assert eqx.tree_equal(new, expected)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_options_are_for_the_arrays_of_a_module(jax, eqx, mlp, eqx_gradient, native, monkeypatch):
+    """Leaves that are not arrays need no value: no pattern must match, no function is called."""
+    if not native:
+        monkeypatch.setattr(_native, "kernel", None)
+    arrays = eqx.filter(mlp, eqx.is_inexact_array)
+    is_weight = jax.tree.map(lambda x: x.ndim > 1, arrays)
+    expected = lars_update(mlp, eqx_gradient, 0.1, adapt=is_weight)
+    assert not eqx.tree_equal(expected, lars_update(mlp, eqx_gradient, 0.1))
+    changed = eqx.filter(expected, eqx.is_inexact_array)
+    assert eqx.tree_equal(changed, lars_update(arrays, eqx_gradient, 0.1, adapt=is_weight))
+    for adapt in (lambda path, x: x.ndim > 1, {"*/weight": True, "*/bias": False}):
+        new = lars_update(mlp, eqx_gradient, 0.1, adapt=adapt)
+        assert eqx.tree_equal(new, expected)
+        opt = unit_lars(0.1, momentum=0, adapt=adapt)
+        assert eqx.tree_equal(opt.update(mlp, eqx_gradient, opt.init(arrays))[0], expected)
+    with pytest.raises(OptionError, match="expected a value, got None") as caught:
+        lars_update(
+            mlp,
+            eqx_gradient,
+            0.1,
+            adapt=eqx.tree_at(lambda m: m.layers[0].layers[0].bias, is_weight, None),
+        )
+    assert caught.value.paths == (("layers", 0, "layers", 0, "bias"),)
+
+
+@pytest.fixture(scope="module")
+def schedule(eqx):
+    class Schedule(eqx.Module):
+        rate: object
+        every: int = eqx.field(static=True)
+
+        def __call__(self, step):
+            return self.rate * (step % self.every == 0)
+
+    return Schedule
+
+
+def test_a_module_that_is_a_schedule(jax, schedule):
+    """A schedule is a node with static data here; optimizers with other schedules differ."""
+    traces = []
+
+    def step(opt, w):
+        traces.append(opt)
+        state = opt.init(w)
+        for _ in range(2):
+            w, state = opt.update(w, {"a": jax.numpy.array([0.0, 10.0])}, state)
+        return w["a"]
+
+    jitted, w = jax.jit(step, static_argnums=0), {"a": jax.numpy.array([3.0, 4.0])}
+    for lr in (
+        lambda every: schedule(0.1, every),
+        lambda every: schedule(jax.numpy.array(0.1), every),
+        lambda every: {"a": schedule(0.1, every)},
+    ):
+        first, second = (unit_lars(lr(every), momentum=0) for every in (1, 2))
+        assert first != second
+        assert jitted(first, w).tolist() == pytest.approx(step(first, w).tolist())
+        assert jitted(second, w).tolist() == pytest.approx([3, 3.5])
+    again = [unit_lars(schedule(0.1, 1), momentum=0) for _ in range(2)]
+    assert again[0] == again[1]
+    count = len(traces)
+    for opt in again:
+        jitted(opt, w)
+    assert len(traces) == count
+
+
+def test_a_callable_module_of_rates(jax, eqx, mlp, eqx_gradient, schedule):
+    """A callable node is a tree of rates where it is a prefix of w, and a schedule otherwise."""
+    arrays = eqx.filter(mlp, eqx.is_inexact_array)
+    rates = jax.tree.map(lambda x: 0.1 if x.ndim > 1 else 0.2, arrays)
+    expected = lars_update(arrays, eqx_gradient, rates)
+    for w, g, lr in [
+        (arrays, eqx_gradient, rates),
+        ({"m": arrays, "n": None}, {"m": eqx_gradient, "n": None}, {"m": rates, "n": 1.0}),
+    ]:
+        opt = unit_lars(lr, momentum=0)
+        new, _ = opt.update(w, g, opt.init(w))
+        assert eqx.tree_equal(new["m"] if isinstance(new, dict) else new, expected)
+    opt = unit_lars({"m": schedule(0.1, 1)}, momentum=0)
+    new, _ = opt.update({"m": arrays}, {"m": eqx_gradient}, opt.init({"m": arrays}))
+    assert eqx.tree_equal(new["m"], lars_update(arrays, eqx_gradient, 0.1))
+    with pytest.raises(OptionError, match=r"expected a finite number >= 0, got -0\.1") as caught:
+        unit_lars(jax.tree.map(lambda x: -x, rates)).update(
+            arrays, eqx_gradient, Lars(1).init(arrays)
+        )
+    assert ("layers", 0, "layers", 0, "weight") in caught.value.paths
+
+
+def test_a_callable_module_that_fails_as_a_schedule(mlp):
+    w = {"a": np.ones(2)}
+    opt = Lars(mlp.layers[0].layers[0])
+    with pytest.raises(ValueError, match="at least 1") as caught:  # the module's own error
+        opt.update(w, w, opt.init(w))
+    note = "lr was called as a schedule, a function of the step, because it is not a prefix of w"
+    assert note in caught.value.__notes__
 
 
 # Flax
