@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import numpy as np
@@ -19,6 +20,7 @@ from lars_tree import (
     report,
 )
 from lars_tree._tree import structure
+from lars_tree.testing import assert_identical
 
 
 def step(w, g):
@@ -427,3 +429,34 @@ def test_dicts_and_lists_of_parameters(torch, is_dict):
     assert values[0].tolist() == [3, 3.5]
     with pytest.raises(StructureError, match="missing"):
         lars_update(w, {keys[0]: values[0]}, 0.1)
+
+
+@pytest.mark.parametrize("kind", ["ParameterDict", "ParameterList"])
+def test_other_attributes_of_parameter_dicts_and_lists_are_kept(torch, kind):
+    class Params(getattr(torch.nn, kind)):
+        def __init__(self, values, scale):
+            super().__init__(values)
+            self.scale = scale
+            self.register_buffer("mean", torch.ones(1))
+
+    values = [torch.tensor([3.0, 4.0]), torch.nn.ParameterDict({"a": torch.ones(2)}), 5.0]
+    w = Params(dict(zip("xyz", values, strict=True)) if kind == "ParameterDict" else values, 7)
+    keys = list(w.keys()) if kind == "ParameterDict" else range(3)
+    g = {keys[0]: torch.tensor([0.0, 10.0]), keys[1]: torch.ones(2), keys[2]: None}
+    before = copy.deepcopy(w.state_dict())
+    new = lars_update(w, g, 0.1)
+    assert (type(new), new.scale, new[keys[2]]) == (Params, 7, 5.0)
+    assert list(new.state_dict()) == list(before)
+    assert new.mean is w.mean
+    assert new[keys[0]].tolist() == [3, 3.5]
+    new.extra = torch.nn.Parameter(torch.ones(1))
+    new.register_buffer("other", None, persistent=False)
+    assert_identical(dict(w.state_dict()), dict(before))
+    assert not w._non_persistent_buffers_set
+    w[keys[2]] = torch.ones(1)
+    opt = Lars(0.1)
+    state = opt.init(w)
+    assert list(state.velocity.state_dict()) == ["mean"]  # velocities are no parameters
+    assert opt.update(w, g, state, out=w)[0] is w
+    assert state.velocity[keys[0]][1] > 0
+    assert w[keys[0]][1] < 4
