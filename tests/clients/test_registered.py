@@ -404,6 +404,19 @@ def test_other_classes_of_tensordict(torch):
     assert new[0].name == "x"
 
 
+def test_an_optimizer_of_a_stack_of_tensordicts(torch):
+    """The items of a stack are stacked tensors, but its children are the tensordicts."""
+    tensordict = need("tensordict")
+    rows = [tensordict.TensorDict(a=torch.full((2,), float(i))) for i in (1, 2)]
+    w, opt = tensordict.lazy_stack([x.clone() for x in rows]), unit_lars(0.1, momentum=0.5)
+    state, expected_state = opt.init(w), opt.init(rows)
+    for _ in range(2):
+        expected, expected_state = opt.update(rows, rows, expected_state, out=rows)
+        w, state = opt.update(w, w, state)
+    assert type(w) is type(tensordict.lazy_stack(rows))
+    assert (w == tensordict.lazy_stack(expected)).all()
+
+
 @pytest.mark.parametrize("is_dict", [True, False], ids=["ParameterDict", "ParameterList"])
 def test_dicts_and_lists_of_parameters(torch, is_dict):
     keys = ["a", "b"] if is_dict else [0, 1]
