@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 from conftest import need, to_library, to_numpy, unit_lars
@@ -121,6 +123,34 @@ def test_rates_that_autograd_tracks_keep_their_graph_by_path():
         new = lars_update(w, w, {"*": lr}, stop_gradients=stop)
         assert new["a"].requires_grad
     assert not lars_update(w, w, {"*": lr}, stop_gradients={"*": True})["a"].requires_grad
+
+
+class Computed(Mapping):
+    """A mapping that computes floats at each reading, in memory that was freed just before."""
+
+    last = 1.0
+
+    def __getitem__(self, key):
+        return self.last if key == "c" else 0.25 * (1 + "ab".index(key))
+
+    def __iter__(self):
+        spare = 0.5 * len(self)
+        yield "a"
+        del spare  # "b" is where "a" was at the last reading, and "a" where "b" was
+        yield "b"
+        yield "c"
+
+    def __len__(self):
+        return 3
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_values_that_are_computed_at_each_reading(native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(_native, "kernel", None)
+    w = {key: np.ones(1) for key in "abc"}
+    new = lars_update(w, 1.0, Computed(), adapt=False)
+    assert [x[0] for x in new.values()] == [0.75, 0.5, 0]
 
 
 # ---- Functions

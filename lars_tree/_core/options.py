@@ -147,7 +147,8 @@ def _column(name: str, tree: Any, given: Any, keep_graph: bool) -> list[Any]:
     known: dict[int, Any] = {id(None): None}  # allowed at leaves without weights
     found: list[Any] = []
     try:
-        for value in structure.leaves(given):
+        values = structure.leaves(given)  # the ids are valid while the values exist
+        for value in values:
             if id(value) not in known:
                 known[id(value)] = CHECKS[name](unwrap(value), keep_graph)
         if structure.match(tree, given, found, exact=False):
