@@ -24,6 +24,7 @@ from lars_tree._core.options import (
     SharedOptions,
     check,
     check_names,
+    is_function,
 )
 from lars_tree._core.types import Flags, Numbers, Rates, Schedule, T
 from lars_tree._core.values import comparable, hashed
@@ -69,9 +70,7 @@ class Lars:
 
     Args:
         lr: The rate, as in `lars_update`; or a schedule, a function from the number of the step
-            (the first is 0) to the rate, as in `lars_tree.schedules`. A tree can contain both. A
-            callable node, such as a module, is a tree of rates if it is a prefix of w, and a
-            schedule otherwise.
+            (the first is 0) to the rate, as in `lars_tree.schedules`. A tree can contain both.
         momentum: The factor of the velocity, a number >= 0.
         nesterov: Nesterov momentum: the second formula for w.
         weight_decay: Weight decay: the decay_lambda of `lars_update`.
@@ -81,7 +80,8 @@ class Lars:
         stop_gradients: As in `lars_update`; False keeps the autograd graph of the velocity too.
         **options: The further options of `lars_update`. Each option may give its values by path,
             as in `lars_update`. A function is a schedule for `lr`, and a function of (path, leaf)
-            for all other options.
+            for all other options. A callable node of a tree, such as a module, is a tree of values
+            if it is a prefix of w, and a function otherwise.
 
     Raises:
         OptionError: An option has an invalid value.
@@ -292,14 +292,10 @@ def _rate(schedule: Schedule, step: Any) -> Any:
 
 
 def _without_schedules(lr: Any, rate: Callable[[Any], Any], w: Any = None) -> Any:
-    """Replace each schedule of a tree by rate(schedule).
-
-    A callable node is a schedule unless it is a prefix of the weights at the same place.
-    """
-    is_leaf = structure.is_leaf(lr)
-    if callable(lr) and (is_leaf or not structure.match(w, lr, [], exact=False)):
+    """Replace each schedule of a tree by rate(schedule)."""
+    if is_function(lr, w):
         return rate(lr)
-    if is_leaf:
+    if structure.is_leaf(lr):
         return lr
     weights = {} if structure.is_leaf(w) else dict(nodes.children(w))
     new = [_without_schedules(x, rate, weights.get(key)) for key, x in nodes.children(lr)]

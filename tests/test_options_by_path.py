@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -209,6 +210,44 @@ def test_a_function_with_other_parameters_is_refused():
     with pytest.raises(OptionError, match="a schedule needs the number of the step") as caught:
         lars_update(model(), 1.0, Constant(0.1))
     assert caught.value.argument == "lr"
+
+
+class HasAxes(NamedTuple):
+    """A function that is a node too, as modules and `jax.tree_util.Partial` are."""
+
+    ndim: int
+
+    def __call__(self, path, leaf):
+        return leaf.ndim >= self.ndim
+
+
+class Rates(HasAxes):
+    pass
+
+
+class Warmup(NamedTuple):
+    rate: float
+
+    def __call__(self, step):
+        return self.rate * step
+
+
+def test_a_node_that_is_a_function():
+    """It is a tree of values if it is a prefix of the weights."""
+    w = {"kernel": np.full((1, 2), 3.0), "bias": np.full(2, 3.0)}
+    expected = lars_update(w, 1.0, 0.1, adapt={"kernel": True, "bias": False})
+    assert_identical(lars_update(w, 1.0, 0.1, adapt=HasAxes(2)), expected)
+    opt, third = (Lars(0.1, adapt=HasAxes(ndim)) for ndim in (2, 3))
+    expected, _ = Lars(0.1, adapt={"*/bias": False, "*": True}).update(w, w, opt.init(w))
+    assert_identical(opt.update(w, w, opt.init(w))[0], expected)
+    assert opt != third
+    by_axis = [Lars(0.1, axis_name=HasAxes(ndim)) for ndim in (2, 3)]
+    assert by_axis[0] != by_axis[1]
+    tree = HasAxes(np.full(2, 3.0))
+    new = lars_update(tree, 1.0, 0.1, decay_lambda=Rates(0.5))
+    assert_identical(new, lars_update(tree, 1.0, 0.1, decay_lambda=0.5))
+    with pytest.raises(OptionError, match="a schedule needs the number of the step"):
+        lars_update(w, 1.0, Warmup(0.1))
 
 
 def test_shapes_decide():

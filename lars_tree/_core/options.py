@@ -133,10 +133,9 @@ def _add(
     columns: dict[str, list[Any]],
 ) -> None:
     """Check an option, and add it to the values for all leaves or to the columns."""
-    given = readable(name, value)
-    if _is_function(given):
-        columns[name] = _called(name, tree, given, keep_graph)
-    elif not structure.is_leaf(given):
+    if is_function(value, tree):
+        columns[name] = _called(name, tree, value, keep_graph)
+    elif not structure.is_leaf(given := readable(name, value)):
         columns[name] = _column(name, tree, given, keep_graph)
     else:
         shared[_FIELDS.get(name, name)] = _checked(name, [((), given)], keep_graph)[0]
@@ -175,8 +174,11 @@ def _rows(tree: Any) -> list[tuple[errors.Path, Any]]:
     return [(path, None if _backends.find(unwrap(x)) is None else x) for path, x in rows]
 
 
-def _is_function(given: Any) -> bool:
-    return callable(given) and structure.is_leaf(given)
+def is_function(given: Any, tree: Any) -> bool:
+    """Whether an option is a function; a callable node, unless it is a prefix of the tree."""
+    if not callable(given):
+        return False
+    return structure.is_leaf(given) or not structure.match(tree, given, [], exact=False)
 
 
 def _called(name: str, tree: Any, function: Callable[..., Any], keep_graph: bool) -> list[Any]:
@@ -218,7 +220,7 @@ def _takes_path_and_leaf(function: Callable[..., Any]) -> bool:
 def check(options: dict[str, Any]) -> None:
     """Check the values of options when there are no weights yet."""
     for name, given in options.items():
-        if not _is_function(given):
+        if not is_function(given, None):
             _checked(name, list(structure.walk(readable(name, given))), keep_graph=False)
 
 

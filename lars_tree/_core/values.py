@@ -123,8 +123,8 @@ class _Tuple:
 
 
 def readable(name: str, given: Any) -> Any:
-    """An option as a tree whose leaves are its values."""
-    return _with_tuples_as_leaves(given) if name == "axis_name" else given
+    """An option as a tree whose leaves are its values, or a function."""
+    return _with_tuples_as_leaves(given) if name == "axis_name" and not callable(given) else given
 
 
 def _with_tuples_as_leaves(node: Any) -> Any:
