@@ -171,8 +171,8 @@ def comparable(name: str, given: Any) -> Any:
     """An option as nested dicts, which are equal if the options have the same effect.
 
     Numbers and arrays in CPU memory are compared by value; arrays on accelerators, traced arrays
-    and arrays that autograd tracks by identity; functions by their own `==`; callable nodes, whose
-    other data matters too if they are schedules, by class and their own `==` or by identity.
+    and arrays that autograd tracks by identity. Functions are compared by their own `==`; nodes
+    that may be functions by their own `==` and class, or by identity if they are not hashable.
     """
     return _comparable(name, readable(name, given))
 
