@@ -37,6 +37,17 @@ def has_patterns(tree: Any) -> bool:
     return any(is_pattern(key) for path in paths for key in path)
 
 
+def only_lacks_keys(tree: Any, given: Any) -> bool:
+    """Whether the mappings in `given` are a prefix of the tree except for missing keys."""
+    pairs = structure.side_by_side(tree, given, structure.may_match)
+    return all(
+        other is structure.MISSING
+        if what == "missing"
+        else what != "nodes" or structure.is_leaf(other)
+        for _, _, other, what in pairs
+    )
+
+
 def resolve(
     argument: str, given: Any, rows: Sequence[Row], *, sep: str = "/", to: str = "w"
 ) -> list[Any]:
