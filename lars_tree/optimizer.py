@@ -77,9 +77,8 @@ class Lars:
         eps: As in `lars_update`. The default keeps the step small if a gradient is 0 except for
             rounding errors.
         stop_gradients: As in `lars_update`; False keeps the autograd graph of the velocity too.
-        **options: The further options of `lars_update`. Each option may give its values by path,
-            as in `lars_update`. A function is a schedule for `lr`, and a function of (path, leaf)
-            for all other options.
+        **options: The further options of `lars_update`. All options may have values by path, as
+            there; a function as `lr` is a schedule, not a function of (path, leaf).
 
     Raises:
         OptionError: An option has an invalid value.
