@@ -111,6 +111,24 @@ def test_the_memory_of_a_gradient_may_be_used_again():
     assert list(caught.value.laws) == ["keeps_no_inputs"]
 
 
+def test_an_optimizer_gets_only_parameters_of_the_shapes():
+    """Muon takes only matrices: not even an empty tree makes another parameter."""
+    torch = need("torch")
+    common = {"dtypes": ["float32"], "shapes": [(2, 3)], "settings": FEW}
+    check_optimizer_laws(for_torch(torch.optim.Muon), laws=TREE_LAWS + STATE_LAWS, **common)
+
+
+def test_groups_may_have_the_parameters_in_another_order():
+    torch = need("torch")
+
+    def in_groups(parameters, lr, momentum=0.0, weight_decay=0.0):
+        groups = [{"params": [p for p in parameters if p.ndim == n]} for n in (2, 1)]
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+    common = {"dtypes": ["float32"], "shapes": [(2,), (2, 2)], "settings": FEW}
+    check_optimizer_laws(for_torch(in_groups), laws=TREE_LAWS + STATE_LAWS, **common)
+
+
 def test_a_leaf_that_XLA_rounds_otherwise_beside_other_leaves_breaks_no_law():
     """Adam of optax corrects the bias of all leaves in one compiled function."""
     optax = need("optax")
