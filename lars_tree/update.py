@@ -56,7 +56,8 @@ def lars_update(
     the options also take a function of (path, leaf), where the path is a tuple of keys; or a
     mapping of paths and patterns, with "*" for all other leaves, as in {"*/bias": False, "*": True}
     or {"head": 1.0, "*": 0.1}. In patterns, * also matches "/", and a leading */ also matches
-    nothing. The most exact key decides, whatever the order; keys that disagree are an error.
+    nothing. The key of a leaf itself decides. Otherwise, the key of the nearest node above the leaf
+    and all patterns that match the leaf must agree. The order of the keys has no effect.
 
     On the CPU the result is computed in at least double precision and rounded once; it does not
     depend on the tree, on threads, or on whether numpy, torch or JAX owns the memory.

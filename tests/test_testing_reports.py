@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 from test_testing_laws import QUICK, broken, forgotten_decay, layer_by_layer, plain_sgd
 
-from lars_tree import Container, OptionError, lars_update
+from lars_tree import Container, Lars, OptionError, lars_update
 from lars_tree._tree.structure import leaves
 from lars_tree.testing import (
     LAWS,
@@ -97,6 +97,22 @@ def test_the_report_shows_the_line_of_the_user():
     assert f'File "{HERE}", line {line}, in unchanged\n' in text
     text = str(broken(calls_numpy, laws=[laws.keeps_the_structure]))
     assert f'File "{HERE}", line {line + 4}, in calls_numpy\n' in text
+
+    class Callable:
+        def __call__(self, w, dcdw, lr):
+            return w
+
+    text = str(broken(Callable(), laws=[laws.returns_new_arrays]))
+    line = Callable.__call__.__code__.co_firstlineno - 1
+    assert f'File "{HERE}", line {line}, in Callable\n' in text
+
+    def modifies(w, dcdw, lr):
+        for x in w.values():
+            x += 1
+        return w
+
+    text = str(broken(modifies, laws=[laws.leaves_its_inputs_alone]))
+    assert f'File "{HERE}", line {modifies.__code__.co_firstlineno}, in modifies\n' in text
 
     def own_law(trial):
         assert trial.pair() is None
@@ -197,6 +213,18 @@ def test_any_callable_is_a_law():
             assert {type(x) for x in error.laws.values()} == {AssertionError}
         else:
             check_update_laws(lars_update, laws=chosen, settings=QUICK)
+
+
+def test_the_report_shows_the_class_of_an_optimizer():
+    class Inherits(Lars):
+        def update(self, w, dcdw, state):
+            return w, state
+
+    line = Inherits.update.__code__.co_firstlineno - 1
+    for optimizer in (Inherits, partial(Inherits, trust_coefficient=1.0)):
+        with pytest.raises(LawError) as caught:
+            check_optimizer_laws(optimizer, laws=[laws.returns_new_arrays], settings=QUICK)
+        assert f'File "{HERE}", line {line}, in Inherits\n' in str(caught.value)
 
 
 def test_flat_dicts_are_suggested_if_every_law_is_broken():

@@ -7,6 +7,7 @@ made.
 
 from __future__ import annotations
 
+import math
 import pickle
 import sys
 from collections.abc import Sequence
@@ -177,6 +178,14 @@ def with_first(x: Any, value: float) -> Any:
 
     with jax.enable_x64(True):
         return new.at[(0,) * len(x.shape)].set(value)
+
+
+def overwrite(x: Any) -> None:
+    """Set all elements of an array to NaN; scalars and arrays of JAX are immutable."""
+    if isinstance(x, np.ndarray):
+        x.fill(math.nan)
+    elif _is_tensor(x):
+        x.detach().fill_(math.nan)
 
 
 def copied(tree: Any) -> Any:

@@ -49,9 +49,9 @@ def for_torch(cls: Any, **options: Any) -> Adapter:
     >>> w
     {'a': tensor([2.2500])}
 
-    The state is an optimizer of this class, which holds copies of the weights. It is saved and
-    loaded by `state_dict` and `load_state_dict`, with `torch.save`. A new rate is written to the
-    parameter groups, as schedulers do.
+    The state is an optimizer of this class and its parameters, which are copies of the weights. It
+    is saved and loaded by `state_dict` and `load_state_dict`, with `torch.save`. A new rate is
+    written to all parameter groups, as some schedulers do.
 
     Args:
         cls: The class, or a function with the same arguments: parameters, then `lr`, `momentum`,
@@ -110,37 +110,38 @@ class _TorchOptimizer:
         self._cls, self._options = cls, options
 
     def init(self, w: Any) -> Any:
+        """The optimizer, and its parameters in the order of the leaves of w."""
         import torch
 
-        copies = [x.detach().clone() for x in structure.leaves(w)]
+        parameters = [torch.nn.Parameter(x.detach().clone()) for x in structure.leaves(w)]
         # torch refuses an empty list of parameters.
-        parameters = [torch.nn.Parameter(x) for x in copies or [torch.zeros(0)]]
-        return self._cls(parameters, **self._options)
+        return self._cls(parameters, **self._options) if parameters else None, parameters
 
     def update(self, w: Any, dcdw: Any, state: Any) -> tuple[Any, Any]:
-        parameters = [p for group in state.param_groups for p in group["params"]]
-        rows = list(zip(parameters, structure.leaves(w), matched(w, dcdw), strict=False))
-        for group in state.param_groups:
-            group["lr"] = self._options["lr"]
-        for p, x, g in rows:
+        opt, parameters = state
+        for p, x, g in zip(parameters, structure.leaves(w), matched(w, dcdw), strict=True):
             p.data.copy_(x)
             p.grad = g
-        state.step()
-        return structure.rebuild(w, [p.detach().clone() for p, _, _ in rows]), state
+        if opt is not None:
+            for group in opt.param_groups:
+                group["lr"] = self._options["lr"]
+            opt.step()
+        return structure.rebuild(w, [p.detach().clone() for p in parameters]), state
 
     def save(self, state: Any) -> bytes:
         import torch
 
-        file = io.BytesIO()
-        torch.save(state.state_dict(), file)
+        file, (opt, _) = io.BytesIO(), state
+        torch.save(None if opt is None else opt.state_dict(), file)
         return file.getvalue()
 
     def load(self, w: Any, saved: bytes) -> Any:
         import torch
 
-        state = self.init(w)
-        state.load_state_dict(torch.load(io.BytesIO(saved), weights_only=False))
-        return state
+        opt, parameters = self.init(w)
+        if opt is not None:
+            opt.load_state_dict(torch.load(io.BytesIO(saved), weights_only=False))
+        return opt, parameters
 
 
 class _OptaxOptimizer:

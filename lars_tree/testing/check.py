@@ -107,7 +107,8 @@ def check_update_laws(
         exclude: Names of laws to leave out, each with the reason.
         library: The library of the arrays: "numpy", "torch" or "jax". None means numpy.
         dtypes: Any of "float16", "bfloat16", "float32" and "float64"; None means all available.
-        node_types: The node types of w and dcdw, as in `nests`.
+        node_types: The node types of w and dcdw, as in `nests`. Laws about single layers use dicts
+            in any case.
         nested: If False, w and dcdw are flat dicts of arrays.
         key_order: If False, the result may have another order of keys than w, as in JAX.
         shapes: The shapes of the arrays, or a strategy for them. None means up to two axes.

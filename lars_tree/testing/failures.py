@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import re
@@ -20,6 +21,10 @@ from lars_tree.testing.laws import Law
 # Every example of hypothesis starts with these lines.
 _HEADER = re.compile(r"^[^\n]*\(\n\s*data=data\(\.\.\.\),\n\)\n?")
 _FLAT = "Every law is broken. If the function takes only flat dicts, check it with nested=False."
+_MOMENTUM = (
+    "Every law is broken, because the optimizer has no argument 'momentum': check it with "
+    "momentum=None."
+)
 
 
 def report(
@@ -29,8 +34,9 @@ def report(
     name = function_of(subject).__name__
     plural = "a law" if len(broken) == 1 else f"{len(broken)} laws"
     parts = [f"{name} breaks {plural}"]
-    if nested and len(broken) == len(laws) > 1:
-        parts.append(_FLAT)
+    if len(broken) == len(laws) > 1:
+        lacks = [isinstance(e, TypeError) and "'momentum'" in str(e) for e in broken.values()]
+        parts += [_MOMENTUM] if all(lacks) else [_FLAT] if nested else []
     for law, error in broken.items():
         doc = (function_of(laws[law]).__doc__ or "").strip().partition("\n")[0]
         kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
@@ -44,34 +50,37 @@ def report(
 def _where(error: Exception, subject: Any, law: Law) -> str:
     """The line of the user's code that raised the error, or else where the subject is defined."""
     frames = list(_users_frames(error))
-    own = {code.co_filename for code in map(_code, (subject, law)) if code}
-    code = _code(subject)
+    definitions = [_definition(x) for x in (subject, law)]
+    own = {x[0] for x in definitions if x}
+    where = definitions[0]
     if frames:
         where = ([x for x in frames if x[0] in own] or frames)[-1]  # the innermost
-    elif code:
-        where = code.co_filename, code.co_firstlineno, code.co_name
-    else:
-        return ""
-    return 'File "{}", line {}, in {}'.format(*where)
+    return 'File "{}", line {}, in {}'.format(*where) if where else ""
 
 
+# The laws use context managers, so contextlib is in their tracebacks.
 _FOLDERS = [f"{Path(module.__file__ or '').parent}{os.sep}" for module in (errors, hypothesis)]
+_HIDDEN = (*_FOLDERS, contextlib.__file__)
 
 
 def _users_frames(error: Exception) -> Iterator[tuple[str, int, str]]:
     """File, line and function of the frames outside of this package and hypothesis."""
     for frame, line in walk_tb(error.__traceback__):
         filename = frame.f_code.co_filename
-        if not filename.startswith(tuple(_FOLDERS)):
+        if not filename.startswith(_HIDDEN):
             yield filename, line, frame.f_code.co_name
 
 
-def _code(x: Any) -> Any:
-    function = inspect.unwrap(function_of(x))
-    if isinstance(function, type):  # a class of optimizers, or that of a callable object
-        methods = vars(function)
-        function = methods.get("__call__", methods.get("__init__"))
-    return getattr(function, "__code__", None)
+def _definition(x: Any) -> tuple[str, int, str] | None:
+    """File, line and name of a function, or of the class of an optimizer or a callable object."""
+    found = function_of(inspect.unwrap(function_of(x)))
+    code = getattr(found, "__code__", None)
+    if code:
+        return code.co_filename, code.co_firstlineno, code.co_name
+    try:
+        return inspect.getfile(found), inspect.getsourcelines(found)[1], found.__name__
+    except (OSError, TypeError):  # it has no source
+        return None
 
 
 def function_of(x: Any) -> Any:

@@ -10,14 +10,12 @@ from hypothesis import strategies as st
 from lars_tree.testing import _arrays
 from lars_tree.testing.assertions import assert_close_ulp
 from lars_tree.testing.exact import exact_norm
-from lars_tree.testing.tree_laws import DECAYS, Law, same, times
+from lars_tree.testing.tree_laws import DECAYS, FORMULA_ULP, Law, same, times
 from lars_tree.testing.trial import Trial, as_numbers, at, mapped
 
 RATES = st.sampled_from([0.5, 0.125])
 # Not exact in any binary format, and large enough that their rounding errors change the weights.
 LONG_NUMBERS = st.integers(1, 29).filter(lambda n: n % 15).map(lambda n: n / 15)
-# The error of the correct formula is smaller than this in the arithmetic of every format.
-FORMULA_ULP = 16
 
 
 def does_not_see_the_scale_of_the_gradient(trial: Trial) -> None:

@@ -12,9 +12,19 @@ import numpy as np
 from hypothesis import strategies as st
 
 from lars_tree._tree import structure
+from lars_tree.testing import _arrays
 from lars_tree.testing.exact import ExactRun
-from lars_tree.testing.rule_laws import FORMULA_ULP, RATES
-from lars_tree.testing.tree_laws import DECAYS, Law, is_like, same, times, unmodified
+from lars_tree.testing.rule_laws import RATES
+from lars_tree.testing.tree_laws import (
+    DECAYS,
+    FORMULA_ULP,
+    Law,
+    is_like,
+    same,
+    same_alone,
+    times,
+    unmodified,
+)
 from lars_tree.testing.trees import shuffled
 from lars_tree.testing.trial import Trial, as_numbers, mapped, matched, numbers
 
@@ -28,12 +38,32 @@ def keeps_the_structure_in_a_run(trial: Trial) -> None:
 
 
 def leaves_its_inputs_alone_in_a_run(trial: Trial) -> None:
-    """A step modifies neither its gradients nor the weights that earlier steps returned."""
+    """A step modifies neither weights nor gradients, also not those of earlier steps."""
     w, gradients = trial.steps()
     run = trial.run(w)
+    weights = [run.w]
     for dcdw in gradients:
-        with unmodified(w=run.w, dcdw=dcdw):
-            run.step(dcdw, copy=False)
+        with unmodified(w=weights, dcdw=gradients):
+            new = run.step(dcdw, copy=False)
+        weights.append(new)
+
+
+def keeps_no_inputs(trial: Trial) -> None:
+    """Arrays that a step got may be overwritten afterwards: the state does not refer to them.
+
+    Not checked for JAX, whose arrays are immutable.
+    """
+    if trial.domain.library == "jax":
+        return
+    w, gradients = trial.steps()
+    undisturbed, run = trial.run(w), trial.run(w)
+    for dcdw in gradients:
+        old, g = run.w, _arrays.copied(dcdw)
+        new = run.step(g, copy=False)
+        same(new, undisturbed.step(dcdw))
+        run.w = _arrays.copied(new)  # `new` may share memory with `old`: that breaks other laws
+        for x in structure.leaves([old, g]):
+            _arrays.overwrite(x)
 
 
 def matches_by_key_in_a_run(trial: Trial) -> None:
@@ -73,7 +103,7 @@ def _assert_same_alone(trial: Trial, w: Any, gradients: list[Any]) -> None:
                 run.step({"layer": g})
         return run.w["layer"]
 
-    same(whole.w, mapped(alone, w, *gradients))
+    same_alone(trial, w, whole.w, mapped(alone, w, *gradients))
 
 
 def keeps_runs_apart(trial: Trial) -> None:
@@ -167,6 +197,7 @@ def _assert_run(trial: Trial, **options: bool) -> None:
 STATE_LAWS: tuple[Law, ...] = (
     keeps_the_structure_in_a_run,
     leaves_its_inputs_alone_in_a_run,
+    keeps_no_inputs,
     matches_by_key_in_a_run,
     takes_each_layer_on_its_own_in_a_run,
     pauses_without_a_gradient,

@@ -57,7 +57,7 @@ def param_groups(
     Swin; and parameters with a true attribute `_no_weight_decay`, as in Mamba.
 
     Excluded parameters take SGD steps. Without `excluded_lr` they take them at the rate of all
-    others, as in the published recipes, which is too much if this rate is in the tens:
+    others, as in the published recipes. If this rate is in the tens, it is too large for them:
 
     >>> lr, trust_coefficient = 30.0, 0.001
     >>> groups = param_groups(model, lr=lr, excluded_lr=lr * trust_coefficient)
