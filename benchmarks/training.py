@@ -53,7 +53,7 @@ class Contestant(NamedTuple):
 
     make: Make
     centre: int
-    at_all_batches: bool = True  # False: only at the largest batch size
+    at_all_batches: bool = True  # False: only at the large batch sizes of the plan
 
 
 def _lars(trust: float, **options: bool) -> Make:
@@ -64,7 +64,7 @@ CONTESTANTS = {
     "LARS 1": Contestant(_lars(1.0), -6),
     "LARS 0.001": Contestant(_lars(0.001), 4),
     "LARS 1, joint norm": Contestant(_lars(1.0, joint_norm=True), -6, False),
-    "LARC 0.02": Contestant(_lars(0.02, trust_clip=True), -2, False),
+    "LARC 0.02": Contestant(_lars(0.02, trust_clip=True), 4, False),
     "SGD": Contestant(lambda groups, rate: SGD(groups, rate, MOMENTUM), -2),
     "Adam": Contestant(Adam, -8),
 }
@@ -75,13 +75,14 @@ class Plan:
     """The settings of the experiment."""
 
     epochs: int = 15
-    batches: tuple[int, ...] = (64, 2000, TRAIN)
+    batches: tuple[int, ...] = (64, 500, 2000, TRAIN)
+    large: tuple[int, ...] = (2000, TRAIN)  # here all optimizers run, and `FACTORS` are tried
     tuning: tuple[int, ...] = (0, 1)  # seeds that choose the rate
     candidates: int = 3  # rates
     extra: int = 6  # the most further rates, tried while the best rate is at the edge
     refined: tuple[int, ...] = (TRAIN,)  # batch sizes at which rates in between are tried
     seeds: tuple[int, ...] = tuple(range(10, 15))  # of the reported accuracies
-    further: tuple[int, ...] = tuple(range(15, 20))  # further such seeds at the largest batch size
+    further: tuple[int, ...] = tuple(range(15, 30))  # further such seeds at the largest batch size
 
 
 class Data(NamedTuple):
@@ -313,7 +314,7 @@ def cells(plan: Plan) -> list[Cell]:
     return [
         Cell(name, norm, batch)
         for batch, norm, name in product(sorted(plan.batches)[::-1], (False, True), CONTESTANTS)
-        if CONTESTANTS[name].at_all_batches or batch == max(plan.batches)
+        if CONTESTANTS[name].at_all_batches or batch in plan.large
     ]
 
 
@@ -340,11 +341,8 @@ def experiment(plan: Plan, path: Path, jobs: int = 1) -> Results:
     """Tune and score all cells, and vary the rate of excluded parameters."""
     largest = max(plan.batches)
     every = cells(plan)
-    seeds = {
-        x: plan.seeds + plan.further * (x.batch == largest and CONTESTANTS[x.name].at_all_batches)
-        for x in every
-    }
-    settings = [(norm, largest) for norm in (False, True)]
+    seeds = {x: plan.seeds + plan.further * (x.batch == largest) for x in every}
+    settings = list(product((False, True), plan.large))
     if jobs > 1:
         in_processes(plan, path, [("scored", (x, seeds[x])) for x in every], jobs)
         in_processes(plan, path, [("by_factor", x) for x in settings], jobs)
@@ -369,7 +367,14 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
 
     _use_one_thread()
-    quick = {"batches": (500, TRAIN), "tuning": (0,), "extra": 0, "refined": (), "further": ()}
+    quick = {
+        "batches": (500, TRAIN),
+        "large": (TRAIN,),
+        "tuning": (0,),
+        "extra": 0,
+        "refined": (),
+        "further": (),
+    }
     plan = Plan(epochs=1, seeds=(10, 11), **quick) if options.quick else Plan()
     path = options.resume or Path(mkdtemp(prefix="lars_tree_training_")) / "runs.jsonl"
     sys.stderr.write(f"Runs are kept in {path}\n")

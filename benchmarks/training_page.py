@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import takewhile
@@ -19,12 +19,14 @@ from benchmarks.training import (
     Cell,
     Results,
     Run,
+    Runs,
     at_edge,
     cells,
     choose,
     rate_of,
 )
 
+NEAR_CHANCE = 20.0  # percent; guessing has 10
 KEPT = 1.0  # the largest drop, in points, at which an accuracy counts as kept
 RECIPE = "LARS 1"  # the contestant that is compared with all others
 STYLES = {  # Okabe and Ito's palette, for colour-blind readers
@@ -125,33 +127,42 @@ def compare(results: Results, norm: bool, other: str) -> str:
     points = f"{abs(difference):.1f} ± {margin:.1f} points"
     if abs(difference) <= margin:
         return f"not distinguishable from {other} ({points})"
-    return f"{points} {'above' if difference > 0 else 'below'} {other}"
+    chance = " (near chance)" * is_near_chance(results.tuning[Cell(other, norm, batch)])
+    return f"{points} {'above' if difference > 0 else 'below'} {other}{chance}"
+
+
+def is_near_chance(runs: Runs) -> bool:
+    """Whether no rate is far above the accuracy of guessing, so that the choice means little."""
+    return _validation(runs[choose(runs)]) < NEAR_CHANCE
 
 
 def about_factors(results: Results) -> str:
     """What the rate of excluded parameters changes, as a sentence."""
     means = [[_validation(runs[x]) for x in FACTORS] for runs in results.by_factor.values()]
-    below = [max(max(row) - row[FACTORS.index(factor)] for row in means) for factor in (0.001, 1.0)]
-    return (
-        f"A factor equal to the trust coefficient, 0.001, is at most {below[0]:.1f} points below "
-        f"the best factor in each row. A factor of 1 is up to {below[1]:.1f} points below it."
+    below = (
+        f"× {factor:g}: {max(max(row) - row[i] for row in means):.1f}"
+        for i, factor in enumerate(FACTORS)
     )
+    return f"Points below the best factor of the row, at most: {', '.join(below)}."
 
 
-def extensions(results: Results) -> list[str]:
-    """The cells whose best rate is still the largest or smallest one tried."""
-    return [
+def tuned_badly(results: Results, badly: Callable[[Runs], bool]) -> str:
+    """The cells for whose tuning runs `badly` is true."""
+    found = [
         f"{cell.name} {NORMS[cell.norm]} at batch {cell.batch:,}"
         for cell, runs in results.tuning.items()
-        if at_edge(runs)
+        if badly(runs)
     ]
+    return "; ".join(found) or "none"
 
 
 def text(results: Results) -> str:
     """Tables and findings, for the terminal."""
     tables = [*(table(results, norm) for norm in NORMS), by_rate(results), by_factor(results)]
     lines = [*map(report.columns, tables), *findings(results), about_factors(results)]
-    return "\n".join([*lines, *extensions(results)]) + "\n"
+    lines += [f"At the edge: {tuned_badly(results, at_edge)}"]
+    lines += [f"Near chance: {tuned_badly(results, is_near_chance)}"]
+    return "\n".join(lines) + "\n"
 
 
 def page(results: Results, command: str) -> str:
@@ -167,6 +178,7 @@ def page(results: Results, command: str) -> str:
         "seeds": len(plan.seeds),
         "further": len(plan.seeds) + len(plan.further),
         "largest": f"{max(plan.batches):,}",
+        "large": " and ".join(f"{x:,}" for x in plan.large),
         "runs": len(runs),
         "minutes": f"{sum(run.seconds for run in runs) / 60:.0f}",
         "steps": ", ".join(steps),
@@ -176,7 +188,8 @@ def page(results: Results, command: str) -> str:
         "by_factor": report.markdown(by_factor(results)),
         "about_factors": about_factors(results),
         "findings": "\n* ".join(findings(results)),
-        "extensions": "; ".join(extensions(results)) or "none",
+        "at_edge": tuned_badly(results, at_edge),
+        "near_chance": tuned_badly(results, is_near_chance),
         "versions": report.markdown([["", ""], *([name, versions[name]] for name in named)]),
     }
     return report.fill("training.md.in", {**parts, "command": command})

@@ -226,10 +226,9 @@ def open(  # noqa: A001
     format_ = formats.find(path)
     if format_ is npz:
         raise errors.file_error(path, "expected a .safetensors file: an .npz cannot be mapped")
-    if format_ is sharded:
-        path = sharded.index_path(path)
-    found, strings = format_.mapped(path, mode)
-    return formats.tree(path, found, strings, Container, flat=flat)
+    with format_.opened(path, f"{mode}b") as view:
+        arrays.check_supported(view.path, view)
+        return formats.tree(view.path, view.mapped(mode), view.metadata, Container, flat=flat)
 
 
 def metadata(path: Path) -> dict[str, str]:

@@ -24,6 +24,7 @@ from lars_tree._core.options import (
     SharedOptions,
     check,
     check_names,
+    is_function,
 )
 from lars_tree._core.types import Flags, Numbers, Rates, Schedule, T
 from lars_tree._core.values import comparable, hashed
@@ -78,7 +79,9 @@ class Lars:
             rounding errors.
         stop_gradients: As in `lars_update`; False keeps the autograd graph of the velocity too.
         **options: The further options of `lars_update`. All options may have values by path, as
-            there; a function as `lr` is a schedule, not a function of (path, leaf).
+            there; a function as `lr` is a schedule, not a function of (path, leaf). A callable node
+            of a tree, such as a module, is a tree of values if it is a prefix of w, and a function
+            otherwise.
 
     Raises:
         OptionError: An option has an invalid value.
@@ -218,7 +221,7 @@ class Lars:
         with nullcontext() if out is None else locks.writing(lambda: counters.spans(state)):
             counters.check(state, written=out is not None)
             given: dict[str, Any] = {"lr": self.lr, **self.options, **overrides}
-            options = {**given, "lr": _rates(given["lr"], state["step"])}
+            options = {**given, "lr": _rates(given["lr"], state["step"], w)}
             new_w, new = advance(w, dcdw, out, options, state)
         if out is not None:
             return new_w, state
@@ -273,21 +276,27 @@ def _on_one_line(x: Any) -> str:
     return " ".join(repr(x.to_dict() if isinstance(x, Container) else x).split())
 
 
-def _rates(lr: Any, step: Any) -> Any:
+def _rates(lr: Any, step: Any, w: Any) -> Any:
     step = schedules.value(unwrap(step))
-    return _without_schedules(lr, lambda schedule: _rate(schedule, step))
+    return _without_schedules(lr, lambda schedule: _rate(schedule, step), w)
 
 
 @in_default_floats
 def _rate(schedule: Schedule, step: Any) -> Any:
-    return schedule(step)
+    try:
+        return schedule(step)
+    except Exception as error:
+        reason = "" if structure.is_leaf(schedule) else ", because it is not a prefix of w"
+        error.add_note(f"lr was called as a schedule, a function of the step{reason}")
+        raise
 
 
-def _without_schedules(lr: Any, rate: Callable[[Any], Any]) -> Any:
-    """Replace each schedule of a tree by rate(schedule). A callable node is a schedule too."""
-    if callable(lr):
+def _without_schedules(lr: Any, rate: Callable[[Any], Any], w: Any = None) -> Any:
+    """Replace each schedule of a tree by rate(schedule)."""
+    if is_function(lr, w):
         return rate(lr)
     if structure.is_leaf(lr):
         return lr
-    new = [_without_schedules(child, rate) for _, child in nodes.children(lr)]
+    weights = {} if structure.is_leaf(w) else dict(nodes.children(w))
+    new = [_without_schedules(x, rate, weights.get(key)) for key, x in nodes.children(lr)]
     return nodes.replace_for_reading(lr, new)

@@ -206,6 +206,24 @@ def test_a_partial_mapping_without_a_default_suggests_one():
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "is_suggested"),
+    [
+        ({"missing": 0.1}, True),
+        ({"missing": 0.1, "unexpected": {"a": 0.1}}, True),
+        ({"missing": 0.1, "unexpected": {"c": 0.1}}, False),
+        ({"missing": {"a": 0.1}}, False),
+        ({"missing": 0.1, "unexpected": [0.1]}, False),
+        ([0.1, 0.2], False),
+    ],
+)
+def test_a_default_is_suggested_if_only_keys_are_missing(given, is_suggested):
+    w = {"missing": ONE, "unexpected": {"a": ONE, "b": ONE}}
+    with pytest.raises(StructureError) as caught:
+        lars_update(w, w, given)
+    assert ("add the key '*'" in str(caught.value)) == is_suggested
+
+
 def test_keys_with_characters_of_patterns_are_keys_first():
     w = {"layer[0]": ONE, "layer0": ONE, "*": ONE}
     new = lars_update(w, 1.0, {"layer[0]": 0.1, "layer0": 0.2, "*": 0.3}, adapt=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -229,75 +228,6 @@ def test_groups_do_not_change_the_result(monkeypatch):
             assert_same_bits(io.load(out), expected)
 
 
-# ---- Files
-
-
-def linked(how, name):
-    getattr(os, how)(name, "link.safetensors")
-    return "link.safetensors"
-
-
-@pytest.mark.parametrize("how", [None, "link", "symlink"])
-def test_out_may_be_the_weights_but_no_other_input(how, capsys):
-    g = gradients()
-    g["encoder", "count"] = None
-    save(weights(), g)
-    out = FILES[1] if how is None else linked(how, FILES[1])
-    arguments = ["update", *FILES, "--lr", "0.1", "-o"]
-    refused([*arguments, out], f"got {out}", capsys)
-    refused([*arguments, os.path.abspath(out)], "out is an input: expected another file", capsys)
-    if how is not None:
-        os.unlink(out)
-    out = FILES[0] if how is None else linked(how, FILES[0])
-    run(*arguments[1:], out)
-    assert_same_bits(io.load(out), expected(g))
-
-
-def test_weights_that_are_their_own_gradients_are_not_replaced(capsys):
-    io.save(gradients(), FILES[0])
-    refused(["update", FILES[0], FILES[0], "--lr", "1", "--in-place"], "out is an input", capsys)
-    run(FILES[0], FILES[0], "--lr", 0.5, "-o", "o.safetensors")
-    assert_same_bits(io.load("o.safetensors"), gradients() * 0.5)
-
-
-def test_sharded_checkpoints_are_read_like_files_and_not_written(capsys):
-    os.mkdir("w")
-    os.mkdir("g")
-    for tree, folder in ((weights(), "w"), (gradients(), "g")):
-        io.save(tree, f"{folder}/model.safetensors.index.json", max_shard_size=80)
-    arguments = ["--lr", "0.1", "--keep-missing"]
-    for files in [("w", "g"), ("w/model.safetensors.index.json", "g/model.safetensors.index.json")]:
-        run(*files, *arguments, "-o", "o.safetensors")
-        assert_same_bits(io.load("o.safetensors"), expected(gradients()))
-        found = record(capsys, "show", files[0], "--grads", files[1], *arguments)["layers"]
-        assert len(found) == 5
-        assert record(capsys, "diff", files[0], "o.safetensors", status=1)["structure"] == []
-        for folder in ("w", "g"):
-            shard = sorted(x for x in os.listdir(folder) if x.endswith("s"))[0]
-            assert "-of-" in shard
-            link = linked("link", f"{folder}/{shard}")
-            for out in (f"{folder}/{shard}", link):
-                assert main(["update", *files, *arguments, "-o", out]) == 2
-                assert "out is an input" in capsys.readouterr().err
-            os.unlink(link)
-        assert main(["update", *files, *arguments, "--in-place"]) == 2
-        assert "expected a single file, got a sharded checkpoint" in capsys.readouterr().err
-
-
-def test_a_full_disk_changes_nothing_and_the_error_names_the_file(capsys):
-    """A limit of the file size stands for the disk."""
-    resource = pytest.importorskip("resource", reason="needs limits of processes")
-    save({"w": np.ones(1 << 16)}, {"w": np.ones(1 << 16)})
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
-    try:
-        arguments = ["update", *FILES, "--lr", "0.1", "-o", "o.safetensors"]
-        refused(arguments, "update: o.safetensors: File too large", capsys)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert sorted(os.listdir()) == sorted(FILES)
-
-
 # ---- Shapes
 
 
@@ -371,6 +301,15 @@ def test_patterns_are_paths_or_names(pattern, keys, flat):
     assert_same_bits(io.load("o.safetensors"), wanted.to_flat(".") if flat else wanted)
 
 
+def test_a_name_with_brackets_selects_itself():
+    w = {"a[0]": np.ones(2), "a0": np.ones(2), "b[x]": {"c": np.ones(2)}}
+    save(w, w)
+    rates = ["--lr-for", "a[0]=2", "--lr-for", "b[x]=4"]
+    run(*FILES, "--lr", 0, *rates, "-o", "o.safetensors")
+    rates = {"a[0]": 2.0, "a0": 0.0, "b[x]": 4.0}
+    assert_same_bits(io.load("o.safetensors"), lars_update(Container(w), w, rates))
+
+
 def test_the_last_pattern_counts_for_decay_as_for_rates():
     save(weights(), gradients())
     more = ["--decay-for", "*=0.5", "--decay-for", "head=0", "--decay-for", "head.bias=2"]
@@ -385,7 +324,8 @@ def test_show_measures_the_step_that_update_takes(_groups, capsys):  # noqa: PT0
     found = record(capsys, "show", FILES[0], "--grads", FILES[1], *options)["layers"]
     kernel = weights().map(lambda path, _: path[-1] == "kernel", with_path=True)
     g = {"encoder": {**gradients().encoder, "count": None}, "head": gradients().head}
-    wanted = report.layer_table(weights(), g, 0.1, decay_lambda=0.5 * kernel, adapt=kernel)
+    adapt = weights().map(lambda path, _: path[-1] != "bias", with_path=True)
+    wanted = report.layer_table(weights(), g, 0.1, decay_lambda=0.5 * kernel, adapt=adapt)
     assert found == json.loads(json.dumps(wanted.records))
     part = record(capsys, "show", FILES[0], "head.*", "--grads", FILES[1], *options)["layers"]
     assert part == found[-2:]

@@ -146,6 +146,8 @@ def test_the_suffix_tells_what_a_file_is_if_its_content_does_not(tmp_path):
         "m.gguf": "is GGUF",
         "m.npy": "is one array",
         "pytorch_model.bin.index.json": "it lists files whose content is pickled",
+        "tf_model.h5.index.json": "it lists files whose content is HDF5",
+        "flax_model.msgpack.index.json": "it lists files whose content is msgpack",
         "m.txt": "expected a name that ends in .safetensors or .npz, or for a sharded checkpoint",
         "m": "expected a name that ends in .safetensors or .npz, or for a sharded checkpoint",
     }
@@ -324,6 +326,17 @@ def test_a_path_that_is_not_a_path_is_refused(path):
     with pytest.raises(LeafError, match="path is not the name of a file") as caught:
         io.save(W, path)
     assert caught.value.argument == "path"
+
+
+@pytest.mark.parametrize("name", [b"w.safetensors", b"w.npz", b"w.safetensors.index.json", b"."])
+def test_paths_of_bytes(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for value in (1.0, 2.0):
+        io.save({"a": np.full(2, value)}, name, metadata={"k": "v"})
+        assert list(io.load(name).a) == [value, value]
+        assert io.metadata(name) == {"k": "v"}
+        if name != b"w.npz":
+            assert list(io.open(name).a) == [value, value]
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path):

@@ -90,7 +90,10 @@ def test_binary_units():
     assert [index.parsed_size(f"2{x}") for x in ("KiB", "MiB", "GiB")] == [2**11, 2**21, 2**31]
 
 
-@pytest.mark.parametrize("size", [0, -1, True, 1.5, "", "5", "5XB", "GB", "0GB", "-1GB", "nan GB"])
+SIZES = [0, -1, True, 1.5, "", "5", "5XB", "GB", "0GB", "-1GB", "nan GB", "9" * 400 + "GB"]
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_other_sizes_are_refused(size, tmp_path):
     with pytest.raises(OptionError, match="max_shard_size: expected") as caught:
         io.save(W, tmp_path, max_shard_size=size)
@@ -208,6 +211,28 @@ def test_shards_of_others_are_not_removed(tmp_path):
     assert io.load(tmp_path / "copy.safetensors.index.json") == W * 4
 
 
+def test_a_shard_that_another_index_refers_to_through_a_link_is_not_removed(tmp_path):
+    """As after `ln -s model-00001-of-00002.safetensors ema-00001-of-00002.safetensors`."""
+    io.save(W, tmp_path, max_shard_size=48)
+    text = (tmp_path / INDEX).read_text().replace("model-", "ema-")
+    (tmp_path / "ema.safetensors.index.json").write_text(text)
+    for name in shards(tmp_path):
+        (tmp_path / name.replace("model-", "ema-")).symlink_to(name)
+    io.save(W * 2, tmp_path, max_shard_size=48)
+    assert io.load(tmp_path / "ema.safetensors.index.json") == W
+    assert io.load(tmp_path) == W * 2
+
+
+def test_an_index_of_files_of_another_format_does_not_keep_old_shards(tmp_path):
+    text = json.dumps({"weight_map": {"a": "tf_model-00001-of-00001.h5"}})
+    for name in ("tf_model.h5.index.json", "flax_model.msgpack.index.json"):
+        (tmp_path / name).write_text(text)
+    for value in range(3):
+        io.save(W * value, tmp_path, max_shard_size=48)
+        assert len(shards(tmp_path)) == 2
+    assert io.load(tmp_path) == W * 2
+
+
 def test_an_old_index_cannot_make_us_remove_other_files(tmp_path):
     precious = ["other.safetensors", "x-00001-of-00002.safetensors", "model-x.safetensors"]
     for name in precious:
@@ -251,8 +276,9 @@ def test_a_set_that_others_would_not_load_is_refused(tmp_path):
         io.save(W, tmp_path)
     with pytest.raises(FileError, match="expected a name that ends in"):
         io.save(W, tmp_path / "nowhere")
-    with pytest.raises(FileError, match="expected a name that ends in"):
-        io.save(W, tmp_path / "pytorch_model.bin.index.json")
+    for name in ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack"):
+        with pytest.raises(FileError, match="expected a name that ends in"):
+            io.save(W, tmp_path / f"{name}.index.json")
     with pytest.raises(FileNotFoundError):
         io.save(W, tmp_path / "nowhere" / INDEX)
     with pytest.raises(OptionError, match="'total_size', which is reserved"):
@@ -308,7 +334,7 @@ def test_show_lists_a_checkpoint(tmp_path, capsys):
     assert main(["show", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["leaves"], found["parameters"], found["bytes"]) == (3, 13, 92)
-    assert found["metadata"] == {"step": "7"}
+    assert found["metadata"] == {"format": "pt", "step": "7"}
     io.save(W, tmp_path / "w.safetensors")
     assert main(["diff", str(tmp_path), str(tmp_path / "w.safetensors")]) == 0
 

@@ -53,6 +53,17 @@ def test_permissions_are_preserved(tmp_path):
     assert set(modes.values()) == {0o600}
 
 
+def test_old_shards_with_names_of_another_index_also_limit_the_permissions(tmp_path):
+    save(tmp_path, 0)
+    text = (tmp_path / INDEX).read_text()
+    for name in listed(tmp_path):
+        os.chmod(tmp_path / name, 0o600)
+        os.rename(tmp_path / name, tmp_path / name.replace("model", "copied"))
+    (tmp_path / INDEX).write_text(text.replace("model-", "copied-"))
+    save(tmp_path, 1)
+    assert {mode(tmp_path / name) for name in listed(tmp_path) if "-of-" in name} == {0o600}
+
+
 @root
 def test_owner_and_group_are_preserved(tmp_path):
     save(tmp_path, 0)

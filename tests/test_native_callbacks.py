@@ -16,7 +16,7 @@ from native_steps import numpy_reader, stepped
 
 from lars_tree import _native
 from lars_tree._numerics.formula import Rule
-from lars_tree._tree import nodes, structure
+from lars_tree._tree import kinds, structure
 
 if _native.kernel is None and (not CI or os.environ.get("LARS_TREE_NATIVE") == "0"):
     pytest.skip("the native kernel was not built, or is turned off", allow_module_level=True)
@@ -27,7 +27,7 @@ def walk(*trees, others):
     found = []
     arguments = (found, True) if len(trees) == 2 else (found,)
     call = _native.kernel.match if len(trees) == 2 else _native.kernel.collect
-    call(*trees, *arguments, {**structure.KINDS, set: nodes.ITEMS}, structure.kind_of, others)
+    call(*trees, *arguments, {**structure.KINDS, set: kinds.ITEMS}, structure.kind_of, others)
     return found
 
 

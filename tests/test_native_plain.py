@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from native_steps import numpy_reader, stepped
 from test_native import dtype_of, run, without_kernel
 
-from lars_tree import Container, LarsTreeError, StructureError, _native, lars_update
+from lars_tree import Container, Lars, LarsTreeError, StructureError, _native, lars_update
+from lars_tree._backends.numpy import NumpyBackend
 from lars_tree._numerics.formula import Rule
 from lars_tree._tree import nodes, structure
 
@@ -143,6 +144,24 @@ def test_the_kernel_does_not_touch_unsupported_leaves(case):
     if "no gradient" not in case:
         assert news is None
         assert shown(given) == before
+
+
+@pytest.mark.parametrize("dtype", ["f2", "bfloat16", "f4", "f8", "c8"])
+@pytest.mark.parametrize("mode", ["r", "r+"])
+def test_memory_maps_are_supported_and_the_results_are_not_memory_maps(
+    mode, dtype, tmp_path, monkeypatch
+):
+    dtype = dtype_of(dtype)
+    (GRID + 1).astype(dtype).tofile(tmp_path / "x")
+    mapped = np.memmap(tmp_path / "x", dtype, mode, shape=GRID.shape)
+    plain = np.array(mapped)
+    lars = Lars(0.1, momentum=0.5)
+    expected = [lars_update(plain, plain, 0.1), *lars.update(plain, plain, lars.init(plain))]
+    state = lars.init(plain)
+    monkeypatch.setattr(NumpyBackend, "update", lambda *_: pytest.fail("not the kernel"))
+    for w, g in ((mapped, mapped), (mapped, plain), (plain, mapped)):
+        new = [lars_update(w, g, 0.1), *lars.update(w, g, state)]
+        assert shown(structure.leaves(new)) == shown(structure.leaves(expected))
 
 
 def test_lists_of_different_lengths_are_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from fractions import Fraction
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -218,6 +219,32 @@ def test_a_callable_that_is_not_hashable_can_be_compared():
     assert lt.Lars(Rate()) == lt.Lars(Rate())
     with pytest.raises(TypeError, match="unhashable type: 'Rate'"):
         hash(lt.Lars(Rate()))
+
+
+def test_schedules_of_two_classes_with_equal_fields_differ():
+    """Namedtuples of two classes are equal, but these two are schedules with other rates."""
+
+    class Up(NamedTuple):
+        rate: float
+
+        def __call__(self, step):
+            return self.rate * step
+
+    class Down(Up):
+        def __call__(self, step):
+            return self.rate / (1 + step)
+
+    assert Up(0.1) == Down(0.1)
+    assert lt.Lars(Up(0.1)) != lt.Lars(Down(0.1))
+    assert lt.Lars(Up(0.1)) == lt.Lars(Up(0.1))
+    assert hash(lt.Lars(Up(0.1))) == hash(lt.Lars(Up(0.1)))
+
+
+def test_an_exception_in_a_schedule_says_what_it_was_called_as():
+    opt = lt.Lars({"a": lambda path, leaf: 0.1})
+    with pytest.raises(TypeError, match="missing 1 required positional") as caught:
+        opt.update({"a": W}, {"a": G}, opt.init({"a": W}))
+    assert caught.value.__notes__ == ["lr was called as a schedule, a function of the step"]
 
 
 @pytest.mark.parametrize(

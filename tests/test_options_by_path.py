@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 from conftest import need, to_library, to_numpy, unit_lars
@@ -123,6 +126,34 @@ def test_rates_that_autograd_tracks_keep_their_graph_by_path():
     assert not lars_update(w, w, {"*": lr}, stop_gradients={"*": True})["a"].requires_grad
 
 
+class Computed(Mapping):
+    """A mapping that computes floats at each reading, in memory that was freed just before."""
+
+    last = 1.0
+
+    def __getitem__(self, key):
+        return self.last if key == "c" else 0.25 * (1 + "ab".index(key))
+
+    def __iter__(self):
+        spare = 0.5 * len(self)
+        yield "a"
+        del spare  # "b" is where "a" was at the last reading, and "a" where "b" was
+        yield "b"
+        yield "c"
+
+    def __len__(self):
+        return 3
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_values_that_are_computed_at_each_reading(native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(_native, "kernel", None)
+    w = {key: np.ones(1) for key in "abc"}
+    new = lars_update(w, 1.0, Computed(), adapt=False)
+    assert [x[0] for x in new.values()] == [0.75, 0.5, 0]
+
+
 # ---- Functions
 
 
@@ -179,6 +210,44 @@ def test_a_function_with_other_parameters_is_refused():
     with pytest.raises(OptionError, match="a schedule needs the number of the step") as caught:
         lars_update(model(), 1.0, Constant(0.1))
     assert caught.value.argument == "lr"
+
+
+class HasAxes(NamedTuple):
+    """A function that is a node too, as modules and `jax.tree_util.Partial` are."""
+
+    ndim: int
+
+    def __call__(self, path, leaf):
+        return leaf.ndim >= self.ndim
+
+
+class Rates(HasAxes):
+    pass
+
+
+class Warmup(NamedTuple):
+    rate: float
+
+    def __call__(self, step):
+        return self.rate * step
+
+
+def test_a_node_that_is_a_function():
+    """It is a tree of values if it is a prefix of the weights."""
+    w = {"kernel": np.full((1, 2), 3.0), "bias": np.full(2, 3.0)}
+    expected = lars_update(w, 1.0, 0.1, adapt={"kernel": True, "bias": False})
+    assert_identical(lars_update(w, 1.0, 0.1, adapt=HasAxes(2)), expected)
+    opt, third = (Lars(0.1, adapt=HasAxes(ndim)) for ndim in (2, 3))
+    expected, _ = Lars(0.1, adapt={"*/bias": False, "*": True}).update(w, w, opt.init(w))
+    assert_identical(opt.update(w, w, opt.init(w))[0], expected)
+    assert opt != third
+    by_axis = [Lars(0.1, axis_name=HasAxes(ndim)) for ndim in (2, 3)]
+    assert by_axis[0] != by_axis[1]
+    tree = HasAxes(np.full(2, 3.0))
+    new = lars_update(tree, 1.0, 0.1, decay_lambda=Rates(0.5))
+    assert_identical(new, lars_update(tree, 1.0, 0.1, decay_lambda=0.5))
+    with pytest.raises(OptionError, match="a schedule needs the number of the step"):
+        lars_update(w, 1.0, Warmup(0.1))
 
 
 def test_shapes_decide():

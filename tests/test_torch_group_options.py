@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from conftest import need
 
-from lars_tree import LarsTreeError
+from lars_tree import LarsTreeError, StructureError
 
 torch = need("torch")
 
@@ -100,6 +101,25 @@ def test_options_by_name():
         "0.bias": 0.2,
         "2.weight": 1.0,
     }
+
+
+def test_rates_of_excluded_parameters_need_no_values_for_others():
+    """The names of other parameters match nothing: the rate would have no effect."""
+    net = model()
+    rates = values(net, "lr", lr=1.0, excluded_lr={"*.bias": 0.5, "1.weight": 0.25})
+    biases = {"0.bias": 0.5, "1.bias": 0.5, "2.bias": 0.5}
+    assert rates == {"0.weight": 1.0, "2.weight": 1.0, "1.weight": 0.25, **biases}
+    with pytest.raises(StructureError, match="does not match the excluded parameters") as caught:
+        param_groups(net, excluded_lr={"0.weight": 0.5, "*": 0.1})
+    assert (caught.value.argument, caught.value.paths) == ("excluded_lr", (("0.weight",),))
+    asked = []
+    param_groups(net, excluded_lr=lambda name, p: asked.append(name))
+    assert sorted(asked) == sorted([*biases, "1.weight"])
+
+
+def test_equal_numbers_of_numpy_share_a_group():
+    for number in (np.float32, np.float64):
+        assert len(param_groups(model(), lr=lambda name, p, number=number: number(0.5))) == 2
 
 
 def test_groups_of_equal_values():

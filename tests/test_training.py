@@ -13,7 +13,12 @@ from benchmarks.training import CONTESTANTS, Cell, Plan, Results, Run  # noqa: E
 
 COUNT = 96
 PLAN = Plan(
-    *(1, (32, COUNT)), tuning=(0,), candidates=2, extra=0, refined=(), seeds=(1, 2), further=(3,)
+    *(1, (32, COUNT), (COUNT,), (0,)),
+    candidates=2,
+    extra=0,
+    refined=(),
+    seeds=(1, 2),
+    further=(3,),
 )
 
 
@@ -50,14 +55,15 @@ def run_with(test=0.5, validation=0.5):
 
 def results_with(accuracies):
     """Results with these accuracies in percent for each optimizer and batch size, for all seeds."""
-    plan = Plan(batches=tuple(accuracies["SGD"]))
+    plan = Plan(batches=tuple(accuracies["SGD"]), large=(96,))
     scored = {
         Cell(name, norm, batch): [run_with(x / 100) for x in values]
         for norm in (False, True)
         for name, by_batch in accuracies.items()
         for batch, values in by_batch.items()
     }
-    tuning = {cell: {x: [run_with()] for x in (-1, 0, 1)} for cell in scored}
+    tuned = {x: [run_with(validation=0.5 - 0.1 * abs(x))] for x in (-1, 0, 1)}
+    tuning = dict.fromkeys(scored, tuned)
     by_factor = {
         Cell("LARS 0.001", norm, 32): {
             factor: [run_with(validation=x), run_with(validation=x + 0.1)]
@@ -176,7 +182,7 @@ def test_the_table_has_every_cell(results):
         assert [row[0] for row in rows] == list(CONTESTANTS)
         for name, *row in rows:
             everywhere = CONTESTANTS[name].at_all_batches
-            for batch, seeds, cell in zip(PLAN.batches, (2, 2 + everywhere), row, strict=True):
+            for batch, seeds, cell in zip(PLAN.batches, (2, 3), row, strict=True):
                 if batch == 32 and not everywhere:
                     assert cell == ""
                     continue
@@ -219,13 +225,26 @@ def test_the_findings_follow_from_the_numbers():
     assert verdict.endswith("is not confirmed.")
 
 
+def test_cells_that_are_tuned_badly_are_named():
+    results = results_with({name: {32: [98, 98]} for name in CONTESTANTS})
+    assert training_page.tuned_badly(results, training.at_edge) == "none"
+    assert training_page.tuned_badly(results, training_page.is_near_chance) == "none"
+    results.tuning[Cell("SGD", True, 32)] = {0: [run_with()], 1: [run_with(validation=0.6)]}
+    results.tuning[Cell("Adam", False, 32)] = {
+        x: [run_with(validation=0.15 - 0.01 * abs(x))] for x in (-1, 0, 1)
+    }
+    edge = training_page.tuned_badly(results, training.at_edge)
+    assert edge == "SGD with batch norm at batch 32"
+    near = training_page.tuned_badly(results, training_page.is_near_chance)
+    assert near == "Adam without batch norm at batch 32"
+
+
 def test_the_finding_about_factors_follows_from_the_numbers():
     results = results_with({name: {32: [98, 98]} for name in CONTESTANTS})
     text = training_page.about_factors(results)
-    assert "at most 10.0 points below" in text
-    assert "up to 40.0 points below" in text
+    assert "× 1: 40.0, × 0.1: 20.0, × 0.01: 10.0, × 0.001: 10.0, × 0.0001: 20.0, × 0: 50.0" in text
     assert training_page.by_factor(results)[1][:4] == [
-        *("without batch norm, batch 32", "550", "35.0", "55.0")
+        *("without batch norm, batch 32", "1000", "35.0", "55.0")
     ]
 
 
@@ -238,7 +257,7 @@ def test_the_page_shows_the_tables(results):
     assert all(f"* {line}" in text for line in training_page.findings(results))
     assert "the command" in text
     rates, everywhere = PLAN.candidates, sum(x.at_all_batches for x in CONTESTANTS.values())
-    count = len(CONTESTANTS) * (rates + 2) + everywhere * (rates + 2 + 1) + len(training.FACTORS)
+    count = len(CONTESTANTS) * (rates + 3) + everywhere * (rates + 2) + len(training.FACTORS)
     assert f"{2 * count} runs" in text
 
 
@@ -263,7 +282,15 @@ def test_finished_runs_are_read_from_the_log(tmp_path):
 
 def test_several_processes_make_the_same_runs(tmp_path):
     plan = Plan(
-        1, (500, 4000), tuning=(0,), candidates=1, extra=0, refined=(), seeds=(1, 2), further=()
+        1,
+        (500, 4000),
+        (4000,),
+        tuning=(0,),
+        candidates=1,
+        extra=0,
+        refined=(),
+        seeds=(1, 2),
+        further=(),
     )
     path, cells = tmp_path / "runs.jsonl", [Cell("SGD", norm, 4000) for norm in (False, True)]
     training.in_processes(plan, path, [("scored", (cell, (1,))) for cell in cells], jobs=2)

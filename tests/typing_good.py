@@ -100,7 +100,7 @@ def torch_loop() -> None:
     groups = param_groups(model, weight_decay=1e-4, nonfinite="skip", excluded_lr=0.1)
     groups = param_groups(
         model,
-        lr={"0": 0.5, "*.weight": 1.0, "*": torch.tensor(2.0)},
+        lr={"0": 0.5, "2.weight": 1.0, "*": torch.tensor(2.0)},
         weight_decay=lambda name, p: 1e-4 if name.startswith("2.") else 0.0,
         excluded_lr={"0": 0.05, "*": 0.1},
     )

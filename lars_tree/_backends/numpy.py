@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -74,7 +75,8 @@ class NumpyBackend(base.Backend):
     ) -> list[int]:
         if results is None:
             return plan.prepare(_READER, *columns[:5], None, None, indices)
-        return plan.prepare(_MAKER, *columns[:5], *results, indices)
+        rest = plan.prepare(_MAKER, *columns[:5], *results, indices)
+        return rest and plan.prepare(_MAKER_FOR_MAPS, *columns[:5], *results, rest)
 
     def count(self, plan: Plan, counter: NumpyArray) -> bool:
         return plan.count(counter)
@@ -85,7 +87,6 @@ class NumpyBackend(base.Backend):
     def _step(self, leaf: Leaf, writes: Writes) -> StepResult:
         new, velocity = leaf.out, leaf.velocity
         if new is None:
-            # As with numpy's own operations, the result of a memory map is not a memory map.
             new = np.empty_like(leaf.w, subok=not isinstance(leaf.w, np.memmap))
             velocity = None if velocity is None else np.array(velocity)  # also for a numpy scalar
         moving = None if velocity is None else raw(velocity)
@@ -123,9 +124,14 @@ def raw(x: NumpyArray) -> NumpyArray:
     return x.view(np.uint16) if base.is_bfloat16(x.dtype) else x
 
 
-# _MAKER does not support memory maps, because `np.empty_like` cannot create them.
-_READER = _native.reader((np.ndarray, np.memmap), Rule._fields, as_bits=as_bits)
+_TYPES = (np.ndarray, np.memmap)
+_READER = _native.reader(_TYPES, Rule._fields, as_bits=as_bits)
 _MAKER = _native.reader(
     (np.ndarray,), Rule._fields, make=np.empty_like, copy=np.copy, as_bits=as_bits
+)
+# As with numpy's own operations, the result of a memory map is not a memory map. This reader is
+# slower, so it reads only what _MAKER does not support.
+_MAKER_FOR_MAPS = _native.reader(
+    _TYPES, Rule._fields, make=partial(np.empty_like, subok=False), copy=np.copy, as_bits=as_bits
 )
 BACKEND = NumpyBackend()

@@ -62,9 +62,7 @@ def diff(a: str, b: str) -> Output:
     """
     structure: list[dict[str, str]] = []
     common: list[tuple[errors.Path, Any, Any]] = []
-    with formats.opened(a, to_list=True) as one, formats.opened(b, to_list=True) as other:
-        for file, stored in ((a, one), (b, other)):
-            _refuse_unreadable(file, stored)
+    with formats.opened(a) as one, formats.opened(b) as other:
         for path, x, y, what in side_by_side(*_comparable(one.tree, other.tree)):
             if what == "leaves":
                 common.append((path, x, y))
@@ -85,17 +83,6 @@ def diff(a: str, b: str) -> Output:
     printed = "\n".join([header, *columns(lines)]) if lines else ""
     record = {"a": a, "b": b, "equal": not lines, "structure": structure, "leaves": leaves}
     return Output(printed, record, int(bool(lines)))
-
-
-def _refuse_unreadable(file: str, stored: Stored) -> None:
-    """Raise a FileError that names each leaf that can only be listed."""
-    faults = [
-        (names.join(path), f"expected a dtype of numpy or ml_dtypes, got {x.dtype}")
-        for path, x in walk(stored.tree)
-        if x is not None and names.join(path) not in stored.entries
-    ]
-    if faults:
-        raise errors.file_faults(file, faults)
 
 
 def _comparable(a: Any, b: Any) -> tuple[Any, Any]:

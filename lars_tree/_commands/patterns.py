@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from fnmatch import translate
 from itertools import islice
 
 from lars_tree import errors
-
-_WILDCARDS = re.compile(r"[*?\[]")
+from lars_tree._tree import by_path
 
 
 def matching(option: str, pattern: str, names: Sequence[str], file: str) -> list[int]:
     """The indices of the leaves, given by name, that match; an OptionError if there are none.
 
-    '.' and '/' are the same, '*' matches both, and a leading '*/' may match nothing. A pattern that
-    matches a node selects all leaves below it.
+    '.' and '/' are the same; otherwise patterns are those of `by_path`. A pattern that matches a
+    node selects all leaves below it. The name of a leaf or node selects only this leaf or node.
 
     >>> names = ["encoder.kernel", "encoder.bias", "head.bias"]
     >>> [matching("--lr-for", text, names, "") for text in ("*.bias", "*/bias", "encoder")]
@@ -37,13 +35,9 @@ def _normal(text: str) -> str:
 
 def _found(pattern: str, texts: Sequence[str]) -> list[int]:
     pattern = _normal(pattern)
-    patterns = [pattern]
-    rest = pattern.lstrip("*")
-    if rest != pattern and rest.startswith("/"):
-        patterns.append(rest[1:])
-    alternatives = [translate(text) for x in patterns for text in (x, f"{x}/*")]
-    matches = re.compile("|".join(alternatives)).match
-    return [i for i, text in enumerate(texts) if matches(text)]
+    named = [i for i, text in enumerate(texts) if f"{text}/".startswith(f"{pattern}/")]
+    matches = by_path.matcher(pattern, "/")
+    return named or [i for i, text in enumerate(texts) if matches(text)]
 
 
 def _hint(pattern: str, texts: Sequence[str]) -> str:
@@ -54,7 +48,7 @@ def _hint(pattern: str, texts: Sequence[str]) -> str:
     known = list(islice(keys, errors.MOST_CANDIDATES))
     parts = re.split(r"([./])", pattern)
     for i, key in enumerate(parts[::2]):
-        if key not in keys and not _WILDCARDS.search(key):
+        if key not in keys and not by_path.is_pattern(key):
             parts[2 * i] = next(iter(difflib.get_close_matches(key, known, n=1)), key)
     spelt = "".join(parts)
     for candidate in (spelt, f"*{'.' if '.' in pattern else '/'}{spelt}"):

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from lars_tree import errors, io
 from lars_tree._commands.patterns import matching
 from lars_tree._core.advance import matched
@@ -27,13 +25,9 @@ _MOST_BYTES = 1 << 24
 _MOST_LEAVES = 1000
 
 
-def can_map(file: str) -> bool:
-    return formats.find(file) is not npz
-
-
 def read(file: str) -> Container:
     """Map a file, or load it if its format cannot be mapped."""
-    read = io.open if can_map(file) else io.load
+    read = io.load if formats.find(file) is npz else io.open
     try:
         return read(file)
     except errors.FileError:  # the names may collide
@@ -126,17 +120,12 @@ def prepare(
             for i in matching(option, pattern, named, weights):
                 columns[name][i] = value
     words = errors.Words(w=weights, dcdw=grads)
-    step = Step(paths, named, _dense(ws), [], columns, shared, words)
-    step = step._replace(gs=_dense(_gradients(step, g, keep_missing, broadcast)))
+    step = Step(paths, named, ws, [], columns, shared, words)
+    step = step._replace(gs=_gradients(step, g, keep_missing, broadcast))
     if not broadcast:
         _refuse_other_shapes(step)
     step.check()
     return step
-
-
-def _dense(arrays: list[Any]) -> list[Any]:
-    """Arrays without the class memmap: the kernel makes no new arrays of this class."""
-    return [None if x is None else np.asarray(x) for x in arrays]
 
 
 def _gradients(step: Step, g: Any, keep_missing: bool, broadcast: bool) -> list[Any]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from lars_tree import errors
 from lars_tree._commands.output import Output, progress
-from lars_tree._commands.step import Step, can_map, groups, prepare, read
+from lars_tree._commands.step import Step, groups, prepare, read
 from lars_tree._core import nonfinite
 from lars_tree._display import show
 from lars_tree._files import formats
@@ -31,12 +31,11 @@ _BLOCK = 1 << 16  # the number of bytes compared at a time
 def update(weights: str, grads: str, out: str, choice: str, options: dict[str, Any]) -> Output:
     """Write the new weights to `out`, which may be `weights`. `choice` is the option nonfinite."""
     format_ = formats.find_to_write(out)
-    with formats.opened(weights, to_list=True) as stored:  # names may collide
-        is_mapped = can_map(weights)
-        w, g = read(weights) if is_mapped else stored.tree, read(grads)
+    with formats.opened(weights, to_map=True) as stored:
+        w, g = stored.tree, read(grads)
         _refuse_inputs(out, weights, w, grads, g)
         step = prepare(weights, w, grads, g, **options)
-        results = _Results(step, stored.entries, choice, is_mapped)
+        results = _Results(step, stored.entries, choice)
         with _naming(out):
             formats.check(format_, stored.entries, dict(zip(step.names, step.paths, strict=True)))
             with replacing(out) as file:
@@ -60,15 +59,13 @@ class _Results:
         bad: The indices of the leaves that would not be finite.
     """
 
-    def __init__(
-        self, step: Step, stored: Mapping[str, Entry], choice: str, is_mapped: bool
-    ) -> None:
+    def __init__(self, step: Step, stored: Mapping[str, Entry], choice: str) -> None:
         self.sizes = [0 if w is None else w.nbytes for w in step.ws]
         self.kept = [i for i, g in enumerate(step.gs) if g is None and step.ws[i] is not None]
         self.moved: list[int] = []
         self.unchanged: list[int] = []
         self.bad: list[int] = []
-        self.step, self._stored, self._is_mapped = step, stored, is_mapped
+        self.step, self._stored = step, stored
         self._nonfinite = "propagate" if choice == "propagate" else "raise"
         self._ready: dict[int, Array] = {}
         self._group: dict[int, list[int]] = {}
@@ -99,10 +96,7 @@ class _Results:
 
     def _compute(self, group: list[int]) -> None:
         step = self.step
-        if self._is_mapped:
-            ws = [step.ws[i] for i in group]
-        else:
-            ws = [self._stored[self.step.names[i]].fetch() for i in group]
+        ws = [self._stored[step.names[i]].fetch() for i in group]
         gs, lr, options = step.arguments(group)
         options["nonfinite"] = self._nonfinite
         new: list[Array] = ws

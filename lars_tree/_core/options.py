@@ -133,10 +133,9 @@ def _add(
     columns: dict[str, list[Any]],
 ) -> None:
     """Check an option, and add it to the values for all leaves or to the columns."""
-    given = readable(name, value)
-    if _is_function(given):
-        columns[name] = _called(name, tree, given, keep_graph)
-    elif not structure.is_leaf(given):
+    if is_function(value, tree):
+        columns[name] = _called(name, tree, value, keep_graph)
+    elif not structure.is_leaf(given := readable(name, value)):
         columns[name] = _column(name, tree, given, keep_graph)
     else:
         shared[_FIELDS.get(name, name)] = _checked(name, [((), given)], keep_graph)[0]
@@ -147,7 +146,8 @@ def _column(name: str, tree: Any, given: Any, keep_graph: bool) -> list[Any]:
     known: dict[int, Any] = {id(None): None}  # allowed at leaves without weights
     found: list[Any] = []
     try:
-        for value in structure.leaves(given):
+        values = structure.leaves(given)  # the ids are valid while the values exist
+        for value in values:
             if id(value) not in known:
                 known[id(value)] = CHECKS[name](unwrap(value), keep_graph)
         if structure.match(tree, given, found, exact=False):
@@ -155,24 +155,35 @@ def _column(name: str, tree: Any, given: Any, keep_graph: bool) -> list[Any]:
     except (Invalid, KeyError, RuntimeError):  # all explained below
         pass  # KeyError: a node creates new values at each reading
     checked = _checked(name, list(structure.walk(given)), keep_graph)
-    if not by_path.has_patterns(given):
-        try:
-            return structure.broadcast(name, tree, given, values=checked)
-        except errors.StructureError as error:
-            if "missing" in str(error) and "unexpected" not in str(error):
-                error.args = (f"{error}\n  for all other leaves, add the key '*'",)
-            raise
-    values = structure.for_reading(given, checked)
-    return by_path.resolve(name, values, list(structure.walk(tree)))
+    if by_path.has_patterns(given):
+        return by_path.resolve(name, structure.for_reading(given, checked), _rows(tree))
+    try:
+        return structure.broadcast(name, tree, given, values=checked)
+    except errors.StructureError as error:
+        if by_path.only_lacks_keys(tree, given):
+            error.args = (f"{error}\n  for all other leaves, add the key '*'",)
+        raise
 
 
-def _is_function(given: Any) -> bool:
-    return callable(given) and structure.is_leaf(given)
+def _rows(tree: Any) -> list[tuple[errors.Path, Any]]:
+    """(path, leaf) for each leaf; None in place of leaves that are not arrays, and so not updated.
+
+    A model of Equinox, for example, has its activation functions as leaves.
+    """
+    rows = structure.walk(tree)
+    return [(path, None if _backends.find(unwrap(x)) is None else x) for path, x in rows]
+
+
+def is_function(given: Any, tree: Any) -> bool:
+    """Whether an option is a function; a callable node, unless it is a prefix of the tree."""
+    if not callable(given):
+        return False
+    return structure.is_leaf(given) or not structure.match(tree, given, [], exact=False)
 
 
 def _called(name: str, tree: Any, function: Callable[..., Any], keep_graph: bool) -> list[Any]:
-    """The values that a function of (path, leaf) returns; None for leaves that are None."""
-    rows = list(structure.walk(tree))
+    """The values that a function of (path, leaf) returns; None for leaves that are not arrays."""
+    rows = _rows(tree)
     values = []
     for path, leaf in rows:
         if leaf is None:
@@ -209,7 +220,7 @@ def _takes_path_and_leaf(function: Callable[..., Any]) -> bool:
 def check(options: dict[str, Any]) -> None:
     """Check the values of options when there are no weights yet."""
     for name, given in options.items():
-        if not _is_function(given):
+        if not is_function(given, None):
             _checked(name, list(structure.walk(readable(name, given))), keep_graph=False)
 
 
@@ -272,14 +283,13 @@ def _checked(name: str, values: list[tuple[errors.Path, Any]], keep_graph: bool)
 
 
 def _refuse_gaps(tree: Any, columns: dict[str, list[Any]]) -> None:
-    """Refuse None at leaves with weights, except in options for which None is a valid value."""
+    """Refuse None for arrays, except in options for which None is a valid value."""
     for name, column in columns.items():
         if DEFAULTS.get(name, 0) is None or all(value is not None for value in column):
             continue
-        leaves = zip(structure.walk(tree), column, strict=True)
         faults = [
             (path, "expected a value, got None")
-            for (path, leaf), value in leaves
+            for (path, leaf), value in zip(_rows(tree), column, strict=True)
             if value is None and leaf is not None
         ]
         if faults:

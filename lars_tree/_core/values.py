@@ -123,8 +123,8 @@ class _Tuple:
 
 
 def readable(name: str, given: Any) -> Any:
-    """An option as a tree whose leaves are its values."""
-    return _with_tuples_as_leaves(given) if name == "axis_name" else given
+    """An option as a tree whose leaves are its values, or a function."""
+    return _with_tuples_as_leaves(given) if name == "axis_name" and not callable(given) else given
 
 
 def _with_tuples_as_leaves(node: Any) -> Any:
@@ -171,20 +171,32 @@ def comparable(name: str, given: Any) -> Any:
     """An option as nested dicts, which are equal if the options have the same effect.
 
     Numbers and arrays in CPU memory are compared by value; arrays on accelerators, traced arrays
-    and arrays that autograd tracks by identity; functions by their own `==`.
+    and arrays that autograd tracks by identity. Functions are compared by their own `==`; nodes
+    that may be functions by their own `==` and class, or by identity if they are not hashable.
     """
     return _comparable(name, readable(name, given))
 
 
 def _comparable(name: str, node: Any) -> Any:
-    if not structure.is_leaf(node):
-        return {key: _comparable(name, child) for key, child in nodes.children(node)}
-    if node is None or callable(node):
+    is_leaf = structure.is_leaf(node)
+    if node is None or (is_leaf and callable(node)):
         return node
+    if callable(node):
+        return type(node), node if _is_hashable(node) else id(node)
+    if not is_leaf:
+        return {key: _comparable(name, child) for key, child in nodes.children(node)}
     value = CHECKS[name](unwrap(node), True)
     if isinstance(value, np.ndarray):
         return value.shape, value.tobytes()
     return value if _backends.find(value) is None else (type(value), id(value))
+
+
+def _is_hashable(x: Any) -> bool:
+    try:
+        hash(x)
+    except TypeError:
+        return False
+    return True
 
 
 def hashed(options: Any) -> int:

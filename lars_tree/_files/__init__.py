@@ -1,1 +1,1 @@
-"""Trees in files: names, elements, the two formats, and atomic replacement. Used by `io.py`."""
+"""Trees in files: names, elements, formats, shards, and atomic replacement. Used by `io.py`."""

@@ -67,12 +67,12 @@ def settle(staged: str) -> None:
     """
     directory, journal = os.path.dirname(staged), os.path.join(staged, JOURNAL)
     listed = _listed(journal)
-    used = referenced(directory) if listed else None
+    used = _referenced(directory) if listed else None
     if used is not None:
-        for name in listed.keys() - used:
+        for name in listed:
             path = os.path.join(directory, name)
             with suppress(OSError):
-                if identity(path) == listed[name]:
+                if identity(path) == listed[name] and _file(path) not in used:
                     os.unlink(path)
     with suppress(FileNotFoundError):
         for name in os.listdir(staged):
@@ -106,13 +106,22 @@ def _listed(journal: str) -> dict[str, list[int]]:
     return {name: x for name, x in found.items() if os.path.basename(name) == name}
 
 
-def referenced(directory: str) -> set[str] | None:
-    """The shards that the indexes in a directory refer to; None if one cannot be read."""
-    found: set[str] = set()
+def _referenced(directory: str) -> set[tuple[int, int]] | None:
+    """The shards that the indexes in a directory refer to; None if an index cannot be read."""
+    found: set[tuple[int, int]] = set()
     for name in filter(index.is_index, os.listdir(directory)):
         try:
             with open(os.path.join(directory, name), "rb") as file:
-                found |= set(index.read(file).weight_map.values())
+                shards = set(index.read(file).weight_map.values())
         except (OSError, ValueError):
             return None
+        for shard in shards:
+            with suppress(OSError):  # it is missing
+                found.add(_file(os.path.join(directory, shard)))
     return found
+
+
+def _file(path: str) -> tuple[int, int]:
+    """The file that this name leads to. An index may use a link, or another case of letters."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino

@@ -29,11 +29,15 @@ def find(path: Path) -> Any:
     name = os.fsdecode(path)
     format_ = _found(name)
     if format_ is None:
-        known = recognize.content(name) or recognize.suffix(name)
-        if index.is_pickled(name):
-            known = f"it lists files whose content {recognize.PICKLED}"
-        raise _unsupported(path, known or _EXPECTED)
+        raise _unsupported(path, _recognized(name) or _EXPECTED)
     return format_
+
+
+def _recognized(name: str) -> str | None:
+    listed, file = index.other_format(name), recognize.suffix(name)
+    if listed:
+        return f"it lists files whose content {listed}"
+    return recognize.content(name) or (file and f"it {file}")
 
 
 def find_to_write(path: Path) -> Any:
@@ -78,9 +82,9 @@ class Stored(NamedTuple):
     """A tree in an open file.
 
     Attributes:
-        tree: Arrays with the dtypes and shapes of the leaves, but without their elements.
+        tree: The leaves, mapped; or arrays with their dtypes and shapes, but without elements.
         entries: The entry of each leaf by name; it reads the elements.
-        metadata: All metadata, including the structure.
+        metadata: All metadata, including the structure and what all shards have in common.
     """
 
     tree: dict[Any, Any]
@@ -89,29 +93,38 @@ class Stored(NamedTuple):
 
 
 @contextmanager
-def opened(path: Path, *, to_list: bool = False) -> Iterator[Stored]:
-    """Open a file and check everything but the elements.
+def opened(path: Path, *, to_list: bool = False, to_map: bool = False) -> Iterator[Stored]:
+    """Open a file and check everything but the elements. Names that collide are not split.
 
-    With `to_list`, more files are accepted: leaves of a dtype that numpy does not have are `Listed`
-    objects without an entry, and names that collide are not split.
+    With `to_list`, leaves of a dtype that numpy does not have are `Listed` objects without an
+    entry; otherwise they are an error. With `to_map`, the leaves are mapped unless it is an .npz.
     """
     with find(path).opened(path) as view:
         path = view.path
         if not to_list:
             arrays.check_supported(path, view)
         entries: dict[str, Entry] = {}
-        blanks: dict[str, Any] = {}
+        leaves: dict[str, Any] = {}
+        mapped = view.mapped("r") if to_map and not isinstance(view, npz.View) else {}
         for name in view.names:
             if view.unsupported(name):
-                blanks[name] = view.listed(name)
+                leaves[name] = view.listed(name)
                 continue
             dtype, shape = view.dtype_and_shape(name)
-            entries[name] = Entry(dtype, shape, partial(view.read, name))
-            with file_errors(path, name):
-                blanks[name] = np.broadcast_to(np.empty((), dtype), shape)
+            read = partial(view.read, name)
+            if name in mapped:
+                leaves[name] = mapped[name]
+                if dtype.kind != "b":  # `view.read` checks bools
+                    read = partial(np.asarray, mapped[name])
+            else:
+                with file_errors(path, name):
+                    leaves[name] = np.broadcast_to(np.empty((), dtype), shape)
+            entries[name] = Entry(dtype, shape, read)
         metadata = view.metadata
-        flat = to_list and STRUCTURE not in metadata and names.collide(blanks)
-        yield Stored(tree(path, blanks, metadata, dict, flat=flat), entries, metadata)
+        if isinstance(view, sharded.View):
+            metadata = view.shared_metadata() | metadata
+        flat = STRUCTURE not in metadata and names.collide(leaves)
+        yield Stored(tree(path, leaves, metadata, dict, flat=flat), entries, metadata)
 
 
 def tree(

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 from lars_tree import errors
-from lars_tree._files import names
+from lars_tree._files import names, recognize
 
 DEFAULT = "model.safetensors.index.json"  # in a directory
 DEFAULT_SIZE = "5GB"
@@ -25,8 +25,7 @@ LONGEST = 100_000_000  # bytes, as for the header of a .safetensors file
 
 _NAME = re.compile(r"(.+?)(?:\.safetensors)?\.index(\.[^.]+)?\.json", re.DOTALL)
 _SHARD = re.compile(r"-\d{5,}-of-\d{5,}\.safetensors\Z")
-_PICKLED = re.compile(r"\.(bin|pt|pth)\.index(\.[^.]+)?\.json\Z")
-_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?)\s*([KMGT])(I?)B\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d{1,15}(?:\.\d*)?)\s*([KMGT])(I?)B\s*", re.IGNORECASE)
 
 
 class Index(NamedTuple):
@@ -38,13 +37,16 @@ class Index(NamedTuple):
 
 def is_index(path: str) -> bool:
     """Whether a file with this name is the index of .safetensors shards."""
-    name = os.path.basename(path)
-    return _NAME.fullmatch(name) is not None and not is_pickled(name)
+    return _NAME.fullmatch(os.path.basename(path)) is not None and other_format(path) is None
 
 
-def is_pickled(name: str) -> bool:
-    """Whether a file with this name is the index of pickled shards."""
-    return _PICKLED.search(name) is not None
+def other_format(path: str) -> str | None:
+    """What the shards of an index are, if their suffix is known and not .safetensors.
+
+    An example is 'pytorch_model.bin.index.json'.
+    """
+    match = _NAME.fullmatch(os.path.basename(path))
+    return recognize.suffix(match[1]) if match else None
 
 
 def is_shard(name: str) -> bool:

@@ -42,11 +42,7 @@ def suffix(path: str) -> str | None:
     """What a file with the suffix of this path is; None if the suffix is unknown."""
     end = os.path.splitext(path)[1].lower()
     found = [text for ends, text in _SUFFIXES.items() if end in ends]
-    return f"it {found[0]}" if found else None
-
-
-def is_pickled(path: str) -> bool:
-    return suffix(path) == f"it {PICKLED}"
+    return found[0] if found else None
 
 
 def content(path: str, *, is_text: bool = False) -> str | None:

@@ -22,7 +22,7 @@ from typing import BinaryIO
 from lars_tree._files import abandoned, locking
 from lars_tree._files.abandoned import PREFIX, TEMPORARY
 
-Path = str | os.PathLike[str]
+Path = str | bytes | os.PathLike[str]
 
 _ACL = "system.posix_acl_access"
 # The ACL is copied separately. The other attributes depend on the old content or grant it
@@ -42,7 +42,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         OSError: as `open(path, "wb")` does; also if `path` is not a regular file. If only the
             directory could not be synced, the error says that the new file is in place.
     """
-    target = os.path.realpath(path)
+    target = os.path.realpath(os.fsdecode(path))
     directory = os.path.dirname(target)
     is_new = status(target) is None
     abandoned.remove(directory)

@@ -29,8 +29,8 @@ def replace_set(
     """Write shards and their index, which replace the index at `path` and its shards.
 
     `index_text` returns the content of the index for the names of the shards. Rights are preserved
-    as in `replacing.replacing`; if the old shards have different rights, each new shard gets only
-    those that all of them gave.
+    as in `replacing.replacing`; if the shards of the old index have different rights, each new
+    shard gets only those that all of them gave.
 
     Raises:
         FileError: a single file with the same stem is there, or the index is a link to another
@@ -68,21 +68,25 @@ def _check(path: str, target: str) -> None:
         )
         raise errors.error(errors.FileError, "path", headline, [((), text)])
     replacing.status(target)
-    for shard in _old_shards(target):
+    for shard in _own(target, _old_shards(target)):
         replacing.status(shard)
 
 
 def _old_shards(target: str) -> list[str]:
-    """The paths of the shards of the old index that have the names of its shards."""
+    """The paths of the shards of the old index."""
     try:
         with open(target, "rb") as file:
             old = index.read(file).weight_map
     except (FileNotFoundError, ValueError):
         return []
-    start = f"{index.stem(target)}-"
-    found = {x for x in old.values() if x.startswith(start) and index.is_shard(x)}
-    paths = [os.path.join(os.path.dirname(target), name) for name in sorted(found)]
+    paths = [os.path.join(os.path.dirname(target), name) for name in sorted(set(old.values()))]
     return [path for path in paths if os.path.exists(path)]
+
+
+def _own(target: str, shards: Sequence[str]) -> list[str]:
+    """The shards that have the names of this index: only these are replaced."""
+    start = f"{index.stem(target)}-"
+    return [x for x in shards if index.is_shard(x) and os.path.basename(x).startswith(start)]
 
 
 def _replace(
@@ -104,7 +108,7 @@ def _replace(
                 _give_rights(path, new_mode, old)
             _give_rights(new_index, new_mode, [] if status is None else [target])
             listed = dict(zip(names, map(abandoned.identity, paths), strict=True))
-            for path in old:
+            for path in _own(target, old):
                 with suppress(FileNotFoundError):
                     listed[os.path.basename(path)] = abandoned.identity(path)
             journal.write(abandoned.journal_text(listed))
@@ -154,8 +158,11 @@ def _free_names(target: str, count: int, is_locked: bool) -> list[str]:
 
 def _give_rights(path: str, new_mode: int, old: Sequence[str]) -> None:
     """Give a file the rights that all old files give, or `new_mode` if there are none."""
-    # Without locks, another writer may have removed old files: their rights are unknown.
-    found = [(x, status) for x in old if (status := replacing.status(x)) is not None]
+    found = []
+    for x in old:
+        # Without locks, another writer may have removed old files: their rights are unknown.
+        with suppress(FileNotFoundError):
+            found.append((x, os.stat(x)))
     owners = {(status.st_uid, status.st_gid, replacing.acl(x)) for x, status in found}
     most = 0o777 if len(owners) <= 1 else 0o700
     for _, status in found:

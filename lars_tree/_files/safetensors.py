@@ -22,7 +22,7 @@ import numpy as np
 
 from lars_tree import errors
 from lars_tree._display.show import Listed
-from lars_tree._files import arrays, names, recognize
+from lars_tree._files import names, recognize
 from lars_tree._files.arrays import Array, Entry, dtype_named, little_endian
 from lars_tree._files.replacing import Path
 
@@ -109,7 +109,7 @@ class Record(NamedTuple):
 class View(NamedTuple):
     """An open file with a valid header; the arrays are in the order of the header.
 
-    `read` and `of_map` raise a FileError if elements are invalid or missing, or if numpy does not
+    `read` and `mapped` raise a FileError if elements are invalid or missing, or if numpy does not
     support the shape. The dtype must be supported.
     """
 
@@ -157,10 +157,13 @@ class View(NamedTuple):
             raise errors.file_error(self.path, "expected bools of 0 or 1", name)
         return self._array(name, memory)
 
-    def of_map(self, name: str, memory: Array) -> Array:
-        """The array of this name, as a view of the memory map of the file."""
-        record = self.records[name]
-        return self._array(name, memory[record.start : record.start + record.size])
+    def mapped(self, mode: Literal["r", "r+"]) -> dict[str, Array]:
+        """All arrays by name, as views of one memory map of the file."""
+        memory = np.memmap(self.file, np.uint8, mode)
+        return {
+            name: self._array(name, memory[record.start : record.start + record.size])
+            for name, record in self.records.items()
+        }
 
     def _array(self, name: str, memory: Array) -> Array:
         """The array of this name, as a view of memory that contains its bytes."""
@@ -185,20 +188,12 @@ def opened(path: Path, mode: str = "rb") -> Iterator[View]:
                 return
 
 
-def mapped(path: Path, mode: Literal["r", "r+"]) -> tuple[dict[str, Array], dict[str, str]]:
-    """All arrays by name, as views of one memory map of the file, and the metadata."""
-    with opened(path, f"{mode}b") as view:
-        arrays.check_supported(path, view)
-        memory = np.memmap(view.file, np.uint8, mode)
-        return {name: view.of_map(name, memory) for name in view.names}, view.metadata
-
-
 def _check(path: Path) -> None:
     with errors.requiring("lars_tree.io", "'lars-tree[io]'"):
         from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(os.fspath(path), framework="np"):
+        with safe_open(os.fsdecode(path), framework="np"):
             pass
     except SafetensorError as error:
         name = os.fsdecode(path)

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import numpy as np
 
 from lars_tree import errors
-from lars_tree._files import arrays, index, names, recognize, safetensors
+from lars_tree._files import index, names, recognize, safetensors
 from lars_tree._files.arrays import Array, Entry
 from lars_tree._files.index import Index
 from lars_tree._files.replacing import Path
@@ -61,8 +61,10 @@ def _without_index(inside: list[str], found: list[str]) -> str:
     text = "it is a directory without an index (*.safetensors.index.json)"
     if files:
         return f"{text}: give the path of a file in it, such as {files[0]!r}"
-    pickled = [x for x in inside if index.is_pickled(x) or recognize.is_pickled(x)]
-    return f"{text}: {pickled[0]!r} {recognize.PICKLED}" if pickled else text
+    for x in inside:
+        if known := index.other_format(x) or recognize.suffix(x):
+            return f"{text}: {x!r} {known}"
+    return text
 
 
 def write(path: str, entries: dict[str, Entry], metadata: dict[str, str], most: int) -> None:
@@ -109,6 +111,19 @@ class View(NamedTuple):
 
     def read(self, name: str, memory: Array | None = None) -> Array:
         return self.shards[name].read(name, memory)
+
+    def mapped(self, mode: Literal["r", "r+"]) -> dict[str, Array]:
+        """All arrays by name, as views of one memory map of each shard."""
+        maps = {key: shard.mapped(mode) for key, shard in self._distinct().items()}
+        return {name: maps[id(shard)][name] for name, shard in self.shards.items()}
+
+    def shared_metadata(self) -> dict[str, str]:
+        """The metadata that all shards have, such as their format."""
+        pairs = [set(shard.metadata.items()) for shard in self._distinct().values()]
+        return dict(sorted(set.intersection(*pairs))) if pairs else {}
+
+    def _distinct(self) -> dict[int, safetensors.View]:
+        return {id(shard): shard for shard in self.shards.values()}
 
 
 @contextmanager
@@ -174,12 +189,3 @@ def _check_file(name: str, shard: str) -> None:
         raise errors.file_error(name, text) from None
     if not is_file:
         raise errors.file_error(name, f"the shard {os.path.basename(shard)!r} is not a file")
-
-
-def mapped(path: Path, mode: Literal["r", "r+"]) -> tuple[dict[str, Array], dict[str, str]]:
-    """All arrays by name, as views of memory maps of the shards, and the metadata."""
-    with opened(path, f"{mode}b") as view:
-        arrays.check_supported(path, view)
-        memory = {id(x): np.memmap(x.file, np.uint8, mode) for x in view.shards.values()}
-        found = {name: x.of_map(name, memory[id(x)]) for name, x in view.shards.items()}
-        return found, view.metadata

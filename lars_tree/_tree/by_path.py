@@ -37,6 +37,17 @@ def has_patterns(tree: Any) -> bool:
     return any(is_pattern(key) for path in paths for key in path)
 
 
+def only_lacks_keys(tree: Any, given: Any) -> bool:
+    """Whether the mappings in `given` are a prefix of the tree except for missing keys."""
+    pairs = structure.side_by_side(tree, given, structure.may_match)
+    return all(
+        other is structure.MISSING
+        if what == "missing"
+        else what != "nodes" or structure.is_leaf(other)
+        for _, _, other, what in pairs
+    )
+
+
 def resolve(
     argument: str, given: Any, rows: Sequence[Row], *, sep: str = "/", to: str = "w"
 ) -> list[Any]:
@@ -89,7 +100,7 @@ class _Level:
         used = {DEFAULT}
         named = [(i, *self._nearest(i, used)) for i in indices]
         patterns = [
-            (key, _matcher(key, self.sep))
+            (key, matcher(key, self.sep))
             for key in sorted(self.given)
             if key not in used and is_pattern(key)
         ]
@@ -165,7 +176,7 @@ class _Level:
 
 
 @lru_cache(maxsize=256)
-def _matcher(pattern: str, sep: str) -> Callable[[str], Any]:
+def matcher(pattern: str, sep: str) -> Callable[[str], Any]:
     """A function that says whether the pattern matches the path of a leaf or of a node above it."""
     patterns = [pattern]
     rest = pattern.lstrip("*")

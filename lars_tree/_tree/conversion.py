@@ -42,7 +42,7 @@ def convert_node(value: Any, cls: type) -> Any:
     """The value with its mappings, also in lists and tuples, converted to this Container class."""
     if structure.is_leaf(value) or nodes.is_container(value):
         return value
-    if isinstance(value, Mapping) and not nodes.has_static_items(value):
+    if isinstance(value, Mapping) and not nodes.has_other_children(value):
         pairs = list(nodes.items(value))
         children = nodes.map_pairs(pairs, convert_node, cls)
         keys = [key for key, _ in pairs]

@@ -48,11 +48,14 @@ def items(mapping: Node) -> Iterable[tuple[Hashable, Any]]:
     return kinds.own_children(mapping, own_kind)
 
 
-def has_static_items(mapping: Node) -> bool:
-    """Whether a library has registered some items of a mapping as static data, not as children."""
+def has_other_children(mapping: Node) -> bool:
+    """Whether a library has registered other children of a mapping than its items.
+
+    Some items may be static data, for example, or the children may be rows of stacked arrays.
+    """
     if kind_of(mapping) < REGISTERED:
         return False
-    return len(list(items(mapping))) > len(list(children(mapping)))
+    return dict(items(mapping)).keys() != dict(children(mapping)).keys()
 
 
 class CannotRebuild(Exception):

@@ -6,6 +6,7 @@ is not entered, whatever it is. `_tree/kinds.py` decides which nodes are read he
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable
@@ -188,9 +189,11 @@ def _read_parameters(node: Any) -> Reading:
     pairs = list(node.items() if is_dict else enumerate(node))
 
     def make(values: list[Any]) -> Node:
-        new = type(node)().train(node.training)
+        new = copy.copy(node)  # with all other attributes, such as buffers
+        held = {name: x for name, x in vars(node).items() if isinstance(x, (dict, set))}
+        vars(new).update({name: x.copy() for name, x in held.items()})
         for (key, _), value in zip(pairs, values, strict=True):
-            new.update({key: None}) if is_dict else new.append(None)
+            delattr(new, str(key))
             setattr(new, str(key), value)  # a tensor set as an item would become a parameter
         return new
 

@@ -335,13 +335,13 @@ def _compare(
 def differences(tree: Tree, prefix: Tree, exact: bool = False, path: Path = ()) -> Iterator[Line]:
     """The paths at which `prefix` is not a prefix of `tree`, each with an explanation."""
     count = 0
-    for where, node, other, what in side_by_side(tree, prefix, _may_match, path):
+    for where, node, other, what in side_by_side(tree, prefix, may_match, path):
         if what == "keys" or (what == "nodes" and (exact or not is_leaf(other))):
             yield where, mismatch(node, other, what, hints=count < errors.MOST_LINES)
             count += 1
 
 
-def _may_match(tree: Tree, prefix: Tree) -> bool:
+def may_match(tree: Tree, prefix: Tree) -> bool:
     """Whether to compare two nodes key by key: a list or tuple only if the keys are the same."""
     if SEQUENCE not in (kind_of(tree), kind_of(prefix)):
         return True

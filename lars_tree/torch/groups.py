@@ -6,8 +6,10 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import translate
+from itertools import compress
 from typing import Any, Unpack
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
@@ -73,9 +75,10 @@ def param_groups(
         model: The model. Each parameter that requires a gradient is in one group.
         exclude: A function that replaces these rules: exclude(name, parameter) returns whether to
             exclude the parameter.
-        excluded_lr: The rate of the excluded parameters; None: the rate of all others. We recommend
-            lr * trust_coefficient: see "Does it train?" in the docs. Schedulers that scale the rate
-            of each group keep the ratio of both rates; `OneCycleLR` needs a list of rates.
+        excluded_lr: The rate of the excluded parameters; None: the rate of all others. A mapping
+            needs values for excluded parameters only. We recommend lr * trust_coefficient: see
+            "Does it train?" in the docs. Schedulers that scale the rate of each group keep the
+            ratio of both rates; `OneCycleLR` needs a list of rates.
         named: True: the groups contain (name, parameter) pairs, so that errors and states show the
             names. False: the groups contain only parameters, as some frameworks require.
         **options: Options of `Lars`. Excluded parameters have weight_decay=0, adapt=False and
@@ -112,7 +115,9 @@ def param_groups(
         is_excluded = [bool(exclude(name, p)) for name, p in parameters]
     for option in _EXCLUDED.keys() & given.keys():
         _refuse_ignored(option, given[option], values[option], parameters, is_excluded)
-    rates = _by_name("excluded_lr", excluded_lr, parameters)
+    of_excluded = list(compress(parameters, is_excluded))
+    found = _by_name("excluded_lr", excluded_lr, of_excluded, to="the excluded parameters")
+    rates = {name: rate for (name, _), rate in zip(of_excluded, found, strict=True)}
     groups: dict[Any, dict[str, Any]] = {}
     for excluded in (False, True):
         for i, (name, p) in enumerate(parameters):
@@ -120,10 +125,10 @@ def param_groups(
                 group = {option: column[i] for option, column in values.items()}
                 if excluded:
                     group |= _EXCLUDED
-                    group |= {} if rates[i] is None else {"lr": rates[i]}
+                    group |= {} if rates[name] is None else {"lr": rates[name]}
                 key = excluded, *map(_comparable, group.values())
-                found = groups.setdefault(key, {"params": [], **group})
-                found["params"].append((name, p) if named else p)
+                params = groups.setdefault(key, {"params": [], **group})["params"]
+                params.append((name, p) if named else p)
     return list(groups.values())
 
 
@@ -135,11 +140,13 @@ def _is_by_name(given: Any) -> bool:
     return isinstance(given, Mapping) or (callable(given) and not isinstance(given, Tensor))
 
 
-def _by_name(option: str, given: Any, parameters: list[_Named]) -> list[Any]:
+def _by_name(
+    option: str, given: Any, parameters: list[_Named], to: str = "the parameters"
+) -> list[Any]:
     """The value of an option for each parameter."""
     if isinstance(given, Mapping):
         rows = [(tuple(name.split(".")), p) for name, p in parameters]
-        return by_path.resolve(option, given, rows, sep=".", to="the parameters")
+        return by_path.resolve(option, given, rows, sep=".", to=to)
     if not _is_by_name(given):
         return [given] * len(parameters)
     values = []
@@ -177,7 +184,7 @@ def _refuse_ignored(
 
 def _comparable(x: Any) -> Any:
     """A number or string itself, so that equal values share a group; the identity of a tensor."""
-    return x if isinstance(x, (bool, int, float, str, type(None))) else id(x)
+    return x if isinstance(x, (bool, int, float, str, np.generic, type(None))) else id(x)
 
 
 # Modules whose weights are kernels, even if the name of a subclass ends in Norm.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import warnings
+from contextlib import chdir
+from tempfile import TemporaryDirectory
 from typing import Any
 
 
 def ivy_with_numpy() -> Any:
     """The package ivy, which warns when it is imported, and at each update."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), TemporaryDirectory() as folder, chdir(folder):
+        # ivy writes a log and a cache to the working directory
         warnings.simplefilter("ignore")
         import ivy
 

@@ -1,4 +1,4 @@
-"""Weights in the classes of Equinox, Flax, Haiku, TensorDict and torch."""
+"""Weights in the classes of Equinox, Flax and Haiku."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import need, unit_lars
 
-from lars_tree import Container, Lars, LeafError, StructureError, lars_update, report
+from lars_tree import Container, Lars, LeafError, OptionError, _native, lars_update, report
 from lars_tree._tree import structure
 
 
@@ -139,6 +139,104 @@ def test_options_by_prefix_for_a_module(jax, eqx, mlp, eqx_gradient):
     assert eqx.tree_equal(new, expected)
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_options_are_for_the_arrays_of_a_module(jax, eqx, mlp, eqx_gradient, native, monkeypatch):
+    """Leaves that are not arrays need no value: no pattern must match, no function is called."""
+    if not native:
+        monkeypatch.setattr(_native, "kernel", None)
+    arrays = eqx.filter(mlp, eqx.is_inexact_array)
+    is_weight = jax.tree.map(lambda x: x.ndim > 1, arrays)
+    expected = lars_update(mlp, eqx_gradient, 0.1, adapt=is_weight)
+    assert not eqx.tree_equal(expected, lars_update(mlp, eqx_gradient, 0.1))
+    changed = eqx.filter(expected, eqx.is_inexact_array)
+    assert eqx.tree_equal(changed, lars_update(arrays, eqx_gradient, 0.1, adapt=is_weight))
+    for adapt in (lambda path, x: x.ndim > 1, {"*/weight": True, "*/bias": False}):
+        new = lars_update(mlp, eqx_gradient, 0.1, adapt=adapt)
+        assert eqx.tree_equal(new, expected)
+        opt = unit_lars(0.1, momentum=0, adapt=adapt)
+        assert eqx.tree_equal(opt.update(mlp, eqx_gradient, opt.init(arrays))[0], expected)
+    with pytest.raises(OptionError, match="expected a value, got None") as caught:
+        lars_update(
+            mlp,
+            eqx_gradient,
+            0.1,
+            adapt=eqx.tree_at(lambda m: m.layers[0].layers[0].bias, is_weight, None),
+        )
+    assert caught.value.paths == (("layers", 0, "layers", 0, "bias"),)
+
+
+@pytest.fixture(scope="module")
+def schedule(eqx):
+    class Schedule(eqx.Module):
+        rate: object
+        every: int = eqx.field(static=True)
+
+        def __call__(self, step):
+            return self.rate * (step % self.every == 0)
+
+    return Schedule
+
+
+def test_a_module_that_is_a_schedule(jax, schedule):
+    """A schedule is a node with static data here; optimizers with other schedules differ."""
+    traces = []
+
+    def step(opt, w):
+        traces.append(opt)
+        state = opt.init(w)
+        for _ in range(2):
+            w, state = opt.update(w, {"a": jax.numpy.array([0.0, 10.0])}, state)
+        return w["a"]
+
+    jitted, w = jax.jit(step, static_argnums=0), {"a": jax.numpy.array([3.0, 4.0])}
+    for lr in (
+        lambda every: schedule(0.1, every),
+        lambda every: schedule(jax.numpy.array(0.1), every),
+        lambda every: {"a": schedule(0.1, every)},
+    ):
+        first, second = (unit_lars(lr(every), momentum=0) for every in (1, 2))
+        assert first != second
+        assert jitted(first, w).tolist() == pytest.approx(step(first, w).tolist())
+        assert jitted(second, w).tolist() == pytest.approx([3, 3.5])
+    again = [unit_lars(schedule(0.1, 1), momentum=0) for _ in range(2)]
+    assert again[0] == again[1]
+    count = len(traces)
+    for opt in again:
+        jitted(opt, w)
+    assert len(traces) == count
+
+
+def test_a_callable_module_of_rates(jax, eqx, mlp, eqx_gradient, schedule):
+    """A callable node is a tree of rates where it is a prefix of w, and a schedule otherwise."""
+    arrays = eqx.filter(mlp, eqx.is_inexact_array)
+    rates = jax.tree.map(lambda x: 0.1 if x.ndim > 1 else 0.2, arrays)
+    expected = lars_update(arrays, eqx_gradient, rates)
+    for w, g, lr in [
+        (arrays, eqx_gradient, rates),
+        ({"m": arrays, "n": None}, {"m": eqx_gradient, "n": None}, {"m": rates, "n": 1.0}),
+    ]:
+        opt = unit_lars(lr, momentum=0)
+        new, _ = opt.update(w, g, opt.init(w))
+        assert eqx.tree_equal(new["m"] if isinstance(new, dict) else new, expected)
+    opt = unit_lars({"m": schedule(0.1, 1)}, momentum=0)
+    new, _ = opt.update({"m": arrays}, {"m": eqx_gradient}, opt.init({"m": arrays}))
+    assert eqx.tree_equal(new["m"], lars_update(arrays, eqx_gradient, 0.1))
+    with pytest.raises(OptionError, match=r"expected a finite number >= 0, got -0\.1") as caught:
+        unit_lars(jax.tree.map(lambda x: -x, rates)).update(
+            arrays, eqx_gradient, Lars(1).init(arrays)
+        )
+    assert ("layers", 0, "layers", 0, "weight") in caught.value.paths
+
+
+def test_a_callable_module_that_fails_as_a_schedule(mlp):
+    w = {"a": np.ones(2)}
+    opt = Lars(mlp.layers[0].layers[0])
+    with pytest.raises(ValueError, match="at least 1") as caught:  # the module's own error
+        opt.update(w, w, opt.init(w))
+    note = "lr was called as a schedule, a function of the step, because it is not a prefix of w"
+    assert note in caught.value.__notes__
+
+
 # Flax
 
 
@@ -244,79 +342,3 @@ def test_params_of_haiku(jax, data):
     new = lars_update(frozen, g, 0.1, decay_lambda=0.01)
     assert type(new) is type(frozen)
     assert close(hk.data_structures.to_mutable_dict(new), expected)
-
-
-# TensorDict and torch
-
-
-@pytest.fixture(scope="module")
-def torch():
-    return need("torch")
-
-
-def test_a_tensordict(torch):
-    tensordict, pytree = need("tensordict"), need("torch.utils._pytree")
-    w = tensordict.TensorDict(
-        {"a": torch.tensor([3.0, 4.0]), "b": {"c": torch.ones(2, 3)}}, batch_size=[2]
-    )
-    g = w.apply(lambda x: x + torch.arange(2.0).reshape(2, *[1] * (x.ndim - 1)))
-    expected = pytree.tree_map(step, w, g)
-    for gradient in (g, g.to_dict(), Container(g.to_dict())):
-        new = lars_update(w, gradient, 0.1, decay_lambda=0.01)
-        assert (type(new), new.batch_size, new["b"].batch_size) == (type(w), (2,), (2,))
-        assert (new == expected).all()
-    assert (w["a"] == torch.tensor([3.0, 4.0])).all()
-    opt = Lars(0.1)
-    new, state = opt.update(w, g, opt.init(w))
-    assert (type(new), new.batch_size) == (type(w), (2,))
-    assert state.velocity["b"]["c"].shape == (2, 3)
-    kept = w["b", "c"]
-    assert lars_update(w, g, 0.1, decay_lambda=0.01, out=w) is w
-    assert w["b", "c"] is kept
-    assert (w == expected).all()
-
-
-def test_other_classes_of_tensordict(torch):
-    tensordict, pytree = need("tensordict"), need("torch.utils._pytree")
-    rows = [tensordict.TensorDict(a=torch.full((i,), float(i))) for i in (1, 2)]
-    w = tensordict.lazy_stack(rows)
-
-    @tensordict.tensorclass
-    class Layer:
-        w: object
-        name: str
-
-    for tree in (w, [Layer(w=torch.ones(3), name="x", batch_size=[3])]):
-        new = lars_update(tree, 1.0, 0.1, decay_lambda=0.01)
-        expected = pytree.tree_map(lambda x: step(x, torch.ones_like(x)), tree)
-        assert pytree.tree_structure(new) == pytree.tree_structure(tree)
-        for x, y in zip(pytree.tree_leaves(new), pytree.tree_leaves(expected), strict=True):
-            assert torch.equal(x, y)
-    assert new[0].name == "x"
-
-
-@pytest.mark.parametrize("is_dict", [True, False], ids=["ParameterDict", "ParameterList"])
-def test_dicts_and_lists_of_parameters(torch, is_dict):
-    keys = ["a", "b"] if is_dict else [0, 1]
-    values = [torch.nn.Parameter(torch.tensor([3.0, 4.0])), torch.nn.Parameter(torch.ones(1))]
-    values[1].requires_grad = False
-    w = torch.nn.ParameterDict(zip(keys, values, strict=True)) if is_dict else None
-    w = w or torch.nn.ParameterList(values)
-    w.eval()
-    g = {keys[0]: torch.tensor([0.0, 10.0]), keys[1]: None}
-    new = lars_update(w, g, 0.1)
-    assert type(new) is type(w)
-    assert not new.training
-    assert [x.requires_grad for x in new.parameters()] == [True, False]
-    assert [x.tolist() for x in new.parameters()] == [[3, 3.5], [1]]
-    assert [x.tolist() for x in w.parameters()] == [[3, 4], [1]]
-    opt = unit_lars(0.1, momentum=0.5)
-    moved, state = opt.update({"x": w}, {"x": g}, opt.init({"x": w}))
-    assert [x.tolist() for x in moved["x"].parameters()] == [[3, 3.5], [1]]
-    velocity = state.velocity.x[keys[0]]
-    assert (type(velocity), velocity.tolist()) == (torch.Tensor, [0, 0.5])
-    assert lars_update(w, g, 0.1, out=w) is w
-    assert w[keys[0]] is values[0]
-    assert values[0].tolist() == [3, 3.5]
-    with pytest.raises(StructureError, match="missing"):
-        lars_update(w, {keys[0]: values[0]}, 0.1)

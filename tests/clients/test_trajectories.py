@@ -11,7 +11,6 @@ from conftest import need, need_installed
 from peers import ivy_with_numpy
 
 import lars_tree as lt
-from benchmarks.contestants import timm_lars
 from lars_tree import schedules
 
 STEPS = 60
@@ -39,6 +38,13 @@ def differ(actual, expected):
     """A recipe with one setting changed is told apart."""
     with pytest.raises(AssertionError):
         close(actual, expected)
+
+
+def timm_lars():
+    need_installed("timm")
+    from benchmarks.contestants import timm_lars
+
+    return timm_lars()
 
 
 def by_torch(optimizer, groups, factor=None, then=None, **options):
@@ -175,7 +181,6 @@ def test_the_recipe_of_byol_is_that_of_the_parts_of_optax():
 )
 def test_the_recipe_of_timm(options):
     """timm adapts the group with decay only, which adapt="decayed" does too."""
-    need_installed("timm")
     groups = {True: {"weight_decay": 1e-2}, False: {"weight_decay": 0.0}}
     factor = schedules.Cosine(1.0, total_steps=STEPS, warmup_steps=6)
     options = {"lr": 0.05 if "trust_clip" in options else 2.0, "momentum": 0.9, **options}
