@@ -1,6 +1,6 @@
 """The laws of an optimizer over several steps. See `laws.py`.
 
-`STATE_LAWS` are about trees, memory and the state, and hold for every optimizer. `MOMENTUM_LAWS`
+`STATE_LAWS` are about trees, memory and the state, and apply to every optimizer. `MOMENTUM_LAWS`
 are about the momentum of LARS.
 """
 
@@ -204,7 +204,7 @@ STATE_LAWS: tuple[Law, ...] = (
     keeps_runs_apart,
     resumes_from_a_saved_state,
 )
-"""The laws about the state, which hold for every optimizer."""
+"""The laws about the state, which apply to every optimizer."""
 
 MOMENTUM_LAWS: tuple[Law, ...] = (
     starts_without_momentum,

@@ -259,7 +259,7 @@ TREE_LAWS: tuple[Law, ...] = (
     stands_still_at_rate_zero,
     shows_nonfinite_gradients,
 )
-"""The laws about trees and memory, which hold for every optimizer."""
+"""The laws about trees and memory, which apply to every optimizer."""
 
 IN_PLACE_LAWS: tuple[Law, ...] = (
     is_the_same_in_place,
