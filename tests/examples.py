@@ -87,7 +87,7 @@ def run_page(page: str, name: str, directory: Path) -> None:
 def _pycon(block: Block, where: str, names: dict[str, Any], directory: Path) -> None:
     test = doctest.DocTestParser().get_doctest(block.text, {}, where, where, block.line)
     assert test.examples, f"{where}: no prompt"
-    _need_imports("".join(example.source for example in test.examples))
+    need_imports("".join(example.source for example in test.examples))
     test.globs = names
     results = doctest.DocTestRunner(optionflags=FLAGS).run(test, clear_globs=False)
     assert results.failed == 0, f"{where}: see above"
@@ -99,7 +99,7 @@ GLOO_SETTLES = "\nimport time\n\ntime.sleep(1)\n"
 
 
 def _python(block: Block, where: str, names: dict[str, Any], directory: Path) -> None:
-    _need_imports(block.text)
+    need_imports(block.text)
     command = re.match(r"# ((?:python|torchrun) .*?(\w+\.py))\n", block.text)
     if command:
         end = GLOO_SETTLES if command[1].startswith("torchrun") else ""
@@ -161,7 +161,7 @@ def _run(command: str, where: str, directory: Path) -> str:
     return result.stdout
 
 
-def _need_imports(source: str) -> None:
+def need_imports(source: str) -> None:
     """Skip, or fail on CI, if the source imports a package that is not installed."""
     for node in ast.walk(ast.parse(source)):
         modules = []

@@ -209,9 +209,9 @@ def runs(
     >>> from lars_tree.testing import layers, runs
     >>> scalars = lambda steps: layers("float32", (), gradients=steps)
     >>> two = runs(scalars, steps=2, trees=lambda leaves: st.fixed_dictionaries({"a": leaves}))
-    >>> w, (first, second) = find(two, lambda run: run[1][0]["a"] < run[1][1]["a"])
-    >>> w["a"].tolist(), first["a"].tolist(), second["a"].tolist()
-    (0.0, 0.0, 1.0)
+    >>> w, gradients = find(two, lambda run: True)      # the simplest example
+    >>> w, gradients[1], len(gradients)
+    ({'a': array(0., dtype=float32)}, {'a': array(0., dtype=float32)}, 2)
 
     Args:
         layers: A function from the number of steps to a strategy for the tuples (w, dcdw, ...) of
