@@ -44,7 +44,7 @@ _MODULES, _MODULES_OF_EXTRAS = {"errors", "io", "report"}, {"optax", "testing", 
 
 
 def __dir__() -> list[str]:
-    """Public names only, without the modules that define them, such as `update`.
+    """The public names. Modules that only define them, such as `update`, are left out.
 
     Modules that need another library are listed once they are imported, because tools read each
     name that is listed.

@@ -105,13 +105,12 @@ CROWD = """if 1:
     print("done")"""
 
 
-def test_concurrent_saves_and_loads(tmp_path):
-    path = tmp_path / "w.safetensors"
-    io.save({"a": np.ones(9), "b": [np.ones((2, 2))]}, path)
+def run_together(code, path, count, *arguments):
+    """Run a program with the values 0 to 3 at the same time; each prints "done" at its end."""
     environment = os.environ | {"PYTHONPATH": str(Path(lars_tree.__file__).parents[1])}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(CROWD), path, str(value), "100"],
+            [sys.executable, "-c", textwrap.dedent(code), path, str(value), str(count), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -122,6 +121,12 @@ def test_concurrent_saves_and_loads(tmp_path):
     for process in processes:
         out, err = process.communicate()
         assert out == "done\n", err
+
+
+def test_concurrent_saves_and_loads(tmp_path):
+    path = tmp_path / "w.safetensors"
+    io.save({"a": np.ones(9), "b": [np.ones((2, 2))]}, path)
+    run_together(CROWD, path, 100)
     assert os.listdir(tmp_path) == [path.name]
 
 

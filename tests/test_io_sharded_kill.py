@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 from conftest import interrupted_at, need
 from sharded_sets import FILES, INDEX, found, listed, save, used
-from test_io_kill import run
+from test_io_kill import run, run_together
 
-import lars_tree
 from lars_tree import io
 
 need("ml_dtypes")
@@ -153,7 +150,6 @@ CROWD = """if 1:
 @pytest.mark.parametrize("locks", [True, False])
 def test_concurrent_saves_and_loads(locks, tmp_path):
     save(tmp_path, 1)
-    environment = os.environ | {"PYTHONPATH": str(Path(lars_tree.__file__).parents[1])}
     code = textwrap.dedent(CROWD)
     if not locks:  # as in a file system that cannot lock directories
         code = code.replace(
@@ -164,19 +160,7 @@ def test_concurrent_saves_and_loads(locks, tmp_path):
             "        lambda file, wait: None)\n    directory,",
             1,
         )
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, tmp_path, str(value), "60", Path(__file__).parent],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for value in (0, 1, 2, 3)
-    ]
-    for process in processes:
-        out, err = process.communicate()
-        assert out == "done\n", err
+    run_together(code, tmp_path, 60, Path(__file__).parent)
     assert found(tmp_path) in (1, 2, 3)
     if locks:
         assert listed(tmp_path) == used(tmp_path)

@@ -1,7 +1,7 @@
 """`lars-tree update`: one LARS step on the weights in a file.
 
-The new weights are computed while they are written, a few leaves at a time, to a temporary file
-beside OUT; then the file is renamed. A kill at any moment leaves the complete old or new file.
+The command computes a few leaves at a time, and writes them to a temporary file beside OUT; then it
+renames the file. A kill at any moment leaves the complete old or new file.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ def _mesh_axes(value: Any, keep_graph: bool) -> frozenset[Any] | None:
 
 
 def _is_axis_name(x: Any) -> bool:
-    """Whether x may name a mesh axis in JAX, where None is no name and integers are array axes."""
+    """Whether x can name a mesh axis. None cannot, and JAX takes integers for axes of arrays."""
     if isinstance(x, tuple):
         return not x  # () means that no other mesh axis is summed over
     is_other = x is None or isinstance(x, int) or _backends.find(x) is not None

@@ -54,7 +54,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         yield file
         file.flush()
         # The status is read again, because the permissions may have changed meanwhile.
-        give_rights(file.fileno(), new_mode, target, status(target))
+        set_permissions(file.fileno(), new_mode, target, status(target))
         os.fsync(file.fileno())
         if locking.fcntl is None:
             file.close()
@@ -108,10 +108,10 @@ def mode_of_new_file(name: str) -> int:
     return mode
 
 
-def give_rights(
+def set_permissions(
     file: int, new_mode: int, target: str, old: os.stat_result | None, most: int = 0o777
 ) -> None:
-    """Give the open file the rights of the target, or `new_mode` if the target does not exist.
+    """Give the open file the permissions of the target, or `new_mode` if the target does not exist.
 
     `most` limits the permissions of the target. The group comes first, because the ACL and the
     permissions depend on it. The owner comes last, because only the owner can change permissions.
@@ -132,18 +132,18 @@ def give_rights(
 
 def _permitted(mode: int, same_group: bool, same_acl: bool) -> int:
     """The permissions of the new file, without setuid and setgid, as after any write to a file."""
-    if not same_acl:  # with an ACL, the group bits hold the ACL's mask, not the group's rights
+    if not same_acl:  # with an ACL, the group bits hold the ACL's mask, not the group's permissions
         return mode & 0o700
     if same_group:
         return mode & 0o777
     # The group has changed: old members are now others, and some others are now members. Both get
-    # only the rights that the old file gave to both.
+    # only the permissions that the old file gave to both.
     both = mode >> 3 & mode & 0o7
     return mode & 0o700 | both << 3 | both
 
 
 def _copy_attributes(file: int, target: str, same_group: bool) -> bool:
-    """Copy the attributes and the ACL; return whether the ACL now grants the same rights."""
+    """Copy the attributes and the ACL; return whether the ACL now grants the same permissions."""
     if not hasattr(os, "getxattr"):  # only on Linux
         return True
     with suppress(OSError):

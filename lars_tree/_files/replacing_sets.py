@@ -28,9 +28,9 @@ def replace_set(
 ) -> None:
     """Write shards and their index, which replace the index at `path` and its shards.
 
-    `index_text` returns the content of the index for the names of the shards. Rights are preserved
-    as in `replacing.replacing`; if the shards of the old index have different rights, each new
-    shard gets only those that all of them gave.
+    `index_text` returns the content of the index for the names of the shards. Permissions are
+    preserved as in `replacing.replacing`; if the shards of the old index have different
+    permissions, each new shard gets only those that all of them gave.
 
     Raises:
         FileError: a single file with the same stem is there, or the index is a link to another
@@ -105,8 +105,8 @@ def _replace(
             _write(new_index, partial(_write_text, index_text(names)))
             status = replacing.status(target)
             for path in paths:
-                _give_rights(path, new_mode, old)
-            _give_rights(new_index, new_mode, [] if status is None else [target])
+                _set_permissions(path, new_mode, old)
+            _set_permissions(new_index, new_mode, [] if status is None else [target])
             listed = dict(zip(names, map(abandoned.identity, paths), strict=True))
             for path in _own(target, old):
                 with suppress(FileNotFoundError):
@@ -156,11 +156,11 @@ def _free_names(target: str, count: int, is_locked: bool) -> list[str]:
     return index.shard_names(stem, count, secrets.token_hex(4))
 
 
-def _give_rights(path: str, new_mode: int, old: Sequence[str]) -> None:
-    """Give a file the rights that all old files give, or `new_mode` if there are none."""
+def _set_permissions(path: str, new_mode: int, old: Sequence[str]) -> None:
+    """Give a file the permissions that all old files give, or `new_mode` if there are none."""
     found = []
     for x in old:
-        # Without locks, another writer may have removed old files: their rights are unknown.
+        # Without locks, another writer may have removed old files: their permissions are unknown.
         with suppress(FileNotFoundError):
             found.append((x, os.stat(x)))
     owners = {(status.st_uid, status.st_gid, replacing.acl(x)) for x, status in found}
@@ -169,9 +169,9 @@ def _give_rights(path: str, new_mode: int, old: Sequence[str]) -> None:
         most &= stat.S_IMODE(status.st_mode)
     with locking.descriptor(path, os.O_RDWR) as file:
         if found:
-            replacing.give_rights(file, new_mode, *found[0], most)
+            replacing.set_permissions(file, new_mode, *found[0], most)
         else:
-            replacing.give_rights(file, 0o600 if old else new_mode, path, None)
+            replacing.set_permissions(file, 0o600 if old else new_mode, path, None)
         os.fsync(file)
 
 

@@ -181,7 +181,7 @@ def with_first(x: Any, value: float) -> Any:
 
 
 def overwrite(x: Any) -> None:
-    """Set all elements of an array to NaN; scalars and arrays of JAX are immutable."""
+    """Set all elements of an array to NaN in place. Scalars and JAX arrays are immutable."""
     if isinstance(x, np.ndarray):
         x.fill(math.nan)
     elif _is_tensor(x):

@@ -51,7 +51,7 @@ def by_torch(optimizer, groups, factor=None, then=None, **options):
     """The weights after all steps.
 
     Args:
-        groups: {whether for kernels: options of the group}.
+        groups: The options of the group of the kernels (True), and of all others (False).
         factor: The rate by step, as a factor of lr.
         then: An optimizer of another package, which loads the state for the second half.
     """
