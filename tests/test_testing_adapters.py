@@ -6,6 +6,7 @@ import pytest
 from conftest import need
 from test_testing_runs import FEW, QUICK
 
+from lars_tree import Lars
 from lars_tree.testing import (
     STATE_LAWS,
     TREE_LAWS,
@@ -156,3 +157,9 @@ def test_an_optimizer_without_momentum_gets_a_hint():
     assert hint in str(caught.value)
     assert "nested=False" not in str(caught.value)
     check_optimizer_laws(for_torch(torch.optim.Adam), laws=few, momentum=None, settings=QUICK)
+
+
+def test_a_misspelt_argument_gets_a_hint():
+    says = r"check_optimizer_laws\(\) got .*'dtype' \(did you mean 'dtypes'"
+    with pytest.raises(TypeError, match=says):
+        check_optimizer_laws(Lars, dtype=["float32"])

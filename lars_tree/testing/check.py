@@ -17,6 +17,7 @@ from hypothesis.errors import FailedHealthCheck, InvalidArgument, Unsatisfiable
 from hypothesis.extra import numpy as hnp
 
 from lars_tree import errors
+from lars_tree._core.options import check_names
 from lars_tree.container import Container
 from lars_tree.testing import _arrays, trees
 from lars_tree.testing._arrays import items, refused
@@ -205,9 +206,7 @@ def check_optimizer_laws(
         return lambda data: Trial(update, data, domain, optimizer)
 
     further = {"convention": chosen, "momentum": momentum}
-    unknown = arguments.keys() - Arguments.__annotations__.keys()
-    if unknown:
-        raise TypeError(f"check_optimizer_laws() got an unexpected argument {min(unknown)!r}")
+    check_names(arguments, _DEFAULTS, function="check_optimizer_laws()")
     _check(optimizer, laws, trials, further, {**_DEFAULTS, **arguments})
 
 
