@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import need, to_numpy
 
-from lars_tree import BackendError, Container, LeafError, _backends, lars_update
+from lars_tree import BackendError, Container, LeafError, OutError, _backends, lars_update
 
 xp = need("array_api_strict")
 
@@ -35,6 +36,22 @@ def test_complex_and_a_rate_for_each_element():
     w = xp.asarray([3 + 4j, 0j])
     new = lars_update(w, w, np.array([0.1, 0.5]))
     assert to_numpy(new).tolist() == pytest.approx([2.7 + 3.6j, 0])
+
+
+def test_leaves_that_overlap_are_refused():
+    memory = xp.asarray(np.arange(1.0, 11.0))
+    w = {"a": memory[:6], "b": memory[4:]}
+    with pytest.raises(OutError, match="b: shares memory with a"):
+        lars_update(w, {"a": xp.ones(6), "b": xp.ones(6)}, 0.1, out=w)
+    assert to_numpy(memory).tolist() == list(range(1, 11))
+
+
+def test_the_memory_of_an_array_on_a_gpu_is_known():
+    start = 0x7F0000000000
+    interface = {"shape": (2, 3), "typestr": "<f4", "data": (start, False), "strides": (4, 8)}
+    x = SimpleNamespace(__cuda_array_interface__={**interface, "version": 3})
+    memory = _backends.find(xp.ones(1)).memory(x)
+    assert (memory.ctypes.data, memory.shape, memory.strides) == (start, (2, 3), (4, 8))
 
 
 def test_an_unknown_object_is_not_taken_for_an_array():

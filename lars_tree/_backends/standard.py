@@ -90,9 +90,16 @@ class StandardBackend(ArraysBackend):
     def out_fault(self, x: NativeArray) -> str | None:
         if not array_api_compat.is_writeable_array(x):
             return "immutable or read-only"
-        if self.values(x) is Values.CPU and _is_mapped_read_only(x):
-            return READ_ONLY_MAP
-        return None
+        memory = self.memory(x) if self.values(x) is Values.CPU else None
+        return READ_ONLY_MAP if memory is not None and is_mapped_read_only(*span(memory)) else None
+
+    def memory(self, x: NativeArray) -> NumpyArray | None:
+        try:
+            if hasattr(x, "__cuda_array_interface__"):
+                return np.asarray(_DeviceMemory(x))
+            return np.from_dlpack(x)
+        except (BufferError, TypeError, ValueError, RuntimeError, AttributeError):
+            return None  # not every library or device has addresses
 
     def bits(self, x: NativeArray) -> int:
         is_integer = self.xp.isdtype(x.dtype, ("integral", "bool"))
@@ -109,13 +116,12 @@ class StandardBackend(ArraysBackend):
         return self.xp.astype(x, w.dtype)
 
 
-def _is_mapped_read_only(x: NativeArray) -> bool:
-    """Whether the memory of x is mapped read-only; False if its memory is unknown."""
-    try:
-        memory = np.from_dlpack(x)
-    except (BufferError, TypeError, ValueError, RuntimeError, AttributeError):
-        return False
-    return is_mapped_read_only(*span(memory))
+class _DeviceMemory:
+    """The memory of an array on a GPU, for numpy's array interface, which has the same fields."""
+
+    def __init__(self, x: NativeArray) -> None:
+        self._keep = x  # numpy's view keeps this object alive, and with it the memory
+        self.__array_interface__ = {**x.__cuda_array_interface__, "version": 3}
 
 
 _BACKENDS: dict[str, StandardBackend] = {}

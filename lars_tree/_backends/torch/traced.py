@@ -57,8 +57,8 @@ def results_in_place(
         if layers.w.numel():
             w, dcdw, velocity = layers.w, layers.dcdw, layers.velocity
             new = formula.step(ops, w, dcdw, layers.rule, velocity, layers.is_in_range)
-            outs += (out for out in layers.outs if out is not None)
-            values += (x for x in new if x is not None)
+            outs += [out for out in layers.outs if out is not None]
+            values += [x for x in new if x is not None]
     if unless is not None:
         kept = [unless.to(x.device, non_blocking=True) != 0 for x in outs]
         pairs = zip(kept, outs, values, strict=True)
