@@ -43,6 +43,7 @@ CUDA_TESTS = [  # in files that otherwise test the CPU
     "tests/test_torch.py::test_cuda_agrees_with_the_cpu_and_never_waits",
     "tests/test_torch_optimizer_state.py::test_cuda_agrees_with_the_cpu_and_never_waits",
     "tests/test_torch_optimizer_state.py::test_a_cuda_graph_replays_steps",
+    "tests/test_torch_optimizer_state.py::test_compiled_cuda_steps_agree",
 ]
 GRACE = 20.0  # seconds, to start and to end a process
 HEADING = ["", "engine", "ms", "ratio", "of a copy", "CPU, ms", "syncs", "peak, MiB", "held, MiB"]

@@ -42,7 +42,7 @@ def variant(target, dtype, velocity, *, scales=1, joint=False, strided=False, al
     constants = {"W": dtype, "G": dtype, "V": velocity, "STORES": True, "bad": None}
     constants |= {"JOINT": joint, "STRIDED": strided, "ALIGNED": aligned, "SCALES": scales}
     every = {
-        **dict.fromkeys(("sum_squares", "apply"), 8),  # warps
+        **dict.fromkeys(("sum_squares", "apply"), kernels.WARPS),
         **dict.fromkeys(("add_sums", "find_coefficients"), 1),
     }
     found = {
@@ -51,7 +51,7 @@ def variant(target, dtype, velocity, *, scales=1, joint=False, strided=False, al
     }
     guard = {**constants, "STORES": False, "unless": None}
     del guard["bad"]
-    return {**found, "nonfinite": compiled(kernels.apply, target, 8, guard)}
+    return {**found, "nonfinite": compiled(kernels.apply, target, kernels.WARPS, guard)}
 
 
 if __name__ == "__main__":

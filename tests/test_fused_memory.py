@@ -84,7 +84,7 @@ def test_sizes_near_the_ends_of_blocks_and_chunks(size, dtype):
 
 @pytest.mark.parametrize("extra", [-1, 0, 3])
 def test_a_size_near_the_end_of_a_real_chunk(extra):
-    assert int(kernels.CHUNK) == 16384
+    assert int(kernels.CHUNK) == 8192
     check((int(kernels.CHUNK) + extra,))
 
 

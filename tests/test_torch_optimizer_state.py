@@ -351,3 +351,20 @@ def test_a_cuda_graph_replays_steps():
         graph.replay()
         opts[1].step()
     torch.testing.assert_close(p, q, rtol=1e-6, atol=0)
+
+
+@CUDA
+@pytest.mark.parametrize("rate", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
+def test_compiled_cuda_steps_agree(rate):
+    nets = [model().to("cuda") for _ in range(2)]
+    opts = [Lars(net.parameters(), rate, momentum=0.9) for net in nets]
+    for params in zip(*(net.parameters() for net in nets), strict=True):
+        g = torch.randn(params[0].shape, generator=torch.Generator().manual_seed(0)).to("cuda")
+        for p in params:
+            p.grad = g.clone()
+    step = torch.compile(opts[0].step)
+    for _ in range(3):
+        step()
+        opts[1].step()
+        for p, q in zip(*(net.parameters() for net in nets), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)

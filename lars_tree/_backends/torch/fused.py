@@ -235,7 +235,8 @@ class Fused:
     def _constants_of(self, layout: Layout) -> dict[str, Any]:
         w, dcdw = map(self._triton_dtype, layout[:2])
         strides = {"STRIDED": layout.is_strided, "ALIGNED": layout.is_aligned}
-        return {"W": w, "G": dcdw, **strides, "num_warps": 8, **self._constants}
+        warps = self._kernels.WARPS
+        return {"W": w, "G": dcdw, **strides, "num_warps": warps, **self._constants}
 
     def _triton_dtype(self, dtype: torch.dtype) -> Any:
         from triton import language
