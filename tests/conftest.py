@@ -27,6 +27,10 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 
 CI = os.environ.get("CI") == "true"
 
+# Importing the package without the kernel warns; processes that tests start print nothing extra.
+if not lars_tree.native_available():
+    os.environ["LARS_TREE_NATIVE"] = "0"
+
 # A shell makes its background processes ignore Ctrl-C, but tests of Ctrl-C need the handler.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

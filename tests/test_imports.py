@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -211,3 +212,26 @@ def test_public_modules_list_only_public_names(name):
 def test_there_are_no_other_names():
     with pytest.raises(AttributeError, match="'lars_tree' has no attribute 'lars'"):
         _ = lars_tree.lars
+
+
+def imported(setting, missing=True):
+    """What a new process prints that imports the package, with or without the kernel."""
+    block = "sys.modules['lars_tree._native._kernel'] = None; " if missing else ""
+    code = f"import sys; {block}import lars_tree; print(lars_tree.native_available())"
+    environment = {**os.environ, "LARS_TREE_NATIVE": setting}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return done.stdout.strip(), done.stderr
+
+
+def test_a_missing_kernel_warns_once_or_is_an_error():
+    for setting in ("", "1"):
+        available, text = imported(setting)
+        assert available == "False"
+        assert text.count("RuntimeWarning: lars_tree works without its C++ kernel") == 1
+    assert imported("0") == ("False", "")
+    available, text = imported("require")
+    assert available == ""
+    assert "ImportError: LARS_TREE_NATIVE=require, but the C++ kernel cannot be used: " in text
+    available, text = imported("yes", missing=False)
+    assert "ValueError: LARS_TREE_NATIVE: expected 0, 1 or require, got 'yes'" in text

@@ -268,3 +268,22 @@ def test_a_compiled_step_reports_what_does_not_fit(change):
         assert torch.equal(p, before)
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
+
+
+def test_a_key_that_is_no_option_warns():
+    p, q = parameter(), parameter()
+    with pytest.warns(UserWarning, match=r"param_groups\[1\]: 'decay' is no option of Lars"):
+        opt = Lars([{"params": [p]}, {"params": [q], "decay": 0.1}], 0.1)
+    with pytest.warns(
+        UserWarning, match=r"param_groups\[2\]: 'momentun' .*did you mean 'momentum'"
+    ):
+        opt.add_param_group({"params": [parameter()], "momentun": 0.5})
+
+
+def test_groups_of_other_optimizers_and_schedulers_do_not_warn():
+    sgd = torch.optim.SGD([parameter()], 0.1)
+    torch.optim.lr_scheduler.OneCycleLR(sgd, 0.1, total_steps=9)
+    adam = torch.optim.AdamW([("w", parameter())], 0.1)
+    for other in (sgd, adam):
+        kept = "params", "param_names", "differentiable", "capturable", "initial_lr", "max_lr"
+        Lars([{key: group[key] for key in kept if key in group} for group in other.param_groups], 1)

@@ -1,14 +1,16 @@
 """The native kernel for CPU memory; `kernel` is None if it was not built, or cannot be used.
 
 kernel.hpp has the arithmetic, without Python; plan.hpp binds it to Python. Only speed depends on
-the kernel: `_backends/cpu/twin.py` gives the same bits. LARS_TREE_NATIVE=0 in the environment turns
-the kernel off.
+the kernel: `_backends/cpu/twin.py` gives the same bits. Without the kernel, importing the package
+warns. In the environment, LARS_TREE_NATIVE=0 turns the kernel off, without a warning, and
+LARS_TREE_NATIVE=require makes a missing kernel an error.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -19,14 +21,30 @@ if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan, Reader, _Kernel
 
 
+_MISSING = (
+    "lars_tree works without its C++ kernel, so steps on CPU memory take longer, up to 200 times "
+    "for many small arrays: {}. Install a C++ compiler, and then lars_tree again; or set "
+    "LARS_TREE_NATIVE=0 in the environment if speed does not matter"
+)
+
+
 def _load() -> _Kernel | None:
-    if os.environ.get("LARS_TREE_NATIVE") == "0":
-        return None
-    if not np.__version__.startswith("2."):  # memory.hpp has the layout of the arrays of numpy 2
+    wanted = os.environ.get("LARS_TREE_NATIVE") or "1"
+    if wanted not in ("0", "1", "require"):
+        raise ValueError(f"LARS_TREE_NATIVE: expected 0, 1 or require, got {wanted!r}")
+    if wanted == "0":
         return None
     try:
+        if not np.__version__.startswith(
+            "2."
+        ):  # memory.hpp has the layout of the arrays of numpy 2
+            raise ImportError(f"it was built for numpy 2, and this is numpy {np.__version__}")
         from lars_tree._native import _kernel
-    except ImportError:  # the kernel was not built
+    except ImportError as error:
+        if wanted == "require":
+            text = f"LARS_TREE_NATIVE=require, but the C++ kernel cannot be used: {error}"
+            raise ImportError(text) from error
+        warnings.warn(_MISSING.format(error), RuntimeWarning, stacklevel=2)
         return None
     return _kernel
 

@@ -27,14 +27,14 @@ from lars_tree._backends.torch.tensors import copy_all
 from lars_tree._backends.torch.transfers import is_capturing
 from lars_tree._core import locks
 from lars_tree._core.execute import execute
-from lars_tree._core.options import CALLED_ELSEWHERE, check_names, with_hints
+from lars_tree._core.options import with_hints
 from lars_tree._core.types import NonFinite
 from lars_tree._core.writes import Writes
 from lars_tree._numerics.formula import Rule
 from lars_tree._report.measure import measure_columns
 from lars_tree.errors import LarsTreeError
 from lars_tree.torch.groups import param_groups, refuse_flat
-from lars_tree.torch.options import NAMES, can_compile, check
+from lars_tree.torch.options import NAMES, can_compile, check, check_keys
 from lars_tree.torch.rows import ParameterRows, engines, gather, to_measure
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         return {str(*path): x.measured.ratio if x.measured else None for path, x in found}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, as in `torch.optim.Optimizer`.
+        """Add a parameter group, as in `torch.optim.Optimizer`. A key that is no option warns.
 
         Raises:
             OptionError: An option has an invalid value.
@@ -196,9 +196,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         """
         name = f"param_groups[{len(self.param_groups)}]"
         if isinstance(param_group, dict):
-            # Unknown keys are allowed, but not other packages' names for our options.
-            foreign = {key: x for key, x in param_group.items() if key in CALLED_ELSEWHERE}
-            check_names(foreign, self.defaults, function=name)
+            check_keys(param_group, self.defaults, name)
             check({**self.defaults, **param_group}, name)
         super().add_param_group(param_group)
         try:

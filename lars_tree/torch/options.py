@@ -5,6 +5,7 @@ An OptionError is a ValueError, as torch's own optimizers raise.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from numbers import Number
 from operator import index
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lars_tree import errors
+from lars_tree._core.options import CALLED_ELSEWHERE, check_names
 from lars_tree._core.types import NonFinite
 from lars_tree._core.values import finite_number
 from lars_tree._numerics.formula import Rule
@@ -60,6 +62,12 @@ _CHOICES: dict[str, tuple[bool | str | None, ...]] = {
     "nonfinite": ("propagate", "skip", "raise"),
 }
 
+# Keys of groups that are no options of Lars: of torch's optimizers, its schedulers, and timm's.
+_OF_OTHERS = {
+    *("params", "param_names", "name", "capturable", "differentiable", "decoupled_weight_decay"),
+    *("initial_lr", "min_lr", "max_lr", "base_momentum", "max_momentum", "swa_lr", "lr_scale"),
+}
+
 # A schedule that ends at 0 can return a rate that is negative by a few ulps of the first rate.
 _ROUNDING = 1e-12
 
@@ -100,6 +108,19 @@ def check(
         raise _error("nesterov", group, text)
     if options["foreach"] and options["fused"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+
+def check_keys(group: dict[str, Any], known: Mapping[str, Any], name: str) -> None:
+    """Refuse other packages' names for options of Lars, and warn of other keys without a meaning.
+
+    Like torch, accept the keys of other optimizers and of schedulers, so that groups can be copied.
+    """
+    check_names(
+        {key: x for key, x in group.items() if key in CALLED_ELSEWHERE}, known, function=name
+    )
+    for key in group.keys() - known.keys() - _OF_OTHERS:
+        text = f"{name}: {key!r} is no option of Lars and has no effect"
+        warnings.warn(text + errors.did_you_mean(key, known), stacklevel=3)
 
 
 def _check_array(name: str, x: Any, group: str, waits: bool, first_rate: Any) -> None:
