@@ -1,0 +1,359 @@
+"""One call that updates a tree of seven leaves, with a fault or an unusual input at one of them.
+
+`refused` says whether an error came before anything was changed, `right` whether the numbers of
+all leaves are those of the reference.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import reference
+from mpmath import mpc, mpf
+
+from lars_tree import Container, Lars, LarsTreeError, StructureError, lars_update
+from tests.reliability.attack import Attempts
+
+PATHS = (
+    ("embed",),
+    ("blocks", 0, "kernel"),
+    ("blocks", 0, "bias"),
+    ("blocks", 1, 0),
+    ("blocks", 1, 1, "scale"),
+    ("head", "kernel"),
+    ("head", "a/b"),
+)
+NAMES = (  # as a message shows the paths
+    *("embed", "blocks/0/kernel", "blocks/0/bias", "blocks/1/0", "blocks/1/1/scale"),
+    *("head/kernel", "head/'a/b'"),
+)
+MODES = ("new", "in place", "into out")
+UPDATE, LARS = "lars_update", "Lars.update"
+RULE = {"decay_lambda": 0.01, "trust_coefficient": 0.75, "eps": 0.001}
+LR, MOMENTUM = 0.5, 0.5
+
+Leaf = Any
+Flat = tuple[complex, ...]
+
+
+def tree(leaves: Sequence[Leaf]) -> dict[str, Any]:
+    """A tree of dicts, a list, a tuple and a Container, with leaves at three depths."""
+    a, b, c, d, e, f, g = leaves
+    blocks = [{"kernel": b, "bias": c}, (d, {"scale": e})]
+    return {"embed": a, "blocks": blocks, "head": Container({"kernel": f, "a/b": g})}
+
+
+def at(node: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        node = dict.__getitem__(node, key) if isinstance(node, dict) else node[key]
+    return node
+
+
+def values(i: int) -> np.ndarray:
+    """Weights of leaf i: few bits, so that all formats have them."""
+    return (np.arange(1, 7, dtype=np.float32).reshape(2, 3) + i) / 8
+
+
+def slopes(i: int) -> np.ndarray:
+    """Gradients of leaf i."""
+    return ((np.arange(6, dtype=np.float32) * 5 + i) % 7 - 2).reshape(2, 3) / 4
+
+
+@dataclass
+class Call:
+    """The leaves of all arguments. In an update in place, `outs` is `ws`."""
+
+    function: str
+    mode: str
+    ws: list[Leaf]
+    gs: list[Leaf]
+    outs: list[Leaf] | None
+    velocities: list[Leaf] | None
+    counters: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    partner: int | None = None  # another leaf that the error may name
+
+    def trees(self) -> list[Any]:
+        """w, dcdw, out and state as the arguments of a call."""
+        w, dcdw = tree(self.ws), tree(self.gs)
+        out = None if self.outs is None else w if self.outs is self.ws else tree(self.outs)
+        if self.velocities is None:
+            return [w, dcdw, out, None]
+        return [w, dcdw, out, Container(self.counters, velocity=tree(self.velocities))]
+
+    def run(self, w: Any, dcdw: Any, out: Any, state: Any) -> tuple[Any, Any]:
+        """The new weights and the new state."""
+        if self.function == UPDATE:
+            return lars_update(w, dcdw, LR, out=out, **RULE, **self.options), None
+        rule = {name.replace("decay_lambda", "weight_decay"): x for name, x in RULE.items()}
+        return Lars(LR, momentum=MOMENTUM, **rule, **self.options).update(w, dcdw, state, out=out)
+
+    def leaves(self) -> list[Leaf]:
+        lists = (self.ws, self.gs, self.outs or (), self.velocities or (), self.counters.values())
+        return [x for leaves in lists for x in leaves]
+
+
+def make(function: str, mode: str, convert: Callable[[np.ndarray], Leaf], counter: Any) -> Call:
+    """A valid call with arrays that `convert` makes of numpy arrays."""
+    ws, gs, outs = ([convert(f(i)) for i in range(7)] for f in (values, slopes, values))
+    target = {"new": None, "in place": ws, "into out": outs}[mode]
+    if function == UPDATE:
+        return Call(function, mode, ws, gs, target, None)
+    velocities = [convert(slopes(i + 3) / 2) for i in range(7)]
+    return Call(function, mode, ws, gs, target, velocities, {"step": counter(3), "skipped": counter(1)})
+
+
+@dataclass(frozen=True)
+class Fault:
+    """An input that must be refused with an error of this class, or updated correctly if None."""
+
+    name: str
+    spoil: Callable[[Call, int], Any]
+    error: type[LarsTreeError] | None
+    argument: str = ""
+    modes: tuple[str, ...] = MODES
+    functions: tuple[str, ...] = (UPDATE, LARS)
+
+
+def leaf(side: str, convert: Callable[[Leaf], Leaf], **options: Any) -> Callable[[Call, int], None]:
+    """A fault of one leaf of "ws", "gs", "outs" or "velocities"; `convert` gets the valid leaf."""
+
+    def spoil(call: Call, i: int) -> None:
+        leaves = getattr(call, side)
+        leaves[i] = convert(leaves[i])
+        call.options |= options
+
+    return spoil
+
+
+def weights(convert: Callable[[Leaf], Leaf]) -> Callable[[Call, int], None]:
+    """A leaf of w, and of out if that is another tree."""
+
+    def spoil(call: Call, i: int) -> None:
+        call.ws[i] = convert(call.ws[i])
+        if call.outs is not None and call.outs is not call.ws:
+            call.outs[i] = convert(call.outs[i])
+
+    return spoil
+
+
+def everywhere(convert: Callable[[Leaf], Leaf]) -> Callable[[Call, int], None]:
+    """The same leaf of all arguments."""
+
+    def spoil(call: Call, i: int) -> None:
+        weights(convert)(call, i)
+        call.gs[i] = convert(call.gs[i])
+        if call.velocities is not None:
+            call.velocities[i] = convert(call.velocities[i])
+
+    return spoil
+
+
+def counter(name: str, convert: Callable[[Leaf], Leaf]) -> Callable[[Call, int], None]:
+    """A counter of the state."""
+
+    def spoil(call: Call, i: int) -> None:
+        call.counters[name] = convert(call.counters[name])
+
+    return spoil
+
+
+def cases(faults: Iterable[Fault]) -> list[tuple[Fault, int, str, str]]:
+    """Every fault at every leaf, in every mode and function in which it can occur."""
+    return [
+        (fault, i, mode, function)
+        for fault in faults
+        for i in range(7)
+        for mode in fault.modes
+        for function in fault.functions
+    ]
+
+
+def attempts(
+    rng: np.random.Generator,
+    faults: Iterable[Fault],
+    valid: Callable[[str, str], Call],
+    vary: Callable[[Leaf], Leaf],
+    seen: Callable[[Leaf], Any],
+    numbers: Callable[[Leaf], Any],
+) -> Attempts:
+    """Try each case of `cases` in random order, among leaves of which some need the general path."""
+    every = cases(faults)
+    for k in rng.permutation(len(every)):
+        fault, i, mode, function = every[k]
+        call = valid(function, mode)
+        other = int(rng.integers(7))
+        company = ["", "strided", "no gradient", "may skip"][int(rng.integers(4))]
+        fault.spoil(call, i)
+        if other not in (i, call.partner):
+            if company == "strided":
+                call.ws[other] = vary(call.ws[other])
+            elif company == "no gradient":
+                call.gs[other] = None
+        if company == "may skip":
+            call.options.setdefault("nonfinite", "skip")
+        check = refused if fault.error else right
+        found = check(call, fault, i, seen, numbers)
+        about = f"{fault.name} at {NAMES[i]}, {function}, {mode}, company: {company or 'none'}"
+        yield None if found is None else f"{about}: {found}"
+
+
+def state_of(call: Call, trees: Sequence[Any], seen: Callable[[Leaf], Any]) -> list[Any]:
+    """All that a refused call must not change."""
+    return [
+        list(map(seen, call.leaves())),
+        *map(outline, trees),
+        signal.getsignal(signal.SIGINT),
+        dict(call.options),
+    ]
+
+
+def outline(node: Any) -> Any:
+    """The classes, keys and identities of a tree."""
+    if issubclass(type(node), dict):
+        return type(node), id(node), [(key, outline(x)) for key, x in dict.items(node)]
+    if type(node) in (list, tuple):
+        return type(node), id(node), list(map(outline, node))
+    return id(node)
+
+
+def refused(
+    call: Call,
+    fault: Fault,
+    i: int,
+    seen: Callable[[Leaf], Any],
+    numbers: Callable[[Leaf], Any],
+) -> str | None:
+    """What is wrong with the error of the call, or changed despite it; None if nothing."""
+    trees = call.trees()
+    before = state_of(call, trees, seen)
+    try:
+        call.run(*trees)
+    except Exception as error:
+        wrong = wrong_error(error, fault, _named(call, fault, i))
+    else:
+        wrong = "not refused"
+    if state_of(call, trees, seen) != before:
+        wrong = f"something has changed{'; ' + wrong if wrong else ''}"
+    return wrong
+
+
+def _named(call: Call, fault: Fault, i: int) -> tuple[str, ...]:
+    if fault.argument == "state" and fault.name.startswith(("step", "skipped")):
+        return (fault.name.split()[0],)
+    if fault.error is StructureError and fault.argument == "state":
+        return (f"velocity/{NAMES[i]}",)
+    return (NAMES[i],) if call.partner is None else (NAMES[i], NAMES[call.partner])
+
+
+def wrong_error(error: Exception, fault: Fault, names: tuple[str, ...]) -> str | None:
+    """What is wrong with an error that must name these paths."""
+    text = f"{type(error).__name__}: {error}"
+    assert fault.error is not None
+    if type(error) is not fault.error:
+        return f"expected a {fault.error.__name__}, got {text}"
+    if error.argument != fault.argument or fault.argument not in str(error).splitlines()[0]:
+        return f"expected the argument {fault.argument!r}, got {error.argument!r} in {text}"
+    lines = str(error).splitlines()[1:]
+    if len(error.paths) != 1 or not any(lines[0].startswith(f"  {name}: ") for name in names):
+        return f"expected the path {names[0]}, got {error.paths} in {text}"
+    if not all(name in lines[0] for name in names):
+        return f"expected the paths {names}, got {text}"
+    return None
+
+
+def right(
+    call: Call,
+    fault: Fault,
+    i: int,
+    seen: Callable[[Leaf], Any],
+    numbers: Callable[[Leaf], Any],
+) -> str | None:
+    """What is wrong with the results of the call; None if they are those of the reference."""
+    trees = call.trees()
+    read = [x for x in (*call.gs, *(call.ws if call.outs is not call.ws else ())) if x is not None]
+    read += [*(call.velocities or ()), *call.counters.values()] if call.outs is None else []
+    old = [[None if x is None else numbers(x) for x in xs] for xs in _columns(call)]
+    before = list(map(seen, read))
+    try:
+        new, state = call.run(*trees)
+    except Exception as error:
+        return f"refused, {type(error).__name__}: {error}"
+    if list(map(seen, read)) != before and not fault.name.endswith("overlaps"):
+        return "an input has changed"
+    if outline(new) == outline(trees[0]) and call.outs is not call.ws:
+        return "the result is the tree of the input"
+    for j, path in enumerate(PATHS):
+        try:
+            x = at(new, path)
+            v = None if state is None else at(state["velocity"], path)
+        except (KeyError, IndexError, TypeError) as error:
+            return f"the result has no leaf {NAMES[j]}: {error!r}"
+        wrong = _wrong_leaf(call, j, x, v, [column[j] for column in old], numbers)
+        if wrong:
+            return f"{NAMES[j]}: {wrong}"
+    if state is not None and [int(state[name]) for name in ("step", "skipped")] != [4, 1]:
+        return f"counters are {state['step']} and {state['skipped']}"
+    return None
+
+
+def _columns(call: Call) -> Iterator[list[Leaf]]:
+    yield call.ws
+    yield call.gs
+    yield call.velocities or [None] * 7
+
+
+def _wrong_leaf(
+    call: Call, j: int, x: Leaf, v: Leaf, old: list[Any], numbers: Callable[[Leaf], Any]
+) -> str | None:
+    w, g, velocity = old
+    if call.outs is not None and x is not call.outs[j]:
+        return "the result is not the array of out"
+    if getattr(call.ws[j], "dtype", None) != getattr(x, "dtype", None) or np.shape(w[1]) != np.shape(
+        numbers(x)[1]
+    ):
+        return f"the result is {x!r}"
+    if g is None:
+        same = numbers(x)[1].tolist() == w[1].tolist()
+        same = same and (v is None or numbers(v)[1].tolist() == velocity[1].tolist())
+        return None if same else "weights without a gradient have changed"
+    flat = [flattened(y[1]) for y in (w, (None, np.broadcast_to(g[1], w[1].shape)))]
+    if v is None:
+        return wrong_numbers(*flat, None, flattened(numbers(x)[1]), None, w[0], w[0])
+    moved = [flattened(numbers(y)[1]) for y in (x, v)]
+    return wrong_numbers(*flat, flattened(velocity[1]), *moved, w[0], numbers(v)[0])
+
+
+def flattened(x: np.ndarray) -> tuple[complex, ...]:
+    return tuple(x.ravel().tolist())
+
+
+@cache  # most calls have the same numbers at most leaves
+def wrong_numbers(
+    w: Flat, g: Flat, v: Flat | None, new: Flat, new_v: Flat | None, name: str, v_name: str
+) -> str | None:
+    """A text if a number is further from the exact one than the package promises."""
+    step = reference.lars(w, g, LR, **RULE)
+    if v is None or new_v is None:
+        return _far("weights", new, step.w_new, w, step.u, name)
+    moved = reference.move(w, v, step, MOMENTUM)
+    change = [max(abs(u), abs(c)) for u, c in zip(step.u, moved.change, strict=True)]
+    none = (0.0,) * len(w)
+    return _far("weights", new, moved.w_new, w, change, name) or _far(
+        "velocity", new_v, moved.v_new, none, change, v_name
+    )
+
+
+def _far(what: str, new: Flat, exact: Any, old: Flat, change: Any, name: str) -> str | None:
+    most = 4 if name == "float64" else 1
+    for x, y, w, u in zip(new, exact, old, change, strict=True):
+        number = mpc(x) if isinstance(x, complex) else mpf(x)
+        size = max(abs(mpc(w)), abs(u))
+        if not abs(number - y) <= most * reference.ulp(size, name):
+            return f"expected {what} of {y}, got {x}"
+    return None
