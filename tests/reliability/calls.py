@@ -335,22 +335,35 @@ def flattened(x: np.ndarray) -> tuple[complex, ...]:
 
 @cache  # most calls have the same numbers at most leaves
 def wrong_numbers(
-    w: Flat, g: Flat, v: Flat | None, new: Flat, new_v: Flat | None, name: str, v_name: str
+    w: Flat,
+    g: Flat,
+    v: Flat | None,
+    new: Flat,
+    new_v: Flat | None,
+    name: str,
+    v_name: str,
+    lr_after: float | None = None,
+    ulps: int = 1,
 ) -> str | None:
-    """A text if a number is further from the exact one than the package promises."""
-    step = reference.lars(w, g, LR, **RULE)
+    """A text if a number is further from the exact one than the package promises.
+
+    With `lr_after` the rate multiplies the velocity, as in torch.
+    """
+    step = reference.lars(w, g, LR if lr_after is None else 1.0, **RULE)
     if v is None or new_v is None:
-        return _far("weights", new, step.w_new, w, step.u, name)
-    moved = reference.move(w, v, step, MOMENTUM)
-    change = [max(abs(u), abs(c)) for u, c in zip(step.u, moved.change, strict=True)]
+        return _far("weights", new, step.w_new, w, step.u, name, ulps)
+    rate = 1.0 if lr_after is None else lr_after
+    moved = reference.move(w, v, step, MOMENTUM, rate=rate)
+    pairs = list(zip(step.u, moved.v_new, strict=True))
+    change = [max(abs(u), abs(x)) for u, x in pairs]
     none = (0.0,) * len(w)
-    return _far("weights", new, moved.w_new, w, change, name) or _far(
-        "velocity", new_v, moved.v_new, none, change, v_name
+    return _far("weights", new, moved.w_new, w, [rate * x for x in change], name, ulps) or _far(
+        "velocity", new_v, moved.v_new, none, change, v_name, ulps
     )
 
 
-def _far(what: str, new: Flat, exact: Any, old: Flat, change: Any, name: str) -> str | None:
-    most = 4 if name == "float64" else 1
+def _far(what: str, new: Flat, exact: Any, old: Flat, change: Any, name: str, ulps: int) -> str | None:
+    most = 4 if name == "float64" else ulps
     for x, y, w, u in zip(new, exact, old, change, strict=True):
         number = mpc(x) if isinstance(x, complex) else mpf(x)
         size = max(abs(mpc(w)), abs(u))

@@ -42,3 +42,10 @@ def jax_arrays(rng: np.random.Generator) -> Attempts:
 
     faults = [*bad.FAULTS, *bad.IMMUTABLE, *bad.GOOD]
     return calls.attempts(rng, faults, valid, bad.strided, bad.seen, bad.numbers)
+
+
+@attack("Every bad leaf is refused", "parameters", count=100_000, short=200, plain=True, needs=("torch",))
+def parameters(rng: np.random.Generator) -> Attempts:
+    from tests.reliability import bad_parameters
+
+    return bad_parameters.attempts(rng)
