@@ -20,7 +20,7 @@ from tests.reliability.calls import Fault
 NAMES = tuple(f"blocks.{i}.weight" for i in range(7))
 GROUPS = (range(3), range(3, 5), range(5, 7))
 MOVING = range(5)  # the parameters with momentum
-FIRST, LATER = "first step", "later step"
+FIRST, LATER, AGAIN = "first step", "later step", "step like the last"
 ENGINES = ("native", "foreach")
 RULE = {name: x for name, x in calls.RULE.items() if name != "decay_lambda"}
 
@@ -44,6 +44,9 @@ class Model:
             for i in MOVING:
                 buffer = tensors.valid(calls.slopes(i + 3) / 2)
                 self.opt.state[self.params[i]]["momentum_buffer"] = buffer
+        elif when == AGAIN:
+            for _ in range(2):
+                self.opt.step()
 
     def buffers(self) -> list[Any]:
         return [self.opt.state.get(p, {}).get("momentum_buffer") for p in self.params]
@@ -140,10 +143,10 @@ GRADIENTS = ("sparse", "freed", "half freed", "a zero tensor", "fake", "function
 DATA = ("freed", "half freed", "a zero tensor")
 DTYPES = {n: f for n, f in tensors.DTYPES.items() if n.startswith("torch.")}
 BUFFERS = {n: f for n, f in tensors.FAULTY.items() if n != "lazy"}
-LATE = (LATER,)
+LATE = (LATER, AGAIN)
 
 
-def fault(name: str, spoil: Spoil, error: Any, argument: str = "", modes: Any = (FIRST, LATER)) -> Fault:
+def fault(name: str, spoil: Spoil, error: Any, argument: str = "", modes: Any = (FIRST, LATER, AGAIN)) -> Fault:
     return Fault(name, spoil, error, argument, modes, ENGINES)
 
 
