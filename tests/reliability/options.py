@@ -196,6 +196,56 @@ def values(rng: np.random.Generator) -> Attempts:
         yield None if wrong is None else f"{about}: {wrong}"
 
 
+@attack(
+    "`lars_tree.torch.Lars` refuses bad options of any group",
+    "bad values, given to the optimizer, in a group, with a new group, or set later",
+    count=100_000,
+    short=300,
+    needs=("torch",),
+)
+def groups(rng: np.random.Generator) -> Attempts:
+    from tests.reliability import bad_groups
+
+    return bad_groups.attempts(rng)
+
+
+@attack(
+    "`lars_tree.optax.lars` refuses bad options",
+    "bad values of the options of `lars_tree.optax.lars`",
+    count=3_000,
+    short=150,
+    needs=("jax", "optax"),
+)
+def transformations(rng: np.random.Generator) -> Attempts:
+    import jax.numpy as jnp
+
+    from lars_tree.optax import lars
+
+    w, g = (calls.tree([jnp.asarray(f(i)) for i in range(7)]) for f in (calls.values, calls.slopes))
+    places = [place for place in PLACES if place in ("whole", "leaf", "function")]
+    every = [
+        (name, label, place)
+        for name, bad in BAD.items()
+        for label in bad
+        for place in places
+        if not (name == "lr" and callable(bad[label]))
+    ]
+    for k in rng.permutation(len(every)):
+        name, label, place = every[k]
+        i, bad = int(rng.integers(7)), BAD[name][label]
+        given, named = placed(name, "Lars", place, i, bad)
+        ours = {"lr": "learning_rate", "decay_lambda": "weight_decay"}.get(name, name)
+        try:
+            tx = lars(**{"learning_rate": 0.5, ours: given})
+            tx.update(g, tx.init(w), w)
+        except Exception as error:
+            wrong = wrong_error(error, "lr" if name == "lr" else ours, named, bad)
+        else:
+            wrong = "not refused"
+        about = f"{name}={label} by {place} at {NAMES[i]}"
+        yield None if wrong is None else f"{about}: {wrong}"
+
+
 SAME: list[tuple[Any, float]] = [
     *((x, 0.5) for x in (np.float16(0.5), np.float64(0.5), np.longdouble(0.5), Decimal("0.5"))),
     *((x, 0.5) for x in (Fraction(1, 2), np.array(0.5), np.array(0.5, ">f4"), np.array(0.5, "f2"))),
