@@ -325,7 +325,9 @@ FAULTS = [
     Fault("dcdw is a numpy bool", leaf("gs", always(np.True_)), DtypeError, "dcdw"),
     Fault("dcdw is a tensor", leaf("gs", torch_tensor), BackendError, "dcdw"),
     *(
-        Fault(f"dcdw has shape {s}", leaf("gs", reshaped(*s)), ShapeError, "dcdw", functions=(LARS,))
+        Fault(
+            f"dcdw has shape {s}", leaf("gs", reshaped(*s)), ShapeError, "dcdw", functions=(LARS,)
+        )
         for s in [(3,), (1, 3), (2, 1), (1,), ()]
     ),
     Fault("dcdw is a number", leaf("gs", always(0.5)), ShapeError, "dcdw", functions=(LARS,)),
@@ -334,9 +336,7 @@ FAULTS = [
         for x in (np.nan, np.inf, -np.inf)
     ),
     *(
-        Fault(
-            f"w is {x}", leaf("ws", filled(x), nonfinite="raise"), NonFiniteError, "dcdw"
-        )
+        Fault(f"w is {x}", leaf("ws", filled(x), nonfinite="raise"), NonFiniteError, "dcdw")
         for x in (np.nan, np.inf)
     ),
     *(
@@ -368,7 +368,9 @@ FAULTS = [
         for n, (f, e) in OBJECTS.items()
         if n != "a masked array"
     ),
-    Fault("out is masked", leaf("outs", OBJECTS["a masked array"][0]), OutError, "out", ("into out",)),
+    Fault(
+        "out is masked", leaf("outs", OBJECTS["a masked array"][0]), OutError, "out", ("into out",)
+    ),
     Fault("out is None", leaf("outs", always(None)), LeafError, "out", ("into out",)),
     Fault("out is a number", leaf("outs", always(1.0)), LeafError, "out", ("into out",)),
     Fault("out is a scalar", leaf("outs", always(np.float32(1))), OutError, "out", ("into out",)),
@@ -401,11 +403,23 @@ STATES = [
         Fault(f"velocity is {n}", leaf("velocities", f), e, "state", functions=(LARS,))
         for n, (f, e) in OBJECTS.items()
     ),
-    Fault("velocity is None", leaf("velocities", always(None)), LeafError, "state", functions=(LARS,)),
-    Fault("velocity is 0.0", leaf("velocities", always(0.0)), LeafError, "state", functions=(LARS,)),
-    Fault("velocity is a tensor", leaf("velocities", torch_tensor), BackendError, "state", functions=(LARS,)),
+    Fault(
+        "velocity is None", leaf("velocities", always(None)), LeafError, "state", functions=(LARS,)
+    ),
+    Fault(
+        "velocity is 0.0", leaf("velocities", always(0.0)), LeafError, "state", functions=(LARS,)
+    ),
+    Fault(
+        "velocity is a tensor",
+        leaf("velocities", torch_tensor),
+        BackendError,
+        "state",
+        functions=(LARS,),
+    ),
     *(
-        Fault(f"velocity has dtype {n}", leaf("velocities", f), StateError, "state", functions=(LARS,))
+        Fault(
+            f"velocity has dtype {n}", leaf("velocities", f), StateError, "state", functions=(LARS,)
+        )
         for n, f in {
             **DTYPES,
             **{n: as_type(n) for n in ("f8", "f2", "g", "c8")},
@@ -414,7 +428,13 @@ STATES = [
         }.items()
     ),
     *(
-        Fault(f"velocity has shape {s}", leaf("velocities", reshaped(*s)), StateError, "state", functions=(LARS,))
+        Fault(
+            f"velocity has shape {s}",
+            leaf("velocities", reshaped(*s)),
+            StateError,
+            "state",
+            functions=(LARS,),
+        )
         for s in [*SHAPES, (3,), (1, 3), (2, 1), (1,), ()]
     ),
     *(
@@ -536,10 +556,26 @@ GOOD = [
     *(Fault(f"dcdw is of {f}", leaf("gs", as_type(f)), None) for f in FORMATS),
     *(Fault(f"all are of {f}", in_format(f), None) for f in FORMATS),
     *(Fault(f"all are complex {f}", everywhere(as_type(f)), None) for f in ("c8", "c16", "G")),
-    *(Fault(f"w is {n}", leaf("ws", f), None, modes=("new", "into out")) for n, f in READ.items() if "byte" not in n),
-    *(Fault(f"w is {n}", leaf("ws", f), None, modes=("in place",)) for n, f in LAYOUTS.items() if "byte" not in n),
-    *(Fault(f"out is {n}", leaf("outs", f), None, modes=("into out",)) for n, f in LAYOUTS.items() if "byte" not in n),
-    *(Fault(f"velocity is {n}", leaf("velocities", f), None, functions=(LARS,)) for n, f in LAYOUTS.items() if "byte" not in n),
+    *(
+        Fault(f"w is {n}", leaf("ws", f), None, modes=("new", "into out"))
+        for n, f in READ.items()
+        if "byte" not in n
+    ),
+    *(
+        Fault(f"w is {n}", leaf("ws", f), None, modes=("in place",))
+        for n, f in LAYOUTS.items()
+        if "byte" not in n
+    ),
+    *(
+        Fault(f"out is {n}", leaf("outs", f), None, modes=("into out",))
+        for n, f in LAYOUTS.items()
+        if "byte" not in n
+    ),
+    *(
+        Fault(f"velocity is {n}", leaf("velocities", f), None, functions=(LARS,))
+        for n, f in LAYOUTS.items()
+        if "byte" not in n
+    ),
     Fault("w is tied", tied("ws"), None, modes=("new", "into out")),
     Fault("w is shifted", shifted("ws"), None, modes=("new", "into out")),
     Fault("dcdw is tied", tied("gs"), None),
@@ -557,7 +593,12 @@ GOOD = [
         for by in (0, 1, 5)
     ),
     *(
-        Fault(f"dcdw and velocity by {by} overlaps", crossed("gs", "velocities", by), None, functions=(LARS,))
+        Fault(
+            f"dcdw and velocity by {by} overlaps",
+            crossed("gs", "velocities", by),
+            None,
+            functions=(LARS,),
+        )
         for by in (0, 1, 5)
     ),
     Fault("dcdw is None", leaf("gs", always(None)), None),

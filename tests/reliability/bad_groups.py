@@ -54,7 +54,7 @@ def groups() -> list[dict[str, Any]]:
 
 
 def attempts(rng: np.random.Generator) -> Attempts:
-    """Try each bad value of each option, in each place and group, in random order."""
+    """Try each bad value of each option, in each place and group."""
     every = [
         (name, label, place, number)
         for name, bad in BAD.items()
@@ -64,8 +64,7 @@ def attempts(rng: np.random.Generator) -> Attempts:
         # A schedule may end at a rate that is negative by rounding.
         if (name, label, place) != ("lr", "-5e-324", "changed group")
     ]
-    for k in rng.permutation(len(every)):
-        name, label, place, number = every[k]
+    for name, label, place, number in calls.in_turns(rng, every, lambda case: case[:2]):
         found = attempt(name, BAD[name][label], place, number)
         about = f"{name}={label} by {place} {number}"
         yield None if found is None else f"{about}: {found}"

@@ -12,7 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lars_tree import BackendError, DtypeError, LeafError, NonFiniteError, OutError, ShapeError, StateError
+from lars_tree import (
+    BackendError,
+    DtypeError,
+    LeafError,
+    NonFiniteError,
+    OutError,
+    ShapeError,
+    StateError,
+)
 from tests.reliability import bad_arrays as arrays
 from tests.reliability.bad_arrays import SHAPES, always, tied
 from tests.reliability.calls import LARS, UPDATE, Call, Fault, counter, everywhere, leaf, weights
@@ -106,12 +114,21 @@ DTYPES = {
     "int4": as_type(jnp.int4),
     "keys": lambda x: jax.random.split(jax.random.key(0), 6).reshape(2, 3),
 }
-OTHERS = {"an array": lambda x: np.asarray(x), "a tensor": lambda x: arrays.torch_tensor(np.asarray(x))}
+OTHERS = {
+    "an array": lambda x: np.asarray(x),
+    "a tensor": lambda x: arrays.torch_tensor(np.asarray(x)),
+}
 
 
 def nonfinite(x: float) -> list[Fault]:
     return [
-        Fault(f"{side} has {x}", leaf(side, lambda y: y.at[1, 1].set(x), nonfinite="raise"), NonFiniteError, "dcdw", NEW)
+        Fault(
+            f"{side} has {x}",
+            leaf(side, lambda y: y.at[1, 1].set(x), nonfinite="raise"),
+            NonFiniteError,
+            "dcdw",
+            NEW,
+        )
         for side in ("gs", "ws")
     ]
 
@@ -130,7 +147,10 @@ FAULTS = [
     *(Fault(f"dcdw is {n}", leaf("gs", f), LeafError, "dcdw", NEW) for n, f in FAULTY.items()),
     *(Fault(f"dcdw is {n}", leaf("gs", f), DtypeError, "dcdw", NEW) for n, f in DTYPES.items()),
     *(Fault(f"dcdw is {n}", leaf("gs", f), BackendError, "dcdw", NEW) for n, f in OTHERS.items()),
-    *(Fault(f"dcdw has shape {s}", leaf("gs", reshaped(*s)), ShapeError, "dcdw", NEW) for s in SHAPES),
+    *(
+        Fault(f"dcdw has shape {s}", leaf("gs", reshaped(*s)), ShapeError, "dcdw", NEW)
+        for s in SHAPES
+    ),
     *(
         Fault(f"dcdw has shape {s}", leaf("gs", reshaped(*s)), ShapeError, "dcdw", NEW, (LARS,))
         for s in [(3,), (1, 3), (2, 1), (1,), ()]
@@ -147,14 +167,27 @@ FAULTS = [
         Fault(f"w has shape {s}", weights(reshaped(*s)), ShapeError, "dcdw", NEW)
         for s in [(3, 2), (6,), (3,), (1, 3), (2, 1), (), (0,)]
     ),
-    *(Fault(f"velocity is {n}", leaf("velocities", f), LeafError, "state", NEW, (LARS,)) for n, f in FAULTY.items()),
-    *(Fault(f"velocity is {n}", leaf("velocities", f), BackendError, "state", NEW, (LARS,)) for n, f in OTHERS.items()),
+    *(
+        Fault(f"velocity is {n}", leaf("velocities", f), LeafError, "state", NEW, (LARS,))
+        for n, f in FAULTY.items()
+    ),
+    *(
+        Fault(f"velocity is {n}", leaf("velocities", f), BackendError, "state", NEW, (LARS,))
+        for n, f in OTHERS.items()
+    ),
     *(
         Fault(f"velocity is {n}", leaf("velocities", f), StateError, "state", NEW, (LARS,))
         for n, f in {**DTYPES, **{n: as_type(n) for n in ("f8", "f2", "c8")}}.items()
     ),
     *(
-        Fault(f"velocity has shape {s}", leaf("velocities", reshaped(*s)), StateError, "state", NEW, (LARS,))
+        Fault(
+            f"velocity has shape {s}",
+            leaf("velocities", reshaped(*s)),
+            StateError,
+            "state",
+            NEW,
+            (LARS,),
+        )
         for s in [*SHAPES, (3,), (1, 3), (2, 1), (1,), ()]
     ),
     Fault("velocity on a device", two_devices("velocities"), BackendError, "state", NEW, (LARS,)),

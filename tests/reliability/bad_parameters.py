@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lars_tree import BackendError, DtypeError, LeafError, NonFiniteError, OutError, ShapeError, StateError
+from lars_tree import (
+    DtypeError,
+    LeafError,
+    NonFiniteError,
+    OutError,
+    ShapeError,
+    StateError,
+)
 from lars_tree.torch import Lars
 from tests.reliability import bad_tensors as tensors
 from tests.reliability import calls
@@ -56,7 +63,12 @@ class Model:
         grads = [p.grad for p in self.params]
         arrays = [*self.params, *grads, *self.buffers()]
         state = [(id(p), list(x)) for p, x in self.opt.state.items()]
-        return list(map(tensors.seen, arrays)), calls.outline(self.opt.param_groups), state, self.opt.skipped
+        return (
+            list(map(tensors.seen, arrays)),
+            calls.outline(self.opt.param_groups),
+            state,
+            self.opt.skipped,
+        )
 
 
 Spoil = Callable[[Model, int], None]
@@ -146,7 +158,9 @@ BUFFERS = {n: f for n, f in tensors.FAULTY.items() if n != "lazy"}
 LATE = (LATER, AGAIN)
 
 
-def fault(name: str, spoil: Spoil, error: Any, argument: str = "", modes: Any = (FIRST, LATER, AGAIN)) -> Fault:
+def fault(
+    name: str, spoil: Spoil, error: Any, argument: str = "", modes: Any = (FIRST, LATER, AGAIN)
+) -> Fault:
     return Fault(name, spoil, error, argument, modes, ENGINES)
 
 
@@ -155,7 +169,9 @@ FAULTS = [
     *(fault(f"p.grad is {n}", gradient(f), DtypeError, "p.grad") for n, f in DTYPES.items()),
     fault("p.grad is complex", gradient(tensors.as_type(torch.complex64)), DtypeError, "p.grad"),
     *(
-        fault(f"p.grad has {x}", gradient(one_value(x), nonfinite="raise"), NonFiniteError, "p.grad")
+        fault(
+            f"p.grad has {x}", gradient(one_value(x), nonfinite="raise"), NonFiniteError, "p.grad"
+        )
         for x in (float("nan"), float("inf"))
     ),
     *(
@@ -171,7 +187,10 @@ FAULTS = [
     *(fault(f"p is shared by {by}", shared(by), OutError, "p") for by in (0, 1, 5)),
 ]
 BUFFER_FAULTS = [
-    *(fault(f"buffer is {n}", buffer(f), LeafError, "momentum_buffer", LATE) for n, f in BUFFERS.items()),
+    *(
+        fault(f"buffer is {n}", buffer(f), LeafError, "momentum_buffer", LATE)
+        for n, f in BUFFERS.items()
+    ),
     *(
         fault(f"buffer is {n}", buffer(f), e, "momentum_buffer", LATE)
         for n, (f, e) in tensors.OBJECTS.items()
@@ -182,7 +201,13 @@ BUFFER_FAULTS = [
         for n, f in {**tensors.DTYPES, "double": Tensor.double, "half": Tensor.half}.items()
     ),
     *(
-        fault(f"buffer has shape {s}", buffer(tensors.reshaped(*s)), StateError, "momentum_buffer", LATE)
+        fault(
+            f"buffer has shape {s}",
+            buffer(tensors.reshaped(*s)),
+            StateError,
+            "momentum_buffer",
+            LATE,
+        )
         for s in [*tensors.SHAPES, (3,), (1, 3), (2, 1), (1,), ()]
     ),
     *(
@@ -215,7 +240,10 @@ GOOD = [
         }.items()
     ),
     *(fault(f"p is {n}", data(f), None) for n, f in LAYOUTS.items()),
-    *(fault(f"p is of {f}", both(tensors.as_type(f)), None, modes=(FIRST,)) for f in tensors.FORMATS),
+    *(
+        fault(f"p is of {f}", both(tensors.as_type(f)), None, modes=(FIRST,))
+        for f in tensors.FORMATS
+    ),
     fault("p.grad is None", gradient(lambda x: None), None),
 ]
 GOOD_BUFFERS = [
@@ -224,11 +252,10 @@ GOOD_BUFFERS = [
 
 
 def attempts(rng: np.random.Generator) -> Attempts:
-    """Try each case in random order."""
+    """Try each case, in the order of `calls.in_turns`."""
     every = calls.cases([*FAULTS, *GOOD])
     every += [case for case in calls.cases([*BUFFER_FAULTS, *GOOD_BUFFERS]) if case[1] in MOVING]
-    for k in rng.permutation(len(every)):
-        fault, i, when, engine = every[k]
+    for fault, i, when, engine in calls.in_turns(rng, every, lambda case: id(case[0])):
         model = Model(when, engine)
         expected = [] if fault.error else exact_inputs(fault, i, when, engine)
         fault.spoil(model, i)
@@ -288,14 +315,18 @@ def right(model: Model, fault: Fault, i: int, when: str, expected: list[Any]) ->
     return None
 
 
-def wrong_parameter(p: Tensor, v: Any, w: Any, g: Any, old: Any, moves: bool, ulps: int) -> str | None:
+def wrong_parameter(
+    p: Tensor, v: Any, w: Any, g: Any, old: Any, moves: bool, ulps: int
+) -> str | None:
     name, new = tensors.numbers(p)
     if g is None:
         return None if new.tolist() == w[1].tolist() else "changed without a gradient"
     velocity = np.zeros((2, 3)) if old is None else old[1]
     given = [calls.flattened(x) for x in (w[1], g[1], velocity)]
     if not moves:
-        return calls.wrong_numbers(*given[:2], None, calls.flattened(new), None, name, name, ulps=ulps)
+        return calls.wrong_numbers(
+            *given[:2], None, calls.flattened(new), None, name, name, ulps=ulps
+        )
     v_name, new_v = tensors.numbers(v)
     return calls.wrong_numbers(
         *given, calls.flattened(new), calls.flattened(new_v), name, v_name, calls.LR, ulps

@@ -159,7 +159,9 @@ class Wrapper(Tensor):
         self.x = x
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         def bare(y: Any) -> Any:
             return y.x if isinstance(y, Wrapper) else y
 
@@ -239,7 +241,9 @@ FAULTY: dict[str, Callable[[Tensor], Any]] = {
     "of 65 axes": many_axes,
 }
 DTYPES: dict[str, Callable[[Tensor], Any]] = {
-    **{str(x): as_type(x) for x in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)},
+    **{
+        str(x): as_type(x) for x in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+    },
     **{str(x): as_type(x) for x in (torch.uint16, torch.uint32, torch.uint64, torch.bool)},
     **{str(x): as_type(x) for x in (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)},
     "float8_e4m3fnuz": as_type(torch.float8_e4m3fnuz),
@@ -273,7 +277,9 @@ FAULTS = [
     *(Fault(f"dcdw has shape {s}", leaf("gs", reshaped(*s)), ShapeError, "dcdw") for s in SHAPES),
     Fault("dcdw is complex", leaf("gs", as_type(torch.complex64)), DtypeError, "dcdw"),
     *(
-        Fault(f"dcdw has shape {s}", leaf("gs", reshaped(*s)), ShapeError, "dcdw", functions=(LARS,))
+        Fault(
+            f"dcdw has shape {s}", leaf("gs", reshaped(*s)), ShapeError, "dcdw", functions=(LARS,)
+        )
         for s in [(3,), (1, 3), (2, 1), (1,), ()]
     ),
     *(Fault(f"w is {n}", weights(f), LeafError, "w") for n, f in FAULTY.items()),
@@ -299,11 +305,19 @@ FAULTS = [
             "is tied by its data": tied_data,
             "is shifted by 1": shifted,
             "is shifted by 5": lambda side: shifted(side, 5),
-            "needs a gradient": lambda side: differentiable(leaf(side, lambda x: x.requires_grad_())),
+            "needs a gradient": lambda side: differentiable(
+                leaf(side, lambda x: x.requires_grad_())
+            ),
         }.items()
     ),
-    *(Fault(f"out is {n}", leaf("outs", f), OutError, "out", ("into out",)) for n, f in FAULTY.items()),
-    *(Fault(f"out is {n}", leaf("outs", f), e, "out", ("into out",)) for n, (f, e) in OBJECTS.items()),
+    *(
+        Fault(f"out is {n}", leaf("outs", f), OutError, "out", ("into out",))
+        for n, f in FAULTY.items()
+    ),
+    *(
+        Fault(f"out is {n}", leaf("outs", f), e, "out", ("into out",))
+        for n, (f, e) in OBJECTS.items()
+    ),
     *(
         Fault(f"out is {n}", leaf("outs", f), OutError, "out", ("into out",))
         for n, f in {
@@ -317,8 +331,14 @@ FAULTS = [
         Fault(f"out has shape {s}", leaf("outs", reshaped(*s)), OutError, "out", ("into out",))
         for s in [*SHAPES, (3,), (1, 3), (2, 1), (1,), ()]
     ),
-    *(Fault(f"velocity is {n}", leaf("velocities", f), LeafError, "state", functions=(LARS,)) for n, f in FAULTY.items()),
-    *(Fault(f"velocity is {n}", leaf("velocities", f), e, "state", functions=(LARS,)) for n, (f, e) in OBJECTS.items()),
+    *(
+        Fault(f"velocity is {n}", leaf("velocities", f), LeafError, "state", functions=(LARS,))
+        for n, f in FAULTY.items()
+    ),
+    *(
+        Fault(f"velocity is {n}", leaf("velocities", f), e, "state", functions=(LARS,))
+        for n, (f, e) in OBJECTS.items()
+    ),
     *(
         Fault(f"velocity is {n}", leaf("velocities", f), StateError, "state", functions=(LARS,))
         for n, f in {
@@ -328,7 +348,13 @@ FAULTS = [
         }.items()
     ),
     *(
-        Fault(f"velocity has shape {s}", leaf("velocities", reshaped(*s)), StateError, "state", functions=(LARS,))
+        Fault(
+            f"velocity has shape {s}",
+            leaf("velocities", reshaped(*s)),
+            StateError,
+            "state",
+            functions=(LARS,),
+        )
         for s in [*SHAPES, (3,), (1, 3), (2, 1), (1,), ()]
     ),
     *(
@@ -372,6 +398,12 @@ def nonfinite(x: float) -> list[Fault]:
     ]
 
 
+def conjugated(call: Call, i: int) -> None:
+    everywhere(as_type(torch.complex64))(call, i)
+    leaf("outs", torch.conj)(call, i)
+
+
+FAULTS.append(Fault("out is conjugated", conjugated, OutError, "out", ("into out",)))
 FAULTS += nonfinite(float("nan")) + nonfinite(float("inf"))
 
 LAYOUTS: dict[str, Callable[[Tensor], Any]] = {
@@ -422,12 +454,18 @@ GOOD = [
     ),
     *(Fault(f"dcdw is of {f}", leaf("gs", as_type(f)), None) for f in FORMATS),
     *(Fault(f"all are of {f}", in_format(f), None) for f in FORMATS),
-    *(Fault(f"all are {f}", everywhere(as_type(f)), None) for f in (torch.complex64, torch.complex128)),
+    *(
+        Fault(f"all are {f}", everywhere(as_type(f)), None)
+        for f in (torch.complex64, torch.complex128)
+    ),
     Fault("all are conjugated", everywhere(VIEWS["conjugated"]), None, modes=("new",)),
     *(Fault(f"w is {n}", leaf("ws", f), None, modes=("new", "into out")) for n, f in READ.items()),
     *(Fault(f"w is {n}", leaf("ws", f), None, modes=("in place",)) for n, f in LAYOUTS.items()),
     *(Fault(f"out is {n}", leaf("outs", f), None, modes=("into out",)) for n, f in LAYOUTS.items()),
-    *(Fault(f"velocity is {n}", leaf("velocities", f), None, functions=(LARS,)) for n, f in LAYOUTS.items()),
+    *(
+        Fault(f"velocity is {n}", leaf("velocities", f), None, functions=(LARS,))
+        for n, f in LAYOUTS.items()
+    ),
     Fault("w is tied", tied("ws"), None, modes=("new", "into out")),
     Fault("w is shifted", shifted("ws"), None, modes=("new", "into out")),
     Fault("dcdw is tied", tied("gs"), None),

@@ -7,10 +7,11 @@ all leaves are those of the reference.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import reference
@@ -38,6 +39,7 @@ RULE = {"decay_lambda": 0.01, "trust_coefficient": 0.75, "eps": 0.001}
 LR, MOMENTUM = 0.5, 0.5
 
 Leaf = Any
+Item = TypeVar("Item")
 Flat = tuple[complex, ...]
 
 
@@ -76,10 +78,17 @@ class Call:
     velocities: list[Leaf] | None
     counters: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
-    partner: int | None = None  # another leaf that the error may name
+    partner: int | None = None  # another leaf that the error names
+    named: tuple[str, ...] = ()  # the paths that the error names, if they are not of leaves
+    shape: Callable[[list[Any]], list[Any]] | None = None  # changes the trees
+    lr: Any = LR  # or a tree in which all rates are LR
 
     def trees(self) -> list[Any]:
         """w, dcdw, out and state as the arguments of a call."""
+        trees = self._trees()
+        return trees if self.shape is None else self.shape(trees)
+
+    def _trees(self) -> list[Any]:
         w, dcdw = tree(self.ws), tree(self.gs)
         out = None if self.outs is None else w if self.outs is self.ws else tree(self.outs)
         if self.velocities is None:
@@ -89,9 +98,10 @@ class Call:
     def run(self, w: Any, dcdw: Any, out: Any, state: Any) -> tuple[Any, Any]:
         """The new weights and the new state."""
         if self.function == UPDATE:
-            return lars_update(w, dcdw, LR, out=out, **RULE, **self.options), None
+            return lars_update(w, dcdw, self.lr, out=out, **RULE, **self.options), None
         rule = {name.replace("decay_lambda", "weight_decay"): x for name, x in RULE.items()}
-        return Lars(LR, momentum=MOMENTUM, **rule, **self.options).update(w, dcdw, state, out=out)
+        opt = Lars(LR, momentum=MOMENTUM, **rule, **self.options)
+        return opt.update(w, dcdw, state, out=out, lr=self.lr)
 
     def leaves(self) -> list[Leaf]:
         lists = (self.ws, self.gs, self.outs or (), self.velocities or (), self.counters.values())
@@ -105,7 +115,9 @@ def make(function: str, mode: str, convert: Callable[[np.ndarray], Leaf], counte
     if function == UPDATE:
         return Call(function, mode, ws, gs, target, None)
     velocities = [convert(slopes(i + 3) / 2) for i in range(7)]
-    return Call(function, mode, ws, gs, target, velocities, {"step": counter(3), "skipped": counter(1)})
+    return Call(
+        function, mode, ws, gs, target, velocities, {"step": counter(3), "skipped": counter(1)}
+    )
 
 
 @dataclass(frozen=True)
@@ -163,29 +175,46 @@ def counter(name: str, convert: Callable[[Leaf], Leaf]) -> Callable[[Call, int],
     return spoil
 
 
-def cases(faults: Iterable[Fault]) -> list[tuple[Fault, int, str, str]]:
-    """Every fault at every leaf, in every mode and function in which it can occur."""
+Case = tuple[Fault, int, str, str]
+
+
+def cases(faults: Iterable[Fault], places: int = 7) -> list[Case]:
+    """Every fault at every leaf (or node), in every mode and function in which it can occur."""
     return [
         (fault, i, mode, function)
         for fault in faults
-        for i in range(7)
+        for i in range(places)
         for mode in fault.modes
         for function in fault.functions
     ]
 
 
+def in_turns(
+    rng: np.random.Generator, every: Sequence[Item], kind: Callable[[Item], Hashable]
+) -> list[Item]:
+    """Shuffle; one item of every kind comes first, then another one of every kind, and so on."""
+    shuffled = [every[k] for k in rng.permutation(len(every))]
+    seen: Counter[Hashable] = Counter()
+    turns = []
+    for item in shuffled:
+        turns.append(seen[kind(item)])
+        seen[kind(item)] += 1
+    return [shuffled[k] for k in np.argsort(turns, kind="stable")]
+
+
 def attempts(
     rng: np.random.Generator,
-    faults: Iterable[Fault],
+    every: list[Case],
     valid: Callable[[str, str], Call],
     vary: Callable[[Leaf], Leaf],
     seen: Callable[[Leaf], Any],
     numbers: Callable[[Leaf], Any],
 ) -> Attempts:
-    """Try each case of `cases` in random order, among leaves of which some need the general path."""
-    every = cases(faults)
-    for k in rng.permutation(len(every)):
-        fault, i, mode, function = every[k]
+    """Try each case, among leaves of which some need the general path.
+
+    The order is random, but every fault is tried once before any is tried twice.
+    """
+    for fault, i, mode, function in in_turns(rng, every, lambda case: id(case[0])):
         call = valid(function, mode)
         other = int(rng.integers(7))
         company = ["", "strided", "no gradient", "may skip"][int(rng.integers(4))]
@@ -199,7 +228,8 @@ def attempts(
             call.options.setdefault("nonfinite", "skip")
         check = refused if fault.error else right
         found = check(call, fault, i, seen, numbers)
-        about = f"{fault.name} at {NAMES[i]}, {function}, {mode}, company: {company or 'none'}"
+        place = call.named[0] if call.named else NAMES[i]
+        about = f"{fault.name} at {place}, {function}, {mode}, company: {company or 'none'}"
         yield None if found is None else f"{about}: {found}"
 
 
@@ -213,12 +243,15 @@ def state_of(call: Call, trees: Sequence[Any], seen: Callable[[Leaf], Any]) -> l
     ]
 
 
-def outline(node: Any) -> Any:
-    """The classes, keys and identities of a tree."""
+def outline(node: Any, above: tuple[int, ...] = ()) -> Any:
+    """The classes, keys and identities of a tree, which may contain itself or be very deep."""
+    if id(node) in above or len(above) > 9:
+        return id(node)
+    above = (*above, id(node))
     if issubclass(type(node), dict):
-        return type(node), id(node), [(key, outline(x)) for key, x in dict.items(node)]
+        return type(node), id(node), [(key, outline(x, above)) for key, x in dict.items(node)]
     if type(node) in (list, tuple):
-        return type(node), id(node), list(map(outline, node))
+        return type(node), id(node), [outline(x, above) for x in node]
     return id(node)
 
 
@@ -244,6 +277,8 @@ def refused(
 
 
 def _named(call: Call, fault: Fault, i: int) -> tuple[str, ...]:
+    if call.named:
+        return call.named
     if fault.argument == "state" and fault.name.startswith(("step", "skipped")):
         return (fault.name.split()[0],)
     if fault.error is StructureError and fault.argument == "state":
@@ -314,9 +349,9 @@ def _wrong_leaf(
     w, g, velocity = old
     if call.outs is not None and x is not call.outs[j]:
         return "the result is not the array of out"
-    if getattr(call.ws[j], "dtype", None) != getattr(x, "dtype", None) or np.shape(w[1]) != np.shape(
-        numbers(x)[1]
-    ):
+    if getattr(call.ws[j], "dtype", None) != getattr(x, "dtype", None) or np.shape(
+        w[1]
+    ) != np.shape(numbers(x)[1]):
         return f"the result is {x!r}"
     if g is None:
         same = numbers(x)[1].tolist() == w[1].tolist()
@@ -362,7 +397,9 @@ def wrong_numbers(
     )
 
 
-def _far(what: str, new: Flat, exact: Any, old: Flat, change: Any, name: str, ulps: int) -> str | None:
+def _far(
+    what: str, new: Flat, exact: Any, old: Flat, change: Any, name: str, ulps: int
+) -> str | None:
     most = 4 if name == "float64" else ulps
     for x, y, w, u in zip(new, exact, old, change, strict=True):
         number = mpc(x) if isinstance(x, complex) else mpf(x)

@@ -11,7 +11,6 @@ counter has changed.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -174,8 +173,7 @@ def values(rng: np.random.Generator) -> Attempts:
         # A function is a schedule.
         if not (name == "lr" and callable(bad[label]) and function.startswith("Lars"))
     ]
-    for k in rng.permutation(len(every)):
-        name, label, place, function = every[k]
+    for name, label, place, function in calls.in_turns(rng, every, lambda case: case[:2]):
         i, bad = int(rng.integers(7)), BAD[name][label]
         mode = "in place" if function.endswith("in place") else "new"
         kind = calls.LARS if function.startswith("Lars") else calls.UPDATE
@@ -230,8 +228,7 @@ def transformations(rng: np.random.Generator) -> Attempts:
         for place in places
         if not (name == "lr" and callable(bad[label]))
     ]
-    for k in rng.permutation(len(every)):
-        name, label, place = every[k]
+    for name, label, place in calls.in_turns(rng, every, lambda case: case[:2]):
         i, bad = int(rng.integers(7)), BAD[name][label]
         given, named = placed(name, "Lars", place, i, bad)
         ours = {"lr": "learning_rate", "decay_lambda": "weight_decay"}.get(name, name)
@@ -272,8 +269,7 @@ def spellings(rng: np.random.Generator) -> Attempts:
         if name not in OF_LARS or function.startswith("Lars")
         if name not in ("grad_scale", "momentum") or SAME[j][1] > 1e-300
     ]
-    for k in rng.permutation(len(every)):
-        name, j, place, function = every[k]
+    for name, j, place, function in calls.in_turns(rng, every, lambda case: case[:2]):
         i, results = int(rng.integers(7)), []
         for value in SAME[j]:
             mode = "in place" if function.endswith("in place") else "new"
