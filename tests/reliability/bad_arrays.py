@@ -1,4 +1,4 @@
-"""Leaves of numpy that are refused, and unusual ones that are updated like all others."""
+"""Ways to make an array of numpy bad or unusual; `array_faults.py` has the tables."""
 
 from __future__ import annotations
 
@@ -7,38 +7,15 @@ import tempfile
 import weakref
 from collections.abc import Callable
 from typing import Any
-from unittest.mock import MagicMock, Mock
 
-import ml_dtypes
 import numpy as np
-import pandas
 from numpy.lib.stride_tricks import as_strided
 
-from lars_tree import (
-    Array,
-    BackendError,
-    DtypeError,
-    LeafError,
-    NonFiniteError,
-    OutError,
-    ShapeError,
-    StateError,
-    StructureError,
-)
-from tests.reliability.calls import (
-    LARS,
-    UPDATE,
-    Call,
-    Fault,
-    counter,
-    everywhere,
-    leaf,
-    weights,
-)
+from lars_tree import Array
+from tests.reliability.calls import Call, everywhere
 
 Array_ = np.ndarray
 KEPT: list[Any] = []  # the objects behind weak proxies
-WRITES = ("in place", "into out")
 
 
 def valid(x: Array_) -> Array_:
@@ -267,220 +244,6 @@ def filled(value: float) -> Callable[[Array_], Array_]:
     return convert
 
 
-# Not arrays, with the class of the error for them as weights or gradients.
-OBJECTS: dict[str, tuple[Callable[[Array_], Any], type]] = {
-    "an object": (lambda x: object(), LeafError),
-    "a string": (always("1.0"), LeafError),
-    "bytes": (lambda x: x.tobytes(), LeafError),
-    "a bytearray": (lambda x: bytearray(x.tobytes()), LeafError),
-    "a memoryview": (lambda x: memoryview(x), LeafError),
-    "a bool": (always(True), LeafError),
-    "a class": (always(np.ndarray), LeafError),
-    "a function": (always(len), LeafError),
-    "a generator": (lambda x: iter(x), LeafError),
-    "a set": (lambda x: {1.0}, LeafError),
-    "a range": (always(range(6)), LeafError),
-    "an ellipsis": (always(...), LeafError),
-    "a fraction": (lambda x: __import__("fractions").Fraction(1, 2), LeafError),
-    "a mock": (lambda x: Mock(spec=np.ndarray), LeafError),
-    "a magic mock": (lambda x: MagicMock(spec=np.ndarray), LeafError),
-    "a proxy": (Proxy, LeafError),
-    "a weak proxy": (weak, LeafError),
-    "a dead weak proxy": (dead, LeafError),
-    "something with __array__": (lambda x: Claims(), LeafError),
-    "something that raises": (lambda x: Raises(), LeafError),
-    "a data frame": (pandas.DataFrame, LeafError),
-    "a series": (lambda x: pandas.Series(x.ravel()), LeafError),
-    "a masked array": (lambda x: np.ma.masked_less(x, 0), LeafError),
-    "a list of numbers": (lambda x: x.ravel().tolist(), StructureError),
-    "a nested list": (lambda x: x.tolist(), StructureError),
-    "an empty list": (lambda x: [], StructureError),
-    "an empty dict": (lambda x: {}, StructureError),
-    "a dict": (lambda x: {"x": x}, StructureError),
-    "a tuple": (lambda x: (x,), StructureError),
-}
-DTYPES: dict[str, Callable[[Array_], Any]] = {
-    **{f"{dtype}": as_type(dtype) for dtype in ("i1", "u1", "i2", "i4", "u4", "i8", "u8", "?")},
-    **{f"{dtype}": as_type(dtype) for dtype in ("O", "S8", "U8", "V8")},
-    "dates": lambda x: x.astype("i8").astype("M8[s]"),
-    "durations": lambda x: x.astype("i8").astype("m8[s]"),
-    "records": lambda x: np.zeros(x.shape, [("x", "f4"), ("y", "f4")]),
-    "text of any length": lambda x: np.array([["a"] * 3] * 2, np.dtypes.StringDType()),
-    "float8": as_type(ml_dtypes.float8_e4m3fn),
-    "float8_e5m2": as_type(ml_dtypes.float8_e5m2),
-    "int4": as_type(ml_dtypes.int4),
-    "bfloat16 of the other byte order": lambda x: x.astype(ml_dtypes.bfloat16).view(
-        np.dtype(ml_dtypes.bfloat16).newbyteorder()
-    ),
-}
-SHAPES = [(3, 2), (2, 2), (1, 2, 3), (2, 3, 1), (6,), (2,), (0,), (0, 3), (2, 0), (4, 3)]
-
-# The first arguments of Fault.
-FAULTS = [
-    *(Fault(f"dcdw is {n}", leaf("gs", f), e, "dcdw") for n, (f, e) in OBJECTS.items()),
-    *(Fault(f"dcdw has dtype {n}", leaf("gs", f), DtypeError, "dcdw") for n, f in DTYPES.items()),
-    *(Fault(f"dcdw has shape {s}", leaf("gs", reshaped(*s)), ShapeError, "dcdw") for s in SHAPES),
-    Fault("dcdw is complex", leaf("gs", as_type(complex)), DtypeError, "dcdw"),
-    Fault("dcdw is a complex number", leaf("gs", always(1j)), DtypeError, "dcdw"),
-    Fault("dcdw is a numpy bool", leaf("gs", always(np.True_)), DtypeError, "dcdw"),
-    Fault("dcdw is a tensor", leaf("gs", torch_tensor), BackendError, "dcdw"),
-    *(
-        Fault(
-            f"dcdw has shape {s}", leaf("gs", reshaped(*s)), ShapeError, "dcdw", functions=(LARS,)
-        )
-        for s in [(3,), (1, 3), (2, 1), (1,), ()]
-    ),
-    Fault("dcdw is a number", leaf("gs", always(0.5)), ShapeError, "dcdw", functions=(LARS,)),
-    *(
-        Fault(f"dcdw is {x}", leaf("gs", filled(x), nonfinite="raise"), NonFiniteError, "dcdw")
-        for x in (np.nan, np.inf, -np.inf)
-    ),
-    *(
-        Fault(f"w is {x}", leaf("ws", filled(x), nonfinite="raise"), NonFiniteError, "dcdw")
-        for x in (np.nan, np.inf)
-    ),
-    *(
-        Fault(f"w is {n}", weights(f), LeafError, "w")
-        for n, (f, e) in OBJECTS.items()
-        if e is LeafError
-    ),
-    *(Fault(f"w has dtype {n}", weights(f), DtypeError, "w") for n, f in DTYPES.items()),
-    *(
-        Fault(f"w has shape {s}", weights(reshaped(*s)), ShapeError, "dcdw")
-        for s in [(3, 2), (2, 2), (6,), (3,), (1, 3), (2, 1), (), (0,), (2, 0)]
-    ),
-    Fault("w is complex", weights(as_type(complex)), DtypeError, "dcdw"),
-    Fault("w is a number", weights(always(1.0)), LeafError, "w"),
-    Fault("w is a complex number", weights(always(1j)), LeafError, "w"),
-    Fault("w is None", weights(always(None)), StructureError, "dcdw", functions=(UPDATE,)),
-    Fault("w is None", weights(always(None)), StructureError, "state", functions=(LARS,)),
-    Fault("w is a tensor", weights(torch_tensor), BackendError, "dcdw"),
-    Fault("w is read-only", leaf("ws", read_only), OutError, "out", ("in place",)),
-    Fault("w is mapped read-only", leaf("ws", mapped("r")), OutError, "out", ("in place",)),
-    Fault("w is mapped read-only but", leaf("ws", lying_map), OutError, "out", ("in place",)),
-    Fault("w repeats a row", leaf("ws", repeated), OutError, "out", ("in place",)),
-    Fault("w overlaps itself", leaf("ws", sliding), OutError, "out", ("in place",)),
-    Fault("w is tied", tied("ws"), OutError, "out", ("in place",)),
-    Fault("w is shifted by 1", shifted("ws"), OutError, "out", ("in place",)),
-    Fault("w is shifted by 5", shifted("ws", 5), OutError, "out", ("in place",)),
-    *(
-        Fault(f"out is {n}", leaf("outs", f), e, "out", ("into out",))
-        for n, (f, e) in OBJECTS.items()
-        if n != "a masked array"
-    ),
-    Fault(
-        "out is masked", leaf("outs", OBJECTS["a masked array"][0]), OutError, "out", ("into out",)
-    ),
-    Fault("out is None", leaf("outs", always(None)), LeafError, "out", ("into out",)),
-    Fault("out is a number", leaf("outs", always(1.0)), LeafError, "out", ("into out",)),
-    Fault("out is a scalar", leaf("outs", always(np.float32(1))), OutError, "out", ("into out",)),
-    Fault("out is a tensor", leaf("outs", torch_tensor), BackendError, "out", ("into out",)),
-    *(
-        Fault(f"out has dtype {n}", leaf("outs", f), OutError, "out", ("into out",))
-        for n, f in {
-            **DTYPES,
-            **{n: as_type(n) for n in ("f8", "f2", "g", "c8")},
-            "bfloat16": as_type(ml_dtypes.bfloat16),
-            "the other byte order": swapped,
-        }.items()
-    ),
-    *(
-        Fault(f"out has shape {s}", leaf("outs", reshaped(*s)), OutError, "out", ("into out",))
-        for s in [*SHAPES, (3,), (1, 3), (2, 1), (1,), (), (2, 3, 3)]
-    ),
-    Fault("out is read-only", leaf("outs", read_only), OutError, "out", ("into out",)),
-    Fault("out is mapped read-only", leaf("outs", mapped("r")), OutError, "out", ("into out",)),
-    Fault("out is mapped read-only but", leaf("outs", lying_map), OutError, "out", ("into out",)),
-    Fault("out repeats a row", leaf("outs", repeated), OutError, "out", ("into out",)),
-    Fault("out overlaps itself", leaf("outs", sliding), OutError, "out", ("into out",)),
-    Fault("out is tied", tied("outs"), OutError, "out", ("into out",)),
-    Fault("out is shifted by 1", shifted("outs"), OutError, "out", ("into out",)),
-    Fault("out is shifted by 5", shifted("outs", 5), OutError, "out", ("into out",)),
-]
-
-STATES = [
-    *(
-        Fault(f"velocity is {n}", leaf("velocities", f), e, "state", functions=(LARS,))
-        for n, (f, e) in OBJECTS.items()
-    ),
-    Fault(
-        "velocity is None", leaf("velocities", always(None)), LeafError, "state", functions=(LARS,)
-    ),
-    Fault(
-        "velocity is 0.0", leaf("velocities", always(0.0)), LeafError, "state", functions=(LARS,)
-    ),
-    Fault(
-        "velocity is a tensor",
-        leaf("velocities", torch_tensor),
-        BackendError,
-        "state",
-        functions=(LARS,),
-    ),
-    *(
-        Fault(
-            f"velocity has dtype {n}", leaf("velocities", f), StateError, "state", functions=(LARS,)
-        )
-        for n, f in {
-            **DTYPES,
-            **{n: as_type(n) for n in ("f8", "f2", "g", "c8")},
-            "bfloat16": as_type(ml_dtypes.bfloat16),
-            "the other byte order": swapped,
-        }.items()
-    ),
-    *(
-        Fault(
-            f"velocity has shape {s}",
-            leaf("velocities", reshaped(*s)),
-            StateError,
-            "state",
-            functions=(LARS,),
-        )
-        for s in [*SHAPES, (3,), (1, 3), (2, 1), (1,), ()]
-    ),
-    *(
-        Fault(f"velocity {n}", spoil, OutError, "state", WRITES, (LARS,))
-        for n, spoil in {
-            "is read-only": leaf("velocities", read_only),
-            "is mapped read-only": leaf("velocities", mapped("r")),
-            "is mapped read-only but": leaf("velocities", lying_map),
-            "repeats a row": leaf("velocities", repeated),
-            "overlaps itself": leaf("velocities", sliding),
-            "is tied": tied("velocities"),
-            "is shifted": shifted("velocities"),
-            "overlaps out": crossed("velocities", "outs"),
-            "is shifted from out": crossed("velocities", "outs", 5),
-        }.items()
-    ),
-    *(
-        Fault(f"{name} is {n}", counter(name, f), StateError, "state", functions=(LARS,))
-        for name in ("step", "skipped")
-        for n, f in {
-            "an int": int,
-            "None": always(None),
-            "a string": always("3"),
-            "a float": lambda x: x.astype(float),
-            "a bool": lambda x: x.astype(bool),
-            "complex": lambda x: x.astype(complex),
-            "short": lambda x: x.astype(np.int16),
-            "an object": lambda x: x.astype(object),
-            "a date": lambda x: x.astype("M8[s]"),
-            "a vector": lambda x: x[None],
-            "a list": lambda x: [x],
-            "masked": np.ma.masked_array,
-            "a proxy": Proxy,
-        }.items()
-    ),
-    *(
-        Fault(f"{name} is {n}", spoil, OutError, "state", WRITES, (LARS,))
-        for name in ("step", "skipped")
-        for n, spoil in {
-            "read-only": counter(name, read_only),
-            "a scalar": counter(name, lambda x: x[()]),
-        }.items()
-    ),
-]
-
-
 def tie_counters(call: Call, i: int) -> None:
     call.counters["skipped"] = call.counters["step"]
 
@@ -498,47 +261,6 @@ def counter_in(side: str) -> Callable[[Call, int], None]:
     return spoil
 
 
-STATES += [
-    Fault("skipped is step", tie_counters, OutError, "state", WRITES, (LARS,)),
-    Fault("step in out", counter_in("outs"), OutError, "state", WRITES, (LARS,)),
-    Fault("step in velocity", counter_in("velocities"), OutError, "state", WRITES, (LARS,)),
-]
-
-# Unusual inputs that are valid.
-LAYOUTS: dict[str, Callable[[Array_], Any]] = {
-    "in Fortran order": np.asfortranarray,
-    "strided": strided,
-    "backwards": backwards,
-    "unaligned": unaligned,
-    "a field of records": in_record,
-    "of a subclass": lambda x: x.view(Subclass),
-    "a matrix": lambda x: x.view(np.matrix),
-    "an Array": Array,
-    "mapped": mapped("r+"),
-    "mapped privately": mapped("c"),
-    "of the other byte order": swapped,
-}
-READ: dict[str, Callable[[Array_], Any]] = {
-    **LAYOUTS,
-    "read-only": read_only,
-    "mapped read-only": mapped("r"),
-    "mapped read-only but": lying_map,
-    "repeating a row": repeated,
-    "overlapping itself": sliding,
-}
-NUMBERS: dict[str, Callable[[Array_], Any]] = {
-    "a number": always(0.5),
-    "an int": always(1),
-    "a big int": always(10**30),
-    "a numpy number": always(np.float16(0.5)),
-    "of shape ()": reshaped(),
-    "of shape (3,)": reshaped(3),
-    "of shape (1, 3)": reshaped(1, 3),
-    "of shape (2, 1)": reshaped(2, 1),
-}
-FORMATS = ("f2", "f4", "f8", "g", ml_dtypes.bfloat16)
-
-
 def in_format(dtype: Any) -> Callable[[Call, int], None]:
     """All arrays of a leaf have a format, or the velocity float32 for a short one."""
 
@@ -548,58 +270,3 @@ def in_format(dtype: Any) -> Callable[[Call, int], None]:
             call.velocities[i] = call.velocities[i].astype(np.float32)
 
     return spoil
-
-
-GOOD = [
-    *(Fault(f"dcdw is {n}", leaf("gs", f), None) for n, f in READ.items()),
-    *(Fault(f"dcdw is {n}", leaf("gs", f), None, functions=(UPDATE,)) for n, f in NUMBERS.items()),
-    *(Fault(f"dcdw is of {f}", leaf("gs", as_type(f)), None) for f in FORMATS),
-    *(Fault(f"all are of {f}", in_format(f), None) for f in FORMATS),
-    *(Fault(f"all are complex {f}", everywhere(as_type(f)), None) for f in ("c8", "c16", "G")),
-    *(
-        Fault(f"w is {n}", leaf("ws", f), None, modes=("new", "into out"))
-        for n, f in READ.items()
-        if "byte" not in n
-    ),
-    *(
-        Fault(f"w is {n}", leaf("ws", f), None, modes=("in place",))
-        for n, f in LAYOUTS.items()
-        if "byte" not in n
-    ),
-    *(
-        Fault(f"out is {n}", leaf("outs", f), None, modes=("into out",))
-        for n, f in LAYOUTS.items()
-        if "byte" not in n
-    ),
-    *(
-        Fault(f"velocity is {n}", leaf("velocities", f), None, functions=(LARS,))
-        for n, f in LAYOUTS.items()
-        if "byte" not in n
-    ),
-    Fault("w is tied", tied("ws"), None, modes=("new", "into out")),
-    Fault("w is shifted", shifted("ws"), None, modes=("new", "into out")),
-    Fault("dcdw is tied", tied("gs"), None),
-    Fault("dcdw is shifted", shifted("gs"), None),
-    *(Fault(f"{x} interleaved", interleaved(x), None) for x in ("ws", "gs")),
-    Fault("out interleaved", interleaved("outs"), None, modes=WRITES),
-    Fault("velocity interleaved", interleaved("velocities"), None, functions=(LARS,)),
-    *(
-        Fault(f"dcdw and {side} by {by} overlaps", crossed("gs", side, by), None, modes=WRITES)
-        for side in ("outs", "ws")
-        for by in (0, 1, 5)
-    ),
-    *(
-        Fault(f"w and out by {by} overlaps", crossed("ws", "outs", by), None, modes=("into out",))
-        for by in (0, 1, 5)
-    ),
-    *(
-        Fault(
-            f"dcdw and velocity by {by} overlaps",
-            crossed("gs", "velocities", by),
-            None,
-            functions=(LARS,),
-        )
-        for by in (0, 1, 5)
-    ),
-    Fault("dcdw is None", leaf("gs", always(None)), None),
-]

@@ -10,7 +10,7 @@ import torch
 from lars_tree import OptionError
 from lars_tree.torch import Lars
 from tests.reliability import bad_tensors as tensors
-from tests.reliability import calls
+from tests.reliability import calls, outcomes
 from tests.reliability.attack import Attempts
 from tests.reliability.options import AXES, BAD_FLAGS, BAD_NUMBERS, CHOICES
 
@@ -64,7 +64,7 @@ def attempts(rng: np.random.Generator) -> Attempts:
         # A schedule may end at a rate that is negative by rounding.
         if (name, label, place) != ("lr", "-5e-324", "changed group")
     ]
-    for name, label, place, number in calls.in_turns(rng, every, lambda case: case[:2]):
+    for name, label, place, number in outcomes.in_turns(rng, every, lambda case: case[:2]):
         found = attempt(name, BAD[name][label], place, number)
         about = f"{name}={label} by {place} {number}"
         yield None if found is None else f"{about}: {found}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from typing import Any
+from unittest.mock import Mock
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 
@@ -22,8 +23,9 @@ from lars_tree import (
     StateError,
 )
 from tests.reliability import bad_arrays as arrays
-from tests.reliability.bad_arrays import SHAPES, always, tied
-from tests.reliability.calls import LARS, UPDATE, Call, Fault, counter, everywhere, leaf, weights
+from tests.reliability.array_faults import guarded, of
+from tests.reliability.bad_arrays import always, tied
+from tests.reliability.calls import LARS, UPDATE, Call, Fault, each, everywhere, leaf, weights
 
 jax.config.update("jax_enable_x64", True)
 NEW = ("new",)
@@ -106,7 +108,7 @@ FAULTY = {
     "escaped from vmap": escaped_from_vmap,
     "a string": always("1.0"),
     "a proxy": arrays.Proxy,
-    "a mock": lambda x: arrays.Mock(spec=Array),
+    "a mock": lambda x: Mock(spec=Array),
 }
 DTYPES = {
     **{str(n): as_type(n) for n in ("i1", "u1", "i2", "i4", "u4", "i8", "u8", "?")},
@@ -120,19 +122,6 @@ OTHERS = {
 }
 
 
-def nonfinite(x: float) -> list[Fault]:
-    return [
-        Fault(
-            f"{side} has {x}",
-            leaf(side, lambda y: y.at[1, 1].set(x), nonfinite="raise"),
-            NonFiniteError,
-            "dcdw",
-            NEW,
-        )
-        for side in ("gs", "ws")
-    ]
-
-
 def two_devices(side: str) -> Any:
     """A leaf whose other arrays are on another device."""
 
@@ -143,67 +132,52 @@ def two_devices(side: str) -> Any:
     return spoil
 
 
+def filled(value: float) -> Any:
+    return lambda x: x.at[1, 1].set(value)
+
+
+def shapes(*given: tuple[int, ...]) -> dict[str, Any]:
+    return {str(shape): reshaped(*shape) for shape in given}
+
+
+SHAPES = shapes((3, 2), (2, 2), (1, 2, 3), (2, 3, 1), (6,), (2,), (0,), (0, 3), (2, 0), (4, 3))
+BROADCAST = shapes((3,), (1, 3), (2, 1), (1,), ())
+ALL_SHAPES = {**SHAPES, **BROADCAST}
+OF_W = {name: f for name, f in ALL_SHAPES.items() if name != "(1, 2, 3)"}
+OTHER_DTYPES = {**DTYPES, **{name: as_type(name) for name in ("f8", "f2", "c8")}}
+NONFINITE = {str(x): filled(x) for x in (np.nan, np.inf)}
+COUNTERS = {
+    "an int": int,
+    "None": always(None),
+    "a float": as_type(float),
+    "a bool": as_type(bool),
+    "short": as_type(np.int16),
+    "a vector": lambda x: x[None],
+    "deleted": deleted,
+}
+MOVED = {"modes": NEW, "functions": (LARS,)}
 FAULTS = [
-    *(Fault(f"dcdw is {n}", leaf("gs", f), LeafError, "dcdw", NEW) for n, f in FAULTY.items()),
-    *(Fault(f"dcdw is {n}", leaf("gs", f), DtypeError, "dcdw", NEW) for n, f in DTYPES.items()),
-    *(Fault(f"dcdw is {n}", leaf("gs", f), BackendError, "dcdw", NEW) for n, f in OTHERS.items()),
-    *(
-        Fault(f"dcdw has shape {s}", leaf("gs", reshaped(*s)), ShapeError, "dcdw", NEW)
-        for s in SHAPES
-    ),
-    *(
-        Fault(f"dcdw has shape {s}", leaf("gs", reshaped(*s)), ShapeError, "dcdw", NEW, (LARS,))
-        for s in [(3,), (1, 3), (2, 1), (1,), ()]
-    ),
+    *each("dcdw is", "gs", FAULTY, LeafError, "dcdw", NEW),
+    *each("dcdw is", "gs", DTYPES, DtypeError, "dcdw", NEW),
+    *each("dcdw is", "gs", OTHERS, BackendError, "dcdw", NEW),
+    *each("dcdw has shape", "gs", SHAPES, ShapeError, "dcdw", NEW),
+    *each("dcdw has shape", "gs", BROADCAST, ShapeError, "dcdw", **MOVED),
+    *each("dcdw has", guarded("gs"), NONFINITE, NonFiniteError, "dcdw", NEW),
     Fault("dcdw is complex", leaf("gs", as_type(complex)), DtypeError, "dcdw", NEW),
     Fault("dcdw on a device", two_devices("gs"), BackendError, "dcdw", NEW),
-    *nonfinite(np.nan),
-    *nonfinite(np.inf),
-    *(Fault(f"w is {n}", weights(f), LeafError, "w", NEW) for n, f in FAULTY.items()),
-    *(Fault(f"w is {n}", weights(f), DtypeError, "w", NEW) for n, f in DTYPES.items()),
-    *(Fault(f"w is {n}", weights(f), BackendError, "dcdw", NEW) for n, f in OTHERS.items()),
+    *each("w is", weights, FAULTY, LeafError, "w", NEW),
+    *each("w is", weights, DTYPES, DtypeError, "w", NEW),
+    *each("w is", weights, OTHERS, BackendError, "dcdw", NEW),
+    *each("w has shape", weights, OF_W, ShapeError, "dcdw", NEW),
+    *each("w has", guarded("ws"), NONFINITE, NonFiniteError, "dcdw", NEW),
     Fault("w is complex", weights(as_type(complex)), DtypeError, "dcdw", NEW),
-    *(
-        Fault(f"w has shape {s}", weights(reshaped(*s)), ShapeError, "dcdw", NEW)
-        for s in [(3, 2), (6,), (3,), (1, 3), (2, 1), (), (0,)]
-    ),
-    *(
-        Fault(f"velocity is {n}", leaf("velocities", f), LeafError, "state", NEW, (LARS,))
-        for n, f in FAULTY.items()
-    ),
-    *(
-        Fault(f"velocity is {n}", leaf("velocities", f), BackendError, "state", NEW, (LARS,))
-        for n, f in OTHERS.items()
-    ),
-    *(
-        Fault(f"velocity is {n}", leaf("velocities", f), StateError, "state", NEW, (LARS,))
-        for n, f in {**DTYPES, **{n: as_type(n) for n in ("f8", "f2", "c8")}}.items()
-    ),
-    *(
-        Fault(
-            f"velocity has shape {s}",
-            leaf("velocities", reshaped(*s)),
-            StateError,
-            "state",
-            NEW,
-            (LARS,),
-        )
-        for s in [*SHAPES, (3,), (1, 3), (2, 1), (1,), ()]
-    ),
-    Fault("velocity on a device", two_devices("velocities"), BackendError, "state", NEW, (LARS,)),
-    *(
-        Fault(f"{name} is {n}", counter(name, f), StateError, "state", NEW, (LARS,))
-        for name in ("step", "skipped")
-        for n, f in {
-            "an int": int,
-            "None": always(None),
-            "a float": lambda x: x.astype(float),
-            "a bool": lambda x: x.astype(bool),
-            "short": lambda x: x.astype(np.int16),
-            "a vector": lambda x: x[None],
-            "deleted": deleted,
-        }.items()
-    ),
+    *each("velocity is", "velocities", FAULTY, LeafError, "state", **MOVED),
+    *each("velocity is", "velocities", OTHERS, BackendError, "state", **MOVED),
+    *each("velocity is", "velocities", OTHER_DTYPES, StateError, "state", **MOVED),
+    *each("velocity has shape", "velocities", ALL_SHAPES, StateError, "state", **MOVED),
+    Fault("velocity on a device", two_devices("velocities"), BackendError, "state", **MOVED),
+    *each("step is", of("step"), COUNTERS, StateError, "state", **MOVED),
+    *each("skipped is", of("skipped"), COUNTERS, StateError, "state", **MOVED),
 ]
 # In place, among arrays of numpy.
 IMMUTABLE = [
@@ -229,19 +203,13 @@ def in_format(dtype: Any) -> Any:
 
 
 GOOD = [
-    *(Fault(f"all are {n}", everywhere(f), None, modes=NEW) for n, f in LAYOUTS.items()),
-    *(Fault(f"dcdw is of {f}", leaf("gs", as_type(f)), None, modes=NEW) for f in FORMATS),
-    *(Fault(f"all are of {f}", in_format(f), None, modes=NEW) for f in FORMATS),
-    *(Fault(f"all are {f}", everywhere(as_type(f)), None, modes=NEW) for f in ("c8", "c16")),
-    *(
-        Fault(f"dcdw is {n}", leaf("gs", f), None, modes=NEW, functions=(UPDATE,))
-        for n, f in {
-            "a number": always(0.5),
-            "an int": always(1),
-            **{f"of shape {s}": reshaped(*s) for s in [(), (3,), (1, 3), (2, 1)]},
-        }.items()
-    ),
-    Fault("w is tied", tied("ws"), None, modes=NEW),
-    Fault("dcdw is None", leaf("gs", always(None)), None, modes=NEW),
-    Fault("all are of numpy", everywhere(np.asarray), None, modes=NEW),
+    *each("all are", everywhere, LAYOUTS, None, "", NEW),
+    *each("dcdw is of", "gs", {str(x): as_type(x) for x in FORMATS}, None, "", NEW),
+    *(Fault(f"all are of {dtype}", in_format(dtype), None, "", NEW) for dtype in FORMATS),
+    *each("all are", everywhere, {x: as_type(x) for x in ("c8", "c16")}, None, "", NEW),
+    *each("dcdw is", "gs", {"0.5": always(0.5), "1": always(1)}, None, "", NEW, (UPDATE,)),
+    *each("dcdw has shape", "gs", BROADCAST, None, "", NEW, (UPDATE,)),
+    Fault("w is tied", tied("ws"), None, "", NEW),
+    Fault("dcdw is None", leaf("gs", always(None)), None, "", NEW),
+    Fault("all are of numpy", everywhere(np.asarray), None, "", NEW),
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lars_tree import (
+    BackendError,
     DtypeError,
     LeafError,
     NonFiniteError,
@@ -20,7 +21,7 @@ from lars_tree import (
 )
 from lars_tree.torch import Lars
 from tests.reliability import bad_tensors as tensors
-from tests.reliability import calls
+from tests.reliability import calls, outcomes, tensor_faults
 from tests.reliability.attack import Attempts
 from tests.reliability.calls import Fault
 
@@ -65,7 +66,7 @@ class Model:
         state = [(id(p), list(x)) for p, x in self.opt.state.items()]
         return (
             list(map(tensors.seen, arrays)),
-            calls.outline(self.opt.param_groups),
+            outcomes.outline(self.opt.param_groups),
             state,
             self.opt.skipped,
         )
@@ -142,7 +143,7 @@ def buffer_is_parameter(model: Model, i: int) -> None:
     model.opt.state[p]["momentum_buffer"] = p.data
 
 
-def one_value(value: float) -> Callable[[Tensor], Tensor]:
+def filled(value: float) -> Callable[[Tensor], Tensor]:
     def convert(x: Tensor) -> Tensor:
         x[1, 1] = value
         return x
@@ -153,8 +154,8 @@ def one_value(value: float) -> Callable[[Tensor], Tensor]:
 # torch itself refuses other faulty tensors as gradients or data of a parameter.
 GRADIENTS = ("sparse", "freed", "half freed", "a zero tensor", "fake", "functional")
 DATA = ("freed", "half freed", "a zero tensor")
-DTYPES = {n: f for n, f in tensors.DTYPES.items() if n.startswith("torch.")}
-BUFFERS = {n: f for n, f in tensors.FAULTY.items() if n != "lazy"}
+DTYPES = {n: f for n, f in tensor_faults.DTYPES.items() if n.startswith("torch.")}
+BUFFERS = {n: f for n, f in tensor_faults.FAULTY.items() if n != "lazy"}
 LATE = (LATER, AGAIN)
 
 
@@ -165,20 +166,21 @@ def fault(
 
 
 FAULTS = [
-    *(fault(f"p.grad is {n}", gradient(tensors.FAULTY[n]), LeafError, "p.grad") for n in GRADIENTS),
+    *(
+        fault(f"p.grad is {n}", gradient(tensor_faults.FAULTY[n]), LeafError, "p.grad")
+        for n in GRADIENTS
+    ),
     *(fault(f"p.grad is {n}", gradient(f), DtypeError, "p.grad") for n, f in DTYPES.items()),
     fault("p.grad is complex", gradient(tensors.as_type(torch.complex64)), DtypeError, "p.grad"),
     *(
-        fault(
-            f"p.grad has {x}", gradient(one_value(x), nonfinite="raise"), NonFiniteError, "p.grad"
-        )
+        fault(f"p.grad has {x}", gradient(filled(x), nonfinite="raise"), NonFiniteError, "p.grad")
         for x in (float("nan"), float("inf"))
     ),
     *(
         fault(f"p has shape {s}", data(tensors.reshaped(*s)), ShapeError, "p.grad")
         for s in [(3, 2), (6,), (3,), (1, 3), (2, 1), (), (0,), (1, 2, 3)]
     ),
-    *(fault(f"p is {n}", data(tensors.FAULTY[n]), LeafError, "p") for n in DATA),
+    *(fault(f"p is {n}", data(tensor_faults.FAULTY[n]), LeafError, "p") for n in DATA),
     *(fault(f"p is {n}", both(f), DtypeError, "p") for n, f in DTYPES.items()),
     fault("p is complex", data(tensors.as_type(torch.complex64)), DtypeError, "p.grad"),
     fault("p repeats a row", data(lambda x: x[:1].expand(2, 3)), OutError, "p"),
@@ -192,23 +194,20 @@ BUFFER_FAULTS = [
         for n, f in BUFFERS.items()
     ),
     *(
-        fault(f"buffer is {n}", buffer(f), e, "momentum_buffer", LATE)
-        for n, (f, e) in tensors.OBJECTS.items()
-        if e is not tensors.arrays.StructureError
+        fault(f"buffer is {n}", buffer(f), error, "momentum_buffer", LATE)
+        for kinds, error in (
+            (tensor_faults.OBJECTS, LeafError),
+            (tensor_faults.OTHERS, BackendError),
+        )
+        for n, f in kinds.items()
     ),
     *(
         fault(f"buffer is {n}", buffer(f), StateError, "momentum_buffer", LATE)
-        for n, f in {**tensors.DTYPES, "double": Tensor.double, "half": Tensor.half}.items()
+        for n, f in {**tensor_faults.DTYPES, "double": Tensor.double, "half": Tensor.half}.items()
     ),
     *(
-        fault(
-            f"buffer has shape {s}",
-            buffer(tensors.reshaped(*s)),
-            StateError,
-            "momentum_buffer",
-            LATE,
-        )
-        for s in [*tensors.SHAPES, (3,), (1, 3), (2, 1), (1,), ()]
+        fault(f"buffer has shape {n}", buffer(f), StateError, "momentum_buffer", LATE)
+        for n, f in tensor_faults.ALL_SHAPES.items()
     ),
     *(
         fault(f"buffer {n}", spoil, OutError, "momentum_buffer", LATE)
@@ -223,10 +222,10 @@ BUFFER_FAULTS = [
     ),
 ]
 LAYOUTS = {
-    "transposed": tensors.LAYOUTS["transposed"],
+    "transposed": tensor_faults.LAYOUTS["transposed"],
     "strided": tensors.strided,
-    "at an offset": tensors.LAYOUTS["at an offset"],
-    "in a file": tensors.LAYOUTS["in a file"],
+    "at an offset": tensor_faults.LAYOUTS["at an offset"],
+    "in a file": tensor_faults.LAYOUTS["in a file"],
 }
 GOOD = [
     *(
@@ -235,14 +234,14 @@ GOOD = [
             **LAYOUTS,
             "repeating a row": lambda x: x[:1].expand(2, 3),
             "mapped read-only": tensors.read_only_map,
-            "negated": tensors.VIEWS["negated"],
-            **{str(f): tensors.as_type(f) for f in tensors.FORMATS},
+            "negated": tensor_faults.VIEWS["negated"],
+            **{str(f): tensors.as_type(f) for f in tensor_faults.FORMATS},
         }.items()
     ),
     *(fault(f"p is {n}", data(f), None) for n, f in LAYOUTS.items()),
     *(
         fault(f"p is of {f}", both(tensors.as_type(f)), None, modes=(FIRST,))
-        for f in tensors.FORMATS
+        for f in tensor_faults.FORMATS
     ),
     fault("p.grad is None", gradient(lambda x: None), None),
 ]
@@ -252,10 +251,10 @@ GOOD_BUFFERS = [
 
 
 def attempts(rng: np.random.Generator) -> Attempts:
-    """Try each case, in the order of `calls.in_turns`."""
+    """Try each case, in the order of `outcomes.in_turns`."""
     every = calls.cases([*FAULTS, *GOOD])
     every += [case for case in calls.cases([*BUFFER_FAULTS, *GOOD_BUFFERS]) if case[1] in MOVING]
-    for fault, i, when, engine in calls.in_turns(rng, every, lambda case: id(case[0])):
+    for fault, i, when, engine in outcomes.in_turns(rng, every, lambda case: id(case[0])):
         model = Model(when, engine)
         expected = [] if fault.error else exact_inputs(fault, i, when, engine)
         fault.spoil(model, i)
@@ -322,12 +321,12 @@ def wrong_parameter(
     if g is None:
         return None if new.tolist() == w[1].tolist() else "changed without a gradient"
     velocity = np.zeros((2, 3)) if old is None else old[1]
-    given = [calls.flattened(x) for x in (w[1], g[1], velocity)]
+    given = [outcomes.flattened(x) for x in (w[1], g[1], velocity)]
     if not moves:
-        return calls.wrong_numbers(
-            *given[:2], None, calls.flattened(new), None, name, name, ulps=ulps
+        return outcomes.wrong_numbers(
+            *given[:2], None, outcomes.flattened(new), None, name, name, ulps=ulps
         )
     v_name, new_v = tensors.numbers(v)
-    return calls.wrong_numbers(
-        *given, calls.flattened(new), calls.flattened(new_v), name, v_name, calls.LR, ulps
+    return outcomes.wrong_numbers(
+        *given, outcomes.flattened(new), outcomes.flattened(new_v), name, v_name, calls.LR, ulps
     )

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.reliability import calls
+from tests.reliability import calls, outcomes
 from tests.reliability.attack import Attempts, attack
 
 CLAIM = (
@@ -30,24 +30,26 @@ NEEDS = ("ml_dtypes", "pandas", "torch")
 
 @attack(CLAIM, "leaves of numpy", count=100_000, short=470, plain=True, needs=NEEDS)
 def arrays(rng: np.random.Generator) -> Attempts:
+    from tests.reliability import array_faults as faults
     from tests.reliability import bad_arrays as bad
 
     def valid(function: str, mode: str) -> calls.Call:
         return calls.make(function, mode, bad.valid, bad.new_counter)
 
-    every = calls.cases([*bad.FAULTS, *bad.STATES, *bad.GOOD])
-    return calls.attempts(rng, every, valid, bad.strided, bad.seen, bad.numbers)
+    every = calls.cases([*faults.FAULTS, *faults.STATES, *faults.GOOD])
+    return outcomes.attempts(rng, every, valid, bad.strided, bad.seen, bad.numbers)
 
 
 @attack(CLAIM, "leaves of torch", count=100_000, short=410, plain=True, needs=(*NEEDS, "jax"))
 def tensors(rng: np.random.Generator) -> Attempts:
     from tests.reliability import bad_tensors as bad
+    from tests.reliability import tensor_faults as faults
 
     def valid(function: str, mode: str) -> calls.Call:
         return calls.make(function, mode, bad.valid, bad.new_counter)
 
-    every = calls.cases([*bad.FAULTS, *bad.GOOD])
-    return calls.attempts(rng, every, valid, bad.strided, bad.seen, bad.numbers)
+    every = calls.cases([*faults.FAULTS, *faults.STATES, *faults.GOOD])
+    return outcomes.attempts(rng, every, valid, bad.strided, bad.seen, bad.numbers)
 
 
 @attack(CLAIM, "leaves of JAX", count=100_000, short=140, plain=True, needs=(*NEEDS, "jax"))
@@ -59,7 +61,7 @@ def jax_arrays(rng: np.random.Generator) -> Attempts:
         return calls.make(function, mode, kind.valid, kind.new_counter)
 
     every = calls.cases([*bad.FAULTS, *bad.IMMUTABLE, *bad.GOOD])
-    return calls.attempts(rng, every, valid, bad.strided, bad.seen, bad.numbers)
+    return outcomes.attempts(rng, every, valid, bad.strided, bad.seen, bad.numbers)
 
 
 @attack(

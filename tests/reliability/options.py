@@ -20,7 +20,7 @@ import numpy as np
 from lars_tree import Container, Lars, LarsTreeError, OptionError, ShapeError, StructureError
 from lars_tree import lars_update as update
 from tests.reliability import bad_arrays as arrays
-from tests.reliability import calls
+from tests.reliability import calls, outcomes
 from tests.reliability.attack import Attempts, attack
 from tests.reliability.calls import NAMES, PATHS
 
@@ -173,7 +173,7 @@ def values(rng: np.random.Generator) -> Attempts:
         # A function is a schedule.
         if not (name == "lr" and callable(bad[label]) and function.startswith("Lars"))
     ]
-    for name, label, place, function in calls.in_turns(rng, every, lambda case: case[:2]):
+    for name, label, place, function in outcomes.in_turns(rng, every, lambda case: case[:2]):
         i, bad = int(rng.integers(7)), BAD[name][label]
         mode = "in place" if function.endswith("in place") else "new"
         kind = calls.LARS if function.startswith("Lars") else calls.UPDATE
@@ -181,14 +181,14 @@ def values(rng: np.random.Generator) -> Attempts:
         given, named = placed(name, function, place, i, bad)
         shown = "weight_decay" if name == "decay_lambda" and kind == calls.LARS else name
         trees = call.trees()
-        before = calls.state_of(call, trees, arrays.seen)
+        before = outcomes.state_of(call, trees, arrays.seen)
         try:
             run(function, name, given, call, trees)
         except Exception as error:
             wrong = wrong_error(error, shown, named, bad)
         else:
             wrong = "not refused"
-        if calls.state_of(call, trees, arrays.seen) != before:
+        if outcomes.state_of(call, trees, arrays.seen) != before:
             wrong = f"something has changed; {wrong}"
         about = f"{name}={label} by {place} at {NAMES[i]}, {function}"
         yield None if wrong is None else f"{about}: {wrong}"
@@ -228,7 +228,7 @@ def transformations(rng: np.random.Generator) -> Attempts:
         for place in places
         if not (name == "lr" and callable(bad[label]))
     ]
-    for name, label, place in calls.in_turns(rng, every, lambda case: case[:2]):
+    for name, label, place in outcomes.in_turns(rng, every, lambda case: case[:2]):
         i, bad = int(rng.integers(7)), BAD[name][label]
         given, named = placed(name, "Lars", place, i, bad)
         ours = {"lr": "learning_rate", "decay_lambda": "weight_decay"}.get(name, name)
@@ -269,7 +269,7 @@ def spellings(rng: np.random.Generator) -> Attempts:
         if name not in OF_LARS or function.startswith("Lars")
         if name not in ("grad_scale", "momentum") or SAME[j][1] > 1e-300
     ]
-    for name, j, place, function in calls.in_turns(rng, every, lambda case: case[:2]):
+    for name, j, place, function in outcomes.in_turns(rng, every, lambda case: case[:2]):
         i, results = int(rng.integers(7)), []
         for value in SAME[j]:
             mode = "in place" if function.endswith("in place") else "new"

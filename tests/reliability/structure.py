@@ -20,7 +20,7 @@ import numpy as np
 
 from lars_tree import Container, StateError, StructureError
 from tests.reliability import bad_arrays as arrays
-from tests.reliability import calls
+from tests.reliability import calls, outcomes
 from tests.reliability.attack import Attempts, attack
 from tests.reliability.calls import LARS, UPDATE, Call, Fault
 
@@ -338,4 +338,4 @@ def trees(rng: np.random.Generator) -> Attempts:
     def valid(function: str, mode: str) -> Call:
         return calls.make(function, mode, arrays.valid, arrays.new_counter)
 
-    return calls.attempts(rng, every, valid, arrays.strided, arrays.seen, arrays.numbers)
+    return outcomes.attempts(rng, every, valid, arrays.strided, arrays.seen, arrays.numbers)
