@@ -278,7 +278,12 @@ def _on_one_line(x: Any) -> str:
 
 def _rates(lr: Any, step: Any, w: Any) -> Any:
     step = schedules.value(unwrap(step))
-    return _without_schedules(lr, lambda schedule: _rate(schedule, step), w)
+    try:
+        return _without_schedules(lr, lambda schedule: _rate(schedule, step), w)
+    except RecursionError:  # also of a schedule
+        if structure.cycle(lr) is None:
+            raise
+        raise structure.explained({"lr": lr}) from None
 
 
 @in_default_floats

@@ -108,6 +108,12 @@ def escaped():
     return found[0]
 
 
+def escaped_from_jit():
+    found = []
+    need("jax").jit(lambda x: (found.append(x), x)[1])(plain("jax"))
+    return found[0]
+
+
 def many_axes(name):
     return plain(name).reshape((*SHAPE, *[1] * 63))
 
@@ -154,6 +160,7 @@ WITHOUT_DATA = {
     "FunctionalTensor": (functional_subclass, "torch"),
     "MaskedTensor": (lambda: prototype(masked), "torch"),
     "escaped from vmap": (escaped, "torch"),
+    "escaped from jit": (escaped_from_jit, "jax"),
     "65 axes": (lambda: many_axes("torch"), "torch"),
     "65 axes of jax": (lambda: many_axes("jax"), "jax"),
     "lazy parameter": (lambda: need("torch").nn.UninitializedParameter(), "torch"),

@@ -275,6 +275,7 @@ def test_a_callable_attrs_class_is_a_schedule():
     [
         ("w", lambda w: Lars(0.1).init(w)),
         ("lr", lambda lr: Lars(lr)),
+        ("lr", lambda lr: Lars(0.1).update(W, G, Lars(0.1).init(W), lr=lr)),
         ("eps", lambda eps: Lars(0.1, eps=eps)),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import threading
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -44,6 +45,7 @@ from lars_tree.torch import Lars, param_groups  # noqa: E402
         ({"lr": np.array([0.1])}, r"Invalid lr: expected .*, got array\(\[0.1\]\)"),
         ({"lr": np.datetime64(1, "s")}, "Invalid lr: expected a finite number >= 0"),
         pytest.param({"lr": 10**400}, "Invalid lr: expected .*, got 1000", id="beyond the floats"),
+        ({"lr": Decimal("sNaN")}, r"Invalid lr: expected .*, got Decimal\('sNaN'\)"),
         ({"eps": None}, "Invalid eps: expected a finite number >= 0, got None"),
         ({"momentum": [0.9]}, r"Invalid momentum: expected a finite number >= 0, got \[0.9\]"),
         ({"dampening": "0"}, "Invalid dampening: expected a finite number >= 0, got '0'"),

@@ -61,6 +61,8 @@ class JaxBackend(ArraysBackend):
             return f"an array of {x.ndim} axes, where numpy has {base.MAX_AXES} at most"
         if not _is_traced(x) and x.is_deleted():
             return "an array that was deleted or donated"
+        if _has_escaped(x):
+            return "a tracer outside of the call of jit, vmap or grad that made it"
         unreduced = _manual_axes(x, "unreduced")
         if unreduced:
             return f"partial sums over the mesh axis {base.named(unreduced)}: reduce them first"
@@ -355,6 +357,18 @@ def _sharded_like(x: jax.Array, w: jax.Array) -> jax.Array:
 
 def _is_traced(x: jax.Array) -> bool:
     return isinstance(x, jax.core.Tracer)
+
+
+def _has_escaped(x: jax.Array) -> bool:
+    """Whether x is a tracer of a trace that has ended, so that JAX refuses all operations on it."""
+    if not _is_traced(x):
+        return False
+    is_valid = getattr(getattr(x, "_trace", None), "is_valid", None)
+    return _no_trace() or (is_valid is not None and not is_valid())
+
+
+# JAX has no public function for this. Traces of jit stay valid when they have ended.
+_no_trace = getattr(getattr(jax._src, "core", None), "trace_state_clean", lambda: False)
 
 
 def _device(x: jax.Array) -> frozenset[Any] | None:

@@ -74,18 +74,18 @@ def _matched(
         return found
 
     def refuse_extra() -> None:
-        trees = {"out": out, "state": given.get("velocity"), "dcdw": dcdw}
-        for argument, tree in trees.items():
-            _refuse_extra(argument, w, tree)
+        _refuse_extra("out", w, out)
+        _refuse_extra("state", w, given.get("velocity"), at=("velocity",))
+        _refuse_extra("dcdw", w, dcdw)
 
     return columns, Caller(paths, refuse_extra, same_shapes=state is not None)
 
 
-def _refuse_extra(argument: str, w: Any, other: Any) -> None:
+def _refuse_extra(argument: str, w: Any, other: Any, at: errors.Path = ()) -> None:
     """Refuse arrays at leaves where w has None, because they would be ignored silently."""
     theirs = dict(structure.walk(other))
     lines = [
-        (path, f"expected None, got {errors.describe(theirs[path])}")
+        ((*at, *path), f"expected None, got {errors.describe(theirs[path])}")
         for path, leaf in structure.walk(w)
         if leaf is None and theirs.get(path) is not None
     ]

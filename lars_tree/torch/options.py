@@ -142,7 +142,10 @@ def _check_array(name: str, x: Any, group: str, waits: bool, first_rate: Any) ->
     if finite_number(number) is not None:
         return
     if name == "lr" and isinstance(number, Number) and not isinstance(number, bool):
-        size = finite_number(-number)  # type: ignore[operator]  # Number declares no operators
+        try:
+            size = finite_number(-number)  # type: ignore[operator]  # Number declares no operators
+        except ArithmeticError:  # a signalling NaN
+            size = None
         if size is not None and size <= _ROUNDING * float(first_rate):
             return
     raise _error(name, group, f"Invalid {name}: expected a finite number >= 0, got {x!r}")

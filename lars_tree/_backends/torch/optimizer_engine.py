@@ -131,10 +131,11 @@ def _look_right(leaves: list[Leaf]) -> bool:
     starts = []
     for leaf in leaves:
         w, velocity, axis = leaf.w, leaf.velocity, leaf.rule.layer_axis
-        expected_kind = _kind(w)
-        for x in (leaf.dcdw, w if velocity is None else velocity):
-            if not isinstance(x, Tensor) or _kind(x) != expected_kind:
-                return False
+        given = (w, leaf.dcdw) if velocity is None else (w, leaf.dcdw, velocity)
+        if not all(isinstance(x, Tensor) and not x.is_nested for x in given):
+            return False  # a nested tensor has no shape
+        if len(set(map(_kind, given))) > 1:
+            return False
         expected = (BACKEND.velocity_dtype(w), sharding_of(w))
         if velocity is not None and (velocity.dtype, sharding_of(velocity)) != expected:
             return False
