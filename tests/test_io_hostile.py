@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io as memory
 import json
+import os
 import pickle
 import struct
 import tracemalloc
@@ -185,6 +187,15 @@ def test_a_file_that_is_replaced_while_it_is_opened(tmp_path, monkeypatch):
 
     monkeypatch.setattr(formats.safetensors, "_check", replaced_first)
     assert io.load(path) == Container(b=np.ones(2))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="a file that cannot be mapped")
+def test_the_error_for_a_file_that_cannot_be_mapped_names_it(tmp_path):
+    path = tmp_path / "w.safetensors"
+    path.symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match="No such device") as caught:
+        io.load(path)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENODEV, str(path))
 
 
 # .npz

@@ -273,7 +273,7 @@ def test_if_the_file_cannot_be_synced_the_old_file_is_in_place(path, monkeypatch
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(OSError, match=r"Input/output error$"):
+    with pytest.raises(OSError, match=rf"Input/output error: '{path}'$"):
         io.save({"a": np.zeros(3)}, path)
     assert io.load(path) == Container(a=np.ones(3))
     assert os.listdir(path.parent) == [path.name]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -192,11 +193,16 @@ def _check(path: Path) -> None:
     with errors.requiring("lars_tree.io", "'lars-tree[io]'"):
         from safetensors import SafetensorError, safe_open
 
+    name = os.fsdecode(path)
     try:
-        with safe_open(os.fsdecode(path), framework="np"):
+        with safe_open(name, framework="np"):
             pass
+    except OSError as error:  # the package gives the number only in the text, and no path
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), name) from None
     except SafetensorError as error:
-        name = os.fsdecode(path)
         text = recognize.content(name) or _wrong_length(name) or str(error)
         raise errors.file_error(path, text) from error
 
