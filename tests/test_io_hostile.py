@@ -39,6 +39,7 @@ def structured(structure, names=("a.0",)):
 
 
 ONE = json.dumps(F32).encode()
+ONE_AT = b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, %b]}}'
 DEEP = b"[" * 100_000
 
 SAFETENSORS = {
@@ -79,6 +80,7 @@ SAFETENSORS = {
     "80 axes": safetensors({"a": entry(shape=[1] * 80)}),
     "negative offset": safetensors({"a": entry(offsets=[-4, 0])}),
     "backward offsets": safetensors({"a": entry(offsets=[4, 0])}),
+    "infinite offset": safetensors(ONE_AT % b"1e400"),
     "beyond the end": safetensors({"a": entry(offsets=[4, 8])}),
     "hole": safetensors({"a": F32, "b": entry(offsets=[8, 12])}, b"1" * 12),
     "hole at the start": safetensors({"a": entry(offsets=[4, 8])}, b"1" * 8),

@@ -220,7 +220,7 @@ def _wrong_length(name: str) -> str | None:
             header = names.parsed(file.read(start - 8).decode())
             header.pop(names.RESERVED, None)
             end = start + max(int(x["data_offsets"][1]) for x in header.values())
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError):
         return None
     if end > size:
         return f"it is cut off: its arrays end at byte {end:,}, but it has {size:,} bytes"
