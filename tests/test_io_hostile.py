@@ -191,6 +191,21 @@ def test_a_file_that_is_replaced_while_it_is_opened(tmp_path, monkeypatch):
     assert io.load(path) == Container(b=np.ones(2))
 
 
+CHANGED = ["beyond the end", "huge shape", "negative shape", "fractional shape", "two negative"]
+CHANGED += ["backward offsets", "negative offset", "not JSON", "unknown dtype", "no dtype"]
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_a_file_that_is_overwritten_while_it_is_opened(case, tmp_path, monkeypatch):
+    """After safetensors has checked it, and before its header is read."""
+    content = SAFETENSORS[case]
+    monkeypatch.setattr(formats.safetensors, "_check", lambda path: None)
+    path = tmp_path / "w.safetensors"
+    refused(path, content)
+    with pytest.raises(FileError):
+        io.open(path)
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="a file that cannot be mapped")
 def test_the_error_for_a_file_that_cannot_be_mapped_names_it(tmp_path):
     path = tmp_path / "w.safetensors"

@@ -85,10 +85,10 @@ def _unlink_unused(
 ) -> None:
     """Remove the listed shards that are not used. An OSError is raised after all were tried."""
     failed: OSError | None = None
-    for name in listed:
+    for name, known in listed.items():
         path = os.path.join(directory, name)
         try:
-            if identity(path) == listed[name] and _file(path) not in used:
+            if identity(path) == known and _file(path) not in used:
                 os.unlink(path)
         except FileNotFoundError:  # it was never renamed, or is already gone
             continue

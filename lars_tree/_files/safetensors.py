@@ -229,11 +229,16 @@ def _wrong_length(name: str) -> str | None:
 
 def _parsed(path: Path, file: BufferedReader) -> tuple[dict[str, Record], dict[str, str]]:
     length = int.from_bytes(file.read(8), "little")
+    most = os.fstat(file.fileno()).st_size - 8 - length
 
     def record(found: dict[str, Any]) -> Any:
         """Convert the entry of an array at once, to save memory; leave other objects unchanged."""
         match found:
-            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
+            case {
+                "dtype": str(dtype),
+                "shape": [*shape],
+                "data_offsets": [int(start), int(end)],
+            } if 0 <= start <= end <= most and all(type(n) is int and n >= 0 for n in shape):
                 return Record(sys.intern(dtype), tuple(shape), 8 + length + start, end - start)
         return found
 
