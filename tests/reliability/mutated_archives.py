@@ -69,12 +69,10 @@ def archive(entries: list[Member], end: Fields, after: bytes = b"") -> bytes:
         packed = x.packed
         if packed is None:
             packed = _deflated(x.content) if x.deflated else x.content
-        fields = {
-            **dict.fromkeys(_CENTRAL_FIELDS, 0),
-            **{"version": 20, "made": 20, "date": 33, "method": 8 * x.deflated},
-            **{"crc": zlib.crc32(x.content), "packed": len(packed), "size": len(x.content)},
-            **{"name": len(x.name), "extra": len(x.extra), "start": len(out)},
-        }
+        fields = dict.fromkeys(_CENTRAL_FIELDS, 0)
+        fields |= {"version": 20, "made": 20, "date": 33, "method": 8 * x.deflated}
+        fields |= {"crc": zlib.crc32(x.content), "packed": len(packed), "size": len(x.content)}
+        fields |= {"name": len(x.name), "extra": len(x.extra), "start": len(out)}
         out += _record(_LOCAL, _LOCAL_FIELDS, fields | {"signature": b"PK\3\4"} | x.local)
         out += x.name + x.extra + packed + x.after
         central = fields | {"signature": b"PK\1\2"} | x.central

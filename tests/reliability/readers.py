@@ -119,12 +119,11 @@ class Reader:
 
     def show(self) -> bool:
         status, out, err = called(_commanded, "show", str(self.path), "--json")
-        if status == 0:
-            json.loads(out)
-        return self._commanded(status in (0,), err)
+        is_read = status == 0 and isinstance(json.loads(out), dict)
+        return self._commanded(is_read, err)
 
     def diff(self) -> bool:
-        status, out, err = called(_commanded, "diff", str(self.path), str(self._other))
+        status, _, err = called(_commanded, "diff", str(self.path), str(self._other))
         return self._commanded(status in (0, 1), err)
 
     def _commanded(self, is_read: bool, err: str) -> bool:

@@ -71,7 +71,9 @@ def value_of(tree: Any) -> float:
     return values.pop()
 
 
-def at_line(line: int, hook: Callable[[], object], call: Callable[..., Any], *arguments: Any) -> Any:
+def at_line(
+    line: int, hook: Callable[[], object], call: Callable[..., Any], *arguments: Any
+) -> Any:
     """The result of a call, before whose line `line` in the modules of files `hook` is called."""
     lines = iter(range(line, -1, -1))
 

@@ -33,8 +33,17 @@ from lars_tree._files import locking
 from tests.reliability import file_systems
 from tests.reliability.attack import Attempts, attack
 from tests.reliability.readers import in_memory
-from tests.reliability.savers import FOLDER, SAVERS, Saver, at_line, checked, child
-from tests.reliability.savers import count_of_lines, shuffled, value_of
+from tests.reliability.savers import (
+    FOLDER,
+    SAVERS,
+    Saver,
+    at_line,
+    checked,
+    child,
+    count_of_lines,
+    shuffled,
+    value_of,
+)
 
 Random = np.random.Generator
 NEEDS = ("safetensors", "ml_dtypes")
@@ -141,22 +150,22 @@ def concurrent(rng: Random) -> Attempts:
     for saver, locks in cycle([(saver, locks) for locks in (True, False) for saver in SAVERS]):
         with in_memory() as directory:
             saver.save(directory, 0)
-            with child(_save_often, saver, directory, 1, locks):
-                with child(_save_often, saver, directory, 2, locks):
-                    for i in range(20):
-                        yield checked(_read, saver, directory, i, locks)
+            arguments = (_save_often, saver, directory, locks)
+            with child(*arguments, 1), child(*arguments, 2):
+                for i in range(20):
+                    yield checked(_read, saver, directory, locks, i)
             yield checked(_after_writers, saver, directory, locks)
 
 
-def _save_often(saver: Saver, directory: Path, value: float, locks: bool) -> None:
+def _save_often(saver: Saver, directory: Path, locks: bool, value: float) -> None:
     if not locks:  # as in a file system that has none
-        mock.patch.object(locking, "lock", lambda file, wait: None).start()
+        mock.patch.object(locking, "lock", return_value=None).start()
     while True:
         saver.save(directory, value)
         value += 2
 
 
-def _read(saver: Saver, directory: Path, i: int, locks: bool) -> None:
+def _read(saver: Saver, directory: Path, locks: bool, i: int) -> None:
     if i % 2 and saver.suffix != ".npz":
         value_of(io.open(saver.path(directory), "r" if i % 4 == 1 else "r+"))
     else:
