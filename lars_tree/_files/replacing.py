@@ -109,6 +109,8 @@ def status(target: str) -> os.stat_result | None:
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "not a regular file", target)
     if not os.access(target, os.W_OK):
+        if not os.path.lexists(target):  # another writer has just removed it
+            return None
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), target)
     return status
 
