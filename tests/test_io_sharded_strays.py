@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import need
 from sharded_sets import INDEX, found, listed, save, used
-from test_io_kill import run
+from test_io_replacing import run
 
 from lars_tree import Container, io
 from lars_tree._files import abandoned, locking, replacing_sets
