@@ -40,6 +40,8 @@ MIXED = {
 SPLIT = {"a": {"b": np.arange(3.0)}, "c": np.array([1 + 2j], np.complex64)}
 FLAT = {"a": np.arange(4, dtype=np.int32), "b": np.arange(2.0)}
 
+VALID = ("elements", "order")  # after these mutations, a file must be loaded
+
 
 def _attempts(
     rng: Random,
@@ -55,7 +57,7 @@ def _attempts(
         while True:
             reader = one_of(rng, readers)
             what = mutated(reader)
-            yield _outcome(reader, one_of(rng, reader.ways), what, is_valid=what == "elements")
+            yield _outcome(reader, one_of(rng, reader.ways), what, is_valid=what in VALID)
             restored(reader)
 
 
@@ -222,11 +224,12 @@ def _content_of_shard(rng: Random, directory: Path, outside: Path) -> None:
     path.write_bytes(kind(rng, path.read_bytes()))
 
 
-def elements(rng: Random, directory: Path, outside: Path) -> None:
-    """Valid: other elements that are not bools; a name in JSON, but another order."""
-    path = directory / max(os.listdir(directory))
+def order(rng: Random, directory: Path, outside: Path) -> None:
+    """The index in another order, which is valid."""
+    path = directory / INDEX
     index = mutations.parsed(path.read_bytes())
-    rng.shuffle(index)
+    for pairs in (index, dict(index)["weight_map"]):
+        pairs[:] = [pairs[i] for i in rng.permutation(len(pairs))]
     path.write_bytes(mutations.written(index).encode())
 
 
@@ -255,4 +258,4 @@ def _kind_of_shard(rng: Random, directory: Path, outside: Path) -> None:
 
 
 _OF_SETS = [_bytes_of_index, _json_of_index, _json_of_index, _names_of_shards, _content_of_shard]
-_OF_SETS += [_kind_of_shard, elements]
+_OF_SETS += [_kind_of_shard, order]

@@ -49,7 +49,7 @@ def in_memory() -> Iterator[Path]:
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """Limit the address space of this process, and report crashes and warnings of the package."""
+    """Limit the address space of this process and the time of calls; ignore warnings."""
 
     def too_long(*arguments: Any) -> None:
         raise TooLongError
@@ -57,7 +57,7 @@ def limited() -> Iterator[None]:
     faulthandler.enable()
     signal.signal(signal.SIGPROF, too_long)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + 2 * SPACE
+    limit = pages * resource.getpagesize() + SPACE
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of numpy and zipfile, about names and old headers
@@ -102,8 +102,8 @@ class Reader:
         return self._loaded(called(io.load, self.path, library="torch", flat=True))
 
     def open(self) -> bool:
-        mode = "r+" if len(self.files()) % 2 else "r"
         before = self.files()
+        mode = "r+" if sum(map(len, before)) % 2 else "r"
         is_loaded = self._loaded(called(io.open, self.path, mode, flat=True))
         if self.files() != before:
             raise BrokenError("a file was changed")
