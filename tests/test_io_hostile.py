@@ -154,6 +154,8 @@ def test_the_error_names_the_entry(tmp_path):
     assert "\n  x: expected bools" in refused(
         path, SAFETENSORS["not 0 or 1"].replace(b'"a"', b'"x"')
     )
+    text = refused(path, SAFETENSORS["structure not JSON"])
+    assert "\n  path: the structure cannot be read: Expecting" in text
     assert "\n  a: numpy and ml_dtypes have no F4" in refused(path, SAFETENSORS["half bytes"])
 
 
