@@ -158,10 +158,12 @@ class Reader:
         """Fail if a file that safetensors reads is refused without a documented reason."""
         if self.path.suffix != ".safetensors":
             return
-        with suppress(Exception):
+        try:
             self._known()
-            if not any(reason in text for reason in _REASONS):
-                raise BrokenError(f"a valid file is refused: {text}")
+        except Exception:  # it is malformed
+            return
+        if not any(reason in text for reason in _REASONS):
+            raise BrokenError(f"a valid file is refused: {text}")
 
     def files(self) -> list[bytes]:
         """The contents of the file, or of all files next to an index."""
@@ -236,11 +238,18 @@ def _bytes(x: np.ndarray) -> bytes:
 def _of_npz(path: Path) -> Known:
     found = {}
     with np.load(path, allow_pickle=False) as file:
+        _expect_once(file.zip.namelist())
         for name in file.files:
             if name != "__metadata__":
                 x = file[f"{name}.npy"]  # an archive may have 'a.npy' and 'a.npy.npy'
                 found[name] = x.dtype.name, x.shape, _bytes(x)
     return found
+
+
+def _expect_once(names: list[str]) -> None:
+    """Fail if a name occurs twice: then programs may read different arrays."""
+    if len(names) > len(set(names)):
+        raise BrokenError("it has a name twice")
 
 
 _NAMES = {"F": "float", "I": "int", "U": "uint", "C": "complex", "BF": "bfloat"}
@@ -249,8 +258,11 @@ _NAMES = {"F": "float", "I": "int", "U": "uint", "C": "complex", "BF": "bfloat"}
 def _of_safetensors(path: Path) -> Known:
     from safetensors import deserialize
 
+    content = path.read_bytes()
+    header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+    json.loads(header, object_pairs_hook=lambda pairs: _expect_once([name for name, _ in pairs]))
     found = {}
-    for name, x in deserialize(path.read_bytes()):
+    for name, x in deserialize(content):
         dtype = x["dtype"]
         kind = dtype.rstrip("0123456789")
         known = {"BOOL": "bool", "F8_E4M3": "float8_e4m3fn"}.get(dtype)

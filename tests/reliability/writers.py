@@ -15,6 +15,7 @@ import errno
 import fcntl
 import os
 import resource
+import shutil
 import signal
 import stat
 import sys
@@ -61,8 +62,8 @@ def _directories() -> Iterator[dict[Saver, Path]]:
 
 
 def _clear(directory: Path) -> None:
-    for path in directory.iterdir():
-        path.unlink()
+    shutil.rmtree(directory)
+    directory.mkdir()
 
 
 def _expect_whole(saver: Saver, directory: Path, *values: float) -> float:
@@ -101,7 +102,11 @@ def kills(rng: Random) -> Attempts:
             old = saver.found(directory)
             with child(saver.save, directory, old + 1, size):
                 time.sleep(delay)
-            yield checked(_after_a_kill, saver, directory, old, rng.random() < 0.5)
+            outcome = checked(_after_a_kill, saver, directory, old, rng.random() < 0.5)
+            if outcome:  # begin anew
+                _clear(directory)
+                saver.save(directory, 0)
+            yield outcome
 
 
 def _after_a_kill(saver: Saver, directory: Path, old: float, is_next: bool) -> None:
