@@ -50,6 +50,7 @@ class Place:
         self.directory, self.renamed = above / "here", above / "renamed"
         self.other = above / f"other{saver.suffix}"
         self.target = saver.target(self.directory)
+        self.has_begun = False  # whether there were temporary files when a link was made
         for path in above.iterdir():
             path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
         self.directory.mkdir()
@@ -74,6 +75,7 @@ class Place:
         self.target.mkdir()
 
     def make_link(self) -> None:
+        self.has_begun = any(self.directory.glob(".lars_tree-*"))
         self.target.unlink()
         self.target.symlink_to(self.other)
 
@@ -174,8 +176,9 @@ def _save(above: Path, saver: Saver, event: Event, line: int) -> None:
     finally:
         place.unprotect()
     assert len(os.listdir("/proc/self/fd")) == files, "a file is open"
-    if place.other.read_bytes() != OTHER:  # a link from the start is followed
+    if place.other.read_bytes() != OTHER:  # only a link from the start is followed
         assert event is Place.make_link, "another file was changed"
+        assert not place.has_begun, "a link was followed"
         assert value_of(io.load(place.other)) == 4
     for directory in (place.directory, place.renamed):
         if directory.is_dir():
