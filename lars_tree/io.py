@@ -99,22 +99,20 @@ def save(
             the new file is in place but its directory could not be synced.
     """
     _check_order(tree, path)
-    is_sharded = formats.is_sharded(path)
-    format_ = sharded if is_sharded else formats.find_to_write(path)
-    if max_shard_size is not None and not is_sharded:
+    index_path = formats.index_to_write(path)
+    format_ = formats.find_to_write(path) if index_path is None else sharded
+    if max_shard_size is not None and index_path is None:
         text = f"max_shard_size is for an index or a directory, got the path {str(path)!r}"
         raise errors.error(errors.OptionError, "max_shard_size", text, [])
     most = index.parsed_size(index.DEFAULT_SIZE if max_shard_size is None else max_shard_size)
     leaves, structure = names.flatten(tree)
     entries = arrays.check(leaves)
     formats.check(format_, entries, {name: where for name, (where, _) in leaves.items()})
-    strings = _checked(metadata, index.TOTAL_SIZE if is_sharded else None)
+    strings = _checked(metadata, None if index_path is None else index.TOTAL_SIZE)
     if structure is not None:
         strings[formats.STRUCTURE] = structure
-    if is_sharded:
-        name = os.fsdecode(path)
-        target = os.path.join(name, index.DEFAULT) if os.path.isdir(name) else name
-        sharded.write(target, entries, strings, most)
+    if index_path is not None:
+        sharded.write(index_path, entries, strings, most)
         return
     with replacing(path) as file:
         format_.write(file, entries, strings)

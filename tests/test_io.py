@@ -331,3 +331,15 @@ def test_links_stay_links(file):
         assert file.is_symlink()
         assert io.load(real).a == value
     assert sorted(os.listdir(file.parent)) == sorted([file.name, real.name])
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_a_lack_of_memory_is_not_an_error_of_the_file(suffix, tmp_path, monkeypatch):
+    def no_memory(*arguments):
+        raise MemoryError
+
+    path = tmp_path / f"w{suffix}"
+    io.save({"a": np.ones(3)}, path)
+    monkeypatch.setattr(np, "empty", no_memory)
+    with pytest.raises(MemoryError):
+        io.load(path)

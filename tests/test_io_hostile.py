@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io as memory
 import json
+import os
 import pickle
 import struct
 import tracemalloc
@@ -37,6 +39,7 @@ def structured(structure, names=("a.0",)):
 
 
 ONE = json.dumps(F32).encode()
+ONE_AT = b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, %b]}}'
 DEEP = b"[" * 100_000
 
 SAFETENSORS = {
@@ -77,6 +80,7 @@ SAFETENSORS = {
     "80 axes": safetensors({"a": entry(shape=[1] * 80)}),
     "negative offset": safetensors({"a": entry(offsets=[-4, 0])}),
     "backward offsets": safetensors({"a": entry(offsets=[4, 0])}),
+    "infinite offset": safetensors(ONE_AT % b"1e400"),
     "beyond the end": safetensors({"a": entry(offsets=[4, 8])}),
     "hole": safetensors({"a": F32, "b": entry(offsets=[8, 12])}, b"1" * 12),
     "hole at the start": safetensors({"a": entry(offsets=[4, 8])}, b"1" * 8),
@@ -150,6 +154,8 @@ def test_the_error_names_the_entry(tmp_path):
     assert "\n  x: expected bools" in refused(
         path, SAFETENSORS["not 0 or 1"].replace(b'"a"', b'"x"')
     )
+    text = refused(path, SAFETENSORS["structure not JSON"])
+    assert "\n  path: the structure cannot be read: Expecting" in text
     assert "\n  a: numpy and ml_dtypes have no F4" in refused(path, SAFETENSORS["half bytes"])
 
 
@@ -185,6 +191,30 @@ def test_a_file_that_is_replaced_while_it_is_opened(tmp_path, monkeypatch):
 
     monkeypatch.setattr(formats.safetensors, "_check", replaced_first)
     assert io.load(path) == Container(b=np.ones(2))
+
+
+CHANGED = ["beyond the end", "huge shape", "negative shape", "fractional shape", "two negative"]
+CHANGED += ["backward offsets", "negative offset", "not JSON", "unknown dtype", "no dtype"]
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_a_file_that_is_overwritten_while_it_is_opened(case, tmp_path, monkeypatch):
+    """After safetensors has checked it, and before its header is read."""
+    content = SAFETENSORS[case]
+    monkeypatch.setattr(formats.safetensors, "_check", lambda path: None)
+    path = tmp_path / "w.safetensors"
+    refused(path, content)
+    with pytest.raises(FileError):
+        io.open(path)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="a file that cannot be mapped")
+def test_the_error_for_a_file_that_cannot_be_mapped_names_it(tmp_path):
+    path = tmp_path / "w.safetensors"
+    path.symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match="No such device") as caught:
+        io.load(path)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENODEV, str(path))
 
 
 # .npz

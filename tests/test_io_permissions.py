@@ -126,6 +126,14 @@ def test_permissions_changed_during_a_save_count(path, monkeypatch):
     assert mode(path) == 0o600  # the permissions of the old file are unknown
 
 
+def test_a_file_that_is_removed_before_it_is_checked_is_a_new_file(path, monkeypatch):
+    """As an old shard of a set that two processes replace."""
+    saved(path)
+    monkeypatch.setattr(os, "access", lambda name, mode: os.unlink(name) or False)
+    saved(path)
+    assert io.load(path) == Container(a=np.ones(3))
+
+
 @root
 def test_owner_and_group_are_preserved(path):
     saved(path)
@@ -273,7 +281,7 @@ def test_if_the_file_cannot_be_synced_the_old_file_is_in_place(path, monkeypatch
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(OSError, match=r"Input/output error$"):
+    with pytest.raises(OSError, match=rf"Input/output error: '{path}'$"):
         io.save({"a": np.zeros(3)}, path)
     assert io.load(path) == Container(a=np.ones(3))
     assert os.listdir(path.parent) == [path.name]

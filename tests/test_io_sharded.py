@@ -346,3 +346,12 @@ def test_errors_of_shards_have_argument_and_paths(tmp_path):
         io.load(tmp_path)
     assert shards(tmp_path)[0] in str(caught.value)
     assert (caught.value.argument, caught.value.paths) == ("path", ((),))
+
+
+def test_a_directory_that_is_removed_during_a_save(tmp_path, monkeypatch):
+    directory, check = tmp_path / "checkpoint", io.arrays.check
+    directory.mkdir()
+    monkeypatch.setattr(io.arrays, "check", lambda leaves: directory.rmdir() or check(leaves))
+    with pytest.raises(FileNotFoundError) as caught:
+        io.save({"a": np.ones(1)}, directory)
+    assert caught.value.filename == str(directory / "model.safetensors.index.json")

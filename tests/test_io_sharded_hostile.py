@@ -154,11 +154,15 @@ def test_a_shard_that_is_not_a_file_is_refused(checkpoint):
     (checkpoint / "folder.safetensors").mkdir()
     (checkpoint / "device.safetensors").symlink_to(os.devnull)
     (checkpoint / "dangling.safetensors").symlink_to("nowhere")
+    (checkpoint / "loop.safetensors").symlink_to("loop.safetensors")
     for name in ("pipe", "folder", "device"):
         text = refused(checkpoint, with_shard(f"{name}.safetensors"))
         assert f"the shard '{name}.safetensors' is not a file" in text
     text = refused(checkpoint, with_shard("dangling.safetensors"))
     assert "the shard 'dangling.safetensors' is missing" in text
+    for name, reason in (("loop", "Too many levels of symb"), ("x" * 300, "File name too long")):
+        text = refused(checkpoint, with_shard(f"{name}.safetensors"))
+        assert f"the shard '{name}.safetensors' cannot be opened: {reason}" in text
 
 
 def test_two_shards_with_the_same_array_are_refused(checkpoint):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 from conftest import need
 from sharded_sets import INDEX, found, listed, save, used
-from test_io_kill import run
+from test_io_replacing import run
 
 from lars_tree import Container, io
 from lars_tree._files import abandoned, locking, replacing_sets
@@ -154,4 +155,29 @@ def test_a_staged_directory_removed_before_its_journal_is_locked_is_made_again(
     monkeypatch.setattr(locking, "lock", removed_later)
     save(tmp_path, 1)
     assert len(made) == 4
+    assert listed(tmp_path) == used(tmp_path)
+
+
+@pytest.mark.parametrize("call", ["lstat", "stat", "unlink"])
+def test_a_shard_that_could_not_be_removed_is_removed_by_the_next_save(call, tmp_path, monkeypatch):
+    save(tmp_path, 0)
+    settle = abandoned.settle
+    function = getattr(os, call)
+
+    def failing(path):
+        if str(path).endswith("00002-of-00003.safetensors"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return function(path)
+
+    def settled(staged):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, failing)
+            settle(staged)
+
+    monkeypatch.setattr(abandoned, "settle", settled)
+    save(tmp_path, 3)
+    assert found(tmp_path) == 3
+    assert listed(tmp_path) != used(tmp_path)
+    monkeypatch.undo()
+    save(tmp_path, 6)
     assert listed(tmp_path) == used(tmp_path)

@@ -142,15 +142,13 @@ def _is_same_file(a: str, b: str) -> bool:
 
 @contextmanager
 def _naming(out: str) -> Iterator[None]:
-    """Let errors of writing name the file as the user did, instead of a temporary file or none."""
+    """Let the error of a tree that cannot be written in this format name the file."""
     try:
         yield
     except errors.LarsTreeError as error:
-        if error.argument == "tree":  # the tree cannot be written in this format
+        if error.argument == "tree":
             error.args = (f"{out}: {error}",)
         raise
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), out) from error
 
 
 def _output(weights: str, grads: str, out: str, results: _Results) -> Output:

@@ -63,17 +63,14 @@ def _remove_set(staged: str) -> None:
 def settle(staged: str) -> None:
     """End a replacement of shards, whether or not the new index is in place.
 
-    The caller holds the lock of the directory. If this is interrupted, it can be repeated.
+    The caller holds the lock of the directory. If this is interrupted or raises an OSError, it can
+    be repeated: the journal is removed after the shards.
     """
     directory, journal = os.path.dirname(staged), os.path.join(staged, JOURNAL)
     listed = _listed(journal)
     used = _referenced(directory) if listed else None
     if used is not None:
-        for name in listed:
-            path = os.path.join(directory, name)
-            with suppress(OSError):
-                if identity(path) == listed[name] and _file(path) not in used:
-                    os.unlink(path)
+        _unlink_unused(directory, listed, used)
     with suppress(FileNotFoundError):
         for name in os.listdir(staged):
             if name.isdigit() or name in (INDEX, MODE):
@@ -81,6 +78,24 @@ def settle(staged: str) -> None:
         os.unlink(journal)
     with suppress(FileNotFoundError):
         os.rmdir(staged)
+
+
+def _unlink_unused(
+    directory: str, listed: dict[str, list[int]], used: set[tuple[int, int]]
+) -> None:
+    """Remove the listed shards that are not used. An OSError is raised after all were tried."""
+    failed: OSError | None = None
+    for name, known in listed.items():
+        path = os.path.join(directory, name)
+        try:
+            if identity(path) == known and _file(path) not in used:
+                os.unlink(path)
+        except FileNotFoundError:  # it was never renamed, or is already gone
+            continue
+        except OSError as error:
+            failed = error
+    if failed is not None:
+        raise failed
 
 
 def identity(path: str) -> list[int]:
@@ -107,16 +122,16 @@ def _listed(journal: str) -> dict[str, list[int]]:
 
 
 def _referenced(directory: str) -> set[tuple[int, int]] | None:
-    """The shards that the indexes in a directory refer to; None if an index cannot be read."""
+    """The shards that the indexes in a directory refer to; None if an index is malformed."""
     found: set[tuple[int, int]] = set()
     for name in filter(index.is_index, os.listdir(directory)):
         try:
             with open(os.path.join(directory, name), "rb") as file:
                 shards = set(index.read(file).weight_map.values())
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError):
             return None
         for shard in shards:
-            with suppress(OSError):  # it is missing
+            with suppress(FileNotFoundError):  # it is missing
                 found.add(_file(os.path.join(directory, shard)))
     return found
 

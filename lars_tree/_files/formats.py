@@ -42,17 +42,25 @@ def _recognized(name: str) -> str | None:
 
 def find_to_write(path: Path) -> Any:
     """The module that writes a single file with this name; a FileError if there is none."""
-    if is_sharded(path):
-        raise _unsupported(path, "expected a single file, got a sharded checkpoint")
     format_ = _found(os.fsdecode(path))
+    if format_ is sharded:
+        raise _unsupported(path, "expected a single file, got a sharded checkpoint")
     if format_ is None:
         raise _unsupported(path, _EXPECTED)
     return format_
 
 
-def is_sharded(path: Path) -> bool:
-    """Whether this is the path of an index or of a directory."""
-    return _found(os.fsdecode(path)) is sharded
+def index_to_write(path: Path) -> str | None:
+    """The index of the sharded checkpoint with this path; None if it is not one.
+
+    A directory may be removed at any moment, so this looks for it only once.
+    """
+    name = os.fsdecode(path)
+    if os.path.splitext(name)[1] in _FORMATS:
+        return None
+    if os.path.isdir(name):
+        return os.path.join(name, index.DEFAULT)
+    return name if index.is_index(name) else None
 
 
 def _found(name: str) -> Any:

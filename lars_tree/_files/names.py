@@ -136,8 +136,12 @@ def unflatten(leaves: Mapping[str, Any], text: str | None, make: Callable[[], Di
     check(leaves, text)
     if text is None:
         return _split(leaves, make)
+    try:
+        structure = parsed(text)
+    except ValueError as error:
+        raise ValueError(f"the structure cannot be read: {error}") from None
     left = dict(leaves)
-    tree = _decode(parsed(text), (), left, make)
+    tree = _decode(structure, (), left, make)
     if not isinstance(tree, dict):
         raise ValueError("the structure is not a dict")
     if left:

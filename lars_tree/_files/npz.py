@@ -103,7 +103,10 @@ class View(NamedTuple):
                 readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
                 if version not in readers:
                     raise ValueError(f"expected npy format version 1.0 or 2.0, got {version}")
-                shape, fortran_order, dtype = readers[version](stream)
+                try:
+                    shape, fortran_order, dtype = readers[version](stream)
+                except MemoryError as error:  # the parser of Python raises it
+                    raise ValueError("its header is nested too deeply") from error
                 is_text = name == names.RESERVED
                 if dtype.kind not in ("U" if is_text else "biufc") or dtype.itemsize == 0:
                     kind = "text" if is_text else "numbers or bools"
@@ -112,6 +115,8 @@ class View(NamedTuple):
                 if size != info.file_size - stream.tell() or min(shape, default=0) < 0:
                     raise ValueError(f"expected {size} bytes for {dtype} {shape}")
                 yield shape, fortran_order, dtype, stream
+        except MemoryError:
+            raise
         except Exception as error:
             raise errors.file_error(self.path, str(error), name) from error
 
@@ -123,6 +128,8 @@ def opened(path: Path) -> Iterator[View]:
         try:
             archive = zipfile.ZipFile(file)
             members = _members(archive, os.fstat(file.fileno()).st_size)
+        except MemoryError:
+            raise
         except Exception as error:  # the parser raises errors of many kinds
             text = recognize.content(os.fsdecode(path)) or f"not a readable zip archive: {error}"
             raise errors.file_error(path, text) from error

@@ -39,36 +39,53 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     allows. After an exception, `path` is unchanged and the temporary file is removed.
 
     Raises:
-        OSError: as `open(path, "wb")` does; also if `path` is not a regular file. If only the
-            directory could not be synced, the error says that the new file is in place.
+        OSError: as `open(path, "wb")` does, with `path`; also if `path` is not a regular file. If
+            only the directory could not be synced, the error says that the new file is in place.
+    """
+    with naming(path) as target:
+        directory = os.path.dirname(target)
+        is_new = status(target) is None
+        abandoned.remove(directory)
+        name = os.path.join(directory, f"{PREFIX}{secrets.token_hex(8)}{TEMPORARY}")
+        file = None
+        try:  # begins before the file is created, because Ctrl-C may come at any moment
+            new_mode = mode_of_new_file(name) if is_new else 0o600
+            file = locking.locked_file(name)
+            yield file
+            file.flush()
+            # The status is read again, because the permissions may have changed meanwhile.
+            set_permissions(file.fileno(), new_mode, target, status(target))
+            os.fsync(file.fileno())
+            if locking.fcntl is None:
+                file.close()
+            os.replace(name, target)
+        except BaseException:
+            with suppress(OSError):  # on a full disk, closing fails again
+                if file is not None:
+                    file.close()
+            with suppress(FileNotFoundError):
+                os.unlink(name)
+            raise
+        with in_place(target):
+            file.close()
+            locking.sync(directory)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[str]:
+    """Yield the target of `path`. An OSError names `path`, not a temporary file, or no file.
+
+    The system calls on an open file, such as a write to a full disk, raise errors without a name.
     """
     target = os.path.realpath(os.fsdecode(path))
-    directory = os.path.dirname(target)
-    is_new = status(target) is None
-    abandoned.remove(directory)
-    name = os.path.join(directory, f"{PREFIX}{secrets.token_hex(8)}{TEMPORARY}")
-    file = None
-    try:  # begins before the file is created, because Ctrl-C may come at any moment
-        new_mode = mode_of_new_file(name) if is_new else 0o600
-        file = locking.locked_file(name)
-        yield file
-        file.flush()
-        # The status is read again, because the permissions may have changed meanwhile.
-        set_permissions(file.fileno(), new_mode, target, status(target))
-        os.fsync(file.fileno())
-        if locking.fcntl is None:
-            file.close()
-        os.replace(name, target)
-    except BaseException:
-        with suppress(OSError):  # on a full disk, closing fails again
-            if file is not None:
-                file.close()
-        with suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
-    with in_place(target):
-        file.close()
-        locking.sync(directory)
+    ours = (None, target, os.path.dirname(target))
+    try:
+        yield target
+    except OSError as error:
+        name = error.filename
+        if error.errno is None or not (name in ours or f"{os.sep}{PREFIX}" in str(name)):
+            raise  # the error of a leaf that is read from another file
+        raise OSError(error.errno, error.strerror, os.fsdecode(path)) from error
 
 
 @contextmanager
@@ -92,6 +109,8 @@ def status(target: str) -> os.stat_result | None:
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "not a regular file", target)
     if not os.access(target, os.W_OK):
+        if not os.path.lexists(target):  # another writer has just removed it
+            return None
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), target)
     return status
 

@@ -38,18 +38,18 @@ def replace_set(
         OSError: a file cannot be written. The old set is unchanged, unless the message says that
             the new file is in place but its directory could not be synced.
     """
-    target = os.path.realpath(path)
-    directory = os.path.dirname(target)
-    _check(path, target)
-    abandoned.remove(directory)
-    staged = os.path.join(directory, f"{PREFIX}{secrets.token_hex(8)}{STAGED}")
-    try:
-        try:  # begins before the directory is created, because Ctrl-C may come at any moment
-            _replace(target, staged, shards, index_text)
-        finally:
+    with replacing.naming(path) as target:
+        directory = os.path.dirname(target)
+        _check(path, target)
+        abandoned.remove(directory)
+        staged = os.path.join(directory, f"{PREFIX}{secrets.token_hex(8)}{STAGED}")
+        try:
+            try:  # begins before the directory is created, because Ctrl-C may come at any moment
+                _replace(target, staged, shards, index_text)
+            finally:
+                _end(staged)
+        finally:  # if Ctrl-C came in the inner `finally`
             _end(staged)
-    finally:  # if Ctrl-C came in the inner `finally`
-        _end(staged)
 
 
 def _check(path: str, target: str) -> None:

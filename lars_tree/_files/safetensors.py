@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -192,11 +193,16 @@ def _check(path: Path) -> None:
     with errors.requiring("lars_tree.io", "'lars-tree[io]'"):
         from safetensors import SafetensorError, safe_open
 
+    name = os.fsdecode(path)
     try:
-        with safe_open(os.fsdecode(path), framework="np"):
+        with safe_open(name, framework="np"):
             pass
+    except OSError as error:  # the package gives the number only in the text, and no path
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), name) from None
     except SafetensorError as error:
-        name = os.fsdecode(path)
         text = recognize.content(name) or _wrong_length(name) or str(error)
         raise errors.file_error(path, text) from error
 
@@ -214,7 +220,7 @@ def _wrong_length(name: str) -> str | None:
             header = names.parsed(file.read(start - 8).decode())
             header.pop(names.RESERVED, None)
             end = start + max(int(x["data_offsets"][1]) for x in header.values())
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError):
         return None
     if end > size:
         return f"it is cut off: its arrays end at byte {end:,}, but it has {size:,} bytes"
@@ -223,11 +229,16 @@ def _wrong_length(name: str) -> str | None:
 
 def _parsed(path: Path, file: BufferedReader) -> tuple[dict[str, Record], dict[str, str]]:
     length = int.from_bytes(file.read(8), "little")
+    most = os.fstat(file.fileno()).st_size - 8 - length
 
     def record(found: dict[str, Any]) -> Any:
         """Convert the entry of an array at once, to save memory; leave other objects unchanged."""
         match found:
-            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
+            case {
+                "dtype": str(dtype),
+                "shape": [*shape],
+                "data_offsets": [int(start), int(end)],
+            } if 0 <= start <= end <= most and all(type(n) is int and n >= 0 for n in shape):
                 return Record(sys.intern(dtype), tuple(shape), 8 + length + start, end - start)
         return found
 

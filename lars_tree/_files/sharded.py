@@ -187,5 +187,8 @@ def _check_file(name: str, shard: str) -> None:
     except FileNotFoundError:
         text = f"the shard {os.path.basename(shard)!r} is missing: download or copy it too"
         raise errors.file_error(name, text) from None
+    except OSError as error:  # its name is too long, or it is a link to itself
+        text = f"the shard {os.path.basename(shard)!r} cannot be opened: {error.strerror}"
+        raise errors.file_error(name, text) from None
     if not is_file:
         raise errors.file_error(name, f"the shard {os.path.basename(shard)!r} is not a file")

@@ -17,10 +17,13 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PARTS = (
-    "exponents",
     "faults",
     "options",
     "structure",
+    "exponents",
+    "files",
+    "writers",
+    "races",
 )  # in the order of the page; the modules with attacks
 GRACE = 60.0  # seconds: to start, to finish the attempt at hand, to end
 SHOWN = 5  # of the failures
