@@ -14,7 +14,7 @@ from typing import Any, Literal
 from lars_tree import errors
 from lars_tree._backends.wrapper import unwrap
 from lars_tree._files import arrays, formats, index, names, npz, sharded
-from lars_tree._files.replacing import Path, replacing
+from lars_tree._files.replacing import Path, replace
 from lars_tree.container import Container
 
 __all__ = ["from_state_dict", "load", "metadata", "open", "save", "to_state_dict"]
@@ -116,8 +116,7 @@ def save(
         target = os.path.join(name, index.DEFAULT) if os.path.isdir(name) else name
         sharded.write(target, entries, strings, most)
         return
-    with replacing(path) as file:
-        format_.write(file, entries, strings)
+    replace(path, lambda file: format_.write(file, entries, strings))
 
 
 def _check_order(tree: Any, path: Any) -> None:

@@ -155,9 +155,7 @@ def test_concurrent_saves_and_loads(locks, tmp_path):
         code = code.replace(
             "    directory,",
             "    from lars_tree._files import locking\n"
-            "    lock = locking.lock\n"
-            "    locking.locked_directory.__wrapped__.__globals__['lock'] = (\n"
-            "        lambda file, wait: None)\n    directory,",
+            "    locking.lock = lambda file, wait: None\n    directory,",
             1,
         )
     run_together(code, tmp_path, 60, Path(__file__).parent)
