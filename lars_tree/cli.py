@@ -22,6 +22,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: with status 1 and no message, if the reader of stdout closed the pipe.
     """
     try:
+        return _main(argv)
+    except KeyboardInterrupt:  # outside of the code for which click turns it into an Abort
+        return 130
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    try:
         import click
     except ModuleNotFoundError:
         return _fail("lars-tree", "click is not installed: pip install 'lars-tree[cli]'")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from lars_tree import errors
 from lars_tree._backends.wrapper import unwrap
 from lars_tree._files import arrays, formats, index, names, npz, sharded
-from lars_tree._files.replacing import Path, replacing
+from lars_tree._files.replacing import Path, replace
 from lars_tree.container import Container
 
 __all__ = ["from_state_dict", "load", "metadata", "open", "save", "to_state_dict"]
@@ -114,8 +114,7 @@ def save(
     if index_path is not None:
         sharded.write(index_path, entries, strings, most)
         return
-    with replacing(path) as file:
-        format_.write(file, entries, strings)
+    replace(path, lambda file: format_.write(file, entries, strings))
 
 
 def _check_order(tree: Any, path: Any) -> None:

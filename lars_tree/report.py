@@ -20,6 +20,7 @@ from lars_tree import _backends, errors
 from lars_tree._backends.wrapper import rewrapped, unwrap
 from lars_tree._core.options import DEFAULTS, StepOptions, with_hints
 from lars_tree._core.types import Numbers
+from lars_tree._numerics.float_environment import without_warnings
 from lars_tree._numerics.formula import Measured
 from lars_tree._report.history import TrustHistory, TrustRatioWarning, warn
 from lars_tree._report.layer_table import LayerTable
@@ -206,9 +207,9 @@ def _record(
     return {**layer, "parameters": prod(shape), **step}
 
 
+@without_warnings
 def _step_fields(layer: Measured, step_norm: float) -> dict[str, Any]:
-    with np.errstate(all="ignore"):
-        relative = float(np.divide(step_norm, layer.w_norm)) if step_norm else 0.0
+    relative = float(np.divide(step_norm, layer.w_norm)) if step_norm else 0.0
     return {
         "w_norm": layer.w_norm,
         "g_norm": layer.g_norm,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import signal
 import sys
 from collections import deque
 from textwrap import dedent
 
+import numpy as np
 import pytest
+from conftest import interrupted_at, need
 from test_threads import run
-from test_writes import contents, in_chunks, of_momentum, of_strides
+from test_writes import contents, in_chunks, of_momentum, of_strides, of_two_libraries
 
 from lars_tree._backends.cpu import twin
 from lars_tree._core import writes
@@ -60,6 +63,20 @@ def test_of_two_signals_within_an_update_both_are_handled(monkeypatch):
     assert sorted(calls) == sorted(numbers)
     assert {caught.value.args[0], caught.value.__context__.args[0]} == set(numbers)
     assert contents(trees) == before
+
+
+@pytest.mark.parametrize("case", [of_strides, of_two_libraries])
+def test_ctrl_c_at_any_line_restores_the_settings_of_numpy_and_torch(case):
+    """At each line of the code that changes them."""
+    torch = need("torch")
+    modules = ["numpy._core._ufunc_config", "torch.autograd.grad_mode", "torch.utils._contextlib"]
+    files = tuple(importlib.import_module(name).__file__ for name in modules)
+    line, errors = 0, np.geterr()
+    while interrupted_at(line, files, case()[1]):
+        assert np.geterr() == errors, line
+        assert torch.is_grad_enabled(), line
+        line += 1
+    assert line > 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -149,6 +149,23 @@ def test_an_error_in_cpu_memory_leaves_no_partial_step(steps, error, monkeypatch
     assert equal(snapshot(params, opt), snapshot(*mixed(steps + 1)))
 
 
+def test_a_second_exception_leaves_no_new_buffers(monkeypatch):
+    """It comes at each line of the code that removes them after the first exception."""
+
+    def failing(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lars_tree.torch.optimizer.execute", failing)
+    line = 0
+    while True:
+        _, opt = mixed()
+        if not interrupted_at(line, f"{FOLDER}/torch/rows", opt.step):
+            break
+        assert not opt.state, line
+        line += 1
+    assert line > 20
+
+
 class OnAccelerator(torch.nn.Parameter):
     """A CPU parameter that takes the path of accelerators: foreach updates tensor subclasses."""
 

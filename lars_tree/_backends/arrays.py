@@ -15,6 +15,7 @@ import numpy as np
 
 from lars_tree._backends.base import Backend, Leaf, NativeArray, StepResult, Writes
 from lars_tree._numerics import formula
+from lars_tree._numerics.float_environment import without_warnings
 from lars_tree._numerics.formula import Measured, Norm, Rule
 
 
@@ -151,14 +152,14 @@ class ArraysBackend(Backend):
             return all(map(formula.is_moderate, option.flat))
         return self.bits(option) <= 32
 
+    @without_warnings  # for libraries that are based on numpy
     def step(
         self, w: NativeArray, dcdw: NativeArray, rule: Rule, velocity: NativeArray | None = None
     ) -> StepResult:
         """The new weights in the dtype of w, and the new velocity in the dtype of `velocity`."""
         if 0 in w.shape:
             return StepResult(self.copy(w, rule.stop_gradients), velocity)
-        with np.errstate(all="ignore"):  # for libraries that are based on numpy
-            return self.compute(w, dcdw, rule, velocity, self.is_short(w, dcdw, rule))
+        return self.compute(w, dcdw, rule, velocity, self.is_short(w, dcdw, rule))
 
     def compute(
         self,
@@ -195,10 +196,10 @@ class ArraysBackend(Backend):
         dcdw = self.ops.xp.broadcast_to(self.widen(dcdw, w), w.shape)
         return self.widen(w, w), dcdw, rule._replace(**numbers)
 
+    @without_warnings
     def measure_leaf(self, w: NativeArray, dcdw: NativeArray, rule: Rule) -> Measured:
         """The norms and ratios of the step of one leaf."""
-        with np.errstate(all="ignore"):
-            return self.compute_norms(w, dcdw, rule, self.is_short(w, dcdw, rule))
+        return self.compute_norms(w, dcdw, rule, self.is_short(w, dcdw, rule))
 
     def compute_norms(
         self, w: NativeArray, dcdw: NativeArray, rule: Rule, is_short: bool

@@ -15,6 +15,7 @@ from dask.core import flatten
 
 from lars_tree._backends.arrays import NamespaceOps
 from lars_tree._numerics import formula
+from lars_tree._numerics.float_environment import without_warnings
 from lars_tree._numerics.formula import Measured, Norm, Rule
 
 Chunk = Any
@@ -97,7 +98,7 @@ def largest_of(chunks: Any, axis: Any, keepdims: bool) -> Chunk:
     return np.max(np.stack(list(flatten([chunks]))), axis=0)
 
 
-@np.errstate(all="ignore")
+@without_warnings
 def squares(
     rule: Rule, in_range: bool, w: Chunk, dcdw: Chunk, largest: Any = (), **numbers: Chunk
 ) -> Chunk:
@@ -117,7 +118,7 @@ def _scaled_squares(x: Chunk, layer_axis: int | None, in_range: bool) -> Chunk:
     return np.stack([ops.squares(x / scale, layer_axis), scale])
 
 
-@np.errstate(all="ignore")
+@without_warnings
 def squares_of(chunks: Any, axis: Any, keepdims: bool) -> Chunk:
     """Add up results of `squares`."""
     totals, scales = np.stack(list(flatten([chunks])), 1)
@@ -139,7 +140,7 @@ def same(chunk: Chunk, axis: Any, keepdims: bool) -> Chunk:
     return chunk
 
 
-@np.errstate(all="ignore")
+@without_warnings
 def step(
     rule: Rule,
     in_range: bool,
@@ -158,7 +159,7 @@ def step(
     return new_w if velocity is None else (new_w, new_velocity.astype(velocity.dtype))
 
 
-@np.errstate(all="ignore")
+@without_warnings
 def measure(
     rule: Rule,
     in_range: bool,

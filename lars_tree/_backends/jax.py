@@ -24,6 +24,7 @@ from lars_tree._backends.jax_memory import copy, device_to_view, empty_like, put
 from lars_tree._backends.jax_ops import JaxOps, in_order
 from lars_tree._backends.memory import NumpyArray
 from lars_tree._backends.numpy import as_bits, raw
+from lars_tree._numerics.float_environment import without_warnings
 from lars_tree._numerics.formula import Measured, Rule, mesh_axes
 
 if TYPE_CHECKING:
@@ -132,13 +133,13 @@ class JaxBackend(ArraysBackend):
             pairs = zip(measured, dtypes, strict=True)
             return [Measured(*(x.astype(dtype) for x in each)) for each, dtype in pairs]
 
+    @without_warnings
     def numbers(self, rows: NumpyArray, ws: list[jax.Array]) -> list[Measured]:
         dtypes = _report_dtypes(ws)
         groups = base.grouped(range(len(ws)), lambda i: (ws[i].sharding, dtypes[i]))
         found: dict[int, Measured] = {}
         for (sharding, dtype), group in groups.items():
-            with np.errstate(all="ignore"):
-                numbers = put(list(rows[group].astype(dtype).flat), sharding, committed=False)
+            numbers = put(list(rows[group].astype(dtype).flat), sharding, committed=False)
             for k, i in enumerate(group):
                 found[i] = Measured(*numbers[4 * k : 4 * k + 4])
         return [found[i] for i in range(len(ws))]

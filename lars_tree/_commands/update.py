@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from lars_tree._core import nonfinite
 from lars_tree._display import show
 from lars_tree._files import formats
 from lars_tree._files.arrays import Array, Entry
-from lars_tree._files.replacing import replacing
+from lars_tree._files.replacing import replace
 from lars_tree._tree import structure
 from lars_tree.update import lars_update
 
@@ -36,16 +36,19 @@ def update(weights: str, grads: str, out: str, choice: str, options: dict[str, A
         _refuse_inputs(out, weights, w, grads, g)
         step = prepare(weights, w, grads, g, **options)
         results = _Results(step, stored.entries, choice)
+
+        def write(file: BinaryIO) -> None:
+            with progress(sum(results.sizes), "update") as advance:
+                format_.write(file, results.entries(advance), stored.metadata)
+            if results.bad and choice == "raise":
+                raise nonfinite.error(results.bad, lambda: step.paths, step.words)
+            if results.bad:  # "skip"
+                file.seek(0)  # the old weights take as many bytes
+                format_.write(file, stored.entries, stored.metadata)
+
         with _naming(out):
             formats.check(format_, stored.entries, dict(zip(step.names, step.paths, strict=True)))
-            with replacing(out) as file:
-                with progress(sum(results.sizes), "update") as advance:
-                    format_.write(file, results.entries(advance), stored.metadata)
-                if results.bad and choice == "raise":
-                    raise nonfinite.error(results.bad, lambda: step.paths, step.words)
-                if results.bad:  # "skip"
-                    file.seek(0)  # the old weights take as many bytes
-                    format_.write(file, stored.entries, stored.metadata)
+            replace(out, write)
         return _output(weights, grads, out, results)
 
 

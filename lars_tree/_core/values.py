@@ -16,6 +16,7 @@ import numpy as np
 from lars_tree import _backends, errors
 from lars_tree._backends.base import Kind, Values
 from lars_tree._backends.wrapper import unwrap
+from lars_tree._numerics.float_environment import without_warnings
 from lars_tree._tree import nodes, structure
 
 
@@ -57,6 +58,9 @@ def finite_number(x: Any) -> float | None:
     return abs(x) if 0 <= x < math.inf else None  # never -0.0
 
 
+_as_float64 = without_warnings(np.ascontiguousarray)
+
+
 def _rate(value: Any, keep_graph: bool) -> Any:
     """A float, a numpy array, or the given array if it is not in CPU memory or keeps its graph."""
     number = finite_number(value)
@@ -71,8 +75,8 @@ def _rate(value: Any, keep_graph: bool) -> Any:
         raise Invalid(wanted)
     if backend.values(value) is not Values.CPU:
         return value
-    with np.errstate(over="ignore"):  # a long double out of the range of double becomes inf
-        numbers = np.ascontiguousarray(backend.to_numpy(value), np.float64).reshape(facts.shape)
+    # A long double out of the range of double becomes inf.
+    numbers = _as_float64(backend.to_numpy(value), np.float64).reshape(facts.shape)
     if not (np.isfinite(numbers) & (numbers >= 0)).all():
         raise Invalid(wanted + " in every element" if facts.shape else wanted)
     if keep_graph and backend.is_tracked(value):

@@ -37,9 +37,9 @@ def remove_file(path: str) -> None:
     if locking.fcntl is None:
         os.unlink(path)
         return
-    with locking.descriptor(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK) as file:
+    with locking.Descriptor(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK) as file:
         # The writer may have renamed the file in the meantime: check the name again.
-        if locking.lock(file, wait=False) and locking.is_at(path, file):
+        if locking.lock(file.fileno(), wait=False) and locking.is_at(path, file.fileno()):
             os.unlink(path)
 
 
@@ -54,9 +54,9 @@ def _remove_set(staged: str) -> None:
         os.rmdir(staged)  # only if it is empty: the writer was killed before it had a journal
         return
     journal = os.path.join(staged, JOURNAL)
-    with locking.descriptor(journal, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK) as file:
-        if locking.lock(file, wait=False) and locking.is_at(journal, file):
-            with locking.locked_directory(os.path.dirname(staged)):
+    with locking.Descriptor(journal, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK) as file:
+        if locking.lock(file.fileno(), wait=False) and locking.is_at(journal, file.fileno()):
+            with locking.LockedDirectory(os.path.dirname(staged)):
                 settle(staged)
 
 

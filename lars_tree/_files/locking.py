@@ -6,9 +6,9 @@ A writer keeps its temporary files locked. If such a file can be locked, its wri
 from __future__ import annotations
 
 import errno
+import io
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
 from functools import partial
 from typing import Any, BinaryIO
 
@@ -25,32 +25,37 @@ def locked_file(name: str) -> BinaryIO:
         # `open` and its opener are C code, so Ctrl-C cannot interrupt between os.open and the
         # creation of the file object, where it would leak the descriptor.
         file: BinaryIO = open(name, "x+b", opener=partial(os.open, mode=0o600))  # noqa: SIM115
-        # Another writer may have locked and removed the file first.
-        if lock(file.fileno(), wait=True) is None or is_at(name, file.fileno()):
-            return file
+        try:
+            # Another writer may have locked and removed the file first.
+            if lock(file.fileno(), wait=True) is None or is_at(name, file.fileno()):
+                return file
+        except BaseException:
+            file.close()
+            raise
         file.close()
 
 
-@contextmanager
-def descriptor(name: str, flags: int) -> Iterator[int]:
-    """A file descriptor that is closed exactly once, even if Ctrl-C comes.
+class Descriptor(io.IOBase):
+    """A file descriptor that is closed at the end of a `with` block.
 
-    Only C code adds the descriptor to the list and removes it, so Ctrl-C cannot interrupt that.
+    `__enter__` and `__exit__` are C code, which calls `close`, a C function. The Python code of a
+    context manager could be interrupted by Ctrl-C before it closes the descriptor, and then kept
+    by the traceback, with the lock of the file.
     """
-    held: list[int] = []
-    try:
+
+    def __init__(self, name: str, flags: int) -> None:
+        # Only C code adds the descriptor to the list; the iterator takes it from there once.
+        held: list[int] = []
+        self.close: Any = partial(deque, map(os.close, held), 0)
         try:
             held.extend(map(os.open, [name], [flags | getattr(os, "O_CLOEXEC", 0)]))
-            yield held[0]
-        finally:
-            _close(held)
-    finally:  # if Ctrl-C came at the start of the inner `finally`
-        _close(held)
+            self._number = held[0]
+        except BaseException:
+            self.close()
+            raise
 
-
-def _close(held: list[int]) -> None:
-    if held:
-        list(map(os.close, map(list.pop, [held])))
+    def fileno(self) -> int:
+        return self._number
 
 
 def lock(file: int, *, wait: bool) -> bool | None:
@@ -77,19 +82,27 @@ def is_at(name: str, file: int) -> bool:
 def sync(directory: str) -> None:
     if fcntl is None:
         return
-    with descriptor(directory, os.O_RDONLY) as file:
+    with Descriptor(directory, os.O_RDONLY) as file:
         try:
-            os.fsync(file)
+            os.fsync(file.fileno())
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not all file systems support it
                 raise
 
 
-@contextmanager
-def locked_directory(directory: str) -> Iterator[bool]:
-    """Wait until no other process has the lock of a directory; False if locks are unsupported."""
-    if fcntl is None:
-        yield False
-        return
-    with descriptor(directory, os.O_RDONLY) as file:
-        yield bool(lock(file, wait=True))
+class LockedDirectory(Descriptor):
+    """The lock of a directory, held in a `with` block. It waits until no other process has it.
+
+    `is_locked` is False if locks are not supported.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.is_locked = False
+        if fcntl is None:
+            return
+        super().__init__(directory, os.O_RDONLY)
+        try:
+            self.is_locked = bool(lock(self.fileno(), wait=True))
+        except BaseException:
+            self.close()
+            raise

@@ -37,11 +37,16 @@ def write(file: BinaryIO, entries: dict[str, Entry], metadata: dict[str, str]) -
     if metadata:
         text = np.array(json.dumps(metadata))
         entries = {names.RESERVED: Entry(text.dtype, (), lambda: text), **entries}
-    with zipfile.ZipFile(file, "w") as archive:
+    archive = zipfile.ZipFile(file, "w")
+    try:
         for name, entry in entries.items():
             # A new ZipInfo has a fixed date, so equal trees make equal files.
             with archive.open(zipfile.ZipInfo(name + _SUFFIX), "w", force_zip64=True) as stream:
                 npy.write_array(stream, entry.fetch(), allow_pickle=False)
+        archive.close()
+    finally:
+        # After Ctrl-C in `archive.open`, closing the archive would raise a ValueError instead.
+        archive.fp = None
 
 
 class View(NamedTuple):

@@ -15,7 +15,7 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
@@ -23,6 +23,7 @@ from lars_tree._files import abandoned, locking
 from lars_tree._files.abandoned import PREFIX, TEMPORARY
 
 Path = str | bytes | os.PathLike[str]
+Write = Callable[[BinaryIO], None]
 
 _ACL = "system.posix_acl_access"
 # The ACL is copied separately. The other attributes depend on the old content or grant it
@@ -30,13 +31,14 @@ _ACL = "system.posix_acl_access"
 _NOT_COPIED = {_ACL, "security.capability", "security.evm", "security.ima"}
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Yield a temporary file, which replaces `path` when the block ends without an exception.
+def replace(path: Path, write: Write) -> None:
+    """Let `write` write to a temporary file, which then replaces `path`.
 
     The `name` of the file is its path. If `path` is a link, its target is replaced. The new file
     has the permissions, owner, group and extended attributes of the old file, as far as the system
     allows. After an exception, `path` is unchanged and the temporary file is removed.
+
+    This is not a context manager: Ctrl-C in its own code would leave the temporary file.
 
     Raises:
         OSError: as `open(path, "wb")` does, with `path`; also if `path` is not a regular file. If
@@ -48,27 +50,34 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         abandoned.remove(directory)
         name = os.path.join(directory, f"{PREFIX}{secrets.token_hex(8)}{TEMPORARY}")
         file = None
-        try:  # begins before the file is created, because Ctrl-C may come at any moment
-            new_mode = mode_of_new_file(name) if is_new else 0o600
-            file = locking.locked_file(name)
-            yield file
-            file.flush()
-            # The status is read again, because the permissions may have changed meanwhile.
-            set_permissions(file.fileno(), new_mode, target, status(target))
-            os.fsync(file.fileno())
-            if locking.fcntl is None:
-                file.close()
-            os.replace(name, target)
-        except BaseException:
-            with suppress(OSError):  # on a full disk, closing fails again
-                if file is not None:
+        try:
+            try:  # begins before the file is created, because Ctrl-C may come at any moment
+                new_mode = mode_of_new_file(name) if is_new else 0o600
+                file = locking.locked_file(name)
+                write(file)
+                file.flush()
+                # The status is read again, because the permissions may have changed meanwhile.
+                set_permissions(file.fileno(), new_mode, target, status(target))
+                os.fsync(file.fileno())
+                if locking.fcntl is None:
                     file.close()
-            with suppress(FileNotFoundError):
-                os.unlink(name)
-            raise
-        with in_place(target):
+                os.replace(name, target)
+                with in_place(target):
+                    file.close()
+                    locking.sync(directory)
+            finally:
+                _discard(name, file)
+        finally:  # if Ctrl-C came in the inner `finally`
+            _discard(name, file)
+
+
+def _discard(name: str, file: BinaryIO | None) -> None:
+    """Close the temporary file, and remove it if it is still there."""
+    with suppress(OSError):  # on a full disk, closing fails again
+        if file is not None:
             file.close()
-            locking.sync(directory)
+    with suppress(FileNotFoundError):
+        os.unlink(name)
 
 
 @contextmanager

@@ -19,8 +19,7 @@ from typing import BinaryIO
 from lars_tree import errors
 from lars_tree._files import abandoned, index, locking, replacing
 from lars_tree._files.abandoned import INDEX, JOURNAL, MODE, PREFIX, STAGED
-
-Write = Callable[[BinaryIO], None]
+from lars_tree._files.replacing import Write
 
 
 def replace_set(
@@ -29,7 +28,7 @@ def replace_set(
     """Write shards and their index, which replace the index at `path` and its shards.
 
     `index_text` returns the content of the index for the names of the shards. Permissions are
-    preserved as in `replacing.replacing`; if the shards of the old index have different
+    preserved as in `replacing.replace`; if the shards of the old index have different
     permissions, each new shard gets only those that all of them gave.
 
     Raises:
@@ -98,9 +97,9 @@ def _replace(
         paths = [os.path.join(staged, str(i)) for i in range(len(shards))]
         for path, write in zip(paths, shards, strict=True):
             _write(path, write)
-        with locking.locked_directory(directory) as is_locked:
+        with locking.LockedDirectory(directory) as lock:
             old = _old_shards(target)
-            names = _free_names(target, len(shards), is_locked)
+            names = _free_names(target, len(shards), lock.is_locked)
             new_index = os.path.join(staged, INDEX)
             _write(new_index, partial(_write_text, index_text(names)))
             status = replacing.status(target)
@@ -167,16 +166,16 @@ def _set_permissions(path: str, new_mode: int, old: Sequence[str]) -> None:
     most = 0o777 if len(owners) <= 1 else 0o700
     for _, status in found:
         most &= stat.S_IMODE(status.st_mode)
-    with locking.descriptor(path, os.O_RDWR) as file:
+    with locking.Descriptor(path, os.O_RDWR) as file:
         if found:
-            replacing.set_permissions(file, new_mode, *found[0], most)
+            replacing.set_permissions(file.fileno(), new_mode, *found[0], most)
         else:
-            replacing.set_permissions(file, 0o600 if old else new_mode, path, None)
-        os.fsync(file)
+            replacing.set_permissions(file.fileno(), 0o600 if old else new_mode, path, None)
+        os.fsync(file.fileno())
 
 
 def _end(staged: str) -> None:
     if os.path.exists(staged):
         # If this fails, the next save repeats it.
-        with suppress(OSError), locking.locked_directory(os.path.dirname(staged)):
+        with suppress(OSError), locking.LockedDirectory(os.path.dirname(staged)):
             abandoned.settle(staged)

@@ -8,8 +8,8 @@ memory; multi-tensor operations update all other parameters, without waiting for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from functools import partial
 from inspect import signature
 from operator import setitem
@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from lars_tree._backends.torch import traced
 from lars_tree._backends.torch.backend import BACKEND
 from lars_tree._backends.torch.optimizer_engine import OptimizerEngine, Repeatable
-from lars_tree._backends.torch.tensors import copy_all
+from lars_tree._backends.torch.tensors import copy_all, without_autograd
 from lars_tree._backends.torch.transfers import is_capturing
 from lars_tree._core import locks
 from lars_tree._core.execute import execute
@@ -264,7 +264,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
     @overload
     def step(self, closure: Callable[[], Loss]) -> Loss: ...
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
+    @without_autograd
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 
@@ -308,7 +308,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
             leaves = inputs.leaves()
             if all(map(traced.supports, leaves)):
                 copy_all(*traced.results_in_place(leaves, found_inf))
-                self._keep_buffers(inputs)
+                inputs.keep_buffers(self.state)
             else:
                 self._step_uncompiled(grad_scale, found_inf)
         else:
@@ -329,11 +329,11 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
                 return taken
         done = [not inputs.first_steps]
         last = (partial(setitem, done, 0, True),) if inputs.first_steps else ()
-        with self._buffers_kept(inputs, lambda: done[0]):
-            taken = execute(inputs.columns(), inputs.caller(engine, last)).taken
+        step = partial(execute, inputs.columns(), inputs.caller(engine, last))
+        taken = inputs.with_new_buffers(self.state, step, lambda: done[0]).taken
         if engine is not None and signature is not None:
-            step = engine.repeatable(inputs.grads)
-            self._last = None if step is None else Repeatable(signature, rules, step)
+            again = engine.repeatable(inputs.grads)
+            self._last = None if again is None else Repeatable(signature, rules, again)
         return taken
 
     def _taken_again(
@@ -374,25 +374,6 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         inputs = gather(self, None if grad_scale is None else float(grad_scale))
         if inputs.params and not (found_inf is not None and found_inf):
             counts = {name: np.zeros((), np.int64) for name in ("step", "skipped")}
-            with self._buffers_kept(inputs, lambda: bool(counts["step"])):
-                execute(inputs.columns(counts), inputs.caller(None))
+            step = partial(execute, inputs.columns(counts), inputs.caller(None))
+            inputs.with_new_buffers(self.state, step, lambda: bool(counts["step"]))
             self._skipped += int(counts["skipped"])
-
-    @contextmanager
-    def _buffers_kept(self, inputs: ParameterRows, is_done: Callable[[], bool]) -> Iterator[None]:
-        """Put new buffers into the state; remove them again if the step is not done."""
-        new = [p for p, _ in inputs.new_buffers()]
-        unknown = [p for p in new if p not in self.state]
-        try:
-            self._keep_buffers(inputs)
-            yield
-        finally:
-            if not is_done():
-                for p in new:
-                    self.state[p].pop("momentum_buffer", None)
-                for p in unknown:
-                    self.state.pop(p, None)
-
-    def _keep_buffers(self, inputs: ParameterRows) -> None:
-        for p, buffer in inputs.new_buffers():
-            self.state[p]["momentum_buffer"] = buffer

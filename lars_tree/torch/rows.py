@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from lars_tree._backends.torch.optimizer_engine import OptimizerEngine, signatur
 from lars_tree._backends.torch.reader import may_read
 from lars_tree._backends.torch.sharded import shard_of
 from lars_tree._backends.torch.stand_ins import TENSOR_TYPES
-from lars_tree._core.execute import Caller
+from lars_tree._core.execute import Caller, Result
 from lars_tree._core.options import check as check_options
 from lars_tree._numerics.formula import Rule, is_joint
 from lars_tree.torch import options
@@ -92,9 +92,39 @@ class ParameterRows:
         params, grads, rules = self.params, self.grads, self.rules
         return Columns(params, grads, params, rules, self.buffers, counters or {})
 
-    def new_buffers(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Pairs of a parameter and its new buffer."""
-        return ((self.params[i], self.buffers[i]) for i in self.first_steps)
+    def keep_buffers(self, state: dict[Tensor, dict[str, Any]]) -> None:
+        """Put the new buffers into the state of the optimizer."""
+        for i in self.first_steps:
+            state[self.params[i]]["momentum_buffer"] = self.buffers[i]
+
+    def with_new_buffers(
+        self,
+        state: dict[Tensor, dict[str, Any]],
+        step: Callable[[], Result],
+        is_done: Callable[[], bool],
+    ) -> Result:
+        """Take a step with the new buffers in the state; remove them if the step is not done.
+
+        This is not a context manager, because an exception in its own code would leave them.
+        """
+        new = [self.params[i] for i in self.first_steps]
+        unknown = [p for p in new if p not in state]
+
+        def clean_up() -> None:
+            if not is_done():
+                for p in new:
+                    state.get(p, {}).pop("momentum_buffer", None)
+                for p in unknown:
+                    state.pop(p, None)
+
+        try:
+            try:
+                self.keep_buffers(state)
+                return step()
+            finally:
+                clean_up()
+        finally:  # if a second exception came in the inner `finally`
+            clean_up()
 
     def leaves(self) -> list[Leaf]:
         """The rows as leaves, for a step under `torch.compile`."""

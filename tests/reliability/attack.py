@@ -16,6 +16,7 @@ from time import monotonic
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+<<<<<<< HEAD
 PARTS = (
     "faults",
     "options",
@@ -25,6 +26,9 @@ PARTS = (
     "writers",
     "races",
 )  # in the order of the page; the modules with attacks
+=======
+PARTS = ("exponents", "signals")  # in the order of the page; the modules with attacks
+>>>>>>> signals
 GRACE = 60.0  # seconds: to start, to finish the attempt at hand, to end
 SHOWN = 5  # of the failures
 

@@ -31,7 +31,7 @@ from lars_tree._backends.cpu.norms import (
 )
 from lars_tree._numerics import bfloat16, formula
 from lars_tree._numerics.double_double import DoubleDouble
-from lars_tree._numerics.float_environment import in_default_floats
+from lars_tree._numerics.float_environment import in_default_floats, without_warnings
 from lars_tree._numerics.formula import Measured, Rule
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _layers(
 
 
 @in_default_floats
-@np.errstate(all="ignore")
+@without_warnings
 def _update_layer(arrays: dict[str, Array], rule: Rule) -> None:
     precision = precision_for(arrays["w"], arrays["dcdw"])
     flat = _flattened(arrays)
@@ -173,7 +173,7 @@ def measured(plan: Plan) -> Array:
 
 
 @in_default_floats
-@np.errstate(all="ignore")
+@without_warnings
 def _measure_layer(arrays: dict[str, Array], rule: Rule) -> tuple[float, ...]:
     if "lr" in arrays:  # an array of rates: trust_clip is reported for the largest
         rule = rule._replace(lr_before_momentum=float(np.max(arrays["lr"], initial=0)))

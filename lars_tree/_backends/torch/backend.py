@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -27,10 +27,13 @@ from lars_tree._backends.torch.addresses import NUMPY_TYPES, Address, bits, byte
 from lars_tree._backends.torch.reader import READER, may_read
 from lars_tree._backends.torch.shards import Shards
 from lars_tree._backends.torch.transfers import is_capturing
-from lars_tree._numerics.formula import Measured
+from lars_tree._numerics.formula import Measured, Rule
 
 if TYPE_CHECKING:
     from lars_tree._native._kernel import Plan
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class TorchBackend(ArraysBackend):
@@ -125,14 +128,14 @@ class TorchBackend(ArraysBackend):
     def velocity_dtype(self, w: Tensor) -> torch.dtype:
         return torch.float32 if w.dtype.itemsize == 2 else w.dtype
 
+    @tensors.without_autograd
     def prepare(
         self, plan: Plan, columns: Columns, results: StepResults | None, indices: list[int] | None
     ) -> list[int]:
         if not may_read():
             return super().prepare(plan, columns, results, indices)
         new_ws, new_velocities = results or (None, None)
-        with torch.no_grad():
-            return plan.prepare(READER, *columns[:5], new_ws, new_velocities, indices)
+        return plan.prepare(READER, *columns[:5], new_ws, new_velocities, indices)
 
     def shards(self, plan: Plan) -> Shards | None:
         return Shards(plan, self._steps_in_memory) if may_read() else None
@@ -179,9 +182,8 @@ class TorchBackend(ArraysBackend):
         elsewhere: list[int] = []
         for i, leaf in enumerate(leaves):
             if not self._steps_in_memory(leaf):
-                stops = leaf.rule.stop_gradients
-                with torch.set_grad_enabled(torch.is_grad_enabled() and not stops):
-                    found[i] = self.measure_leaf(leaf.w, leaf.dcdw, leaf.rule)
+                measure = _in_graph(self.measure_leaf, leaf.rule)
+                found[i] = measure(leaf.w, leaf.dcdw, leaf.rule)
             elif (leaf.w.is_cpu or not leaf.w.numel()) and not sharded.is_sharded(leaf.w):
                 measured = twin.measure(view(leaf.w), view(leaf.dcdw), leaf.rule)
                 found[i] = Measured(*(torch.as_tensor(x, device=leaf.w.device) for x in measured))
@@ -221,8 +223,7 @@ class TorchBackend(ArraysBackend):
         if is_dense and not stops and differentiable.supports(leaf):
             step = lambda *given: self.step(*given).w  # noqa: E731
             return StepResult(differentiable.step(leaf.w, leaf.dcdw, leaf.rule, step))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not stops):
-            new = self.step(leaf.w, leaf.dcdw, leaf.rule, leaf.velocity)
+        new = _in_graph(self.step, leaf.rule)(leaf.w, leaf.dcdw, leaf.rule, leaf.velocity)
         return StepResult(*(x if x is None or not stops else x.detach() for x in new))
 
     def all_finite(self, xs: list[Tensor]) -> Any:
@@ -263,6 +264,11 @@ def add_step(step: multi_tensor.Step, writes: Writes, unless: Tensor | None = No
     else:
         streams = [tensors.current_stream(device) for device in step.devices]
         writes.step_in_chunks(partial(step.write, unless, streams))
+
+
+def _in_graph(function: Callable[P, T], rule: Rule) -> Callable[P, T]:
+    """The function, without autograd if the rule stops gradients."""
+    return tensors.without_autograd(function) if rule.stop_gradients else function
 
 
 def _returned(leaf: Leaf, new: StepResult) -> StepResult:

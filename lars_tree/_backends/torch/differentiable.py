@@ -23,6 +23,7 @@ from lars_tree._backends.torch.addresses import view
 from lars_tree._backends.torch.layers import as_real
 from lars_tree._backends.torch.stand_ins import address, is_intercepted
 from lars_tree._numerics import formula
+from lars_tree._numerics.float_environment import without_warnings
 from lars_tree._numerics.formula import Rule
 
 _STEP = 2.0**-300  # see `_coefficients`
@@ -110,6 +111,7 @@ def _derivatives(
     return found + [None if x is None else x.new_tensor(total) for x, total in pairs]
 
 
+@without_warnings
 def _coefficients(norms: list[float], rule: Rule) -> tuple[list[float], NumpyArray]:
     """The coefficients of dcdw and w in u, and their derivatives by the norms and the numbers.
 
@@ -119,9 +121,8 @@ def _coefficients(norms: list[float], rule: Rule) -> tuple[list[float], NumpyArr
     values = [*norms, *(getattr(rule, name) for name in formula.NUMBERS)]
     points = np.array(values)[:, None] + _STEPS
     rule = _with(rule, points[2:])
-    with np.errstate(all="ignore"):
-        ratio = formula.trust_ratio(points[0], points[1], rule, np.where)
-        found = np.array(formula.coefficients(ratio, rule))
+    ratio = formula.trust_ratio(points[0], points[1], rule, np.where)
+    found = np.array(formula.coefficients(ratio, rule))
     # The last column has the norms themselves: a norm of 0 would be no longer 0 in the others.
     return found[:, -1].real.tolist(), found.imag / _STEP
 

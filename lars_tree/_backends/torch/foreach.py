@@ -50,29 +50,29 @@ class Foreach:
         self.members = list(grouped(filled, lambda i: _key(layers[i])).values())
         self.groups = [_Group([layers[i] for i in some], self.like) for some in self.members]
 
+    @tensors.without_autograd
     def norms(self) -> Tensor:
-        with torch.no_grad():
-            # The norm of an empty layer is 0, with the scale 1.
-            rows = [torch.eye(2, **self.like).select(0, 1).expand(2, 2)] * self.count
-            for indices, group in zip(self.members, self.groups, strict=True):
-                if group.rule.adapt:
-                    for i, row in zip(indices, group.norms().unbind(), strict=True):
-                        rows[i] = row
-            return torch.stack(rows) if rows else torch.zeros(0, 2, 2, **self.like)
+        # The norm of an empty layer is 0, with the scale 1.
+        rows = [torch.eye(2, **self.like).select(0, 1).expand(2, 2)] * self.count
+        for indices, group in zip(self.members, self.groups, strict=True):
+            if group.rule.adapt:
+                for i, row in zip(indices, group.norms().unbind(), strict=True):
+                    rows[i] = row
+        return torch.stack(rows) if rows else torch.zeros(0, 2, 2, **self.like)
 
+    @tensors.without_autograd
     def nonfinite(self, norms: Tensor) -> Tensor:
         largest = [torch.zeros((), **self.like)] * self.count
-        with torch.no_grad():
-            steps = self._steps(norms, in_place=False)
-            for indices, (step, temporaries) in zip(self.members, steps, strict=True):
-                for parts in step.chunks.parts:
-                    new = step.compute(parts, temporaries)
-                    found = torch.stack(torch._foreach_norm([*new.ws, *new.velocities], torch.inf))
-                    for part, x in zip([*parts, *parts], found.to(**self.like), strict=False):
-                        i = indices[part.row]
-                        if step.group.layers[part.row].rule.nonfinite != "propagate":
-                            largest[i] = torch.maximum(largest[i], x)  # of NaN it is NaN
-            return ~torch.isfinite(torch.stack(largest))
+        steps = self._steps(norms, in_place=False)
+        for indices, (step, temporaries) in zip(self.members, steps, strict=True):
+            for parts in step.chunks.parts:
+                new = step.compute(parts, temporaries)
+                found = torch.stack(torch._foreach_norm([*new.ws, *new.velocities], torch.inf))
+                for part, x in zip([*parts, *parts], found.to(**self.like), strict=False):
+                    i = indices[part.row]
+                    if step.group.layers[part.row].rule.nonfinite != "propagate":
+                        largest[i] = torch.maximum(largest[i], x)  # of NaN it is NaN
+        return ~torch.isfinite(torch.stack(largest))
 
     def write(self, norms: Tensor, unless: Tensor | None) -> None:
         with tensors.writing_to([x for group in self.groups for x in group.targets]):

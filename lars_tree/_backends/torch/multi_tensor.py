@@ -82,19 +82,19 @@ class Step(NamedTuple):
             parts.append(_Part(new, indices, new.norms()))
         return self._replace(parts=parts, outs=outs)
 
+    @tensors.without_autograd
     def nonfinite(self) -> Tensor:
         """Whether each leaf would not be finite in any process, as `LayerEngine.nonfinite`.
 
         All leaves must be on one device.
         """
-        with torch.no_grad():
-            found = torch.zeros(len(self.counts), device=self.device)
-            owners = [leaf for leaf, n in enumerate(self.counts) for _ in range(n)]
-            for engine, indices, norms in self.parts:
-                rows = index([owners[i] for i in indices], self.device)
-                found.index_add_(0, rows, engine.nonfinite(norms).to(found.dtype))
-            sharded.add_up(found, [(1, groups) for groups in self.groups])
-            return found > 0
+        found = torch.zeros(len(self.counts), device=self.device)
+        owners = [leaf for leaf, n in enumerate(self.counts) for _ in range(n)]
+        for engine, indices, norms in self.parts:
+            rows = index([owners[i] for i in indices], self.device)
+            found.index_add_(0, rows, engine.nonfinite(norms).to(found.dtype))
+        sharded.add_up(found, [(1, groups) for groups in self.groups])
+        return found > 0
 
     @property
     def devices(self) -> list[torch.device]:
@@ -126,40 +126,40 @@ def is_on_accelerator(leaf: Leaf) -> bool:
     return not leaf.w.is_cpu
 
 
+@tensors.without_autograd
 def prepare(pairs: Pairs, may_fuse: Callable[[Leaf], bool] = is_on_accelerator) -> Step:
     """Compute the norms. Only leaves that `may_fuse` are updated by Triton kernels."""
-    with torch.no_grad():
-        intercepted = stand_ins.is_intercepted()
-        flat: list[Layer] = []
-        counts: list[int] = []
-        rows: list[Row | None] = []
-        every: list[list[Any]] = []
-        shared: list[_Shared] = []
-        for leaf, new in pairs:
-            is_sharded = sharded.is_sharded(leaf.w)
-            some = sharded.layers_here(leaf, new) if is_sharded else layers(leaf, new)
-            every.append(sharded.groups_of(leaf.w) if is_sharded else [])
-            if is_sharded and leaf.rule.adapt:
-                here = range(len(flat), len(flat) + len(some))
-                groups = sharded.groups_of(leaf.w, leaf.rule.layer_axis)
-                shared.append(_Shared(here, groups, leaf.w.device))
-            fuses = may_fuse(leaf) and not intercepted
-            rows += (fused_row(layer, fuses) for layer in some)
-            flat += some
-            counts.append(len(some))
-        parts = []
-        by_engine = grouped(range(len(flat)), lambda i: (rows[i] is None, flat[i].w.device))
-        for (is_foreach, _), indices in by_engine.items():
-            members = [flat[i] for i in indices]
-            known = [row for i in indices if (row := rows[i]) is not None]
-            engine: Foreach | fused.Fused = (
-                Foreach(members) if is_foreach else fused.Fused(members, known)
-            )
-            parts.append(_Part(engine, indices, engine.norms()))
-        if any(leaf.groups for leaf in shared):
-            _complete(parts, shared)
-        outs = [x for _, new in pairs for x in new if x is not None]
-        return Step(parts, counts, every, outs, pairs[0][0].w.device)
+    intercepted = stand_ins.is_intercepted()
+    flat: list[Layer] = []
+    counts: list[int] = []
+    rows: list[Row | None] = []
+    every: list[list[Any]] = []
+    shared: list[_Shared] = []
+    for leaf, new in pairs:
+        is_sharded = sharded.is_sharded(leaf.w)
+        some = sharded.layers_here(leaf, new) if is_sharded else layers(leaf, new)
+        every.append(sharded.groups_of(leaf.w) if is_sharded else [])
+        if is_sharded and leaf.rule.adapt:
+            here = range(len(flat), len(flat) + len(some))
+            groups = sharded.groups_of(leaf.w, leaf.rule.layer_axis)
+            shared.append(_Shared(here, groups, leaf.w.device))
+        fuses = may_fuse(leaf) and not intercepted
+        rows += (fused_row(layer, fuses) for layer in some)
+        flat += some
+        counts.append(len(some))
+    parts = []
+    by_engine = grouped(range(len(flat)), lambda i: (rows[i] is None, flat[i].w.device))
+    for (is_foreach, _), indices in by_engine.items():
+        members = [flat[i] for i in indices]
+        known = [row for i in indices if (row := rows[i]) is not None]
+        engine: Foreach | fused.Fused = (
+            Foreach(members) if is_foreach else fused.Fused(members, known)
+        )
+        parts.append(_Part(engine, indices, engine.norms()))
+    if any(leaf.groups for leaf in shared):
+        _complete(parts, shared)
+    outs = [x for _, new in pairs for x in new if x is not None]
+    return Step(parts, counts, every, outs, pairs[0][0].w.device)
 
 
 def _complete(parts: list[_Part], shared: list[_Shared]) -> None:
@@ -178,6 +178,7 @@ def _complete(parts: list[_Part], shared: list[_Shared]) -> None:
                 part.norms.copy_(norms)
 
 
+@tensors.without_autograd
 def measure(leaves: list[Leaf]) -> list[Measured]:
     """The norms and ratios of leaves. For sharded leaves, these are those of whole layers."""
     # The norms are reported even of leaves that do not adapt.
@@ -187,10 +188,9 @@ def measure(leaves: list[Leaf]) -> list[Measured]:
     is_joint = any(formula.is_joint(leaf.rule) for leaf in leaves)
     joint_norms = _norms(adapting)[1] if is_joint else norms
     rules = [leaf.rule for leaf, n in zip(leaves, counts, strict=True) for _ in range(n)]
-    with torch.no_grad():
-        found = iter(_measured(rules, norms, joint_norms))
-        by_leaf = [list(islice(found, n)) for n in counts]
-        return [_of_leaf(*pair) for pair in zip(leaves, by_leaf, strict=True)]
+    found = iter(_measured(rules, norms, joint_norms))
+    by_leaf = [list(islice(found, n)) for n in counts]
+    return [_of_leaf(*pair) for pair in zip(leaves, by_leaf, strict=True)]
 
 
 def _norms(leaves: list[Leaf]) -> tuple[list[int], list[Tensor]]:

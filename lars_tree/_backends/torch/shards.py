@@ -20,7 +20,8 @@ from lars_tree._backends.torch import sharded
 from lars_tree._backends.torch.layers import Layer
 from lars_tree._backends.torch.reader import READER
 from lars_tree._backends.torch.stand_ins import TENSOR_TYPES
-from lars_tree._backends.torch.tensors import bump_versions, leaf_like, targets
+from lars_tree._backends.torch.tensors import bump_versions, leaf_like, targets, without_autograd
+from lars_tree._numerics.float_environment import without_warnings
 from lars_tree._numerics.formula import SCALES, norm_of_sums
 
 if TYPE_CHECKING:
@@ -56,11 +57,11 @@ class Shards:
             self._keep(leaves[i], results[i], range(row, row + 1))
         return [leaves[i] for i in taken]
 
+    @without_autograd
     def take(self, leaves: list[Leaf]) -> None:
-        with torch.no_grad():
-            for leaf in leaves:
-                if sharded.is_sharded(leaf.w) and leaf.w.is_cpu and self._steps_in_memory(leaf):
-                    self._take(leaf, targets(leaf))
+        for leaf in leaves:
+            if sharded.is_sharded(leaf.w) and leaf.w.is_cpu and self._steps_in_memory(leaf):
+                self._take(leaf, targets(leaf))
 
     def _take(self, leaf: Leaf, new: StepResult) -> None:
         first = len(self._plan.indices)
@@ -171,19 +172,19 @@ def _readable(x: Tensor) -> Tensor:
 _ROW, _COLUMNS = 8, 6
 
 
+@without_warnings
 def _squares(rows: NumpyArray) -> NumpyArray:
     """The squared norms; their axes are the layer, the array (w or dcdw), and the scale."""
     high, exponent = (rows[:, i:_COLUMNS:3, None] for i in (0, 2))
-    with np.errstate(all="ignore"):
-        scaled = np.ldexp(high, (exponent + np.log2(SCALES)).astype(np.intc))
-        squares: NumpyArray = scaled * scaled
-        return squares
+    scaled = np.ldexp(high, (exponent + np.log2(SCALES)).astype(np.intc))
+    squares: NumpyArray = scaled * scaled
+    return squares
 
 
+@without_warnings
 def _norms(sums: NumpyArray) -> NumpyArray:
     """The first six columns of the norms of the plan, computed from the scaled squares."""
-    with np.errstate(all="ignore"):
-        norm = norm_of_sums(NamespaceOps(np), *np.moveaxis(sums, -1, 0))
+    norm = norm_of_sums(NamespaceOps(np), *np.moveaxis(sums, -1, 0))
     found = np.stack([norm.scaled, np.zeros_like(norm.scaled), np.log2(norm.scale)], -1)
     rows: NumpyArray = found.reshape(-1, _COLUMNS)
     return rows

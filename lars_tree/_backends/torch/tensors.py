@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
 from itertools import filterfalse
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,31 @@ from torch import Tensor
 from lars_tree._backends.arrays import NamespaceOps
 from lars_tree._backends.base import Leaf, StepResult, grouped
 from lars_tree._backends.memory import NumpyArray
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def without_autograd(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorator like `torch.no_grad()`, which restores the grad mode after any exception.
+
+    `torch.no_grad` runs Python code after it has changed the mode, and before it restores the mode.
+    If a signal handler raises there, the caller's thread stays without autograd.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
+                return function(*args, **kwargs)
+        was_enabled = torch.is_grad_enabled()
+        try:
+            torch._C._set_grad_enabled(False)  # C code, as in `finally`: no handler runs before it
+            return function(*args, **kwargs)
+        finally:
+            torch._C._set_grad_enabled(was_enabled)
+
+    return call
 
 
 def writing_to(tensors: list[Tensor]) -> AbstractContextManager[None]:
