@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import numpy as np
 from conftest import need, unit_lars
-from random_arrays import REAL, dtype_of, random_array
+from random_arrays import dtype_of, random_array
 
 from lars_tree import _native, lars_update, report
 from lars_tree._numerics.formula import is_zero

@@ -1,18 +1,20 @@
-"""Bits: how, where and in which company a step is computed does not change its bits.
+"""Bits: how, where and with what else a step is computed does not change its bits.
 
 An attempt takes a step in two ways and compares all weights, velocities and counters byte by byte.
 The layers have random shapes, with sizes around those of vectors, blocks and chunks; all formats,
-also mixed, complex and long double where possible; elements of all exponents, zeros, infinities and
-NaN; and all options, many out of the range in which anyone would use them.
+also mixed, and complex and long double; elements of all exponents, zeros, infinity and NaN; and all
+options, some far outside of the range that anyone uses. The ways that are compared are in the
+middle column.
 
 What does not survive, and why:
 
-* `jax.jit`, autograd and Dask compute with whole arrays, whose sums have another order. Their last
-  bit may differ; the next section has their errors.
-* The order of the axes in memory decides about the order of the sums, and so may change the last
-  bit. Gaps, negative strides, alignment, byte order and memory maps change nothing.
-* NaN is NaN, but its sign and payload may differ between the kernel, its twin and processors.
-* The instruction sets are those of the processor: see the row.
+* `jax.jit`, autograd and Dask compute with whole arrays, and add in another order, which the
+  compiler may choose. The last bit may differ; the section on exponents has the errors.
+* The order of the axes in memory is the order in which squares are added, so it may change the last
+  bit. Gaps, the sign of strides, alignment and byte order change nothing.
+* A NaN stays NaN, but its sign and payload differ between the kernel and its twin. Within each of
+  them they do not depend on threads, the library or the tree.
+* Instruction sets that the processor does not have cannot be tried: the row says which were.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import random_steps
 from conftest import need
 from float_modes import MODES, mode
 from random_steps import Case, cases, difference, drawn, native, prepared, read, stepped
-from strided import memory_order, strided
+from strided import strided
 
 from lars_tree import Container, _native, schedules, set_num_threads
 from lars_tree._backends.cpu import twin
@@ -122,8 +124,8 @@ def memory(rng: np.random.Generator) -> Attempts:
     for plain in cases(rng, most=3000, kinds=("update", "Lars")):
         case = plain._replace(options=plain.options | _by_layer(rng, plain))
         orders = [rng.permutation(x.ndim).tolist() for x in case.w]
-        results, by_result = stepped(case), cycle(orders)
-        expected = [x.transpose(p) if x.ndim else x for x, p in zip(results, by_result)]
+        every = zip(stepped(case), cycle(orders), strict=False)
+        expected = [x.transpose(p) if x.ndim else x for x, p in every]
         turned = _turned(case, orders)
         for name, form in (
             ("strided", partial(strided, rng)),
@@ -260,6 +262,10 @@ def _nested(seed: int, xs: list[Any]) -> Any:
         ends = [0, *np.sort(rng.integers(0, len(xs), rng.integers(0, 9))).tolist(), len(xs)]
         children = [build(xs[a:b]) for a, b in pairwise(ends) if a < b]
         kind = drawn(rng, (list, tuple, dict, Container))
-        return kind(children) if kind in (list, tuple) else kind(zip("abcdefghi", children))
+        return (
+            kind(children)
+            if kind in (list, tuple)
+            else kind(zip("abcdefghi", children, strict=False))
+        )
 
     return build(xs)
