@@ -49,8 +49,8 @@ def _refused(*_: Any) -> None:
 @attack(
     "The kernel, its twin in numpy, and all instruction sets give the same bits",
     f"steps with the instruction sets 0 to {_native.instruction_set} of baseline, AVX2, AVX-512",
-    count=16_000,
-    short=300,
+    count=8000,
+    short=200,
     needs=("torch", "ml_dtypes"),
 )
 def kernel(rng: np.random.Generator) -> Attempts:
@@ -70,8 +70,8 @@ def kernel(rng: np.random.Generator) -> Attempts:
 @attack(
     "Results do not depend on the number of threads, nor on whose threads they are",
     "steps of up to 3 million elements, on 1 to 8 threads of our own or of torch",
-    count=1200,
-    short=32,
+    count=800,
+    short=16,
     needs=("torch", "ml_dtypes"),
 )
 def threads(rng: np.random.Generator) -> Attempts:
@@ -92,9 +92,8 @@ def threads(rng: np.random.Generator) -> Attempts:
 @attack(
     "Results are the same in numpy, torch and JAX, and in trees that mix them",
     "steps",
-    count=4000,
-    short=100,
-    plain=True,
+    count=3000,
+    short=60,
     needs=("torch", "jax", "ml_dtypes"),
 )
 def libraries(rng: np.random.Generator) -> Attempts:
@@ -115,8 +114,8 @@ def libraries(rng: np.random.Generator) -> Attempts:
 @attack(
     "Gaps, negative strides, alignment, byte order and memory maps change no bit",
     "steps of arrays with up to four axes in any order",
-    count=6000,
-    short=150,
+    count=3000,
+    short=80,
     plain=True,
     needs=("torch", "ml_dtypes"),
 )
@@ -184,8 +183,8 @@ def _strided_tensor(rng: np.random.Generator, x: np.ndarray) -> Any:
 @attack(
     "Rounding modes and flushing to zero change no bit, and are kept",
     f"steps in {len(MODES)} modes: 4 of rounding, each with results or operands flushed or not",
-    count=8000,
-    short=200,
+    count=4000,
+    short=64,
     plain=True,
     needs=("torch", "jax", "ml_dtypes"),
 )
@@ -221,9 +220,9 @@ LEAVES = 1000
 @attack(
     "A leaf gets the same bits alone, and anywhere in a tree of 1,000 leaves",
     "trees of random nesting",
-    count=600,
-    short=6,
-    seconds=30,
+    count=300,
+    short=3,
+    seconds=60,
     plain=True,
     needs=("torch", "ml_dtypes"),
 )

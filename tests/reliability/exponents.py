@@ -40,7 +40,7 @@ SPREAD = reference.mpf(10) ** 440  # of elements in a joint gradient
 GRID = 55  # levels of each array: 3,025 pairs for each format
 SIZE = 3  # of the arrays
 NEEDS = ("mpmath", "ml_dtypes")
-PAIRS: dict[str, Any] = {"count": 4 * GRID**2, "short": 200, "seconds": 60, "needs": NEEDS}
+PAIRS: dict[str, Any] = {"count": 4 * GRID**2, "short": 100, "seconds": 120, "needs": NEEDS}
 
 Pair = tuple[str, np.ndarray, np.ndarray]
 Generator = np.random.Generator
