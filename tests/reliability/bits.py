@@ -228,23 +228,26 @@ LEAVES = 1000
 )
 def trees(rng: np.random.Generator) -> Attempts:
     for case in cases(rng, most=1000, layers=12):
-        alone = [stepped(_with_layers(case, [i])) for i in range(len(case.w))]
+        others = next(cases(rng, most=30, layers=30, kinds=(case.kind,)))
+        arrays = (a + b for a, b in zip(case[2:5], others[2:5], strict=True))
+        pool = Case(*case[:2], *arrays, case.options)
+        alone = [stepped(_with_layers(pool, [i])) for i in range(len(pool.w))]
         for _ in range(3):
-            others = next(cases(rng, most=30, layers=30, kinds=(case.kind,)))
-            arrays = (a + b for a, b in zip(case[2:5], others[2:5], strict=True))
-            pool = Case(*case[:2], *arrays, case.options)
-            rest = rng.integers(len(case.w), len(pool.w), LEAVES - len(case.w))
-            indices = rng.permutation([*range(len(case.w)), *rest]).tolist()
+            indices = rng.integers(0, len(pool.w), LEAVES).tolist()
             nest = partial(_nested, int(rng.integers(1e9)))
             results = stepped(_with_layers(pool, indices), nest=nest)
-            for i, expected in enumerate(alone):
-                actual = results[indices.index(i) : LEAVES * (len(results) // LEAVES) : LEAVES]
-                counters = results[LEAVES * (len(results) // LEAVES) :]
-                way = f"layer {i} in a tree"
-                fault = difference(case, way, actual + counters, expected, signs=True)
-                if fault:
-                    break
-            yield fault
+            end = LEAVES * (len(results) // LEAVES)  # after it are the counters
+            faults = (
+                difference(
+                    case,
+                    f"layer {i} as leaf {k}",
+                    [*results[k:end:LEAVES], *results[end:]],
+                    alone[i],
+                    signs=True,
+                )
+                for k, i in enumerate(indices)
+            )
+            yield next(filter(None, faults), None)
 
 
 def _with_layers(case: Case, indices: list[int]) -> Case:
