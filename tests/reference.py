@@ -80,7 +80,7 @@ def _exact(x: complex) -> mpf | mpc:
 def ulp(x: mpf, name: str) -> mpf:
     """The distance between neighbouring numbers of the format at the magnitude of x."""
     bits, smallest, _ = FORMATS[name]
-    exponent = smallest if x == 0 else max(int(mp.floor(mp.log(abs(x), 2))), smallest)
+    exponent = smallest if x == 0 else max(mp.frexp(x)[1] - 1, smallest)
     return mpf(2) ** (exponent - bits + 1)
 
 

@@ -16,9 +16,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import CI, need
+from conftest import CI
 from hypothesis import example, given
 from hypothesis import strategies as st
+from random_arrays import FORMATS, dtype_of, random_array
 
 from lars_tree import _native, lars_update
 from lars_tree._numerics import bfloat16
@@ -30,11 +31,8 @@ if _native.kernel is None and (not CI or os.environ.get("LARS_TREE_NATIVE") == "
 # The arrays contain signalling NaN.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
-# For each format, the total number of bits and the number of stored significand bits.
-FORMATS = {"float16": (16, 10), "bfloat16": (16, 7), "float32": (32, 23), "float64": (64, 52)}
 PAIRS = [(a, b) for a in FORMATS for b in FORMATS]
 PAIRS += [(a, b) for a in ("complex64", "complex128") for b in ("complex64", "complex128")]
-REAL = {"complex64": "float32", "complex128": "float64"}
 SETS = range(_native.kernel.best_instruction_set() + 1 if _native.kernel else 1)
 # Pairs of an instruction set and a number of threads; harness.cpp tests more combinations.
 WAYS = [*((instruction_set, 3) for instruction_set in SETS), (SETS[-1], 1), (SETS[-1], 8)]
@@ -104,26 +102,6 @@ def run(code, **variables):
     )
     assert result.returncode == 0, (result.returncode, result.stderr[-500:])
     return result.stdout.split()
-
-
-def dtype_of(name):
-    return need("ml_dtypes").bfloat16 if name == "bfloat16" else np.dtype(name)
-
-
-def random_array(rng, name, shape, level=0.5, spread=2, special=(), order="C"):
-    """Random numbers with exponents near `level`: 0 for subnormal, 1 for the largest numbers."""
-    if name in REAL:
-        parts = random_array(rng, REAL[name], (*shape, 2), level, spread, special)
-        return parts.view(name).reshape(shape).copy(order)
-    total, stored = FORMATS[name]
-    most = 2 ** (total - 1 - stored) - 1  # the exponent of infinity and NaN
-    exponents = round(level * most) + rng.integers(-spread, spread + 1, shape)
-    bits = np.clip(exponents, 0, most - 1) << stored | rng.integers(0, 2**stored, shape)
-    bits = bits.astype(np.uint64) | rng.integers(0, 2, shape, np.uint64) << np.uint64(total - 1)
-    x = bits.astype(f"u{total // 8}").view(dtype_of(name)).copy(order)
-    for value in special:
-        x[rng.random(shape) < 0.05] = value
-    return x
 
 
 LENGTHS = [n + d for n in (16, 128, 16_384, 131_072) for d in (-1, 0, 1)]

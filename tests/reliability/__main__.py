@@ -80,7 +80,8 @@ def _keep(file: Path | None, key: str, result: Result) -> None:
 
 def _report(attack: Attack, result: Result) -> None:
     count = f"{result.survived:,} of {result.tried:,} survived"
-    print(f"{attack.key}: {count}, {result.seconds:.0f} s", flush=True)
+    worst = "" if result.worst is None else f", within {result.worst} ulp"
+    print(f"{attack.key}: {count}{worst}, {result.seconds:.0f} s", flush=True)
     for failure in result.failures:
         print(f"  {failure}", flush=True)
 

@@ -16,23 +16,23 @@ from time import monotonic
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-<<<<<<< HEAD
-PARTS = (
+PARTS = (  # the modules with attacks, in the order of the page
     "faults",
     "options",
     "structure",
+    "signals",
+    "bits",
     "exponents",
     "files",
     "writers",
     "races",
-)  # in the order of the page; the modules with attacks
-=======
-PARTS = ("exponents", "signals")  # in the order of the page; the modules with attacks
->>>>>>> signals
+)
 GRACE = 60.0  # seconds: to start, to finish the attempt at hand, to end
 SHOWN = 5  # of the failures
 
-Attempts = Iterator[str | None]  # of each attempt: None if the claim held, or what happened
+# Of each attempt: None, or an error in ulp that is within its bound, if the claim held; otherwise a
+# text that says what happened.
+Attempts = Iterator[float | str | None]
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class Result:
     survived: int = 0
     seconds: float = 0.0
     failures: list[str] = field(default_factory=list)  # the first ones
+    worst: float | None = None  # the largest error in ulp of an attempt that held
 
     @property
     def ok(self) -> bool:
@@ -92,10 +93,11 @@ def attack(
 ) -> Callable[[Callable[[np.random.Generator], Attempts]], Callable[..., Attempts]]:
     """Make an attack of a generator of attempts; with `plain`, another one without the kernel.
 
-    The generator yields, for each attempt, None if the claim held, and otherwise what happened. It
-    gets a random generator, which is the same each time. A generator of all cases of a kind
-    shuffles them with it, so that the short form tries a sample of them. The attack ends after
-    `count` attempts, at the end of the generator, or after `seconds`.
+    The generator yields, for each attempt, None or an error in ulp if the claim held, and otherwise
+    what happened; the page shows the largest error. It gets a random generator, which is the same
+    each time. A generator of all cases of a kind shuffles them with it, so that the short form
+    tries a sample of them. The attack ends after `count` attempts, at the end of the generator, or
+    after `seconds`.
     """
 
     def register(attempts: Callable[[np.random.Generator], Attempts]) -> Callable[..., Attempts]:
@@ -124,8 +126,10 @@ def run_here(attack: Attack, count: int, seconds: float) -> Result:
     result = Result()
     for outcome in islice(attack.attempts(np.random.default_rng(0)), count):
         result.tried += 1
-        result.survived += outcome is None
-        if outcome is not None and len(result.failures) < SHOWN:
+        result.survived += not isinstance(outcome, str)
+        if isinstance(outcome, float):
+            result.worst = max(outcome, result.worst or 0.0)
+        elif outcome is not None and len(result.failures) < SHOWN:
             result.failures.append(outcome)
         if monotonic() - start > seconds:
             break

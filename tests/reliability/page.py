@@ -39,6 +39,8 @@ def section(part: str, results: Mapping[str, Result]) -> str:
 
 def _row(attack: Attack, result: Result) -> list[str]:
     survived = "all" if result.ok else f"**{result.survived:,}**"
+    if result.worst is not None:
+        survived += f", within {result.worst:.4f} ulp"
     tried = f"{result.tried:,} {attack.tried}"
     return [attack.claim, tried, survived, f"{result.seconds:.0f} s", f"`{attack.command}`"]
 
