@@ -8,8 +8,8 @@ memory; multi-tensor operations update all other parameters, without waiting for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from functools import partial
 from inspect import signature
 from operator import setitem
@@ -310,7 +310,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
             leaves = inputs.leaves()
             if all(map(traced.supports, leaves)):
                 copy_all(*traced.results_in_place(leaves, found_inf))
-                self._keep_buffers(inputs)
+                inputs.keep_buffers(self.state)
             else:
                 self._step_uncompiled(grad_scale, found_inf)
         else:
@@ -331,7 +331,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
                 return taken
         done = [not inputs.first_steps]
         last = (partial(setitem, done, 0, True),) if inputs.first_steps else ()
-        with self._buffers_kept(inputs, lambda: done[0]):
+        with inputs.buffers_kept(self.state, lambda: done[0]):
             taken = execute(inputs.columns(), inputs.caller(engine, last)).taken
         if engine is not None and signature is not None:
             step = engine.repeatable(inputs.grads)
@@ -376,25 +376,6 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         inputs = gather(self, None if grad_scale is None else float(grad_scale))
         if inputs.params and not (found_inf is not None and found_inf):
             counts = {name: np.zeros((), np.int64) for name in ("step", "skipped")}
-            with self._buffers_kept(inputs, lambda: bool(counts["step"])):
+            with inputs.buffers_kept(self.state, lambda: bool(counts["step"])):
                 execute(inputs.columns(counts), inputs.caller(None))
             self._skipped += int(counts["skipped"])
-
-    @contextmanager
-    def _buffers_kept(self, inputs: ParameterRows, is_done: Callable[[], bool]) -> Iterator[None]:
-        """Put new buffers into the state; remove them again if the step is not done."""
-        new = [p for p, _ in inputs.new_buffers()]
-        unknown = [p for p in new if p not in self.state]
-        try:
-            self._keep_buffers(inputs)
-            yield
-        finally:
-            if not is_done():
-                for p in new:
-                    self.state[p].pop("momentum_buffer", None)
-                for p in unknown:
-                    self.state.pop(p, None)
-
-    def _keep_buffers(self, inputs: ParameterRows) -> None:
-        for p, buffer in inputs.new_buffers():
-            self.state[p]["momentum_buffer"] = buffer

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import operator
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,6 +99,33 @@ class ParameterRows:
     def new_buffers(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Pairs of a parameter and its new buffer."""
         return ((self.params[i], self.buffers[i]) for i in self.first_steps)
+
+    def keep_buffers(self, state: dict[Tensor, dict[str, Any]]) -> None:
+        """Put new buffers into the state of the optimizer."""
+        for p, buffer in self.new_buffers():
+            state[p]["momentum_buffer"] = buffer
+
+    @contextmanager
+    def buffers_kept(
+        self, state: dict[Tensor, dict[str, Any]], is_done: Callable[[], bool]
+    ) -> Iterator[None]:
+        """Put new buffers into the state; remove them again if the step is not done."""
+        new = [p for p, _ in self.new_buffers()]
+        unknown = [p for p in new if p not in state]
+        removed: deque[Any] = deque(maxlen=0)
+        remove: Iterator[Any] = iter(())
+        try:
+            # Prepared here, because there may be no memory left when it is needed.
+            remove = map(
+                operator.call, [partial(state[p].pop, "momentum_buffer", None) for p in new]
+            )
+            self.keep_buffers(state)
+            yield
+        finally:
+            if not is_done():
+                removed.extend(remove)
+                for p in unknown:
+                    state.pop(p, None)
 
     def leaves(self) -> list[Leaf]:
         """The rows as leaves, for a step under `torch.compile`."""
