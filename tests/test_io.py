@@ -331,3 +331,14 @@ def test_links_stay_links(file):
         assert file.is_symlink()
         assert io.load(real).a == value
     assert sorted(os.listdir(file.parent)) == sorted([file.name, real.name])
+
+
+def test_no_memory_for_an_array_is_no_fault_of_the_file(tmp_path, monkeypatch):
+    io.save({"a": np.ones(3)}, tmp_path / "w.npz")
+
+    def fail(*args):
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(np, "empty", fail)
+    with pytest.raises(MemoryError, match="no memory"):
+        io.load(tmp_path / "w.npz")

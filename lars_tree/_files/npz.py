@@ -93,6 +93,7 @@ class View(NamedTuple):
         """The shape of an array, whether it is in Fortran order, its dtype, its element stream."""
         info = self.members[name]
         stream: Any
+        has_header = False
         try:
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError("expected an entry that is stored or deflated")
@@ -111,8 +112,12 @@ class View(NamedTuple):
                 size = prod(shape) * dtype.itemsize
                 if size != info.file_size - stream.tell() or min(shape, default=0) < 0:
                     raise ValueError(f"expected {size} bytes for {dtype} {shape}")
+                has_header = True
                 yield shape, fortran_order, dtype, stream
         except Exception as error:
+            # Python's parser raises a MemoryError for a header that is nested too deeply.
+            if isinstance(error, MemoryError) and has_header:
+                raise
             raise errors.file_error(self.path, str(error), name) from error
 
 
@@ -123,6 +128,8 @@ def opened(path: Path) -> Iterator[View]:
         try:
             archive = zipfile.ZipFile(file)
             members = _members(archive, os.fstat(file.fileno()).st_size)
+        except MemoryError:
+            raise
         except Exception as error:  # the parser raises errors of many kinds
             text = recognize.content(os.fsdecode(path)) or f"not a readable zip archive: {error}"
             raise errors.file_error(path, text) from error
