@@ -56,14 +56,6 @@ TORCH = (
     "torch, momentum into new tensors",
     "torch and numpy, momentum in place",
 )
-OPTIMIZER = (
-    "torch.Lars, first step",
-    "torch.Lars",
-    "torch.Lars, skip",
-    "torch.Lars, nesterov",
-)
-JAX = ("jax, new arrays", "jax, momentum into new arrays")
-FILES = ("save, npz", "save, safetensors")
 
 CLAIM = "Without memory, an update is made completely or not at all"
 
@@ -120,31 +112,3 @@ def of_numpy(rng: np.random.Generator) -> Attempts:
 @attack(CLAIM, "failing allocations, torch", count=20_000, short=100, seconds=40, needs=("torch",))
 def of_torch(rng: np.random.Generator) -> Attempts:
     yield from failing(rng, TORCH, "torch")
-
-
-@attack(
-    "Without memory, so is a step of `torch.Lars`",
-    "failing allocations",
-    count=5_000,
-    short=50,
-    seconds=40,
-    needs=("torch",),
-)
-def of_optimizer(rng: np.random.Generator) -> Attempts:
-    yield from failing(rng, OPTIMIZER, "lars_tree.torch")
-
-
-@attack(CLAIM, "failing allocations, JAX", count=2_000, short=50, seconds=20, needs=("jax",))
-def of_jax(rng: np.random.Generator) -> Attempts:
-    yield from failing(rng, JAX, "jax")
-
-
-@attack(
-    "Without memory, a file is replaced or stays as it was",
-    "failing allocations",
-    count=10_000,
-    short=100,
-    seconds=20,
-)
-def of_files(rng: np.random.Generator) -> Attempts:
-    yield from failing(rng, FILES, "lars_tree.io")
