@@ -227,3 +227,11 @@ def test_bfloat16_of_another_byte_order_is_refused():
     foreign = np.dtype(need("ml_dtypes").bfloat16).newbyteorder(">")
     with pytest.raises(TypeError, match="w is not floating point"):
         lars_update(np.ones(2).astype(foreign), 1.0, 0.1)
+
+
+def test_axes_that_interleave_without_sharing_elements_are_no_overlap():
+    """The elements of the two rows are at 0, 3 and 2, 5: an as_strided view of numpy."""
+    memory = np.ones(6)
+    w = np.lib.stride_tricks.as_strided(memory, (2, 2), (16, 24))
+    lars_update(w, np.ones((2, 2)), 0.5, out=w)
+    assert memory.tolist() == [0.5, 1.0, 0.5, 0.5, 1.0, 0.5]

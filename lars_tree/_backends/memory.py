@@ -25,13 +25,15 @@ READ_ONLY_MAP = "read-only: its memory is mapped read-only"
 
 
 def overlaps_itself(x: NumpyArray) -> bool:
-    """Whether two elements of x may share memory, as after a broadcast."""
+    """Whether two elements of x share memory, as after a broadcast."""
     if x.flags.forc or not x.size:
         return False
     extent = x.itemsize
     for stride, length in sorted(zip(map(abs, x.strides), x.shape, strict=True)):
         if length > 1 and stride < extent:
-            return True
+            # Interleaved axes: compare elements that differ first in the index of each axis.
+            rests = (x[(0,) * axis] for axis in range(x.ndim))
+            return any(_share(rest[:1], rest[1:]) for rest in rests)
         extent += stride * (length - 1)
     return False
 

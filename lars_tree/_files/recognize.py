@@ -115,6 +115,8 @@ def _archive(file: Any) -> str | None:
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.namelist()
+    except MemoryError:
+        raise
     except Exception:  # the parser raises errors of many kinds
         return "is a zip archive that is cut off or damaged: download it again"
     if any(os.path.basename(name) == "data.pkl" for name in members):

@@ -4,6 +4,8 @@
 // The kernel adds only the leaves that it supports to a plan. The caller passes all other leaves to
 // the engines in Python, which give the same bits and raise the errors for invalid arrays.
 
+#include <exception>
+
 #include "plan.hpp"
 #include "walk.hpp"
 
@@ -72,8 +74,17 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
+// The C++ runtime allocates memory at the first exception of a thread, and where there is none, the
+// process is aborted. So this memory is allocated here, for the thread that imports the module.
+int prepare_exceptions(PyObject*) {
+    const volatile int active = std::uncaught_exceptions();
+    (void)active;
+    return 0;
+}
+
 PyModuleDef_Slot slots[] = {
     {Py_mod_exec, slot(add_types)},
+    {Py_mod_exec, slot(prepare_exceptions)},
 #ifdef Py_GIL_DISABLED
     {Py_mod_multiple_interpreters, Py_MOD_PER_INTERPRETER_GIL_SUPPORTED},
     {Py_mod_gil, Py_MOD_GIL_NOT_USED},

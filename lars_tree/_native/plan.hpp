@@ -202,8 +202,14 @@ PyObject* count(PyObject* self, PyObject* counter) {
         plan.counter_buffer.release();
         Py_RETURN_FALSE;
     }
-    plan.counter = static_cast<std::int64_t*>(plan.counter_buffer.view.buf);
-    plan.leaves.add_counter(plan.counter);
+    auto* number = static_cast<std::int64_t*>(plan.counter_buffer.view.buf);
+    try {
+        plan.leaves.add_counter(number);
+    } catch (const std::bad_alloc&) {
+        plan.counter_buffer.release();
+        return call_python(PyErr_NoMemory);
+    }
+    plan.counter = number;
     Py_RETURN_TRUE;
 }
 

@@ -66,7 +66,9 @@ struct Progress {
     std::unique_ptr<ChunkCounter[]> to_sum, to_apply;  // one for each thread
     std::atomic<std::size_t> summed{0};
     std::atomic<bool> ready{false};
-    std::once_flag joint_exponent_once;
+    // Not std::call_once: its first call in a thread allocates memory, and aborts if there is none.
+    std::mutex joint_exponent_mutex;
+    bool has_joint_exponent = false;
     double joint_exponent = 0;
     Terms terms;
 };
@@ -256,8 +258,11 @@ private:
         if (passes == Passes::apply || !needs_norms(layer)) {
             terms = terms_of(layer, norms ? norms[index] : Norms{});
         } else {
-            std::call_once(now.joint_exponent_once,
-                           [&] { now.joint_exponent = joint_exponent_of(layer); });
+            {
+                const std::lock_guard<std::mutex> lock(now.joint_exponent_mutex);
+                if (!now.has_joint_exponent) now.joint_exponent = joint_exponent_of(layer);
+                now.has_joint_exponent = true;
+            }
             const auto sum_one = [&](std::size_t start, std::size_t, std::size_t i) {
                 sums[start + i] = sum_chunk(layer, start + i, now.joint_exponent, thread);
                 if (now.summed.fetch_add(1) + 1 < count) return;

@@ -22,6 +22,13 @@
 #include <sanitizer/tsan_interface.h>
 #endif
 
+// glibc allocates other thread-local data at their first use, and aborts if there is no memory.
+#ifdef __GLIBC__
+#define LARS_STATIC_TLS __attribute__((tls_model("initial-exec")))
+#else
+#define LARS_STATIC_TLS
+#endif
+
 namespace lars {
 
 // Called in each thread with its index. Must not throw. The system may start fewer threads, so the
@@ -104,7 +111,7 @@ inline void run_on_team(const OpenMP& openmp, const Work& work) {
 // Runs `work` on `threads` threads, if at most `max_threads` may be used: on the team if it is that
 // large. A larger team would use more cores than the caller allows, and a smaller one fewer.
 inline void run_on_threads(std::size_t threads, std::size_t max_threads, const Work& work) {
-    static thread_local std::size_t started = 0;
+    static thread_local std::size_t started LARS_STATIC_TLS = 0;
     const OpenMP openmp;
     if (!openmp.parallel || !openmp.max_threads ||
         static_cast<std::size_t>(openmp.max_threads()) != max_threads) {

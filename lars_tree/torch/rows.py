@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+import operator
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,23 +111,26 @@ class ParameterRows:
         This is not a context manager, because an exception in its own code would leave them.
         """
         new = [self.params[i] for i in self.first_steps]
-        unknown = [p for p in new if p not in state]
-
-        def clean_up() -> None:
-            if not is_done():
-                for p in new:
-                    state.get(p, {}).pop("momentum_buffer", None)
-                for p in unknown:
-                    state.pop(p, None)
-
+        removed: deque[Any] = deque(maxlen=0)
+        remove: Iterator[Any] = iter(())
         try:
             try:
+                # Prepared here, because there may be no memory left when it is needed.
+                ways = [
+                    partial(state[p].pop, "momentum_buffer", None)
+                    if p in state
+                    else partial(state.pop, p, None)
+                    for p in new
+                ]
+                remove = map(operator.call, ways)
                 self.keep_buffers(state)
                 return step()
             finally:
-                clean_up()
-        finally:  # if a second exception came in the inner `finally`
-            clean_up()
+                if not is_done():
+                    removed.extend(remove)
+        finally:  # if a second exception came in the inner `finally`, go on with the rest
+            if not is_done():
+                removed.extend(remove)
 
     def leaves(self) -> list[Leaf]:
         """The rows as leaves, for a step under `torch.compile`."""

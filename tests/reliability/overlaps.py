@@ -1,32 +1,27 @@
-"""Updates of random views of one buffer, as in numpy's own tests of overlaps.
+"""Overlaps: arrays that share memory are refused, or updated as if they did not.
 
-Each call is refused without a write, or gives the same results as copies that do not overlap.
+Weights, gradients, results and velocities are random views of one buffer: shifted, strided,
+reversed, transposed, broadcast, and of several dtypes. The addresses of all bytes are listed. A
+call must be refused, without a write, if a byte would be written twice, and only then. Any other
+call must give the results of the same call on copies, and write nothing else.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
+import traceback
+from typing import Any
 
 import numpy as np
-import pytest
-from conftest import CI, need
+from conftest import need
 from native_steps import options_of
 from numpy.lib.stride_tricks import as_strided
 
-from lars_tree import OutError, native_available
+from lars_tree import OutError
 from lars_tree._core.advance import advance
+from tests.reliability.attack import Attempts, attack
 
-BLOCKS = 10  # groups of cases, which can run in parallel
-NUMPY_CASES, TORCH_CASES = 10_000 // BLOCKS, 1_000 // BLOCKS
 ROOM = 640  # numbers of 4 bytes in the buffer
-
-
-@pytest.fixture(autouse=True)
-def _kernel():
-    if not native_available():
-        assert not CI or os.environ.get("LARS_TREE_NATIVE") == "0", "the kernel was not built"
-        pytest.skip("the native kernel is not built")
 
 
 class View:
@@ -81,6 +76,7 @@ class Case:
     """A call on views of one buffer: trees of one or two leaves, sometimes with out=w."""
 
     def __init__(self, seed, least_stride=-3):
+        self.seed, self.least_stride = seed, least_stride
         random = np.random.default_rng(seed)
         self.buffer = random.normal(size=ROOM).astype(np.float32)  # finite if viewed as float64 too
         self.w, self.dcdw, self.out = {}, {}, {}
@@ -126,7 +122,7 @@ class Case:
 
 
 def run(case, buffer, view, copy, to_numpy):
-    """Take the step of a case and check its results; return False if it was refused, else True."""
+    """Take the step of a case and check its results."""
     before = to_numpy(buffer).copy()
 
     def tree(views):
@@ -146,7 +142,8 @@ def run(case, buffer, view, copy, to_numpy):
         returned = step(*given, out)
     except OutError:
         assert np.array_equal(to_numpy(buffer), before), "it was refused, and yet written"
-        return False
+        assert case.must_be_refused(), "it was refused without a reason"
+        return
     assert not case.must_be_refused(), "two results were written to one place"
     assert returned["out"] is out
     assert all(x is velocity[key] for key, x in returned["velocity"].items())
@@ -164,33 +161,31 @@ def run(case, buffer, view, copy, to_numpy):
             assert actual.tobytes() == right.tobytes(), (name, key)
         else:
             np.testing.assert_allclose(actual, right, rtol=0, atol=most)
-    return True
 
 
-@pytest.mark.parametrize("block", range(BLOCKS))
-def test_overlapping_numpy_views_are_refused_or_computed_as_if_they_were_copies(block):
-    made = 0
-    for seed in range(block * NUMPY_CASES, (block + 1) * NUMPY_CASES):
-        case = Case(seed)
-        try:
-            made += run(case, case.buffer, View.of, np.copy, np.asarray)
-        except Exception as error:
-            error.add_note(f"in Case({seed})")
-            raise
-    assert 0.2 < made / NUMPY_CASES < 0.9  # both outcomes occur
+def failure(case: Case, *how: Any) -> str | None:
+    try:
+        run(case, *how)
+    except Exception:
+        return f"Case({case.seed}, {case.least_stride}): {traceback.format_exc(limit=-2)}"
+    return None
 
 
-@pytest.mark.parametrize("block", range(BLOCKS))
-def test_overlapping_torch_views_are_refused_or_computed_as_if_they_were_copies(block):
+CLAIM = "Overlapping arrays are refused if a result would be lost, and otherwise computed right"
+
+
+@attack(CLAIM, "random overlaps, numpy", count=10_000, short=1_000, seconds=60, plain=True)
+def of_numpy(rng: np.random.Generator) -> Attempts:
+    while True:
+        case = Case(int(rng.integers(2**32)))
+        yield failure(case, case.buffer, View.of, np.copy, np.asarray)
+
+
+@attack(CLAIM, "random overlaps, torch", count=2_000, short=200, seconds=60, needs=("torch",))
+def of_torch(rng: np.random.Generator) -> Attempts:
     torch = need("torch")
-    made = 0
-    for seed in range(block * TORCH_CASES, (block + 1) * TORCH_CASES):
-        case = Case(seed, least_stride=0)
+    while True:
+        case = Case(int(rng.integers(2**32)), least_stride=0)
         ours = torch.from_numpy(case.buffer)
-        buffer = ours if seed % 2 else ours.clone()  # memory allocated by numpy or torch
-        try:
-            made += run(case, buffer, View.of_torch, lambda x: x.clone().contiguous(), np.asarray)
-        except Exception as error:
-            error.add_note(f"in Case({seed}, least_stride=0)")
-            raise
-    assert 0.2 < made / TORCH_CASES < 0.9
+        buffer = ours if rng.random() < 0.5 else ours.clone()  # numpy's memory, or torch's
+        yield failure(case, buffer, View.of_torch, lambda x: x.clone().contiguous(), np.asarray)
