@@ -67,8 +67,8 @@ static void report(int signal) {
     failing_armed = 0;
     int before = 1, after = 1;
     for (long i = 0; i < failing_region_count; ++i) {
-        before &= !memcmp(failing_regions[i].now, failing_regions[i].before,
-                          failing_regions[i].size);
+        before &=
+            !memcmp(failing_regions[i].now, failing_regions[i].before, failing_regions[i].size);
         after &= !memcmp(failing_regions[i].now, failing_regions[i].after, failing_regions[i].size);
     }
     dprintf((int)failing_report, before || after ? "whole\n" : "torn\n");
