@@ -16,7 +16,7 @@ from time import monotonic
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PARTS = ("exponents",)  # in the order of the page; the modules with attacks
+PARTS = ("exponents", "threads", "processes")  # in the order of the page; the modules with attacks
 GRACE = 60.0  # seconds: to start, to finish the attempt at hand, to end
 SHOWN = 5  # of the failures
 
