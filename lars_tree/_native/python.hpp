@@ -1,7 +1,7 @@
 // Helpers for Python's C API: calls, references, locks, and types that wrap a C++ class.
 //
-// Only the stable ABI is used, so one build serves all versions of Python (but not free-threaded
-// builds, which do not have a stable ABI).
+// Only the stable ABI is used, so one build serves all versions of Python. Free-threaded builds do
+// not have it; they can be compiled for, but are not supported (see docs/design.md).
 #pragma once
 
 #define PY_SSIZE_T_CLEAN

@@ -1,7 +1,11 @@
 """Processes: a step works in a forked child, in a new process, and until the interpreter exits.
 
 Arrays that a thread was writing to at the moment of a fork may contain a part of that step in the
-child, as all memory does; the child can step all others, and those too. A sub-interpreter can
+child, as all memory does; the child can step all others, and those too.
+
+Operations of torch are no part of the claim about exits: in Python 3.11, torch itself ends the
+process with SIGABRT if a daemon thread is inside `x.add(y)` while the interpreter exits. So let
+threads that step tensors end before the exit. A sub-interpreter can
 import numpy only if the main interpreter did not, and only if it shares the GIL: see numpy's
 documentation. The package then works; otherwise its import raises numpy's ImportError.
 """

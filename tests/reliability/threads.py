@@ -28,7 +28,7 @@ SEEDS = 3
 
 def _crowded() -> None:
     """Let threads switch as often as possible, and use the slow paths."""
-    sys.setswitchinterval(1e-6)
+    sys.setswitchinterval(1e-5)
     set_num_threads(3)
     little_room()
 
@@ -38,7 +38,7 @@ def _crowded() -> None:
     "times 4 threads step the same weights, in 18 modes; the bytes are those of the steps one by "
     "one",
     count=1500,
-    short=100,
+    short=40,
     plain=True,
     needs=("torch",),
 )
@@ -55,7 +55,7 @@ def same_weights(rng: np.random.Generator) -> Attempts:
     "Steps of different weights do not affect each other",
     "times 4 threads step trees of their own, with one optimizer and one gradient",
     count=500,
-    short=30,
+    short=20,
     plain=True,
 )
 def own_weights(rng: np.random.Generator) -> Attempts:
@@ -104,7 +104,7 @@ def _one_optimizer(seed: int) -> str | None:
     "times 3 threads step a tree while 2 others add and remove a leaf, replace one, or change the "
     "gradient's dict: each step is made, or raises StructureError",
     count=400,
-    short=25,
+    short=15,
     plain=True,
 )
 def changing_tree(rng: np.random.Generator) -> Attempts:
@@ -150,9 +150,7 @@ def _changed(make: Callable[[Any], Any], size: int) -> str | None:
         return f"{make.__name__} of {size}: {failures[0]!r}"
     found = {float(x) for leaf in w.values() for x in leaf}
     if found != {float(len(taken))}:
-        return (
-            f"{make.__name__} of {size}: leaves are {found} after {len(taken)} steps"
-        )
+        return f"{make.__name__} of {size}: leaves are {found} after {len(taken)} steps"
     return None
 
 
