@@ -182,10 +182,10 @@ def _optimizer(
     function: str, w: Any, dcdw: Any, lr: Any, options: dict[str, Any]
 ) -> Optimizer | None:
     """The torch optimizer that was given in the place of w, dcdw and lr, if there is one."""
-    torch = sys.modules.get("lars_tree.torch")
+    cls = getattr(sys.modules.get("lars_tree.torch"), "Lars", ())
     given = [x is not _NOT_GIVEN for x in (dcdw, lr)]
     # Accelerate, and so Hugging Face's Trainer, wraps the optimizer.
-    found = (x for x in (w, getattr(w, "optimizer", None)) if torch and isinstance(x, torch.Lars))
+    found = (x for x in (w, getattr(w, "optimizer", None)) if isinstance(x, cls))
     optimizer: Optimizer | None = next(found, None)
     if optimizer is not None:
         if any(given) or options.keys() - {"grad_scale"}:

@@ -213,3 +213,32 @@ def test_a_forked_child_has_only_the_blocks_of_its_own_thread():
     leave.set(); thread.join()
     print(status, len(locks._blocks))"""
     assert run(dedent(code)) == "0 0"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_forked_while_another_thread_reads_an_array_can_update():
+    code = """
+    import os, threading, time, numpy as np
+    from lars_tree import lars_update
+    from lars_tree._backends.numpy import BACKEND
+    inside, leave, memory = threading.Event(), threading.Event(), BACKEND.memory
+    def slow(x):
+        if threading.current_thread() is thread:
+            inside.set(); leave.wait(30)
+        return memory(x)
+    type(BACKEND).memory = lambda self, x: slow(x)
+    def update():
+        w = np.ones((4, 2))[:, 0]
+        lars_update(w, 1.0, 0.1, out=w)
+    thread = threading.Thread(target=update); thread.start(); inside.wait(30)
+    child = os.fork()
+    if not child:
+        update(); os._exit(0)
+    deadline = time.monotonic() + 20
+    while not (found := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if not found[0]:
+        os.kill(child, 9)
+    leave.set(); thread.join()
+    print(found[0] == child, found[1])"""
+    assert run(dedent(code)) == "True 0"

@@ -7,6 +7,8 @@ import importlib.util
 import io
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +155,18 @@ def test_a_hook_is_called_at_once_for_an_imported_module(make_module):
     seen = []
     pytrees.when_imported(name, seen.append)
     assert seen == [module]
+
+
+def test_a_hook_waits_while_another_thread_imports_the_module(make_module):
+    name = make_module("import time\ntime.sleep(0.3)\nlate = 2")
+    thread = threading.Thread(target=importlib.import_module, args=(name,))
+    thread.start()
+    while name not in sys.modules:
+        time.sleep(0.001)
+    seen = []
+    pytrees.when_imported(name, lambda module: seen.append(module.late))
+    thread.join()
+    assert seen == [2]
 
 
 def test_a_hook_survives_a_failed_import(make_module, monkeypatch):

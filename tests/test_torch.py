@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import numpy as np
 import pytest
 import reference
@@ -303,3 +306,11 @@ def test_leaves_may_be_of_different_libraries():
     assert [type(x) for x in new.leaves()] == [type(x) for x in w.leaves()]
     for x in new.leaves():
         assert to_numpy(x).tolist() == pytest.approx([2.6, 3.7])
+
+
+def test_another_thread_may_be_importing_dtensor(monkeypatch):
+    """torch imports it when it first needs it; the module is then in sys.modules, but empty."""
+    monkeypatch.setitem(sys.modules, "torch.distributed.tensor", ModuleType("partial"))
+    w = torch.ones(3, 2)[:, 0]
+    lars_update(w, torch.ones(3), 0.5, adapt=False, out=w)
+    assert w.tolist() == [0.5] * 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from lars_tree import _backends
@@ -28,9 +27,13 @@ class Operand:
                 self.facts = backend.facts(x)
                 self.varying = backend.varying(x)
 
-    @cached_property
+    @property
     def memory(self) -> NumpyArray | None:
-        return None if self.backend is None else self.backend.memory(self.x)
+        # Not a cached_property: before Python 3.12, it has a lock, which another thread may hold
+        # during a fork.
+        if not hasattr(self, "_memory"):
+            self._memory = None if self.backend is None else self.backend.memory(self.x)
+        return self._memory
 
 
 class Row(NamedTuple):

@@ -149,6 +149,7 @@ PyObject* prepare(PyObject* self, PyObject* arguments, PyObject* keywords) {
                            Py_TYPE(reader_object));
     }
     if (!columns.check()) return nullptr;
+    const CriticalSection lock(self);  // another thread may ask for the spans
     Plan& plan = plan_of(self);
     if (columns.indices != Py_None && !PyList_Check(columns.indices)) {
         return call_python(PyErr_Format, PyExc_TypeError, "expected a list of indices, got %R",
@@ -196,6 +197,7 @@ PyObject* prepare(PyObject* self, PyObject* arguments, PyObject* keywords) {
 }
 
 PyObject* count(PyObject* self, PyObject* counter) {
+    const CriticalSection lock(self);
     Plan& plan = plan_of(self);
     if (plan.counter) Py_RETURN_FALSE;  // a plan has at most one counter
     if (!Reader::read_counter(counter, plan.counter_buffer.view)) {
@@ -234,6 +236,7 @@ PyObject* overlaps(PyObject* self, PyObject* arguments) {
     if (!PyArg_ParseTuple(arguments, "|O!O!", &PyList_Type, &written, &PyList_Type, &read)) {
         return nullptr;
     }
+    const CriticalSection lock(self);
     Leaves& leaves = plan_of(self).leaves;
     if (!written && !read) return PyBool_FromLong(overlap(leaves.written, leaves.read));
     try {
@@ -246,6 +249,7 @@ PyObject* overlaps(PyObject* self, PyObject* arguments) {
 }
 
 PyObject* spans(PyObject* self, PyObject*) {
+    const CriticalSection lock(self);
     OwnedList found;
     for (const Span& x : plan_of(self).leaves.written) {
         const auto start =

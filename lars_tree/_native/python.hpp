@@ -1,7 +1,7 @@
 // Helpers for Python's C API: calls, references, locks, and types that wrap a C++ class.
 //
-// Only the stable ABI is used, so one build serves all versions of Python (but not free-threaded
-// builds, which do not have a stable ABI).
+// Only the stable ABI is used, so one build serves all versions of Python. Free-threaded builds do
+// not have it; they can be compiled for, but are not supported (see docs/design.md).
 #pragma once
 
 #define PY_SSIZE_T_CLEAN
@@ -102,19 +102,24 @@ inline PyObject* list_of(const std::vector<Py_ssize_t>& numbers) {
     return Py_NewRef(found);
 }
 
-// Locks an object in free-threaded builds; does nothing where there is a GIL.
+// Locks one or two objects in free-threaded builds; does nothing where there is a GIL.
+//
+// Only the innermost section is sure to hold its locks: while a thread waits, it releases those of
+// all its sections, and takes back those of the innermost one. So two objects that are read
+// together need one section.
 class CriticalSection {
 public:
 #if defined(Py_GIL_DISABLED)
-    explicit CriticalSection(PyObject* object) {
-        call_python(PyCriticalSection_Begin, &section, object);
+    explicit CriticalSection(PyObject* object) : CriticalSection(object, object) {}
+    CriticalSection(PyObject* one, PyObject* other) {
+        call_python(PyCriticalSection2_Begin, &section, one, other);
     }
-    ~CriticalSection() { call_python(PyCriticalSection_End, &section); }
+    ~CriticalSection() { call_python(PyCriticalSection2_End, &section); }
 
 private:
-    PyCriticalSection section;
+    PyCriticalSection2 section;
 #else
-    explicit CriticalSection(PyObject*) {}
+    explicit CriticalSection(PyObject*, PyObject* = nullptr) {}
 #endif
     CriticalSection(const CriticalSection&) = delete;
     CriticalSection& operator=(const CriticalSection&) = delete;

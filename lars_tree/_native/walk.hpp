@@ -167,7 +167,7 @@ private:
     int match_children(PyObject* node, long kind, PyObject* prefix, long prefix_kind, bool exact,
                        int depth) {
         if (kind == plain_dict_kind && prefix_kind == plain_dict_kind && depth < max_depth) {
-            const CriticalSection lock(node), other_lock(prefix);
+            const CriticalSection lock(node, prefix);
             const Py_ssize_t size = PyDict_Size(node);
             if (PyDict_Size(prefix) != size) return 0;
             PyObject *key, *child, *other_key, *other;
@@ -189,7 +189,7 @@ private:
             return (seen == size && PyDict_Size(prefix) == size) || raise_changed() ? 1 : -1;
         }
         if (is_sequence(node) && is_sequence(prefix) && depth < max_depth) {
-            const CriticalSection lock(node), other_lock(prefix);
+            const CriticalSection lock(node, prefix);
             const Py_ssize_t size = PySequence_Size(node);
             if (PySequence_Size(prefix) != size) return 0;
             for (Py_ssize_t i = 0; i < size; ++i) {

@@ -11,6 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable, Hashable, Iterable
 from functools import partial
+from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
@@ -170,9 +171,8 @@ def trust_in_files(cls: type) -> None:
 
 def when_imported(name: str, hook: Callable[[ModuleType], None]) -> None:
     """Call hook(module) now if the module is imported, otherwise after its import."""
-    module = sys.modules.get(name)
-    if module is not None:
-        hook(module)
+    if sys.modules.get(name) is not None:
+        hook(import_module(name))  # waits if another thread is importing it
         return
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)

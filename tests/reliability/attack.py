@@ -25,6 +25,8 @@ PARTS = (  # the modules with attacks, in the order of the page
     "overlaps",
     "bounds",
     "leaks",
+    "threads",
+    "processes",
     "bits",
     "exponents",
     "files",

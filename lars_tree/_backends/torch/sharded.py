@@ -25,8 +25,8 @@ from lars_tree._numerics.formula import Measured
 
 def is_sharded(x: Any) -> bool:
     """Whether x is a DTensor; imports nothing."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(x, module.DTensor)
+    # The attribute is missing while another thread imports the module.
+    return isinstance(x, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
 
 
 def sharding_of(x: Any) -> Sharding | None:
