@@ -303,3 +303,10 @@ def test_leaves_may_be_of_different_libraries():
     assert [type(x) for x in new.leaves()] == [type(x) for x in w.leaves()]
     for x in new.leaves():
         assert to_numpy(x).tolist() == pytest.approx([2.6, 3.7])
+
+
+def test_the_view_of_an_empty_tensor_has_an_address():
+    """Numpy before 2.4 takes no array at address 0."""
+    from lars_tree._backends.torch.addresses import Address
+
+    assert Address(torch.empty(0, 3)).__array_interface__["data"][0] != 0
