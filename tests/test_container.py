@@ -6,8 +6,6 @@ import collections
 import copy
 import operator
 import pickle
-import subprocess
-import sys
 from types import MappingProxyType
 
 import numpy as np
@@ -129,28 +127,6 @@ def test_errors_name_the_missing_key_and_the_existing_keys(w, read, text):
     with pytest.raises((KeyError, AttributeError)) as caught:
         read(w)
     assert text in str(caught.value)
-
-
-@pytest.mark.parametrize("written", ["w.kernal", "del w.kernal", "w.items = 1"])
-def test_a_traceback_shows_the_message_with_one_hint(written):
-    """Python adds suggestions to an AttributeError: traceback since 3.12, uncaught since 3.13."""
-    with pytest.raises(PathAttributeError) as caught:
-        exec(written, {"w": Container(kernel=1)})
-    lines = f"""
-import traceback
-from lars_tree import Container
-w = Container(kernel=1)
-try:
-    {written}
-except AttributeError:
-    traceback.print_exc()
-    raise
-"""
-    run = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True)
-    messages = [line for line in run.stderr.splitlines() if line.startswith("lars_tree.errors.")]
-    assert messages == [f"lars_tree.errors.PathAttributeError: {caught.value}"] * 2
-    copied = pickle.loads(pickle.dumps(caught.value))
-    assert (str(copied), copied.paths) == (str(caught.value), caught.value.paths)
 
 
 # Write and delete
