@@ -34,7 +34,7 @@ FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 # Patterns of the commands in pages that the tests do not run, with the reasons.
 NOT_RUN = {
     r"(\.venv/bin/)?pip install .*": "sets up an environment",
-    r"python3\.11 -m venv .*": "sets up an environment; .ci/run runs those of the README",
+    r"python3 -m venv .*": "sets up an environment; .ci/run runs those of the README",
     r"git (tag|push) .*": "makes a release",
     r"\.venv/bin/python -m pytest": "would run these pages again",
     r"python -m benchmarks.*": "takes minutes",

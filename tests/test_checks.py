@@ -55,7 +55,7 @@ def test_the_defaults_of_the_signature_are_those_of_the_rule():
         *((np.float32(2), 2.0), (np.int8(3), 3.0), (True, None), (np.True_, None)),
         *((-1, None), (-1e-300, None), (np.inf, None), (np.nan, None), (10**400, None)),
         *((1j, None), ("1", None), (None, None), (np.ones(()), None)),
-        *((np.timedelta64(1), None), (Decimal("sNaN"), None)),
+        *((np.timedelta64(1, "s"), None), (Decimal("sNaN"), None)),
     ],
     ids=repr,
 )

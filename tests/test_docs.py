@@ -116,7 +116,7 @@ def test_links_between_pages_have_a_target():
 def test_the_two_commands_of_the_readme_set_up_their_environment():
     commands = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert [command.count("\n") for command in commands] == [1, 1]
-    assert all(command.startswith("python3.11 -m venv .venv && ") for command in commands)
+    assert all(command.startswith("python3 -m venv .venv && ") for command in commands)
 
 
 @pytest.mark.parametrize("name", ["lars_update", "Container", "Array", "Lars"])

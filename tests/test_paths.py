@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lars_tree import Container, PathKeyError, StructureError, errors, lars_update
+from lars_tree import (
+    Container,
+    PathAttributeError,
+    PathKeyError,
+    StructureError,
+    errors,
+    lars_update,
+)
 from lars_tree._tree import structure
 
 KEYS = st.sampled_from(["a", "b", "a/b", "b/a", "a.b", "0", "", "/"])
@@ -104,3 +114,25 @@ def test_all_paths_that_strings_can_name_are_completed():
     assert all(name in w for name in names)
     w["a"]["again"] = w
     assert len(w._ipython_key_completions_()) < 10_000
+
+
+@pytest.mark.parametrize("written", ["w.kernal", "del w.kernal", "w.items = 1"])
+def test_a_traceback_shows_the_message_with_one_hint(written):
+    """Python adds suggestions to an AttributeError: traceback since 3.12, uncaught since 3.13."""
+    with pytest.raises(PathAttributeError) as caught:
+        exec(written, {"w": Container(kernel=1)})
+    lines = f"""
+import traceback
+from lars_tree import Container
+w = Container(kernel=1)
+try:
+    {written}
+except AttributeError:
+    traceback.print_exc()
+    raise
+"""
+    run = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True)
+    messages = [line for line in run.stderr.splitlines() if line.startswith("lars_tree.errors.")]
+    assert messages == [f"lars_tree.errors.PathAttributeError: {caught.value}"] * 2
+    copied = pickle.loads(pickle.dumps(caught.value))
+    assert (str(copied), copied.paths) == (str(caught.value), caught.value.paths)

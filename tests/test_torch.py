@@ -314,3 +314,10 @@ def test_another_thread_may_be_importing_dtensor(monkeypatch):
     w = torch.ones(3, 2)[:, 0]
     lars_update(w, torch.ones(3), 0.5, adapt=False, out=w)
     assert w.tolist() == [0.5] * 3
+
+
+def test_the_view_of_an_empty_tensor_has_an_address():
+    """Numpy before 2.4 takes no array at address 0."""
+    from lars_tree._backends.torch.addresses import Address
+
+    assert Address(torch.empty(0, 3)).__array_interface__["data"][0] != 0

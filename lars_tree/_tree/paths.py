@@ -151,7 +151,11 @@ def missing_error(kind: type[LarsTreeError], root: Any, path: Path) -> LarsTreeE
     found = "that is a leaf" if structure.is_leaf(parent) else there
     hint = errors.did_you_mean(path[depth], known)
     text = f"no {path_string(path[depth : depth + 1])!r}{where}: {found}{hint}"
-    return errors.error(kind, "key", text, paths=[path])
+    exception = errors.error(kind, "key", text, paths=[path])
+    if hint and isinstance(exception, AttributeError):
+        # If `name` is unset, Python sets it, and since 3.12 a traceback then shows a second hint.
+        exception.name = None
+    return exception
 
 
 def flat(root: dict[Any, Any], sep: str) -> dict[str, Any]:

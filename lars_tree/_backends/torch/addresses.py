@@ -42,6 +42,9 @@ def bits(x: Tensor) -> NumpyArray:
     return view(x, f"u{size}" if size <= 8 else f"c{size}")
 
 
+_ALIGNED = 64  # an address with the alignment of every dtype
+
+
 class Address:
     """The memory of a tensor for numpy's array interface. Without a typestr it must not be read."""
 
@@ -53,5 +56,6 @@ class Address:
             "shape": tuple(x.shape),
             "strides": tuple(stride * size for stride in x.stride()),
             "typestr": typestr or f"|V{size}",
-            "data": (x.data_ptr(), typestr is None),
+            # An empty tensor may have no address, which numpy before 2.4 does not accept.
+            "data": (x.data_ptr() or _ALIGNED, typestr is None),
         }
