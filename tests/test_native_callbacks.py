@@ -143,10 +143,12 @@ def as_tuple(x):
 def work():
     for kinds in mixes:
         tree, prefix = deep(kinds, 1), deep(kinds, 2)
+        kept.extend([tree, prefix])
         assert structure.leaves(tree) == [1]
         assert structure.broadcast("dcdw", tree, prefix) == [2]
         assert structure.broadcast("dcdw", [tree, tree], [3, prefix]) == [3, 2]
     print(len(mixes))
+kept = []  # freed by the main thread, because Python 3.13 itself needs more stack to free them
 kinds = [as_list, as_dict, as_tuple, walked, Named, Fields, foreign]
 mixes = [[as_list], [as_dict], kinds, [as_list] * 31 + [walked]]
 sys.setrecursionlimit(10**6)

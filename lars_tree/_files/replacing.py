@@ -72,11 +72,14 @@ def replace(path: Path, write: Write) -> None:
 
 
 def _discard(name: str, file: BinaryIO | None) -> None:
-    """Close the temporary file, and remove it if it is still there."""
-    with suppress(OSError):  # on a full disk, closing fails again
+    """Close the temporary file, and remove it if it is still there.
+
+    If it cannot be removed, the next save does this. On a full disk, closing fails again.
+    """
+    with suppress(OSError):
         if file is not None:
             file.close()
-    with suppress(FileNotFoundError):
+    with suppress(OSError):
         os.unlink(name)
 
 

@@ -112,7 +112,7 @@ class ParameterRows:
         """
         new = [self.params[i] for i in self.first_steps]
         removed: deque[Any] = deque(maxlen=0)
-        remove: Iterator[Any] = iter(())
+        passes: list[Iterator[Any]] = []
         try:
             try:
                 # Prepared here, because there may be no memory left when it is needed.
@@ -122,15 +122,15 @@ class ParameterRows:
                     else partial(state.pop, p, None)
                     for p in new
                 ]
-                remove = map(operator.call, ways)
+                passes += [map(operator.call, ways), map(operator.call, ways)]
                 self.keep_buffers(state)
                 return step()
             finally:
-                if not is_done():
-                    removed.extend(remove)
-        finally:  # if a second exception came in the inner `finally`, go on with the rest
-            if not is_done():
-                removed.extend(remove)
+                if passes and not is_done():
+                    removed.extend(passes[0])
+        finally:  # if a second exception came in the inner `finally`
+            if passes and not is_done():
+                removed.extend(passes[1])
 
     def leaves(self) -> list[Leaf]:
         """The rows as leaves, for a step under `torch.compile`."""

@@ -26,7 +26,9 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.write and options.names:
         parser.error("--write needs all attacks: omit the names")
-    every = (attack for part in PARTS for attack in attacks(part))
+    named = {name.partition(".")[0] for name in options.names}
+    parts = [part for part in PARTS if part in named or not named]  # others are not imported
+    every = (attack for part in parts for attack in attacks(part))
     chosen = [attack for attack in every if _is_named(attack, options)]
     unknown = [name for name in options.names if not any(_matches(x, name) for x in chosen)]
     if unknown:
