@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import _thread
 import ctypes
+import gc
 import os
 import signal
 import statistics
@@ -133,6 +134,7 @@ class Interruption:
         raise KeyboardInterrupt
 
     def run(self, step: Callable[[], Any], delay: float) -> None:
+        gc.disable()  # Python only prints exceptions in callbacks of the collector, such as JAX's
         try:
             try:
                 start = time.perf_counter()
@@ -146,6 +148,8 @@ class Interruption:
             if not isinstance(error, KeyboardInterrupt):
                 self.fault = f"{error!r} was raised"
             self._count(error)
+        finally:
+            gc.enable()
 
     def _count(self, error: BaseException | None) -> None:
         while error is not None:  # the second exception has the first as its context
