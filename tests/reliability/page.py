@@ -9,12 +9,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from string import Template
 
-from benchmarks.report import markdown
 from tests.reliability.attack import PARTS, ROOT, Attack, Result, attacks
 
 PAGE = ROOT / "docs" / "reliability.md"
 TEMPLATE = Path(__file__).parent / "reliability.md.in"
-HEADING = ["Claim", "Tried", "Survived", "Time", "Command"]
+HEADING = """\
+| Claim | Tried | Survived | Time | Command |
+|---|---|---|---|---|"""
 PACKAGES = ("numpy", "torch", "jax", "hypothesis", "mpmath")
 
 
@@ -34,15 +35,16 @@ def section(part: str, results: Mapping[str, Result]) -> str:
     documented = importlib.import_module(f"tests.reliability.{part}").__doc__ or ""
     title, _, text = documented.strip().partition("\n")
     rows = [_row(attack, results[attack.key]) for attack in attacks(part)]
-    return "\n\n".join([f"## {title.rstrip('.')}", text.strip(), markdown([HEADING, *rows])])
+    return "\n\n".join([f"## {title.rstrip('.')}", text.strip(), "\n".join([HEADING, *rows])])
 
 
-def _row(attack: Attack, result: Result) -> list[str]:
+def _row(attack: Attack, result: Result) -> str:
     survived = "all" if result.ok else f"**{result.survived:,}**"
     if result.worst is not None:
         survived += f", within {result.worst:.4f} ulp"
     tried = f"{result.tried:,} {attack.tried}"
-    return [attack.claim, tried, survived, f"{result.seconds:.0f} s", f"`{attack.command}`"]
+    cells = [attack.claim, tried, survived, f"{result.seconds:.0f} s", f"`{attack.command}`"]
+    return f"| {' | '.join(cells)} |"
 
 
 def versions() -> list[str]:
