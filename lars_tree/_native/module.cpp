@@ -25,7 +25,7 @@ PyObject* collect(PyObject*, PyObject* args) {
         return nullptr;
     }
     if (!Walk(kinds, kind_of, others, found).collect(tree)) return nullptr;
-    Py_RETURN_NONE;
+    return Py_NewRef(Py_None);
 }
 
 const char match_doc[] =

@@ -199,10 +199,10 @@ PyObject* prepare(PyObject* self, PyObject* arguments, PyObject* keywords) {
 PyObject* count(PyObject* self, PyObject* counter) {
     const CriticalSection lock(self);
     Plan& plan = plan_of(self);
-    if (plan.counter) Py_RETURN_FALSE;  // a plan has at most one counter
+    if (plan.counter) return Py_NewRef(Py_False);  // a plan has at most one counter
     if (!Reader::read_counter(counter, plan.counter_buffer.view)) {
         plan.counter_buffer.release();
-        Py_RETURN_FALSE;
+        return Py_NewRef(Py_False);
     }
     auto* number = static_cast<std::int64_t*>(plan.counter_buffer.view.buf);
     try {
@@ -212,7 +212,7 @@ PyObject* count(PyObject* self, PyObject* counter) {
         return call_python(PyErr_NoMemory);
     }
     plan.counter = number;
-    Py_RETURN_TRUE;
+    return Py_NewRef(Py_True);
 }
 
 // Appends pairs of addresses to the spans; false with an exception set.
@@ -326,14 +326,14 @@ PyObject* apply(PyObject* self, PyObject* bytes) {
     Norms* known = norms_in(bytes, plan);
     if (!known || !plan.can_write() || !plan.run(Passes::apply, known)) return nullptr;
     plan.count_step();
-    Py_RETURN_NONE;
+    return Py_NewRef(Py_None);
 }
 
 PyObject* step(PyObject* self, PyObject*) {
     Plan& plan = plan_of(self);
     if (!plan.can_write() || !plan.run(Passes::both)) return nullptr;
     plan.count_step();
-    Py_RETURN_NONE;
+    return Py_NewRef(Py_None);
 }
 
 PyObject* indices(PyObject* self, void*) { return list_of(plan_of(self).leaves.indices); }

@@ -1,7 +1,9 @@
 // Helpers for Python's C API: calls, references, locks, and types that wrap a C++ class.
 //
 // Only the stable ABI is used, so one build serves all versions of Python. Free-threaded builds do
-// not have it; they can be compiled for, but are not supported (see docs/design.md).
+// not have it; they can be compiled for, but are not supported (see docs/design.md). The macros
+// Py_RETURN_NONE, _TRUE and _FALSE are not used: in the headers of Python 3.12 and 3.13 they return
+// no new reference, which Python 3.11 needs.
 #pragma once
 
 #define PY_SSIZE_T_CLEAN
