@@ -34,6 +34,8 @@ def advance(
     except RecursionError:
         trees = {"w": w, "dcdw": dcdw, "out": out, "state": state, **options}
         raise structure.explained(trees) from None
+    except RuntimeError as error:  # another thread may have changed a node while it was walked
+        raise structure.translated(error, "w") from None
 
 
 def matched(w: Any, dcdw: Any, options: dict[str, Any]) -> tuple[Columns, Caller]:
@@ -42,6 +44,8 @@ def matched(w: Any, dcdw: Any, options: dict[str, Any]) -> tuple[Columns, Caller
         return _matched(w, dcdw, None, options, None)
     except RecursionError:
         raise structure.explained({"w": w, "dcdw": dcdw, **options}) from None
+    except RuntimeError as error:
+        raise structure.translated(error, "w") from None
 
 
 def _matched(

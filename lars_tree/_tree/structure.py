@@ -47,11 +47,11 @@ def leaves(tree: Tree) -> list[Leaf]:
         else:
             kernel.collect(tree, found, KINDS, kind_of, _collect_in_python)
     except RuntimeError as error:
-        raise _translated(error, "w") from None
+        raise translated(error, "w") from None
     return found
 
 
-def _translated(error: RuntimeError, argument: str) -> Exception:
+def translated(error: RuntimeError, argument: str) -> Exception:
     """A StructureError if Python or the kernel reports that a node changed while it was read."""
     text = str(error)
     is_change = " during iteration" in text or text == "a tree was changed while it was read"
@@ -118,7 +118,7 @@ def _rebuild(
     except StopIteration:
         raise changed(argument) from None
     except RuntimeError as error:
-        raise _translated(error, argument) from None
+        raise translated(error, argument) from None
     if next(remaining, NOTHING) is not NOTHING:
         raise changed(argument)
     return new
@@ -244,7 +244,7 @@ def broadcast(
     except RecursionError:
         raise explained({to: tree, argument: prefix}) from None
     except RuntimeError as error:
-        raise _translated(error, f"{to} or {argument}") from None
+        raise translated(error, f"{to} or {argument}") from None
     headline = f"{argument} does not match {to}"
     raise errors.error(errors.StructureError, argument, headline, lines)
 
