@@ -93,7 +93,7 @@ def attack(
     *,
     count: int,
     short: int,
-    seconds: float = 120.0,
+    seconds: float = 40.0,
     plain: bool = False,
     needs: tuple[str, ...] = (),
 ) -> Callable[[Callable[[np.random.Generator], Attempts]], Callable[..., Attempts]]:

@@ -97,7 +97,7 @@ def _single(
     "mutated files",
     count=30_000,
     short=600,
-    seconds=900,
+    seconds=150,
     needs=(*NEEDS, "torch"),
 )
 def npz(rng: Random) -> Attempts:
@@ -120,7 +120,7 @@ def npz(rng: Random) -> Attempts:
     "mutated files",
     count=45_000,
     short=1500,
-    seconds=900,
+    seconds=150,
     needs=(*NEEDS, "torch"),
 )
 def safetensors(rng: Random) -> Attempts:
@@ -151,7 +151,7 @@ SECRET = {"a": {"b": np.ones(2)}, "c": np.array([False]), "d": [np.zeros(3), Non
     "mutated indexes and shards",
     count=25_000,
     short=900,
-    seconds=900,
+    seconds=150,
     needs=NEEDS,
 )
 def sharded(rng: Random) -> Attempts:

@@ -95,7 +95,7 @@ def _in_child(what: str, work: Callable[[], int], ends: Callable[[int], Any] = o
     "processes (forkserver and spawn) that get weights, optimizer and state by pickle, and step",
     count=60,
     short=4,
-    seconds=180.0,
+    seconds=60.0,
     needs=("torch",),
 )
 def started(rng: np.random.Generator) -> Attempts:

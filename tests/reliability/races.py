@@ -150,7 +150,7 @@ UNKNOWN += (Place.remove_temporary,)
     "changes, each before each line of saves of the three formats",
     count=9000,
     short=200,
-    seconds=300,
+    seconds=60,
     needs=NEEDS,
 )
 def saves(rng: Random) -> Attempts:
@@ -226,7 +226,7 @@ def map_to_write(path: Path) -> Any:
     "changes, each before each line of three readers of the three formats",
     count=9000,
     short=200,
-    seconds=300,
+    seconds=60,
     needs=NEEDS,
 )
 def reads(rng: Random) -> Attempts:

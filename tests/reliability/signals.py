@@ -318,7 +318,7 @@ def crowd() -> Case:
     "moments of the command",
     count=1000,
     short=20,
-    seconds=300.0,
+    seconds=40.0,
     needs=("click",),
 )
 def command(rng: np.random.Generator) -> Attempts:

@@ -84,7 +84,7 @@ def _expect_saved(saver: Saver, directory: Path, value: float) -> None:
     "SIGKILLs at random moments of saves, 200 for each format",
     count=600,
     short=60,
-    seconds=300,
+    seconds=60,
     needs=NEEDS,
 )
 def kills(rng: Random) -> Attempts:
@@ -120,7 +120,7 @@ def _after_a_kill(saver: Saver, directory: Path, old: float, is_next: bool) -> N
     "lines of saves at which the process ended",
     count=2000,
     short=60,
-    seconds=300,
+    seconds=60,
     needs=NEEDS,
 )
 def ends(rng: Random) -> Attempts:
@@ -148,7 +148,7 @@ def _end_at(saver: Saver, directory: Path, line: int, old: float) -> None:
     "reads of .npz, .safetensors and sharded checkpoints, half of them without locks",
     count=3000,
     short=132,
-    seconds=300,
+    seconds=60,
     needs=NEEDS,
 )
 def concurrent(rng: Random) -> Attempts:
@@ -188,7 +188,7 @@ def _after_writers(saver: Saver, directory: Path, locks: bool) -> None:
     "saves with too little space, too few inodes or a limit of the size of files",
     count=1200,
     short=90,
-    seconds=300,
+    seconds=60,
     needs=NEEDS,
 )
 def full_disks(rng: Random) -> Attempts:
@@ -248,7 +248,7 @@ _CODES = [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EDQUOT, errn
     "calls that failed, each with six errors",
     count=3000,
     short=120,
-    seconds=300,
+    seconds=60,
     needs=NEEDS,
 )
 def failing_calls(rng: Random) -> Attempts:
@@ -309,7 +309,7 @@ def _fail(saver: Saver, directory: Path, number: int, code: int) -> None:
     "modes of old files and umasks, looked at at a random line",
     count=1536,
     short=120,
-    seconds=300,
+    seconds=60,
     needs=NEEDS,
 )
 def permissions(rng: Random) -> Attempts:
