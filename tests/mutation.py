@@ -236,7 +236,7 @@ class Tester:
             names = {name for line in mutant.lines for name in lines.get(line, [])}
             items = [item for item in session.items if item.nodeid in names]
             items.sort(key=lambda item: seconds[item.nodeid])
-            limit = 60 + int(10 * sum(seconds[name] for name in names))
+            limit = 60 + int(2 * sum(seconds[name] for name in names))
             if not items:  # only imports reach it
                 self.for_import.append(mutant.name)
                 continue
