@@ -211,13 +211,14 @@ def library(request: pytest.FixtureRequest) -> Library:
 
 def traced(trace: Callable[..., Any], call: Callable[[], Any]) -> None:
     """Make a call under a trace function, which may interrupt the call with Ctrl-C."""
+    before = sys.gettrace()  # of coverage or a debugger
     sys.settrace(trace)
     try:
         call()
     except KeyboardInterrupt:
         pass
     finally:
-        sys.settrace(None)
+        sys.settrace(before)
 
 
 def interrupted_at(line: int, folder: str, call: Callable[[], Any]) -> bool:

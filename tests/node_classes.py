@@ -118,6 +118,34 @@ class Mirrored(dict):
         object.__setattr__(self, key, value)
 
 
+class Indexed(dict):
+    """Keeps its values in another form, too."""
+
+    def __init__(self, items=()):
+        self.index = {}
+        for key, value in dict(items).items():
+            self[key] = value
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value)
+        self.index[key] = id(value)
+
+
+class First(dict):
+    """Keeps one of its values as an attribute."""
+
+    def __init__(self, items):
+        super().__init__(items)
+        self.first = next(iter(self.values()))
+
+
+class FirstOfPair(namedtuple("FirstOfPair", "a b")):
+    def __new__(cls, a, b):
+        new = super().__new__(cls, a, b)
+        new.first = a
+        return new
+
+
 class Attributes(dict):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

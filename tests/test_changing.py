@@ -118,3 +118,15 @@ def test_a_list_that_another_thread_changes_gives_only_structure_errors(monkeypa
         thread.join()
         sys.setswitchinterval(interval)
     assert refused > 0
+
+
+def test_gradients_that_change_while_they_are_matched(walk):
+    class Changing(dict):
+        def items(self):
+            for item in super().items():
+                self[len(self)] = item
+                yield item
+
+    w = {"a": {"b": np.ones(1), "c": np.ones(1)}}
+    with pytest.raises(StructureError, match="w or dcdw was changed while it was read"):
+        lars_update(w, {"a": Changing(w["a"])}, 0.1)

@@ -148,6 +148,7 @@ def test_all_errors_are_made_with_their_argument_and_paths():
 
 
 W = Container({"a": {"b": 1, "c/d": 2, 0: 3, "0": 4}})
+X = np.ones(2)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +164,7 @@ W = Container({"a": {"b": 1, "c/d": 2, 0: 3, "0": 4}})
         (lambda: W.merge([1]), "other", [()]),
         (lambda: W.to_flat(), "sep", [("a", "c/d")]),
         (lambda: W.to_flat("."), "sep", [("a", 0), ("a", "0")]),
+        (lambda: lars_update(X, X, 0.1, layer_axis=1), "layer_axis", [()]),
         (lambda: lars_tree.schedules.Constant(-1), "rate", []),
         (lambda: lars_tree.schedules.Cosine(1, 2, 3), "total_steps", []),
         (lambda: lars_tree.set_num_threads(0), "n", []),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections import ChainMap, OrderedDict, UserDict, UserList
 from types import MappingProxyType
@@ -19,8 +20,11 @@ from node_classes import (
     Elsewhere,
     ElsewhereByKey,
     ElsewhereInAll,
+    First,
+    FirstOfPair,
     Frozen,
     Group,
+    Indexed,
     Mirrored,
     Named,
     Tagged,
@@ -261,6 +265,15 @@ def test_attributes_are_kept():
     assert mirrored.a is mirrored["a"]
 
 
+def test_attributes_that_depend_on_the_children_are_made_anew():
+    new = lars_update(Indexed({"a": W}), G, 0.1)
+    assert new.index == {"a": id(new["a"])}
+    new = lars_update(First({"a": W}), G, 0.1)
+    assert new.first is new["a"]
+    new = lars_update(FirstOfPair(W, W), G, 0.1)
+    assert new.first is new.a
+
+
 def test_a_container_takes_all_items_of_any_mapping():
     for make in (Elsewhere, ElsewhereInAll, ElsewhereByKey, DotMapLike, UserDict, ChainMap):
         w = Container(make({"a": make({"b": 1})}), c=make({"d": 2}))
@@ -304,6 +317,16 @@ def _used(cls):
 @pytest.mark.parametrize("base", [dict, OrderedDict, UserDict])
 def test_a_class_made_in_a_call_is_freed(base):
     seen = _used(type("Local", (base,), {}))
+    gc.collect()
+    assert seen() is None
+
+
+def test_a_class_of_a_notebook_is_freed_when_its_cell_runs_again(monkeypatch):
+    cls = type("Cell", (dict,), {"__module__": "__main__"})
+    monkeypatch.setattr(sys.modules["__main__"], "Cell", cls, raising=False)
+    seen = _used(cls)
+    del cls
+    monkeypatch.undo()
     gc.collect()
     assert seen() is None
 

@@ -281,6 +281,8 @@ def test_jax_does_not_trace_equal_optimizers_again(case):
         (lambda: lars_update(w=W, dcdw=G, lr=0.1), r"takes 'w' only by position"),
         (lambda: lars_update(W, G, 0.1, weight_decay=0.1), r"\(it is 'decay_lambda' here\)"),
         (lambda: lars_update(W, G, 0.1, trust_coeff=0.1), r"\(it is 'trust_coefficient' here\)"),
+        (lambda: lars_update(W, G, 0.1, eta=0.1), r"\(it is 'trust_coefficient' here\)"),
+        (lambda: lars_update(W, G, 0.1, always_adapt=True), r"\(it is 'adapt' here\)"),
         (lambda: lars_update(W, G, 0.1, momentum=0.9), "option of the optimizers, such as Lars"),
         (
             lambda: Container(a=W).lars_update(G, lr=0.1),
@@ -303,6 +305,12 @@ def test_jax_does_not_trace_equal_optimizers_again(case):
 def test_a_wrong_keyword_gives_a_hint(call, text):
     with pytest.raises(TypeError, match=text):
         call()
+
+
+@pytest.mark.parametrize(("shape", "where"), [((), ""), ((1,), " in every element")])
+def test_each_element_of_an_array_of_rates_is_checked(shape, where):
+    with pytest.raises(OptionError, match=f"lr: expected a finite number >= 0{where}, got"):
+        lars_update(W, G, np.full(shape, -1.0))
 
 
 @pytest.mark.parametrize("call", [lars_update, report.trust_ratios, report.layer_table])

@@ -61,6 +61,13 @@ def test_a_name_that_begins_with_another_is_refused_in_any_order(names):
         Container.from_flat(dict.fromkeys(names, 1))
 
 
+def test_a_string_of_digits_is_an_index_only_in_a_path():
+    w = Container({0: 1, "a": {0: 2}})
+    assert w["a/0"] == 2
+    assert "0" not in w
+    assert () not in w
+
+
 # Keys that do not match
 
 

@@ -38,7 +38,7 @@ def find(root: dict[Any, Any], key: Any) -> Any:
     if dict.__contains__(root, key):
         return dict.__getitem__(root, key)
     path = split(key)
-    if path == (key,) or not path:
+    if path == (key,):
         return MISSING
     parent, depth = _parent(root, path)
     return _child(parent, path[-1])[1] if depth == len(path) - 1 else MISSING
