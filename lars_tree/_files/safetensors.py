@@ -52,7 +52,6 @@ _TYPES = {
 }
 _SHORT = {name: short for short, name in _TYPES.items()}
 
-_LONGEST_HEADER = 100_000_000  # the limit of the package
 _ALIGNMENT = 8
 
 
@@ -84,7 +83,7 @@ def write(file: BinaryIO, entries: dict[str, Entry], metadata: dict[str, str]) -
         header[name] = {"dtype": _short(dtype), "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    check_length("a header", len(text), _LONGEST_HEADER)
+    check_length("a header", len(text), recognize.LONGEST_HEADER)
     file.write(len(text).to_bytes(8, "little"))
     file.write(text)
     for name in order:
@@ -215,7 +214,7 @@ def _wrong_length(name: str) -> str | None:
                 8 + int.from_bytes(file.read(8), "little"),
                 os.fstat(file.fileno()).st_size,
             )
-            if start > min(size, _LONGEST_HEADER):
+            if start > min(size, recognize.LONGEST_HEADER):
                 return None
             header = names.parsed(file.read(start - 8).decode())
             header.pop(names.RESERVED, None)

@@ -35,9 +35,7 @@ def _load() -> _Kernel | None:
     if wanted == "0":
         return None
     try:
-        if not np.__version__.startswith(
-            "2."
-        ):  # memory.hpp has the layout of the arrays of numpy 2
+        if not np.__version__.startswith("2."):  # memory.hpp has its layout of arrays
             raise ImportError(f"it was built for numpy 2, and this is numpy {np.__version__}")
         from lars_tree._native import _kernel
     except ImportError as error:

@@ -52,11 +52,13 @@ class ParameterRows:
     """All parameters that have a gradient, by columns: one list is faster than 1,000 tuples.
 
     Attributes:
+        groups: All groups of the optimizer.
+        grad_scale: The loss scale that the gradients still carry; None if there is none.
         params: The parameters.
         grads: Their gradients.
         buffers: Their momentum buffers, or None.
         rules: Their rules.
-        numbers: The numbers of their groups.
+        numbers: The indices of their groups in `groups`.
         for_engine: The indices of the rows that `OptimizerEngine` updates.
         first_steps: The indices of the rows with a new buffer.
         device_can_skip: Whether the device can skip the step without the CPU waiting for it.
