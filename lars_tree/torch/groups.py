@@ -94,6 +94,9 @@ def param_groups(
             would ignore; `no_weight_decay()` does not return a collection of strings.
         ValueError: A lazy parameter has no shape yet.
         LeafError: A parameter is flattened or partitioned, as by FSDP1 and DeepSpeed's ZeRO.
+
+    Source: Chen, Kornblith, Norouzi, Hinton (2020), arXiv:2002.05709 (SimCLR), and Grill et al.
+    (2020), arXiv:2006.07733 (BYOL): both exclude biases and batch normalization.
     """
     if not isinstance(model, Module):
         got = "a generator" if isinstance(model, Iterator) else errors.describe(model)
