@@ -22,9 +22,10 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import numpy as np
 
 from lars_tree import errors
+from lars_tree._backends.memory import NumpyArray
 from lars_tree._display.show import Listed
 from lars_tree._files import names, recognize
-from lars_tree._files.arrays import Array, Entry, dtype_named, little_endian
+from lars_tree._files.arrays import Entry, dtype_named, little_endian
 from lars_tree._files.replacing import Path
 
 NAME = "safetensors"
@@ -145,7 +146,7 @@ class View(NamedTuple):
         record = self.records[name]
         return Listed(record.dtype, record.shape, record.size)
 
-    def read(self, name: str, memory: Array | None = None) -> Array:
+    def read(self, name: str, memory: NumpyArray | None = None) -> NumpyArray:
         """Read an array into memory of its size, by default into new memory."""
         record = self.records[name]
         if memory is None:
@@ -157,7 +158,7 @@ class View(NamedTuple):
             raise errors.file_error(self.path, "expected bools of 0 or 1", name)
         return self._array(name, memory)
 
-    def mapped(self, mode: Literal["r", "r+"]) -> dict[str, Array]:
+    def mapped(self, mode: Literal["r", "r+"]) -> dict[str, NumpyArray]:
         """All arrays by name, as views of one memory map of the file."""
         memory = np.memmap(self.file, np.uint8, mode)
         return {
@@ -165,11 +166,11 @@ class View(NamedTuple):
             for name, record in self.records.items()
         }
 
-    def _array(self, name: str, memory: Array) -> Array:
+    def _array(self, name: str, memory: NumpyArray) -> NumpyArray:
         """The array of this name, as a view of memory that contains its bytes."""
         dtype, shape = self.dtype_and_shape(name)
         try:
-            array: Array = memory.view(dtype).reshape(shape)
+            array: NumpyArray = memory.view(dtype).reshape(shape)
         except ValueError as error:  # too many axes, or an overlong axis in an empty array
             raise errors.file_error(self.path, str(error), name) from error
         return array

@@ -103,7 +103,7 @@ def param_groups(
         raise TypeError(f"param_groups needs the model itself, which has the names, got {got}")
     check_names(options, NAMES, function="param_groups()")
     parameters = list(model.named_parameters())
-    _refuse_flat(parameters)
+    _refuse_flat_parameters(parameters)
     for name, p in parameters:
         if is_lazy(p):
             raise ValueError(f"{name} has no shape yet: run the model once to initialise it")
@@ -270,10 +270,10 @@ def name_of(group: dict[str, Any], number: int, index: int) -> str:
 
 def refuse_flat(group: dict[str, Any], number: int) -> None:
     """Raise LeafError if a framework has flattened or partitioned parameters of a group."""
-    _refuse_flat((name_of(group, number, i), p) for i, p in enumerate(group["params"]))
+    _refuse_flat_parameters((name_of(group, number, i), p) for i, p in enumerate(group["params"]))
 
 
-def _refuse_flat(parameters: Iterable[_Named]) -> None:
+def _refuse_flat_parameters(parameters: Iterable[_Named]) -> None:
     lines = [((name,), text) for name, p in parameters if (text := _flattened_by(p))]
     if lines:
         raise _flat_error(lines)
