@@ -30,8 +30,8 @@ class Container(Updatable, Arithmetic, dict[Any, Any]):
     >>> w.encoder.bias is w["encoder"]["bias"] is w["encoder/bias"] is w["encoder", "bias"]
     True
     >>> w["decoder", "bias"] = np.zeros(2)            # creates the parent
-    >>> list(w.decoder)
-    ['bias']
+    >>> list(w.decoder), w.get("decoder/kernel", "none"), w.num_parameters(), w.num_bytes()
+    (['bias'], 'none', 22, 176)
     >>> (2 * w).head
     array([2., 2., 2., 2.])
 

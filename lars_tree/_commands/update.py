@@ -107,7 +107,7 @@ class _Results:
         try:
             new = lars_update(ws, gs, lr, **options)
         except errors.NonFiniteError as error:
-            self.bad += [i for place, i in enumerate(group) if (place,) in error.paths]
+            self.bad += [leaf for i, leaf in enumerate(group) if (i,) in error.paths]
         for i, w, result in zip(group, ws, new, strict=True):
             (self.unchanged if _is_same(w, result) else self.moved).append(i)
             self._ready[i] = result

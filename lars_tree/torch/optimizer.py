@@ -154,7 +154,17 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
 
     @property
     def skipped(self) -> int:
-        """The number of steps skipped by nonfinite="skip"."""
+        """The number of steps skipped by nonfinite="skip".
+
+        >>> import torch
+        >>> from lars_tree.torch import Lars
+        >>> p = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> opt = Lars([p], nonfinite="skip")
+        >>> p.grad = torch.tensor([0.0, torch.inf])
+        >>> opt.step()
+        >>> opt.skipped, p.data
+        (1, tensor([3., 4.]))
+        """
         return int(self._skipped)
 
     @property

@@ -168,11 +168,11 @@ class ParameterRows:
         if facts is None:
             return None, []
         rules = dict(zip(map(id, all_rules), all_rules, strict=True))
-        places = {key: place for place, key in enumerate(rules)}
+        indices = {key: index for index, key in enumerate(rules)}
         static = tuple(
             (is_joint(rule), *(x for x in rule if not _is_number(x))) for rule in rules.values()
         )
-        of_rows = tuple([places[key] for key in map(id, all_rules)])
+        of_rows = tuple([indices[key] for key in map(id, all_rules)])
         without = tuple([i for i, buffer in enumerate(self.buffers) if buffer is None])
         pairs = zip(params, all_rules, strict=True)
         shapes = tuple([p.shape for p, rule in pairs if rule.layer_axis is not None])
