@@ -30,8 +30,8 @@ class Container(Updatable, Arithmetic, dict[Any, Any]):
     >>> w.encoder.bias is w["encoder"]["bias"] is w["encoder/bias"] is w["encoder", "bias"]
     True
     >>> w["decoder", "bias"] = np.zeros(2)            # creates the parent
-    >>> list(w.decoder)
-    ['bias']
+    >>> list(w.decoder), w.get("decoder/kernel", "none"), w.num_parameters(), w.num_bytes()
+    (['bias'], 'none', 22, 176)
     >>> (2 * w).head
     array([2., 2., 2., 2.])
 
@@ -43,6 +43,10 @@ class Container(Updatable, Arithmetic, dict[Any, Any]):
     Args:
         mapping: A mapping or (key, value) pairs, as for dict.
         **keys: Further items, as for dict.
+
+    Raises:
+        StructureError: The mapping (in methods: self) contains itself, or cannot be rebuilt.
+        PathKeyError (a KeyError), PathAttributeError (an AttributeError): A key or path is missing.
     """
 
     __slots__ = ()
@@ -128,20 +132,22 @@ class Container(Updatable, Arithmetic, dict[Any, Any]):
         items = dict(nodes.items(mapping) if isinstance(mapping, Mapping) else mapping)
         whole = mapping if isinstance(mapping, Mapping) else items
         with structure.explaining({"mapping": whole, "keys": keys}):
-            converted = structure.rebuilding(
-                "mapping", conversion.convert_node, items | keys, type(self)
-            )
-        dict.update(self, converted)
+            new = structure.rebuilding("mapping", conversion.convert_node, items | keys, type(self))
+        dict.update(self, new)
 
     def setdefault(self, key: Any, default: Any = None) -> Any:
         """The value at a key or a path (a tuple). A missing value is set to the default first."""
-        exists = key in self if isinstance(key, tuple) else dict.__contains__(self, key)
-        if not exists:
+        if not (key in self if isinstance(key, tuple) else dict.__contains__(self, key)):
             self[key] = default
         return self[key]
 
     def pop(self, key: Any, *default: Any) -> Any:
-        """Remove a key or path and return its value; if it is missing, return the default."""
+        """Remove a key or path and return its value; if it is missing, return the default, if any.
+
+        >>> w = Container(a={"b": 1, "c": 2})
+        >>> w.pop("a/b"), w.pop("a/b", 0), w.to_dict()
+        (1, 0, {'a': {'c': 2}})
+        """
         if default and key not in self:
             return default[0]
         value = self[key]
@@ -207,7 +213,11 @@ class Container(Updatable, Arithmetic, dict[Any, Any]):
 
     @conversion.explain_cycles
     def paths(self) -> list[Path]:
-        """The path of each leaf: a tuple of keys."""
+        """The path of each leaf: a tuple of keys.
+
+        >>> Container(a=1, b=[2, 3]).paths()
+        [('a',), ('b', 0), ('b', 1)]
+        """
         return [path for path, _ in structure.walk(self)]
 
     @conversion.explain_cycles
@@ -293,10 +303,8 @@ class Container(Updatable, Arithmetic, dict[Any, Any]):
             for i, tree in enumerate(rest, 1)
         ]
         results = structure.map_leaves(fn, self, *columns, with_path=with_path)
-        converted = [
-            conversion.convert("the result of fn", result, type(self)) for result in results
-        ]
-        return structure.rebuild(self, converted, "self")
+        new = [conversion.convert("the result of fn", x, type(self)) for x in results]
+        return structure.rebuild(self, new, "self")
 
     @conversion.explain_cycles
     def filter(self, pred: Callable[[Path, Any], Any], /) -> Self:
@@ -312,7 +320,11 @@ class Container(Updatable, Arithmetic, dict[Any, Any]):
 
     @conversion.explain_cycles
     def partition(self, pred: Callable[[Path, Any], Any], /) -> tuple[Self, Self]:
-        """Two Containers: one of the leaves that `filter` keeps, one of the other leaves."""
+        """Two Containers: one of the leaves that `filter` keeps, one of the other leaves.
+
+        >>> [part.to_dict() for part in Container(a=1, b=2).partition(lambda path, x: x > 1)]
+        [{'b': 2}, {'a': 1}]
+        """
         kept = [bool(pred(path, leaf)) for path, leaf in structure.walk(self)]
         return self._picked(kept), self._picked([not keep for keep in kept])
 
@@ -352,10 +364,7 @@ class Container(Updatable, Arithmetic, dict[Any, Any]):
                 continue
             if not any(structure.differences(other, self)):  # self is a prefix of `other`
                 lead = conversion.convert("one operand", other, Container)
-        columns = [
-            structure.broadcast("one operand", lead, operand, to="the other")
-            for operand in operands
-        ]
+        columns = [structure.broadcast("one operand", lead, x, to="the other") for x in operands]
         # The leaves of `lead` are not passed to the operation. If one is None, so is the result.
         results = structure.map_leaves(lambda _, *values: operation(*values), lead, *columns)
         return structure.rebuild(lead, results, "one operand")

@@ -45,6 +45,15 @@ MOST_CANDIDATES = 1000  # keys compared for a hint; difflib takes minutes for a 
 class LarsTreeError(Exception):
     """Base class of all errors of the package.
 
+    >>> try:
+    ...     lars_update({"a": np.ones(2), "b": np.ones(2)}, {"a": np.ones(3), "b": np.ones(2)}, 0.1)
+    ... except LarsTreeError as error:
+    ...     print(error.argument, error.paths)
+    ...     print(error)
+    dcdw (('a',),)
+    dcdw does not broadcast to w
+      a: expected a shape that broadcasts to (2,), got (3,)
+
     Attributes:
         argument: The name of the invalid argument, such as "dcdw".
         paths: The paths of the invalid leaves: tuples of keys, () for a bare array.
@@ -55,7 +64,10 @@ class LarsTreeError(Exception):
 
 
 class StructureError(LarsTreeError, ValueError):
-    """The tree of an argument does not match the weights; the message lists all differing paths."""
+    """A tree does not match the weights, contains itself, or has a node that cannot be rebuilt.
+
+    `paths` has every differing path; the message shows the first ten.
+    """
 
 
 class LeafError(LarsTreeError, TypeError):

@@ -40,6 +40,7 @@ def save(
 ) -> None:
     r"""Write a tree of arrays to a .safetensors or .npz file, or to a sharded checkpoint.
 
+    >>> from lars_tree.io import load, metadata, save
     >>> w = Container(encoder={"kernel": np.ones((2, 3)), "bias": np.zeros(3)}, head=np.ones(3))
     >>> save(w, "w.safetensors", metadata={"step": "100"})
     >>> load("w.safetensors")
@@ -52,6 +53,7 @@ def save(
 
     If `path` is an index or a directory, the tree is split into shards as Hugging Face does it:
 
+    >>> import os
     >>> os.mkdir("checkpoint")
     >>> save(w, "checkpoint", max_shard_size=72)
     >>> print(*sorted(os.listdir("checkpoint")), sep="\n")
@@ -231,6 +233,10 @@ def open(  # noqa: A001
 def metadata(path: Path) -> dict[str, str]:
     """The metadata given to `save`, or written by another program.
 
+    >>> save({"w": np.ones(2)}, "w.npz", metadata={"step": "100"})
+    >>> metadata("w.npz")
+    {'step': '100'}
+
     For a sharded checkpoint, this is the metadata of the index without total_size. Values that are
     not strings, as other programs write them, are returned as JSON.
 
@@ -270,6 +276,9 @@ def from_state_dict(state_dict: Mapping[str, Any]) -> Container:
 
 def to_state_dict(tree: Any) -> dict[str, Any]:
     """The leaves by name, as `module.load_state_dict` expects them: keys joined by '.'.
+
+    >>> to_state_dict(Container(layers=[{"bias": np.zeros(2)}], unused=None))
+    {'layers.0.bias': array([0., 0.])}
 
     Items of lists are named by index, and `Array`s are unwrapped. None and empty nodes are omitted,
     as in torch.

@@ -37,8 +37,9 @@ class LarsState(NamedTuple):
 
     Attributes:
         step: The number of steps, an int32 array of shape ().
-        skipped: The number of steps that nonfinite="skip" skipped.
-        velocity: A tree like the parameters; None if momentum is the number 0.
+        skipped: The number of steps that nonfinite="skip" skipped, an int32 array of shape ().
+        velocity: A tree like the parameters, float32 where they are float16 or bfloat16; None if
+            momentum is the number 0.
     """
 
     step: Any
@@ -123,6 +124,8 @@ def lars(
         OptionError: An option has an invalid value.
         StructureError: `update` was called without parameters.
         LarsTreeError: As in `Lars.update`.
+
+    Source: You, Gitman, Ginsburg (2017), arXiv:1708.03888, Algorithm 1.
     """
     options = dict(locals())
     optimizer, has_velocity = Lars(options.pop("learning_rate"), **options), not is_zero(momentum)

@@ -90,6 +90,10 @@ def trust_ratios(w: Any, dcdw: Any = _NOT_GIVEN, lr: Any = _NOT_GIVEN, /, **opti
 
     Raises:
         LarsTreeError: As in `lars_update`.
+        TypeError: One of w, dcdw and lr is missing; or an optimizer is given with other arguments
+            than grad_scale.
+
+    Source: You, Gitman, Ginsburg (2017), arXiv:1708.03888, Algorithm 1.
     """
     optimizer = _optimizer("trust_ratios()", w, dcdw, lr, options)
     if optimizer is not None:
@@ -138,6 +142,7 @@ def layer_table(
 
     Raises:
         LarsTreeError: As in `lars_update`; or a value is traced.
+        TypeError: As in `trust_ratios`.
 
     Warns:
         TrustRatioWarning: Names the layers whose ratio is 0, not finite, or clipped.

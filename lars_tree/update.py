@@ -95,8 +95,8 @@ def lars_update(
         given.
 
     Raises:
-        StructureError: dcdw, out or an option does not match w; the message names every differing
-            path. Or w is cyclic. Or, without `out`, w has a node that cannot be rebuilt.
+        StructureError: dcdw, out or an option does not match w; `paths` has every differing path.
+            Or w is cyclic. Or, without `out`, w has a node that cannot be rebuilt.
         LeafError: A leaf is not an array, or is unsupported: sparse, freed or meta, for example.
         DtypeError: Weights or gradients are not floating point, or mix complex and real.
         ShapeError: An array does not broadcast to its weights.
@@ -164,7 +164,8 @@ class Updatable:
         >>> Array(np.array([3.0, 4.0])).lars_update(np.array([0.4, 0.3]), 0.1, decay_lambda=0.1)
         Array([2.65, 3.65])
 
-        The arguments are those of `lars_tree.lars_update`. `out` may be self, and is returned.
+        Arguments and errors are those of `lars_tree.lars_update`. `out` may be self, and is
+        returned.
         """
         return lars_update(
             self,

@@ -142,8 +142,7 @@ class ArraysBackend(Backend):
         """Whether a step that is computed in double needs no scaling: see `formula.step`."""
         if max(self.bits(w), self.bits(dcdw)) > 32:
             return False
-        names = (*formula.NUMBERS, *formula.MOMENTUM_NUMBERS)
-        return all(self._is_moderate(getattr(rule, name)) for name in names)
+        return all(self._is_moderate(getattr(rule, name)) for name in formula.ALL_NUMBERS)
 
     def _is_moderate(self, option: Any) -> bool:
         if isinstance(option, float):
@@ -183,8 +182,7 @@ class ArraysBackend(Backend):
         self, w: NativeArray, dcdw: NativeArray, rule: Rule
     ) -> tuple[NativeArray, NativeArray, Rule]:
         """The arguments in the dtype in which the step is computed; dcdw gets the shape of w."""
-        names = (*formula.NUMBERS, *formula.MOMENTUM_NUMBERS)
-        values = {name: getattr(rule, name) for name in names}
+        values = {name: getattr(rule, name) for name in formula.ALL_NUMBERS}
         numbers: dict[str, Any] = {
             name: value if isinstance(value, float) else self.widen(value, w)
             for name, value in values.items()

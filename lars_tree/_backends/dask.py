@@ -123,8 +123,7 @@ class _Leaf:
     def __init__(self, w: da.Array, dcdw: da.Array, rule: Rule) -> None:
         self.w, self.axes = w, tuple(range(w.ndim))
         self.layer = () if rule.layer_axis is None else (rule.layer_axis % w.ndim,)
-        names = (*formula.NUMBERS, *formula.MOMENTUM_NUMBERS)
-        given = {name: getattr(rule, name) for name in names}
+        given = {name: getattr(rule, name) for name in formula.ALL_NUMBERS}
         given = {name: da.asarray(x) for name, x in given.items() if not isinstance(x, float)}
         self.rule: Rule = rule._replace(**cast(Any, dict.fromkeys(given)))
         self.numbers: Arrays = {name: self.aligned(x) for name, x in given.items()}

@@ -106,9 +106,9 @@ class JaxBackend(ArraysBackend):
     def counter(self, w: jax.Array) -> jax.Array:
         if _is_traced(w):
             return jnp.zeros((), jnp.int32)
-        spread = isinstance(w.sharding, jax.sharding.NamedSharding)
-        everywhere = jax.sharding.PartitionSpec()
-        sharding = jax.sharding.NamedSharding(w.sharding.mesh, everywhere) if spread else w.sharding
+        sharding = w.sharding
+        if isinstance(sharding, jax.sharding.NamedSharding):  # the counter is on all devices
+            sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
         return _zeros((), jnp.int32, w, sharding)
 
     def compute(

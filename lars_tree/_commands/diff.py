@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lars_tree import errors
+from lars_tree._backends.memory import NumpyArray
 from lars_tree._commands.output import Output, columns, progress
 from lars_tree._display import show
 from lars_tree._files import formats, names
 from lars_tree._files.formats import Stored
 from lars_tree._tree.paths import put_new
 from lars_tree._tree.structure import mismatch, side_by_side, walk
-
-Array = np.ndarray[Any, Any]
 
 _BLOCK = 1 << 20  # the number of elements compared at a time
 
@@ -132,7 +131,7 @@ def _leaf_record(path: errors.Path, x: Any, y: Any, a: Stored, b: Stored) -> dic
     }
 
 
-def compared(a: Array, b: Array) -> Change:
+def compared(a: NumpyArray, b: NumpyArray) -> Change:
     """The difference between two arrays, computed in double precision, a block at a time."""
     a, b = a.reshape(-1), b.reshape(-1)
     count, size, norm, nan_a, nan_b = 0, 0.0, 0.0, 0, 0
@@ -155,7 +154,7 @@ def compared(a: Array, b: Array) -> Change:
     return Change(count, size, norm, (nan_a, nan_b))
 
 
-def _norm(x: Array) -> float:
+def _norm(x: NumpyArray) -> float:
     """The 2-norm, without overflow of squares; infinite if an element is not finite."""
     magnitudes = np.abs(x)
     largest = float(magnitudes.max(initial=0))
@@ -166,5 +165,5 @@ def _norm(x: Array) -> float:
     return largest * math.sqrt(float(np.sum(np.square(magnitudes / largest))))
 
 
-def _wide(x: Array) -> Array:
+def _wide(x: NumpyArray) -> NumpyArray:
     return x.astype(np.complex128 if x.dtype.kind == "c" else np.float64)

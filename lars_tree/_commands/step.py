@@ -38,6 +38,7 @@ class Step(NamedTuple):
     """The arguments of `lars_update`, each with one value for each leaf.
 
     Attributes:
+        paths: The paths of the leaves.
         names: The names of the leaves in the file.
         ws: The weights, or arrays with their dtypes and shapes.
         gs: The gradients; None for a leaf that is not updated.

@@ -15,12 +15,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lars_tree import errors
+from lars_tree._backends.memory import NumpyArray
 from lars_tree._commands.output import Output, progress
 from lars_tree._commands.step import Step, groups, prepare, read
 from lars_tree._core import nonfinite
 from lars_tree._display import show
 from lars_tree._files import formats
-from lars_tree._files.arrays import Array, Entry
+from lars_tree._files.arrays import Entry
 from lars_tree._files.replacing import replace
 from lars_tree._tree import structure
 from lars_tree.update import lars_update
@@ -70,7 +71,7 @@ class _Results:
         self.bad: list[int] = []
         self.step, self._stored = step, stored
         self._nonfinite = "propagate" if choice == "propagate" else "raise"
-        self._ready: dict[int, Array] = {}
+        self._ready: dict[int, NumpyArray] = {}
         self._group: dict[int, list[int]] = {}
         # Formats write leaves in the order of the file, but may write large dtypes first.
         by_dtype: dict[int, list[int]] = {}
@@ -89,7 +90,7 @@ class _Results:
             for name, (dtype, shape, _) in self._stored.items()
         }
 
-    def _read(self, i: int, advance: Callable[[int], None]) -> Array:
+    def _read(self, i: int, advance: Callable[[int], None]) -> NumpyArray:
         advance(self.sizes[i])
         if i not in self._group:
             return self._stored[self.step.names[i]].fetch()
@@ -102,17 +103,17 @@ class _Results:
         ws = [self._stored[step.names[i]].fetch() for i in group]
         gs, lr, options = step.arguments(group)
         options["nonfinite"] = self._nonfinite
-        new: list[Array] = ws
+        new: list[NumpyArray] = ws
         try:
             new = lars_update(ws, gs, lr, **options)
         except errors.NonFiniteError as error:
-            self.bad += [i for place, i in enumerate(group) if (place,) in error.paths]
+            self.bad += [leaf for i, leaf in enumerate(group) if (i,) in error.paths]
         for i, w, result in zip(group, ws, new, strict=True):
             (self.unchanged if _is_same(w, result) else self.moved).append(i)
             self._ready[i] = result
 
 
-def _is_same(a: Array, b: Array) -> bool:
+def _is_same(a: NumpyArray, b: NumpyArray) -> bool:
     """Whether two arrays have the same bytes; reads only as much as it needs."""
     x, y = (np.asarray(array).reshape(-1).view(np.uint8) for array in (a, b))
     starts = range(0, x.size, _BLOCK)

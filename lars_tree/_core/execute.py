@@ -14,15 +14,14 @@ write       write all arrays, or none                                      `writ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 from lars_tree import _backends, errors
 from lars_tree._backends import base, memory
 from lars_tree._backends.wrapper import rewrapped, unwrap
-from lars_tree._core import checks, locks, nonfinite, overlaps
-from lars_tree._core.counters import check_apart, count_in_place
+from lars_tree._core import checks, counters, locks, nonfinite, overlaps
 from lars_tree._core.native import Native, Span
 from lars_tree._core.operands import Operand, Row
 from lars_tree._core.writes import Writes
@@ -84,7 +83,7 @@ def execute(columns: base.Columns, caller: Caller) -> Result:
 def _execute(columns: base.Columns, caller: Caller, native: Native) -> Result:
     """The general path, for updates that a single call of the kernel cannot make."""
     rows, trusted = checked(columns, caller, native.rest, native)
-    written, read = _spans(rows, columns.counters)
+    written, read = _spans(rows, columns)
     # This compares memory ranges, which is fast; `check_apart` compares single elements.
     leaves = (*(row.leaf for row in rows), *trusted)
     others = [leaf for leaf in leaves if leaf.leaf_index not in caller.indices]
@@ -93,12 +92,12 @@ def _execute(columns: base.Columns, caller: Caller, native: Native) -> Result:
         rows, trusted = checked(columns, caller, native.rest, native)
     # No leaf of the native engine overlaps with these rows.
     checks.check_apart(rows, caller.paths, caller.words)
-    check_apart(columns.counters, rows, caller.paths)
+    counters.check_apart(columns.counters, rows, caller.paths)
     with _writing(native, rows, columns):
         writes = Writes(native.plan)
         results, taken = _run(native, overlaps.detach_inputs(rows) + trusted, caller, writes)
         if columns.outs is not None:
-            count_in_place(columns.counters, taken, writes)
+            counters.count_in_place(columns.counters, taken, writes)
             for call in caller.last:
                 writes.then(call)
             if writes.plan is not None:
@@ -185,12 +184,12 @@ def _machine_number(x: complex) -> complex:
         return math.inf if x > 0 else -math.inf
 
 
-def _spans(rows: list[Row], counters: Mapping[str, Any]) -> tuple[list[Span], list[Span]]:
+def _spans(rows: list[Row], columns: base.Columns) -> tuple[list[Span], list[Span]]:
     """The CPU memory ranges that leaves with an `out` (and counters) write, and that they read."""
     rows = [row for row in rows if row.leaf.out is not None]
     written = [x for row in rows for x in (row.out, row.velocity)]
     read = [x for row in rows for x in (row.w, row.dcdw, *(x for _, x in row.options))]
-    return _merged_spans([*written, *map(Operand, counters.values())]), _merged_spans(read)
+    return _merged_spans([*written, *map(Operand, columns.counters.values())]), _merged_spans(read)
 
 
 def _merged_spans(arrays: list[Operand]) -> list[Span]:
@@ -228,7 +227,7 @@ def _writing(native: Native, rows: list[Row], columns: base.Columns) -> Abstract
     """The lock that makes updates of the same memory by other threads wait."""
     if columns.outs is None:
         return nullcontext()
-    return locks.writing(lambda: [*native.spans(), *_spans(rows, columns.counters)[0]])
+    return locks.writing(lambda: [*native.spans(), *_spans(rows, columns)[0]])
 
 
 def _run(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from lars_tree import errors
 from lars_tree._backends.base import Leaf, StepResult, Values, grouped
-
-Paths = Callable[[], list[errors.Path]]
+from lars_tree._core.checks import Paths
 
 
 def guard(

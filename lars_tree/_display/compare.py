@@ -9,13 +9,13 @@ import numpy as np
 
 from lars_tree import _backends
 from lars_tree._backends.base import Kind, Values, is_bfloat16
+from lars_tree._backends.memory import NumpyArray
 from lars_tree._backends.wrapper import unwrap
 from lars_tree._display import show
 from lars_tree._tree import nodes, structure
 from lars_tree.errors import Line
 
-Array = np.ndarray[Any, Any]
-Test = Callable[[Array, Array], bool]
+Test = Callable[[NumpyArray, NumpyArray], bool]
 
 _BOOLS = {"bool", "torch.bool", "array_api_strict.bool"}
 _NUMERIC = frozenset("biufc")  # kinds of dtypes whose elements can be compared and subtracted
@@ -29,14 +29,14 @@ def equal(a: Any, b: Any) -> bool:
 def close(a: Any, b: Any, rtol: float, atol: float) -> bool:
     """Whether two trees have the same keys, and |x - y| <= atol + rtol |y| for all elements."""
 
-    def test(x: Array, y: Array) -> bool:
+    def test(x: NumpyArray, y: NumpyArray) -> bool:
         numeric = x.dtype.kind in _NUMERIC and y.dtype.kind in _NUMERIC
         return bool(np.allclose(x, y, rtol, atol)) if numeric else _equal_elements(x, y)
 
     return _matches(a, b, test)
 
 
-def _equal_elements(x: Array, y: Array) -> bool:
+def _equal_elements(x: NumpyArray, y: NumpyArray) -> bool:
     comparable = x.dtype.kind == y.dtype.kind or {x.dtype.kind, y.dtype.kind} <= _NUMERIC
     return comparable and bool(np.array_equal(x, y))
 
@@ -61,7 +61,7 @@ def _leaf_matches(a: Any, b: Any, test: Test) -> bool:
         return False
 
 
-def _elements(x: Any) -> Array | None:
+def _elements(x: Any) -> NumpyArray | None:
     """The elements of an array or number as a numpy array; None if x is another object or lazy."""
     if isinstance(x, (int, float, complex)):
         return np.asarray(x)

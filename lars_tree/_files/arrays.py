@@ -15,10 +15,9 @@ import numpy as np
 
 from lars_tree import _backends, errors
 from lars_tree._backends.base import Values
+from lars_tree._backends.memory import NumpyArray
 from lars_tree._backends.wrapper import unwrap
 from lars_tree.errors import Line, Path
-
-Array = np.ndarray[Any, Any]
 
 
 class Entry(NamedTuple):
@@ -26,9 +25,9 @@ class Entry(NamedTuple):
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
-    read: Callable[[], Array]
+    read: Callable[[], NumpyArray]
 
-    def fetch(self) -> Array:
+    def fetch(self) -> NumpyArray:
         """The elements in C order."""
         return np.asarray(self.read(), dtype=self.dtype, order="C")
 
@@ -102,7 +101,7 @@ def dtype_named(name: str) -> np.dtype[Any] | None:
         return None if scalar is None else np.dtype(scalar)
 
 
-def _to_numpy(x: Any, dtype: np.dtype[Any]) -> Array:
+def _to_numpy(x: Any, dtype: np.dtype[Any]) -> NumpyArray:
     backend = _backends.find(x)
     assert backend is not None
     if backend.name != "torch":
@@ -148,7 +147,7 @@ def check_supported(path: object, view: Any, library: str = "numpy") -> None:
         raise errors.file_faults(path, faults)
 
 
-def fill_torch(size: int, fill: Callable[[Array], Array]) -> Any:
+def fill_torch(size: int, fill: Callable[[NumpyArray], NumpyArray]) -> Any:
     """A tensor of this many bytes, allocated by torch; `fill` writes them and returns the array.
 
     Tensors in memory allocated by numpy would be updated more slowly.
@@ -161,18 +160,18 @@ def fill_torch(size: int, fill: Callable[[Array], Array]) -> Any:
     return tensor.view(getattr(torch, x.dtype.name)).reshape(x.shape)
 
 
-def to_torch(x: Array) -> Any:
+def to_torch(x: NumpyArray) -> Any:
     """A tensor with the same elements."""
 
-    def fill(memory: Array) -> Array:
-        elements: Array = memory.view(x.dtype.newbyteorder("=")).reshape(x.shape)
+    def fill(memory: NumpyArray) -> NumpyArray:
+        elements: NumpyArray = memory.view(x.dtype.newbyteorder("=")).reshape(x.shape)
         elements[...] = x
         return elements
 
     return fill_torch(x.nbytes, fill)
 
 
-def to_jax(x: Array) -> Any:
+def to_jax(x: NumpyArray) -> Any:
     """A JAX array with the same elements; a ValueError for a number that JAX cannot hold.
 
     A counter that numpy saved as int64 becomes an int32, as `Lars.init` makes it of JAX arrays.

@@ -21,7 +21,7 @@ DEFAULT = "model.safetensors.index.json"  # in a directory
 DEFAULT_SIZE = "5GB"
 
 TOTAL_SIZE = "total_size"
-LONGEST = 100_000_000  # bytes, as for the header of a .safetensors file
+LONGEST = recognize.LONGEST_HEADER  # the same limit for an index
 
 _NAME = re.compile(r"(.+?)(?:\.safetensors)?\.index(\.[^.]+)?\.json", re.DOTALL)
 _SHARD = re.compile(r"-\d{5,}-of-\d{5,}\.safetensors\Z")

@@ -19,8 +19,9 @@ import numpy as np
 from numpy.lib import format as npy
 
 from lars_tree import errors
+from lars_tree._backends.memory import NumpyArray
 from lars_tree._files import names, recognize
-from lars_tree._files.arrays import Array, Entry, is_extension, little_endian
+from lars_tree._files.arrays import Entry, is_extension, little_endian
 from lars_tree._files.replacing import Path
 
 NAME = "npz"
@@ -84,7 +85,7 @@ class View(NamedTuple):
         with self._member(name) as (shape, _, dtype, _):
             return little_endian(dtype), shape
 
-    def read(self, name: str) -> Array:
+    def read(self, name: str) -> NumpyArray:
         with self._member(name) as (shape, fortran_order, dtype, stream):
             data = np.empty(prod(shape) * dtype.itemsize, np.uint8)
             if stream.readinto(data.data) != data.size:

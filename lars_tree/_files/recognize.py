@@ -37,6 +37,8 @@ _STARTS = {
 }
 _LENGTH = 512
 
+LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors package
+
 
 def suffix(path: str) -> str | None:
     """What a file with the suffix of this path is; None if the suffix is unknown."""
@@ -101,7 +103,7 @@ def _text(start: bytes, is_text: bool) -> str | None:
 
 def _is_header(start: bytes) -> bool:
     """Whether a .safetensors file may start like this: the length of a header, and the header."""
-    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= 100_000_000
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= LONGEST_HEADER
 
 
 def _header(start: bytes, size: int) -> str | None:

@@ -22,9 +22,10 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import numpy as np
 
 from lars_tree import errors
+from lars_tree._backends.memory import NumpyArray
 from lars_tree._display.show import Listed
 from lars_tree._files import names, recognize
-from lars_tree._files.arrays import Array, Entry, dtype_named, little_endian
+from lars_tree._files.arrays import Entry, dtype_named, little_endian
 from lars_tree._files.replacing import Path
 
 NAME = "safetensors"
@@ -52,7 +53,6 @@ _TYPES = {
 }
 _SHORT = {name: short for short, name in _TYPES.items()}
 
-_LONGEST_HEADER = 100_000_000  # the limit of the package
 _ALIGNMENT = 8
 
 
@@ -84,7 +84,7 @@ def write(file: BinaryIO, entries: dict[str, Entry], metadata: dict[str, str]) -
         header[name] = {"dtype": _short(dtype), "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    check_length("a header", len(text), _LONGEST_HEADER)
+    check_length("a header", len(text), recognize.LONGEST_HEADER)
     file.write(len(text).to_bytes(8, "little"))
     file.write(text)
     for name in order:
@@ -146,7 +146,7 @@ class View(NamedTuple):
         record = self.records[name]
         return Listed(record.dtype, record.shape, record.size)
 
-    def read(self, name: str, memory: Array | None = None) -> Array:
+    def read(self, name: str, memory: NumpyArray | None = None) -> NumpyArray:
         """Read an array into memory of its size, by default into new memory."""
         record = self.records[name]
         if memory is None:
@@ -158,7 +158,7 @@ class View(NamedTuple):
             raise errors.file_error(self.path, "expected bools of 0 or 1", name)
         return self._array(name, memory)
 
-    def mapped(self, mode: Literal["r", "r+"]) -> dict[str, Array]:
+    def mapped(self, mode: Literal["r", "r+"]) -> dict[str, NumpyArray]:
         """All arrays by name, as views of one memory map of the file."""
         memory = np.memmap(self.file, np.uint8, mode)
         return {
@@ -166,11 +166,11 @@ class View(NamedTuple):
             for name, record in self.records.items()
         }
 
-    def _array(self, name: str, memory: Array) -> Array:
+    def _array(self, name: str, memory: NumpyArray) -> NumpyArray:
         """The array of this name, as a view of memory that contains its bytes."""
         dtype, shape = self.dtype_and_shape(name)
         try:
-            array: Array = memory.view(dtype).reshape(shape)
+            array: NumpyArray = memory.view(dtype).reshape(shape)
         except ValueError as error:  # too many axes, or an overlong axis in an empty array
             raise errors.file_error(self.path, str(error), name) from error
         return array
@@ -215,7 +215,7 @@ def _wrong_length(name: str) -> str | None:
                 8 + int.from_bytes(file.read(8), "little"),
                 os.fstat(file.fileno()).st_size,
             )
-            if start > min(size, _LONGEST_HEADER):
+            if start > min(size, recognize.LONGEST_HEADER):
                 return None
             header = names.parsed(file.read(start - 8).decode())
             header.pop(names.RESERVED, None)

@@ -19,8 +19,9 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import numpy as np
 
 from lars_tree import errors
+from lars_tree._backends.memory import NumpyArray
 from lars_tree._files import index, names, recognize, safetensors
-from lars_tree._files.arrays import Array, Entry
+from lars_tree._files.arrays import Entry
 from lars_tree._files.index import Index
 from lars_tree._files.replacing import Path
 from lars_tree._files.replacing_sets import replace_set
@@ -109,10 +110,10 @@ class View(NamedTuple):
     def listed(self, name: str) -> Any:
         return self.shards[name].listed(name)
 
-    def read(self, name: str, memory: Array | None = None) -> Array:
+    def read(self, name: str, memory: NumpyArray | None = None) -> NumpyArray:
         return self.shards[name].read(name, memory)
 
-    def mapped(self, mode: Literal["r", "r+"]) -> dict[str, Array]:
+    def mapped(self, mode: Literal["r", "r+"]) -> dict[str, NumpyArray]:
         """All arrays by name, as views of one memory map of each shard."""
         maps = {key: shard.mapped(mode) for key, shard in self._distinct().items()}
         return {name: maps[id(shard)][name] for name, shard in self.shards.items()}

@@ -35,9 +35,7 @@ def _load() -> _Kernel | None:
     if wanted == "0":
         return None
     try:
-        if not np.__version__.startswith(
-            "2."
-        ):  # memory.hpp has the layout of the arrays of numpy 2
+        if not np.__version__.startswith("2."):  # memory.hpp has its layout of arrays
             raise ImportError(f"it was built for numpy 2, and this is numpy {np.__version__}")
         from lars_tree._native import _kernel
     except ImportError as error:
@@ -63,10 +61,13 @@ def in_use() -> _Kernel | None:
 
 
 def native_available() -> bool:
-    """Whether the native kernel was built and is in use.
+    r"""Whether the native kernel was built and is in use; without it, the same results take longer.
 
-    >>> native_available() in (True, False)         # without it, the same results take longer
-    True
+    >>> import os, subprocess, sys
+    >>> command = [sys.executable, "-c", "import lars_tree; print(lars_tree.native_available())"]
+    >>> environment = {**os.environ, "LARS_TREE_NATIVE": "0"}      # turns the kernel off
+    >>> subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True).stdout
+    'False\n'
     """
     return kernel is not None
 

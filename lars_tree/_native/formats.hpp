@@ -35,7 +35,7 @@ struct VelocityOf<double> {
     typedef double type;
 };
 
-inline Format velocity_format(Format w_buffer) { return w_buffer == float64 ? float64 : float32; }
+inline Format velocity_format(Format w_format) { return w_format == float64 ? float64 : float32; }
 
 template <class To, class From>
 inline To bit_cast(From from) {

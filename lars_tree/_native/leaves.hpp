@@ -12,6 +12,7 @@
 
 namespace lars {
 
+// A buffer of a Python object, released at the end of its scope.
 class Buffer {
 public:
     Buffer() { view.obj = nullptr; }

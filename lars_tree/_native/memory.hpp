@@ -121,7 +121,8 @@ inline bool is_writable(char* data, std::size_t bytes) {
     return true;
 }
 
-// The first fields of every numpy dtype: part of the ABI of numpy 1 and 2 (ndarraytypes.h).
+// The first fields of every numpy dtype: part of the ABI of numpy 2 (ndarraytypes.h); the kernel is
+// not loaded with another major version.
 struct DtypeFields {
     PyObject head;
     PyTypeObject* scalar_type;

@@ -37,7 +37,16 @@ def set_num_threads(n: int | None) -> None:
 
 
 def get_num_threads() -> int:
-    """The number of threads that one update may use."""
+    """The number of threads that one update may use; `set_num_threads` has the default.
+
+    >>> set_num_threads(2)
+    >>> get_num_threads()
+    2
+    >>> set_num_threads(None)
+
+    Raises:
+        OptionError: LARS_TREE_NUM_THREADS is not a whole number >= 1.
+    """
     chosen = _chosen or _own_variable()
     if chosen is not None:
         return chosen

@@ -65,8 +65,9 @@ class Rule(NamedTuple):
     dampening: Any = 0.0
 
 
+# The fields of `Rule` that are numbers: those of a step without momentum, and all.
 NUMBERS = ("lr_before_momentum", "decay_lambda", "trust_coefficient", "eps", "grad_scale")
-MOMENTUM_NUMBERS = ("momentum", "lr_after_momentum", "dampening")
+ALL_NUMBERS = (*NUMBERS, "momentum", "lr_after_momentum", "dampening")
 
 
 Where = Callable[[Any, Any, Any], Any]  # elementwise choice

@@ -114,12 +114,12 @@ class TrustHistory:
 
     @property
     def steps(self) -> np.ndarray[Any, Any]:
-        """The numbers of the kept steps."""
+        """The numbers of the kept steps: a vector of int64."""
         return np.array(self._steps, np.int64)
 
     @property
     def ratios(self) -> dict[str, np.ndarray[Any, Any]]:
-        """The ratios of each layer at the `steps`, by path; NaN where it has no ratio."""
+        """The ratios of each layer by path: vectors like `steps`, NaN where there is no ratio."""
         return {errors.path_string(path): column for path, column, _ in self._columns()}
 
     def plot(self, ax: Axes | None = None) -> Axes:
@@ -130,7 +130,10 @@ class TrustHistory:
                 notebook shows. To save it, call `history.plot().figure.savefig(path)`.
 
         Returns:
-            The axes. Needs matplotlib: `pip install 'lars-tree[report]'`.
+            The axes.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is missing: `pip install 'lars-tree[report]'`.
 
         Warns:
             TrustRatioWarning: Names the layers with a ratio that is 0 or not finite at some step,

@@ -33,12 +33,24 @@ _COLUMNS = [
 class LayerTable:
     """The layers of a tree in a table, for a terminal, a notebook, rich and Markdown.
 
+    >>> from lars_tree.report import layer_table
+    >>> w, g = {"kernel": np.array([3.0, 4.0])}, {"kernel": np.array([0.0, 10.0])}
+    >>> table = layer_table(w, g, 0.1)                  # ratio 5 / 10: a step of 0.05 * [0, 10]
+    >>> [(layer["path"], layer["ratio"], layer["relative_step"]) for layer in table.records]
+    [('kernel', 0.5, 0.1)]
+    >>> print(table.to_text())
+    1 layer, 2 parameters
+      path    shape  dtype    parameters  |w|  |g|  ratio  |u| / |w|
+      kernel  (2,)   float64           2    5   10    0.5        0.1
+
     The ratio of a layer that is not adapted is shown as "1 (SGD)".
 
     Attributes:
         records: One dict for each layer, ready for a data frame: `path`, `shape`, `dtype`,
-            `parameters`, `w_norm`, `g_norm`, `ratio`, `relative_step`, `clipped` and `adapted`.
-            Norms, ratio and step are None for a layer without a gradient.
+            `parameters` (the number of elements), `w_norm` (in the units of the weights), `g_norm`
+            (in the units of the gradient, without the loss scale), the pure numbers `ratio` and
+            `relative_step` (|u| / |w|), and the bools `clipped` and `adapted`. Norms, ratio and
+            step are None for a layer without a gradient.
     """
 
     def __init__(self, records: list[dict[str, Any]]) -> None:

@@ -18,10 +18,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from lars_tree import _backends, errors
+from lars_tree._backends.memory import NumpyArray
 from lars_tree._backends.wrapper import unwrap
 from lars_tree._tree import structure
-
-Array = np.ndarray[Any, Any]
 
 Library = Literal["numpy", "torch", "jax"]
 LIBRARIES: tuple[Library, ...] = ("numpy", "torch", "jax")
@@ -100,7 +99,7 @@ def is_bfloat16(dtype: Any) -> bool:
     return name_of(dtype) == "bfloat16"
 
 
-def bits_of_bfloat16(x: Array) -> Array:
+def bits_of_bfloat16(x: NumpyArray) -> NumpyArray:
     """The bits of float32 numbers truncated to bfloat16."""
     return np.asarray(x.view(np.uint32) >> 16).astype(np.uint16)  # an array, even if 0-d
 
@@ -112,7 +111,7 @@ def layouts_for(library: str, ndim: int, layouts: tuple[str, ...]) -> list[str]:
     return [x for x in layouts if x in possible and ndim >= least[x]] or ["C"]
 
 
-def laid_out(x: Array, layout: str) -> Array:
+def laid_out(x: NumpyArray, layout: str) -> NumpyArray:
     """Copy an array in C order to another layout; for "C", return the array itself."""
     if layout == "F":
         return np.array(x, order="F")
@@ -126,7 +125,7 @@ def laid_out(x: Array, layout: str) -> Array:
     return x
 
 
-def to_library(x: Array, dtype: Any, library: str) -> Any:
+def to_library(x: NumpyArray, dtype: Any, library: str) -> Any:
     """Convert a numpy array (bits for bfloat16) for a library; a tensor shares the memory."""
     if library == "torch":
         import torch
@@ -146,7 +145,7 @@ def to_library(x: Array, dtype: Any, library: str) -> Any:
     return x
 
 
-def to_numpy(x: Any) -> Array:
+def to_numpy(x: Any) -> NumpyArray:
     """The elements of an array of any library; bfloat16 as float64."""
     x = unwrap(x)
     backend = _backends.find(x)
@@ -221,7 +220,7 @@ def share_memory(x: Any, y: Any) -> bool:
     return a is not None and b is not None and bool(np.may_share_memory(a, b))
 
 
-def _memory(x: Any) -> Array | None:
+def _memory(x: Any) -> NumpyArray | None:
     backend = _backends.find(x)
     return None if backend is None else backend.memory(x)
 

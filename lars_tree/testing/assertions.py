@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from lars_tree import _backends, errors
+from lars_tree._backends.memory import NumpyArray
 from lars_tree._backends.wrapper import unwrap
 from lars_tree._display import show
 from lars_tree._tree import nodes, structure
 from lars_tree.errors import Line
 from lars_tree.testing import _arrays
-from lars_tree.testing._arrays import Array
 
 
 def assert_identical(actual: Any, expected: Any, *, check_type: bool = True) -> None:
@@ -133,22 +133,22 @@ def _format(x: Any) -> _arrays.Format:
     return _arrays.format_of(_arrays.name_of(getattr(unwrap(x), "dtype", float)))
 
 
-def _real_parts(x: Array) -> Array:
+def _real_parts(x: NumpyArray) -> NumpyArray:
     """Complex elements as pairs of real ones, along a new last axis."""
     return np.stack([x.real, x.imag], -1) if x.dtype.kind == "c" else x
 
 
-def _index_of_largest(x: Array) -> tuple[Any, ...]:
+def _index_of_largest(x: NumpyArray) -> tuple[Any, ...]:
     return np.unravel_index(np.argmax(x), x.shape)
 
 
 def _element_text(
-    array: Array,
-    actual: Array,
-    expected: Array,
+    array: NumpyArray,
+    actual: NumpyArray,
+    expected: NumpyArray,
     at: Any,
     count: int,
-    distance: Array | None = None,
+    distance: NumpyArray | None = None,
     verbs: tuple[str, str] = ("differs", "differ"),
 ) -> str:
     """A text with the number of elements that differ, and the values at the index `at`."""
@@ -237,7 +237,9 @@ def _excess(actual: Any, expected: Any, ulp: float, scale: Any, dtype: Any) -> s
 _WIDE = np.longdouble  # if this type is only double, distances of float64 are rounded
 
 
-def _distance(actual: Array, expected: Array, scale: Array, form: _arrays.Format) -> Array:
+def _distance(
+    actual: NumpyArray, expected: NumpyArray, scale: NumpyArray, form: _arrays.Format
+) -> NumpyArray:
     """The distance of each real element, in ulps of the format at the size of `scale`.
 
     Magnitudes above 2**(form.largest + 1), including infinity, count as that number. NaN has
@@ -256,7 +258,7 @@ def _distance(actual: Array, expected: Array, scale: Array, form: _arrays.Format
         return np.where(np.isnan(off), np.inf, off).astype(np.float64)
 
 
-def _ulp_exponents(scale: Array, form: _arrays.Format) -> Array:
+def _ulp_exponents(scale: NumpyArray, form: _arrays.Format) -> NumpyArray:
     exponents = np.frexp(np.abs(scale))[1] - 1
     exponents = np.where(scale == 0, form.smallest, exponents)
     exponents = np.where(np.isfinite(scale), exponents, form.largest)

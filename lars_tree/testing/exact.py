@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lars_tree.testing._arrays import Array
+from lars_tree._backends.memory import NumpyArray
 
 Convention = Literal["paper", "torch"]
 Norms = tuple[Decimal, Decimal]
@@ -26,7 +26,7 @@ class ExactRule:
 
     def direction(
         self, w: list[float], dcdw: list[float], decay: float, norms: Norms | None = None
-    ) -> tuple[Array, Array]:
+    ) -> tuple[NumpyArray, NumpyArray]:
         """The weights, and ratio * (g + decay * w), for one layer; arrays of Decimals.
 
         If w and dcdw are only a part of the layer, `norms` has to be given: the norms of the whole
@@ -49,7 +49,7 @@ class ExactRule:
         lr: float,
         decay: float,
         norms: Norms | None = None,
-    ) -> tuple[Array, Array]:
+    ) -> tuple[NumpyArray, NumpyArray]:
         """The new weights of one layer, and the larger of |w| and |step| for each element."""
         with localcontext(_CONTEXT):
             x, direction = self.direction(w, dcdw, decay, norms)
@@ -74,7 +74,7 @@ class ExactRun:
 
     def step(
         self, w: list[float], dcdw: list[float], lr: float, decay: float
-    ) -> tuple[Array, Array]:
+    ) -> tuple[NumpyArray, NumpyArray]:
         """The new weights, and for each element the size at which rounding errors are measured."""
         with localcontext(_CONTEXT):
             x, direction = self._rule.direction(w, dcdw, decay)
@@ -96,5 +96,5 @@ def exact_norm(value: float, count: int = 1) -> Decimal:
         return (count * Decimal(value) ** 2).sqrt()
 
 
-def _norm(values: Array) -> Decimal:
+def _norm(values: NumpyArray) -> Decimal:
     return sum((x * x for x in values), Decimal(0)).sqrt()

@@ -181,6 +181,9 @@ def weights_and_gradients(
     `layers(library=library)`, and in some pairs the gradient or both arrays are None. `library`
     is as in `arrays`. With `shuffle_keys`, the dicts of dcdw may have their keys in another order
     than in w. The other arguments are as in `nests`; tied weights cannot be updated in place.
+
+    Raises:
+        OptionError: A ValueError: the library is unknown, or `node_types` is not a list of types.
     """
     if layers is None:
         some = strategies.layers(library=library)
@@ -220,6 +223,9 @@ def runs(
         missing: Whether some gradients are None.
         library: As in `arrays`.
         trees: A function from a strategy for leaves to a strategy for trees.
+
+    Raises:
+        OptionError: A ValueError, in the first example: the library is unknown.
     """
 
     def run(count: int) -> Strategy:

@@ -83,6 +83,7 @@ class Trial:
     modifies its arguments breaks only the law `leaves_its_inputs_alone`. For an optimizer, the
     function is the first step of a run, and `run` makes further steps.
 
+    >>> from hypothesis import strategies as st
     >>> from lars_tree.testing import Trial, check_update_laws
     >>> def goes_downhill(trial: Trial) -> None:
     ...     w, dcdw = trial.pair()

@@ -94,13 +94,16 @@ def param_groups(
             would ignore; `no_weight_decay()` does not return a collection of strings.
         ValueError: A lazy parameter has no shape yet.
         LeafError: A parameter is flattened or partitioned, as by FSDP1 and DeepSpeed's ZeRO.
+
+    Source: Chen, Kornblith, Norouzi, Hinton (2020), arXiv:2002.05709 (SimCLR), and Grill et al.
+    (2020), arXiv:2006.07733 (BYOL): both exclude biases and batch normalization.
     """
     if not isinstance(model, Module):
         got = "a generator" if isinstance(model, Iterator) else errors.describe(model)
         raise TypeError(f"param_groups needs the model itself, which has the names, got {got}")
     check_names(options, NAMES, function="param_groups()")
     parameters = list(model.named_parameters())
-    _refuse_flat(parameters)
+    _refuse_flat_parameters(parameters)
     for name, p in parameters:
         if is_lazy(p):
             raise ValueError(f"{name} has no shape yet: run the model once to initialise it")
@@ -267,10 +270,10 @@ def name_of(group: dict[str, Any], number: int, index: int) -> str:
 
 def refuse_flat(group: dict[str, Any], number: int) -> None:
     """Raise LeafError if a framework has flattened or partitioned parameters of a group."""
-    _refuse_flat((name_of(group, number, i), p) for i, p in enumerate(group["params"]))
+    _refuse_flat_parameters((name_of(group, number, i), p) for i, p in enumerate(group["params"]))
 
 
-def _refuse_flat(parameters: Iterable[_Named]) -> None:
+def _refuse_flat_parameters(parameters: Iterable[_Named]) -> None:
     lines = [((name,), text) for name, p in parameters if (text := _flattened_by(p))]
     if lines:
         raise _flat_error(lines)

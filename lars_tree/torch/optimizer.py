@@ -78,14 +78,15 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
     Args:
         params: Parameters, named parameters or parameter groups. A group may override each of the
             options below. `param_groups` makes the groups of the usual recipes.
-        lr: The rate. This and the other numbers may be tensors with one element. `torch.compile`
-            then does not compile again when they change, but cannot check their values.
+        lr: The rate, without a unit if ratio is not 1. This and the other numbers may be tensors
+            with one element. `torch.compile` then does not compile again when they change, but
+            cannot check their values.
         momentum: The factor of the buffer; the number 0 for no buffer.
         dampening: Scales d by 1 - dampening in each step except the first.
-        weight_decay: Weight decay, in the ratio and in the step.
+        weight_decay: Weight decay, in the ratio and in the step; in loss per weight squared.
         nesterov: Nesterov momentum; needs momentum > 0 and dampening 0.
         trust_coefficient: The paper's eta.
-        eps: Added to the denominator.
+        eps: Added to the denominator, in units of the gradient.
         trust_clip: True (LARC, as in apex and timm): the local rate is min(ratio, lr) instead of
             lr * ratio. If a norm is 0, the local rate is lr.
         joint_norm: True: the denominator is |g + weight_decay * p| + eps.
@@ -110,6 +111,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
 
     Raises:
         OptionError: An option has an invalid value. ValueError: There are no parameters.
+        RuntimeError: `foreach` and `fused` are both True, as in torch's own optimizers.
         LeafError: A parameter is flattened or partitioned, as by FSDP1 and DeepSpeed's ZeRO.
 
     Source: You, Gitman, Ginsburg (2017), arXiv:1708.03888, Algorithm 1.
@@ -152,7 +154,17 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
 
     @property
     def skipped(self) -> int:
-        """The number of steps skipped by nonfinite="skip"."""
+        """The number of steps skipped by nonfinite="skip".
+
+        >>> import torch
+        >>> from lars_tree.torch import Lars
+        >>> p = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> opt = Lars([p], nonfinite="skip")
+        >>> p.grad = torch.tensor([0.0, torch.inf])
+        >>> opt.step()
+        >>> opt.skipped, p.data
+        (1, tensor([3., 4.]))
+        """
         return int(self._skipped)
 
     @property
@@ -173,8 +185,8 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         {'kernel': 0.25, 'bias': 1.0}
 
         Call it between `backward` and `step`, for DTensors in all processes. It does not wait for
-        devices. A ratio is 1 if the group does not adapt, and None without a gradient. Without
-        names, the keys are positions. With `layer_axis`, a parameter has a vector of ratios.
+        devices. A ratio is a 0-d tensor, or a vector with `layer_axis`: 1 if the group does not
+        adapt. It is None without a gradient. Without names, the keys are positions.
 
         Args:
             grad_scale: The loss scale that the gradients still carry, `scaler.get_scale()`.
@@ -227,6 +239,9 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         """Load a state of this optimizer or of `torch.optim.SGD`, as in `torch.optim.Optimizer`.
 
         Options that are missing in a loaded group keep their current values.
+
+        Raises:
+            ValueError: The state has other numbers of groups or parameters.
         """
         final: dict[str, Any] = {}
         before = [{name: group[name] for name in self.defaults} for group in self.param_groups]

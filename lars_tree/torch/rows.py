@@ -52,11 +52,13 @@ class ParameterRows:
     """All parameters that have a gradient, by columns: one list is faster than 1,000 tuples.
 
     Attributes:
+        groups: All groups of the optimizer.
+        grad_scale: The loss scale that the gradients still carry; None if there is none.
         params: The parameters.
         grads: Their gradients.
         buffers: Their momentum buffers, or None.
         rules: Their rules.
-        numbers: The numbers of their groups.
+        numbers: The indices of their groups in `groups`.
         for_engine: The indices of the rows that `OptimizerEngine` updates.
         first_steps: The indices of the rows with a new buffer.
         device_can_skip: Whether the device can skip the step without the CPU waiting for it.
@@ -166,11 +168,11 @@ class ParameterRows:
         if facts is None:
             return None, []
         rules = dict(zip(map(id, all_rules), all_rules, strict=True))
-        places = {key: place for place, key in enumerate(rules)}
+        indices = {key: index for index, key in enumerate(rules)}
         static = tuple(
             (is_joint(rule), *(x for x in rule if not _is_number(x))) for rule in rules.values()
         )
-        of_rows = tuple([places[key] for key in map(id, all_rules)])
+        of_rows = tuple([indices[key] for key in map(id, all_rules)])
         without = tuple([i for i, buffer in enumerate(self.buffers) if buffer is None])
         pairs = zip(params, all_rules, strict=True)
         shapes = tuple([p.shape for p, rule in pairs if rule.layer_axis is not None])

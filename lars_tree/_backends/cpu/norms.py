@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lars_tree._backends.memory import NumpyArray
 from lars_tree._numerics import bfloat16, formula
 from lars_tree._numerics.double_double import (
     SPLITTER,
@@ -22,7 +23,6 @@ from lars_tree._numerics.double_double import (
 )
 from lars_tree._numerics.formula import Rule
 
-Array = np.ndarray[Any, Any]
 Precision = type[np.floating[Any]]  # the type in which to compute: float64 or longdouble
 
 _LANES = 16
@@ -37,7 +37,7 @@ _SAFE_SUM = (2.0**-900, 2.0**1000)
 _JOINT_EXPONENT = 480
 
 
-def precision_for(*arrays: Array) -> Precision:
+def precision_for(*arrays: NumpyArray) -> Precision:
     is_long = any(x.dtype.itemsize > (16 if x.dtype.kind == "c" else 8) for x in arrays)
     return np.longdouble if is_long else np.float64
 
@@ -109,7 +109,7 @@ class JointGradient:
     def __len__(self) -> int:
         return len(self.arrays[0])
 
-    def __getitem__(self, piece: slice) -> Array:
+    def __getitem__(self, piece: slice) -> NumpyArray:
         *arrays, precision, rule = self.arrays
         w, dcdw = (read_piece(x, piece, precision) for x in arrays)
         if any(self.shifts):
@@ -117,7 +117,7 @@ class JointGradient:
         splitter = SPLITTER if precision is np.float64 else 2.0**32 + 1
         product, error = two_product(self.high, w, splitter)
         total, rest = two_sum(-dcdw if rule.maximize else dcdw, product)
-        exact: Array = total + (rest + (error + self.low * w))
+        exact: NumpyArray = total + (rest + (error + self.low * w))
         return np.where(np.isfinite(exact), exact, total)
 
     def scaled(self) -> JointGradient | None:
@@ -192,7 +192,7 @@ def _sum_of_squares(
     return fast_two_sum(*total) if np.isfinite(total[0]) else (total[0], precision(0))
 
 
-def _sum_of_rows(groups: Array, is_short: bool) -> tuple[Array, Array]:
+def _sum_of_rows(groups: NumpyArray, is_short: bool) -> tuple[NumpyArray, NumpyArray]:
     """The sums of the lanes, and their rounding errors; a group has four rows of 16 squares.
 
     If all arrays are short, rows are added in order, and the errors are neglected. Otherwise each
@@ -236,9 +236,9 @@ def dtype_of(flat: Any) -> np.dtype[Any]:
     return dtype
 
 
-def read_piece(flat: Any, piece: slice, precision: Precision) -> Array:
+def read_piece(flat: Any, piece: slice, precision: Precision) -> NumpyArray:
     """A piece converted to this precision, with complex elements as pairs of real numbers."""
-    x: Array = flat[piece]
+    x: NumpyArray = flat[piece]
     if x.dtype.kind == "u":
         return bfloat16.decode(x).astype(precision, copy=False)
     if x.dtype.kind == "c":

@@ -29,6 +29,7 @@ from lars_tree._backends.cpu.norms import (
     precision_for,
     read_piece,
 )
+from lars_tree._backends.memory import NumpyArray
 from lars_tree._numerics import bfloat16, formula
 from lars_tree._numerics.double_double import DoubleDouble
 from lars_tree._numerics.float_environment import in_default_floats, without_warnings
@@ -38,10 +39,10 @@ if TYPE_CHECKING:
     from lars_tree._backends.base import Writes
     from lars_tree._native._kernel import Plan
 
-Array = np.ndarray[Any, Any]
 
-
-def update(w: Array, dcdw: Array, out: Array, rule: Rule, velocity: Array | None = None) -> None:
+def update(
+    w: NumpyArray, dcdw: NumpyArray, out: NumpyArray, rule: Rule, velocity: NumpyArray | None = None
+) -> None:
     """Write the weights after one step to `out`, which may be the array w or dcdw itself.
 
     dcdw and an array of learning rates broadcast to the shape of w. `out` has the shape and dtype
@@ -57,7 +58,12 @@ def update(w: Array, dcdw: Array, out: Array, rule: Rule, velocity: Array | None
 
 
 def prepare(
-    w: Array, dcdw: Array, out: Array, rule: Rule, velocity: Array | None, writes: Writes
+    w: NumpyArray,
+    dcdw: NumpyArray,
+    out: NumpyArray,
+    rule: Rule,
+    velocity: NumpyArray | None,
+    writes: Writes,
 ) -> None:
     """Like `update`, but nothing is written before `writes.make()`."""
     for arrays, layer_rule in _layers(w, dcdw, out, rule, velocity):
@@ -74,8 +80,8 @@ def prepare(
 
 
 def _layers(
-    w: Array, dcdw: Array, out: Array, rule: Rule, velocity: Array | None
-) -> Iterator[tuple[dict[str, Array], Rule]]:
+    w: NumpyArray, dcdw: NumpyArray, out: NumpyArray, rule: Rule, velocity: NumpyArray | None
+) -> Iterator[tuple[dict[str, NumpyArray], Rule]]:
     """The arrays of each layer by name (w, dcdw, out, velocity, lr), and its rule."""
     arrays = {"w": w, "dcdw": np.broadcast_to(dcdw, w.shape), "out": out}
     if velocity is not None:
@@ -96,11 +102,11 @@ def _layers(
 
 @in_default_floats
 @without_warnings
-def _update_layer(arrays: dict[str, Array], rule: Rule) -> None:
+def _update_layer(arrays: dict[str, NumpyArray], rule: Rule) -> None:
     precision = precision_for(arrays["w"], arrays["dcdw"])
     flat = _flattened(arrays)
     norms = norms_of(flat["w"], flat["dcdw"], precision, rule)
-    clipped: Callable[[Array], Array] | None = None
+    clipped: Callable[[NumpyArray], NumpyArray] | None = None
     if "lr" in flat and rule.trust_clip:
         rule, clipped = _clipping(norms, rule)
     found = formula.coefficients(norms.trust_ratio(rule), norms.numbers(rule))
@@ -136,8 +142,8 @@ def _update_layer(arrays: dict[str, Array], rule: Rule) -> None:
 
 
 def _step_piece(
-    read: dict[str, Array], coefficients: list[Any], exponent: int, rule: Rule
-) -> dict[str, Array]:
+    read: dict[str, NumpyArray], coefficients: list[Any], exponent: int, rule: Rule
+) -> dict[str, NumpyArray]:
     """The new values of the arrays to write to, by name."""
     w, dcdw = read["w"], read["dcdw"]
     dcdw = np.ldexp(dcdw, exponent) if exponent else dcdw
@@ -148,7 +154,7 @@ def _step_piece(
     return {"out": new_w, "velocity": velocity}
 
 
-def _add_to_plan(plan: Plan | None, arrays: dict[str, Array], rule: Rule) -> bool:
+def _add_to_plan(plan: Plan | None, arrays: dict[str, NumpyArray], rule: Rule) -> bool:
     """Add a layer to the plan of the native engine; False if the kernel does not support it."""
     if plan is None or "lr" in arrays:
         return False
@@ -159,7 +165,7 @@ def _add_to_plan(plan: Plan | None, arrays: dict[str, Array], rule: Rule) -> boo
 _READER = _native.reader((np.ndarray,), Rule._fields, as_bits=True)
 
 
-def measure(w: Array, dcdw: Array, rule: Rule) -> Measured:
+def measure(w: NumpyArray, dcdw: NumpyArray, rule: Rule) -> Measured:
     """The norms and ratios of `update`: numbers, or vectors if there is a layer axis."""
     layers = [_measure_layer(*layer) for layer in _layers(w, dcdw, w, rule, None)]
     if rule.layer_axis is None:
@@ -167,14 +173,14 @@ def measure(w: Array, dcdw: Array, rule: Rule) -> Measured:
     return Measured(*np.array(layers, np.float64).reshape(-1, 4).T.copy())
 
 
-def measured(plan: Plan) -> Array:
+def measured(plan: Plan) -> NumpyArray:
     """The norms and ratios in a plan: for each layer a row with the fields of `Measured`."""
     return np.frombuffer(plan.measure(plan.norms())).reshape(-1, len(Measured._fields))
 
 
 @in_default_floats
 @without_warnings
-def _measure_layer(arrays: dict[str, Array], rule: Rule) -> tuple[float, ...]:
+def _measure_layer(arrays: dict[str, NumpyArray], rule: Rule) -> tuple[float, ...]:
     if "lr" in arrays:  # an array of rates: trust_clip is reported for the largest
         rule = rule._replace(lr_before_momentum=float(np.max(arrays["lr"], initial=0)))
     precision = precision_for(arrays["w"], arrays["dcdw"])
@@ -192,7 +198,7 @@ def _to_double_double(x: DoubleDouble | float) -> DoubleDouble:
     return x if isinstance(x, DoubleDouble) else DoubleDouble(x)
 
 
-def _clipping(norms: Norms, rule: Rule) -> tuple[Rule, Callable[[Array], Array] | None]:
+def _clipping(norms: Norms, rule: Rule) -> tuple[Rule, Callable[[NumpyArray], NumpyArray] | None]:
     """For `trust_clip` with a rate per element: a simpler rule, and a function to clip rates."""
     rule = rule._replace(trust_clip=False)
     if not rule.adapt or norms.w == 0 or norms.dcdw == 0:
@@ -209,7 +215,7 @@ def _rounded(x: DoubleDouble, precision: Precision) -> Any:
     return np.ldexp(precision(x.high) + precision(x.low), x.exponent)
 
 
-def _flattened(arrays: dict[str, Array]) -> dict[str, Any]:
+def _flattened(arrays: dict[str, NumpyArray]) -> dict[str, Any]:
     """The elements in the memory order of w: 1-d views, or flat iterators if memory has gaps.
 
     Axes of length 1 are dropped, because numpy's iterators support at most 32 axes, and its arrays
@@ -223,7 +229,7 @@ def _flattened(arrays: dict[str, Array]) -> dict[str, Any]:
     return {name: x.reshape(-1) if x.flags.c_contiguous else x.flat for name, x in ordered.items()}
 
 
-def _write(flat: Any, piece: slice, values: Array) -> None:
+def _write(flat: Any, piece: slice, values: NumpyArray) -> None:
     dtype = dtype_of(flat)
     if dtype.kind == "u":
         values = bfloat16.encode(values)

@@ -98,10 +98,11 @@ def _derivatives(
     """The derivatives by w, dcdw and the numbers that are tensors."""
     slope, wide_w, wide_dcdw = map(_flat, (slope, w, dcdw))
     norms = [math.sqrt(torch.dot(x, x)) for x in (wide_w, wide_dcdw)]
-    (on_dcdw, on_w), (of_dcdw, of_w) = _coefficients(norms, rule)
-    totals = -float(torch.dot(slope, wide_dcdw)) * of_dcdw - float(torch.dot(slope, wide_w)) * of_w
+    (gradient_coefficient, decay_coefficient), slopes = _coefficients(norms, rule)
+    totals = -float(torch.dot(slope, wide_dcdw)) * slopes[0]
+    totals -= float(torch.dot(slope, wide_w)) * slopes[1]
     found: list[Tensor | None] = []
-    cases = (w, wide_w, 1 - on_w), (dcdw, wide_dcdw, -on_dcdw)
+    cases = (w, wide_w, 1 - decay_coefficient), (dcdw, wide_dcdw, -gradient_coefficient)
     for i, (x, wide, factor) in enumerate(cases):
         # The derivative of the norm of x is x / norm, or 0 if the norm is 0.
         of_norm = totals[i] / norms[i] if norms[i] else 0.0

@@ -128,8 +128,8 @@ class Fused:
         self._written = [x for layer in layers for x in layer[2:4] if x is not None]
         rules = {id(layer.rule): layer.rule for layer in layers}
         self._rules = list(rules.values())
-        places = {key: place for place, key in enumerate(rules)}
-        of_rows = tuple(places[id(layer.rule)] for layer in layers)
+        indices = {key: index for index, key in enumerate(rules)}
+        of_rows = tuple(indices[id(layer.rule)] for layer in layers)
         is_double = any(torch.float64 in row.layout[:3] for row in rows)
         self._scales = len(formula.SCALES) if is_double else 1
         joint = any(map(formula.is_joint, self._rules))

@@ -1,6 +1,6 @@
 """The Triton kernels of the fused engine; `fused.py` launches them.
 
-The kernels address tensors through tables in device memory (`fused.Table`), so one launch serves
+The kernels address tensors through tables in device memory (`fused._Table`), so one launch serves
 any number of tensors. Each tensor is divided into chunks, each of which is the work of one program.
 All arithmetic is in float64, and results are rounded once. For addresses of the same alignment, the
 order of sums is fixed, so that repeated runs give the same bits.
@@ -38,7 +38,7 @@ LAYER_COLUMNS = 10
 W_AT, DCDW_AT, OUT_AT, VELOCITY_AT, SIZE, INNER, STRIDE, FIRST_CHUNK, CHUNKS, RULE = map(
     tl.constexpr, range(LAYER_COLUMNS)
 )
-RULE_NUMBERS = (*formula.NUMBERS, *formula.MOMENTUM_NUMBERS)
+RULE_NUMBERS = formula.ALL_NUMBERS
 RULE_FLAGS = ("adapt", "trust_clip", "joint_norm", "maximize", "nesterov")  # and `is_guarded`
 RULE_COLUMNS = len(RULE_NUMBERS) + len(RULE_FLAGS) + 1
 LR, DECAY, TRUST_COEFFICIENT, EPS, GRAD_SCALE, MOMENTUM, LR_AFTER, DAMPENING = map(

@@ -166,11 +166,11 @@ def _complete(parts: list[_Part], shared: list[_Shared]) -> None:
     """Replace the norms of shards by those of whole layers."""
     for device, some in grouped(parts, lambda part: part.norms.device).items():
         joined = some[0].norms if len(some) == 1 else torch.cat([part.norms for part in some])
-        places = {i: place for place, i in enumerate(i for part in some for i in part.indices)}
+        rows = {i: row for row, i in enumerate(i for part in some for i in part.indices)}
         # Leaves without layers here are included, so that all processes find the groups in the same
         # order: norms are summed over one dimension of the mesh after the other.
         here = [leaf for leaf in shared if leaf.device == device]
-        order = [places[i] for leaf in here for i in leaf.indices]
+        order = [rows[i] for leaf in here for i in leaf.indices]
         sharded.complete(joined, order, [(len(leaf.indices), leaf.groups) for leaf in here])
         if len(some) > 1:
             sizes = [len(part.indices) for part in some]

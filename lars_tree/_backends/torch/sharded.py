@@ -62,7 +62,7 @@ def whole(x: Any) -> Tensor:
 def gathered(leaf: Leaf, measured: list[Measured]) -> Measured:
     """The measurements of all layers of a leaf; NaN in processes outside of its device mesh."""
     w, axis = leaf.w, leaf.rule.layer_axis
-    if w.device_mesh.get_coordinate() is None:
+    if not is_in_mesh(w):
         shape = () if axis is None else (w.shape[axis],)
         return Measured(*[torch.full(shape, torch.nan, device=w.device)] * 4)
     if axis is None:
@@ -94,6 +94,7 @@ def _along_axis_0(placement: Any) -> Any:
 
 
 def is_in_mesh(w: Any) -> bool:
+    """Whether this process is in the device mesh of a DTensor."""
     return w.device_mesh.get_coordinate() is not None
 
 

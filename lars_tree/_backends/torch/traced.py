@@ -106,8 +106,7 @@ def _layers(leaf: Leaf) -> _Layers:
         None if x is None else BACKEND.widen(x, w) for x in (outs[0], _local(dcdw), outs[1])
     )
     is_short = BACKEND.bits(wide) >= 64 and BACKEND.is_short(outs[0], leaf.dcdw, rule)
-    names = (*formula.NUMBERS, *formula.MOMENTUM_NUMBERS)
-    numbers = {name: getattr(rule, name) for name in names}
+    numbers = {name: getattr(rule, name) for name in formula.ALL_NUMBERS}
     rule = rule._replace(
         **{name: _widened(x, wide) for name, x in numbers.items() if isinstance(x, Tensor)}
     )

@@ -77,8 +77,7 @@ def one_rule(rules: list[Rule], like: dict[str, Any]) -> Rule:
             return torch.as_tensor(first, **like).detach()
         return torch.stack([torch.as_tensor(value, **like).detach() for value in values])
 
-    names = (*formula.NUMBERS, *formula.MOMENTUM_NUMBERS)
-    return rules[0]._replace(**{name: merged(name) for name in names})
+    return rules[0]._replace(**{name: merged(name) for name in formula.ALL_NUMBERS})
 
 
 class _Ops(TorchOps):
