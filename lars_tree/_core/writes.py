@@ -174,22 +174,21 @@ def _aside(calls: list[Call]) -> None:
         partial(_thread.start_new_thread, next, (worker, None)),
         partial(setitem, started, 0, True),
     ]
+    # Each of these is one C call, within which no exception comes between two steps. They are
+    # prepared here, because an exception can come at the first line of any Python function.
+    begin, *waits = (map(_call, x) for x in [start, *3 * [[ended.acquire, ended.release]]])
+    make = deque[Any](maxlen=0).extend
     try:
-        deque(map(_call, start), 0)  # one C call: no exception separates the two
-        _wait(ended)
+        try:
+            make(begin)
+            make(waits[0])
+        except BaseException:
+            if started[0]:
+                make(waits[1])
+            raise
     except BaseException:
         if started[0]:
-            _wait(ended)
+            make(waits[2])  # if a second exception ended the wait
         raise
     if failures:
         raise failures[0]
-
-
-def _wait(ended: _thread.LockType) -> None:
-    """Wait until a lock was released, even if interrupted; then raise what interrupted it."""
-    calls: list[Call] = [ended.acquire, ended.release]
-    try:
-        deque(map(_call, calls), 0)  # one C call: nothing interrupts between the two
-    except BaseException:
-        _wait(ended)
-        raise

@@ -128,6 +128,8 @@ class Interruption:
         self.signals += 1
         if any(frame.f_code is Interruption.handle.__code__ for frame, _ in lines):
             return  # the handler of the first signal has not raised yet: this does not count
+        if any(frame.f_code.co_name == "__del__" for frame, _ in lines):
+            return  # Python only prints exceptions in destructors, such as that of ZipFile
         self.moments.append(_moment(lines[::-1]))
         if self.moments[-1] and len(self.moments) < self.sender.count:
             self.sender.start(self.gap)
@@ -279,12 +281,12 @@ class _Kind:
         if changed:
             return "; ".join(f"{x} was {before[x]!r}, is {after[x]!r}" for x in changed)
         if found not in self.states[:2]:
-            return f"{found!r} is neither of {self.states[:2]!r}"
+            return f"torn: {found!r:.300}"
         if _hangs(case.step):
             return f"the next step, in another thread, hangs for {PATIENCE:.0f} s"
         expected = self.states[self.states.index(found) + 1]
         if case.contents() != expected:
-            return f"after the next step: {case.contents()!r}, expected {expected!r}"
+            return f"after the next step: {case.contents()!r:.300}"
         return None if _threads_end(threads) else f"a thread is left after {PATIENCE:.0f} s"
 
 
