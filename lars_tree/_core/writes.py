@@ -176,7 +176,8 @@ def _aside(calls: list[Call]) -> None:
     ]
     # Each of these is one C call, within which no exception comes between two steps. They are
     # prepared here, because an exception can come at the first line of any Python function.
-    begin, *waits = (map(_call, x) for x in [start, *3 * [[ended.acquire, ended.release]]])
+    wait: list[Call] = [ended.acquire, ended.release]
+    begin, *waits = [map(_call, x) for x in (start, wait, wait, wait)]
     make = deque[Any](maxlen=0).extend
     try:
         try:

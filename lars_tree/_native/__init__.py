@@ -53,11 +53,16 @@ kernel = _load()
 instruction_set = kernel.best_instruction_set() if kernel else 0
 
 
-def in_use() -> _Kernel | None:
-    """The kernel; None if it is missing, or while torch.compile traces the Python code."""
+def is_compiling() -> bool:
+    """Whether torch.compile traces the Python code."""
     torch = sys.modules.get("torch")
     compiler = getattr(torch, "compiler", None)  # missing while torch is being imported
-    return None if compiler is not None and compiler.is_compiling() else kernel
+    return compiler is not None and bool(compiler.is_compiling())
+
+
+def in_use() -> _Kernel | None:
+    """The kernel; None if it is missing, or while torch.compile traces the Python code."""
+    return None if is_compiling() else kernel
 
 
 def native_available() -> bool:

@@ -18,6 +18,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
+from lars_tree import _native
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -80,6 +82,8 @@ def without_warnings(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if _native.is_compiling():  # torch cannot trace contexts, and computes without numpy
+            return function(*args, **kwargs)
         return copy_context().run(silent, *args, **kwargs)
 
     return call
