@@ -34,6 +34,7 @@ OTHER_ERRORS = (
     "can't start new thread",
     "DefaultCPUAllocator",
     "Failed to allocate",
+    "Error in computing overlap",  # of numpy
     "bad_alloc",
     "with an exception set",
     "without setting an exception",
