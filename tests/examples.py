@@ -37,7 +37,8 @@ NOT_RUN = {
     r"python3 -m venv .*": "sets up an environment; .ci/run runs those of the README",
     r"git (tag|push) .*": "makes a release",
     r"\.venv/bin/python -m pytest": "would run these pages again",
-    r"python -m benchmarks.*": "takes minutes",
+    r"\.venv/bin/coverage .*": "runs all tests",
+    r"(\.venv/bin/)?python -m (benchmarks|tests\.mutation).*": "takes minutes",
 }
 
 # Packages with which the pages compare lars_tree. No extra installs them, so if one is
