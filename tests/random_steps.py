@@ -277,7 +277,7 @@ def difference(
 ) -> str | None:
     """Where the bits differ; None if they are equal.
 
-    NaN of any bits are equal, unless `signs` of NaN, and their other bits, must be equal too.
+    All NaN are equal; with `signs`, only those with the same bits.
     """
     for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
         if (a.dtype, a.shape) != (b.dtype, b.shape):

@@ -133,7 +133,7 @@ def lying_map(x: Array_) -> Array_:
 
 
 def repeated(x: Array_) -> Array_:
-    """A view whose rows are one row, and writeable."""
+    """A writeable view in which all rows share the memory of one row."""
     return as_strided(x, x.shape, (0, x.itemsize))
 
 

@@ -17,6 +17,8 @@ became a view of the same memory with another shape, the step is that of the old
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 
 from tests.reliability import calls, outcomes
@@ -30,20 +32,20 @@ NEEDS = ("ml_dtypes", "pandas", "torch")
 
 @attack(CLAIM, "leaves of numpy", count=100_000, short=470, plain=True, needs=NEEDS)
 def arrays(rng: np.random.Generator) -> Attempts:
-    from tests.reliability import array_faults as faults
-    from tests.reliability import bad_arrays as bad
+    from tests.reliability import array_faults, bad_arrays
 
-    def valid(function: str, mode: str) -> calls.Call:
-        return calls.make(function, mode, bad.valid, bad.new_counter)
-
-    every = calls.cases([*faults.FAULTS, *faults.STATES, *faults.GOOD])
-    return outcomes.attempts(rng, every, valid, bad.strided, bad.seen, bad.numbers)
+    return _mutable(rng, array_faults, bad_arrays)
 
 
 @attack(CLAIM, "leaves of torch", count=100_000, short=410, plain=True, needs=(*NEEDS, "jax"))
 def tensors(rng: np.random.Generator) -> Attempts:
-    from tests.reliability import bad_tensors as bad
-    from tests.reliability import tensor_faults as faults
+    from tests.reliability import bad_tensors, tensor_faults
+
+    return _mutable(rng, tensor_faults, bad_tensors)
+
+
+def _mutable(rng: np.random.Generator, faults: ModuleType, bad: ModuleType) -> Attempts:
+    """Attempts with arrays of a library that can be written to, from its two modules."""
 
     def valid(function: str, mode: str) -> calls.Call:
         return calls.make(function, mode, bad.valid, bad.new_counter)

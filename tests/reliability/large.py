@@ -50,7 +50,7 @@ def check(name: str, w: np.ndarray, g: np.ndarray, view: Any = lambda x: x) -> N
 
 
 def root(x: Fraction) -> Fraction:
-    """The square root, with 60 bits after the point."""
+    """The square root, to 60 binary places."""
     return Fraction(isqrt(int(x * 4**60)), 2**60)
 
 

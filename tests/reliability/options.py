@@ -157,7 +157,7 @@ def wrong_error(error: Exception, name: str, named: tuple[str, ...], bad: Any) -
 
 
 @attack(
-    "A bad value of an option is refused, with its name and place",
+    "A bad value of an option is refused; the error names the option and where the value was given",
     "bad values of the options of `lars_update`, `Container.lars_update` and `Lars`",
     count=100_000,
     short=600,

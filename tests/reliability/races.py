@@ -140,7 +140,7 @@ ON_SAVES += [Place.rename_directory, Place.exchange_directory]
 ON_SAVES += [Place.remove_directory, Place.remove_temporary, Place.protect_directory]
 ON_SAVES += [Place.remove_shard, Place.interrupt]
 
-# After these, the shards of an index cannot be told from files of others.
+# After these, the shards of an index cannot be distinguished from other files.
 UNKNOWN = (Place.remove, Place.make_directory, Place.make_link, Place.put_other)
 UNKNOWN += (Place.remove_temporary,)
 
