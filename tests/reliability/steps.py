@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from ctypes import c_char
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conftest import need, to_library, to_numpy
+from conftest import need, to_numpy
 
 import lars_tree as lt
 
@@ -169,15 +167,6 @@ def of_threads() -> Case:
     return in_place(w, [np.full(x.shape, 0.25) for x in w], joint_norm=True, decay_lambda=0.1)
 
 
-@case("another library")
-def of_another_library() -> Case:
-    need("array_api_strict")
-    w = {"numpy": strided(1)}
-    w |= {key: to_library("array_api_strict", np.ones(3)) for key in "ab"}
-    g = {key: to_library("array_api_strict", np.full(3, 0.5)) for key in "ab"}
-    return in_place(w, {**g, "numpy": np.ones(4)})
-
-
 # ---- torch
 
 
@@ -194,71 +183,3 @@ case("torch, momentum into new tensors")(lambda: moving_into_new(*tensors()))
 case("torch and numpy, momentum in place")(
     lambda: moving([mixed_weights(), tensors()[0]], [mixed_gradients(), tensors()[1]])
 )
-
-
-def optimizer(steps: int, size: int = 3, **options: Any) -> Case:
-    torch = need("torch")
-    from lars_tree.torch import Lars
-
-    params = [torch.nn.Parameter(torch.ones(n)) for n in (size, 4, 2)]
-    for p in params:
-        p.grad = torch.full_like(p, 0.5)
-    opt = Lars([{"params": params[:2]}, {"params": params[2:], "adapt": False}], 0.1, **options)
-    for _ in range(steps):
-        opt.step()
-
-    class Stepping(Case):
-        def contents(self) -> list[list[bytes]]:
-            buffers = [x[key] for x in opt.state.values() for key in x]
-            return [contents([*params, *buffers]), contents([p.grad for p in params])]
-
-    return Stepping(opt.step, params)
-
-
-case("torch.Lars, first step")(lambda: optimizer(0))
-case("torch.Lars")(lambda: optimizer(1))
-case("torch.Lars, skip")(lambda: optimizer(0, nonfinite="skip"))
-case("torch.Lars, nesterov")(lambda: optimizer(1, nesterov=True))
-case("torch.Lars, four threads")(lambda: optimizer(1, size=LARGE))
-
-
-# ---- JAX
-
-
-def jax_arrays() -> tuple[Any, Any]:
-    w, g = weights().to_dict(), gradients().to_dict()
-    return tuple(lt.Container(x).map(lambda x: to_library("jax", x)) for x in (w, g))
-
-
-case("jax, new arrays")(lambda: into_new(*jax_arrays()))
-case("jax, momentum into new arrays")(lambda: moving_into_new(*jax_arrays()))
-
-
-# ---- Files
-
-
-class File(Case):
-    """A call that replaces a file."""
-
-    def __init__(self, call: Callable[[], Any], path: Path) -> None:
-        super().__init__(call, {})
-        self._path = path
-
-    def contents(self) -> list[list[bytes]]:
-        """Of the arrays in the file, and the number of files that are open."""
-        opened = len(os.listdir("/proc/self/fd"))
-        return [contents(lt.io.load(self._path)), [str(opened).encode()]]
-
-    def addresses(self) -> list[int]:
-        return []
-
-
-def saving(name: str) -> File:
-    """Loads a file and saves other weights there; the process is in a folder of its own."""
-    path = Path(name)
-    lt.io.save(weights(), path)
-    return File(lambda: lt.io.save(lt.io.load(path).map(lambda x: x + 1), path), path)
-
-
-case("save, npz")(lambda: saving("w.npz"))
-case("save, safetensors")(lambda: saving("w.safetensors"))
