@@ -181,10 +181,8 @@ def main() -> None:
     sys.unraisablehook = lambda _: None
     for module in sys.argv[1:]:
         importlib.import_module(module)
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        for line in sys.stdin:
-            answer(json.loads(line))
+    for line in sys.stdin:
+        answer(json.loads(line))
 
 
 if __name__ == "__main__":
