@@ -56,7 +56,8 @@ def _remove_set(staged: str) -> None:
     journal = os.path.join(staged, JOURNAL)
     with locking.Descriptor(journal, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK) as file:
         if locking.lock(file.fileno(), wait=False) and locking.is_at(journal, file.fileno()):
-            with locking.LockedDirectory(os.path.dirname(staged)):
+            with locking.DirectoryLock(os.path.dirname(staged)) as directory:
+                directory.acquire()
                 settle(staged)
 
 

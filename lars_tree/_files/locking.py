@@ -90,19 +90,16 @@ def sync(directory: str) -> None:
                 raise
 
 
-class LockedDirectory(Descriptor):
-    """The lock of a directory, held in a `with` block. It waits until no other process has it.
-
-    `is_locked` is False if locks are not supported.
-    """
+class DirectoryLock(Descriptor):
+    """The lock of a directory, which is released at the end of a `with` block."""
 
     def __init__(self, directory: str) -> None:
-        self.is_locked = False
-        if fcntl is None:
-            return
-        super().__init__(directory, os.O_RDONLY)
-        try:
-            self.is_locked = bool(lock(self.fileno(), wait=True))
-        except BaseException:
-            self.close()
-            raise
+        if fcntl is not None:
+            super().__init__(directory, os.O_RDONLY)
+
+    def acquire(self) -> bool:
+        """Wait until nobody else has the lock; return False if locks are not supported.
+
+        It can be acquired again while it is held.
+        """
+        return fcntl is not None and bool(lock(self.fileno(), wait=True))

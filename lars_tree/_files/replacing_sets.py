@@ -42,13 +42,15 @@ def replace_set(
         _check(path, target)
         abandoned.remove(directory)
         staged = os.path.join(directory, f"{PREFIX}{secrets.token_hex(8)}{STAGED}")
-        try:
-            try:  # begins before the directory is created, because Ctrl-C may come at any moment
-                _replace(target, staged, shards, index_text)
-            finally:
-                _end(staged)
-        finally:  # if Ctrl-C came in the inner `finally`
-            _end(staged)
+        # One lock for both functions: `_end` would wait forever for one that a traceback keeps.
+        with locking.DirectoryLock(directory) as lock:
+            try:
+                try:  # begins before `staged` is created, because Ctrl-C may come at any moment
+                    _replace(target, staged, lock, shards, index_text)
+                finally:
+                    _end(staged, lock)
+            finally:  # if Ctrl-C came in the inner `finally`
+                _end(staged, lock)
 
 
 def _check(path: str, target: str) -> None:
@@ -89,7 +91,11 @@ def _own(target: str, shards: Sequence[str]) -> list[str]:
 
 
 def _replace(
-    target: str, staged: str, shards: Sequence[Write], index_text: Callable[[list[str]], bytes]
+    target: str,
+    staged: str,
+    lock: locking.DirectoryLock,
+    shards: Sequence[Write],
+    index_text: Callable[[list[str]], bytes],
 ) -> None:
     directory = os.path.dirname(target)
     with _journal(staged) as journal:
@@ -97,29 +103,29 @@ def _replace(
         paths = [os.path.join(staged, str(i)) for i in range(len(shards))]
         for path, write in zip(paths, shards, strict=True):
             _write(path, write)
-        with locking.LockedDirectory(directory) as lock:
-            old = _old_shards(target)
-            names = _free_names(target, len(shards), lock.is_locked)
-            new_index = os.path.join(staged, INDEX)
-            _write(new_index, partial(_write_text, index_text(names)))
-            status = replacing.status(target)
-            for path in paths:
-                _set_permissions(path, new_mode, old)
-            _set_permissions(new_index, new_mode, [] if status is None else [target])
-            listed = dict(zip(names, map(abandoned.identity, paths), strict=True))
-            for path in _own(target, old):
-                with suppress(FileNotFoundError):
-                    listed[os.path.basename(path)] = abandoned.identity(path)
-            journal.write(abandoned.journal_text(listed))
-            journal.flush()
-            os.fsync(journal.fileno())
-            locking.sync(staged)
-            for path, name in zip(paths, names, strict=True):
-                os.rename(path, os.path.join(directory, name))
+        is_locked = lock.acquire()
+        old = _old_shards(target)
+        names = _free_names(target, len(shards), is_locked)
+        new_index = os.path.join(staged, INDEX)
+        _write(new_index, partial(_write_text, index_text(names)))
+        status = replacing.status(target)
+        for path in paths:
+            _set_permissions(path, new_mode, old)
+        _set_permissions(new_index, new_mode, [] if status is None else [target])
+        listed = dict(zip(names, map(abandoned.identity, paths), strict=True))
+        for path in _own(target, old):
+            with suppress(FileNotFoundError):
+                listed[os.path.basename(path)] = abandoned.identity(path)
+        journal.write(abandoned.journal_text(listed))
+        journal.flush()
+        os.fsync(journal.fileno())
+        locking.sync(staged)
+        for path, name in zip(paths, names, strict=True):
+            os.rename(path, os.path.join(directory, name))
+        locking.sync(directory)
+        os.replace(new_index, target)
+        with replacing.in_place(target):
             locking.sync(directory)
-            os.replace(new_index, target)
-            with replacing.in_place(target):
-                locking.sync(directory)
 
 
 def _journal(staged: str) -> BinaryIO:
@@ -174,8 +180,8 @@ def _set_permissions(path: str, new_mode: int, old: Sequence[str]) -> None:
         os.fsync(file.fileno())
 
 
-def _end(staged: str) -> None:
+def _end(staged: str, lock: locking.DirectoryLock) -> None:
     if os.path.exists(staged):
-        # If this fails, the next save repeats it.
-        with suppress(OSError), locking.LockedDirectory(os.path.dirname(staged)):
+        lock.acquire()
+        with suppress(OSError):  # if this fails, the next save repeats it
             abandoned.settle(staged)
