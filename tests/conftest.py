@@ -212,6 +212,8 @@ def library(request: pytest.FixtureRequest) -> Library:
 def traced(trace: Callable[..., Any], call: Callable[[], Any]) -> None:
     """Make a call under a trace function, which may interrupt the call with Ctrl-C."""
     before = sys.gettrace()  # of coverage or a debugger
+    # CPython 3.12 traces opcodes only if a frame has asked for them before settrace.
+    sys._getframe().f_trace_opcodes = True
     sys.settrace(trace)
     try:
         call()

@@ -10,6 +10,7 @@ import ctypes
 import dis
 import os
 import signal
+import sys
 import threading
 import tracemalloc
 
@@ -174,6 +175,8 @@ def interrupted_at(number, call, send):
 @pytest.mark.parametrize("send", [sent_by_a_thread, sent_by_the_system])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_exception_at_any_moment_leaves_all_written_or_nothing(case, send):
+    if case is in_chunks and sys.version_info[:2] == (3, 12):
+        pytest.skip("CPython 3.12 crashes: a traced generator continues in another thread")
     trees, call = case()
     before = contents(trees)
     call()
