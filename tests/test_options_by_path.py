@@ -157,11 +157,13 @@ def test_values_that_are_computed_at_each_reading(native, monkeypatch):
 # ---- Functions
 
 
-def test_a_function_gets_the_path_and_the_leaf_of_all_weights_once():
+@pytest.mark.parametrize("name", ["lr", *DEFAULTS])
+def test_a_function_gets_the_path_and_the_leaf_of_all_weights_once(name):
     w = model()
     w["wrapped"] = Array(ONE)
-    seen = []
-    lars_update(w, 1.0, lambda path, leaf: seen.append((path, leaf)) or 0.1)
+    seen, options = [], {"lr": 0.1, **DEFAULTS}
+    options[name] = lambda path, leaf, value=options[name]: seen.append((path, leaf)) or value
+    lars_update(w, 1.0, options.pop("lr"), **options)
     rows = [(p, x) for p, x in zip(w.paths(), w.leaves(), strict=True) if x is not None]
     assert [path for path, _ in seen] == [path for path, _ in rows]
     assert all(x is y for (_, x), (_, y) in zip(seen, rows, strict=True))

@@ -1,0 +1,96 @@
+"""The values of options: what they are converted to, and which are refused, with which message.
+
+`tests/reliability/options.py` tries many more values, in every place where an option is accepted.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import need
+
+from lars_tree import Array, OptionError
+from lars_tree._core.options import DEFAULTS, resolve
+
+W = {"a": np.array([3.0, 4.0]), "b": None}
+NUMBER = "a finite number >= 0"
+MASKED = "a masked array: LARS has no missing elements; fill them first"
+AXIS_NAME = "the name of a mesh axis, a tuple of names, or None"
+
+
+# Each way to give a value, with its path in the option.
+WAYS = [
+    (lambda x: x, ""),
+    (lambda x: {"a": x, "b": None}, "a"),
+    (lambda x: {"a*": x}, "a*"),
+    (lambda x: lambda path, leaf: x, "a"),
+]
+
+
+def resolved(name, given, **options):
+    """The value of a field of the rule of the first leaf."""
+    rules = resolve(W, {**DEFAULTS, "lr": 0.5, **options, name: given}, 2)
+    return getattr(rules[0], "lr_before_momentum" if name == "lr" else name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        *(("lr", x, 0.25) for x in (0.25, np.float32(0.25), np.array(0.25), Array(np.array(0.25)))),
+        *(("lr", x, 0.0) for x in (0, -0.0, np.array(0))),
+        ("lr", np.array([0, 1]), np.array([0.0, 1.0])),
+        *((name, 1, 1.0) for name in ("decay_lambda", "trust_coefficient", "eps", "grad_scale")),
+        ("grad_scale", np.array(5e-324), 5e-324),
+        *(("adapt", x, False) for x in (False, np.False_)),
+        ("stop_gradients", False, False),
+        ("nonfinite", np.str_("skip"), "skip"),
+        ("layer_axis", np.int8(-1), -1),
+        ("layer_axis", None, None),
+        ("axis_name", None, None),
+        ("axis_name", "x", frozenset({"x"})),
+        ("axis_name", ("x", ()), frozenset(("x", ()))),
+        ("axis_name", (), frozenset({()})),
+    ],
+    ids=repr,
+)
+def test_values_are_converted(name, value, expected):
+    for given, _ in WAYS:
+        assert repr(resolved(name, given(value))) == repr(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected", "found"),
+    [
+        *(("lr", x, NUMBER, repr(x)) for x in (-1, "fast", True, np.nan, np.array(-1.0))),
+        ("lr", np.array([1.0, -1.0]), f"{NUMBER} in every element", "array([ 1., -1.])"),
+        ("lr", np.array([True, False]), NUMBER, "array([ True, False])"),
+        ("lr", np.ma.ones(2), NUMBER, MASKED),
+        *((name, np.ones(2), "a number", "array([1., 1.])") for name in ("decay_lambda", "eps")),
+        *(("grad_scale", x, "a finite number > 0", repr(x)) for x in (0, np.array(0.0))),
+        ("nonfinite", "skipp", "'propagate', 'raise' or 'skip' (did you mean 'skip'?)", "'skipp'"),
+        ("nonfinite", 1, "'propagate', 'raise' or 'skip'", "1"),
+        *(("layer_axis", x, "an axis or None", repr(x)) for x in (True, np.True_, 0.5, "0")),
+        *(("axis_name", x, AXIS_NAME, repr(x)) for x in (0, {"x"}, ("x", None), ("x", ("y",)))),
+        ("adapt", 1, "True or False", "1"),
+        ("adapt", "x" * 58, "True or False", repr("x" * 58)),
+        ("adapt", "x" * 59, "True or False", "a str"),
+        ("adapt", np.ones((2, 2)), "True or False", "an array of shape (2, 2)"),
+    ],
+    ids=repr,
+)
+def test_invalid_values_are_refused_with_their_path(name, value, expected, found):
+    for given, path in WAYS:
+        with pytest.raises(OptionError) as caught:
+            resolved(name, given(value))
+        line = f"  {path or name}: expected {expected}, got {found}"
+        assert str(caught.value) == f"{name} has an invalid value\n{line}"
+        assert caught.value.argument == name
+
+
+@pytest.mark.parametrize("name", ["lr", "grad_scale"])
+def test_rates_keep_their_graph_where_gradients_are_not_stopped(name):
+    rate = need("torch").tensor(0.5, requires_grad=True)
+    for given, _ in WAYS:
+        for stop, _ in WAYS:
+            assert resolved(name, given(rate), stop_gradients=stop(False)) is rate
+            assert type(resolved(name, given(rate), stop_gradients=stop(True))) is float
