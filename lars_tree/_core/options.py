@@ -86,8 +86,6 @@ CALLED_ELSEWHERE = {
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_UNKNOWN = object()
-
 
 def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
     """Check all options, and return the rule of each of the `count` leaves, in leaf order."""
@@ -98,9 +96,9 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
         _add("stop_gradients", tree, stop, False, shared, columns)
     keep_graph = False in columns.get("stop_gradients", [shared.get("stop_gradients")])
     for name, value in options.items():
-        default, checked = _KNOWN.get((name, type(value)), (_UNKNOWN, None))
-        if default is not _UNKNOWN and value == default:  # the usual case
-            shared[_FIELDS.get(name, name)] = checked
+        known = _KNOWN.get((name, type(value)))
+        if known and value == known[0]:  # the usual case
+            shared[_FIELDS.get(name, name)] = known[1]
         elif name != "stop_gradients":
             _add(name, tree, value, keep_graph, shared, columns)
     if not columns:
@@ -108,20 +106,16 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
     if any(len(column) != count for column in columns.values()):
         raise structure.changed()
     _refuse_gaps(tree, columns)
-    indices = [Rule._fields.index(_FIELDS.get(name, name)) for name in columns]
-    fields = list(Rule(**{"lr_before_momentum": 0.0, **shared}))
+    fields = [_FIELDS.get(name, name) for name in columns]
     # Leaves that share all values share a Rule. The ids stay valid while the columns exist.
-    ids = [map(id, column) for column in columns.values()]
-    known: dict[Any, Rule] = {}
-    rules = []
-    for key, row in zip(zip(*ids, strict=True), zip(*columns.values(), strict=True), strict=True):
-        rule = known.get(key)
-        if rule is None:
-            for index, x in zip(indices, row, strict=True):
-                fields[index] = x
-            rule = known[key] = Rule._make(fields)
-        rules.append(rule)
-    return rules
+    rules: dict[tuple[int, ...], Rule] = {}
+    found = []
+    for row in zip(*columns.values(), strict=True):
+        key = tuple(map(id, row))
+        if key not in rules:
+            rules[key] = Rule(**shared, **dict(zip(fields, row, strict=True)))
+        found.append(rules[key])
+    return found
 
 
 def _add(
@@ -176,9 +170,9 @@ def _rows(tree: Any) -> list[tuple[errors.Path, Any]]:
 
 def is_function(given: Any, tree: Any) -> bool:
     """Whether an option is a function; a callable node, unless it is a prefix of the tree."""
-    if not callable(given):
-        return False
-    return structure.is_leaf(given) or not structure.match(tree, given, [], exact=False)
+    if callable(given) and not structure.is_leaf(given):
+        return not structure.match(tree, given, [], exact=False)
+    return callable(given)
 
 
 def _called(name: str, tree: Any, function: Callable[..., Any], keep_graph: bool) -> list[Any]:
@@ -210,10 +204,8 @@ def _called(name: str, tree: Any, function: Callable[..., Any], keep_graph: bool
 def _takes_path_and_leaf(function: Callable[..., Any]) -> bool:
     try:
         signature(function).bind((), None)
-    except TypeError:
-        return False
-    except ValueError:  # the signature is unknown, as for some builtins
-        pass
+    except (TypeError, ValueError) as error:
+        return isinstance(error, ValueError)  # the signature is unknown, as for some builtins
     return True
 
 
