@@ -1,4 +1,4 @@
-"""The values of options: what they are converted to, and which are refused, with which message.
+"""Options: what their values are converted to, and the messages for invalid values and names.
 
 `tests/reliability/options.py` tries many more values, in every place where an option is accepted.
 """
@@ -10,7 +10,7 @@ import pytest
 from conftest import need
 
 from lars_tree import Array, OptionError
-from lars_tree._core.options import DEFAULTS, resolve
+from lars_tree._core.options import DEFAULTS, check_names, resolve, with_hints
 
 W = {"a": np.array([3.0, 4.0]), "b": None}
 NUMBER = "a finite number >= 0"
@@ -94,3 +94,73 @@ def test_rates_keep_their_graph_where_gradients_are_not_stopped(name):
         for stop, _ in WAYS:
             assert resolved(name, given(rate), stop_gradients=stop(False)) is rate
             assert type(resolved(name, given(rate), stop_gradients=stop(True))) is float
+
+
+def decorated():
+    """A function and a method that give hints; made in the test, not when it is imported."""
+
+    @with_hints
+    def step(w, lr, /, dcdw=None, *, eps=0.0, **options):
+        return w, lr, dcdw, eps, options
+
+    class Model:
+        @with_hints
+        def step(self, w, /, eps=0.0):
+            return type(self).__name__, w, eps
+
+    return step, Model().step
+
+
+def test_functions_with_hints_take_their_arguments():
+    function, method = decorated()
+    assert function(1, 2) == (1, 2, None, 0.0, {})
+    every = {**DEFAULTS, "dcdw": 3, "eps": 4}
+    assert function(1, 2, **every) == (1, 2, 3, 4, {k: DEFAULTS[k] for k in DEFAULTS if k != "eps"})
+    assert method(1, eps=2) == ("Model", 1, 2)
+    assert function.__name__ == "step"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda f, m: f(1, lr=2), "step() takes 'lr' only by position: step(w, lr)"),
+        (lambda f, m: f(1, lr=2, x=3), "step() takes 'lr' only by position: step(w, lr)"),
+        (lambda f, m: m(w=1), "Model.step() takes 'w' only by position: step(w)"),
+        (lambda f, m: f(1, 2, z=3), "step() got an unexpected keyword argument 'z'"),
+        (
+            lambda f, m: m(1, epss=3),
+            "Model.step() got an unexpected keyword argument 'epss' (did you mean 'eps'?)",
+        ),
+        (
+            lambda f, m: m(1, adapt=True),
+            "Model.step() got an unexpected keyword argument 'adapt'"
+            " (it is an option of the optimizers, such as Lars)",
+        ),
+    ],
+)
+def test_functions_with_hints_name_a_wrong_keyword(call, message):
+    with pytest.raises(TypeError) as caught:
+        call(*decorated())
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "hint"),
+    [
+        ("weight_decay", {"decay_lambda"}, " (it is 'decay_lambda' here)"),
+        ("decay_lambda", {"weight_decay"}, " (it is 'weight_decay' here)"),
+        ("eta", {"trust_coefficient"}, " (it is 'trust_coefficient' here)"),
+        ("trust_coeff", {"trust_coefficient"}, " (it is 'trust_coefficient' here)"),
+        ("always_adapt", {"adapt"}, " (it is 'adapt' here)"),
+        ("eta", {"lr"}, ""),
+        ("nesterov", {"adapt"}, " (it is an option of the optimizers, such as Lars)"),
+        ("nesterov", {"momentum"}, ""),
+        ("nesterow", {"nesterov", "momentum"}, " (did you mean 'nesterov'?)"),
+        ("momenta", {"nesterov"}, ""),
+    ],
+)
+def test_hints_for_unknown_names(name, known, hint):
+    with pytest.raises(TypeError) as caught:
+        check_names({name: 1}, known, function="f()")
+    assert str(caught.value) == f"f() got an unexpected keyword argument {name!r}{hint}"
+    check_names(dict.fromkeys(known), known, function="f()")

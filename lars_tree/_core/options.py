@@ -221,7 +221,7 @@ def check_names(
 ) -> None:
     """Raise a TypeError for an unknown keyword, as Python does, but with a hint."""
     for name in options.keys() - set(known):
-        elsewhere = CALLED_ELSEWHERE.get(name, "")
+        elsewhere = CALLED_ELSEWHERE.get(name)
         hint = f" (it is {elsewhere!r} here)" if elsewhere in known else ""
         if not hint and name in OptimizerOptions.__annotations__ and "momentum" not in known:
             hint = " (it is an option of the optimizers, such as Lars)"
@@ -245,7 +245,7 @@ def with_hints(function: Function) -> Function:
 
     @wraps(function)
     def checked(*arguments: Any, **keywords: Any) -> Any:
-        if not keywords.keys() <= known:
+        if keywords.keys() - known:
             owner = f"{type(arguments[0]).__name__}." if is_method else ""
             called = f"{owner}{function.__name__}"
             for name in positional:
