@@ -87,6 +87,18 @@ def test_invalid_values_are_refused_with_their_path(name, value, expected, found
         assert caught.value.argument == name
 
 
+@pytest.mark.parametrize("name", ["lr", *DEFAULTS])
+def test_none_is_a_value_for_arrays_only_if_it_is_the_default(name):
+    for given, _ in WAYS[1:]:
+        if DEFAULTS.get(name, 0.5) is None:
+            assert resolved(name, given(None)) is None
+            continue
+        with pytest.raises(OptionError) as caught:
+            resolved(name, given(None))
+        line = "  a: expected a value, got None"
+        assert str(caught.value) == f"{name} has an invalid value\n{line}"
+
+
 @pytest.mark.parametrize("name", ["lr", "grad_scale"])
 def test_rates_keep_their_graph_where_gradients_are_not_stopped(name):
     rate = need("torch").tensor(0.5, requires_grad=True)

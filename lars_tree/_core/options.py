@@ -96,9 +96,9 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
         _add("stop_gradients", tree, stop, False, shared, columns)
     keep_graph = False in columns.get("stop_gradients", [shared.get("stop_gradients")])
     for name, value in options.items():
-        known = _KNOWN.get((name, type(value)))
-        if known and value == known[0]:  # the usual case
-            shared[_FIELDS.get(name, name)] = known[1]
+        key = name, type(value)
+        if key in _KNOWN and value == _KNOWN[key]:  # the usual case
+            shared[_FIELDS.get(name, name)] = _KNOWN[key]
         elif name != "stop_gradients":
             _add(name, tree, value, keep_graph, shared, columns)
     if not columns:
@@ -302,8 +302,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 and "\n" not in text else errors.describe(value)
 
 
-# The defaults by name and type, each with its checked value. In signatures, the default decay is 0.
-_KNOWN: dict[tuple[str, type], tuple[Any, Any]] = {
-    (name, type(default)): (default, CHECKS[name](default, False))
+# The checked defaults by name and type. In signatures, the default decay is 0.
+_KNOWN: dict[tuple[str, type], Any] = {
+    (name, type(default)): CHECKS[name](default, False)
     for name, default in [*DEFAULTS.items(), ("decay_lambda", 0), ("weight_decay", 0)]
 }
