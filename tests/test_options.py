@@ -108,6 +108,17 @@ def test_rates_keep_their_graph_where_gradients_are_not_stopped(name):
             assert type(resolved(name, given(rate), stop_gradients=stop(True))) is float
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("lr", -0.1), ("lr", np.nan), ("eps", -1.0), ("grad_scale", 0.0)]
+)
+def test_rates_that_keep_their_graph_are_checked(name, value):
+    rate = need("torch").tensor(value, requires_grad=True)
+    for given, _ in WAYS:
+        for stop in (True, False):
+            with pytest.raises(OptionError, match=f"^{name} has an invalid value\n"):
+                resolved(name, given(rate), stop_gradients=stop)
+
+
 def decorated():
     """A function and a method that give hints; made in the test, not when it is imported."""
 
