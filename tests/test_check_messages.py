@@ -94,11 +94,11 @@ FAULTS = {
         f"state: LeafError: state holds an array that cannot be computed with\n  a/0: {MASKED}",
     ),
     "integers": (
-        lambda: [leaf(w=ones(dtype=int), dcdw=ones(dtype=int))],
+        lambda: [leaf(w=ones(dtype=np.int64), dcdw=ones(dtype=np.int64))],
         f"w: DtypeError: w is not floating point\n  a/0: expected {FLOATS}, got int64",
     ),
     "integer gradient": (
-        lambda: [leaf(dcdw=ones(dtype=int))],
+        lambda: [leaf(dcdw=ones(dtype=np.int64))],
         f"dcdw: DtypeError: dcdw is not floating point\n  a/0: expected {FLOATS}, got int64",
     ),
     "complex": (
@@ -107,7 +107,12 @@ FAULTS = {
         "\n  a/0: expected real as in w (float32), got complex64",
     ),
     "shape": (
-        lambda: [leaf(), leaf(1, dcdw=ones(4)), leaf(2, w=ones(dtype=int)), leaf(3, dcdw=ones(5))],
+        lambda: [
+            leaf(),
+            leaf(1, dcdw=ones(4)),
+            leaf(2, w=ones(dtype=np.int64)),
+            leaf(3, dcdw=ones(5)),
+        ],
         "dcdw: ShapeError: dcdw does not broadcast to w"
         "\n  a/1: expected a shape that broadcasts to (2, 3), got (4,)"
         "\n  a/3: expected a shape that broadcasts to (2, 3), got (5,)",
@@ -154,6 +159,11 @@ FAULTS = {
         lambda: [leaf(velocity=[])],
         "state: LeafError: state holds something that is not an array"
         "\n  a/0: expected an array, got a list of 0 items",
+    ),
+    "masked out": (
+        lambda: [leaf(out=masked())],
+        "out: OutError: out cannot be written to\n  a/0: it is a masked array: LARS has no missing"
+        " elements; fill them first",
     ),
     "read-only": (
         lambda: [leaf(out=read_only())],

@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 from conftest import need
 
-from lars_tree import Array, OptionError
+from lars_tree import Array, OptionError, StructureError
 from lars_tree._core.options import DEFAULTS, check_names, resolve, with_hints
 
 W = {"a": np.array([3.0, 4.0]), "b": None}
 NUMBER = "a finite number >= 0"
 MASKED = "a masked array: LARS has no missing elements; fill them first"
 AXIS_NAME = "the name of a mesh axis, a tuple of names, or None"
-
-
 # Each way to give a value, with its path in the option.
 WAYS = [
     (lambda x: x, ""),
@@ -51,7 +49,6 @@ def resolved(name, given, **options):
         ("axis_name", ("x", ()), frozenset(("x", ()))),
         ("axis_name", (), frozenset({()})),
     ],
-    ids=repr,
 )
 def test_values_are_converted(name, value, expected):
     for given, _ in WAYS:
@@ -76,7 +73,6 @@ def test_values_are_converted(name, value, expected):
         ("adapt", "x" * 59, "True or False", "a str"),
         ("adapt", np.ones((2, 2)), "True or False", "an array of shape (2, 2)"),
     ],
-    ids=repr,
 )
 def test_invalid_values_are_refused_with_their_path(name, value, expected, found):
     for given, path in WAYS:
@@ -97,6 +93,21 @@ def test_none_is_a_value_for_arrays_only_if_it_is_the_default(name):
             resolved(name, given(None))
         line = "  a: expected a value, got None"
         assert str(caught.value) == f"{name} has an invalid value\n{line}"
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (["x"], "a list of 1 item"),
+        ([("x", "y")] * 3, "a list of 3 items"),
+        ({0: "x"}, "a dict with keys 0"),
+    ],
+)
+def test_trees_of_axis_names_are_shown_as_they_were_given(given, found):
+    with pytest.raises(StructureError) as caught:
+        resolve([W["a"], W["a"]], {**DEFAULTS, "lr": 0.5, "axis_name": given}, 2)
+    line = f"expected a list of 2 items, got {found}"
+    assert str(caught.value) == f"axis_name does not match w\n  axis_name: {line}"
 
 
 @pytest.mark.parametrize("name", ["lr", "grad_scale"])
