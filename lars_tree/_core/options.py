@@ -96,9 +96,9 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
         _add("stop_gradients", tree, stop, False, shared, columns)
     keep_graph = False in columns.get("stop_gradients", [shared.get("stop_gradients")])
     for name, value in options.items():
-        key = name, type(value)
-        if key in _KNOWN and value == _KNOWN[key]:  # the usual case
-            shared[_FIELDS.get(name, name)] = _KNOWN[key]
+        default = _KNOWN.get((name, type(value)))
+        if default and value == default[0]:  # the usual case
+            (shared[_FIELDS.get(name, name)],) = default
         elif name != "stop_gradients":
             _add(name, tree, value, keep_graph, shared, columns)
     if not columns:
@@ -106,16 +106,20 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
     if any(len(column) != count for column in columns.values()):
         raise structure.changed()
     _refuse_gaps(tree, columns)
-    fields = [_FIELDS.get(name, name) for name in columns]
+    indexed = [(Rule._fields.index(_FIELDS.get(x, x)), column) for x, column in columns.items()]
+    fields = list(Rule(**{"lr_before_momentum": 0.0, **shared}))
     # Leaves that share all values share a Rule. The ids stay valid while the columns exist.
-    rules: dict[tuple[int, ...], Rule] = {}
-    found = []
-    for row in zip(*columns.values(), strict=True):
-        key = tuple(map(id, row))
-        if key not in rules:
-            rules[key] = Rule(**shared, **dict(zip(fields, row, strict=True)))
-        found.append(rules[key])
-    return found
+    ids = [map(id, column) for column in columns.values()]
+    known: dict[Any, Rule] = {}
+    rules = []
+    for i, key in enumerate(zip(*ids, strict=True)):
+        rule = known.get(key)
+        if rule is None:
+            for index, column in indexed:
+                fields[index] = column[i]
+            rule = known[key] = Rule._make(fields)
+        rules.append(rule)
+    return rules
 
 
 def _add(
@@ -302,8 +306,9 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 and "\n" not in text else errors.describe(value)
 
 
-# The checked defaults by name and type. In signatures, the default decay is 0.
-_KNOWN: dict[tuple[str, type], Any] = {
-    (name, type(default)): CHECKS[name](default, False)
+# The checked defaults by name and type, in tuples, because one is None. In signatures, the default
+# decay is 0.
+_KNOWN: dict[tuple[str, type], tuple[Any]] = {
+    (name, type(default)): (CHECKS[name](default, False),)
     for name, default in [*DEFAULTS.items(), ("decay_lambda", 0), ("weight_decay", 0)]
 }
