@@ -45,7 +45,11 @@ TREE = [
 ]
 TESTS = [  # modules, files that test them, and whether to test with the kernel
     (RULE, "standard numbers laws native native_momentum floats report", (False, True)),
-    (OPTIONS, "by_path options_by_path optimizer_options errors checks leaves edges", (True,)),
+    (
+        OPTIONS,
+        "options optimizer_options by_path options_by_path checks check_messages leaves",
+        (True,),
+    ),
     (TREE, "tree nodes registered_nodes paths container changing errors torch_load", (False, True)),
 ]
 SWAPS = {

@@ -188,6 +188,18 @@ def test_which_key_decides(given, name, rate):
             {"blocks": {0: 0.1, "0": 0.2, "*": 1}, "*": 1},
             ["blocks: expected keys with different names, got two with the same"],
         ),
+        (
+            {"enc*": {}, "bias": 1, "blocks": 1},
+            [
+                f"{name}: expected one value for 'enc*', got an empty dict"
+                for name in PATHS
+                if name.startswith("enc") and "frozen" not in name
+            ],
+        ),
+        (
+            {"/enc*": 0.1, "*~/enc*": 0.1, "*": 1},
+            ["'/enc*': this key matches no leaf", "'*~/enc*': this key matches no leaf"],
+        ),
     ],
 )
 def test_what_is_refused(given, lines):
@@ -224,6 +236,32 @@ def test_a_default_is_suggested_if_only_keys_are_missing(given, is_suggested):
     assert ("add the key '*'" in str(caught.value)) == is_suggested
 
 
+def test_the_characters_of_patterns():
+    assert [x for x in map(chr, range(128)) if by_path.is_pattern(f"a{x}b")] == ["*", "?", "["]
+    assert not by_path.is_pattern(0)
+
+
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [(0.5, 0.5), (1, 1.0), ("ab", "".join("ab")), (ONE, ONE), (frozenset("x"), frozenset("x"))],
+)
+def test_matching_keys_may_have_equal_values(x, y):
+    assert by_path.resolve("lr", {"a*": x, "*b": y}, [(("ab",), 1.0)])[0] in (x, y)
+
+
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [(0.1, 0.2), (True, 1), (1, True), ("1", 1), (0, None), (ONE, ONE.copy()), (ONE, 1), (1, ONE)],
+)
+def test_matching_keys_with_other_values_are_refused(x, y):
+    """True is not 1, and arrays are compared by identity, because they may be traced."""
+    with pytest.raises(StructureError) as caught:
+        by_path.resolve("lr", {"a*": x, "*b": y}, [(("ab",), 1.0)])
+    x, y = ("an array of shape (2,)" if isinstance(z, np.ndarray) else repr(z) for z in (x, y))
+    expected = f"ab: expected one value, got '*b': {y}, 'a*': {x}: add a key for 'ab' itself"
+    assert str(caught.value) == f"lr does not match w\n  {expected}"
+
+
 def test_keys_with_characters_of_patterns_are_keys_first():
     w = {"layer[0]": ONE, "layer0": ONE, "*": ONE}
     new = lars_update(w, 1.0, {"layer[0]": 0.1, "layer0": 0.2, "*": 0.3}, adapt=False)
@@ -242,8 +280,10 @@ def test_the_values_of_a_mapping_are_checked_even_if_no_leaf_uses_them():
 
 def test_one_array_takes_the_default():
     assert lars_update(ONE, 1.0, {"*": 0.1}, adapt=False)[0] == 2.9
-    with pytest.raises(StructureError, match=r"'\*/bias': this key matches no leaf"):
-        lars_update(ONE, 1.0, {"*/bias": 1.0, "*": 0.1})
+    for key in ("*/bias", "?"):
+        with pytest.raises(StructureError) as caught:
+            lars_update(ONE, 1.0, {key: 1.0, "*": 0.1})
+        assert caught.value.paths == ((key,),)
 
 
 def test_names_with_another_separator():

@@ -179,15 +179,9 @@ def test_traced_values_cannot_decide_about_other_arrays():
         jax.jit(lambda a: lars_update({"a": a, "b": np.ones(2)}, 1.0, 0.1, nonfinite="skip"))(w)
 
 
-def test_rates_in_a_graph_are_checked_and_out_is_refused():
+def test_out_is_refused_for_rates_in_a_graph():
     torch = need("torch")
-    w = torch.ones(2)
-    for name, bad in (("lr", -0.1), ("lr", float("nan")), ("grad_scale", 0.0)):
-        value = torch.tensor(bad, requires_grad=True)
-        options = {"lr": 0.1} | {name: value}
-        with pytest.raises(OptionError, match=name):
-            lars_update(w, w, options.pop("lr"), stop_gradients=False, **options)
-    lr = torch.tensor(0.1, requires_grad=True)
+    w, lr = torch.ones(2), torch.tensor(0.1, requires_grad=True)
     with pytest.raises(OutError, match="graph"):
         lars_update(w, w, lr, stop_gradients=False, out=torch.zeros(2))
 

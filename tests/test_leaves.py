@@ -249,6 +249,13 @@ def test_init_refuses_arrays_of_objects_and_keeps_arrays_that_are_not_floating_p
     assert state.velocity.a.tolist() == [0, 0]
 
 
+def test_init_keeps_integers_of_any_library(library):
+    w = {"a": np.ones(2), "b": np.arange(3)}
+    state = OPT.init({key: to_library(library.name, x) for key, x in w.items()})
+    assert to_numpy(state.velocity.a).tolist() == [0, 0]
+    assert state.velocity.b is None
+
+
 @pytest.mark.parametrize("leaf", IMPOSTORS)
 def test_leaves_without_a_gradient_may_be_any_objects(leaf):
     x = IMPOSTORS[leaf][0]()

@@ -221,6 +221,17 @@ def test_a_callable_that_is_not_hashable_can_be_compared():
         hash(lt.Lars(Rate()))
 
 
+def test_a_node_that_is_a_schedule_and_not_hashable_is_compared_by_identity():
+    class Rates(dict):
+        def __call__(self, step):
+            return self["a"]
+
+    rates = Rates(a=0.1)
+    assert lt.Lars(rates) == lt.Lars(rates)
+    assert hash(lt.Lars(rates)) == hash(lt.Lars(rates))
+    assert lt.Lars(rates) != lt.Lars(Rates(a=0.1))
+
+
 def test_schedules_of_two_classes_with_equal_fields_differ():
     """Namedtuples of two classes are equal, but these two are schedules with other rates."""
 

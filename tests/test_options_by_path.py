@@ -145,23 +145,33 @@ class Computed(Mapping):
         return 3
 
 
+class Small(Computed):
+    def __getitem__(self, key):
+        return np.float32(super().__getitem__(key))
+
+
+@pytest.mark.parametrize("rates", [Computed(), Small()])
 @pytest.mark.parametrize("native", [True, False])
-def test_values_that_are_computed_at_each_reading(native, monkeypatch):
+def test_values_that_are_computed_at_each_reading(native, rates, monkeypatch):
     if not native:
         monkeypatch.setattr(_native, "kernel", None)
     w = {key: np.ones(1) for key in "abc"}
-    new = lars_update(w, 1.0, Computed(), adapt=False)
+    new = lars_update(w, 1.0, rates, adapt=False)
     assert [x[0] for x in new.values()] == [0.75, 0.5, 0]
+    rules = resolve(w, {**DEFAULTS, "lr": rates}, 3)
+    assert repr([rule.lr_before_momentum for rule in rules]) == "[0.25, 0.5, 1.0]"
 
 
 # ---- Functions
 
 
-def test_a_function_gets_the_path_and_the_leaf_of_all_weights_once():
+@pytest.mark.parametrize("name", ["lr", *DEFAULTS])
+def test_a_function_gets_the_path_and_the_leaf_of_all_weights_once(name):
     w = model()
     w["wrapped"] = Array(ONE)
-    seen = []
-    lars_update(w, 1.0, lambda path, leaf: seen.append((path, leaf)) or 0.1)
+    seen, options = [], {"lr": 0.1, **DEFAULTS}
+    options[name] = lambda path, leaf, value=options[name]: seen.append((path, leaf)) or value
+    lars_update(w, 1.0, options.pop("lr"), **options)
     rows = [(p, x) for p, x in zip(w.paths(), w.leaves(), strict=True) if x is not None]
     assert [path for path, _ in seen] == [path for path, _ in rows]
     assert all(x is y for (_, x), (_, y) in zip(seen, rows, strict=True))
@@ -197,9 +207,10 @@ def test_an_exception_in_a_function_gets_the_path_as_a_note():
     with pytest.raises(ZeroDivisionError) as caught:
         lars_update(model(), 1.0, 0.1, adapt=fails)
     assert caught.value.__notes__ == ["adapt at encoder/l0/kernel"]
-    with pytest.raises(TypeError) as wrong:
-        lars_update(ONE, 1.0, 0.1, adapt=lambda path, leaf: path + 1)
-    assert wrong.value.__notes__ == ["adapt at w"]
+    for adapt in (lambda path, leaf: path + 1, getattr):  # inspect knows no signature of getattr
+        with pytest.raises(TypeError) as wrong:
+            lars_update(ONE, 1.0, 0.1, adapt=adapt)
+        assert wrong.value.__notes__ == ["adapt at w"]
 
 
 def test_a_function_with_other_parameters_is_refused():

@@ -135,7 +135,7 @@ def _gradient(row: Row, same_shapes: bool, words: Words) -> Fault | None:
 def _belongs(argument: str, row: Row, x: Operand, words: Words) -> Fault | None:
     """Check that x is of the same library, and on the same devices, as the weights."""
     backend = row.leaf.backend
-    if x is row.w or (x.backend is backend and x.fault):
+    if x.backend is backend and x.fault:
         return None
     if x.backend is None:
         return _not_an_array(argument, x, words)
@@ -201,9 +201,8 @@ def _broadcasts(argument: str, ours: Facts, theirs: Facts, words: Words) -> Faul
     if ours.shape == theirs.shape:
         return None
     # numpy.broadcast_shapes supports at most 32 axes.
-    extra = len(ours.shape) - len(theirs.shape)
-    pairs = zip(ours.shape[max(extra, 0) :], theirs.shape, strict=False)
-    if extra >= 0 and all(n in (1, most) for most, n in pairs):
+    pairs = zip(reversed(ours.shape), reversed(theirs.shape), strict=False)
+    if len(theirs.shape) <= len(ours.shape) and all(n in (1, most) for most, n in pairs):
         return None
     headline = f"{words.name(argument)} does not broadcast to {words.w}"
     text = f"expected a shape that broadcasts to {ours.shape}, got {theirs.shape}"

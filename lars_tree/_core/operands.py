@@ -62,7 +62,7 @@ def with_operands(leaves: list[Leaf]) -> list[Row]:
     for leaf in leaves:
         rule = leaf.rule
         if id(rule) not in options:
-            given = [(name, x) for name, x in zip(rule._fields, rule, strict=True) if _is_array(x)]
+            given = [(name, x) for name, x in rule._asdict().items() if _is_array(x)]
             options[id(rule)] = [(option_name(name), read(x)) for name, x in given]
         arrays = (read(leaf.w), read(leaf.dcdw), read(leaf.out), read(leaf.velocity))
         rows.append(Row(leaf, *arrays, options[id(rule)]))

@@ -86,8 +86,6 @@ CALLED_ELSEWHERE = {
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_UNKNOWN = object()
-
 
 def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
     """Check all options, and return the rule of each of the `count` leaves, in leaf order."""
@@ -98,9 +96,9 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
         _add("stop_gradients", tree, stop, False, shared, columns)
     keep_graph = False in columns.get("stop_gradients", [shared.get("stop_gradients")])
     for name, value in options.items():
-        default, checked = _KNOWN.get((name, type(value)), (_UNKNOWN, None))
-        if default is not _UNKNOWN and value == default:  # the usual case
-            shared[_FIELDS.get(name, name)] = checked
+        default = _KNOWN.get((name, type(value)))
+        if default and value == default[0]:  # the usual case
+            (shared[_FIELDS.get(name, name)],) = default
         elif name != "stop_gradients":
             _add(name, tree, value, keep_graph, shared, columns)
     if not columns:
@@ -108,17 +106,17 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
     if any(len(column) != count for column in columns.values()):
         raise structure.changed()
     _refuse_gaps(tree, columns)
-    indices = [Rule._fields.index(_FIELDS.get(name, name)) for name in columns]
+    indexed = [(Rule._fields.index(_FIELDS.get(x, x)), column) for x, column in columns.items()]
     fields = list(Rule(**{"lr_before_momentum": 0.0, **shared}))
     # Leaves that share all values share a Rule. The ids stay valid while the columns exist.
     ids = [map(id, column) for column in columns.values()]
     known: dict[Any, Rule] = {}
     rules = []
-    for key, row in zip(zip(*ids, strict=True), zip(*columns.values(), strict=True), strict=True):
+    for i, key in enumerate(zip(*ids, strict=True)):
         rule = known.get(key)
         if rule is None:
-            for index, x in zip(indices, row, strict=True):
-                fields[index] = x
+            for index, column in indexed:
+                fields[index] = column[i]
             rule = known[key] = Rule._make(fields)
         rules.append(rule)
     return rules
@@ -176,9 +174,9 @@ def _rows(tree: Any) -> list[tuple[errors.Path, Any]]:
 
 def is_function(given: Any, tree: Any) -> bool:
     """Whether an option is a function; a callable node, unless it is a prefix of the tree."""
-    if not callable(given):
-        return False
-    return structure.is_leaf(given) or not structure.match(tree, given, [], exact=False)
+    if callable(given) and not structure.is_leaf(given):
+        return not structure.match(tree, given, [], exact=False)
+    return callable(given)
 
 
 def _called(name: str, tree: Any, function: Callable[..., Any], keep_graph: bool) -> list[Any]:
@@ -210,10 +208,8 @@ def _called(name: str, tree: Any, function: Callable[..., Any], keep_graph: bool
 def _takes_path_and_leaf(function: Callable[..., Any]) -> bool:
     try:
         signature(function).bind((), None)
-    except TypeError:
-        return False
-    except ValueError:  # the signature is unknown, as for some builtins
-        pass
+    except (TypeError, ValueError) as error:
+        return isinstance(error, ValueError)  # the signature is unknown, as for some builtins
     return True
 
 
@@ -229,7 +225,7 @@ def check_names(
 ) -> None:
     """Raise a TypeError for an unknown keyword, as Python does, but with a hint."""
     for name in options.keys() - set(known):
-        elsewhere = CALLED_ELSEWHERE.get(name, "")
+        elsewhere = CALLED_ELSEWHERE.get(name)
         hint = f" (it is {elsewhere!r} here)" if elsewhere in known else ""
         if not hint and name in OptimizerOptions.__annotations__ and "momentum" not in known:
             hint = " (it is an option of the optimizers, such as Lars)"
@@ -253,7 +249,7 @@ def with_hints(function: Function) -> Function:
 
     @wraps(function)
     def checked(*arguments: Any, **keywords: Any) -> Any:
-        if not keywords.keys() <= known:
+        if keywords.keys() - known:
             owner = f"{type(arguments[0]).__name__}." if is_method else ""
             called = f"{owner}{function.__name__}"
             for name in positional:
@@ -310,8 +306,9 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 and "\n" not in text else errors.describe(value)
 
 
-# The defaults by name and type, each with its checked value. In signatures, the default decay is 0.
-_KNOWN: dict[tuple[str, type], tuple[Any, Any]] = {
-    (name, type(default)): (default, CHECKS[name](default, False))
+# The checked defaults by name and type, in tuples, because one is None. In signatures, the default
+# decay is 0.
+_KNOWN: dict[tuple[str, type], tuple[Any]] = {
+    (name, type(default)): (CHECKS[name](default, False),)
     for name, default in [*DEFAULTS.items(), ("decay_lambda", 0), ("weight_decay", 0)]
 }

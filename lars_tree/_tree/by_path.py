@@ -149,8 +149,8 @@ class _Level:
             name = f"{key!s}" if name is None else f"{name}{self.sep}{key!s}"
             yield name
 
-    def _fault(self, path: Path, name: str, keys: list[str]) -> str:
-        """Why these matching keys give no value to a leaf; "" if they do."""
+    def _fault(self, path: Path, name: str, keys: list[str]) -> str | None:
+        """Why these matching keys give no value to a leaf; None if they do."""
         found = [self.given[key] for key in keys]
         if not keys and path == self.path:
             return f"expected one value, got keys {errors.enumerated(self.given, shown=repr)}"
@@ -161,7 +161,7 @@ class _Level:
             if key in self.inner:
                 return f"expected one value for {key!r}, got {errors.describe(self.given[key])}"
         if all(_equal(found[0], value) for value in found):
-            return ""
+            return None
         shown = ", ".join(f"{key!r}: {_shown(self.given[key])}" for key in sorted(keys))
         return f"expected one value, got {shown}: add a key for {name!r} itself"
 
@@ -188,14 +188,11 @@ def matcher(pattern: str, sep: str) -> Callable[[str], Any]:
 
 def _equal(x: Any, y: Any) -> bool:
     """Whether two values are the same. Arrays are compared by identity, as they may be traced."""
-    if x is y:
-        return True
     simple = (int, float, str, frozenset)
-    if isinstance(x, bool) or isinstance(y, bool) or not isinstance(x, simple):
-        return False
-    return isinstance(y, simple) and x == y
+    are_simple = (isinstance(z, simple) and not isinstance(z, bool) for z in (x, y))
+    return x is y or (all(are_simple) and x == y)
 
 
 def _shown(value: Any) -> str:
-    text = repr(value) if isinstance(value, (bool, int, float, str, type(None))) else ""
-    return text or errors.describe(value)
+    is_short = isinstance(value, (bool, int, float, str, type(None)))
+    return repr(value) if is_short else errors.describe(value)
