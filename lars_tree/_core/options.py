@@ -98,7 +98,7 @@ def resolve(tree: Any, options: dict[str, Any], count: int) -> list[Rule]:
     for name, value in options.items():
         default = _KNOWN.get((name, type(value)))
         if default and value == default[0]:  # the usual case
-            (shared[_FIELDS.get(name, name)],) = default
+            shared[_FIELDS.get(name, name)] = default[0]
         elif name != "stop_gradients":
             _add(name, tree, value, keep_graph, shared, columns)
     if not columns:
@@ -174,9 +174,9 @@ def _rows(tree: Any) -> list[tuple[errors.Path, Any]]:
 
 def is_function(given: Any, tree: Any) -> bool:
     """Whether an option is a function; a callable node, unless it is a prefix of the tree."""
-    if callable(given) and not structure.is_leaf(given):
-        return not structure.match(tree, given, [], exact=False)
-    return callable(given)
+    if not callable(given):
+        return False
+    return structure.is_leaf(given) or not structure.match(tree, given, [], exact=False)
 
 
 def _called(name: str, tree: Any, function: Callable[..., Any], keep_graph: bool) -> list[Any]:
@@ -208,8 +208,10 @@ def _called(name: str, tree: Any, function: Callable[..., Any], keep_graph: bool
 def _takes_path_and_leaf(function: Callable[..., Any]) -> bool:
     try:
         signature(function).bind((), None)
-    except (TypeError, ValueError) as error:
-        return isinstance(error, ValueError)  # the signature is unknown, as for some builtins
+    except TypeError:
+        return False
+    except ValueError:  # the signature is unknown, as for some builtins
+        pass
     return True
 
 

@@ -188,9 +188,12 @@ def matcher(pattern: str, sep: str) -> Callable[[str], Any]:
 
 def _equal(x: Any, y: Any) -> bool:
     """Whether two values are the same. Arrays are compared by identity, as they may be traced."""
+    if x is y:
+        return True
     simple = (int, float, str, frozenset)
-    are_simple = (isinstance(z, simple) and not isinstance(z, bool) for z in (x, y))
-    return x is y or (all(are_simple) and x == y)
+    if isinstance(x, bool) or isinstance(y, bool) or not isinstance(x, simple):
+        return False
+    return isinstance(y, simple) and x == y
 
 
 def _shown(value: Any) -> str:
