@@ -44,7 +44,7 @@ TREE = [
     f"_tree.{name}" for name in ("structure", "nodes", "kinds", "paths", "conversion", "operators")
 ]
 TESTS = [  # modules, files that test them, and whether to test with the kernel
-    (RULE, "standard numbers laws native native_momentum floats report", (False, True)),
+    (RULE, "formula sums checks laws report numbers native native_momentum writes", (False, True)),
     (OPTIONS, "by_path options_by_path optimizer_options errors checks leaves edges", (True,)),
     (TREE, "tree nodes registered_nodes paths container changing errors torch_load", (False, True)),
 ]
