@@ -153,7 +153,7 @@ def _norm(flat: Any, precision: Precision, number: Any, is_short: bool) -> Any:
     if _SAFE_SUM[0] < total[0] < _SAFE_SUM[1]:
         return _from_pair(total).sqrt()
     largest = _largest(flat, precision)
-    if largest == 0 or not np.isfinite(largest):
+    if not np.isfinite(largest):
         return DoubleDouble(float(largest))
     exponent = int(np.frexp(largest)[1])
     total = _sum_of_squares(flat, precision, is_short, -exponent)
