@@ -159,7 +159,7 @@ def test_the_layers_of_an_array_are_computed_one_by_one(in_range, joint, data):
 
 def test_the_defaults_of_a_rule_are_a_step_without_momentum():
     w, g = np.array([3.0, 4.0]), np.array([0.4, 0.3])
-    new, velocity = formula.step(OPS, w, g, Rule(0.1), np.array([5.0, 6.0]))
+    new, velocity = formula.step(OPS, w, g, Rule(0.1), np.array([5.0, 6.0]), False)
     assert new.round(15).tolist() == [2.6, 3.7]
     assert velocity.round(15).tolist() == [0.4, 0.3]
 

@@ -190,16 +190,18 @@ def test_the_kernel_measures_the_bits_of_its_twin(pair, options):
 
 
 @pytest.mark.parametrize("name", [*FORMATS, "complex64", "complex128"])
-def test_the_twin_passes_layers_on_to_the_kernel(name):
+def test_the_twin_passes_layers_on_to_the_kernel(name, monkeypatch):
     """An array of uint16 holds the bits of bfloat16."""
     rng = np.random.default_rng(0)
     w, g = (random_array(rng, name, (4, 300)) for _ in range(2))
     new, expected = np.empty_like(w), by_kernel([*w], [*g], 0.1)
     bits = [x.view(np.uint16) if name == "bfloat16" else x for x in (w, g, new)]
-    with watched() as took:
-        twin.update(*bits, Rule(0.1, layer_axis=0))
-    assert took == [True]
+    rule = Rule(0.1, layer_axis=0, nonfinite="raise", stop_gradients=False, axis_name=frozenset())
+    monkeypatch.setattr(twin, "_update_layer", None)
+    twin.update(*bits, rule)
     assert_identical([*new], expected)
+    lars_update(w, g, 0.1, layer_axis=0, out=w)
+    assert_identical([*w], expected)
 
 
 def squares(exponent):

@@ -25,7 +25,7 @@ OPTIONS = [
     {"trust_clip": True, "trust_coefficient": 10.0},
     {"trust_clip": True, "trust_coefficient": 0.01, "joint_norm": True, "decay_lambda": 0.25},
     {"grad_scale": 1024.0, "decay_lambda": 1e-4, "eps": 1e-6},
-    {"adapt": False, "decay_lambda": 0.01},
+    {"adapt": False, "decay_lambda": 0.01, "joint_norm": True},
 ]
 each_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
 

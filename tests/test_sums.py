@@ -88,3 +88,13 @@ def test_pieces_have_the_size_of_the_chunks_of_the_kernel(name, parts, numbers, 
     flat, length = np.broadcast_to(np.zeros((), name), numbers // parts), chunk // parts
     found = list(itertools.islice(pieces(flat), 4))
     assert found == [slice(i, i + length) for i in range(0, len(flat), length)[:4]]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("special", [np.inf, -np.inf, np.nan])
+@pytest.mark.filterwarnings("ignore::lars_tree.report.TrustRatioWarning")
+def test_one_element_can_make_a_norm_infinite_or_nan(dtype, special):
+    x = np.ones(20_000, dtype)
+    x[5] = special
+    (row,) = layer_table(x, x[::-1].copy(), 0.1)
+    assert np.array_equal([row["w_norm"], row["g_norm"]], [abs(special)] * 2, equal_nan=True)

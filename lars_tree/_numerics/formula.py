@@ -213,9 +213,7 @@ def is_moderate(number: float) -> bool:
     return number == 0 or MODERATE[0] < number < MODERATE[1]
 
 
-def step(
-    ops: Ops, w: Any, dcdw: Any, rule: Rule, velocity: Any = None, in_range: bool = False
-) -> tuple[Any, Any]:
+def step(ops: Ops, w: Any, dcdw: Any, rule: Rule, velocity: Any, in_range: bool) -> tuple[Any, Any]:
     """The weights and the velocity (None if there is none) after a step, in the precision of w.
 
     The step is valid over the whole range of exponents: arrays are scaled by powers of two, so that
