@@ -12,7 +12,7 @@ import math
 import numpy as np
 import pytest
 import reference
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from reference import mpf
 
@@ -47,6 +47,11 @@ def test_a_short_gradient_of_float64_weights_has_an_exact_norm(short, joint):
     assert abs(new - exact) <= 2 * math.ulp(exact)
 
 
+@example([5e-324], 1.0)
+@example([2.0**-500, 2.0**-460], 1.0)
+@example([2.0**480, 2.0**520], 1.0)
+@example([1.7e308] * 4, 1.0)
+@example([0.0], 1.0)
 @given(
     st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=4),
     st.sampled_from([1.0, 2.0**500, 2.0**-500]),
