@@ -164,7 +164,7 @@ def _largest(flat: Any, precision: Precision) -> Any:
     largest = precision(0)
     for piece in pieces(flat):
         values = np.abs(read_piece(flat, piece, precision))
-        largest = np.maximum(largest, np.max(values, initial=0))
+        largest = np.maximum(largest, np.max(values))
     return largest
 
 
