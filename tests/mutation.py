@@ -44,7 +44,7 @@ TREE = [
     f"_tree.{name}" for name in ("structure", "nodes", "kinds", "paths", "conversion", "operators")
 ]
 TESTS = [  # modules, files that test them, and whether to test with the kernel
-    (RULE, "standard numbers laws native native_momentum floats report", (False, True)),
+    (RULE, "formula sums checks laws report numbers native native_momentum writes", (False, True)),
     (
         OPTIONS,
         "options optimizer_options by_path options_by_path checks check_messages leaves",

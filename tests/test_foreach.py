@@ -230,7 +230,7 @@ def test_nonfinite_numbers_propagate_as_in_the_formula(name, options):
         if at != "w":
             g[2] = bad
         rule = Rule(0.1, **options)
-        expected, _ = formula.step(TorchOps(torch), w.double(), g.double(), rule)
+        expected, _ = formula.step(TorchOps(torch), w.double(), g.double(), rule, None, False)
         step([layer(w, g, **options)])
         for same in (torch.isnan, torch.isposinf, torch.isneginf):
             assert same(w).tolist() == same(expected).tolist(), (bad, at)

@@ -21,8 +21,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from random_arrays import FORMATS, dtype_of, random_array
 
-from lars_tree import _native, lars_update
+from lars_tree import _native, lars_update, report
+from lars_tree._backends.cpu import twin
 from lars_tree._numerics import bfloat16
+from lars_tree._numerics.formula import Rule
 from lars_tree.testing import assert_identical
 
 if _native.kernel is None and (not CI or os.environ.get("LARS_TREE_NATIVE") == "0"):
@@ -175,6 +177,33 @@ def test_the_kernel_gives_the_bits_of_its_twin(pair, lr, options, mode, instruct
     assert out is not None or expected.strides == actual.strides
 
 
+@pytest.mark.filterwarnings("ignore::lars_tree.report.TrustRatioWarning")
+@given(pair=arrays(), options=OPTIONS)
+def test_the_kernel_measures_the_bits_of_its_twin(pair, options):
+    rows = []
+    for kernel in (_native.kernel, None):
+        with patched(kernel=kernel):
+            (row,) = report.layer_table(*pair, 0.1, **options)
+        names = ("w_norm", "g_norm", "ratio", "relative_step", "clipped")
+        rows.append({name: np.float64(row[name]) for name in names})
+    assert_identical(*rows)
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "complex64", "complex128"])
+def test_the_twin_passes_layers_on_to_the_kernel(name, monkeypatch):
+    """An array of uint16 holds the bits of bfloat16."""
+    rng = np.random.default_rng(0)
+    w, g = (random_array(rng, name, (4, 300)) for _ in range(2))
+    new, expected = np.empty_like(w), by_kernel([*w], [*g], 0.1)
+    bits = [x.view(np.uint16) if name == "bfloat16" else x for x in (w, g, new)]
+    rule = Rule(0.1, layer_axis=0, nonfinite="raise", stop_gradients=False, axis_name=frozenset())
+    monkeypatch.setattr(twin, "_update_layer", None)
+    twin.update(*bits, rule)
+    assert_identical([*new], expected)
+    lars_update(w, g, 0.1, layer_axis=0, out=w)
+    assert_identical([*w], expected)
+
+
 def squares(exponent):
     """float64 leaves whose squared elements overflow or underflow although the norms do not."""
     rng = np.random.default_rng(1)
@@ -220,8 +249,8 @@ def test_instruction_sets_and_threads_give_the_same_bits(w, g, joint):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(_native.threads, "_chosen", threads)
             new = by_kernel(w, g, 3.0, instruction_set=instruction_set, **options)
-        for actual, twin in zip(new, expected, strict=True):
-            assert_identical(actual, twin)
+        for actual, one in zip(new, expected, strict=True):
+            assert_identical(actual, one)
         assert np.isfinite(new[0]).any()
 
 

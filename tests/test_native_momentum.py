@@ -119,6 +119,14 @@ MOTIONS = st.fixed_dictionaries(
     mode="new",
     instruction_set=0,
 )
+@example(  # the product of the rates is out of the range of double
+    case=(np.array([2.0], np.float32), np.array([1.0], np.float32), np.array([0.0], np.float32)),
+    lr=2.0**90,
+    options={"trust_clip": True},
+    motion={"momentum": 0.5, "lr_after_momentum": 2.0**1000},
+    mode="new",
+    instruction_set=0,
+)
 def test_the_kernel_gives_the_bits_of_its_twin(case, lr, options, motion, mode, instruction_set):
     w, g, v = case
     options = {"lr": lr, **options, **motion}

@@ -140,7 +140,7 @@ def test_the_error_is_bounded_for_any_numbers(name, data, lr, decay):
 def test_a_rate_for_each_element(size, data, decay):
     numbers = st.lists(finite["float32"], min_size=size, max_size=size)
     w, g = (np.array(data.draw(numbers), np.float32) for _ in range(2))
-    lr = np.array(data.draw(st.lists(rates, min_size=size, max_size=size)))
+    lr = np.array(data.draw(st.lists(rates | st.just(3.0), min_size=size, max_size=size)))
     options = {"decay_lambda": decay, "joint_norm": data.draw(st.booleans())}
     options["trust_clip"] = data.draw(st.booleans())
     new = lars_update(w, g, lr, **options)
@@ -156,6 +156,19 @@ def test_a_ratio_beyond_double_bounds_a_rate_for_each_element():
         actual = lars_update(w, g, rates, trust_clip=True, **options)
         np.testing.assert_allclose(actual, expected, rtol=1e-15)
         np.testing.assert_allclose(actual, [-1e-155, 1e-155], rtol=1e-15)
+    w, g = np.array([3e-138, 4e-138]), np.array([4e137, 3e137])
+    actual = lars_update(w, g, np.array([1e-276, 0.1]), trust_clip=True)  # the ratio is 1e-275
+    np.testing.assert_allclose(actual, [2.6e-138, 1e-138], rtol=1e-15)
+
+
+def test_rates_of_layers_with_a_norm_of_0_are_not_clipped():
+    x, zeros, rates = np.array([0.6, 0.8]), np.zeros(2), np.array([3.0, 0.5])
+    options = {"trust_clip": True, "decay_lambda": 0.25}
+    steps = {"zero weights": (zeros, x, rates * x), "no gradient": (x, zeros, 0.25 * rates * x)}
+    steps["norms of 1"] = x, x, np.minimum(rates, 0.8) * 1.25 * x
+    for name, (w, g, u) in steps.items():
+        new = lars_update(w, g, rates, **options)
+        np.testing.assert_allclose(new, w - u, rtol=0, atol=2e-16, err_msg=name)
 
 
 @pytest.mark.parametrize("library_name", ["torch", "jit", "dask", "strict"])
@@ -207,6 +220,31 @@ def test_long_double_keeps_its_digits_and_its_range():
     third = np.array([1, 2, 2], np.longdouble) / 3  # the norm is 1 to the last digit
     fresh = lars_update(third, third, 0.25)
     assert np.max(np.abs(fresh - third * 3 / 4)) <= 4 * np.finfo(np.longdouble).eps
+
+
+def of_long_double(x):
+    """The exact elements: each is the sum of two doubles."""
+    high = x.astype(float)
+    return [reference.mpf(a) + float(b) for a, b in zip(high, x - high, strict=True)]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1, 3.0])
+@pytest.mark.parametrize("joint", [False, True])
+def test_long_double_is_as_exact_as_its_digits(decay, joint):
+    eps = np.finfo(np.longdouble).eps
+    if eps == np.finfo(float).eps:
+        pytest.skip("long double is double here")
+    rng = np.random.default_rng(11)
+    for part in (1, 1e-15):
+        w, g = rng.uniform(1, 2, (2, 5)) + rng.integers(0, 2**11, (2, 5)) * eps
+        if joint and part < 1:  # g and the decay nearly cancel
+            g = -decay * w * (1 - part * g)
+        options = {"decay_lambda": decay, "joint_norm": joint}
+        new = lars_update(w, g, 0.1, **options)
+        flat = [of_long_double(x) for x in (new, w, g)]
+        step = reference.lars(flat[1], flat[2], 0.1, **options)
+        for x, wi, ui, exact in zip(flat[0], flat[1], step.u, step.w_new, strict=True):
+            assert abs(x - exact) <= 4 * float(eps) * max(abs(wi), abs(ui))
 
 
 @pytest.mark.parametrize(("name", "bits"), [("bfloat16", 8), ("float16", 11)])

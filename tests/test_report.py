@@ -25,7 +25,7 @@ OPTIONS = [
     {"trust_clip": True, "trust_coefficient": 10.0},
     {"trust_clip": True, "trust_coefficient": 0.01, "joint_norm": True, "decay_lambda": 0.25},
     {"grad_scale": 1024.0, "decay_lambda": 1e-4, "eps": 1e-6},
-    {"adapt": False, "decay_lambda": 0.01},
+    {"adapt": False, "decay_lambda": 0.01, "joint_norm": True},
 ]
 each_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
@@ -266,7 +266,7 @@ def table_of(w, g, lr=0.1, **options):
         return layer_table(w, g, lr, **options).records
 
 
-@pytest.mark.parametrize("options", [OPTIONS[3], OPTIONS[5]], ids=str)
+@pytest.mark.parametrize("options", OPTIONS[3:6], ids=str)
 def test_a_row_has_the_norms_and_the_step_of_the_update(library, options):
     w, g = pair()
     (row,) = table_of(to_library(library.name, w), to_library(library.name, g), 0.3, **options)

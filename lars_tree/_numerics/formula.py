@@ -21,8 +21,8 @@ With momentum, u is added to a velocity v, which updates the weights (`increment
             w - lr_after_momentum * (u + momentum * v_new)      with nesterov
 
 This module knows neither trees nor array libraries. `_native/kernel.hpp` implements the rule again
-for CPU memory. `tests/test_numbers.py` compares both implementations with `tests/reference.py`, an
-independent implementation in mpmath.
+for CPU memory. `tests/test_numbers.py` and `tests/test_formula.py` compare both implementations
+with `tests/reference.py`, an independent implementation in mpmath.
 """
 
 from __future__ import annotations
@@ -213,9 +213,7 @@ def is_moderate(number: float) -> bool:
     return number == 0 or MODERATE[0] < number < MODERATE[1]
 
 
-def step(
-    ops: Ops, w: Any, dcdw: Any, rule: Rule, velocity: Any = None, in_range: bool = False
-) -> tuple[Any, Any]:
+def step(ops: Ops, w: Any, dcdw: Any, rule: Rule, velocity: Any, in_range: bool) -> tuple[Any, Any]:
     """The weights and the velocity (None if there is none) after a step, in the precision of w.
 
     The step is valid over the whole range of exponents: arrays are scaled by powers of two, so that
@@ -324,16 +322,14 @@ def _scaled(ops: Ops, w_norm: Norm, dcdw_norm: Norm, rule: Rule) -> tuple[Rule, 
     # If the scale divided by the loss scale is out of range, the undivided scale is good enough.
     unscaled = dcdw_norm.scale / rule.grad_scale
     in_range = (unscaled > 0) & (unscaled < float("inf"))
-    # A norm of 0 has the scale 1, which must not enter the maximum of the scales.
-    moves = dcdw_norm.scaled != 0
-    scale = ops.where(moves, ops.where(in_range, unscaled, dcdw_norm.scale), 0)
+    scale = ops.where(in_range, unscaled, dcdw_norm.scale)
     scale = ops.maximum(scale, rule.decay_lambda * w_norm.scale)
     scale = ops.power_of_two(ops.maximum(scale, rule.eps))
     scaled = _with_denominator(
         rule,
         rule.decay_lambda * w_norm.scale / scale,
         ops.like(rule.eps, scale) / scale,
-        rule.grad_scale * ops.where(moves, scale / dcdw_norm.scale, 1),
+        rule.grad_scale * (scale / dcdw_norm.scale),
     )
     # A scaled ratio is never near these bounds, so it cannot equal `one` even if `one` is bounded.
     one = ops.maximum(scale / ops.maximum(w_norm.scale, scale * 2.0**-100), 2.0**-100)

@@ -153,7 +153,7 @@ def _norm(flat: Any, precision: Precision, number: Any, is_short: bool) -> Any:
     if _SAFE_SUM[0] < total[0] < _SAFE_SUM[1]:
         return _from_pair(total).sqrt()
     largest = _largest(flat, precision)
-    if largest == 0 or not np.isfinite(largest):
+    if not np.isfinite(largest):
         return DoubleDouble(float(largest))
     exponent = int(np.frexp(largest)[1])
     total = _sum_of_squares(flat, precision, is_short, -exponent)
@@ -164,7 +164,7 @@ def _largest(flat: Any, precision: Precision) -> Any:
     largest = precision(0)
     for piece in pieces(flat):
         values = np.abs(read_piece(flat, piece, precision))
-        largest = np.maximum(largest, np.max(values, initial=0))
+        largest = np.maximum(largest, np.max(values))
     return largest
 
 
@@ -200,12 +200,12 @@ def _sum_of_rows(groups: NumpyArray, is_short: bool) -> tuple[NumpyArray, NumpyA
     """
     if is_short:
         rows = groups.reshape(-1, _LANES)
-        return np.add.reduce(rows, axis=0), np.zeros_like(rows[0])
+        return np.add.reduce(rows), np.zeros(_LANES, rows.dtype)
     sums = (groups[:, 0] + groups[:, 1]) + (groups[:, 2] + groups[:, 3])
     before = np.zeros((len(sums) + 1, _LANES), sums.dtype)
-    np.add.accumulate(sums, axis=0, out=before[1:])
+    np.add.accumulate(sums, out=before[1:])
     _, errors = two_sum(before[:-1], sums)
-    return before[-1], np.add.reduce(errors, axis=0, initial=0.0)
+    return before[-1], np.add.reduce(errors, initial=0.0)
 
 
 def _add(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -240,7 +240,7 @@ def read_piece(flat: Any, piece: slice, precision: Precision) -> NumpyArray:
     """A piece converted to this precision, with complex elements as pairs of real numbers."""
     x: NumpyArray = flat[piece]
     if x.dtype.kind == "u":
-        return bfloat16.decode(x).astype(precision, copy=False)
+        return np.asarray(bfloat16.decode(x), precision)
     if x.dtype.kind == "c":
         return x.astype(np.result_type(precision, np.complex64)).view(precision)
-    return x.astype(precision, copy=False)
+    return np.asarray(x, precision)

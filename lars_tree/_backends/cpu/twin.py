@@ -210,8 +210,6 @@ def _clipping(norms: Norms, rule: Rule) -> tuple[Rule, Callable[[NumpyArray], Nu
 
 
 def _rounded(x: DoubleDouble, precision: Precision) -> Any:
-    if precision is np.float64:
-        return float(x)
     return np.ldexp(precision(x.high) + precision(x.low), x.exponent)
 
 
