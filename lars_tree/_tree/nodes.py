@@ -108,15 +108,11 @@ def replace_children(node: Node, values: Iterable[Any]) -> Node:
         return cls(values)
     if is_trusted(node):
         return with_items(node, zip(node, values, strict=True))
-    return _checked(node, *_old_and_new(node, values))
-
-
-def _old_and_new(node: Node, values: Iterable[Any]) -> tuple[Pairs, Pairs]:
-    """The (key, child) pairs of the node, and those with new children."""
     before, values = list(children(node)), list(values)
     if len(before) != len(values):
         raise _read_anew(node)
-    return before, [(key, value) for (key, _), value in zip(before, values, strict=True)]
+    pairs = [(key, value) for (key, _), value in zip(before, values, strict=True)]
+    return _checked(node, before, pairs)
 
 
 def _read_anew(node: Node) -> CannotRebuild:
@@ -138,13 +134,12 @@ def with_items(node: Node, items: Items) -> Node:
     return dict(items) if cls is dict else container(cls, items)
 
 
-def replace_for_reading(node: Node, values: Iterable[Any]) -> Node:
-    """Like `replace_children`, but the result is only read: it may be a list or dict instead."""
-    if is_trusted(node):
-        return replace_children(node, values)
+def for_reading(node: Node, pairs: Pairs) -> Node:
+    """A node of new (key, child) pairs that is only read: it may be a list or dict instead."""
     if kind_of(node) == SEQUENCE:
-        return list(values)
-    return dict(_old_and_new(node, values)[1])
+        values = [value for _, value in pairs]
+        return tuple(values) if type(node) is tuple else values
+    return with_items(node, pairs) if is_container(node) else dict(pairs)
 
 
 Attempt = Callable[[Node, Pairs], Node]

@@ -186,7 +186,8 @@ def _fill(node: Tree, remaining: Iterator[Leaf]) -> Tree:
 def _fill_for_reading(node: Tree, remaining: Iterator[Leaf]) -> Tree:
     if kind_of(node) == LEAF:
         return next(remaining)
-    return nodes.replace_for_reading(node, nodes.map_children(node, _fill_for_reading, remaining))
+    pairs = [(key, _fill_for_reading(child, remaining)) for key, child in children(node)]
+    return nodes.for_reading(node, pairs)
 
 
 def map_leaves(
