@@ -46,7 +46,12 @@ TREE = [
 TESTS = [  # modules, files that test them, and whether to test with the kernel
     (RULE, "standard numbers laws native native_momentum floats report", (False, True)),
     (OPTIONS, "by_path options_by_path optimizer_options errors checks leaves edges", (True,)),
-    (TREE, "tree nodes registered_nodes paths container changing errors torch_load", (False, True)),
+    (
+        TREE,
+        "tree nodes registered_nodes registering kinds rebuilding paths container container_merge "
+        "array changing depth errors testing_assertions torch_load",
+        (False, True),
+    ),
 ]
 SWAPS = {
     ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq], ast.Is: [ast.IsNot], ast.IsNot: [ast.Is],
