@@ -110,6 +110,16 @@ def test_the_kinds_of_module_level_classes_are_known_to_the_kernel():
     assert {Container, Frozen, Outer.Inner, int, str, float} <= structure.KINDS.keys()
 
 
+def test_the_libraries_are_asked_once_for_each_class(monkeypatch):
+    names = [name for name in REGISTERED if name.startswith("jax") and "mapping" not in name]
+    need("jax")
+    made = [REGISTERED[name][0]()(1, 2) for name in names]
+    made += [type("Local", (base,), {})() for base in (dict, UserDict, UserList, Container)]
+    structure.leaves(made)
+    monkeypatch.setattr(kinds.registered, "find", None)
+    structure.leaves([*made, *made])
+
+
 def test_nodes_that_may_make_their_children_at_each_reading(monkeypatch):
     """In place updates check these nodes; they do not check trees of all other nodes."""
     make = REGISTERED["jax class"][0]()

@@ -70,30 +70,38 @@ def test_the_message_says_why_a_node_cannot_be_rebuilt(name, reason):
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_another_number_of_children_at_a_later_reading_is_refused(count):
+    """The node has two children until reading `change`, then `count` children."""
+
+    def number(node):
+        node.readings += 1
+        return 2 if node.readings < change else count
+
     class Varying(UserDict):
-        readings = 0
-
         def items(self):
-            self.readings += 1
-            return list(self.data.items())[: 2 if self.readings < first else count]
+            return dict.fromkeys("abc"[: number(self)], 0.1).items()
 
-    def take(act):
-        node = Varying(a=0.1, b=0.1, c=0.1)
+    class VaryingList(list):
+        def __iter__(self):
+            yield from [W] * number(self)
+
+    def readings(act, cls):
+        node = cls()
+        node.readings = 0
         with suppress(StructureError):
             act(node)
         return node.readings
 
-    acts = (
-        lambda node: lars_update({"x": node}, {"x": [G, G]}, 0.1),
-        lambda node: Container._lars_tree_make({"x": node}).map(lambda x: x),
-        lambda node: lars_update({"a": W, "b": W}, G, node),
-        lambda node: Lars(node).init({"a": W, "b": W}),
-    )
-    for act in acts:
-        first = 1
-        while take(act) >= first:  # until no reading is the first with another number
-            first += 1
-        assert first > 1
+    for act, cls in (
+        (lambda node: lars_update({"x": node}, {"x": [G, G]}, 0.1), Varying),
+        (lambda node: Container._lars_tree_make({"x": node}).map(lambda x: x), Varying),
+        (lambda node: lars_update({"a": W, "b": W}, G, node), Varying),
+        (lambda node: Lars(node).init({"a": W, "b": W}), Varying),
+        (lambda node: Container(x=node), VaryingList),
+    ):
+        change = 1
+        while readings(act, cls) >= change:  # else the number does not change during the call
+            change += 1
+        assert change > 1
 
 
 def test_a_state_that_cannot_be_rebuilt_is_refused_with_its_path():
@@ -190,6 +198,18 @@ def test_a_dict_that_is_read_in_another_order_keeps_its_own():
     new = lars_update(Sorted(b=W, a=G), {"a": 0 * G, "b": G}, 0.1)
     assert list(dict.keys(new)) == ["b", "a"]
     assert [x.tolist() for x in dict.values(new)] == [NEW, G.tolist()]
+
+
+def test_an_empty_node_may_be_rebuilt_as_itself():
+    class Empty(dict):
+        def __init__(self, name):
+            self.name = name
+
+        def __copy__(self):
+            return self
+
+    w = {"x": Empty("x"), "y": W}
+    assert lars_update(w, {"x": {}, "y": G}, 0.1)["x"] is w["x"]
 
 
 def test_a_field_that_the_constructor_does_not_take():
