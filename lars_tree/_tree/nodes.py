@@ -106,13 +106,11 @@ def replace_children(node: Node, values: Iterable[Any]) -> Node:
     cls = type(node)
     if cls is list or cls is tuple:
         return cls(values)
-    if is_trusted(node):
-        return with_items(node, zip(node, values, strict=True))
     before, values = list(children(node)), list(values)
     if len(before) != len(values):
         raise _read_anew(node)
     pairs = [(key, value) for (key, _), value in zip(before, values, strict=True)]
-    return _checked(node, before, pairs)
+    return with_items(node, pairs) if is_trusted(node) else _checked(node, before, pairs)
 
 
 def _read_anew(node: Node) -> CannotRebuild:
