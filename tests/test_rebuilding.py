@@ -127,8 +127,7 @@ def test_an_error_of_a_constructor_is_in_the_message(error, raised):
                 raise error("not\nnow" + 99 * ".")
             super().__init__(items)
 
-    shown = r"Fails refuses.*\(ValueError: not now\.{24}(?! )\.{40}\)$|^not\nnow"
-    with pytest.raises(raised, match=shown):
+    with pytest.raises(raised, match=r"Fails refuses.*\(ValueError: not now\.{64}\)$|^not\nnow"):
         lars_update(Fails({"a": W}, fail=False), G, 0.1)
 
 
@@ -168,24 +167,36 @@ def test_attributes_that_depend_on_the_children_are_made_anew():
     assert new.first is new.a
 
 
-@pytest.mark.parametrize(
-    ("base", "name", "items"),
-    [(dict, "__setitem__", {"a": W}), (list, "append", [W]), (list, "extend", [W])],
-)
-def test_attributes_that_writing_sets_are_made_anew(base, name, items):
-    def init(self, items):
-        if name == "extend":
+def test_attributes_that_writing_sets_are_made_anew():
+    class Putting(dict):
+        def __init__(self, items):
+            for key, value in items.items():
+                self[key] = value
+
+        def __setitem__(self, key, value):
+            super().__setitem__(key, value)
+            self.seen = id(value)
+
+    class Appending(list):
+        def __init__(self, items):
+            for x in items:
+                self.append(x)
+
+        def append(self, x):
+            super().append(x)
+            self.seen = id(x)
+
+    class Extending(list):
+        def __init__(self, items):
             self.extend(items)
-        for item in () if name == "extend" else items.items() if base is dict else zip(items):
-            getattr(self, name)(*item)
 
-    def write(self, *arguments):
-        getattr(base, name)(self, *arguments)
-        self.seen = id(arguments[-1][0] if name == "extend" else arguments[-1])
+        def extend(self, items):
+            super().extend(items)
+            self.seen = id(self[-1])
 
-    cls = type("Seeing", (base,), {"__init__": init, name: write})
-    new = lars_update(cls(items), G, 0.1)
-    assert new.seen == id(structure.leaves(new)[0])
+    for w in (Putting({"a": W}), Appending([W]), Extending([W])):
+        new = lars_update(w, G, 0.1)
+        assert new.seen == id(structure.leaves(new)[0])
 
 
 def test_an_attribute_may_equal_an_old_number():
