@@ -143,7 +143,7 @@ TAKE_A_FUNCTION = {
 )
 def test_a_function_that_changes_the_container_is_refused(walk, act, change):
     w = Container(x=[1, 2], y={"z": 3}, last=4)
-    with pytest.raises(StructureError, match="^(self|w) was changed while it was read"):
+    with pytest.raises(StructureError, match=r"^(self|w) was changed while it was read"):
         TAKE_A_FUNCTION[act](w, lambda *given: change(w) if 4 in given else 1)
 
 
@@ -164,5 +164,5 @@ def test_gradients_that_change_while_they_are_matched(walk):
     w = {"a": {"b": np.ones(1), "c": np.ones(1)}}
     with pytest.raises(StructureError, match="w or dcdw was changed while it was read"):
         lars_update(w, {"a": Changing(w["a"])}, 0.1)
-    with pytest.raises(StructureError, match="^w was changed while it was read"):
+    with pytest.raises(StructureError, match=r"^w was changed while it was read"):
         lars_update({"a": Changing(w["a"])}, 1.0, 0.1)
