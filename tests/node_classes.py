@@ -234,6 +234,12 @@ class ListCopiesToItself(list):
         return self
 
 
+class NamedList(list):
+    def __init__(self, name, items):
+        super().__init__(items)
+        self.name = name
+
+
 class ListElsewhere(list):
     def __init__(self, items=()):
         self.store = []
@@ -335,6 +341,7 @@ REBUILT = {
     "UserDict": mapping(UserDict),
     "proxy": mapping(MappingProxyType),
     "list that copies to itself": sequence(ListCopiesToItself),
+    "list with another constructor": sequence(lambda items: NamedList("x", items)),
     "list elsewhere": sequence(ListElsewhere),
     "UserList": sequence(UserList),
     "tagged": sequence(lambda items: Tagged("x", items)),

@@ -15,6 +15,7 @@ from node_classes import (
     FirstOfPair,
     Mirrored,
     Named,
+    NamedList,
     Slotted,
     Sorted,
     Tagged,
@@ -153,6 +154,7 @@ def test_attributes_are_kept():
     assert (new._metadata, list(new)) == ({"version": 1}, ["a"])
     assert lars_update(Tagged("x", [W]), G, 0.1).tag == "x"
     assert lars_update(Named("x", {"a": W}), G, 0.1).name == "x"
+    assert lars_update(NamedList("x", [W]), G, 0.1).name == "x"
     slotted = Slotted(a=W)
     slotted.name = "x"
     assert lars_update(slotted, G, 0.1).name == "x"
