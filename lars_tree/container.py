@@ -316,7 +316,7 @@ class Container(Updatable, Arithmetic, dict[Any, Any]):
         {'a': {'bias': 2}}
         """
         kept = [bool(pred(path, leaf)) for path, leaf in structure.walk(self)]
-        return self._picked(kept)
+        return structure.pick(self, kept)
 
     @conversion.explain_cycles
     def partition(self, pred: Callable[[Path, Any], Any], /) -> tuple[Self, Self]:
@@ -326,14 +326,11 @@ class Container(Updatable, Arithmetic, dict[Any, Any]):
         [{'b': 2}, {'a': 1}]
         """
         kept = [bool(pred(path, leaf)) for path, leaf in structure.walk(self)]
-        return self._picked(kept), self._picked([not keep for keep in kept])
-
-    def _picked(self, kept: list[bool]) -> Self:
-        picked = structure.pick(self, iter(kept))
-        return type(self)() if picked is structure.NOTHING else picked
+        return structure.pick(self, kept), structure.pick(self, [not keep for keep in kept])
 
     # Comparison, arithmetic, summaries
 
+    @conversion.explain_cycles
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Mapping) and compare.equal(self, other)
 

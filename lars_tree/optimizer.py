@@ -303,5 +303,5 @@ def _without_schedules(lr: Any, rate: Callable[[Any], Any], w: Any = None) -> An
     if structure.is_leaf(lr):
         return lr
     weights = {} if structure.is_leaf(w) else dict(nodes.children(w))
-    new = [_without_schedules(x, rate, weights.get(key)) for key, x in nodes.children(lr)]
-    return nodes.replace_for_reading(lr, new)
+    new = [(key, _without_schedules(x, rate, weights.get(key))) for key, x in nodes.children(lr)]
+    return nodes.for_reading(lr, new)

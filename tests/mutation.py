@@ -50,7 +50,12 @@ TESTS = [  # modules, files that test them, and whether to test with the kernel
         "options optimizer_options by_path options_by_path checks check_messages leaves",
         (True,),
     ),
-    (TREE, "tree nodes registered_nodes paths container changing errors torch_load", (False, True)),
+    (
+        TREE,
+        "tree nodes registered_nodes registering kinds rebuilding paths container container_merge "
+        "array changing depth errors testing_assertions torch_load",
+        (False, True),
+    ),
 ]
 SWAPS = {
     ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq], ast.Is: [ast.IsNot], ast.IsNot: [ast.Is],

@@ -76,6 +76,48 @@ class ElsewhereByKey(Stored):
         return len(self.store)
 
 
+class Constructed(ElsewhereInAll):
+    """Stores its items only when it is made."""
+
+    __setitem__ = dict.__setitem__
+
+
+class Swapped(dict):
+    """Reads each of its two items under the key of the other."""
+
+    def __getitem__(self, key):
+        return dict.__getitem__(self, {"a": "b", "b": "a"}[key])
+
+
+class Sorted(dict):
+    def __iter__(self):
+        return iter(sorted(dict.keys(self)))
+
+
+class Copying(dict):
+    """Keeps copies of the arrays that are put in."""
+
+    def __init__(self, items):
+        for key, value in items.items():
+            self[key] = value
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value.copy() if isinstance(value, np.ndarray) else value)
+
+
+class Dropping(UserDict):
+    """Drops the last of the items that it is made of."""
+
+    def __init__(self, items):
+        super().__init__(items)
+        self.data.popitem()
+
+
+class Renaming(UserDict):
+    def __init__(self, items):
+        super().__init__({f"{key}~": value for key, value in items.items()})
+
+
 class DotMapLike(MutableMapping, OrderedDict):
     """Converts the dicts among its items to its own class."""
 
@@ -118,19 +160,6 @@ class Mirrored(dict):
         object.__setattr__(self, key, value)
 
 
-class Indexed(dict):
-    """Keeps its values in another form, too."""
-
-    def __init__(self, items=()):
-        self.index = {}
-        for key, value in dict(items).items():
-            self[key] = value
-
-    def __setitem__(self, key, value):
-        super().__setitem__(key, value)
-        self.index[key] = id(value)
-
-
 class First(dict):
     """Keeps one of its values as an attribute."""
 
@@ -163,6 +192,18 @@ class Named(dict):
         self.name = name
 
 
+class Checked(Named):
+    """Also checks its items."""
+
+    def __setitem__(self, key, value):
+        assert isinstance(key, str)
+        super().__setitem__(key, value)
+
+
+class Slotted(dict):
+    __slots__ = ("name",)
+
+
 class Rated(UserDict):
     """A UserDict whose constructor requires a further argument."""
 
@@ -191,6 +232,12 @@ class Group(Mapping):
 class ListCopiesToItself(list):
     def __copy__(self):
         return self
+
+
+class NamedList(list):
+    def __init__(self, name, items):
+        super().__init__(items)
+        self.name = name
 
 
 class ListElsewhere(list):
@@ -258,20 +305,11 @@ class SingleLayer:
         return self
 
 
-@attrs.define
-class FixedLayer:
-    """Has a field that cannot be set."""
+@attrs.frozen
+class CachedLayer(SingleLayer):
+    """Has a field that the constructor does not take."""
 
-    a: object
-    b = attrs.field()
-
-    def __init__(self, a, b):
-        self.__attrs_init__(a, None)
-        self.hidden = b
-
-    @property
-    def b(self):  # noqa: F811
-        return self.hidden
+    cache: object = attrs.field(init=False, default=None)
 
 
 def mapping(make):
@@ -289,17 +327,21 @@ REBUILT = {
     "elsewhere": mapping(Elsewhere),
     "elsewhere in all methods": mapping(ElsewhereInAll),
     "elsewhere by key": mapping(ElsewhereByKey),
+    "constructed": mapping(Constructed),
+    "copying": mapping(Copying),
     "like DotMap": mapping(DotMapLike),
     "mirrored": mapping(Mirrored),
     "attributes": mapping(Attributes),
     "attributes, another constructor": mapping(lambda items: OddAttributes("x", items)),
     "another constructor": mapping(lambda items: Named("x", items)),
+    "another constructor, checked": mapping(lambda items: Checked("x", items)),
     "OrderedDict": mapping(OrderedDict),
     "defaultdict": mapping(lambda items: defaultdict(list, items)),
     "Counter": mapping(Counter),
     "UserDict": mapping(UserDict),
     "proxy": mapping(MappingProxyType),
     "list that copies to itself": sequence(ListCopiesToItself),
+    "list with another constructor": sequence(lambda items: NamedList("x", items)),
     "list elsewhere": sequence(ListElsewhere),
     "UserList": sequence(UserList),
     "tagged": sequence(lambda items: Tagged("x", items)),
@@ -312,6 +354,9 @@ REFUSED = {
     "ChainMap": lambda a, b: ChainMap({"b": b}, {"a": a}),
     "UserDict with another constructor": mapping(lambda items: Rated(0.1, items)),
     "read anew": mapping(lambda items: Group("file", items)),
+    "swapped": lambda a, b: Swapped(a=b, b=a),
+    "drops an item": lambda a, b: Dropping({"a": a, "b": b, "c": 0}),
+    "renames its keys": mapping(Renaming),
     "list that cannot be made": sequence(lambda items: SharedList("x", items)),
 }
 ALL = REBUILT | REFUSED

@@ -10,7 +10,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 
-from lars_tree import Lars, ShapeError, StructureError, _native, lars_update, report
+from lars_tree import Container, Lars, ShapeError, StructureError, _native, lars_update, report
 
 
 class Rate:
@@ -74,8 +74,9 @@ def test_a_tree_that_changes_is_refused_or_the_leaves_found_first_are_updated(ma
         report.layer_table,
         lambda w, g, lr: Lars(lambda step: lr).update(w, g, Lars(0.1).init(w)),
     ):
-        with pytest.raises(StructureError, match=r"was changed while|does not match"):
+        with pytest.raises(StructureError, match=r"was changed while|does not match") as caught:
             call(function)
+        assert caught.value.argument in ("w", "dcdw", "lr", "state")
     invalid = MAKE[make]()
     invalid[{"list": 2, "inner list": "y"}.get(make, "c")] = np.ones(5)
     with pytest.raises((StructureError, ShapeError)):
@@ -120,6 +121,39 @@ def test_a_list_that_another_thread_changes_gives_only_structure_errors(monkeypa
     assert refused > 0
 
 
+TAKE_A_FUNCTION = {
+    "map": lambda w, fn: w.map(fn),
+    "map with a prefix": lambda w, fn: w.map(fn, 1),
+    "filter": Container.filter,
+    "partition": Container.partition,
+}
+
+
+@pytest.mark.parametrize("act", TAKE_A_FUNCTION)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w.x.append(5),
+        lambda w: w.x.pop(),
+        lambda w: w.y.update(u=5),
+        lambda w: w.y.pop("z"),
+        lambda w: w.update(u=5),
+        lambda w: w.pop("last"),
+    ],
+)
+def test_a_function_that_changes_the_container_is_refused(walk, act, change):
+    w = Container(x=[1, 2], y={"z": 3}, last=4)
+    with pytest.raises(StructureError, match=r"^(self|w) was changed while it was read"):
+        TAKE_A_FUNCTION[act](w, lambda *given: change(w) if 4 in given else 1)
+
+
+def test_rates_that_change_while_they_are_converted(walk):
+    rates = [0.1]
+    rates.append(Rate(lambda: rates.append(0.1)))
+    with pytest.raises(StructureError, match="lr was changed while it was read"):
+        lars_update(arrays()[:2], 1.0, rates)
+
+
 def test_gradients_that_change_while_they_are_matched(walk):
     class Changing(dict):
         def items(self):
@@ -130,3 +164,5 @@ def test_gradients_that_change_while_they_are_matched(walk):
     w = {"a": {"b": np.ones(1), "c": np.ones(1)}}
     with pytest.raises(StructureError, match="w or dcdw was changed while it was read"):
         lars_update(w, {"a": Changing(w["a"])}, 0.1)
+    with pytest.raises(StructureError, match=r"^w was changed while it was read"):
+        lars_update({"a": Changing(w["a"])}, 1.0, 0.1)

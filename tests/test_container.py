@@ -118,6 +118,7 @@ def test_missing_keys_give_the_default_or_raise(key):
         (lambda w: w.haed, "no 'haed': there is 'encoder', 'head' (did you mean 'head'?)"),
         (lambda w: w["encoder/bais"], "no 'bais' in encoder: there is 'kernel', 'bias' (did you"),
         (lambda w: w.encoder.bais, "no 'bais': there is 'kernel', 'bias' (did you mean 'bias'?)"),
+        (lambda w: w["encoder/l0/bias"], "no 'l0' in encoder: there is 'kernel', 'bias'"),
         (lambda w: w["head/u"], "no 'u' in head: that is a leaf"),
         (lambda w: Container()["a"], "no 'a': it is empty"),
         (lambda w: Container(dict.fromkeys("abcdefg"))["x"], "'c', 'd', 'e' and 2 more"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lars_tree import Container, Lars, StructureError, io, lars_update, report
+from lars_tree._tree import structure
 from lars_tree.testing import assert_close_ulp, assert_identical
 
 X = np.ones(2)
@@ -50,6 +51,7 @@ TAKE_A_TREE = {
     "result of map": ("the result of fn", lambda tree: Container(a=1).map(lambda _: tree)),
     "map": ("the Container", lambda tree: unconverted(tree).map(print, tree)),
     "operator": ("self", lambda tree: unconverted(tree) + tree),
+    "==": ("self", lambda tree: unconverted(tree) == tree),
     "diff": ("self", lambda tree: unconverted(tree).diff(tree)),
     "allclose": ("self", lambda tree: unconverted(tree).allclose(tree)),
     "save": ("tree", lambda tree: io.save(tree, "x.npz")),
@@ -77,6 +79,9 @@ METHODS = {
     "filter": lambda w: w.filter(lambda path, x: True),
     "partition": lambda w: w.partition(lambda path, x: True),
     "operator": lambda w: -w,
+    "==": lambda w: w == held(),
+    "!=": lambda w: held() != w,
+    "in": lambda w: w in [held()],
     "num_leaves": Container.num_leaves,
 }
 
@@ -96,6 +101,16 @@ def test_a_tree_that_holds_itself_is_refused_with_its_path(name):
 def test_a_container_that_holds_itself_says_so(name):
     with pytest.raises(StructureError, match="self contains itself\n  me: expected a tree"):
         METHODS[name](held())
+
+
+def test_trees_are_as_deep_as_the_recursion_limit_allows():
+    tree = 1
+    for _ in range(sys.getrecursionlimit() + 1):
+        tree = {"a": tree}
+    for walk in (structure.walk, lambda tree: structure.side_by_side(tree, tree)):
+        assert len(list(walk(tree))) == 1
+        with pytest.raises(RecursionError):
+            list(walk({"a": tree}))
 
 
 def test_a_recursion_error_of_a_users_function_is_not_replaced():

@@ -21,6 +21,7 @@ from lars_tree import (
     lars_update,
 )
 from lars_tree._tree import structure
+from lars_tree._tree.paths import put_new
 
 KEYS = st.sampled_from(["a", "b", "a/b", "b/a", "a.b", "0", "", "/"])
 TREES = st.dictionaries(
@@ -55,10 +56,28 @@ def test_keys_that_contain_another_separator_are_literal():
     }
 
 
-@pytest.mark.parametrize("names", [("a/b", "a/b/c"), ("a/b/c", "a/b"), ("a", "a/b"), ("a/b", "a")])
-def test_a_name_that_begins_with_another_is_refused_in_any_order(names):
-    with pytest.raises(PathKeyError, match="cannot change a"):
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (("a/b", "a/b/c"), "cannot change a/b/c: a/b is an int"),
+        (("a/b/c", "a/b"), "cannot change a/b: a/b is a Container with keys 'c'"),
+        (("a", "a/b"), "cannot change a/b: a is an int"),
+        (("a/b", "a"), "cannot change a: a is a Container with keys 'b'"),
+    ],
+)
+def test_a_name_that_begins_with_another_is_refused_in_any_order(names, text):
+    with pytest.raises(PathKeyError, match=f"{text}$"):
         Container.from_flat(dict.fromkeys(names, 1))
+
+
+@given(TREES)
+def test_a_new_path_creates_the_missing_parents(tree):
+    new, created = Container(), 0
+    nodes = {path[:i] for path in Container(tree).paths() for i in range(1, len(path))}
+    for path, leaf in structure.walk(tree):
+        created += put_new(new, path, leaf)
+    assert list(structure.walk(new)) == list(structure.walk(tree))
+    assert created == len(nodes)
 
 
 def test_a_string_of_digits_is_an_index_only_in_a_path():
@@ -115,12 +134,38 @@ def test_mismatches_of_many_keys_take_linear_time():
 
 
 def test_all_paths_that_strings_can_name_are_completed():
-    w = Container({"a": {"b": [np.ones(1), {"c": 1}], 0: 1}, "a/x": 2, ("t",): 3, "deep/er": {}})
+    w = Container(
+        {"a": {"b": [np.ones(1), {"c": 1}], 0: 1, "x": 1}, "a/x": 2, ("t",): 3, "deep/er": {}}
+    )
     names = w._ipython_key_completions_()
     assert names == ["a", "a/x", "deep/er", "a/b", "a/0", "a/b/0", "a/b/1", "a/b/1/c"]
     assert all(name in w for name in names)
     w["a"]["again"] = w
     assert len(w._ipython_key_completions_()) < 10_000
+
+
+def test_the_number_and_the_length_of_completions_are_limited():
+    w = Container()
+    w["a"] = w
+    assert w._ipython_key_completions_() == ["/".join("a" * n) for n in range(1, 101)]
+    names = [str(i) for i in range(10_001)]
+    assert Container.fromkeys(names)._ipython_key_completions_() == names[:-1]
+    w = Container.fromkeys(names[:9999], Container(b=1))
+    assert w._ipython_key_completions_() == [*names[:9999], "0/b"]
+
+
+def test_python_may_add_a_hint_if_we_have_none():
+    with pytest.raises(PathAttributeError, match=r"there is 'kernel'$") as caught:
+        Container(kernel=1).unflaten  # noqa: B018
+    assert caught.value.name == "unflaten"
+
+
+def test_only_names_with_underscores_on_both_sides_are_no_keys():
+    names = ["__a", "a__", "_a_", "__a_"]
+    w = Container(dict.fromkeys(names, 1))
+    assert [getattr(w, name) for name in names] == [1] * 4
+    with pytest.raises(PathAttributeError, match="no attribute '__a__'"):
+        w.__a__  # noqa: B018
 
 
 @pytest.mark.parametrize("written", ["w.kernal", "del w.kernal", "w.items = 1"])
@@ -141,5 +186,6 @@ except AttributeError:
     run = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True)
     messages = [line for line in run.stderr.splitlines() if line.startswith("lars_tree.errors.")]
     assert messages == [f"lars_tree.errors.PathAttributeError: {caught.value}"] * 2
+    assert caught.value.name is None
     copied = pickle.loads(pickle.dumps(caught.value))
     assert (str(copied), copied.paths) == (str(caught.value), caught.value.paths)

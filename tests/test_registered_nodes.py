@@ -208,6 +208,18 @@ def test_other_static_data_makes_containers_unequal(name, make):
     assert a.diff(b)["x"].endswith("with other static data there")
 
 
+def test_static_data_may_be_a_child_too():
+    cls = jax_class()
+    new = lars_update(cls(W, G, W), G, 0.1)
+    assert (new.a.tolist(), new.tag is W) == (NEW, True)
+
+
+def test_a_registered_dict_equals_a_dict_of_the_same_children():
+    node = REGISTERED["jax dict"][0]()(W, G)
+    assert Container._lars_tree_make({"x": node}) == {"x": {"a": W, "b": G}}
+    assert Container._lars_tree_make({"x": node}) != {"x": {"a": W, "b": W}}
+
+
 def test_arrays_in_static_data_are_not_compared():
     make = jax_dataclass()
     a, b = (Container(x=make(W, G, tag=W.copy())) for _ in range(2))
@@ -265,9 +277,10 @@ def test_keys_that_are_not_unique_are_replaced_by_positions():
 # What cannot be rebuilt
 
 
-def test_a_class_that_changes_what_is_put_in_is_refused_with_its_path():
+@pytest.mark.parametrize("slots", [False, True])
+def test_a_class_that_changes_what_is_put_in_is_refused_with_its_path(slots):
     @need("jax").tree_util.register_dataclass
-    @dataclass
+    @dataclass(slots=slots)
     class Copies:
         a: Any
 

@@ -28,6 +28,7 @@ DIFFERENT = [
     ([1], (1,), "expected a tuple of 1 item, got a list of 1 item"),
     ({"b": 1, "a": 1}, {"a": 1, "b": 1}, "expected the keys in the order 'a', 'b', got 'b', 'a'"),
     ({"a": {"b": 1}}, {"a": {"c": 1}}, "a: missing 'c'; unexpected 'b'"),
+    ({"bais": 1}, {"bias": 1}, "missing 'bias'; unexpected 'bais' (did you mean 'bias'?)"),
     ([np.ones(2)], [np.ones(3)], "0: expected float64 (3,), got float64 (2,)"),
     (np.ones(2, "f4"), np.ones(2), "actual: expected float64 (2,), got float32 (2,)"),
     (np.ones(2, ">f8"), np.ones(2), "expected float64 (2,), got >f8 (2,)"),

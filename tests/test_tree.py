@@ -76,6 +76,16 @@ def test_rebuild_maps_as_dm_tree_does(tree):
     assert_same(actual, expected)
 
 
+@given(TREES, st.lists(st.integers(), max_size=4))
+def test_another_number_of_leaves_is_refused(tree, leaves):
+    count = len(structure.leaves(tree))
+    for wrong in ([*structure.leaves(tree), 0], leaves[:-1] if len(leaves) == count else leaves):
+        if len(wrong) != count:
+            with pytest.raises(StructureError, match="tree was changed while") as caught:
+                structure.rebuild(tree, wrong)
+            assert (caught.value.argument, caught.value.paths) == ("tree", ((),))
+
+
 @given(TREES)
 def test_every_node_is_a_leaf_or_has_children(tree):
     assert structure.is_leaf(tree) == (not dm_tree.is_nested(tree))
@@ -248,7 +258,12 @@ def _cyclic(make):
     ids=["itself", "in a list", "in a namedtuple"],
 )
 def test_a_cycle_is_found_where_it_closes(make, path):
-    assert structure.cycle(_cyclic(make)) == (("root",), ("root", "me", *path))
+    tree = _cyclic(make)
+    assert structure.cycle(tree) == (("root",), ("root", "me", *path))
+    assert structure.cycle(tree["root"]) == ((), ("me", *path))
+    for node, start in ((tree, "root"), (tree["root"], "w")):
+        (line,) = str(structure.explained({"lr": 1, "w": node})).splitlines()[1:]
+        assert line.endswith(f": expected a tree, got the node at {start} again")
 
 
 def test_a_node_at_two_paths_is_not_a_cycle():
@@ -268,14 +283,14 @@ def test_a_tree_of_any_depth_is_searched_for_cycles():
 
 @given(DICTS, st.data())
 def test_pick_keeps_the_chosen_leaves(tree, data):
+    tree = {"x": tree}
     kept = [data.draw(st.booleans()) for _ in structure.leaves(tree)]
-    picked = structure.pick(tree, iter(kept))
     expected = [pair for pair, keep in zip(structure.walk(tree), kept, strict=True) if keep]
-    assert ([] if picked is structure.NOTHING else list(structure.walk(picked))) == expected
+    assert list(structure.walk(structure.pick(tree, kept))) == expected
 
 
 def test_pick_keeps_the_length_of_a_sequence():
-    assert structure.pick({"a": [1, 2], "b": (3,)}, iter([False, True, False])) == {"a": [None, 2]}
+    assert structure.pick({"a": [1, 2], "b": (3,)}, [False, True, False]) == {"a": [None, 2]}
 
 
 # Two trees side by side

@@ -154,7 +154,7 @@ def _column(name: str, tree: Any, given: Any, keep_graph: bool) -> list[Any]:
         pass  # KeyError: a node creates new values at each reading
     checked = _checked(name, list(structure.walk(given)), keep_graph)
     if by_path.has_patterns(given):
-        return by_path.resolve(name, structure.for_reading(given, checked), _rows(tree))
+        return by_path.resolve(name, structure.for_reading(given, checked, name), _rows(tree))
     try:
         return structure.broadcast(name, tree, given, values=checked)
     except errors.StructureError as error:

@@ -96,7 +96,8 @@ class TrustHistory:
         like, shapes = self._like, self._shapes
         if like is None:
             with structure.explaining({"ratios": ratios}):
-                like = structure.for_reading(ratios, [None] * len(structure.leaves(ratios)))
+                values = [None] * len(structure.leaves(ratios))
+                like = structure.for_reading(ratios, values, "ratios")
             shapes = [None] * len(structure.leaves(like))
         given = structure.broadcast(
             "ratios", like, ratios, exact=True, to="those of the first record"

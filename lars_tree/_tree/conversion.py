@@ -48,8 +48,9 @@ def convert_node(value: Any, cls: type) -> Any:
         keys = [key for key, _ in pairs]
         return nodes.container(cls, zip(keys, children, strict=True))
     if isinstance(value, (list, tuple)):
-        items = nodes.map_children(value, convert_node, cls)
-        if any(new is not old for new, (_, old) in zip(items, nodes.children(value), strict=True)):
+        pairs = list(nodes.children(value))
+        items = nodes.map_pairs(pairs, convert_node, cls)
+        if any(new is not old for new, (_, old) in zip(items, pairs, strict=True)):
             return nodes.replace_children(value, items)
     return value
 

@@ -39,8 +39,8 @@ _COMPUTED: list[bool] = []
 # The class method that makes a Container of (key, child) pairs without converting the children.
 MAKE = "_lars_tree_make"
 
-BUILT_IN = (dict, OrderedDict, defaultdict, list, tuple)
-_DICTS = BUILT_IN[:3]
+_DICTS = (dict, OrderedDict, defaultdict)
+BUILT_IN = (*_DICTS, list, tuple)
 _OURS = (*BUILT_IN, deque)
 READING = ("__iter__", "__len__", "__getitem__", "keys", "values", "items")
 

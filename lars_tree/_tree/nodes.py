@@ -106,11 +106,15 @@ def replace_children(node: Node, values: Iterable[Any]) -> Node:
     cls = type(node)
     if cls is list or cls is tuple:
         return cls(values)
-    if is_trusted(node):
-        return with_items(node, zip(node, values, strict=True))
-    before = list(children(node))
+    before, values = list(children(node)), list(values)
+    if len(before) != len(values):
+        raise _read_anew(node)
     pairs = [(key, value) for (key, _), value in zip(before, values, strict=True)]
-    return _checked(node, before, pairs)
+    return with_items(node, pairs) if is_trusted(node) else _checked(node, before, pairs)
+
+
+def _read_anew(node: Node) -> CannotRebuild:
+    return CannotRebuild(f"reading the {type(node).__name__} again gives other children")
 
 
 def is_container(node: Node) -> bool:
@@ -128,13 +132,12 @@ def with_items(node: Node, items: Items) -> Node:
     return dict(items) if cls is dict else container(cls, items)
 
 
-def replace_for_reading(node: Node, values: Iterable[Any]) -> Node:
-    """Like `replace_children`, but the result is only read: it may be a list or dict instead."""
-    if is_trusted(node):
-        return replace_children(node, values)
+def for_reading(node: Node, pairs: Pairs) -> Node:
+    """A node of new (key, child) pairs that is only read: it may be a list or dict instead."""
     if kind_of(node) == SEQUENCE:
-        return list(values)
-    return {key: value for (key, _), value in zip(children(node), values, strict=True)}
+        values = [value for _, value in pairs]
+        return tuple(values) if type(node) is tuple else values
+    return with_items(node, pairs) if is_container(node) else dict(pairs)
 
 
 Attempt = Callable[[Node, Pairs], Node]
@@ -147,7 +150,7 @@ class _Plan(NamedTuple):
     """
 
     attempts: list[Attempt]
-    sure: bool
+    sure: bool = False
 
 
 _PLANS: WeakKeyDictionary[type, _Plan] = WeakKeyDictionary()
@@ -155,7 +158,7 @@ _PLANS: WeakKeyDictionary[type, _Plan] = WeakKeyDictionary()
 
 def _plan(node: Node) -> _Plan:
     if kind_of(node) >= REGISTERED:
-        return _Plan([_unflattened], False)
+        return _Plan([_unflattened])
     cls = type(node)
     return _PLANS.get(cls) or _PLANS.setdefault(cls, _own_plan(cls))
 
@@ -168,9 +171,9 @@ def _own_plan(cls: type) -> _Plan:
         attempts: list[Attempt] = [_refilled, _constructed]
         return _Plan(attempts if writes else attempts[::-1], writes and reads)
     if issubclass(cls, ChainMap):
-        return _Plan([], False)  # a view of several mappings
+        return _Plan([])  # a view of several mappings
     has_fields = hasattr(cls, "__attrs_attrs__")
-    return _Plan([_refilled, _constructed] if has_fields else [_constructed], False)
+    return _Plan([_refilled, _constructed] if has_fields else [_constructed])
 
 
 def _checked(node: Node, before: Pairs, pairs: Pairs) -> Node:
@@ -196,7 +199,7 @@ def _checked(node: Node, before: Pairs, pairs: Pairs) -> Node:
             text = " ".join(f"{type(error).__name__}: {error}".split())
             reason = f"{cls.__name__} refuses other children ({errors.shortened(text, 80)})"
         if not _holds(node, before):
-            raise CannotRebuild(f"reading the {cls.__name__} again gives other children")
+            raise _read_anew(node)
         if correct:
             return new
     raise CannotRebuild(reason)
@@ -230,14 +233,10 @@ def _refilled(node: Node, pairs: Pairs) -> Node:
     cls = type(node)
     if issubclass(cls, tuple):
         return _with_attributes(tuple.__new__(cls, [value for _, value in pairs]), node)
-    if not issubclass(cls, (dict, list)) or hasattr(cls, "__copy__"):
-        new = copy.copy(node)
-        if new is node or type(new) is not cls:
-            return new
-    else:
-        new = _shallow_copy(node)
-        if new is None:
-            return node
+    by_class = not issubclass(cls, (dict, list)) or hasattr(cls, "__copy__")
+    new = copy.copy(node) if by_class else _shallow_copy(node)
+    if new is node or type(new) is not cls:
+        return new  # refused by `_checked`, unless the node is empty
     if issubclass(cls, list):
         list.__setitem__(new, slice(None), [value for _, value in pairs])
         return new

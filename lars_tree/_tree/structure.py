@@ -25,6 +25,7 @@ Leaf = Any
 T = TypeVar("T")
 What = Literal["", "leaves", "nodes", "keys", "order", "missing"]
 Pair = tuple[Path, Tree, Tree, What]
+Correspond = Callable[[Tree, Tree], bool]
 
 NOTHING, MISSING = object(), object()
 
@@ -76,6 +77,13 @@ def _check_depth(depth: int) -> None:
 
 def walk(tree: Tree, path: Path = (), *, empty_nodes: bool = False) -> Iterator[tuple[Path, Leaf]]:
     """(path, leaf) pairs in the order of `leaves`; with `empty_nodes` also (path, empty node)."""
+    try:
+        yield from _walk(tree, path, empty_nodes)
+    except RuntimeError as error:
+        raise translated(error, "w") from None
+
+
+def _walk(tree: Tree, path: Path, empty_nodes: bool) -> Iterator[tuple[Path, Leaf]]:
     if is_leaf(tree):
         yield path, tree
         return
@@ -104,9 +112,9 @@ def rebuild(tree: T, new_leaves: Iterable[Leaf], argument: str = "tree", at: Pat
     return _rebuild(fill, tree, new_leaves, argument, at)
 
 
-def for_reading(tree: Tree, new_leaves: Iterable[Leaf]) -> Tree:
+def for_reading(tree: Tree, new_leaves: Iterable[Leaf], argument: str) -> Tree:
     """`rebuild` for reading only: nodes of other types become dicts or lists."""
-    return _rebuild(_fill_for_reading, tree, new_leaves, "w")
+    return _rebuild(_fill_for_reading, tree, new_leaves, argument)
 
 
 def _rebuild(
@@ -178,7 +186,8 @@ def _fill(node: Tree, remaining: Iterator[Leaf]) -> Tree:
 def _fill_for_reading(node: Tree, remaining: Iterator[Leaf]) -> Tree:
     if kind_of(node) == LEAF:
         return next(remaining)
-    return nodes.replace_for_reading(node, nodes.map_children(node, _fill_for_reading, remaining))
+    pairs = [(key, _fill_for_reading(child, remaining)) for key, child in children(node)]
+    return nodes.for_reading(node, pairs)
 
 
 def map_leaves(
@@ -186,7 +195,8 @@ def map_leaves(
 ) -> list[Any]:
     """Call fn(leaf, ...) for each leaf except None; add the path to an exception as a note."""
     results = []
-    for (path, leaf), *values in zip(walk(tree), *columns, strict=True):
+    pairs = list(walk(tree))  # first, because `fn` may change the tree
+    for (path, leaf), *values in zip(pairs, *columns, strict=True):
         arguments = (path, leaf, *values) if with_path else (leaf, *values)
         try:
             results.append(None if leaf is None else fn(*arguments))
@@ -196,26 +206,26 @@ def map_leaves(
     return results
 
 
-def pick(tree: Tree, kept: Iterator[bool]) -> Tree:
-    """The tree of the leaves for which `kept` is true; NOTHING if it is true for none.
+def pick(tree: T, kept: Iterable[bool]) -> T:
+    """A Container of the leaves for which `kept` is true.
 
     Nodes left without leaves are removed. Lists and tuples keep their lengths: None fills the gaps.
     """
-    return rebuilding("tree", _pick, tree, kept)
+    picked = _rebuild(_pick, tree, kept, "self")
+    return nodes.with_items(tree, ()) if picked is NOTHING else picked
 
 
 def _pick(node: Tree, kept: Iterator[bool]) -> Tree:
+    """NOTHING if no leaf is kept."""
     if is_leaf(node):
         return node if next(kept) else NOTHING
     picked = nodes.map_children(node, _pick, kept)
-    some = [child is not NOTHING for child in picked]
-    if not any(some):
+    if all(child is NOTHING for child in picked):
         return NOTHING
     if is_plain_dict(node) and nodes.is_trusted(node):
         pairs = zip(node, picked, strict=True)
         return nodes.with_items(node, [pair for pair in pairs if pair[1] is not NOTHING])
-    values = [child if keep else None for child, keep in zip(picked, some, strict=True)]
-    return nodes.replace_children(node, values)
+    return nodes.replace_children(node, [None if x is NOTHING else x for x in picked])
 
 
 def broadcast(
@@ -237,7 +247,7 @@ def broadcast(
     """
     found: list[Leaf] = []
     try:
-        given = prefix if values is None else for_reading(prefix, values)
+        given = prefix if values is None else for_reading(prefix, values, argument)
         if match(tree, given, found, exact):
             return found
         lines = list(differences(tree, prefix, exact, at))
@@ -265,26 +275,20 @@ def _match_in_python(node: Tree, prefix: Tree, found: list[Leaf], exact: bool) -
         elif not exact:
             found.extend([prefix] * len(leaves(node)))
         return kind == LEAF or not exact
-    if kind == LEAF:
-        return False
     # Use dict's own methods, because the methods of a Container read 'a/b' as a path.
     parts = prefix if prefix_kind == PLAIN_DICT else dict(children(prefix))
     pairs = list(children(node))
-    if len(pairs) != len(parts):
+    if kind == LEAF or len(pairs) != len(parts):
         return False
     for key, child in pairs:
-        if not dict.__contains__(parts, key):
-            return False
-        if not _match_in_python(child, dict.__getitem__(parts, key), found, exact):
+        part = dict.get(parts, key, MISSING)
+        if part is MISSING or not _match_in_python(child, part, found, exact):
             return False
     return True
 
 
 def side_by_side(
-    left: Tree,
-    right: Tree,
-    correspond: Callable[[Tree, Tree], bool] = lambda *_: True,
-    path: Path = (),
+    left: Tree, right: Tree, correspond: Correspond = lambda *_: True, path: Path = ()
 ) -> Iterator[Pair]:
     """Walk two trees together; yield each pair of leaves, and each pair that differs in structure.
 
@@ -314,7 +318,7 @@ def side_by_side(
 
 
 def _compare(
-    left: Tree, right: Tree, correspond: Callable[[Tree, Tree], bool]
+    left: Tree, right: Tree, correspond: Correspond
 ) -> tuple[What, list[tuple[Path, Tree, Tree]]]:
     """How two nodes differ, and the pairs of children to compare next, each with its (key,)."""
     if left is MISSING or right is MISSING:
@@ -324,12 +328,8 @@ def _compare(
     if not correspond(left, right):
         return "nodes", []
     a, b = dict(children(left)), dict(children(right))
-    pairs: list[tuple[Path, Tree, Tree]]
-    pairs = [((key,), child, b.get(key, MISSING)) for key, child in a.items()]
-    pairs += [((key,), MISSING, child) for key, child in b.items() if key not in a]
-    if a.keys() != b.keys():
-        return "keys", pairs
-    return "" if list(a) == list(b) else "order", pairs
+    what: What = "keys" if a.keys() != b.keys() else "" if list(a) == list(b) else "order"
+    return what, [((key,), a.get(key, MISSING), b.get(key, MISSING)) for key in a | b]
 
 
 def differences(tree: Tree, prefix: Tree, exact: bool = False, path: Path = ()) -> Iterator[Line]:
@@ -362,8 +362,7 @@ def cycle(tree: Tree) -> tuple[Path, Path] | None:
     The search is iterative, so that it can explain a RecursionError.
     """
     depths = {id(tree): 0}  # of the nodes from the root to the current one
-    pending: list[tuple[Hashable, Tree, Iterator[tuple[Hashable, Tree]]]]
-    pending = [(None, tree, iter(list(children(tree))))]
+    pending: list[tuple[Hashable, Tree, Iterator[Any]]] = [(None, tree, iter([*children(tree)]))]
     while pending:
         if len(pending) > _DEEPEST:
             return None  # some classes make new nodes each time they are read
@@ -373,7 +372,7 @@ def cycle(tree: Tree) -> tuple[Path, Path] | None:
                 return tuple(keys[: depths[id(child)]]), (*keys, key)
             if not is_leaf(child):
                 depths[id(child)] = len(pending)
-                pending.append((key, child, iter(list(children(child)))))
+                pending.append((key, child, iter([*children(child)])))
                 break
         else:
             del depths[id(pending.pop()[1])]
