@@ -23,7 +23,7 @@ def strided(
     """An array equal to x, with its order of the axes in memory, and random strides.
 
     Args:
-        rng: Decides about the gaps, signs of strides and alignment.
+        rng: Decides about the gaps, if any, signs of strides and alignment.
         x: The elements; without gaps.
         mapped: In the memory map of a file, at any offset.
         swapped: With the other byte order, except bfloat16, which has only one.
@@ -34,6 +34,8 @@ def strided(
     steps = rng.choice([1, 1, 2, 3], x.ndim)
     signs = np.ones(x.ndim, int) if simple else rng.choice([1, -1], x.ndim)
     before, after = rng.integers(0, 3, (2, x.ndim))
+    if rng.random() < 0.3:  # without gaps, so that the kernel may update it
+        steps, before, after = np.ones(x.ndim, int), *np.zeros((2, x.ndim), int)
     axes = list(zip(before, ordered.shape, steps, after, strict=True))
     window = tuple(slice(a, a + n * step, step) for a, n, step, _ in axes)
     shape = [a + n * step + b for a, n, step, b in axes]

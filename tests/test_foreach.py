@@ -122,8 +122,10 @@ def test_the_joint_norm_is_exact_where_the_sum_cancels(name, decay, bounds):
     parts = {"float64": [1e-6, 1e-2], "float32": [1e-3, 1e-2]}.get(name, [0, 1e-12, 1e-6, 1e-2])
     if name == "float32" and bounds is BOUNDS:
         parts = [0, 1e-12, 1e-6, 1e-2]
-    decay = float(np.float32(decay))  # without float64, it is rounded
-    for exponent, part in itertools.product(exponents(name, 7)[1:-1], parts):
+    if bounds is BOUNDS_WITHOUT_FLOAT64:
+        decay = float(np.float32(decay))  # it is rounded
+    levels = exponents(name, 7)[1:-1] + [-1030] * (name == "float64")  # subnormal
+    for exponent, part in itertools.product(levels, parts):
         w = random_array(rng, name, exponent, 5)
         g = (-decay * w.astype(float) * (1 + part * rng.normal(size=5))).astype(w.dtype)
         if np.isfinite(g.astype(float)).all():

@@ -285,11 +285,18 @@ def joint(ops: Ops, w: Any, dcdw: Any, rule: Rule, in_range: bool = False) -> tu
     w_largest, dcdw_largest = (ops.largest(x, rule.layer_axis) for x in (w, dcdw))
     w_scale = ops.power_of_two(w_largest)
     decay_scale = decay * ops.where(w_largest > 0, w_scale, 0)
-    scale = ops.power_of_two(ops.maximum(decay_scale, dcdw_largest))
-    scale = ops.maximum(scale, 2.0**-100)  # its inverse must not overflow
+    largest = ops.maximum(decay_scale, dcdw_largest)
+    scale = ops.power_of_two(ops.maximum(largest, 2.0**-100))  # its inverse must not overflow
     signed = -scale if rule.maximize else scale
-    total = multiply_add(ops, dcdw / signed, decay_scale / scale, w / w_scale)
+    factor = scaled_product(ops, decay, w_scale, scale)
+    total = multiply_add(ops, dcdw / signed, factor, w / w_scale)
     return total, without_decay(rule)._replace(grad_scale=rule.grad_scale / scale)
+
+
+def scaled_product(ops: Ops, a: Any, b: Any, scale: Any) -> Any:
+    """Compute a * b / scale, where a * b is at most near the scale but may be subnormal."""
+    divisor = ops.where((b < 1) & (scale < 1), scale, 1)
+    return a * (b / divisor) / (scale / divisor)
 
 
 def multiply_add(ops: Ops, a: Any, b: Any, x: Any, short: bool = False) -> Any:

@@ -247,6 +247,10 @@ SAME: list[tuple[Any, float]] = [
     *((x, 0.5) for x in (np.float16(0.5), np.float64(0.5), np.longdouble(0.5), Decimal("0.5"))),
     *((x, 0.5) for x in (Fraction(1, 2), np.array(0.5), np.array(0.5, ">f4"), np.array(0.5, "f2"))),
     *((x, 1.0) for x in (1, np.int8(1), np.uint64(1), np.array(1), Decimal(1))),
+    # 0.1 needs all digits of double.
+    *((x, 0.1) for x in (np.float64(0.1), Decimal("0.1"), Fraction(1, 10), np.array(0.1))),
+    *((x, float(np.float32(0.1))) for x in (np.float32(0.1), np.array(0.1, "f4"))),
+    (np.longdouble(1) / 10, 0.1),
     (5e-324, 5e-324),
     (np.longdouble(2) ** -1080, 0.0),
 ]

@@ -149,13 +149,14 @@ class _Group:
         w_scale, dcdw_scale = (
             torch.where(norm.scaled == 0, 0, norm.scale) for norm in (w_norm, dcdw_norm)
         )
-        decay = self.rule.decay_lambda * self.rule.grad_scale * w_scale
-        self.scale = OPS.power_of_two(torch.maximum(decay, dcdw_scale))
+        decay = self.rule.decay_lambda * self.rule.grad_scale
+        self.scale = OPS.power_of_two(torch.maximum(decay * w_scale, dcdw_scale))
         signed = -self.scale if self.rule.maximize else self.scale
+        factor = formula.scaled_product(OPS, decay, w_scale, self.scale)
         if self.is_wide:
-            numbers = [signed, decay / w_norm.scale / self.scale]
+            numbers = [signed, factor / w_norm.scale]
         else:
-            numbers = [signed, decay / self.scale, w_norm.scale]
+            numbers = [signed, factor, w_norm.scale]
         self.terms = [number.unbind() for number in numbers]
         chunks = self.chunks(self.joint_temporaries)
         workspace = torch.empty(chunks.size, dtype=torch.uint8, device=self.like["device"])
