@@ -52,7 +52,7 @@ def mode(
     claim: str = CLAIM,
     sender: Callable[[], Timer | Thread] = Timer,
     count: int = 1000,
-    short: int = 100,
+    short: int = 60,
     seconds: float = 40.0,
     **options: Any,
 ) -> Callable[[Callable[..., Case]], Callable[..., Case]]:
