@@ -158,15 +158,15 @@ def _is_axis_name(x: Any) -> bool:
     return isinstance(x, Hashable) and not is_other
 
 
-_NUMBERS = ("decay_lambda", "weight_decay", "trust_coefficient", "eps", "momentum")
-_FLAGS = ("adapt", "trust_clip", "joint_norm", "stop_gradients", "nesterov")
+_NUMBERS = ("decay_lambda", "weight_decay", "trust_coefficient", "eps", "momentum", "dampening")
+_FLAGS = ("adapt", "trust_clip", "joint_norm", "stop_gradients", "nesterov", "maximize")
 CHECKS: dict[str, Callable[[Any, bool], Any]] = {
     "lr": _rate,
     "grad_scale": _positive,
     "nonfinite": _nonfinite,
     "layer_axis": _axis,
     "axis_name": _mesh_axes,
-    **dict.fromkeys(_NUMBERS, _number),
+    **dict.fromkeys((*_NUMBERS, "lr_after_momentum"), _number),
     **dict.fromkeys(_FLAGS, _flag),
 }
 
