@@ -294,7 +294,7 @@ VALID = {
     "varying": lambda: leaf(w=elsewhere(varying="ij"), dcdw=elsewhere(varying="i")),
 }
 TERMS = re.compile(r"\b(dcdw|w|(?<!leave )out|state|velocity|weights|leaf|leaves|decay_lambda)\b")
-# Words that do not occur in the default messages.
+# Placeholders, which do not occur in the default messages.
 OTHERS = {name: f"<{name}>" for name in (*WORDS._fields[:7], "decay_lambda")}
 WORDS_OF_TEST = Words(*list(OTHERS.values())[:7], options={"decay_lambda": OTHERS["decay_lambda"]})
 
@@ -306,7 +306,7 @@ def in_default_words(text):
     return text
 
 
-def check(leaves, words=WORDS, same_shapes=False):
+def check(leaves, words=WORDS, same_shapes=False, paths=paths):
     rows = checks.check(leaves, paths, same_shapes=same_shapes, words=words)
     checks.check_apart(rows, paths, words)
     return rows
@@ -341,9 +341,7 @@ def test_the_torch_optimizer_has_its_own_words():
 
     def message(leaves, names):
         with pytest.raises(LarsTreeError) as caught:
-            paths = [(x,) for x in names]
-            rows = checks.check(leaves, lambda: paths, same_shapes=True, words=TORCH_WORDS)
-            checks.check_apart(rows, lambda: paths, TORCH_WORDS)
+            check(leaves, TORCH_WORDS, same_shapes=True, paths=lambda: [(x,) for x in names])
         assert caught.value.paths == ((names[-1],),)
         return [caught.value.argument, *str(caught.value).splitlines()]
 

@@ -88,7 +88,7 @@ def exact(w, g, rule, **options):
 
 
 def ulps(actual, expected, *sizes):
-    """The largest error, in ulps of the largest of the sizes of each element."""
+    """The largest error of an element, in ulps of the largest of its sizes."""
     columns = zip(actual.tolist(), expected, *sizes, strict=True)
     return max(
         float(abs(mpf(x) - y) / reference.ulp(max(map(abs, row)), "float64"))
@@ -123,7 +123,7 @@ def is_close(x, expected):
 @each_kind
 @given(data=st.data())
 def test_measured_norms_and_ratios_are_exact(in_range, joint, data):
-    """With `trust_clip`, a ratio is the local rate divided by the rate."""
+    """With `trust_clip`, the ratio is the local rate divided by the learning rate."""
     w, g, _, rule = data.draw(cases(in_range, joint))
     found = formula.measure(OPS, w, g, rule, in_range)
     assert {x.shape for x in found} == {(1,)}

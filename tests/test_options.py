@@ -1,4 +1,4 @@
-"""Options: what their values are converted to, and the messages for invalid values and names.
+"""How the values of options are converted, and the errors for invalid values and unknown names.
 
 `tests/reliability/options.py` tries many more values, in every place where an option is accepted.
 """

@@ -89,7 +89,7 @@ def test_a_norm_that_is_not_finite_has_a_finite_scale(special):
     ],
 )
 def test_pieces_have_the_size_of_the_chunks_of_the_kernel(name, parts, numbers, chunk):
-    """At most 16,384 whole chunks; a complex element has two numbers."""
+    """There are at most 16,384 full chunks. A complex element counts as two numbers."""
     flat, length = np.broadcast_to(np.zeros((), name), numbers // parts), chunk // parts
     found = list(itertools.islice(pieces(flat), 4))
     assert found == [slice(i, i + length) for i in range(0, len(flat), length)[:4]]

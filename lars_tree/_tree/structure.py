@@ -207,7 +207,7 @@ def map_leaves(
 
 
 def pick(tree: T, kept: Iterable[bool]) -> T:
-    """A Container of the leaves for which `kept` is true.
+    """Keep only the leaves of a Container for which `kept` is true.
 
     Nodes left without leaves are removed. Lists and tuples keep their lengths: None fills the gaps.
     """

@@ -3,11 +3,12 @@
 The exact step is that of `tests/reference.py`: the formula of the rule in mpmath, with 400 bits.
 Errors are in ulp of the largest of |w|, |u|, |v| and the change of w at each element, where u is
 the step and v the velocity. The page shows the largest error of all attempts, which is that of
-float64; in float16, bfloat16 and float32 every error is at most 1 ulp, and at most half an ulp of
-the result if that is larger: all but one rounding are in double. A pair is an exponent of the
-weights and one of the gradients, from a grid of 3,025 pairs over the whole range of each format:
-from the smallest subnormal number to the largest number, and with arrays of zeros. The corners of
-the grid come first. In every second pair with `joint_norm` and decay, g is about -decay * w.
+float64. In float16, bfloat16 and float32 every error is at most 1 ulp, and at most half an ulp of
+the result where the result is the largest of these, because everything before the last rounding is
+computed in double. A pair is an exponent of the weights and one of the gradients, from a grid of
+3,025 pairs over the whole range of each format: from the smallest subnormal number to the largest
+number, and with arrays of zeros. The corners of the grid come first. In every second pair with
+`joint_norm` and decay, g is about -decay * w.
 
 What does not survive, and why:
 
@@ -57,10 +58,10 @@ def elements(rng: Generator, name: str, exponent: int | None) -> np.ndarray:
 
 
 def grid(rng: Generator, normal: bool = False) -> Iterator[Pair]:
-    """All pairs of exponents of each format; or those of normal numbers only.
+    """Weights and gradients for each pair of exponents of each format.
 
-    The order is random, but the corners come first: one pair for each two of zeros, the smallest,
-    the largest, and some other exponent.
+    With `normal`, the exponents are those of normal numbers. The order is random, but the corners
+    of the grid come first: weights and gradients that are zero, smallest, largest or any other.
     """
     pairs: list[tuple[str, Any, Any]] = []
     ends: dict[str, set[int | None]] = {}
