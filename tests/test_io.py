@@ -333,13 +333,22 @@ def test_links_stay_links(file):
     assert sorted(os.listdir(file.parent)) == sorted([file.name, real.name])
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
-def test_a_lack_of_memory_is_not_an_error_of_the_file(suffix, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("suffix", "module", "function"),
+    [
+        (".safetensors", np, "empty"),
+        (".npz", np, "empty"),
+        (".npz", np.lib.format, "read_array_header_1_0"),
+    ],
+)
+def test_a_lack_of_memory_is_not_an_error_of_the_file(
+    suffix, module, function, tmp_path, monkeypatch
+):
     def no_memory(*arguments):
         raise MemoryError
 
     path = tmp_path / f"w{suffix}"
     io.save({"a": np.ones(3)}, path)
-    monkeypatch.setattr(np, "empty", no_memory)
+    monkeypatch.setattr(module, function, no_memory)
     with pytest.raises(MemoryError):
         io.load(path)

@@ -45,8 +45,10 @@ class Descriptor(io.IOBase):
 
     def __init__(self, name: str, flags: int) -> None:
         # Only C code adds the descriptor to the list; the iterator takes it from there once.
+        # Everything that closing needs is made here, because there may be no memory left then.
         held: list[int] = []
-        self.close: Any = partial(deque, map(os.close, held), 0)
+        nothing: deque[Any] = deque(maxlen=0)
+        self.close: Any = partial(nothing.extend, map(os.close, held))
         try:
             held.extend(map(os.open, [name], [flags | getattr(os, "O_CLOEXEC", 0)]))
             self._number = held[0]

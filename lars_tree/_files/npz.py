@@ -27,6 +27,8 @@ from lars_tree._files.replacing import Path
 NAME = "npz"
 
 _SUFFIX = ".npy"
+# Python's parser raises MemoryError for 4,000 nested operators; a header of an array is shorter.
+_NESTED = 2_000
 _MOST_INFLATED = 1032  # deflate encodes at most this many bytes in one byte
 
 
@@ -111,7 +113,9 @@ class View(NamedTuple):
                     raise ValueError(f"expected npy format version 1.0 or 2.0, got {version}")
                 try:
                     shape, fortran_order, dtype = readers[version](stream)
-                except MemoryError as error:  # the parser of Python raises it
+                except MemoryError as error:
+                    if stream.tell() < _NESTED:
+                        raise
                     raise ValueError("its header is nested too deeply") from error
                 is_text = name == names.RESERVED
                 if dtype.kind not in ("U" if is_text else "biufc") or dtype.itemsize == 0:
