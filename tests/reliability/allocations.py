@@ -2,9 +2,10 @@
 
 A library that is loaded before all others counts the calls of malloc, calloc, realloc, memalign,
 mmap and pthread_create, of Python and of every library, and makes some fail: one, or 1,000 in a
-row. The call raises an error, which is a MemoryError unless numpy or torch raise another one, or
-succeeds. Then weights, velocities and counters must belong to one step, the next step must be
-right, and no lock may be held.
+row. The call raises an error, which is a MemoryError unless CPython or a library raise another
+one, or succeeds. Then weights, velocities and counters must belong to one step, the next step must
+be right, and no lock may be held. A file must be the old one or the new one, and no file may be
+open.
 
 What does not survive: in about 1 of 50 attempts numpy or CPython crashes, because it does not check
 one of its own allocations. Then the weights, velocities and counters of an update in place are read
@@ -56,6 +57,14 @@ TORCH = (
     "torch, momentum into new tensors",
     "torch and numpy, momentum in place",
 )
+OPTIMIZER = (
+    "torch.Lars, first step",
+    "torch.Lars",
+    "torch.Lars, skip",
+    "torch.Lars, nesterov",
+)
+JAX = ("jax, new arrays", "jax, momentum into new arrays")
+FILES = ("save, npz", "save, safetensors")
 
 CLAIM = "Without memory, an update is made completely or not at all"
 
@@ -64,12 +73,13 @@ def failing(rng: np.random.Generator, cases: tuple[str, ...], *modules: str) -> 
     """Fail each allocation of these cases of steps.py, in any order."""
     with TemporaryDirectory() as folder:
         library = str(Path(folder) / "failing.so")
+        path = os.pathsep.join([str(ROOT), *sys.path])
         compile_ = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-o", library, str(FAILING)]
         subprocess.run([*compile_, "-ldl"], check=True)
         with subprocess.Popen(
             [sys.executable, "-m", "tests.reliability.no_memory", *modules],
-            env={**os.environ, "LD_PRELOAD": library, "PYTHONMALLOC": "malloc"},
-            cwd=ROOT,
+            env={**os.environ, "LD_PRELOAD": library, "PYTHONMALLOC": "malloc", "PYTHONPATH": path},
+            cwd=folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -112,3 +122,31 @@ def of_numpy(rng: np.random.Generator) -> Attempts:
 @attack(CLAIM, "failing allocations, torch", count=20_000, short=100, seconds=40, needs=("torch",))
 def of_torch(rng: np.random.Generator) -> Attempts:
     yield from failing(rng, TORCH, "torch")
+
+
+@attack(
+    "Without memory, a step of `torch.Lars` is made completely or not at all",
+    "failing allocations",
+    count=5_000,
+    short=30,
+    seconds=40,
+    needs=("torch",),
+)
+def of_optimizer(rng: np.random.Generator) -> Attempts:
+    yield from failing(rng, OPTIMIZER, "lars_tree.torch")
+
+
+@attack(CLAIM, "failing allocations, JAX", count=2_000, short=5, seconds=40, needs=("jax",))
+def of_jax(rng: np.random.Generator) -> Attempts:
+    yield from failing(rng, JAX, "jax")
+
+
+@attack(
+    "Without memory, a file is replaced or stays as it was",
+    "failing allocations",
+    count=10_000,
+    short=50,
+    seconds=20,
+)
+def of_files(rng: np.random.Generator) -> Attempts:
+    yield from failing(rng, FILES, "lars_tree.io")

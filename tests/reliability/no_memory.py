@@ -27,8 +27,9 @@ Request = tuple[str, int, int]
 NEVER = 2**62
 WAIT = 60.0  # seconds: a lock that is still held shows after this time
 
-# Errors of CPython, numpy and torch when there is no memory, besides MemoryError.
+# Errors of CPython, numpy, torch and JAX when there is no memory, besides MemoryError.
 OTHER_ERRORS = (
+    "Cannot allocate memory",  # an OSError of a system call
     "can't allocate lock",
     "not PosixPath",  # fspath
     "can't start new thread",
@@ -40,6 +41,8 @@ OTHER_ERRORS = (
     "without setting an exception",
     "without exception set",
     "MemoryError",
+    "str_from_cstr_and_size(): conversion error",  # of nanobind, which JAX uses
+    "maximum recursion depth exceeded",  # of CPython, after many MemoryErrors
 )
 SYSTEM = re.compile(r"/(libc|libstdc|libgcc|libpthread|ld-|failing)[^/]*$")  # libraries
 
@@ -61,8 +64,9 @@ _regions = (Region * 64).in_dll(_lib, "failing_regions")
 
 def attempt(name: str, start: int, end: int) -> tuple[int, str | None]:
     """Take a step without memory, and one with memory."""
+    expected = _expected(name)  # first, because cases of one name may use one file
     case = steps.CASES[name]()
-    _watch(case, *_expected(name)[:2])
+    _watch(case, *expected[:2])
     first.value, last.value, count.value = start, end, 0
     error = None
     armed.value = 1

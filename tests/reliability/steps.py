@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from ctypes import c_char
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conftest import need, to_numpy
+from conftest import need, to_library, to_numpy
 
 import lars_tree as lt
 
@@ -183,3 +185,72 @@ case("torch, momentum into new tensors")(lambda: moving_into_new(*tensors()))
 case("torch and numpy, momentum in place")(
     lambda: moving([mixed_weights(), tensors()[0]], [mixed_gradients(), tensors()[1]])
 )
+
+
+def optimizer(steps: int, **options: Any) -> Case:
+    torch = need("torch")
+    from lars_tree.torch import Lars
+
+    params = [torch.nn.Parameter(torch.ones(n)) for n in (3, 4, 2)]
+    for p in params:
+        p.grad = torch.full_like(p, 0.5)
+    opt = Lars([{"params": params[:2]}, {"params": params[2:], "adapt": False}], 0.1, **options)
+    for _ in range(steps):
+        opt.step()
+
+    class Stepping(Case):
+        def contents(self) -> list[list[bytes]]:
+            """Also of the velocities: one of zeros is as good as none."""
+            states = [(p, opt.state.get(p, {})) for p in params]
+            moved = [state.get("momentum_buffer", torch.zeros_like(p)) for p, state in states]
+            return [contents([*params, *moved]), contents([p.grad for p in params])]
+
+    return Stepping(opt.step, params)
+
+
+case("torch.Lars, first step")(lambda: optimizer(0))
+case("torch.Lars")(lambda: optimizer(1))
+case("torch.Lars, skip")(lambda: optimizer(0, nonfinite="skip"))
+case("torch.Lars, nesterov")(lambda: optimizer(1, nesterov=True))
+
+
+# ---- JAX
+
+
+def jax_arrays() -> tuple[Any, Any]:
+    w, g = weights().to_dict(), gradients().to_dict()
+    return tuple(lt.Container(x).map(lambda x: to_library("jax", x)) for x in (w, g))
+
+
+case("jax, new arrays")(lambda: into_new(*jax_arrays()))
+case("jax, momentum into new arrays")(lambda: moving_into_new(*jax_arrays()))
+
+
+# ---- Files
+
+
+class File(Case):
+    """A call that replaces a file."""
+
+    def __init__(self, call: Callable[[], Any], path: Path) -> None:
+        super().__init__(call, {})
+        self._path = path
+
+    def contents(self) -> list[list[bytes]]:
+        """Of the arrays in the file, and the number of files that are open."""
+        opened = len(os.listdir("/proc/self/fd"))
+        return [contents(lt.io.load(self._path)), [str(opened).encode()]]
+
+    def addresses(self) -> list[int]:
+        return []
+
+
+def saving(name: str) -> File:
+    """Loads a file and saves other weights there; the process is in a folder of its own."""
+    path = Path(name)
+    lt.io.save(weights(), path)
+    return File(lambda: lt.io.save(lt.io.load(path).map(lambda x: x + 1), path), path)
+
+
+case("save, npz")(lambda: saving("w.npz"))
+case("save, safetensors")(lambda: saving("w.safetensors"))
