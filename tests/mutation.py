@@ -34,7 +34,9 @@ from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import coverage
+import jax  # noqa: F401 (this import and that of torch take seconds: not in each process)
 import pytest
+import torch  # noqa: F401
 from hypothesis import Phase, settings
 
 ROOT = Path(__file__).parents[1]
@@ -192,6 +194,16 @@ def forked(function: Callable[[], Any], limit: int) -> Any:
     return pickle.loads(content) if content else None
 
 
+def say(text: str) -> None:
+    print(text, file=OUT, flush=True)
+
+
+def survives(mutant: Mutant, tests_pass: Callable[[], bool], limit: int) -> bool:
+    passed = bool(forked(tests_pass, limit))
+    say(f"{mutant.name}: the tests {'pass' if passed else 'fail'}")
+    return passed
+
+
 def unchanged(module: str) -> CodeType:
     return compile(Path(file_of(module)).read_bytes(), file_of(module), "exec")
 
@@ -236,7 +248,8 @@ class Tester:
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         seconds, reached = forked(partial(self.measure, session), 3600)
         if not seconds:
-            sys.exit(f"fails without a change: {reached}")
+            say(f"the tests fail without a change: {reached}")
+            sys.exit(1)
         functions = {module: functions_of(module) for module in self.modules}
         gc.collect()
         gc.freeze()  # so that forked processes share the memory
@@ -254,7 +267,7 @@ class Tester:
             except (KeyError, ValueError):  # a function has other free variables, or is missing
                 self.for_import.append(mutant.name)
             else:
-                if forked(lambda items=items: all(passes(session, x) for x in items), limit):
+                if survives(mutant, partial(all_pass, session, items), limit):
                     self.survivors.append(mutant.name)
             put_in_place(unchanged(mutant.module), functions[mutant.module])
         return True
@@ -283,6 +296,10 @@ def passes(session: pytest.Session, item: pytest.Item) -> bool:
     return not session.testsfailed
 
 
+def all_pass(session: pytest.Session, items: list[pytest.Item]) -> bool:
+    return all(passes(session, item) for item in items)
+
+
 def run_pytest(files: str, kernel: bool, plugins: list[Any], mutant: Mutant | None = None) -> bool:
     os.environ |= {"LARS_TREE_NATIVE": str(int(kernel)), "HYPOTHESIS_PROFILE": "repeatable"}
     if mutant:
@@ -306,16 +323,19 @@ def survivors(
     def test(fast: list[Mutant], kernel: bool) -> tuple[list[str], list[str]]:
         tester = Tester(modules, fast)
         if not run_pytest(files, kernel, [tester]):
-            sys.exit("the tests cannot be collected")
+            sys.exit(1)
         return tester.survivors, tester.for_import
 
     for kernel in kernels:
         slow = [x for x in todo if by_import or not x.in_function]
         fast = [x for x in todo if x not in slow]
-        survived, more = forked(partial(test, fast, kernel), 10**6) if fast else ([], [])
+        found = forked(partial(test, fast, kernel), 10**6) if fast else ([], [])
+        if found is None:
+            sys.exit(f"these tests cannot run: {files}")
+        survived, more = found
         slow += [x for x in fast if x.name in more]
         run = partial(run_pytest, files, kernel, [])
-        survived += [x.name for x in slow if forked(partial(run, x), 600)]
+        survived += [x.name for x in slow if survives(x, partial(run, x), 600)]
         todo = [x for x in todo if x.name in survived]
     return todo
 
