@@ -21,7 +21,7 @@ if not native_available():
 
 # AddressSanitizer is slow, and keeps freed memory to detect use after free.
 SANITIZED = "asan" in os.environ.get("LD_PRELOAD", "")
-CALLS = 1_000 if SANITIZED else 10_000
+CALLS = 200 if SANITIZED else 2_000
 MAX_GROWTH = 16  # bytes per call: less than the size of any object or block
 
 

@@ -1,6 +1,6 @@
 """No step of the kernel leaks a reference or memory, whether it succeeds, declines or raises.
 
-A step declines leaves that the kernel does not support. After 10,000 calls of each case, the
+A step declines leaves that the kernel does not support. After many calls of each case, the
 reference counts of all arguments must be unchanged. During further calls, the memory of the
 process must not grow.
 """
