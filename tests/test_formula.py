@@ -179,3 +179,17 @@ def test_short_arrays_are_computed_in_double_unless_an_option_is_extreme():
         ):
             number = norms_of(x, x, np.float64, Rule(0.1, **options)).number
             assert number is (float if is_short and is_moderate else DoubleDouble)
+
+
+def test_weights_of_zero_have_no_decay_that_scales_the_gradient():
+    w, g = np.zeros(2), np.array([3e-310, -4e-310])
+    rule = Rule(1.0, decay_lambda=1e300, joint_norm=True)
+    new, _ = formula.step(OPS, w, g, rule, None, False)
+    assert new.tolist() == (-g).tolist()
+
+
+def test_the_joint_norm_of_zeros_is_zero():
+    zeros = np.zeros(3)
+    norms = norms_of(zeros, zeros, np.float64, Rule(0.1, decay_lambda=0.1, joint_norm=True))
+    assert norms.w == 0
+    assert norms.dcdw == 0

@@ -284,8 +284,8 @@ def joint(ops: Ops, w: Any, dcdw: Any, rule: Rule, in_range: bool = False) -> tu
         return total, without_decay(rule)
     w_largest, dcdw_largest = (ops.largest(x, rule.layer_axis) for x in (w, dcdw))
     w_scale = ops.power_of_two(w_largest)
-    decay_scale = decay * ops.where(w_largest > 0, w_scale, 0)
-    largest = ops.maximum(decay_scale, dcdw_largest)
+    decay = ops.where(w_largest > 0, ops.like(decay, w_largest), 0)  # not infinity * 0
+    largest = ops.maximum(decay * w_scale, dcdw_largest)
     scale = ops.power_of_two(ops.maximum(largest, 2.0**-100))  # its inverse must not overflow
     signed = -scale if rule.maximize else scale
     factor = scaled_product(ops, decay, w_scale, scale)
