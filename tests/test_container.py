@@ -258,6 +258,14 @@ def test_setdefault_and_pop_take_paths():
     assert w.to_dict() == {"a": {"b": {}}}
 
 
+def test_a_tuple_that_is_a_key_is_no_path():
+    w = Container({("a", "b"): 1, "a": {"b": 2}})
+    w["a", "b"] = 3
+    assert w.to_dict() == {("a", "b"): 3, "a": {"b": 2}}
+    del w["a", "b"]
+    assert w.to_dict() == {"a": {"b": 2}}
+
+
 # Map, leaves, flat names
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import sys
 import threading
 import time
@@ -240,3 +241,34 @@ def test_no_update_of_many_threads_is_lost(nested):
     finally:
         sys.setswitchinterval(interval)
     assert w.tolist() == counts.tolist()
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no timers")
+def test_nobody_waits_for_a_block_that_was_interrupted_while_it_waited():
+    class Interruption(Exception):
+        pass
+
+    def interrupt(*arguments):
+        raise Interruption
+
+    behind = Spans(B)
+    entered = threading.Event()
+
+    def enter():
+        with locks.writing(behind):
+            entered.set()
+
+    old = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with held(lambda: A):
+            in_main = locks.writing(lambda: BOTH)
+            later = threading.Timer(0.1, enter)  # then the main thread waits for A
+            later.daemon = True
+            later.start()
+            signal.setitimer(signal.ITIMER_REAL, 0.5)
+            with pytest.raises(Interruption), in_main:
+                pass
+            assert entered.wait(PATIENCE)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
