@@ -114,7 +114,7 @@ def _attempts(
             yield failure and f"{name}, allocations {first} to {last}: {failure}"
 
 
-@attack(CLAIM, "failing allocations, numpy", count=50_000, short=200, seconds=60, plain=True)
+@attack(CLAIM, "failing allocations, numpy", count=50_000, short=100, seconds=60, plain=True)
 def of_numpy(rng: np.random.Generator) -> Attempts:
     yield from failing(rng, NUMPY)
 

@@ -242,7 +242,7 @@ def grown(rng: np.random.Generator, calls: Calls, given: list[Any]) -> Attempts:
     "Calls leave nothing behind",
     "public functions and methods, 20,000 calls each",
     count=500,
-    short=15,
+    short=10,
     seconds=100,
 )
 def of_functions(rng: np.random.Generator) -> Attempts:
