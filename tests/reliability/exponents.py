@@ -13,8 +13,11 @@ number, and with arrays of zeros. The corners of the grid come first. In every s
 What does not survive, and why:
 
 * Under `jax.jit`, XLA flushes subnormal numbers to zero, and numbers near the ends of the range of
-  float64 may leave it: the row has a grid of the other numbers. XLA rounds double to float16 and
-  bfloat16 through float32, so a step that is almost halfway between two numbers may get either.
+  float64 may leave it: the row has a grid of the other numbers.
+* XLA and torch round double to float16 and bfloat16 through float32. Under `jax.jit` and with
+  autograd, a step that is almost halfway between two numbers may therefore get either.
+* `lars_tree.torch.Lars` multiplies the velocity by the rate. If float64 weights and steps are
+  subnormal and the rate is above 1, the error is at most 4 ulp times the rate.
 * Operations on whole arrays, as in autograd, overflow where float64 weights or gradients exceed
   8e307; pairs with such numbers are left out of the row.
 * With `joint_norm`, elements of a float64 layer that are more than 10^440 times smaller than its
@@ -42,6 +45,8 @@ DECAYS = [0.0, 0.0, 0.0, 1e-4, 0.1, 3.0]
 RATES = [1e-3, 0.1, 1.0, 3.0]
 SPREAD = reference.mpf(10) ** 440  # of elements in a joint gradient
 ONE_ROUNDING = 0.5 + 1e-6  # in ulp of the result, after a computation in double
+TWO_ROUNDINGS = 0.5 + 2.0**-11  # of double to float32 to 16 bits, as by torch and XLA
+SMALLEST_NORMAL = 2.0**-1022
 GRID = 55  # levels of each array: 3,025 pairs for each format
 SIZE = 3  # of the arrays
 NEEDS = ("mpmath", "ml_dtypes")
@@ -236,7 +241,10 @@ def moved_error(
     step = reference.Step(u, [], reference.mpf(1))
     exact = reference.move(w, v, step, 0.9, nesterov, rate)
     sizes = [max(map(abs, row)) for row in zip(u, v, exact.v_new, strict=True)]
-    moves = [max(rate * x, abs(y)) for x, y in zip(sizes, exact.change, strict=True)]
+    # The rate multiplies what was rounded; subnormal numbers are rounded like the smallest normal.
+    smallest = SMALLEST_NORMAL if name == "float64" else 0.0
+    rows = zip(sizes, exact.change, strict=True)
+    moves = [max(rate * max(x, smallest), abs(y)) for x, y in rows]
     of_w = reference.Step(moves, exact.w_new, step.ratio)
     of_v = reference.Step(sizes, exact.v_new, step.ratio)
     kept = velocity_name(name)
@@ -268,14 +276,12 @@ def jit(rng: Generator) -> Attempts:
                 g = other
             # Steps of short arrays with numbers of 32 bits take a way of their own.
             dtype = drawn(rng, [np.float32, np.float64]) if name != "float64" else np.float64
-            # XLA rounds double to float16 and bfloat16 through float32.
-            rounding = 0.5 + 2.0**-11 if name in ("float16", "bfloat16") else ONE_ROUNDING
             lr, decay = dtype(lr), dtype(given["decay_lambda"])
             numbers = {"decay_lambda": decay} if decay else {}  # few programs to compile
             joint = given["joint_norm"] and bool(decay)
             new = compiled(joint_norm=joint)(as_jax(w), as_jax(g), lr, numbers)
             options = {"decay_lambda": float(decay), "joint_norm": joint}
-            yield step_error(name, w, g, new, float(lr), rounding, **options)
+            yield step_error(name, w, g, new, float(lr), whole_array_rounding(name), **options)
 
 
 def _flushed_below(name: str) -> float:
@@ -296,7 +302,11 @@ def autograd(rng: Generator) -> Attempts:
         g = opposed(rng, w, g, given)
         tensors = as_torch(w).requires_grad_(), as_torch(g)
         new = lars_update(*tensors, lr, stop_gradients=False, **given)
-        yield step_error(name, w, g, new, lr, **given)
+        yield step_error(name, w, g, new, lr, whole_array_rounding(name), **given)
+
+
+def whole_array_rounding(name: str) -> float:
+    return TWO_ROUNDINGS if name in ("float16", "bfloat16") else ONE_ROUNDING
 
 
 @attack(

@@ -45,6 +45,7 @@ PATIENCE = 120  # seconds until a process that hangs is killed
     "in 4 threads, with the right bytes",
     count=1000,
     short=25,
+    seconds=250,
     plain=True,
     needs=("torch",),
 )

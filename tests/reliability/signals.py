@@ -53,7 +53,7 @@ def mode(
     sender: Callable[[], Timer | Thread] = Timer,
     count: int = 1000,
     short: int = 60,
-    seconds: float = 40.0,
+    seconds: float = 150.0,
     **options: Any,
 ) -> Callable[[Callable[..., Case]], Callable[..., Case]]:
     """Make an attack of a function that makes cases, of each of these kinds in turn."""
