@@ -136,7 +136,7 @@ def of_optimizer(rng: np.random.Generator) -> Attempts:
     yield from failing(rng, OPTIMIZER, "lars_tree.torch")
 
 
-@attack(CLAIM, "failing allocations, JAX", count=2_000, short=5, seconds=40, needs=("jax",))
+@attack(CLAIM, "failing allocations, JAX", count=2_000, short=5, seconds=100, needs=("jax",))
 def of_jax(rng: np.random.Generator) -> Attempts:
     yield from failing(rng, JAX, "jax")
 
@@ -146,7 +146,7 @@ def of_jax(rng: np.random.Generator) -> Attempts:
     "failing allocations",
     count=10_000,
     short=50,
-    seconds=20,
+    seconds=100,
 )
 def of_files(rng: np.random.Generator) -> Attempts:
     yield from failing(rng, FILES, "lars_tree.io")

@@ -31,7 +31,7 @@ WAIT = 60.0  # seconds: a lock that is still held shows after this time
 # Errors of CPython, numpy, torch and JAX when there is no memory, besides MemoryError.
 OTHER_ERRORS = (
     "Cannot allocate memory",  # an OSError of a system call
-    "can't allocate lock",
+    "can't allocate",  # a lock of CPython
     "not PosixPath",  # fspath
     "can't start new thread",
     "DefaultCPUAllocator",
