@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from lars_tree._backends.torch import traced
 from lars_tree._backends.torch.backend import BACKEND
 from lars_tree._backends.torch.optimizer_engine import OptimizerEngine, Repeatable
-from lars_tree._backends.torch.tensors import copy_all, without_autograd
+from lars_tree._backends.torch.tensors import without_autograd
 from lars_tree._backends.torch.transfers import is_capturing
 from lars_tree._core import locks
 from lars_tree._core.execute import execute
@@ -322,7 +322,7 @@ class Lars(Optimizer):  # type: ignore[misc]  # mypy does not read torch
         if torch.compiler.is_compiling():
             leaves = inputs.leaves()
             if all(map(traced.supports, leaves)):
-                copy_all(*traced.results_in_place(leaves, found_inf))
+                traced.step_in_place(leaves, found_inf)
                 inputs.keep_buffers(self.state)
             else:
                 self._step_uncompiled(grad_scale, found_inf)

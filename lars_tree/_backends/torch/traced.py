@@ -43,12 +43,10 @@ def supports(leaf: Leaf) -> bool:
     return moves_alike and not any(sharded.partial_fault(x) for x in given)
 
 
-def results_in_place(
-    leaves: list[Leaf], unless: Tensor | None = None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors to write to, and their new values; for a DTensor, its shard in this process.
+def step_in_place(leaves: list[Leaf], unless: Tensor | None = None) -> None:
+    """Write the new values; for a DTensor, its shard in this process.
 
-    `unless` is a number on a device; if it is not 0, the old values are returned.
+    `unless` is a number on a device; if it is not 0, nothing changes.
     """
     given = [_layers(leaf) for leaf in leaves if _is_here(leaf.w)]
     outs: list[Tensor] = []
@@ -63,7 +61,9 @@ def results_in_place(
         kept = [unless.to(x.device, non_blocking=True) != 0 for x in outs]
         pairs = zip(kept, outs, values, strict=True)
         values = [torch.where(keep, old, new.to(old.dtype)) for keep, old, new in pairs]
-    return outs, values
+    # Not by `torch._foreach_copy_`: inductor then fuses writes with reads of the old values on CUDA.
+    for out, value in zip(outs, values, strict=True):
+        out.copy_(value)
 
 
 class _Layers(NamedTuple):
