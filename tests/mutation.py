@@ -363,10 +363,10 @@ def main(arguments: list[str]) -> None:
         killed += len(todo) - len(left)
         for module in modules:
             tried, survived = (sum(x.module == module for x in found) for found in (todo, left))
-            print(f"{module}: {tried - survived} of {tried} killed", file=OUT)
+            say(f"{module}: {tried - survived} of {tried} killed")
         for mutant in left:
-            print(f"  {mutant.name} survived: {mutant.change}", file=OUT, flush=True)
-    print(f"{killed} of {len(names)} mutants killed ({killed / len(names):.1%})", file=OUT)
+            say(f"  {mutant.name} survived: {mutant.change}")
+    say(f"{killed} of {len(names)} mutants killed ({killed / len(names):.1%})")
 
 
 if __name__ == "__main__":

@@ -251,11 +251,10 @@ def test_nobody_waits_for_a_block_that_was_interrupted_while_it_waited():
     def interrupt(*arguments):
         raise Interruption
 
-    behind = Spans(B)
     entered = threading.Event()
 
     def enter():
-        with locks.writing(behind):
+        with locks.writing(lambda: B):
             entered.set()
 
     old = signal.signal(signal.SIGALRM, interrupt)

@@ -2,7 +2,7 @@
 
 Each step is one call of `execute` for all parameters: the native engine updates parameters in CPU
 memory; multi-tensor operations update all other parameters, without waiting for the device. Under
-`torch.compile`, `traced.results_in_place` is traced instead.
+`torch.compile`, `traced.step_in_place` is traced instead.
 `torch/options.py` checks the options, `torch/rows.py` collects the inputs of a step.
 """
 

@@ -4,8 +4,8 @@ A library that is loaded before all others counts the calls of malloc, calloc, r
 mmap and pthread_create, of Python and of every library, and makes some fail: one, or 1,000 in a
 row. The call raises an error, which is a MemoryError unless CPython or a library raise another
 one, or succeeds. Then weights, velocities and counters must belong to one step, the next step must
-be right, and no lock may be held. A file must be the old one or the new one, and no file may be
-open.
+be right, and no lock may be held. A file must be the old one or the new one, and no file may
+stay open.
 
 What does not survive: in about 1 of 50 attempts numpy or CPython crashes, because it does not check
 one of its own allocations. Then the weights, velocities and counters of an update in place are read

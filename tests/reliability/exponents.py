@@ -15,9 +15,10 @@ What does not survive, and why:
 * Under `jax.jit`, XLA flushes subnormal numbers to zero, and numbers near the ends of the range of
   float64 may leave it: the row has a grid of the other numbers.
 * XLA and torch round double to float16 and bfloat16 through float32. Under `jax.jit` and with
-  autograd, a step that is almost halfway between two numbers may therefore get either.
-* `lars_tree.torch.Lars` multiplies the velocity by the rate. If float64 weights and steps are
-  subnormal and the rate is above 1, the error is at most 4 ulp times the rate.
+  autograd, a result that is almost halfway between two numbers may be rounded to either.
+* `lars_tree.torch.Lars` multiplies the velocity, with its rounding error, by the learning rate. If
+  float64 weights and steps are subnormal and the learning rate is above 1, the error is at most 4
+  ulp times the learning rate.
 * Operations on whole arrays, as in autograd, overflow where float64 weights or gradients exceed
   8e307; pairs with such numbers are left out of the row.
 * With `joint_norm`, elements of a float64 layer that are more than 10^440 times smaller than its
@@ -347,7 +348,7 @@ def mixture(rng: Generator, name: str) -> np.ndarray:
 
 @attack(
     "The norms of long arrays are exact",
-    "layers of up to a million elements; some norms are halfway between two float64",
+    "layers of up to a million elements; some norms are halfway between two float64 numbers",
     count=500,
     short=20,
     seconds=40,

@@ -239,7 +239,7 @@ def grown(rng: np.random.Generator, calls: Calls, given: list[Any]) -> Attempts:
 
 
 @attack(
-    "Calls leave nothing behind",
+    "Repeated calls leak nothing",
     "public functions and methods, 20,000 calls each",
     count=500,
     short=10,
@@ -259,7 +259,7 @@ def of_functions(rng: np.random.Generator) -> Attempts:
 
 
 @attack(
-    "Calls leave nothing behind",
+    "Repeated calls leak nothing",
     "functions with arrays of torch and JAX",
     count=100,
     short=5,

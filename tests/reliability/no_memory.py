@@ -44,7 +44,7 @@ OTHER_ERRORS = (
     "MemoryError",
     "str_from_cstr_and_size(): conversion error",  # of nanobind, which JAX uses
     "RESOURCE_EXHAUSTED",
-    "maximum recursion depth exceeded",  # of CPython, after many MemoryErrors
+    "maximum recursion depth exceeded",  # raised by CPython after many MemoryErrors
 )
 SYSTEM = re.compile(r"/(libc|libstdc|libgcc|libpthread|ld-|failing)[^/]*$")  # libraries
 
@@ -169,7 +169,7 @@ def answer(requests: list[Request]) -> None:
 
 def _crash(status: int, text: str) -> str | None:
     """What was wrong in a process that ended: None if another library crashed between two steps."""
-    if status == ENDED_BY_GLIBC and "jax" in sys.modules:  # which writes to new arrays only
+    if status == ENDED_BY_GLIBC and "jax" in sys.modules:  # JAX writes to new arrays only
         return None
     state, *stack = text.splitlines() or ["no report"]
     frames = [line for line in stack if not SYSTEM.search(line.split("(")[0])]

@@ -41,7 +41,7 @@ from tests.reliability.interrupting import (
     thread_that_signals,
 )
 
-CLAIM = "An interrupted step is complete or not made"
+CLAIM = "An interrupted step is taken completely or not at all"
 OUTSIDE = 98
 SAVED = "An interrupted save leaves the old file or the new one, and nothing else"
 

@@ -80,7 +80,7 @@ def _expect_saved(saver: Saver, directory: Path, value: float) -> None:
 
 
 @attack(
-    "A kill leaves the old or the new file",
+    "A save that is killed leaves the old or the new file",
     "SIGKILLs at random moments of saves, 200 for each format",
     count=600,
     short=60,
@@ -305,8 +305,8 @@ def _fail(saver: Saver, directory: Path, number: int, code: int) -> None:
 
 
 @attack(
-    "A saved file keeps its permissions; before, only its owner can open it",
-    "modes of old files and umasks, looked at at a random line",
+    "A saved file keeps its permissions; until it is in place, only its owner can open it",
+    "modes of old files and umasks, checked at a random line",
     count=1536,
     short=120,
     seconds=60,

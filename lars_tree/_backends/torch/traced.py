@@ -61,7 +61,7 @@ def step_in_place(leaves: list[Leaf], unless: Tensor | None = None) -> None:
         kept = [unless.to(x.device, non_blocking=True) != 0 for x in outs]
         pairs = zip(kept, outs, values, strict=True)
         values = [torch.where(keep, old, new.to(old.dtype)) for keep, old, new in pairs]
-    # Not by `torch._foreach_copy_`: inductor then fuses writes with reads of the old values on CUDA.
+    # On CUDA, inductor fuses `torch._foreach_copy_` with reads of the old values, which is wrong.
     for out, value in zip(outs, values, strict=True):
         out.copy_(value)
 
