@@ -7,7 +7,6 @@ import gc
 import os
 import sys
 from numbers import Number
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,37 +25,48 @@ MAX_GROWTH = 16  # bytes per call: less than the size of any object or block
 
 
 def check(call, given, calls=CALLS):
-    """Call many times, and assert that neither references to `given` nor memory leak."""
+    """Call many times, and assert that neither references to `given` nor memory leak.
+
+    A leak grows with the number of calls; what other code of the process allocates does not. So
+    what grows is measured again with more calls.
+    """
     call()  # fills caches
-    gc.collect()
+    for factor in (1, 10, 100):
+        grown = growth(call, given, factor * calls)
+        if not grown:
+            return
+    pytest.fail(f"{factor * calls} calls leak: {', '.join(grown)}")
+
+
+def growth(call, given, calls):
+    """What has changed after so many calls, as a list of texts."""
     # Other modules also use some numbers and strings (like "propagate"), and may release
     # references to them.
     own = [x for x in given if not isinstance(x, Number | str)]
     shared = [x for x in given if isinstance(x, Number | str)]
     shared += [None, True, False, NotImplemented, np.ndarray, ValueError, RuntimeError]
-    before = [sys.getrefcount(x) for x in own], [sys.getrefcount(x) for x in shared]
-    objects = len(gc.get_objects())
+
+    def measured():
+        gc.collect()
+        counts = [[sys.getrefcount(x) for x in xs] for xs in (own, shared)]
+        return *counts, sys.getallocatedblocks(), allocated()
+
+    counts, shared_counts, blocks, size = measured()
     for _ in range(calls):
         call()
-    gc.collect()
-    counts = [sys.getrefcount(x) for x in own]
-    assert counts == before[0], (counts, before[0])
-    for x, count in zip(shared, before[1], strict=True):
-        assert abs(sys.getrefcount(x) - count) < calls // 10, x
-    assert len(gc.get_objects()) - objects < calls // 10
-    if SANITIZED:
-        return
-    # A leak shows in every round; other allocations of the process do not.
-    for measure in (allocated, resident):
-        growths = (growth(measure, call, calls) for _ in range(3))
-        assert any(x < MAX_GROWTH * calls for x in growths), "the memory of the process grows"
-
-
-def growth(measure, call, calls):
-    before = measure()
-    for _ in range(calls):
-        call()
-    return measure() - before
+    new_counts, new_shared_counts, new_blocks, new_size = measured()
+    assert new_counts == counts, (new_counts, counts)
+    changes = [new - old for new, old in zip(new_shared_counts, shared_counts, strict=True)]
+    grown = [
+        f"{change} references to {x!r}"
+        for x, change in zip(shared, changes, strict=True)
+        if abs(change) > calls // 10
+    ]
+    if new_blocks - blocks > calls // 10:
+        grown.append(f"{new_blocks - blocks} blocks of Python")
+    if new_size - size > MAX_GROWTH * calls:
+        grown.append(f"{new_size - size} bytes")
+    return grown
 
 
 NAMES = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
@@ -68,20 +78,17 @@ class MallInfo(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in NAMES.split()]
 
 
+_mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None) if sys.platform == "linux" else None
+if _mallinfo is not None:
+    _mallinfo.restype = MallInfo
+
+
 def allocated():
     """The exact number of bytes that malloc has allocated; 0 without glibc's mallinfo2."""
-    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None) if sys.platform == "linux" else None
-    if mallinfo is None:
+    if _mallinfo is None:
         return 0
-    mallinfo.restype = MallInfo
-    info = mallinfo()
+    info = _mallinfo()
     return info.uordblks + info.hblkhd
-
-
-def resident():
-    """The resident memory of the process in bytes; 0 if the system has no /proc."""
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
 def raising(*_):
