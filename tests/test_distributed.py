@@ -23,7 +23,7 @@ need("torch.distributed.tensor")
 need("torch.distributed.fsdp")
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
-LIMIT = 240  # seconds; a suite that takes longer is assumed to hang
+LIMIT = 600  # seconds; a suite that takes longer is assumed to hang
 
 
 def measured(suite, world, folder):
