@@ -158,7 +158,7 @@ def _is_axis_name(x: Any) -> bool:
     return isinstance(x, Hashable) and not is_other
 
 
-_NUMBERS = ("decay_lambda", "weight_decay", "trust_coefficient", "eps", "momentum", "dampening")
+_NUMBERS = ("decay_lambda", "weight_decay", "trust_coefficient", "eps", "momentum")
 _FLAGS = ("adapt", "trust_clip", "joint_norm", "stop_gradients", "nesterov", "maximize")
 CHECKS: dict[str, Callable[[Any, bool], Any]] = {
     "lr": _rate,

@@ -18,34 +18,6 @@ from native_steps import numpy_reader, stepped, taken
 from lars_tree import _native
 from lars_tree._numerics.formula import Rule
 
-# ---- The check itself
-
-
-@pytest.mark.parametrize(
-    ("leak", "expected"),
-    [
-        (lambda given: bytes(100), r"20\d\d blocks of Python"),
-        (lambda given: np.empty(1_000), r"16\d{6} bytes"),
-        (lambda given: RuntimeError, "2000 references to <class 'RuntimeError'>"),
-        (lambda given: given, None),
-    ],
-)
-def test_leaks_are_found(leak, expected):
-    given, kept = object(), []
-    with pytest.raises((pytest.fail.Exception, AssertionError), match=expected):
-        check(lambda: kept.append(leak(given)), [given], 20)
-
-
-def test_what_is_allocated_once_is_no_leak():
-    kept = []
-
-    def fill():
-        if len(kept) < 1_000:
-            kept.append(bytes(100))
-
-    check(fill, [], 200)
-    assert len(kept) == 1_000
-
 
 def leaves(**changes):
     """The arguments of one step. The last of the three leaves is None."""
