@@ -30,6 +30,33 @@ class Fields:
         return cls(*children, tag)
 
 
+class Table(Mapping):
+    """A mapping that gives the libraries no keys, and that is more than its items."""
+
+    def __init__(self, items, tag="tag"):
+        self.items_, self.tag = dict(items), tag
+
+    def __getitem__(self, key):
+        return self.items_[key]
+
+    def __iter__(self):
+        return iter(self.items_)
+
+    def __len__(self):
+        return len(self.items_)
+
+    def tree_flatten(self):
+        return tuple(self.items_.values()), (tuple(self.items_), self.tag)
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        return cls(zip(aux[0], children, strict=True), aux[1])
+
+
+def _table(cls):
+    return lambda a, b, tag="tag": cls({"b": b, "a": a}, tag)
+
+
 @functools.cache
 def jax_dataclass():
     jax = need("jax")
@@ -113,38 +140,23 @@ def jax_attrs():
 
 @functools.cache
 def jax_mapping():
-    """A mapping that gives the library no keys, and that is more than its items."""
-
-    @need("jax").tree_util.register_pytree_node_class
-    class Table(Mapping):
-        def __init__(self, items, tag="tag"):
-            self.items_, self.tag = dict(items), tag
-
-        def __getitem__(self, key):
-            return self.items_[key]
-
-        def __iter__(self):
-            return iter(self.items_)
-
-        def __len__(self):
-            return len(self.items_)
-
-        def tree_flatten(self):
-            return tuple(self.items_.values()), (tuple(self.items_), self.tag)
-
-        @classmethod
-        def tree_unflatten(cls, aux, children):
-            return cls(zip(aux[0], children, strict=True), aux[1])
-
-    return lambda a, b, tag="tag": Table({"b": b, "a": a}, tag)
+    cls = need("jax").tree_util.register_pytree_node_class(type("Table", (Table,), {}))
+    return _table(cls)
 
 
 @functools.cache
 def torch_class():
-    pytree = _torch_pytree()
-    cls = type("Unnamed", (Fields,), {})
-    pytree.register_pytree_node(
-        cls, cls.tree_flatten, lambda children, tag: cls.tree_unflatten(tag, children)
+    return _registered_with_torch(type("Unnamed", (Fields,), {}))
+
+
+@functools.cache
+def torch_mapping():
+    return _table(_registered_with_torch(type("Table", (Table,), {})))
+
+
+def _registered_with_torch(cls):
+    _torch_pytree().register_pytree_node(
+        cls, cls.tree_flatten, lambda children, context: cls.tree_unflatten(context, children)
     )
     return cls
 
@@ -173,10 +185,18 @@ def _torch_pytree():
 
 @functools.cache
 def optree_class():
+    return _registered_with_optree(type("Unnamed", (Fields,), {}))
+
+
+@functools.cache
+def optree_mapping():
+    return _table(_registered_with_optree(type("Table", (Table,), {})))
+
+
+def _registered_with_optree(cls):
     optree = need("optree")
-    cls = type("Unnamed", (Fields,), {})
-    optree.register_pytree_node_class(cls, namespace=optree.registry.__GLOBAL_NAMESPACE)
-    return cls
+    namespace = optree.registry.__GLOBAL_NAMESPACE
+    return optree.register_pytree_node_class(cls, namespace=namespace)
 
 
 @functools.cache
@@ -210,8 +230,10 @@ REGISTERED = {
     "jax partial": (jax_partial, [(0, 0), (1, "k")]),
     "torch class": (torch_class, [(0,), (1,)]),
     "torch class with keys": (torch_class_with_keys, [("a",), ("b",)]),
+    "torch mapping": (torch_mapping, [("b",), ("a",)]),
     "optree class": (optree_class, [(0,), (1,)]),
     "optree class with keys": (optree_class_with_keys, [("a",), ("b",)]),
+    "optree mapping": (optree_mapping, [("b",), ("a",)]),
 }
 
 
