@@ -1,8 +1,7 @@
 """No step of the kernel leaks a reference or memory, whether it succeeds, declines or raises.
 
 A step declines leaves that the kernel does not support. After many calls of each case, the
-reference counts of all arguments must be unchanged. During further calls, the memory of the
-process must not grow.
+reference counts of all arguments must be unchanged, and the memory must not have grown.
 """
 
 from __future__ import annotations
