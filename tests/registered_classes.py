@@ -154,28 +154,23 @@ def torch_mapping():
     return _table(_registered_with_torch(type("Table", (Table,), {})))
 
 
-def _registered_with_torch(cls):
-    _torch_pytree().register_pytree_node(
-        cls, cls.tree_flatten, lambda children, context: cls.tree_unflatten(context, children)
-    )
+def _registered_with_torch(cls, **options):
+    def unflatten(children, context):
+        return cls.tree_unflatten(context, children)
+
+    _torch_pytree().register_pytree_node(cls, cls.tree_flatten, unflatten, **options)
     return cls
 
 
 @functools.cache
 def torch_class_with_keys():
     pytree = _torch_pytree()
-    cls = type("Named", (Fields,), {})
 
     def flatten_with_keys(node):
         return [(pytree.GetAttrKey(name), getattr(node, name)) for name in "ab"], node.tag
 
-    pytree.register_pytree_node(
-        cls,
-        cls.tree_flatten,
-        lambda children, tag: cls.tree_unflatten(tag, children),
-        flatten_with_keys_fn=flatten_with_keys,
-    )
-    return cls
+    cls = type("Named", (Fields,), {})
+    return _registered_with_torch(cls, flatten_with_keys_fn=flatten_with_keys)
 
 
 def _torch_pytree():

@@ -27,11 +27,11 @@ MAX_GROWTH = 16  # bytes per call: less than the size of any object or block
 def check(call, given, calls=CALLS):
     """Call many times, and assert that neither references to `given` nor memory leak.
 
-    A leak grows with the number of calls; what other code of the process allocates does not. So
-    what grows is measured again with more calls.
+    A leak grows with the number of calls; what other code in the process allocates does not. So
+    if anything grows, it is measured again with more calls.
     """
     call()  # fills caches
-    gc.freeze()  # all that exists now is left out when the garbage is collected, which saves time
+    gc.freeze()  # garbage collections skip all objects that exist now, which saves time
     try:
         for factor in (1, 10, 100):
             grown = growth(call, given, factor * calls)

@@ -182,7 +182,7 @@ def _strided_tensor(rng: np.random.Generator, x: np.ndarray) -> Any:
 
 
 @attack(
-    "Rounding modes and flush-to-zero change no bit of a result, and stay as they were set",
+    "Neither the rounding mode nor flush-to-zero changes a bit, and both stay as they were set",
     f"steps in {len(MODES)} modes: 4 of rounding, each with results or operands flushed or not",
     count=4000,
     short=64,

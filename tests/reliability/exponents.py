@@ -15,10 +15,11 @@ What does not survive, and why:
 * Under `jax.jit`, XLA flushes subnormal numbers to zero, and numbers near the ends of the range of
   float64 may leave it: the row has a grid of the other numbers.
 * XLA and torch round double to float16 and bfloat16 through float32. Under `jax.jit` and with
-  autograd, a result that is almost halfway between two numbers may be rounded to either.
-* `lars_tree.torch.Lars` multiplies the velocity, with its rounding error, by the learning rate. If
-  float64 weights and steps are subnormal and the learning rate is above 1, the error is at most 4
-  ulp times the learning rate.
+  autograd, a result that is almost halfway between two adjacent numbers may be rounded to the
+  wrong one.
+* `lars_tree.torch.Lars` rounds the velocity before it multiplies it by the learning rate, and a
+  learning rate above 1 makes that error larger. If the float64 weights and steps are subnormal, the
+  error is at most 4 ulp times the learning rate.
 * Operations on whole arrays, as in autograd, overflow where float64 weights or gradients exceed
   8e307; pairs with such numbers are left out of the row.
 * With `joint_norm`, elements of a float64 layer that are more than 10^440 times smaller than its

@@ -31,7 +31,8 @@ WAIT = 60.0  # seconds: a lock that is still held shows after this time
 # Errors of CPython, numpy, torch and JAX when there is no memory, besides MemoryError.
 OTHER_ERRORS = (
     "Cannot allocate memory",  # an OSError of a system call
-    "can't allocate",  # a lock of CPython
+    "can't allocate lock",
+    "can't allocate read lock",  # of a BufferedReader
     "not PosixPath",  # fspath
     "can't start new thread",
     "DefaultCPUAllocator",
@@ -44,7 +45,7 @@ OTHER_ERRORS = (
     "MemoryError",
     "str_from_cstr_and_size(): conversion error",  # of nanobind, which JAX uses
     "RESOURCE_EXHAUSTED",
-    "maximum recursion depth exceeded",  # raised by CPython after many MemoryErrors
+    "maximum recursion depth exceeded",  # CPython, after many MemoryErrors
 )
 SYSTEM = re.compile(r"/(libc|libstdc|libgcc|libpthread|ld-|failing)[^/]*$")  # libraries
 

@@ -65,9 +65,9 @@ def mode(
                 yield from attempts(makes, sender(), rng)
 
         attempts_.__name__, attempts_.__module__ = make.__name__, make.__module__
-        attack(claim, f"moments {steps}", count=count, short=short, seconds=seconds, **options)(
-            attempts_
-        )
+        attack(
+            claim, f"interruptions {steps}", count=count, short=short, seconds=seconds, **options
+        )(attempts_)
         return make
 
     return register
@@ -126,25 +126,25 @@ def momentum() -> Case:
     return in_place(weights(), gradients(), nesterov=True)
 
 
-@mode('with `nonfinite="skip"`, every second skipped', np.nan, 1.0)
+@mode('of updates with `nonfinite="skip"`, every second one skipped', np.nan, 1.0)
 def skipping(value: float) -> Case:
     g = gradients()
     g["bias"][0] = value
     return in_place(weights(), g, nonfinite="skip")
 
 
-@mode("with strided arrays")
+@mode("of updates of strided arrays")
 def strides() -> Case:
     return in_place(like(weights(), strided), gradients())
 
 
-@mode("with strided arrays that are updated in chunks")
+@mode("of updates of strided arrays in chunks")
 def chunks() -> Case:
     writes.MAX_HELD = 1 << 9
     return in_place(like(weights(), strided), gradients())
 
 
-@mode("with torch tensors", needs=("torch",))
+@mode("of updates of torch tensors", needs=("torch",))
 def tensors() -> Case:
     import torch
 
@@ -162,12 +162,12 @@ def mixed(convert: Callable[[Any], Any] = np.copy) -> Case:
     return in_place(tree(weights(), strided), tree(gradients(), np.copy))
 
 
-@mode("with numpy arrays and torch tensors, in bfloat16 to float64", needs=("torch",))
+@mode("of updates of numpy arrays and torch tensors, bfloat16 to float64", needs=("torch",))
 def libraries() -> Case:
     return mixed()
 
 
-@mode("with arrays that only their library can write", needs=("array_api_strict",))
+@mode("of updates of arrays that only their library can write", needs=("array_api_strict",))
 def restored() -> Case:
     import array_api_strict
 
@@ -202,12 +202,12 @@ def of_torch(steps: int, foreach: tuple[bool, ...] = (False, False)) -> Case:
     return Case(opt.step, found)
 
 
-@mode("of `torch.Lars`, every second the first of its optimizer", 0, 1, needs=("torch",))
+@mode("of `torch.Lars.step`, every second one the first of its optimizer", 0, 1, needs=("torch",))
 def optimizer(steps: int) -> Case:
     return of_torch(steps)
 
 
-@mode("of `torch.Lars` with two engines, the kernel and foreach", 0, 1, needs=("torch",))
+@mode("of `torch.Lars.step` with two engines (kernel and foreach)", 0, 1, needs=("torch",))
 def engines(steps: int) -> Case:
     return of_torch(steps, (False, True))
 
@@ -215,7 +215,7 @@ def engines(steps: int) -> Case:
 # ---- Steps of JAX
 
 
-@mode("of JAX arrays, which are not updated in place", needs=("jax",))
+@mode("of updates of JAX arrays, which are not in place", needs=("jax",))
 def jax() -> Case:
     import jax.numpy as jnp
 
@@ -254,7 +254,9 @@ def saving(suffix: str) -> Case:
 # ---- Other senders
 
 
-@mode("that another thread interrupts by `PyThreadState_SetAsyncExc`", sender=thread_that_raises)
+@mode(
+    "by an exception from another thread (`PyThreadState_SetAsyncExc`)", sender=thread_that_raises
+)
 def raised() -> Case:
     return in_place(like(weights(), strided), gradients())
 
@@ -263,19 +265,19 @@ def thread_that_terminates() -> Thread:
     return thread_that_signals(signal.SIGTERM)
 
 
-@mode("that another thread interrupts by SIGTERM", sender=thread_that_terminates)
+@mode("by SIGTERM from another thread", sender=thread_that_terminates)
 def terminated() -> Case:
     return in_place(like(weights(), strided), gradients())
 
 
-@mode("with two signals", *range(4), sender=partial(Timer, 2), needs=("torch",))
+@mode("by two signals", *range(4), sender=partial(Timer, 2), needs=("torch",))
 def twice(kind: int) -> Case:
     if kind < 2:
         return of_torch(kind, (False, True))
     return chunks() if kind == 2 else mixed()
 
 
-@mode("while two other threads take six steps of the same weights")
+@mode("of an update while two other threads take six steps of the same weights")
 def crowd() -> Case:
     w, opt = like(weights(), strided), Lars(0.1, trust_coefficient=0.1)
     g, state, starts = gradients(), opt.init(w), queue.SimpleQueue[None]()
@@ -315,7 +317,7 @@ def crowd() -> Case:
 @attack(
     "Ctrl-C in `lars-tree update` leaves the old file or the new one, and nothing else; the status "
     "is 130",
-    "moments of the command",
+    "interruptions of the command",
     count=1000,
     short=20,
     seconds=40.0,

@@ -80,8 +80,8 @@ def _expect_saved(saver: Saver, directory: Path, value: float) -> None:
 
 
 @attack(
-    "A save that is killed leaves the old or the new file",
-    "SIGKILLs at random moments of saves, 200 for each format",
+    "A killed save leaves the old file or the new one",
+    "saves killed by SIGKILL at random moments, 200 in each format",
     count=600,
     short=60,
     seconds=60,

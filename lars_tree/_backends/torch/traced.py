@@ -44,7 +44,7 @@ def supports(leaf: Leaf) -> bool:
 
 
 def step_in_place(leaves: list[Leaf], unless: Tensor | None = None) -> None:
-    """Write the new values; for a DTensor, its shard in this process.
+    """Write the new values to the tensors of the leaves; of a DTensor, this process's shard.
 
     `unless` is a number on a device; if it is not 0, nothing changes.
     """
